@@ -1,0 +1,141 @@
+"""Compress a model of Mixtral-8x7B's shape with few layers and random weights: time and memory.
+
+    python benchmarks/mixtral_shape.py make FOLDER --layers 2     # 6 GB of bfloat16
+    python benchmarks/mixtral_shape.py run FOLDER OUT             # one JSON line per stage
+
+Weights are random, so nothing is said of quality. Peak RSS is the process's own high-water mark
+after each stage (pages of mapped files count); loading is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, EXPERTS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 8, 32, 8, 32000
+
+
+def make(folder: Path, layers: int) -> None:
+    """Write the folder, one shard per layer, in the layout of the published checkpoints."""
+    from transformers import MixtralConfig
+
+    from moepress.demo import MODEL
+
+    folder.mkdir(parents=True)
+    config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(folder)
+    for file in MODEL.glob("token*"):
+        shutil.copy(file, folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        values = torch.empty(shape, dtype=torch.bfloat16)
+        return values.normal_(0, 0.02, generator=generator)
+
+    weight_map = {}
+
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    ends = {
+        "model.embed_tokens.weight": random(VOCAB, HIDDEN),
+        "model.norm.weight": ones,
+        "lm_head.weight": random(VOCAB, HIDDEN),
+    }
+    write("model-rest.safetensors", ends)
+    side = HIDDEN // HEADS * KV_HEADS
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        moe = f"{at}.block_sparse_moe"
+        tensors = {
+            f"{at}.input_layernorm.weight": ones.clone(),
+            f"{at}.post_attention_layernorm.weight": ones.clone(),
+            f"{at}.self_attn.q_proj.weight": random(HIDDEN, HIDDEN),
+            f"{at}.self_attn.k_proj.weight": random(side, HIDDEN),
+            f"{at}.self_attn.v_proj.weight": random(side, HIDDEN),
+            f"{at}.self_attn.o_proj.weight": random(HIDDEN, HIDDEN),
+            f"{moe}.gate.weight": random(EXPERTS, HIDDEN),
+        }
+        for expert in range(EXPERTS):
+            tensors[f"{moe}.experts.{expert}.w1.weight"] = random(INTERMEDIATE, HIDDEN)
+            tensors[f"{moe}.experts.{expert}.w2.weight"] = random(HIDDEN, INTERMEDIATE)
+            tensors[f"{moe}.experts.{expert}.w3.weight"] = random(INTERMEDIATE, HIDDEN)
+        write(f"model-layer-{layer}.safetensors", tensors)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) -> None:
+    """Score, allocate and quantize here; load in a fresh process."""
+    from moepress.allocate import allocate
+    from moepress.quantize import quantize
+    from moepress.recipe import Recipe
+    from moepress.score import score
+
+    recipe = Recipe.load(
+        recipe_name, bits=bits, calib=(("stdlib", 1.0),), sequences=sequences, sequence_length=512
+    )
+    work = out.with_name(out.name + ".work")
+    scores = staged("score", lambda: score(folder, recipe, work=work))
+    plan = staged("allocate", lambda: allocate(scores, recipe))
+    staged("quantize", lambda: quantize(folder, plan, out))
+    shutil.rmtree(work)
+    size = sum(p.stat().st_size for p in out.iterdir())
+    report(stage="folder", gigabytes=size / 1e9, predicted=plan.folder_bytes / 1e9)
+    subprocess.run([sys.executable, __file__, "load", str(out)], check=True)
+
+
+def load(out: Path) -> None:
+    """Open the folder packed, and generate."""
+    from transformers import AutoModelForCausalLM
+
+    import moepress  # noqa: F401  # registers the loader
+
+    model = staged("load", lambda: AutoModelForCausalLM.from_pretrained(out, dtype="auto"))
+    ids = torch.arange(16)[None]
+    staged("generate 4 tokens", lambda: model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def staged(stage: str, work: Callable[[], Any]) -> Any:
+    started = time.monotonic()
+    result = work()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report(stage=stage, seconds=time.monotonic() - started, peak_rss_gb=peak * 1024 / 1e9)
+    return result
+
+
+def report(**values: Any) -> None:
+    rounded = {k: round(v, 2) if isinstance(v, float) else v for k, v in values.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["make", "run", "load"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--bits", type=float, default=2.5)
+    parser.add_argument("--sequences", type=int, default=16)
+    given = parser.parse_args()
+    if given.what == "make":
+        make(given.folder, given.layers)
+    elif given.what == "run":
+        run(given.folder, given.out, given.recipe, given.bits, given.sequences)
+    else:
+        load(given.folder)

@@ -1,0 +1,777 @@
+"""Which expert gets how many bits: the integer program of arXiv:2410.06270, section 3.2.
+
+Every routed expert (or each of its two projections) is an item that takes exactly one of the
+offered widths. With c[i, b] what width b of item i costs in quality and s[i, b] what it takes of
+the budget C:
+
+    minimise    sum_i c[i, b_i]     subject to    sum_i s[i, b_i] <= C                (eq. 5)
+
+a multiple-choice knapsack. The paper asks for equality; here it is "at most", because with true
+byte sizes hardly any budget can be met to the byte, and because a width that costs more bytes and
+more error (rounding is not monotone) is never worth taking just to use up the budget. What is left
+over goes to widths that cost nothing: an expert that no calibration token reached measures zero
+error at every width, which means unknown, not harmless.
+
+`solve` is exact. In four steps:
+
+1. Lagrange. For a price p per unit of budget, items are independent: each takes the width of
+   smallest c + p s. The sum of these minima less p C is a lower bound on every allocation, for
+   any p >= 0; the best p is found by bisection. It equals the bound of the linear relaxation.
+2. Incumbent. The allocation at that price, and what is left of the budget spent greedily.
+3. Reduced costs. d[i, b] = (c + p s)[i, b] - min_b (c + p s)[i, b] is how much the bound rises if
+   item i takes width b. Where it rises above the incumbent's loss, b is out. Usually all but some
+   dozens of items are left with one width.
+4. HiGHS decides the rest. It minimises sum d x + p (C - sum s x), the loss above the bound, in
+   units in which the incumbent has OBJECTIVE_SCALE: what it has to tell apart is never small
+   beside what it adds up, whatever the costs. It stops at an absolute gap of 1e-6, so the plan is
+   proven within 1e-6 / OBJECTIVE_SCALE of the distance from bound to incumbent, itself small.
+
+`at_least_one` (the paper: one 2-bit and one 3-bit expert in each layer) needs distinct items to
+stand for each listed width: given the price, the cheapest such choice is an assignment problem, so
+step 1 stays exact with it. Where projections are items, it holds for the gate_up projections of a
+layer and for its down projections, each by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
+from scipy.sparse import coo_array
+
+from moepress.checkpoint import load_json, save_json
+from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
+from moepress.layout import codec_for
+from moepress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from moepress.score import ExpertScores
+
+logger = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+PROJECTIONS = ("gate_up", "down")
+BOTH = 2  # index in score.PARTS of an expert quantized whole
+KIND = "plan"
+OBJECTIVE_SCALE = 1000.0  # what HiGHS sees of the distance between incumbent and bound
+SECONDS = 300.0  # HiGHS may think this long about one program
+BUDGET_ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, whatever 2.1 is in binary
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """The plan: code bits of both projections of every routed expert. L MoE layers, E experts."""
+
+    layers: tuple[int, ...]  # [L] index of each MoE layer in the model
+    bits: npt.NDArray[np.int8]  # [L, E, 2] gate_up, down
+    group_size: int
+    predicted_loss: float  # what the objective sums to
+    expert_bytes: int  # stored bytes of all routed experts
+    total_bytes: int  # of all tensors
+    folder_bytes: int  # of all files
+    average_bits: float  # code bits per routed-expert weight, the paper's k
+    expert_bits_per_weight: float  # stored bits per routed-expert weight, side data included
+    bits_per_weight: float  # stored bits per weight of the whole model
+    recipe: Recipe
+    provenance: dict[str, str]
+
+    def __post_init__(self) -> None:
+        bits = np.array(self.bits, dtype=np.int8)  # a copy that nobody else can write to
+        bits.setflags(write=False)
+        object.__setattr__(self, "bits", bits)
+        numbers = (self.predicted_loss, self.average_bits, self.bits_per_weight)
+        for wrong, what in (
+            (
+                bits.ndim != 3 or bits.shape[0] != len(self.layers) or bits.shape[2] != 2,
+                f"bits of shape {bits.shape} for {len(self.layers)} layers, expected [L, E, 2]",
+            ),
+            (bits.size == 0, "no experts"),
+            (
+                not np.isin(bits, self.recipe.expert_bits).all(),
+                f"widths {np.unique(bits).tolist()}, offered are {self.recipe.expert_bits}",
+            ),
+            (
+                list(self.layers) != sorted(set(self.layers)),
+                f"layers {self.layers}, expected distinct ones in rising order",
+            ),
+            (
+                not 0 < self.expert_bytes <= self.total_bytes <= self.folder_bytes,
+                f"{self.expert_bytes} bytes of experts, {self.total_bytes} of tensors and "
+                f"{self.folder_bytes} of files, expected rising numbers above 0",
+            ),
+            (
+                not all(math.isfinite(n) and n >= 0 for n in numbers)
+                or not self.average_bits <= self.expert_bits_per_weight < math.inf,
+                f"loss and bits per weight {numbers}, {self.expert_bits_per_weight} (experts)",
+            ),
+        ):
+            if wrong:
+                raise CheckpointError(
+                    f"The plan does not fit together: {what}. Make it again with "
+                    "`moepress allocate`."
+                )
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically; equal plans give equal bytes. One digit per expert.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        rows = [
+            {"layer": layer, **{n: _digits(row[:, p]) for p, n in enumerate(PROJECTIONS)}}
+            for layer, row in zip(self.layers, self.bits, strict=True)
+        ]
+        fields = {k: v for k, v in vars(self).items() if k not in ("layers", "bits")}
+        save_json(path, {"kind": KIND, **fields, "recipe": self.recipe.to_dict(), "layers": rows})
+
+    @classmethod
+    def load(cls, path: Path) -> BitAllocation:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is JSON, but no plan.
+            CheckpointError: missing, damaged, or a plan that contradicts itself.
+        """
+        fields = load_json(path)
+        if not isinstance(fields, dict) or fields.pop("kind", None) != KIND:
+            raise InputError(
+                f"{path} is not a plan. Expected a file made by `moepress allocate`, or "
+                "moepress_plan.json in a compressed folder."
+            )
+        try:
+            rows = fields.pop("layers")
+            bits = [[[int(digit) for digit in row[n]] for n in PROJECTIONS] for row in rows]
+            return cls(
+                **fields | {"recipe": Recipe.from_dict(fields["recipe"])},
+                layers=tuple(int(row["layer"]) for row in rows),
+                bits=np.array(bits, dtype=np.int8).swapaxes(1, 2),
+            )
+        except (TypeError, KeyError, ValueError, OverflowError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{path} is a damaged plan ({type(error).__name__}: {error}). Make it again with "
+                "`moepress allocate`."
+            ) from error
+
+
+class BudgetRange(NamedTuple):
+    """Smallest and largest budget that makes a difference, in each unit."""
+
+    bits: tuple[float, float]  # average code bits of the routed experts
+    bpw: tuple[float, float]  # stored bits per weight of the whole model
+    size: tuple[int, int]  # bytes of the folder
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What may be chosen. P items per expert: its projections, or the expert as one item.
+
+    B widths, in rising order of bits and bytes.
+    """
+
+    shape: tuple[int, int, int]  # L, E, P
+    widths: tuple[int, ...]  # [B]
+    weights: Ints  # [P] weights of an item
+    code_bits: Ints  # [P, B]
+    nbytes: Ints  # [P, B] stored, side data and padding included
+
+    @classmethod
+    def of(cls, scores: ExpertScores, recipe: Recipe) -> Menu:
+        matrices = (scores.gate_up_shape, scores.down_shape)
+        weights = np.array([rows * cols for rows, cols in matrices])
+        nbytes = np.array(
+            [
+                [
+                    codec_for(b, cols, scores.group_size).nbytes(rows, cols)
+                    for b in recipe.expert_bits
+                ]
+                for rows, cols in matrices
+            ]
+        )
+        if not recipe.per_projection:
+            weights, nbytes = weights.sum(keepdims=True), nbytes.sum(axis=0, keepdims=True)
+        code_bits = weights[:, None] * np.array(recipe.expert_bits)
+        count, experts = scores.tokens.shape
+        shape = (count, experts, len(weights))
+        return cls(shape, recipe.expert_bits, weights, code_bits, nbytes)
+
+    @property
+    def total_weights(self) -> int:
+        """Weights of all routed experts."""
+        return int(self.shape[0] * self.shape[1] * self.weights.sum())
+
+    def extremes(self, sizes: Ints, required: Sequence[int]) -> tuple[int, int]:
+        """Smallest and largest sum of `sizes` [P, B], with each column of `required` in use."""
+        count, experts, _ = self.shape
+        held = sizes[:, list(required)].sum()
+        free = experts - len(required)
+        low, high = (int(count * (held + free * sizes[:, b].sum())) for b in (0, -1))
+        return low, high
+
+
+def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
+    """Choose the code bits of every routed expert: least predicted loss within the budget.
+
+    A budget above the largest possible is lowered to it, with a warning in the log.
+
+    Args:
+        scores: what each width would cost, as `moepress score` measured it.
+        recipe: budget, objective (`cost`, `scope`, `per_projection`, exponents) and widths, which
+            must be among the measured ones.
+
+    Returns:
+        The plan. `predicted_loss` is in units of the objective; under "random" and "uniform" it
+        is what "error" would count. It cannot be compared between `per_projection` on and off:
+        the errors of two projections add up to nearly, not exactly, the error of both.
+
+    Raises:
+        InputError: no budget, or scores and recipe do not fit together.
+        BudgetError: the budget is too small; names the smallest and the largest possible.
+        NumericalError: NaN, infinity or a negative number in the scores.
+        MoepressError: HiGHS did not solve the program.
+    """
+    check_scores(scores, recipe)
+    menu = Menu.of(scores, recipe)
+    costs = objective(scores, recipe)
+    sizes = menu.code_bits if recipe.bits is not None else menu.nbytes
+    capacity = expert_budget(scores, recipe, menu)
+    choice = (
+        uniform(recipe, menu, sizes, capacity)
+        if recipe.cost == "uniform"
+        else choose(recipe, costs, sizes, capacity)
+    )
+    expert_bytes = int(_at(menu.nbytes, choice).sum())
+    total_bytes = scores.fixed_bytes + expert_bytes
+    return BitAllocation(
+        layers=scores.layers,
+        bits=np.broadcast_to(
+            np.array(menu.widths, dtype=np.int8)[choice], (*menu.shape[:2], len(PROJECTIONS))
+        ),
+        group_size=scores.group_size,
+        predicted_loss=float(_at(costs, choice).sum()),
+        expert_bytes=expert_bytes,
+        total_bytes=total_bytes,
+        folder_bytes=total_bytes + scores.file_bytes,
+        average_bits=int(_at(menu.code_bits, choice).sum()) / menu.total_weights,
+        expert_bits_per_weight=expert_bytes * 8 / menu.total_weights,
+        bits_per_weight=total_bytes * 8 / (scores.fixed_weights + menu.total_weights),
+        recipe=recipe,
+        provenance=dict(scores.provenance),
+    )
+
+
+def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
+    """The smallest and the largest allocation that the recipe admits, in each unit of a budget."""
+    menu = Menu.of(scores, recipe)
+    required = _required(recipe, menu.shape[1])
+    low, high = menu.extremes(menu.nbytes, required)
+    low_bits, high_bits = menu.extremes(menu.code_bits, required)
+    fixed, files = scores.fixed_bytes, scores.file_bytes
+    weights = scores.fixed_weights + menu.total_weights
+    return BudgetRange(
+        bits=(low_bits / menu.total_weights, high_bits / menu.total_weights),
+        bpw=((fixed + low) * 8 / weights, (fixed + high) * 8 / weights),
+        size=(fixed + files + low, fixed + files + high),
+    )
+
+
+def pareto(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[float]:
+    """Predicted loss at each average number of code bits."""
+    return [
+        allocate(scores, recipe.with_changes(bits=k, bpw=None, size=None)).predicted_loss
+        for k in bits
+    ]
+
+
+def check_scores(scores: ExpertScores, recipe: Recipe) -> None:
+    """Raise InputError or NumericalError if these scores cannot serve this recipe."""
+    missing = sorted(set(recipe.expert_bits) - set(scores.bits))
+    if missing:
+        raise InputError(
+            f"expert_bits offers {missing}, but the scores hold {list(scores.bits)} bits. Offer "
+            "only these, or score again."
+        )
+    if recipe.group_size != scores.group_size:
+        raise InputError(
+            f"The recipe asks for group size {recipe.group_size}, but the scores were measured at "
+            f"{scores.group_size}. Use that, or score again."
+        )
+    if scores.total_tokens <= 0 or scores.tokens.size == 0:
+        raise InputError(
+            f"The scores hold {scores.tokens.size} experts and {scores.total_tokens} tokens. "
+            "Expected at least one of each: score again."
+        )
+    for name in ("tokens", "routing_weight", "squared_error", "residual_energy"):
+        values = getattr(scores, name)
+        wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+        if name == "residual_energy":
+            wrong = np.argwhere(~(np.isfinite(values) & (values > 0)))
+        if len(wrong):
+            row, *rest = wrong[0].tolist()
+            expert = f" expert {rest[0]}" if rest else ""
+            raise NumericalError(
+                f"{name} of layer {scores.layers[row]}{expert} is {values[tuple(wrong[0])]}, "
+                f"expected a finite number {'above' if not rest else 'of at least'} 0. Check the "
+                "model's weights for NaN and score again."
+            )
+
+
+def objective(scores: ExpertScores, recipe: Recipe) -> Floats:
+    """c [L, E, P, B]: what each width of each item adds to the predicted loss.
+
+    "error": the squared error it makes in the MoE block's output, over the energy of the residual
+    stream that the output is added to. The division weighs layers against each other; within a
+    layer it changes nothing.
+
+    "paper": phi^alpha w^beta epsilon^gamma, eq. 3-4 of arXiv:2410.06270.
+    """
+    columns = [scores.bits.index(b) for b in recipe.expert_bits]
+    parts = slice(0, BOTH) if recipe.per_projection else slice(BOTH, BOTH + 1)
+    squared = scores.squared_error[:, :, parts, columns]
+    if recipe.cost != "paper":
+        return np.asarray(squared / scores.residual_energy[:, None, None, None])
+    phi = scores.tokens / scores.total_tokens  # [L, E]
+    w = scores.routing_weight / scores.total_tokens  # [L, E]
+    with np.errstate(all="ignore"):  # looked at below
+        significance = phi**recipe.alpha * w**recipe.beta
+        costs = significance[:, :, None, None] * np.sqrt(squared) ** recipe.gamma
+    wrong = np.argwhere(~np.isfinite(costs))
+    if len(wrong):
+        row, expert = wrong[0, :2].tolist()
+        raise NumericalError(
+            f"phi^{recipe.alpha} w^{recipe.beta} epsilon^{recipe.gamma} of layer "
+            f"{scores.layers[row]} expert {expert} is not finite (phi {phi[row, expert]:.3g}, w "
+            f"{w[row, expert]:.3g}). Use exponents of at least 0, and smaller ones."
+        )
+    return np.asarray(costs)
+
+
+def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
+    """What routed experts may use: code bits under a budget of `bits`, bytes under the others.
+
+    Raises:
+        InputError: no budget is set.
+        BudgetError: it is below the smallest possible.
+    """
+    possible = budget_range(scores, recipe)._asdict()
+    unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
+    if unit is None:
+        raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
+    (low, high), asked = possible[unit], getattr(recipe, unit)
+    if asked > high:
+        logger.warning(
+            "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
+        )
+    budget = min(asked, high) * (1 if unit == "size" else 1 + BUDGET_ROUNDING)
+    if unit == "bits":
+        capacity = math.floor(budget * menu.total_weights)
+    elif unit == "bpw":
+        weights = scores.fixed_weights + menu.total_weights
+        capacity = math.floor(budget * weights / 8) - scores.fixed_bytes
+    else:
+        capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
+    sizes = menu.code_bits if unit == "bits" else menu.nbytes
+    if capacity < menu.extremes(sizes, _required(recipe, menu.shape[1]))[0]:
+        raise BudgetError(
+            f"{unit} {asked} is impossible: with expert_bits {list(recipe.expert_bits)} and group "
+            f"size {scores.group_size} the smallest is {_up(low)} and the largest {_down(high)}. "
+            "Raise the budget, or offer smaller widths."
+        )
+    return capacity
+
+
+def uniform(recipe: Recipe, menu: Menu, sizes: Ints, capacity: int) -> Ints:
+    """Every expert at one width. [L, E, P] columns of the menu.
+
+    Raises:
+        BudgetError: `bits` is none of the offered widths. (Under `bpw` and `size` the largest
+            width that fits is taken.)
+        InputError: `at_least_one` asks for another width too.
+    """
+    if recipe.bits is not None and recipe.bits not in menu.widths:
+        raise BudgetError(
+            f"No uniform allocation has {recipe.bits} bits: offered are {list(menu.widths)}, the "
+            f"smallest is {menu.widths[0]} and the largest {menu.widths[-1]}. Ask for one of them, "
+            "or use another cost than 'uniform'."
+        )
+    totals = math.prod(menu.shape[:2]) * sizes.sum(axis=0)  # [B]
+    column = int((totals <= capacity).sum()) - 1
+    if set(recipe.at_least_one) - {menu.widths[column]}:
+        raise InputError(
+            f"at_least_one asks for {list(recipe.at_least_one)} bits in every layer, which a "
+            f"uniform {menu.widths[column]}-bit allocation has not. Set at_least_one to ()."
+        )
+    return np.full(menu.shape, column)
+
+
+def choose(recipe: Recipe, costs: Floats, sizes: Ints, capacity: int) -> Ints:
+    """Solve for the whole model, or for each layer with an equal share of the budget.
+
+    Args:
+        costs: [L, E, P, B].
+        sizes: [P, B].
+        capacity: of all layers together, in units of sizes.
+
+    Returns:
+        [L, E, P] the chosen columns.
+    """
+    count, experts, items, widths = costs.shape
+    required = _required(recipe, experts)
+    rng = np.random.default_rng(recipe.seed)
+    parts = [costs] if recipe.scope == "model" else np.split(costs, count)
+    choices = []
+    for part in parts:
+        layers = len(part)
+        flat = part.reshape(-1, widths)
+        each = np.tile(sizes, (layers * experts, 1))
+        # Items of one layer and projection, which at_least_one counts together.
+        groups = np.arange(layers * experts * items).reshape(layers, experts, items)
+        members = groups.swapaxes(1, 2).reshape(layers * items, experts)
+        share = capacity * layers // count
+        choices.append(
+            draw(each, share, members, required, rng)
+            if recipe.cost == "random"
+            else solve(flat, each, share, members, required)
+        )
+    return np.concatenate(choices).reshape(count, experts, items)
+
+
+# --- the exact solver ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Knapsack:
+    """The program in units of its own: excess costs within [0, 1], excess sizes in their gcd."""
+
+    excess: Floats  # [I, B] cost above the item's cheapest width
+    sizes: Ints  # [I, B] size above the item's smallest width
+    capacity: int
+    members: Ints  # [G, M] items of each group
+    required: tuple[int, ...]  # columns that each group uses at least once
+
+    @classmethod
+    def of(
+        cls, costs: Floats, sizes: Ints, capacity: int, members: Ints, required: Sequence[int]
+    ) -> _Knapsack:
+        excess = costs - costs.min(axis=1, keepdims=True)
+        smallest = sizes.min(axis=1, keepdims=True)
+        unit = int(np.gcd.reduce(sizes - smallest, axis=None)) or 1
+        return cls(
+            excess / (excess.max() or 1.0),
+            (sizes - smallest) // unit,
+            (capacity - int(smallest.sum())) // unit,
+            members,
+            tuple(required),
+        )
+
+    def room(self, choice: Ints) -> int:
+        """What a choice leaves of the budget."""
+        return self.capacity - int(_at(self.sizes, choice).sum())
+
+    def at_price(self, price: float) -> tuple[Ints, Floats]:
+        """The cheapest choice [I] if budget costs `price` a unit, and reduced costs [I, B]."""
+        total = self.excess + price * self.sizes
+        choice = total.argmin(axis=1)
+        reduced = total - total.min(axis=1, keepdims=True)
+        for items in self.members if self.required else ():
+            offers = reduced[items][:, list(self.required)]
+            rows, columns = linear_sum_assignment(offers)
+            choice[items[rows]] = np.array(self.required)[columns]
+        return choice, reduced
+
+    def representatives(self, choice: Ints) -> Mask:
+        """[I] one item for each group and required column: these must not change."""
+        held = np.zeros(len(choice), dtype=np.bool_)
+        for column in self.required:
+            found = choice[self.members] == column
+            held[self.members[np.arange(len(found)), found.argmax(axis=1)]] = True
+        return held
+
+    def cover_cost(self, reduced: Floats, left_out: int | None = None) -> Floats:
+        """[G] how much the bound rises because each group uses its required columns."""
+        columns = [c for c in self.required if c != left_out]
+        rises = np.zeros(len(self.members))
+        for group, items in enumerate(self.members if columns else ()):
+            offers = reduced[items][:, columns]
+            rises[group] = offers[linear_sum_assignment(offers)].sum()
+        return rises
+
+
+def solve(
+    costs: Floats,
+    sizes: Ints,
+    capacity: int,
+    members: Ints | None = None,
+    required: Sequence[int] = (),
+) -> Ints:
+    """Choose one column for each item: least sum of costs, sum of sizes at most `capacity`. Exact.
+
+    Args:
+        costs: [I, B] finite float64.
+        sizes: [I, B] int64, at least 0.
+        capacity: in units of sizes; some choice must fit.
+        members: [G, M] items of each group, needed with `required`.
+        required: columns that every group has to use at least once.
+
+    Returns:
+        [I] the chosen columns; the same for the same input. Room that is left is spent on columns
+        of equal cost.
+
+    Raises:
+        MoepressError: HiGHS failed or ran out of time.
+    """
+    groups = np.empty((0, 0), dtype=np.int64) if members is None else members
+    problem = _Knapsack.of(costs, sizes, capacity, groups, required)
+    return _spend_freely(problem, _solve(problem))
+
+
+def _solve(problem: _Knapsack) -> Ints:
+    choice, _ = problem.at_price(0.0)
+    if problem.room(choice) >= 0:
+        return choice  # the budget does not bind
+    price, below, above = _best_price(problem)
+    incumbent = _improve(problem, _towards(problem, above, below))
+    _, reduced = problem.at_price(price)
+    rises = problem.cover_cost(reduced)  # [G]
+    gap = _above_bound(problem, incumbent, reduced, price) - rises.sum()
+    if gap <= 0:
+        return incumbent
+    found = _core(problem, reduced, price, gap, _candidates(problem, reduced, gap, incumbent))
+    better = _above_bound(problem, found, reduced, price) - rises.sum() < gap
+    return found if better else incumbent
+
+
+def _best_price(problem: _Knapsack) -> tuple[float, Ints, Ints]:
+    """The price at which the budget is just met, and the choices just below and just above it."""
+    high = 1.0
+    while problem.room(problem.at_price(high)[0]) < 0:
+        high *= 2
+    low = high
+    while problem.room(problem.at_price(low)[0]) >= 0:
+        high, low = low, low / 2
+    while low < (middle := (low + high) / 2) < high:
+        if problem.room(problem.at_price(middle)[0]) >= 0:
+            high = middle
+        else:
+            low = middle
+    return high, problem.at_price(low)[0], problem.at_price(high)[0]
+
+
+def _towards(problem: _Knapsack, start: Ints, end: Ints) -> Ints:
+    """`start` with as many of its items as fit, first ones first, changed to what `end` has."""
+    change = _at(problem.sizes, end) - _at(problem.sizes, start)
+    change[problem.representatives(start)] = 0
+    items = np.flatnonzero(change)
+    fits = np.cumsum(change[items]) <= problem.room(start)
+    items = items[: len(items) if fits.all() else int(fits.argmin())]
+    choice = start.copy()
+    choice[items] = end[items]
+    return choice
+
+
+def _improve(problem: _Knapsack, choice: Ints) -> Ints:
+    """Make the change of one item that lowers the cost most and fits, while there is one."""
+    choice = choice.copy()
+    held = problem.representatives(choice)
+    while True:
+        gain = _at(problem.excess, choice)[:, None] - problem.excess
+        extra = problem.sizes - _at(problem.sizes, choice)[:, None]
+        gain[(extra > problem.room(choice)) | held[:, None]] = 0.0
+        item, column = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[item, column] <= 0:
+            return choice
+        choice[item] = column
+
+
+def _above_bound(problem: _Knapsack, choice: Ints, reduced: Floats, price: float) -> float:
+    """Cost of a choice above the Lagrangian bound, added up without cancellation."""
+    return float(_at(reduced, choice).sum() + price * problem.room(choice))
+
+
+def _candidates(problem: _Knapsack, reduced: Floats, gap: float, incumbent: Ints) -> Mask:
+    """[I, B] the columns that an allocation better than the incumbent may still use.
+
+    A required column pays for its group's need of it: taking it raises the bound by its reduced
+    cost, less what the group had to pay for that column anyway.
+    """
+    limit = np.full(reduced.shape, gap)
+    rises = problem.cover_cost(reduced)
+    for column in problem.required:
+        saved = rises - problem.cover_cost(reduced, left_out=column)
+        limit[problem.members, column] += saved[:, None]
+    candidates = reduced <= limit
+    candidates[np.arange(len(incumbent)), incumbent] = True
+    return candidates
+
+
+def _core(problem: _Knapsack, reduced: Floats, price: float, gap: float, candidates: Mask) -> Ints:
+    """HiGHS on the items that still have a choice."""
+    choice = candidates.argmax(axis=1)
+    open_items = candidates.sum(axis=1) > 1
+    items, columns = np.nonzero(candidates & open_items[:, None])
+    rows = np.cumsum(open_items)[items] - 1  # [V] one row of "exactly one" per open item
+    count, variables = int(open_items.sum()), len(items)
+    sizes = problem.sizes[items, columns]
+    capacity = problem.capacity - int(_at(problem.sizes, choice)[~open_items].sum())
+    # The last variable is the room that is left.
+    one = coo_array((np.ones(variables), (rows, np.arange(variables))), (count, variables + 1))
+    constraints = [
+        LinearConstraint(one.tocsr(), 1, 1),
+        LinearConstraint(np.append(sizes, 1)[None, :].astype(float), capacity, capacity),
+    ]
+    for column in problem.required:
+        fixed = (~open_items & (choice == column))[problem.members].any(axis=1)  # [G]
+        group_of = np.full(len(choice), -1)
+        group_of[problem.members[~fixed]] = np.flatnonzero(~fixed)[:, None]
+        here = np.flatnonzero((columns == column) & (group_of[items] >= 0))
+        shape = (len(problem.members), variables + 1)
+        cover = coo_array((np.ones(len(here)), (group_of[items[here]], here)), shape)
+        constraints.append(LinearConstraint(cover.tocsr(), (~fixed).astype(float), np.inf))
+    result = milp(
+        OBJECTIVE_SCALE / gap * np.append(reduced[items, columns], price),
+        integrality=np.append(np.ones(variables), 0),
+        bounds=Bounds(0, np.append(np.ones(variables), np.inf)),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
+    )
+    if result.status != 0 or result.x is None:
+        raise MoepressError(
+            f"HiGHS did not solve the allocation of {count} items with {variables} choices left "
+            f"(limit {SECONDS:.0f} s): {result.message} Try a slightly different budget, or "
+            "scope 'layer'."
+        )
+    taken = result.x[:-1] > 0.5
+    choice[items[taken]] = columns[taken]
+    if taken.sum() != count or problem.room(choice) < 0:
+        raise MoepressError(
+            f"HiGHS returned {int(taken.sum())} widths for {count} items, {problem.room(choice)} "
+            "units of budget left. Expected one each within the budget: please report this."
+        )
+    logger.debug("HiGHS decided %d items, %d choices", count, variables)
+    return choice
+
+
+def _spend_freely(problem: _Knapsack, choice: Ints) -> Ints:
+    """Spend what is left of the budget on larger widths of equal cost, smallest steps first."""
+    choice = choice.copy()
+    held = problem.representatives(choice)
+    never = np.iinfo(np.int64).max
+    while True:
+        room = problem.room(choice)
+        extra = problem.sizes - _at(problem.sizes, choice)[:, None]
+        equal = problem.excess == _at(problem.excess, choice)[:, None]
+        step = np.where(equal & (extra > 0) & (extra <= room) & ~held[:, None], extra, never)
+        smallest = step.min(axis=1)
+        items = np.argsort(smallest, kind="stable")[: int((smallest < never).sum())]
+        if not len(items):
+            return choice
+        items = items[np.cumsum(smallest[items]) <= room]
+        choice[items] = step[items].argmin(axis=1)
+
+
+# --- random allocation, to compare with ---------------------------------------------------------
+
+
+def draw(
+    sizes: Ints, capacity: int, members: Ints, required: Sequence[int], rng: np.random.Generator
+) -> Ints:
+    """A fair random allocation: near enough, each one that just meets the budget is as likely.
+
+    Random costs given to the solver would not do: it would still avoid what is expensive for its
+    size, so the mix of widths would be the solver's. Instead every item draws its width alone, with
+    chances proportional to exp(-price * size), the price being the one at which the expected size
+    is the budget: given their sum, all allocations are then equally likely. What the draw misses
+    the budget by is made up for by single steps of random items, until no step up fits.
+
+    Args:
+        sizes: [I, B] int64, rising along B.
+        capacity: in units of sizes.
+        members: [G, M] items of each group.
+        required: columns that every group has to use at least once.
+        rng: source of chance; the same state gives the same allocation.
+
+    Returns:
+        [I] the chosen columns.
+    """
+    choice = _draw_alone(sizes, capacity, rng)
+    free = np.ones(len(sizes), dtype=np.bool_)
+    for items in members if required else ():
+        held = rng.choice(items, len(required), replace=False)
+        choice[held] = required
+        free[held] = False
+    used = int(_at(sizes, choice).sum())
+    for step in (-1, 1):
+        moved = True
+        while moved:
+            moved = False
+            for item in rng.permutation(np.flatnonzero(free)):
+                to = choice[item] + step
+                if (step < 0 and used <= capacity) or not 0 <= to < sizes.shape[1]:
+                    continue
+                after = used + int(sizes[item, to] - sizes[item, choice[item]])
+                if step < 0 or after <= capacity:
+                    choice[item], used, moved = to, after, True
+    return choice
+
+
+def _draw_alone(sizes: Ints, capacity: int, rng: np.random.Generator) -> Ints:
+    """[I] columns drawn with chances proportional to exp(-price * size)."""
+    scaled = (sizes - sizes.mean(axis=1, keepdims=True)) / max(float(np.ptp(sizes)), 1.0)
+
+    def chances(price: float) -> Floats:
+        weight = np.exp(-price * scaled - (-price * scaled).max(axis=1, keepdims=True))
+        return np.asarray(weight / weight.sum(axis=1, keepdims=True))
+
+    low, high = -1000.0, 1000.0  # exp of this is all of one width
+    for _ in range(60):
+        price = (low + high) / 2
+        if (chances(price) * sizes).sum() > capacity:
+            low = price
+        else:
+            high = price
+    ends = chances(high).cumsum(axis=1)
+    return np.minimum((rng.random((len(sizes), 1)) > ends).sum(axis=1), sizes.shape[1] - 1)
+
+
+# --- small things -------------------------------------------------------------------------------
+
+
+def _at(table: npt.NDArray[Any], choice: Ints) -> npt.NDArray[Any]:
+    """table[..., choice] along its last axis; [P, B] tables serve all layers and experts."""
+    full = np.broadcast_to(table, (*choice.shape, table.shape[-1]))
+    return np.take_along_axis(full, choice[..., None], axis=-1)[..., 0]
+
+
+def _required(recipe: Recipe, experts: int) -> tuple[int, ...]:
+    """Columns of the widths that every layer must use; none where all experts are to be alike."""
+    required = tuple(recipe.expert_bits.index(b) for b in sorted(set(recipe.at_least_one)))
+    if recipe.cost == "uniform":
+        return ()
+    if len(required) > experts:
+        raise InputError(
+            f"at_least_one asks for {len(required)} widths in every layer, but a layer has "
+            f"{experts} experts. Ask for fewer."
+        )
+    return required
+
+
+def _digits(bits: npt.NDArray[np.int8]) -> str:
+    return "".join(str(b) for b in bits.tolist())
+
+
+def _up(number: float) -> str:
+    """Rounded so that the number named is itself possible."""
+    return str(number) if isinstance(number, int) else f"{math.ceil(number * 1e4) / 1e4:.4f}"
+
+
+def _down(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{math.floor(number * 1e4) / 1e4:.4f}"

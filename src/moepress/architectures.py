@@ -1,0 +1,132 @@
+"""Where each model family keeps its experts, and what its other linears are for.
+
+transformers 5 gives 48 causal-LM families one contract (docs/add-a-family.md): a module with fused
+parameters `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I], called with
+(hidden [N, H], top_k_index [N, k], top_k_weights [N, k]), computing down(act(gate x) * up x). Such
+modules are found by their attributes, never by model type, so a new family of that contract needs
+nothing here. What differs by name is the role of the linears around the experts: `ROLES`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moepress.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The first pattern found in a linear's path inside its decoder layer names its role. A role is the
+# name of the Recipe field that holds its width, less "_bits"; None: never quantized.
+ROLES: tuple[tuple[str, str | None], ...] = (
+    (r"(^|\.)(gate|router)$", None),  # routers: 0.01 % of the bytes, and they choose the experts
+    (r"shared_expert_gate$", None),
+    (r"shared_(expert|experts|mlp)(\.|$)", "shared_expert"),
+    (r"(^|\.)(mlp|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
+    (r"", "attention"),  # every other linear mixes tokens: attention, linear attention, Mamba
+)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one decoder layer, as transformers' meta model describes them."""
+
+    layer: int  # index of the decoder layer
+    path: str  # module path in the model, e.g. "model.layers.3.mlp.experts"
+    experts: int  # E
+    hidden: int  # H
+    intermediate: int  # I
+
+    @property
+    def gate_up_shape(self) -> tuple[int, int]:
+        return 2 * self.intermediate, self.hidden
+
+    @property
+    def down_shape(self) -> tuple[int, int]:
+        return self.hidden, self.intermediate
+
+
+def decoder_layers(model: Any) -> Any:
+    """The nn.ModuleList of decoder layers of a transformers causal LM."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder layers where transformers' other "
+            "causal LMs have it (model.get_decoder().layers). This model cannot be walked."
+        )
+    return layers
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a fused expert collection of transformers' experts interface."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def find_experts(model: Any) -> dict[int, Experts]:
+    """The routed experts of every decoder layer that has them, by layer index."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[int, Experts] = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        modules = [m for m in layer.modules() if is_experts(m)]
+        if len(modules) > 1:
+            raise InputError(
+                f"Layer {index} of {type(model).__name__} has {len(modules)} expert collections; "
+                "expected at most one. This family is not supported yet."
+            )
+        for module in modules:
+            path = paths[id(module)]
+            check_supported(module, path)
+            count, rows, hidden = module.gate_up_proj.shape
+            found[index] = Experts(index, path, count, hidden, rows // 2)
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no routed experts in the form of transformers 5's "
+            "experts interface. Expected a Mixture-of-Experts causal LM such as Mixtral, "
+            "Qwen3-MoE, OLMoE or DeepSeek-V3; dense models gain nothing from moepress."
+        )
+    shapes = {(e.experts, e.gate_up_shape, e.down_shape) for e in found.values()}
+    if len(shapes) > 1:
+        raise InputError(
+            f"The layers of {type(model).__name__} have experts of different number or shape: "
+            f"{sorted(shapes)}. Expected the same in every layer; not supported yet."
+        )
+    return found
+
+
+def check_supported(module: Any, path: str) -> None:
+    """Raise InputError where an expert collection differs from the common contract."""
+    differs = [
+        text
+        for text, wrong in (
+            ("has no gate", not module.has_gate),
+            ("is transposed", module.is_transposed),
+            ("has biases", getattr(module, "has_bias", False)),
+            ("interleaves gate and up", not getattr(module, "is_concatenated", True)),
+            ("has a norm after the experts", getattr(module, "has_post_expert_norm", False)),
+            ("has a gate function of its own", not _default_gate(module)),
+        )
+        if wrong
+    ]
+    if differs:
+        raise InputError(
+            f"{path} ({type(module).__name__}) {', '.join(differs)}. Supported: fused "
+            "gate_up_proj [E, 2I, H] and down_proj [E, H, I] with act(gate) * up."
+        )
+
+
+def _default_gate(module: Any) -> bool:
+    from transformers.integrations import moe
+
+    return type(module)._apply_gate is moe._default_apply_gate
+
+
+def linear_role(path: str, in_moe_layer: bool) -> str | None:
+    """The Recipe field, less "_bits", for the linear at `path` inside its decoder layer.
+
+    A linear of the MLP of a layer that has routed experts is neither routed nor dense: it is a
+    shared expert by another name.
+    """
+    role = next(role for pattern, role in ROLES if re.search(pattern, path))
+    return "shared_expert" if role == "dense_mlp" and in_moe_layer else role

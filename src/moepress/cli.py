@@ -1,0 +1,334 @@
+"""The command line: arguments in, one function call, results out. No logic lives here.
+
+Results go to stdout, progress and warnings to stderr. Exit code 0: done, 1: the work failed,
+2: something given was wrong. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moepress.recipe import Recipe
+
+app = typer.Typer(
+    name="moepress",
+    help="Compress Mixture-of-Experts language models to 1.5-3 bits per expert weight.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of the original model, or its hub id.")]
+Bits = Annotated[
+    float | None, typer.Option(help="Budget: average code bits of the routed experts.")
+]
+Bpw = Annotated[float | None, typer.Option(help="Budget: stored bits per weight, everything.")]
+Size = Annotated[str | None, typer.Option(help="Budget: bytes of the folder, such as 16GB.")]
+RecipeName = Annotated[str, typer.Option(help="default, paper, or a .toml or .json file.")]
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Calibration text as PATH[=WEIGHT]: a text or .jsonl file, a folder, c4, wikitext2, "
+        "math, stdlib, or self (the model's own samples). Repeatable."
+    ),
+]
+Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
+Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens of each.")]
+Widths = Annotated[
+    str | None, typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3.")
+]
+Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to make, or to go on with.")],
+    bits: Bits = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    recipe: RecipeName = "default",
+    calib: Calib = None,
+    sequences: Sequences = None,
+    sequence_length: Length = None,
+    expert_bits: Widths = None,
+    group_size: Group = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> None:
+    """Compress a model: score, allocate, quantize. Run again to continue a stopped run.
+
+    Example: moepress compress Mixtral-8x7B-v0.1 mixtral-2.5bit --bits 2.5 --calib text/
+    """
+    from moepress.compress import compress as run
+
+    chosen = _recipe(
+        recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed
+    )
+    typer.echo(run(model, out, chosen, device=_device(device)))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    recipe: RecipeName = "default",
+    calib: Calib = None,
+    sequences: Sequences = None,
+    sequence_length: Length = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> None:
+    """Count which experts the text chooses, and with what weight.
+
+    Example: moepress calibrate Mixtral-8x7B-v0.1 routing.json --calib text/
+    """
+    from moepress.calibrate import calibrate as run
+    from moepress.source import Source
+
+    chosen = _recipe(recipe, None, None, None, calib, sequences, sequence_length, None, None, seed)
+    run(Source(model, _device(device)), chosen).save(out)
+    typer.echo(out)
+
+
+@app.command()
+def score(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Scores file to write (.safetensors).")],
+    recipe: RecipeName = "default",
+    calib: Calib = None,
+    sequences: Sequences = None,
+    sequence_length: Length = None,
+    expert_bits: Widths = None,
+    group_size: Group = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> None:
+    """Measure what every expert costs at every width. Run again to continue a stopped run.
+
+    Example: moepress score Mixtral-8x7B-v0.1 scores.safetensors --calib text/
+    """
+    import shutil
+
+    from moepress.score import score as run
+
+    chosen = _recipe(
+        recipe, None, None, None, calib, sequences, sequence_length, expert_bits, group_size, seed
+    )
+    work = out.with_name(out.name + ".work")
+    run(model, chosen, work=work, device=_device(device)).save(out)
+    shutil.rmtree(work)
+    typer.echo(out)
+
+
+@app.command()
+def allocate(
+    scores: Annotated[Path, typer.Argument(help="Scores file of `moepress score`.")],
+    out: Annotated[Path, typer.Argument(help="Plan to write (.json).")],
+    bits: Bits = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    recipe: RecipeName = "default",
+) -> None:
+    """Choose the bits of every expert under a budget; seconds, from stored scores.
+
+    Example: moepress allocate scores.safetensors plan.json --size 16GB
+    """
+    from moepress.allocate import allocate as run
+    from moepress.score import ExpertScores
+
+    measured = ExpertScores.load(scores)
+    chosen = measured.recipe_for(_recipe(recipe, bits, bpw, size))
+    run(measured, chosen).save(out)
+    typer.echo(out)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="Plan of `moepress allocate`.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make, or to go on with.")],
+    device: Device = "cpu",
+) -> None:
+    """Apply a plan and write the compressed folder. Run again to continue a stopped run.
+
+    Example: moepress quantize Mixtral-8x7B-v0.1 plan.json mixtral-2.5bit
+    """
+    from moepress.allocate import BitAllocation
+    from moepress.quantize import quantize as run
+
+    typer.echo(run(model, BitAllocation.load(plan), out, device=_device(device)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Compressed folder or original model.")],
+    text: Annotated[list[str], typer.Option(help="Text to predict. Repeatable.")],
+    against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity on texts, and KL divergence from the original model.
+
+    Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
+    """
+    from moepress.evaluate import evaluate as run
+    from moepress.tables import evaluation_table
+
+    result = run(model, text, against=against, length=length, limit=limit, device=_device(device))
+    _show(result.to_dict(), as_json, evaluation_table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder or file of ours, or an original model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file or folder holds.
+
+    Example: moepress inspect mixtral-2.5bit --json
+    """
+    from moepress.inspect import inspect as run
+    from moepress.tables import nested_table
+
+    _show(run(path), as_json, nested_table)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Compressed folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    device: Device = "cpu",
+) -> None:
+    """Continue a text, greedily.
+
+    Example: moepress generate mixtral-2.5bit "Once upon a time" --tokens 100
+    """
+    from moepress.generate import generate as run
+
+    typer.echo(run(model, prompt, tokens=tokens, device=_device(device)))
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Argument(help="Where to keep the compressed model; default: nowhere.")
+    ] = None,
+    bits: Annotated[float, typer.Option(help="Average code bits of the routed experts.")] = 2.5,
+    as_json: AsJson = False,
+) -> None:
+    """Compress, load, evaluate and run the small model that moepress carries.
+
+    Example: moepress demo
+    """
+    from moepress.demo import demo as run
+    from moepress.tables import demo_table
+
+    _show(run(out, bits=bits), as_json, demo_table)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what runs on this machine, and why not the rest.
+
+    Example: moepress doctor
+    """
+    from moepress.doctor import doctor as run
+    from moepress.doctor import format_report
+
+    report = run()
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    from moepress import __version__
+
+    if version:
+        typer.echo(f"moepress {__version__}")
+        raise typer.Exit
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if quiet:
+        from moepress.progress import set_verbosity
+
+        set_verbosity("quiet")
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and an exit code."""
+    from moepress.errors import InputError, MoepressError
+
+    try:
+        app()
+    except MoepressError as error:
+        typer.echo(f"moepress: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        typer.echo("moepress: stopped. Run the same command again to go on.", err=True)
+        sys.exit(1)
+
+
+def _recipe(
+    name: str,
+    bits: float | None,
+    bpw: float | None,
+    size: str | None,
+    calib: list[str] | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    expert_bits: str | None = None,
+    group_size: int | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """The named recipe with what the options change."""
+    from moepress.data import parse_source
+    from moepress.recipe import Recipe, parse_size, parse_widths
+
+    changes: dict[str, Any] = {
+        "bits": bits,
+        "bpw": bpw,
+        "size": parse_size(size) if size is not None else None,
+        "calib": tuple(parse_source(text) for text in calib) if calib else None,
+        "sequences": sequences,
+        "sequence_length": sequence_length,
+        "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,
+        "group_size": group_size,
+        "seed": seed,
+    }
+    return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _device(name: str) -> str:
+    """A device that exists here.
+
+    Raises:
+        InputError: it does not.
+    """
+    import torch
+
+    from moepress.errors import InputError
+
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise InputError(f"Device '{name}' is not available here. Expected cpu, or cuda on a GPU.")
+    return name
+
+
+def _show(result: dict[str, Any], as_json: bool, table: Any) -> None:
+    typer.echo(json.dumps(result, indent=2) if as_json else table(result))

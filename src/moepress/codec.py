@@ -1,0 +1,122 @@
+"""What a codec is: how a weight matrix becomes bytes, and how many.
+
+The scalar family stores every weight as an integer code on a uniform grid, one grid for each group
+of `group_size` consecutive weights of a row:
+
+    w = scale * (code - zero),   code in 0 .. 2**bits - 1
+
+`scale` is bfloat16. `zero` is one byte: zero = zero_code * (2**bits - 1) / 255, so it can lie
+anywhere inside the grid in steps of 1/255 of the grid's width. 1-bit (sign) and 8-bit grids are
+symmetric, zero = (2**bits - 1) / 2, and store no zero.
+
+The byte layout of a matrix is in `docs/format.md`; `kernels/reference.py` packs and unpacks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from moepress.errors import InputError
+
+GRID_BITS = (1, 2, 3, 4, 8)
+GROUP_SIZES = (128, 64, 32)  # tried in this order when the asked one does not divide a row
+ROWS_PER_BLOCK = 16  # rows of a tile: the int32 lanes of a 512-bit register
+ALIGNMENT = 64  # every matrix starts at a multiple of this many bytes: one cache line
+
+
+@dataclass(frozen=True, order=True)
+class Codec:
+    """A uniform scalar grid of `bits` bits with one scale (and zero) per `group_size` weights."""
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in GRID_BITS:
+            raise InputError(
+                f"{self.bits}-bit codes do not exist. Expected one of {list(GRID_BITS)} bits."
+            )
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(
+                f"group size {self.group_size} is not offered. Use one of {list(GROUP_SIZES)}."
+            )
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}-g{self.group_size}"
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2**bits - 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a zero is stored; sign and 8-bit grids are symmetric."""
+        return self.bits not in (1, 8)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales and zeros included, row and byte padding left out."""
+        return self.bits + (16 + 8 * self.has_zero) / self.group_size
+
+    def groups(self, cols: int) -> int:
+        if cols % self.group_size:
+            raise InputError(
+                f"group size {self.group_size} does not divide a row of {cols} weights. "
+                f"Use one of {[g for g in GROUP_SIZES if cols % g == 0] or 'no quantization'}."
+            )
+        return cols // self.group_size
+
+    def block_bytes(self, cols: int) -> int:
+        """Bytes of a block of 16 rows."""
+        side = 2 + self.has_zero  # bf16 scale, uint8 zero
+        return ROWS_PER_BLOCK * (cols * self.bits // 8 + self.groups(cols) * side)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Stored bytes of a [rows, cols] matrix, padding included."""
+        blocks = -(-rows // ROWS_PER_BLOCK)
+        return -(-blocks * self.block_bytes(cols) // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """How one packed tensor is stored: the code bits of each of its matrices, in order.
+
+    A linear is one matrix; a fused expert parameter is one matrix per expert, laid end to end,
+    each starting at a multiple of 64 bytes. `docs/format.md` calls this a packed tensor.
+    """
+
+    bits: tuple[int, ...]  # one per matrix
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if not self.bits:
+            raise InputError("A packed tensor needs at least one matrix, got no code bits.")
+        for bits in set(self.bits):
+            Codec(bits, self.group_size)  # refuses widths that do not exist
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return tuple(Codec(bits, self.group_size) for bits in self.bits)
+
+    def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
+        """First byte of each [rows, cols] matrix, and the total as a last entry."""
+        sizes = {codec: codec.nbytes(rows, cols) for codec in set(self.codecs)}
+        return (0, *accumulate(sizes[codec] for codec in self.codecs))
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        return self.offsets(rows, cols)[-1]
+
+    def to_json(self) -> dict[str, str | int]:
+        return {"bits": "".join(map(str, self.bits)), "group_size": self.group_size}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, str | int]) -> PackedSpec:
+        return cls(tuple(int(c) for c in str(fields["bits"])), int(fields["group_size"]))
+
+
+def fitting_group_size(cols: int, group_size: int) -> int | None:
+    """The largest group size offered, at most `group_size`, that divides `cols`; or None."""
+    return next((g for g in GROUP_SIZES if g <= group_size and cols % g == 0), None)

@@ -1,0 +1,227 @@
+"""How good a model is: perplexity, and how far its predictions moved from the original's.
+
+A compressed folder is loaded as it is, packed. An original is streamed layer by layer, so it need
+not fit in memory. Both see the same tokens, in the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress import data
+from moepress.checkpoint import folder_bytes, is_compressed, load_json
+from moepress.errors import InputError
+from moepress.progress import Progress
+from moepress.source import Source, resolve
+from moepress.walk import BATCH_TOKENS, Walk
+
+ROWS = 512  # tokens whose float32 predictions are in memory together
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """One text. Where there is an original: KL(original || model) per token, in nats."""
+
+    text: str
+    tokens: int  # predicted tokens
+    perplexity: float
+    original_perplexity: float | None = None
+    kl: float | None = None  # mean
+    kl_p99: float | None = None  # 99th percentile
+    changed_top: float | None = None  # share of tokens whose most likely next token differs
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity over the original's."""
+        if self.original_perplexity is None:
+            return None
+        return self.perplexity / self.original_perplexity
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results by text, and what is needed to run them again."""
+
+    model: str
+    original: str | None
+    length: int  # tokens of a window
+    folder_bytes: int
+    texts: tuple[TextResult, ...]
+    seconds: float
+    provenance: Mapping[str, str]
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over texts of the mean KL divergence."""
+        values = [t.kl for t in self.texts if t.kl is not None]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Geometric mean over texts of the perplexity ratio."""
+        logs = [math.log(t.ratio) for t in self.texts if t.ratio is not None]
+        return math.exp(sum(logs) / len(logs)) if logs else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"kl": self.kl, "ratio": self.ratio}
+
+
+def evaluate(
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    length: int = 256,
+    limit: int | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """Perplexity of a model on texts, and its divergence from another.
+
+    Args:
+        model: a folder made by moepress, or an original model (folder or hub id).
+        texts: sources as `data.py` knows them, such as files.
+        against: the original model to compare with.
+        length: tokens of a window; windows do not overlap, each is predicted from its second
+            token on.
+        limit: windows per text; None: the whole text.
+
+    Raises:
+        InputError: a model or text cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    started = time.monotonic()
+    if not texts:
+        raise InputError("No text to evaluate on. Give at least one file or text source.")
+    folder = resolve(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
+    data.check_vocab(tokens, _vocab_size(folder))
+    predictions = _predictions(folder, tokens.ids, device)
+    reference = None
+    if against is not None:
+        reference = _predictions(resolve(against), tokens.ids, device)
+    measured = [_compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
+    columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
+    results = []
+    for name in dict.fromkeys(tokens.sources):
+        rows = torch.tensor([source == name for source in tokens.sources])
+        results.append(_summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
+    return Evaluation(
+        model=folder.name,
+        original=Path(against).name if against is not None else None,
+        length=length,
+        folder_bytes=folder_bytes(folder),
+        texts=tuple(results),
+        seconds=time.monotonic() - started,
+        provenance=_provenance(folder),
+    )
+
+
+def _predictions(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice, Tensor]]:
+    """(batch, logits [b, L, V]) of a model for every batch of sequences, in order."""
+    if not is_compressed(folder):
+        walk = Walk(Source(folder, device), ids)
+        with Progress("original", total=len(walk.source.layers)) as progress:
+            walk.finish(progress)
+        yield from walk.logits()
+        return
+    model = load_packed(folder, device)
+    step = max(1, BATCH_TOKENS // ids.shape[1])
+    starts = range(0, len(ids), step)
+    with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
+        for start in starts:
+            batch = slice(start, min(start + step, len(ids)))
+            yield batch, model(input_ids=ids[batch].to(device), use_cache=False).logits
+            progress.advance()
+
+
+def load_packed(folder: Path, device: str = "cpu") -> Any:
+    """A compressed folder as a transformers model, its weights packed in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from moepress import hf
+
+    hf.register()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+
+
+def _paired(
+    predictions: Iterator[tuple[slice, Tensor]],
+    reference: Iterator[tuple[slice, Tensor]] | None,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    if reference is None:
+        for batch, logits in predictions:
+            yield batch, logits, None
+        return
+    for (batch, original), (same, logits) in zip(reference, predictions, strict=True):
+        if batch != same:
+            raise InputError("The two models cut the text differently.")
+        yield batch, logits, original
+
+
+def _compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, Tensor]:
+    """Per predicted token [b, L - 1] float32: loss, and what moved from the original."""
+    shape = ids[:, 1:].shape
+    target = ids[:, 1:].flatten().to(logits.device)
+    flat = logits[:, :-1].flatten(0, 1)
+    other = original[:, :-1].flatten(0, 1) if original is not None else None
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(flat), ROWS):
+        rows = slice(start, start + ROWS)
+        log_p = F.log_softmax(flat[rows].float(), dim=-1)
+        values = {"loss": F.nll_loss(log_p, target[rows], reduction="none")}
+        if other is not None:
+            log_q = F.log_softmax(other[rows].float(), dim=-1)
+            values["original_loss"] = F.nll_loss(log_q, target[rows], reduction="none")
+            values["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
+            values["changed"] = (log_p.argmax(-1) != log_q.argmax(-1)).float()
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(value).view(shape) for name, value in parts.items()}
+
+
+def _summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
+    """Averages of one text's tokens."""
+    result = TextResult(text, values["loss"].numel(), _perplexity(values["loss"]))
+    if "kl" not in values:
+        return result
+    return TextResult(
+        text,
+        result.tokens,
+        result.perplexity,
+        original_perplexity=_perplexity(values["original_loss"]),
+        kl=values["kl"].double().mean().item(),
+        kl_p99=values["kl"].double().quantile(0.99).item(),
+        changed_top=values["changed"].double().mean().item(),
+    )
+
+
+def _perplexity(loss: Tensor) -> float:
+    return math.exp(loss.double().mean().item())
+
+
+def _vocab_size(folder: Path) -> int:
+    config = load_json(folder / "config.json")
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return int(size)
+
+
+def _provenance(folder: Path) -> dict[str, str]:
+    import transformers
+
+    from moepress import __version__
+
+    config = load_json(folder / "config.json").get("quantization_config") or {}
+    made = {f"made_with_{k}": str(v) for k, v in config.get("provenance", {}).items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"moepress": __version__, **versions, **made}

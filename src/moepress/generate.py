@@ -1,0 +1,31 @@
+"""Continue a text with a compressed model: the shortest use of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moepress.errors import InputError
+from moepress.evaluate import load_packed
+
+
+def generate(folder: str | Path, prompt: str, *, tokens: int = 64, device: str = "cpu") -> str:
+    """The prompt and its greedy continuation.
+
+    Args:
+        folder: a folder made by moepress.
+        prompt: any text, not empty.
+        tokens: new tokens at most.
+    """
+    from transformers import AutoTokenizer
+
+    if not prompt or tokens < 1:
+        raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
+    folder = Path(folder)
+    model = load_packed(folder, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

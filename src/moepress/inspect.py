@@ -1,0 +1,191 @@
+"""What is in a file or folder of ours, or in a model we could compress: `moepress inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from moepress.allocate import BitAllocation
+from moepress.calibrate import Calibration
+from moepress.checkpoint import (
+    PLAN,
+    folder_bytes,
+    is_compressed,
+    load_json,
+    packed_specs,
+    tensor_bytes,
+)
+from moepress.codec import PackedSpec
+from moepress.errors import InputError
+from moepress.layout import every_name
+from moepress.score import ExpertScores
+from moepress.source import Source
+
+ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe a compressed folder, an original model, or a file of scores, plan or calibration.
+
+    Returns:
+        A dict that JSON can hold; "kind" says which of these it is.
+
+    Raises:
+        InputError: `path` is none of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path) if is_compressed(path) else _original(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _scores(ExpertScores.load(path))
+    if path.suffix == ".json" and path.is_file():
+        kind = load_json(path).get("kind")
+        return _calibration(path) if kind == "calibration" else _plan(BitAllocation.load(path))
+    raise InputError(
+        f"Cannot inspect {path}. Expected a model folder, or a .safetensors or .json file made by "
+        "moepress score, calibrate or allocate."
+    )
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    """A compressed model: bytes by part, and the widths of its experts."""
+    specs = packed_specs(folder)
+    shards = [p for p in sorted(folder.glob("model-*.safetensors")) if p.is_file()]
+    parts: Counter[str] = Counter()
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                parts[_part(name, specs)] += _nbytes(file.get_slice(name))
+    widths = {
+        name.rpartition(".")[2]: Counter[int]()
+        for name, spec in specs.items()
+        if len(spec.bits) > 1
+    }
+    for name, spec in specs.items():
+        if len(spec.bits) > 1:
+            widths[name.rpartition(".")[2]].update(spec.bits)
+    plan = BitAllocation.load(folder / PLAN)
+    return {
+        "kind": "compressed model",
+        "folder_bytes": folder_bytes(folder),
+        "tensor_bytes": sum(map(tensor_bytes, shards)),
+        "bytes_by_part": dict(sorted(parts.items())),
+        "experts_by_bits": {
+            name: {str(bits): count for bits, count in sorted(counts.items())}
+            for name, counts in widths.items()
+        },
+        "average_bits": plan.average_bits,
+        "expert_bits_per_weight": plan.expert_bits_per_weight,
+        "bits_per_weight": plan.bits_per_weight,
+        "provenance": load_json(folder / "config.json")["quantization_config"]["provenance"],
+    }
+
+
+def _part(name: str, specs: dict[str, PackedSpec]) -> str:
+    """What a stored tensor belongs to."""
+    if name not in specs:
+        return "unquantized"
+    return "routed experts" if len(specs[name].bits) > 1 else "packed linears"
+
+
+def _nbytes(part: Any) -> int:
+    """Bytes of a safetensors slice, unread."""
+    count = 1
+    for extent in part.get_shape():
+        count *= extent
+    return count * ITEM_BYTES[part.get_dtype()]
+
+
+def _original(folder: Path) -> dict[str, Any]:
+    """A model that could be compressed."""
+    source = Source(folder)
+    one = next(iter(source.experts.values()))
+    expert_weights = sum(e.experts * 3 * e.hidden * e.intermediate for e in source.experts.values())
+    other_weights = sum(source.shape(name).numel() for name in every_name(source))
+    return {
+        "kind": "original model",
+        "architecture": type(source.model).__name__,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "layers": len(source.layers),
+        "layers_with_experts": len(source.experts),
+        "experts_per_layer": one.experts,
+        "hidden_size": one.hidden,
+        "expert_intermediate_size": one.intermediate,
+        "expert_weights": expert_weights,
+        "other_weights": other_weights,
+        "bytes": sum(path.stat().st_size for path in source.files),
+        "fingerprint": source.fingerprint,
+    }
+
+
+def _scores(scores: ExpertScores) -> dict[str, Any]:
+    """Scores: what was measured, and how even the experts are used."""
+    layers, experts = scores.tokens.shape
+    return {
+        "kind": "scores",
+        "layers": layers,
+        "experts": experts,
+        "widths": list(scores.bits),
+        "calibration_tokens": scores.total_tokens,
+        "tokens_per_expert": _spread(scores.tokens),
+        "experts_never_chosen": int((scores.tokens == 0).sum()),
+        "relative_error_by_bits": {
+            str(bits): float(
+                scores.squared_error[:, :, 2, column].sum() / scores.output_energy.sum()
+            )
+            for column, bits in enumerate(scores.bits)
+        },
+        "provenance": dict(scores.provenance),
+    }
+
+
+def _calibration(path: Path) -> dict[str, Any]:
+    """Routing statistics and coverage."""
+    calibration = Calibration.load(path)
+    layers, experts = calibration.tokens.shape
+    below = calibration.below_floor()
+    return {
+        "kind": "calibration",
+        "layers": layers,
+        "experts": experts,
+        "calibration_tokens": calibration.total_tokens,
+        "tokens_per_expert": _spread(calibration.tokens),
+        "token_floor": calibration.token_floor,
+        "experts_below_floor": [
+            {"layer": layer, "expert": expert, "tokens": tokens} for layer, expert, tokens in below
+        ],
+        "provenance": dict(calibration.provenance),
+    }
+
+
+def _plan(plan: BitAllocation) -> dict[str, Any]:
+    """A bit allocation."""
+    return {
+        "kind": "plan",
+        "average_bits": plan.average_bits,
+        "expert_bits_per_weight": plan.expert_bits_per_weight,
+        "bits_per_weight": plan.bits_per_weight,
+        "folder_bytes": plan.folder_bytes,
+        "predicted_loss": plan.predicted_loss,
+        "experts_by_bits": {
+            name: {
+                str(bits): count
+                for bits, count in sorted(Counter(plan.bits[:, :, column].ravel().tolist()).items())
+            }
+            for column, name in enumerate(("gate_up_proj", "down_proj"))
+        },
+        "provenance": dict(plan.provenance),
+    }
+
+
+def _spread(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    return {
+        "least": int(counts.min()),
+        "median": float(np.median(counts)),
+        "most": int(counts.max()),
+    }

@@ -1,0 +1,181 @@
+"""Modules whose weights stay packed in memory.
+
+Each takes the place of a module of a transformers model and keeps its parameter names on purpose:
+`weight`, `gate_up_proj`, `down_proj` are now one-dimensional uint8. A checkpoint of ours that is
+opened without moepress then fails on the sizes instead of loading random weights.
+
+Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, they need no gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from moepress import kernels
+from moepress.codec import Codec, PackedSpec
+from moepress.errors import InputError
+from moepress.kernels.reference import activation_function
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight.
+
+    Args:
+        in_features: K; the codec's group size must divide it.
+        out_features: N.
+        codec: how the weight [N, K] is stored.
+        bias: whether there is a bias [N], of the default dtype.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, codec: Codec, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.codec = codec
+        self.weight = _packed(codec.nbytes(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        codec = self.codec
+        y: Tensor = kernels.linear(
+            x, self.weight, self.bias, self.out_features, codec.bits, codec.group_size
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self.codec.name}, {self.weight.numel():,} bytes"
+        )
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed table; only the rows that are asked for are unpacked.
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: length of a row; the codec's group size must divide it.
+        codec: how the table is stored.
+
+    Rows come out in the dtype of the buffer `like`, which follows `.to(dtype)` as weights would.
+    """
+
+    like: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, codec: Codec) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.codec = codec
+        self.weight = _packed(codec.nbytes(num_embeddings, embedding_dim))
+        self.register_buffer("like", torch.zeros(1), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, cols, codec = self.num_embeddings, self.embedding_dim, self.codec
+        y: Tensor = kernels.embedding(
+            ids, self.weight, rows, cols, codec.bits, codec.group_size, self.like.dtype
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, {self.codec.name}, "
+            f"{self.weight.numel():,} bytes"
+        )
+
+
+class PackedExperts(nn.Module):
+    """The routed experts of one layer, each matrix at a width of its own.
+
+    Called as transformers calls its experts: hidden_states [T, H], top_k_index [T, k] int64,
+    top_k_weights [T, k]; returns [T, H]. An index outside 0 .. E-1 contributes nothing.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        gate_up: widths of the E matrices [2I, H], gate rows first.
+        down: widths of the E matrices [H, I].
+        activation: name of the gate's activation, as in transformers.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_up: PackedSpec,
+        down: PackedSpec,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        activation_function(activation)  # refuses unknown names
+        for name, spec in (("gate_up_proj", gate_up), ("down_proj", down)):
+            if len(spec.bits) != num_experts:
+                raise InputError(
+                    f"{name} has {num_experts} experts, but {len(spec.bits)} widths are given. "
+                    "Expected one digit per expert."
+                )
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+        gate_up_shape = 2 * intermediate_size, hidden_size
+        down_shape = hidden_size, intermediate_size
+        self.gate_up_proj = _packed(gate_up.nbytes(*gate_up_shape))
+        self.down_proj = _packed(down.nbytes(*down_shape))
+        # Where each expert's bytes start: [2, E, 2] int64, (offset, bits) of gate_up and of down.
+        # Not a buffer: transformers fills non-persistent buffers with garbage after loading, and
+        # accelerate may page them out. The master stays on the CPU, even in a model built on meta.
+        self._table = torch.tensor(
+            [_table_rows(gate_up, *gate_up_shape), _table_rows(down, *down_shape)], device="cpu"
+        )
+        self._table_here = self._table  # a copy where the last forward ran
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self._table_here.device != hidden_states.device:
+            self._table_here = self._table.to(hidden_states.device)
+        y: Tensor = kernels.experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            self._table_here[0],
+            self._table_here[1],
+            self.intermediate_size,
+            self.gate_up.group_size,
+            self.down.group_size,
+            self.activation,
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        size = self.gate_up_proj.numel() + self.down_proj.numel()
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation}, "
+            f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes"
+        )
+
+
+def _packed(nbytes: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
+
+
+def _table_rows(spec: PackedSpec, rows: int, cols: int) -> list[tuple[int, int]]:
+    """(first byte, code bits) of each matrix."""
+    return list(zip(spec.offsets(rows, cols), spec.bits, strict=False))  # offsets has the total too
+
+
+def _summary(spec: PackedSpec) -> str:
+    counts = sorted(Counter(spec.bits).items())
+    widths = "+".join(f"{count}x{bits}-bit" for bits, count in counts)
+    return f"{widths} g{spec.group_size}"

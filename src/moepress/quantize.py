@@ -1,0 +1,305 @@
+"""Apply a plan: round every weight of a model, layer by layer, and write the compressed folder.
+
+Each layer sees the outputs of the layers already rounded, as it will when the model runs. Within a
+layer: attention and shared experts first, on the inputs they have; then, behind the rounded
+attention, each routed expert on its own tokens, gate and up first, down on what they now give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepress.allocate import BitAllocation
+from moepress.calibrate import calibration_ids, identity
+from moepress.checkpoint import (
+    PLAN,
+    finish_folder,
+    is_compressed,
+    load_json,
+    quantization_config,
+    save_tensors,
+    shard_name,
+)
+from moepress.codec import PackedSpec
+from moepress.errors import CheckpointError, InputError
+from moepress.kernels.reference import pack
+from moepress.layout import codec_for, linear_specs
+from moepress.progress import Progress
+from moepress.quantizers import Factor, Hessian, QuantizedMatrix, needs_hessian, quantize_matrix
+from moepress.recipe import Recipe
+from moepress.round_expert import round_down, round_gate_up
+from moepress.source import ExpertWeights, Source
+from moepress.walk import Journal, Routed, Walk, add_expert_output, empty
+
+WORK = ".moepress"  # folder inside the output that holds unfinished work
+
+
+def quantize(
+    source: Source | str | Path,
+    plan: BitAllocation,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    ids: Tensor | None = None,
+) -> Path:
+    """Write the compressed model folder of a plan.
+
+    Args:
+        source: the original model that the plan's scores were measured on.
+        plan: code bits of every expert, and the recipe for everything else.
+        out: folder to make, or to go on with after a stop.
+        device: where layers run, if `source` is a name.
+        ids: [S, L] calibration sequences if at hand already; None: as the recipe says.
+
+    Returns:
+        `out`, which transformers can open once moepress is imported.
+
+    Raises:
+        InputError: the plan is of another model, or `out` holds something else.
+        CheckpointError: no space left; finished layers are kept.
+    """
+    out = Path(out)
+    source = source if isinstance(source, Source) else Source(source, device)
+    check_plan(source, plan)
+    ids = calibration_ids(source, plan.recipe) if ids is None else ids
+    work = identity(source, plan.recipe, ids) | {
+        "full_recipe": plan.recipe.digest(),
+        "plan": hashlib.sha256(plan.bits.tobytes()).hexdigest()[:16],
+    }
+    if claim(out, work):
+        return out
+    journal = Journal(out / WORK / "quantize", work, lambda layer: out / shard_name(layer))
+    layers = range(len(source.layers))
+    todo = [layer for layer in layers if not journal.done(layer)]
+    check_space(out, plan, len(todo) / len(layers), ids.numel() * source.hidden)
+    plan.save(out / PLAN)
+    packed = linear_specs(source, plan.recipe)
+    if not (out / shard_name(None)).is_file():
+        save_tensors(out / shard_name(None), outside_layers(source, packed))
+    if todo:
+        walk = Walk(source, ids)
+        with Progress("quantize", total=len(layers)) as progress:
+            progress.advance(len(layers) - len(todo))
+            for layer in journal.remaining(walk):
+                tensors = quantize_layer(walk, layer, plan, packed, progress)
+                journal.commit(walk, layer, tensors)
+                progress.advance()
+    finish_folder(
+        out,
+        source.folder / "config.json",
+        source.companions(),
+        quantization_config(packed | expert_specs(source, plan), work),
+        [out / shard_name(layer) for layer in (None, *layers)],
+    )
+    shutil.rmtree(out / WORK)
+    return out
+
+
+@torch.inference_mode()
+def quantize_layer(
+    walk: Walk,
+    layer: int,
+    plan: BitAllocation,
+    packed: Mapping[str, PackedSpec],
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Round one loaded layer, bring the walk through it, and return its stored tensors."""
+    source = walk.source
+    prefix = source.layer_path(layer)
+    progress.update(layer=layer, note="attention and dense linears")
+    tensors = quantize_linears(walk, layer, packed, plan.recipe)
+    for name in source.names(prefix):
+        if name not in tensors:
+            tensors[name] = source.current(name).to("cpu")
+    if layer not in source.experts:
+        walk.advance(layer, None)
+        return tensors
+    experts = source.experts[layer]
+    module = source.model.get_submodule(experts.path)
+    routed = walk.route(layer)
+    output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+    stored: dict[str, list[Tensor]] = {"gate_up_proj": [], "down_proj": []}
+    for expert, widths in enumerate(plan.bits[plan.layers.index(layer)].tolist()):
+        progress.update(layer=layer, expert=expert, experts=experts.experts)
+        weights = source.expert(layer, expert)
+        gate_up, down = round_expert(module, weights, routed, layer, expert, plan.recipe, widths)
+        stored["gate_up_proj"].append(packed_bytes(gate_up))
+        stored["down_proj"].append(packed_bytes(down))
+        rounded = ExpertWeights(*(m.dequantize(weights.down.dtype) for m in (gate_up, down)))
+        add_expert_output(output, module, rounded, routed, expert)
+    walk.advance(layer, output)
+    return tensors | {f"{experts.path}.{name}": torch.cat(parts) for name, parts in stored.items()}
+
+
+def round_expert(
+    module: Any,
+    weights: ExpertWeights,
+    routed: Routed,
+    layer: int,
+    expert: int,
+    recipe: Recipe,
+    widths: Sequence[int],
+) -> tuple[QuantizedMatrix, QuantizedMatrix]:
+    """Gate and up at the first width, then down, on what they now give, at the second."""
+    where = (routed, layer, expert, recipe, recipe.quantizer)
+    (gate_up,) = round_gate_up(weights.gate_up, *where, widths[:1])
+    rounded = gate_up.dequantize(weights.gate_up.dtype)
+    (down,) = round_down(weights.down, rounded, module, *where, widths[1:])
+    return gate_up, down
+
+
+def quantize_linears(
+    walk: Walk, layer: int, packed: Mapping[str, PackedSpec], recipe: Recipe
+) -> dict[str, Tensor]:
+    """Round a layer's linears in place, on the inputs they have now; returns their packed bytes."""
+    source = walk.source
+    prefix = source.layer_path(layer)
+    names = [name for name in source.names(prefix) if name in packed]
+    if not names:
+        return {}
+    modules = {name: source.model.get_submodule(name.removesuffix(".weight")) for name in names}
+    factors: dict[str, Factor | None] = dict.fromkeys(names)
+    if needs_hessian(recipe.quantizer):
+        with shared_hessians(modules) as hessians:
+            walk.run_only(layer)
+        factors.update(shared_factors(hessians, recipe.damping))
+    tensors = {}
+    for name in names:
+        weight = source.current(name)
+        (codec,) = packed[name].codecs
+        matrix = quantize_matrix(recipe.quantizer, weight, codec, factors[name])
+        tensors[name] = packed_bytes(matrix)
+        source.put(name, matrix.dequantize(weight.dtype))
+    return tensors
+
+
+@contextmanager
+def shared_hessians(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Hessian]]:
+    """Within the block, Hessians of the inputs of linears; q, k and v have one between them.
+
+    Which linears share their input is seen in the first batch, by identity: those inputs are held
+    until it is over, so that no address is used twice.
+    """
+    hessians: dict[str, Hessian] = {}
+    owner: dict[str, bool] = {}
+    seen: list[tuple[Tensor, Hessian]] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if name in hessians:
+                seen.clear()
+            else:
+                known = next((h for other, h in seen if other is x), None)
+                owner[name] = known is None
+                hessians[name] = known or Hessian(x.shape[-1], x.device)
+                seen.append((x, hessians[name]))
+            if owner[name]:
+                hessians[name].add(x.reshape(-1, x.shape[-1]))
+
+        return add
+
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield hessians
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shared_factors(hessians: Mapping[str, Hessian], damping: float) -> dict[str, Factor | None]:
+    """Factor each Hessian once, however many linears it serves."""
+    factors: dict[int, Factor] = {}
+    for hessian in hessians.values():
+        if id(hessian) not in factors:
+            factors[id(hessian)] = hessian.factor(damping)
+    return {name: factors[id(hessian)] for name, hessian in hessians.items()}
+
+
+@torch.inference_mode()
+def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str, Tensor]:
+    """Embedding, final norm and head: as they are, or rounded to nearest where asked."""
+    tensors = {}
+    for name in source.names(None):
+        value = source.tensor(name).to("cpu")
+        if name in packed:
+            (codec,) = packed[name].codecs
+            value = packed_bytes(quantize_matrix("rtn", value, codec, None))
+        tensors[name] = value
+    return tensors
+
+
+def packed_bytes(matrix: QuantizedMatrix) -> Tensor:
+    return pack(matrix.codes, matrix.scales, matrix.zeros, matrix.codec).to("cpu")
+
+
+def expert_specs(source: Source, plan: BitAllocation) -> dict[str, PackedSpec]:
+    """How the fused parameters of all routed experts are packed, by parameter name."""
+    specs = {}
+    for row, layer in enumerate(plan.layers):
+        experts = source.experts[layer]
+        for column, (name, (_, cols)) in enumerate(
+            (("gate_up_proj", experts.gate_up_shape), ("down_proj", experts.down_shape))
+        ):
+            widths = tuple(int(b) for b in plan.bits[row, :, column])
+            group = codec_for(widths[0], cols, plan.group_size).group_size
+            specs[f"{experts.path}.{name}"] = PackedSpec(widths, group)
+    return specs
+
+
+def check_plan(source: Source, plan: BitAllocation) -> None:
+    """Raise InputError if a plan was made for another model."""
+    made_for = plan.provenance.get("model_fingerprint")
+    if made_for != source.fingerprint:
+        raise InputError(
+            f"The plan is for model {plan.provenance.get('model')} ({made_for}), but {source.name} "
+            f"is {source.fingerprint}. Give the model that was scored, or score this one."
+        )
+
+
+def claim(out: Path, work: Mapping[str, str]) -> bool:
+    """Take `out` for this work. True: the work is complete there already.
+
+    Raises:
+        InputError: `out` holds other work, or files that are not ours.
+    """
+    if not out.exists():
+        out.mkdir(parents=True)
+        return False
+    if not out.is_dir():
+        raise InputError(f"{out} is a file. Expected a folder that is new, empty or ours.")
+    if is_compressed(out):
+        made = load_json(out / "config.json")["quantization_config"].get("provenance", {})
+        differs = sorted(key for key, value in work.items() if made.get(key) != value)
+        if differs:
+            raise InputError(
+                f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
+                "Choose another output or delete that folder."
+            )
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return True
+    if any(out.iterdir()) and not (out / WORK).is_dir():
+        raise InputError(
+            f"{out} is not empty and was not made by moepress. Choose another output folder."
+        )
+    return False
+
+
+def check_space(out: Path, plan: BitAllocation, share: float, states: int) -> None:
+    """Raise CheckpointError before the work if the disk cannot hold its end."""
+    need = int(plan.folder_bytes * share) + 2 * 4 * states
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise CheckpointError(
+            f"No space left for {out}: the compressed model and the work files need about "
+            f"{need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Free some and run the same "
+            "command again to go on."
+        )

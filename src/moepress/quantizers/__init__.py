@@ -1,0 +1,91 @@
+"""How a weight matrix is rounded to codes. One file per method, one table of names.
+
+| name | rounds to | needs a Hessian | where |
+|---|---|---|---|
+| `gptq` | the nearest code after error feedback, searched grid | yes | gptq.py |
+| `gptq-released` | the same as MC published it: for comparison | yes | gptq.py |
+| `rtn` | the nearest code, searched grid | no | rtn.py |
+| `sign` | the sign, 1 bit only | no | sign.py |
+
+Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; the same
+input gives the same bytes. To add one, write its file and add a line to a table below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from moepress.codec import Codec
+from moepress.errors import InputError
+from moepress.quantizers.gptq import quantize_gptq, quantize_gptq_released
+from moepress.quantizers.grid import QuantizedMatrix
+from moepress.quantizers.hessian import Factor, Hessian
+from moepress.quantizers.rtn import quantize_rtn
+from moepress.quantizers.sign import quantize_sign
+
+__all__ = [
+    "QUANTIZERS",
+    "Factor",
+    "Hessian",
+    "QuantizedMatrix",
+    "Quantizer",
+    "needs_hessian",
+    "quantize_matrix",
+]
+
+Quantizer = (
+    Callable[[Tensor, Codec], QuantizedMatrix] | Callable[[Tensor, Codec, Factor], QuantizedMatrix]
+)
+WITHOUT_HESSIAN: Mapping[str, Callable[[Tensor, Codec], QuantizedMatrix]] = {
+    "rtn": quantize_rtn,
+    "sign": quantize_sign,
+}
+WITH_HESSIAN: Mapping[str, Callable[[Tensor, Codec, Factor], QuantizedMatrix]] = {
+    "gptq": quantize_gptq,
+    "gptq-released": quantize_gptq_released,
+}
+QUANTIZERS: Mapping[str, Quantizer] = {**WITH_HESSIAN, **WITHOUT_HESSIAN}
+
+
+def needs_hessian(name: str) -> bool:
+    """Whether the quantizer of that name rounds with calibration data."""
+    _known(name)
+    return name in WITH_HESSIAN
+
+
+def quantize_matrix(
+    name: str, weight: Tensor, codec: Codec, factor: Factor | None = None
+) -> QuantizedMatrix:
+    """Rounds a weight matrix to codes.
+
+    Args:
+        name: one of `QUANTIZERS`.
+        weight: [N, K], any float dtype; not changed.
+        codec: the grid; its group size must divide K.
+        factor: of the Hessian of the matrix's inputs, on the weight's device. Quantizers that need
+            none ignore it.
+
+    Raises:
+        InputError: no such quantizer, a shape or width it does not take, or no factor.
+        NumericalError: the weight holds NaN or infinity, or a scale overflows.
+    """
+    _known(name)
+    if name in WITHOUT_HESSIAN:
+        return WITHOUT_HESSIAN[name](weight, codec)
+    if factor is None:
+        raise InputError(
+            f"Quantizer '{name}' needs the factor of a Hessian, got none. Calibrate, or use rtn."
+        )
+    if weight.shape[1:] != factor.curvature.shape:
+        raise InputError(
+            f"The Hessian is of {len(factor.curvature)} inputs, but the weight has shape "
+            f"{list(weight.shape)}. Give the Hessian of this matrix's own inputs."
+        )
+    return WITH_HESSIAN[name](weight, codec, factor)
+
+
+def _known(name: str) -> None:
+    if name not in QUANTIZERS:
+        raise InputError(f"No quantizer '{name}'. Expected one of {list(QUANTIZERS)}.")

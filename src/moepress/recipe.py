@@ -1,0 +1,227 @@
+"""Every choice a user can make, in one frozen object that can be written to a file and read back.
+
+The budget is the dial; everything else has a default that `docs/log.md` gives the reasons for.
+`Recipe.load("paper")` and the like give the named recipes; `Recipe.load("my.toml")` reads a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from moepress.codec import GRID_BITS, GROUP_SIZES
+from moepress.errors import InputError
+
+QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
+Cost = Literal["error", "paper", "random", "uniform"]
+Scope = Literal["model", "layer"]
+HessianWeight = Literal["routing", "none"]
+UNQUANTIZED = 16  # the value of a *_bits field that leaves those weights as they are
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compress a model. Immutable; `dataclasses.replace` makes variants.
+
+    Budget: exactly one of `bits` (average code bits of the routed experts, the paper's k), `bpw`
+    (stored bits per weight of the whole model) or `size` (bytes of the folder) is set when an
+    allocation is computed; scoring needs none.
+    """
+
+    # The budget.
+    bits: float | None = None
+    bpw: float | None = None
+    size: int | None = None
+
+    # Calibration data: (source, weight) pairs, see data.py.
+    calib: tuple[tuple[str, float], ...] = (("self", 1.0),)
+    sequences: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+
+    # What may be chosen for a routed expert, and what everything else gets.
+    expert_bits: tuple[int, ...] = (1, 2, 3)
+    group_size: int = 128
+    attention_bits: int = 4
+    shared_expert_bits: int = 4
+    dense_mlp_bits: int = 4
+    head_bits: int = UNQUANTIZED
+    embedding_bits: int = UNQUANTIZED
+
+    # How weights are rounded.
+    quantizer: QuantizerName = "gptq"
+    damping: float = 0.01  # of the mean of the Hessian's diagonal
+    hessian_weight: HessianWeight = "routing"
+    token_floor: int = 256  # an expert with fewer tokens borrows others of its layer up to here
+
+    # What an expert's cost is, and how bits are bought with it.
+    measure: QuantizerName = "gptq"  # the quantizer whose error is epsilon
+    cost: Cost = "error"
+    scope: Scope = "model"  # one budget for the model, or the same for every layer
+    per_projection: bool = True  # gate/up and down may differ
+    alpha: float = 1.0  # exponents of phi, w and epsilon in cost "paper"
+    beta: float = 1.0
+    gamma: float = 2.0
+    at_least_one: tuple[int, ...] = ()  # widths that every layer must use at least once
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # JSON and TOML know lists only
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                frozen = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+                object.__setattr__(self, field.name, frozen)
+        self._check()
+
+    def _check(self) -> None:
+        set_budgets = [n for n in ("bits", "bpw", "size") if getattr(self, n) is not None]
+        if len(set_budgets) > 1:
+            raise InputError(
+                f"More than one budget is set: {', '.join(set_budgets)}. Give exactly one."
+            )
+        for name in set_budgets:
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
+        _one_of("quantizer", self.quantizer, get_args(QuantizerName))
+        _one_of("measure", self.measure, get_args(QuantizerName))
+        _one_of("cost", self.cost, get_args(Cost))
+        _one_of("scope", self.scope, get_args(Scope))
+        _one_of("hessian_weight", self.hessian_weight, get_args(HessianWeight))
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        if not self.expert_bits or list(self.expert_bits) != sorted(set(self.expert_bits)):
+            raise InputError(
+                f"expert_bits must be distinct widths in rising order, got {self.expert_bits}."
+            )
+        for bits in self.expert_bits:
+            _one_of("expert_bits", bits, GRID_BITS)
+        for name in ("attention_bits", "shared_expert_bits", "dense_mlp_bits"):
+            _one_of(name, getattr(self, name), (*GRID_BITS, UNQUANTIZED))
+        for name in ("head_bits", "embedding_bits"):
+            _one_of(name, getattr(self, name), (4, 8, UNQUANTIZED))
+        for bits in self.at_least_one:
+            if bits not in self.expert_bits:
+                raise InputError(
+                    f"at_least_one asks for {bits}-bit experts, but expert_bits offers "
+                    f"{list(self.expert_bits)}. Offer it or do not ask for it."
+                )
+        for name, least in (("sequences", 1), ("sequence_length", 2), ("token_floor", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.damping < 1:
+            raise InputError(f"damping must lie between 0 and 1, got {self.damping}.")
+        if not self.calib or any(weight <= 0 for _, weight in self.calib):
+            raise InputError("calib needs at least one source, each with a weight above 0.")
+        if "sign" in (self.quantizer, self.measure) and self.expert_bits != (1,):
+            raise InputError(
+                f"Quantizer 'sign' makes 1-bit codes only, but expert_bits is "
+                f"{list(self.expert_bits)}. Offer only 1 bit, or use gptq or rtn."
+            )
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, **changes: Any) -> Recipe:
+        """The recipe of that name, or in that TOML or JSON file, with some fields changed."""
+        if str(name_or_path) in NAMED:
+            return NAMED[str(name_or_path)].with_changes(**changes)
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise InputError(
+                f"No recipe '{name_or_path}'. Expected one of {sorted(NAMED)} or a .toml or "
+                ".json file."
+            )
+        try:
+            text = path.read_text()
+            fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (ValueError, OSError) as error:
+            raise InputError(f"Cannot read the recipe {path}: {error}") from error
+        return cls.from_dict({**fields, **changes})
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """This recipe with some fields changed, by name."""
+        return Recipe.from_dict({**self.to_dict(), **changes})
+
+    @property
+    def has_budget(self) -> bool:
+        return any(b is not None for b in (self.bits, self.bpw, self.size))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise InputError(
+                f"Unknown recipe field {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+            )
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise InputError(f"A recipe field has the wrong type: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def digest(self, *left_out: str) -> str:
+        """A short hash of every field but those in `left_out`."""
+        fields = {k: v for k, v in self.to_dict().items() if k not in left_out}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}. Expected one of {list(allowed)}.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "16GB", "15.5 GiB", "700MB" or "123456"; GB is 1000^3, GiB is 1024^3."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise InputError(
+            f"Size {text!r} is not understood. Expected something like 16GB or 900MiB."
+        )
+    number, prefix, binary = match.groups()
+    unit = (1024 if binary else 1000) ** (" KMGT".index(prefix.upper() or " "))
+    return int(float(number) * unit)
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """The widths of "1,2,3", in rising order."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise InputError(f"Widths {text!r} are not understood. Expected e.g. 1,2,3.") from error
+
+
+# Fields that change nothing before allocation: scores made under one value serve all others.
+ALLOCATION_FIELDS = (
+    "bits", "bpw", "size", "cost", "scope", "per_projection",
+    "alpha", "beta", "gamma", "at_least_one", "quantizer",
+)  # fmt: skip
+
+NAMED = {
+    "default": Recipe(),
+    # MC, arXiv:2410.06270: eq. 3-5 per layer, round-to-nearest epsilon, one width per expert.
+    "paper": Recipe(
+        measure="rtn",
+        cost="paper",
+        scope="layer",
+        per_projection=False,
+        hessian_weight="none",
+        at_least_one=(2, 3),
+    ),
+    # The same allocation with the GPTQ that was published: no feedback inside a block of 128
+    # columns at 3 bits and below, min-max grid. Kept for comparison only.
+    "paper-released": Recipe(
+        quantizer="gptq-released",
+        measure="rtn",
+        cost="paper",
+        scope="layer",
+        per_projection=False,
+        hessian_weight="none",
+        at_least_one=(2, 3),
+        beta=1.5,
+        gamma=1.0,
+    ),
+}

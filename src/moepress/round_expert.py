@@ -1,0 +1,81 @@
+"""Round the two projections of one expert: Hessians from its own tokens, then a quantizer.
+
+Shared by scoring, which tries every width, and by quantizing, which takes the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moepress.calibrate import hessian_tokens
+from moepress.layout import codec_for
+from moepress.quantizers import (
+    Factor,
+    Hessian,
+    QuantizedMatrix,
+    needs_hessian,
+    quantize_matrix,
+)
+from moepress.recipe import Recipe
+from moepress.walk import Routed, chunks, expert_hidden
+
+
+def round_gate_up(
+    weight: Tensor,
+    routed: Routed,
+    layer: int,
+    expert: int,
+    recipe: Recipe,
+    quantizer: str,
+    widths: Sequence[int],
+) -> list[QuantizedMatrix]:
+    """The fused gate and up projection [2I, H] at each width; one factorisation serves all."""
+    factor = None
+    if needs_hessian(quantizer):
+        tokens, counts = hessian_tokens(routed, layer, expert, recipe)
+        hessian = Hessian(weight.shape[1], weight.device)
+        for part in chunks(tokens):
+            x = routed.hidden[tokens[part]].to(weight.device)
+            hessian.add(x, counts[part].to(weight.device))
+        factor = hessian.factor(recipe.damping)
+    return _round(weight, factor, recipe, quantizer, widths)
+
+
+def round_down(
+    weight: Tensor,
+    gate_up: Tensor,
+    module: Any,
+    routed: Routed,
+    layer: int,
+    expert: int,
+    recipe: Recipe,
+    quantizer: str,
+    widths: Sequence[int],
+) -> list[QuantizedMatrix]:
+    """The down projection [H, I] at each width.
+
+    Args:
+        gate_up: [2I, H] weights that make its input: the original when one projection is scored
+            alone, the rounded one when both are applied.
+        module: the skeleton's experts module, for its gate function.
+    """
+    factor = None
+    if needs_hessian(quantizer):
+        tokens, counts = hessian_tokens(routed, layer, expert, recipe)
+        hessian = Hessian(weight.shape[1], weight.device)
+        for part in chunks(tokens):
+            x = routed.hidden[tokens[part]].to(weight.device)
+            hidden = expert_hidden(module, gate_up, x)
+            hessian.add(hidden, counts[part].to(weight.device))
+        factor = hessian.factor(recipe.damping)
+    return _round(weight, factor, recipe, quantizer, widths)
+
+
+def _round(
+    weight: Tensor, factor: Factor | None, recipe: Recipe, quantizer: str, widths: Sequence[int]
+) -> list[QuantizedMatrix]:
+    codecs = [codec_for(bits, weight.shape[1], recipe.group_size) for bits in widths]
+    return [quantize_matrix(quantizer, weight, codec, factor) for codec in codecs]

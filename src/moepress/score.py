@@ -1,0 +1,235 @@
+"""What giving an expert each codec would cost: phi, w and epsilon of every routed expert.
+
+arXiv:2410.06270, section 3.2. For expert e of a layer with calibration tokens T_e routed to it:
+
+    phi_e        = |T_e| / N                    how often it is chosen        (frequency)
+    w_e          = sum of its routing weights / N                             (routing_weight)
+    epsilon_e,b  = || Y - Y_b ||_F              Y: output of the MoE block, Y_b: the same with
+                                                expert e alone at codec b     (error)
+
+Only expert e's own tokens can differ between Y and Y_b, so epsilon is computed from them alone:
+epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the routing weight.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.calibrate import calibration_ids, identity, routing_statistics
+from moepress.checkpoint import load_tensors, read_metadata, save_tensors, temporary_folder
+from moepress.errors import CheckpointError
+from moepress.layout import check_group_sizes, every_name, file_bytes, fixed_bytes, linear_specs
+from moepress.progress import Progress
+from moepress.recipe import ALLOCATION_FIELDS, Recipe
+from moepress.round_expert import round_down, round_gate_up
+from moepress.source import ExpertWeights, Source
+from moepress.walk import Journal, Routed, Walk, chunks, empty, expert_hidden
+
+ARRAYS = ("tokens", "routing_weight", "squared_error", "output_energy", "residual_energy")
+PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Routing statistics and errors of every routed expert. L MoE layers, E experts, B widths."""
+
+    layers: tuple[int, ...]  # [L] index of each MoE layer in the model
+    bits: tuple[int, ...]  # [B] widths measured, rising
+    tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
+    routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
+    squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by PARTS
+    output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
+    residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
+    total_tokens: int  # N, calibration tokens seen by every layer
+    gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
+    down_shape: tuple[int, int]
+    fixed_bytes: int  # stored bytes of all tensors that are not routed experts, as compressed
+    fixed_weights: int  # number of weights in them
+    file_bytes: int  # tokenizer, JSON files, headers: what the folder holds besides tensors
+    group_size: int
+    provenance: dict[str, str]
+    recipe: dict[str, Any] = field(default_factory=dict)  # of the run that measured them
+
+    def __post_init__(self) -> None:
+        count, experts = self.tokens.shape
+        expected = (count, experts, len(PARTS), len(self.bits))
+        if len(self.layers) != count or self.squared_error.shape != expected:
+            raise CheckpointError(
+                f"Scores do not fit together: {len(self.layers)} layers, tokens "
+                f"{self.tokens.shape}, errors {self.squared_error.shape}, expected {expected}."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file: arrays as tensors, the rest as JSON in its metadata."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
+        rest = {k: v for k, v in vars(self).items() if k not in ARRAYS}
+        metadata = {"kind": "moepress scores", "fields": json.dumps(rest, sort_keys=True)}
+        save_tensors(path, arrays, metadata)
+
+    def recipe_for(self, recipe: Recipe) -> Recipe:
+        """`recipe` for the allocation, and for all else the recipe these were measured with."""
+        wanted = {k: v for k, v in recipe.to_dict().items() if k in ALLOCATION_FIELDS}
+        return Recipe.from_dict({**self.recipe, **wanted})
+
+    @classmethod
+    def load(cls, path: Path) -> ExpertScores:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or not scores.
+        """
+        arrays = load_tensors(path)
+        metadata = read_metadata(path)
+        if metadata.get("kind") != "moepress scores":
+            raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
+        rest = json.loads(metadata["fields"])
+        for name in ("layers", "bits", "gate_up_shape", "down_shape"):
+            rest[name] = tuple(rest[name])
+        rest.update({name: arrays[name].numpy() for name in ARRAYS})
+        return cls(**rest)
+
+
+def score(
+    source: Source | str | Path,
+    recipe: Recipe,
+    *,
+    work: Path | None = None,
+    device: str = "cpu",
+    ids: Tensor | None = None,
+) -> ExpertScores:
+    """Measure every routed expert of a model at every offered width.
+
+    Args:
+        source: the original model, its folder, or its hub id.
+        recipe: text, widths, quantizer to measure with. Its budget is not looked at.
+        work: where finished layers are kept, to resume a stopped run; None: nowhere.
+        device: where layers run, if `source` is a name.
+        ids: [S, L] calibration sequences if at hand already; None: as the recipe says.
+
+    Raises:
+        InputError: `work` holds unfinished work of another kind.
+    """
+    source = source if isinstance(source, Source) else Source(source, device)
+    check_group_sizes(source, recipe)
+    ids = calibration_ids(source, recipe) if ids is None else ids
+    with temporary_folder(work) as folder:
+        journal = Journal(folder, identity(source, recipe, ids))
+        if any(not journal.done(layer) for layer in range(len(source.layers))):
+            walk = Walk(source, ids)
+            with Progress("score", total=len(source.layers)) as progress:
+                for layer in journal.remaining(walk):
+                    journal.commit(walk, layer, score_layer(walk, layer, recipe, progress))
+                    progress.advance()
+        return collect(source, recipe, ids, journal)
+
+
+def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> ExpertScores:
+    """Put the results of all layers together."""
+    rows = [journal.result(layer) for layer in source.experts]
+    arrays: dict[str, Any] = {
+        name: np.stack([row[name].numpy() for row in rows]) for name in ARRAYS
+    }
+    packed = linear_specs(source, recipe)
+    one = next(iter(source.experts.values()))
+    return ExpertScores(
+        layers=tuple(source.experts),
+        bits=recipe.expert_bits,
+        total_tokens=ids.numel(),
+        gate_up_shape=one.gate_up_shape,
+        down_shape=one.down_shape,
+        fixed_bytes=fixed_bytes(source, packed),
+        fixed_weights=sum(source.shape(name).numel() for name in every_name(source)),
+        file_bytes=file_bytes(source),
+        group_size=recipe.group_size,
+        provenance=identity(source, recipe, ids),
+        recipe=recipe.to_dict(),
+        **arrays,
+    )
+
+
+@torch.inference_mode()
+def score_layer(walk: Walk, layer: int, recipe: Recipe, progress: Progress) -> dict[str, Tensor]:
+    """Measure the experts of one layer and bring the walk through it."""
+    source = walk.source
+    if layer not in source.experts:
+        progress.update(layer=layer, note="no experts")
+        walk.advance(layer, None)
+        return {"no_experts": torch.zeros(1)}
+    experts = source.experts[layer]
+    routed = walk.route(layer)
+    module = source.model.get_submodule(experts.path)
+    output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+    errors = torch.zeros(experts.experts, len(PARTS), len(recipe.expert_bits), dtype=torch.float64)
+    for expert in range(experts.experts):
+        progress.update(layer=layer, expert=expert, experts=experts.experts)
+        if not len(routed.of(expert)[0]):
+            continue  # never chosen: no output, no error, and its weights need not be read
+        weights = source.expert(layer, expert)
+        offered = quantized_widths(module, weights, routed, layer, expert, recipe)
+        errors[expert] = measure(module, weights, offered, routed, expert, output)
+    tokens, routing_weight = routing_statistics(routed, experts.experts)
+    output_energy = sum(output[part].square().sum().item() for part in chunks(output))
+    return {
+        "tokens": tokens,
+        "routing_weight": routing_weight,
+        "squared_error": errors,
+        "output_energy": torch.tensor(output_energy, dtype=torch.float64),
+        "residual_energy": torch.tensor(walk.advance(layer, output), dtype=torch.float64),
+    }
+
+
+def quantized_widths(
+    module: Any, weights: ExpertWeights, routed: Routed, layer: int, expert: int, recipe: Recipe
+) -> list[ExpertWeights]:
+    """The expert at every offered width, dequantized, each projection beside the original other."""
+    where = (routed, layer, expert, recipe, recipe.measure, recipe.expert_bits)
+    gate_ups = round_gate_up(weights.gate_up, *where)
+    downs = round_down(weights.down, weights.gate_up, module, *where)
+    dtype = weights.down.dtype
+    return [
+        ExpertWeights(gate_up.dequantize(dtype), down.dequantize(dtype))
+        for gate_up, down in zip(gate_ups, downs, strict=True)
+    ]
+
+
+def measure(
+    module: Any,
+    weights: ExpertWeights,
+    offered: list[ExpertWeights],
+    routed: Routed,
+    expert: int,
+    output: Tensor,
+) -> Tensor:
+    """Squared output error of every part at every width; adds the exact output to `output`.
+
+    Returns:
+        [3, B] float64, by PARTS: gate_up alone, down alone, both quantized.
+    """
+    errors = torch.zeros(len(PARTS), len(offered), dtype=torch.float64)
+    tokens, gate = routed.of(expert)
+    for part in chunks(tokens):
+        x = routed.hidden[tokens[part]].to(weights.down.device)
+        g = gate[part, None].to(x.device)
+        hidden = expert_hidden(module, weights.gate_up, x)
+        exact = F.linear(hidden, weights.down).float() * g
+        output.index_add_(0, tokens[part], exact.cpu())
+        for column, candidate in enumerate(offered):
+            changed = expert_hidden(module, candidate.gate_up, x)
+            pairs = (
+                (changed, weights.down),
+                (hidden, candidate.down),
+                (changed, candidate.down),
+            )
+            for row, (inner, down) in enumerate(pairs):
+                error = F.linear(inner, down).float() * g - exact
+                errors[row, column] += error.square().sum().double().cpu()
+    return errors

@@ -1,0 +1,210 @@
+"""Scores are what swapping one expert in the whole block would cost, and survive being stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moepress.calibrate import Calibration, calibrate, calibration_ids, hessian_tokens
+from moepress.errors import CheckpointError, InputError
+from moepress.layout import codec_for
+from moepress.quantizers import quantize_matrix
+from moepress.recipe import Recipe
+from moepress.score import PARTS, ExpertScores, score
+from moepress.source import ExpertWeights, Source
+from moepress.walk import Routed, Walk
+
+Folder = Callable[..., Path]
+
+
+def small_recipe(text_file: Path, **changes: object) -> Recipe:
+    return Recipe().with_changes(
+        calib=((str(text_file), 1.0),), sequences=6, sequence_length=32, group_size=32,
+        token_floor=16, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_epsilon_is_what_swapping_the_expert_costs_the_block(
+    model_folder: Folder, text_file: Path, family: str
+) -> None:
+    """The oracle: the whole block with one expert replaced, on all tokens, by transformers."""
+    folder = model_folder(family)
+    recipe = small_recipe(text_file, measure="rtn", expert_bits=(2, 3))
+    source = Source(folder)
+    scores = score(source, recipe)
+    layer = source_layer = max(source.experts)
+    row = scores.layers.index(layer)
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    experts = model.get_submodule(source.experts[source_layer].path)
+    calls = []
+    handle = experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.inference_mode():
+        model(calibration_ids(source, recipe))
+    handle.remove()
+    (args,) = calls
+    with torch.inference_mode():
+        exact = experts(*args).double()
+        for expert in (0, 3):
+            for column, bits in enumerate(recipe.expert_bits):
+                originals = ExpertWeights(
+                    experts.gate_up_proj[expert].clone(), experts.down_proj[expert].clone()
+                )
+                rounded = ExpertWeights(
+                    *(
+                        quantize_matrix("rtn", w, codec_for(bits, w.shape[1], 32)).dequantize()
+                        for w in originals
+                    )
+                )
+                for part, name in enumerate(PARTS):
+                    if name in ("gate_up", "both"):
+                        experts.gate_up_proj[expert] = rounded.gate_up
+                    if name in ("down", "both"):
+                        experts.down_proj[expert] = rounded.down
+                    swapped = (experts(*args).double() - exact).square().sum().item()
+                    experts.gate_up_proj[expert] = originals.gate_up
+                    experts.down_proj[expert] = originals.down
+                    measured = scores.squared_error[row, expert, part, column]
+                    assert measured == pytest.approx(swapped, rel=1e-4), (expert, bits, name)
+
+
+def test_energies_are_those_of_the_model(model_folder: Folder, text_file: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder("mixtral")
+    recipe = small_recipe(text_file, measure="rtn")
+    source = Source(folder)
+    scores = score(source, recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    outputs = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, __, out: outputs.append(out))
+    with torch.inference_mode():
+        # hidden_states[1] is what layer 0 gives; the last one is normed, so layer 1 is not compared
+        states = model(calibration_ids(source, recipe), output_hidden_states=True).hidden_states
+    for row in range(2):
+        expected = outputs[row].double().square().sum().item()
+        assert scores.output_energy[row] == pytest.approx(expected, rel=1e-4)
+    residual = states[1].double().square().sum().item()
+    assert scores.residual_energy[0] == pytest.approx(residual, rel=1e-4)
+
+
+def test_more_bits_cost_less_and_gptq_less_than_rtn(model_folder: Folder, text_file: Path) -> None:
+    folder = model_folder("mixtral")
+    gptq = score(folder, small_recipe(text_file, expert_bits=(2, 4)))
+    rtn = score(folder, small_recipe(text_file, expert_bits=(2, 4), measure="rtn"))
+    assert (gptq.squared_error[..., 1] < gptq.squared_error[..., 0]).all()
+    assert gptq.squared_error.sum() < rtn.squared_error.sum()
+
+
+def test_statistics_add_up(model_folder: Folder, text_file: Path) -> None:
+    recipe = small_recipe(text_file, measure="rtn")
+    scores = score(model_folder("qwen2_moe"), recipe)
+    assert scores.total_tokens == 6 * 32
+    assert (scores.tokens.sum(axis=1) == 6 * 32 * 3).all()  # top-3
+    calibration = calibrate(Source(model_folder("qwen2_moe")), recipe)
+    assert np.array_equal(calibration.tokens, scores.tokens)
+    assert np.allclose(calibration.routing_weight, scores.routing_weight)
+    assert np.allclose(calibration.frequency.sum(axis=1), 3)
+
+
+def test_scores_survive_a_stop(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    module = importlib.import_module("moepress.score")
+    recipe = small_recipe(text_file)
+    whole = score(model_folder(), recipe, work=tmp_path / "whole")
+    real = module.score_layer
+
+    def dies(walk: Walk, layer: int, *args: object) -> object:
+        if layer == 1:
+            raise KeyboardInterrupt
+        return real(walk, layer, *args)
+
+    monkeypatch.setattr(module, "score_layer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score(model_folder(), recipe, work=tmp_path / "cut")
+    monkeypatch.setattr(module, "score_layer", real)
+    again = score(model_folder(), recipe, work=tmp_path / "cut")
+    again.save(tmp_path / "again.safetensors")
+    whole.save(tmp_path / "whole.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
+
+
+def test_work_of_another_recipe_is_refused(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    score(model_folder(), small_recipe(text_file, measure="rtn"), work=tmp_path)
+    with pytest.raises(InputError, match="differs in: recipe"):
+        score(model_folder(), small_recipe(text_file, measure="gptq"), work=tmp_path)
+
+
+def test_scores_round_trip(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    scores = score(model_folder(), small_recipe(text_file, measure="rtn"))
+    path = tmp_path / "scores.safetensors"
+    scores.save(path)
+    loaded = ExpertScores.load(path)
+    for name, value in vars(scores).items():
+        same = getattr(loaded, name)
+        if name == "recipe":
+            assert Recipe.from_dict(same) == Recipe.from_dict(value)
+        else:
+            assert np.array_equal(value, same) if isinstance(value, np.ndarray) else value == same
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError):
+        ExpertScores.load(path)
+
+
+def test_calibration_round_trip(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    calibration = calibrate(model_folder(), small_recipe(text_file, token_floor=100))
+    calibration.save(tmp_path / "c.json")
+    loaded = Calibration.load(tmp_path / "c.json")
+    assert np.array_equal(loaded.tokens, calibration.tokens)
+    assert loaded.below_floor() == calibration.below_floor()
+    below = {(layer, expert) for layer, expert, _ in loaded.below_floor()}
+    for row, layer in enumerate(loaded.layers):
+        for expert, count in enumerate(loaded.tokens[row]):
+            assert ((layer, expert) in below) == (count < 100)
+
+
+def routed_example() -> Routed:
+    index = torch.tensor([[0, 1]] * 10 + [[2, 1]] * 2 + [[0, 4]] * 8)  # 4: no expert, of 4
+    weight = torch.full((20, 2), 0.5)
+    return Routed(torch.randn(20, 8), index, weight)
+
+
+def test_an_expert_with_few_tokens_borrows_others() -> None:
+    routed = routed_example()
+    recipe = Recipe(token_floor=6)
+    own, counts = hessian_tokens(routed, 0, 0, recipe)
+    assert own.tolist() == [*range(10), *range(12, 20)] and (counts == 0.25).all()
+    tokens, counts = hessian_tokens(routed, 0, 2, recipe)
+    assert tokens[:2].tolist() == [10, 11] and len(set(tokens.tolist())) == 6
+    assert torch.allclose(counts, torch.tensor([0.25, 0.25] + [0.025] * 4))
+    never, _ = hessian_tokens(routed, 0, 3, recipe)
+    assert len(never) == 6
+    again, _ = hessian_tokens(routed, 0, 3, recipe)
+    assert torch.equal(never, again)
+    other_layer, _ = hessian_tokens(routed, 1, 3, recipe)
+    assert not torch.equal(never, other_layer)
+
+
+def test_hessian_weight_and_floor_bite() -> None:
+    routed = routed_example()
+    _, plain = hessian_tokens(routed, 0, 0, Recipe(hessian_weight="none", token_floor=0))
+    assert (plain == 1).all()
+    few, _ = hessian_tokens(routed, 0, 2, Recipe(token_floor=0))
+    assert len(few) == 2
+    all_of_them, _ = hessian_tokens(routed, 0, 2, Recipe(token_floor=1000))
+    assert len(all_of_them) == 20
