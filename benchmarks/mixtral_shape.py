@@ -3,14 +3,16 @@
     python benchmarks/mixtral_shape.py make FOLDER --layers 2     # 6 GB of bfloat16
     python benchmarks/mixtral_shape.py run FOLDER OUT             # one JSON line per stage
 
-Weights are random, so nothing is said of quality. Peak RSS is the process's own high-water mark
-after each stage (pages of mapped files count); loading is measured in a process of its own.
+Weights and tokens are random, so nothing is said of quality. Peak RSS is the process's own
+high-water mark after each stage (pages of mapped files count); loading is measured in a process of
+its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -19,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it
 
 import torch
 from safetensors.torch import save_file
@@ -30,14 +34,10 @@ def make(folder: Path, layers: int) -> None:
     """Write the folder, one shard per layer, in the layout of the published checkpoints."""
     from transformers import MixtralConfig
 
-    from moepress.demo import MODEL
-
     folder.mkdir(parents=True)
     config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)
-    for file in MODEL.glob("token*"):
-        shutil.copy(file, folder)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -86,13 +86,13 @@ def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) 
     from moepress.recipe import Recipe
     from moepress.score import score
 
-    recipe = Recipe.load(
-        recipe_name, bits=bits, calib=(("stdlib", 1.0),), sequences=sequences, sequence_length=512
-    )
+    recipe = Recipe.load(recipe_name, bits=bits)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (sequences, 512), generator=generator)
     work = out.with_name(out.name + ".work")
-    scores = staged("score", lambda: score(folder, recipe, work=work))
+    scores = staged("score", lambda: score(folder, recipe, work=work, ids=ids))
     plan = staged("allocate", lambda: allocate(scores, recipe))
-    staged("quantize", lambda: quantize(folder, plan, out))
+    staged("quantize", lambda: quantize(folder, plan, out, ids=ids))
     shutil.rmtree(work)
     size = sum(p.stat().st_size for p in out.iterdir())
     report(stage="folder", gigabytes=size / 1e9, predicted=plan.folder_bytes / 1e9)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from moepress.recipe import Recipe
 
 TEXT = "\n".join(
     f"def f{i}(x):\n    return x + {i}  # adds {i} to what it is given\n" for i in range(400)
@@ -72,6 +76,12 @@ def make_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model
+
+
+def small_recipe(text: Path, **changes: object) -> Recipe:
+    """The default recipe, cut down to what tiny models need."""
+    small = {"sequences": 6, "sequence_length": 32, "group_size": 32, "token_floor": 16}
+    return Recipe().with_changes(**{"calib": ((str(text), 1.0),), **small, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,9 @@ from moepress.score import PARTS, ExpertScores, score
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk
 
+from .conftest import small_recipe
+
 Folder = Callable[..., Path]
-
-
-def small_recipe(text_file: Path, **changes: object) -> Recipe:
-    return Recipe().with_changes(
-        calib=((str(text_file), 1.0),), sequences=6, sequence_length=32, group_size=32,
-        token_floor=16, **changes,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

@@ -14,21 +14,26 @@ error at every width, which means unknown, not harmless.
 
 `solve` is exact. In four steps:
 
-1. Lagrange. For a price p per unit of budget, items are independent: each takes the width of
-   smallest c + p s. The sum of these minima less p C is a lower bound on every allocation, for
-   any p >= 0; the best p is found by bisection. It equals the bound of the linear relaxation.
-2. Incumbent. The allocation at that price, and what is left of the budget spent greedily.
-3. Reduced costs. d[i, b] = (c + p s)[i, b] - min_b (c + p s)[i, b] is how much the bound rises if
-   item i takes width b. Where it rises above the incumbent's loss, b is out. Usually all but some
-   dozens of items are left with one width.
-4. HiGHS decides the rest. It minimises sum d x + p (C - sum s x), the loss above the bound, in
-   units in which the incumbent has OBJECTIVE_SCALE: what it has to tell apart is never small
-   beside what it adds up, whatever the costs. It stops at an absolute gap of 1e-6, so the plan is
-   proven within 1e-6 / OBJECTIVE_SCALE of the distance from bound to incumbent, itself small.
+1. Lagrange. At a price p per unit of budget, items are independent: each takes the width of least
+   c + p s. The sum of these minima less p C is a lower bound on every allocation, whatever p >= 0;
+   the best p, found by bisection, gives the bound of the linear relaxation.
+2. Incumbent. The allocations just above and just below that price differ in a few items: as many
+   of them are changed as the budget allows.
+3. Margins. How much the bound rises if item i takes width b: (c + p s)[i, b] less the item's least
+   c + p s. A width whose margin exceeds the gap between incumbent and bound is in no better
+   allocation.
+4. HiGHS chooses among the widths of the smallest margins, minimising margins + p * (what is left
+   of the budget): the loss above the bound. That gives a better incumbent, hence a smaller gap;
+   widths are added until all that are left out exceed it. The objective is scaled so that the gap
+   is OBJECTIVE_SCALE: HiGHS never has to see a small difference of large numbers, however many
+   orders of magnitude the costs span. It stops within 1e-6, so a plan is proven optimal to
+   1e-6 / OBJECTIVE_SCALE of a gap that is itself a small part of the loss of one item.
+   Items alike in everything become one integer variable per width, which is what keeps ties (and
+   models of random weights) from taking for ever.
 
 `at_least_one` (the paper: one 2-bit and one 3-bit expert in each layer) needs distinct items to
-stand for each listed width: given the price, the cheapest such choice is an assignment problem, so
-step 1 stays exact with it. Where projections are items, it holds for the gate_up projections of a
+stand for each listed width. At a given price the cheapest of them are an assignment problem, so the
+bound stays exact with it. Where projections are items, it holds for the gate_up projections of a
 layer and for its down projections, each by themselves.
 """
 
@@ -44,9 +49,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 
 from moepress.checkpoint import load_json, save_json
+from moepress.codec import GROUP_SIZES
 from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
 from moepress.layout import codec_for
 from moepress.recipe import Recipe
@@ -63,9 +69,12 @@ Mask = npt.NDArray[np.bool_]
 PROJECTIONS = ("gate_up", "down")
 BOTH = 2  # index in score.PARTS of an expert quantized whole
 KIND = "plan"
+FIRST_CORE = 100  # columns, beside the cheapest of each item, that HiGHS is first asked about
+LEAST_PRICE = 1e-200  # next to nothing: of columns of equal cost, take the smallest
 OBJECTIVE_SCALE = 1000.0  # what HiGHS sees of the distance between incumbent and bound
 SECONDS = 300.0  # HiGHS may think this long about one program
-BUDGET_ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, whatever 2.1 is in binary
+LARGEST_COEFFICIENT = 1e7  # HiGHS works with absolute tolerances of 1e-6 and 1e-7
+ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, whatever 2.1 is in binary
 
 
 @dataclass(frozen=True)
@@ -89,37 +98,33 @@ class BitAllocation:
         bits = np.array(self.bits, dtype=np.int8)  # a copy that nobody else can write to
         bits.setflags(write=False)
         object.__setattr__(self, "bits", bits)
-        numbers = (self.predicted_loss, self.average_bits, self.bits_per_weight)
-        for wrong, what in (
-            (
-                bits.ndim != 3 or bits.shape[0] != len(self.layers) or bits.shape[2] != 2,
-                f"bits of shape {bits.shape} for {len(self.layers)} layers, expected [L, E, 2]",
-            ),
-            (bits.size == 0, "no experts"),
-            (
-                not np.isin(bits, self.recipe.expert_bits).all(),
-                f"widths {np.unique(bits).tolist()}, offered are {self.recipe.expert_bits}",
-            ),
-            (
-                list(self.layers) != sorted(set(self.layers)),
-                f"layers {self.layers}, expected distinct ones in rising order",
-            ),
-            (
-                not 0 < self.expert_bytes <= self.total_bytes <= self.folder_bytes,
-                f"{self.expert_bytes} bytes of experts, {self.total_bytes} of tensors and "
-                f"{self.folder_bytes} of files, expected rising numbers above 0",
-            ),
-            (
-                not all(math.isfinite(n) and n >= 0 for n in numbers)
-                or not self.average_bits <= self.expert_bits_per_weight < math.inf,
-                f"loss and bits per weight {numbers}, {self.expert_bits_per_weight} (experts)",
-            ),
-        ):
-            if wrong:
-                raise CheckpointError(
-                    f"The plan does not fit together: {what}. Make it again with "
-                    "`moepress allocate`."
-                )
+        if wrong := self._contradiction():
+            raise CheckpointError(
+                f"The plan does not fit together: {wrong}. Make it again with `moepress allocate`."
+            )
+
+    def _contradiction(self) -> str | None:
+        """What is wrong with the plan, and what was expected; None if nothing is."""
+        shape, count = self.bits.shape, len(self.layers)
+        if len(shape) != 3 or shape[0] != count or shape[2] != len(PROJECTIONS) or not shape[1]:
+            return f"widths of shape {shape}, expected [L, E, 2] with L = {count} layers"
+        if list(self.layers) != sorted(set(self.layers)) or not count:
+            return f"layers {self.layers}, expected distinct ones in rising order"
+        if not set(np.unique(self.bits)) <= set(self.recipe.expert_bits):
+            return f"widths {np.unique(self.bits)}, expected some of {self.recipe.expert_bits}"
+        if self.group_size not in GROUP_SIZES:
+            return f"group size {self.group_size}, expected one of {GROUP_SIZES}"
+        sizes = (self.expert_bytes, self.total_bytes, self.folder_bytes)
+        if not 0 < sizes[0] <= sizes[1] <= sizes[2]:
+            return f"experts, tensors and files of {sizes} bytes, expected rising numbers"
+        rates = (self.average_bits, self.expert_bits_per_weight, self.bits_per_weight)
+        if not all(0 < rate < math.inf for rate in rates) or rates[0] > rates[1]:
+            return f"code bits, stored expert bits and stored bits per weight of {rates}"
+        if not 0 <= self.predicted_loss < math.inf:
+            return f"a predicted loss of {self.predicted_loss}, expected a finite number from 0 up"
+        if not isinstance(self.provenance, dict):
+            return f"provenance {self.provenance!r}, expected names and values"
+        return None
 
     def save(self, path: Path) -> None:
         """Write JSON, atomically; equal plans give equal bytes. One digit per expert.
@@ -239,7 +244,7 @@ def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
         NumericalError: NaN, infinity or a negative number in the scores.
         MoepressError: HiGHS did not solve the program.
     """
-    check_scores(scores, recipe)
+    check_inputs(scores, recipe)
     menu = Menu.of(scores, recipe)
     costs = objective(scores, recipe)
     sizes = menu.code_bits if recipe.bits is not None else menu.nbytes
@@ -292,9 +297,16 @@ def pareto(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[
     ]
 
 
-def check_scores(scores: ExpertScores, recipe: Recipe) -> None:
-    """Raise InputError or NumericalError if these scores cannot serve this recipe."""
-    missing = sorted(set(recipe.expert_bits) - set(scores.bits))
+def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
+    """Raise InputError, BudgetError or NumericalError if these scores cannot serve this recipe."""
+    widths = recipe.expert_bits
+    if recipe.cost == "uniform" and recipe.bits is not None and recipe.bits not in widths:
+        raise BudgetError(
+            f"No uniform allocation has {recipe.bits} bits: offered are {list(widths)}, the "
+            f"smallest is {widths[0]} and the largest {widths[-1]}. Ask for one of them, or use "
+            "another cost than 'uniform'."
+        )
+    missing = sorted(set(widths) - set(scores.bits))
     if missing:
         raise InputError(
             f"expert_bits offers {missing}, but the scores hold {list(scores.bits)} bits. Offer "
@@ -366,17 +378,18 @@ def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
     unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
     if unit is None:
         raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
-    (low, high), asked = possible[unit], getattr(recipe, unit)
+    low, high = possible[unit]
+    asked: float = getattr(recipe, unit)
     if asked > high:
         logger.warning(
             "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
         )
-    budget = min(asked, high) * (1 if unit == "size" else 1 + BUDGET_ROUNDING)
+    budget: float = min(asked, high)
     if unit == "bits":
-        capacity = math.floor(budget * menu.total_weights)
+        capacity = math.floor(budget * menu.total_weights * (1 + ROUNDING))
     elif unit == "bpw":
         weights = scores.fixed_weights + menu.total_weights
-        capacity = math.floor(budget * weights / 8) - scores.fixed_bytes
+        capacity = math.floor(budget * weights / 8 * (1 + ROUNDING)) - scores.fixed_bytes
     else:
         capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
     sizes = menu.code_bits if unit == "bits" else menu.nbytes
@@ -390,19 +403,11 @@ def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
 
 
 def uniform(recipe: Recipe, menu: Menu, sizes: Ints, capacity: int) -> Ints:
-    """Every expert at one width. [L, E, P] columns of the menu.
+    """Every expert at the largest width that fits. [L, E, P] columns of the menu.
 
     Raises:
-        BudgetError: `bits` is none of the offered widths. (Under `bpw` and `size` the largest
-            width that fits is taken.)
         InputError: `at_least_one` asks for another width too.
     """
-    if recipe.bits is not None and recipe.bits not in menu.widths:
-        raise BudgetError(
-            f"No uniform allocation has {recipe.bits} bits: offered are {list(menu.widths)}, the "
-            f"smallest is {menu.widths[0]} and the largest {menu.widths[-1]}. Ask for one of them, "
-            "or use another cost than 'uniform'."
-        )
     totals = math.prod(menu.shape[:2]) * sizes.sum(axis=0)  # [B]
     column = int((totals <= capacity).sum()) - 1
     if set(recipe.at_least_one) - {menu.widths[column]}:
@@ -477,6 +482,13 @@ class _Knapsack:
         """What a choice leaves of the budget."""
         return self.capacity - int(_at(self.sizes, choice).sum())
 
+    def group_of(self) -> Ints:
+        """[I] group of each item; 0 where groups do not matter."""
+        groups = np.zeros(len(self.sizes), dtype=np.int64)
+        if self.required:
+            groups[self.members] = np.arange(len(self.members))[:, None]
+        return groups
+
     def at_price(self, price: float) -> tuple[Ints, Floats]:
         """The cheapest choice [I] if budget costs `price` a unit, and reduced costs [I, B]."""
         total = self.excess + price * self.sizes
@@ -535,19 +547,29 @@ def solve(
 
 
 def _solve(problem: _Knapsack) -> Ints:
-    choice, _ = problem.at_price(0.0)
+    choice, _ = problem.at_price(LEAST_PRICE)
     if problem.room(choice) >= 0:
         return choice  # the budget does not bind
     price, below, above = _best_price(problem)
-    incumbent = _improve(problem, _towards(problem, above, below))
+    incumbent = _towards(problem, above, below)
     _, reduced = problem.at_price(price)
-    rises = problem.cover_cost(reduced)  # [G]
-    gap = _above_bound(problem, incumbent, reduced, price) - rises.sum()
-    if gap <= 0:
-        return incumbent
-    found = _core(problem, reduced, price, gap, _candidates(problem, reduced, gap, incumbent))
-    better = _above_bound(problem, found, reduced, price) - rises.sum() < gap
-    return found if better else incumbent
+    rises = problem.cover_cost(reduced)
+    bound = rises.sum()
+    gap = _loss(problem, incumbent, reduced, price) - bound
+    margin = _margin(problem, reduced, rises)
+    core = FIRST_CORE
+    while gap > 0:
+        threshold = min(gap, _smallest(margin, len(margin) + core))
+        candidates = margin <= threshold
+        candidates[np.arange(len(incumbent)), incumbent] = True
+        found = _highs(problem, reduced, price, gap, candidates)
+        found_gap = _loss(problem, found, reduced, price) - bound
+        if found_gap < gap:
+            incumbent, gap = found, found_gap
+        if gap <= threshold:
+            break  # no column left out could improve on it
+        core = 4 * max(core, int(candidates.sum()) - len(margin))
+    return incumbent
 
 
 def _best_price(problem: _Knapsack) -> tuple[float, Ints, Ints]:
@@ -557,7 +579,7 @@ def _best_price(problem: _Knapsack) -> tuple[float, Ints, Ints]:
         high *= 2
     low = high
     while problem.room(problem.at_price(low)[0]) >= 0:
-        high, low = low, low / 2
+        high, low = low, max(low / 2, LEAST_PRICE)
     while low < (middle := (low + high) / 2) < high:
         if problem.room(problem.at_price(middle)[0]) >= 0:
             high = middle
@@ -578,86 +600,95 @@ def _towards(problem: _Knapsack, start: Ints, end: Ints) -> Ints:
     return choice
 
 
-def _improve(problem: _Knapsack, choice: Ints) -> Ints:
-    """Make the change of one item that lowers the cost most and fits, while there is one."""
-    choice = choice.copy()
-    held = problem.representatives(choice)
-    while True:
-        gain = _at(problem.excess, choice)[:, None] - problem.excess
-        extra = problem.sizes - _at(problem.sizes, choice)[:, None]
-        gain[(extra > problem.room(choice)) | held[:, None]] = 0.0
-        item, column = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[item, column] <= 0:
-            return choice
-        choice[item] = column
-
-
-def _above_bound(problem: _Knapsack, choice: Ints, reduced: Floats, price: float) -> float:
-    """Cost of a choice above the Lagrangian bound, added up without cancellation."""
+def _loss(problem: _Knapsack, choice: Ints, reduced: Floats, price: float) -> float:
+    """Cost of a choice above the Lagrangian bound without required columns; no cancellation."""
     return float(_at(reduced, choice).sum() + price * problem.room(choice))
 
 
-def _candidates(problem: _Knapsack, reduced: Floats, gap: float, incumbent: Ints) -> Mask:
-    """[I, B] the columns that an allocation better than the incumbent may still use.
+def _margin(problem: _Knapsack, reduced: Floats, rises: Floats) -> Floats:
+    """[I, B] how much the bound rises if an item takes a column.
 
-    A required column pays for its group's need of it: taking it raises the bound by its reduced
-    cost, less what the group had to pay for that column anyway.
+    Its reduced cost; but a required column serves its group too, which saves what the group
+    has to pay for that column anyway.
     """
-    limit = np.full(reduced.shape, gap)
-    rises = problem.cover_cost(reduced)
+    margin = reduced.copy()
     for column in problem.required:
-        saved = rises - problem.cover_cost(reduced, left_out=column)
-        limit[problem.members, column] += saved[:, None]
-    candidates = reduced <= limit
-    candidates[np.arange(len(incumbent)), incumbent] = True
-    return candidates
+        saved = rises - problem.cover_cost(reduced, left_out=column)  # [G]
+        margin[problem.members, column] -= saved[:, None]
+    return margin
 
 
-def _core(problem: _Knapsack, reduced: Floats, price: float, gap: float, candidates: Mask) -> Ints:
-    """HiGHS on the items that still have a choice."""
-    choice = candidates.argmax(axis=1)
-    open_items = candidates.sum(axis=1) > 1
-    items, columns = np.nonzero(candidates & open_items[:, None])
-    rows = np.cumsum(open_items)[items] - 1  # [V] one row of "exactly one" per open item
-    count, variables = int(open_items.sum()), len(items)
-    sizes = problem.sizes[items, columns]
-    capacity = problem.capacity - int(_at(problem.sizes, choice)[~open_items].sum())
+def _smallest(values: Floats, count: int) -> float:
+    """The count-th smallest value; infinity if there are no more than that."""
+    flat = values.ravel()
+    return float(np.partition(flat, count - 1)[count - 1]) if count < len(flat) else math.inf
+
+
+def _highs(problem: _Knapsack, reduced: Floats, price: float, gap: float, candidates: Mask) -> Ints:
+    """HiGHS on the items that still have a choice; equal items are one integer variable a column.
+
+    Returns:
+        [I] the best choice among the candidates.
+    """
+    choice: Ints = candidates.argmax(axis=1)
+    is_open = candidates.sum(axis=1) > 1
+    items = np.flatnonzero(is_open)
+    offered = np.where(candidates, reduced, np.inf)[items]
+    group = problem.group_of()[items]
+    alike = np.column_stack([offered, problem.sizes[items], group])
+    _, first, kind, count = np.unique(
+        alike, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )  # K kinds of open items
+    rows, columns = np.nonzero(np.isfinite(offered[first]))  # [V] one variable each
+    variables = len(rows)
+    capacity = problem.capacity - int(_at(problem.sizes, choice)[~is_open].sum())
+    sizes = problem.sizes[items[first]][rows, columns]
     # The last variable is the room that is left.
-    one = coo_array((np.ones(variables), (rows, np.arange(variables))), (count, variables + 1))
     constraints = [
-        LinearConstraint(one.tocsr(), 1, 1),
+        LinearConstraint(
+            _ones(rows, np.arange(variables), (len(first), variables + 1)), count, count
+        ),
         LinearConstraint(np.append(sizes, 1)[None, :].astype(float), capacity, capacity),
     ]
     for column in problem.required:
-        fixed = (~open_items & (choice == column))[problem.members].any(axis=1)  # [G]
-        group_of = np.full(len(choice), -1)
-        group_of[problem.members[~fixed]] = np.flatnonzero(~fixed)[:, None]
-        here = np.flatnonzero((columns == column) & (group_of[items] >= 0))
-        shape = (len(problem.members), variables + 1)
-        cover = coo_array((np.ones(len(here)), (group_of[items[here]], here)), shape)
-        constraints.append(LinearConstraint(cover.tocsr(), (~fixed).astype(float), np.inf))
+        covered = (~is_open & (choice == column))[problem.members].any(axis=1)  # [G]
+        here = np.flatnonzero(columns == column)
+        cover = _ones(group[first][rows[here]], here, (len(covered), variables + 1))
+        constraints.append(LinearConstraint(cover, 1.0 - covered, np.inf))
+    # Room is integer, and room that costs more than the gap is in no better choice.
+    most_room = math.floor(min(gap / price * (1 + ROUNDING), capacity))
+    loss = np.append(offered[first][rows, columns], price if most_room else 0.0)
     result = milp(
-        OBJECTIVE_SCALE / gap * np.append(reduced[items, columns], price),
+        loss * min(OBJECTIVE_SCALE / gap, LARGEST_COEFFICIENT / loss.max()),
         integrality=np.append(np.ones(variables), 0),
-        bounds=Bounds(0, np.append(np.ones(variables), np.inf)),
+        bounds=Bounds(0, np.append(count[rows], most_room)),
         constraints=constraints,
         options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
     )
     if result.status != 0 or result.x is None:
         raise MoepressError(
-            f"HiGHS did not solve the allocation of {count} items with {variables} choices left "
+            f"HiGHS did not solve the allocation of {len(items)} items in {variables} variables "
             f"(limit {SECONDS:.0f} s): {result.message} Try a slightly different budget, or "
             "scope 'layer'."
         )
-    taken = result.x[:-1] > 0.5
-    choice[items[taken]] = columns[taken]
-    if taken.sum() != count or problem.room(choice) < 0:
+    taken = np.rint(result.x[:-1]).astype(np.int64)
+    if (np.bincount(rows, taken, len(first)) != count).any():
         raise MoepressError(
-            f"HiGHS returned {int(taken.sum())} widths for {count} items, {problem.room(choice)} "
-            "units of budget left. Expected one each within the budget: please report this."
+            "HiGHS returned no width or several for an item. Expected exactly one: please report."
         )
-    logger.debug("HiGHS decided %d items, %d choices", count, variables)
+    # Items of one kind, in order, get the widths of that kind, in order.
+    choice[items[np.argsort(kind.ravel(), kind="stable")]] = np.repeat(columns, taken)
+    if problem.room(choice) < 0:
+        raise MoepressError(
+            f"HiGHS overran the budget by {-problem.room(choice)} units: please report."
+        )
+    logger.debug("HiGHS decided %d items in %d variables", len(items), variables)
     return choice
+
+
+def _ones(rows: Ints, columns: Ints, shape: tuple[int, int]) -> csr_array:
+    """The matrix [shape] of zeros with a one at each of these places."""
+    return coo_array((np.ones(len(rows)), (rows, columns)), shape).tocsr()
 
 
 def _spend_freely(problem: _Knapsack, choice: Ints) -> Ints:
@@ -739,7 +770,8 @@ def _draw_alone(sizes: Ints, capacity: int, rng: np.random.Generator) -> Ints:
         else:
             high = price
     ends = chances(high).cumsum(axis=1)
-    return np.minimum((rng.random((len(sizes), 1)) > ends).sum(axis=1), sizes.shape[1] - 1)
+    columns: Ints = (rng.random((len(sizes), 1)) > ends[:, :-1]).sum(axis=1)
+    return columns
 
 
 # --- small things -------------------------------------------------------------------------------

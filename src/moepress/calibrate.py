@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from moepress import data
-from moepress.checkpoint import load_json, save_json
+from moepress.checkpoint import load_json, load_tensors, save_json, save_tensors
 from moepress.errors import CheckpointError
 from moepress.progress import Progress
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.source import Source
 from moepress.walk import Routed, Walk
 
+TEXT = "text.safetensors"  # calibration sequences, in the folder of unfinished work
 # What a borrowed token counts beside a token of the expert's own. It is not what the expert will
 # see; it only has to keep unseen directions from costing nothing.
 BORROWED_WEIGHT = 0.1
@@ -156,6 +157,20 @@ def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
     )
     data.check_vocab(tokens, source.config.get_text_config().vocab_size)
     return tokens.ids
+
+
+def kept_ids(path: Path, source: Source, recipe: Recipe) -> Tensor:
+    """The sequences that an interrupted run kept, or else those that the recipe asks for.
+
+    Text that the model writes itself may differ with the number of threads; a run goes on with
+    what it began with.
+    """
+    return load_tensors(path)["ids"] if path.is_file() else calibration_ids(source, recipe)
+
+
+def keep_ids(path: Path, ids: Tensor) -> None:
+    if not path.is_file():
+        save_tensors(path, {"ids": ids})
 
 
 def tokenizer(source: Source) -> object:

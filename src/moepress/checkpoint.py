@@ -74,12 +74,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file atomically; equal tensors give equal bytes."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = None) -> None:
+    """Write a safetensors file atomically; equal tensors give equal bytes.
+
+    Args:
+        about: text kept in the file's metadata, for `read_about`. One entry only: safetensors
+            writes several in an order that differs from run to run.
+    """
     whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    write_atomically(path, lambda to: save_file(whole, to, metadata=dict(metadata or {})))
+    metadata = {"format": "pt"} if about is None else {"moepress": about}
+    write_atomically(path, lambda to: save_file(whole, to, metadata=metadata))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -94,10 +98,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty if it has none."""
+def read_about(path: Path) -> str | None:
+    """What `save_tensors` was told about a file's tensors; None if nothing."""
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+        return (file.metadata() or {}).get("moepress")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -275,6 +276,9 @@ def main() -> None:
     """Entry point: errors of ours become one line and an exit code."""
     from moepress.errors import InputError, MoepressError
 
+    # Threads that wait for each other by spinning make small operations many times slower as soon
+    # as anything else runs on the machine; sleeping costs a few microseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except MoepressError as error:

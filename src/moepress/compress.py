@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moepress.allocate import allocate
-from moepress.calibrate import calibration_ids, identity
+from moepress.allocate import Menu, allocate, expert_budget
+from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
 from moepress.checkpoint import SCORES
-from moepress.errors import InputError
+from moepress.layout import check_group_sizes
 from moepress.quantize import WORK, claim, quantize
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores, score
+from moepress.score import ExpertScores, score, unmeasured
 from moepress.source import Source
 from moepress.walk import check_identity
 
@@ -38,19 +38,21 @@ def compress(
 
     Raises:
         InputError: model, recipe, text or folder cannot be used; nothing was written.
-        BudgetError: no allocation meets the budget; the scores are kept for another try.
+        BudgetError: no allocation meets the budget; nothing was written.
         CheckpointError: no space left; everything finished is kept.
     """
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     recipe = recipe.with_changes(**changes)
-    if not recipe.has_budget:
-        raise InputError("No budget. Give one of bits (say 2.5), bpw, or size.")
     source = Source(model, device)
-    ids = calibration_ids(source, recipe)
+    check_group_sizes(source, recipe)
+    sizes = unmeasured(source, recipe)
+    expert_budget(sizes, recipe, Menu.of(sizes, recipe))  # refused now, not after hours of scoring
+    ids = kept_ids(out / WORK / TEXT, source, recipe)
     work = identity(source, recipe, ids) | {"full_recipe": recipe.digest()}
     if claim(out, work):
         return out
+    keep_ids(out / WORK / TEXT, ids)
     check_identity(out / WORK / "compress.json", work)
     if (out / SCORES).is_file():
         scores = ExpertScores.load(out / SCORES)

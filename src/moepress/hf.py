@@ -196,7 +196,8 @@ def activation_name(function: Any) -> str:
     Raises:
         InputError: it computes none of `kernels.reference.ACTIVATIONS`.
     """
-    probe = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
+    near = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
+    probe = torch.cat([near, 1000 * near])  # the far values tell clipped activations apart
     if not (isinstance(function, nn.Module) and any(True for _ in function.parameters())):
         value = function(probe)
         for name, known in ACTIVATIONS.items():

@@ -18,12 +18,6 @@ from moepress.source import Source
 
 logger = logging.getLogger(__name__)
 
-# Bytes of a safetensors header per tensor, and of the index and quantization entries: names and
-# numbers of about this length. Only the tokenizer of a toy model is small enough to notice.
-METADATA_PER_TENSOR = 330
-METADATA_PER_FILE = 1200
-SCORE_BYTES_PER_EXPERT = 16
-
 
 def codec_for(bits: int, cols: int, group_size: int) -> Codec:
     """The codec of `bits` for rows of `cols` weights: the asked group size or a smaller one.
@@ -123,17 +117,22 @@ def fixed_bytes(source: Source, specs: dict[str, PackedSpec]) -> int:
     return total
 
 
-def file_bytes(source: Source) -> int:
-    """About how many bytes the folder holds besides tensors: tokenizer, JSON, headers, scores."""
-    companions = sum(path.stat().st_size for path in source.companions())
-    config = (source.folder / "config.json").stat().st_size
-    experts = sum(e.experts for e in source.experts.values())
-    tensors = len(every_name(source)) + 2 * len(source.experts)
-    files = len(source.layers) + 4
-    return (
-        companions
-        + config
-        + tensors * METADATA_PER_TENSOR
-        + files * METADATA_PER_FILE
-        + experts * SCORE_BYTES_PER_EXPERT
-    )
+def file_bytes(source: Source, recipe: Recipe) -> int:
+    """About how many bytes the folder holds besides tensors: tokenizer, JSON, headers, scores.
+
+    Nothing beside the weights of a large model; a good part of a toy's folder. Constants are what
+    our files take per entry, names apart (docs/format.md shows them).
+    """
+    names = every_name(source)
+    expert_names = [
+        f"{e.path}.{n}" for e in source.experts.values() for n in ("gate_up_proj", "down_proj")
+    ]
+    packed = [*linear_specs(source, recipe), *expert_names]
+    moe_layers, experts = len(source.experts), next(iter(source.experts.values())).experts
+    headers = sum(len(name) + 68 for name in (*names, *expert_names)) + 32 * len(source.layers)
+    index = sum(len(name) + 43 for name in (*names, *expert_names)) + 100
+    entries = sum(len(name) + 75 for name in packed) + 2 * moe_layers * experts + 500
+    plan = 1500 + moe_layers * (2 * experts + 75)
+    scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits)))
+    copied = [*source.companions(), source.folder / "config.json"]
+    return headers + index + entries + plan + scores + sum(p.stat().st_size for p in copied)

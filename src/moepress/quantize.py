@@ -87,7 +87,6 @@ def quantize(
     if todo:
         walk = Walk(source, ids)
         with Progress("quantize", total=len(layers)) as progress:
-            progress.advance(len(layers) - len(todo))
             for layer in journal.remaining(walk):
                 tensors = quantize_layer(walk, layer, plan, packed, progress)
                 journal.commit(walk, layer, tensors)

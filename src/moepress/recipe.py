@@ -144,10 +144,6 @@ class Recipe:
         """This recipe with some fields changed, by name."""
         return Recipe.from_dict({**self.to_dict(), **changes})
 
-    @property
-    def has_budget(self) -> bool:
-        return any(b is not None for b in (self.bits, self.bpw, self.size))
-
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
         known = {field.name for field in dataclasses.fields(cls)}

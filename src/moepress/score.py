@@ -14,6 +14,7 @@ epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the ro
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress.calibrate import calibration_ids, identity, routing_statistics
-from moepress.checkpoint import load_tensors, read_metadata, save_tensors, temporary_folder
+from moepress.calibrate import TEXT, identity, keep_ids, kept_ids, routing_statistics
+from moepress.checkpoint import load_tensors, read_about, save_tensors, temporary_folder
 from moepress.errors import CheckpointError
 from moepress.layout import check_group_sizes, every_name, file_bytes, fixed_bytes, linear_specs
 from moepress.progress import Progress
@@ -35,6 +36,7 @@ from moepress.source import ExpertWeights, Source
 from moepress.walk import Journal, Routed, Walk, chunks, empty, expert_hidden
 
 ARRAYS = ("tokens", "routing_weight", "squared_error", "output_energy", "residual_energy")
+KIND = "moepress scores"
 PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
 
 
@@ -72,8 +74,7 @@ class ExpertScores:
         """Write one safetensors file: arrays as tensors, the rest as JSON in its metadata."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
         rest = {k: v for k, v in vars(self).items() if k not in ARRAYS}
-        metadata = {"kind": "moepress scores", "fields": json.dumps(rest, sort_keys=True)}
-        save_tensors(path, arrays, metadata)
+        save_tensors(path, arrays, json.dumps({"kind": KIND, **rest}, sort_keys=True))
 
     def recipe_for(self, recipe: Recipe) -> Recipe:
         """`recipe` for the allocation, and for all else the recipe these were measured with."""
@@ -88,10 +89,9 @@ class ExpertScores:
             CheckpointError: missing, damaged, or not scores.
         """
         arrays = load_tensors(path)
-        metadata = read_metadata(path)
-        if metadata.get("kind") != "moepress scores":
+        rest = json.loads(read_about(path) or "{}")
+        if rest.pop("kind", None) != KIND:
             raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
-        rest = json.loads(metadata["fields"])
         for name in ("layers", "bits", "gate_up_shape", "down_shape"):
             rest[name] = tuple(rest[name])
         rest.update({name: arrays[name].numpy() for name in ARRAYS})
@@ -120,12 +120,14 @@ def score(
     """
     source = source if isinstance(source, Source) else Source(source, device)
     check_group_sizes(source, recipe)
-    ids = calibration_ids(source, recipe) if ids is None else ids
     with temporary_folder(work) as folder:
+        ids = kept_ids(folder / TEXT, source, recipe) if ids is None else ids
+        keep_ids(folder / TEXT, ids)
         journal = Journal(folder, identity(source, recipe, ids))
-        if any(not journal.done(layer) for layer in range(len(source.layers))):
+        layers = range(len(source.layers))
+        if not all(journal.done(layer) for layer in layers):
             walk = Walk(source, ids)
-            with Progress("score", total=len(source.layers)) as progress:
+            with Progress("score", total=len(layers)) as progress:
                 for layer in journal.remaining(walk):
                     journal.commit(walk, layer, score_layer(walk, layer, recipe, progress))
                     progress.advance()
@@ -135,22 +137,44 @@ def score(
 def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> ExpertScores:
     """Put the results of all layers together."""
     rows = [journal.result(layer) for layer in source.experts]
-    arrays: dict[str, Any] = {
-        name: np.stack([row[name].numpy() for row in rows]) for name in ARRAYS
+    arrays = {name: np.stack([row[name].numpy() for row in rows]) for name in ARRAYS}
+    return assemble(source, recipe, arrays, ids.numel(), identity(source, recipe, ids))
+
+
+def unmeasured(source: Source, recipe: Recipe) -> ExpertScores:
+    """Scores with every number 0: enough to tell which budgets are possible."""
+    experts = next(iter(source.experts.values())).experts
+    shape = (len(source.experts), experts)
+    arrays = {
+        "tokens": np.zeros(shape, dtype=np.int64),
+        "routing_weight": np.zeros(shape),
+        "squared_error": np.zeros((*shape, len(PARTS), len(recipe.expert_bits))),
+        "output_energy": np.zeros(shape[0]),
+        "residual_energy": np.zeros(shape[0]),
     }
-    packed = linear_specs(source, recipe)
+    return assemble(source, recipe, arrays, 0, {})
+
+
+def assemble(
+    source: Source,
+    recipe: Recipe,
+    arrays: Mapping[str, Any],
+    total_tokens: int,
+    provenance: dict[str, str],
+) -> ExpertScores:
+    """Arrays, and what the allocator must know of the model's size."""
     one = next(iter(source.experts.values()))
     return ExpertScores(
         layers=tuple(source.experts),
         bits=recipe.expert_bits,
-        total_tokens=ids.numel(),
+        total_tokens=total_tokens,
         gate_up_shape=one.gate_up_shape,
         down_shape=one.down_shape,
-        fixed_bytes=fixed_bytes(source, packed),
+        fixed_bytes=fixed_bytes(source, linear_specs(source, recipe)),
         fixed_weights=sum(source.shape(name).numel() for name in every_name(source)),
-        file_bytes=file_bytes(source),
+        file_bytes=file_bytes(source, recipe),
         group_size=recipe.group_size,
-        provenance=identity(source, recipe, ids),
+        provenance=provenance,
         recipe=recipe.to_dict(),
         **arrays,
     )

@@ -71,10 +71,11 @@ class Hessian:
                 upper[a:b, a:].addmm_(part[:, a:b].T, part[:, a:])
 
     def factor(self, damping: float) -> Factor:
-        """The factorisation of the damped Hessian. Uses the Hessian up: it cannot be added to after.
+        """The factorisation of the damped Hessian. Uses the Hessian up: nothing can be added after.
 
-        A Hessian of no tokens gives R = I and D = 1: quantizing with it is rounding to nearest. When
-        the factorisation fails, damping is raised tenfold and it is tried again, with a warning.
+        A Hessian of no tokens gives R = I and D = 1: quantizing with it is rounding to nearest.
+        When the factorisation fails, damping is raised tenfold and it is tried again, with one
+        warning. Peak memory: two [K, K] matrices.
 
         Args:
             damping: in units of the mean of the diagonal.

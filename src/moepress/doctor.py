@@ -1,0 +1,208 @@
+"""What runs on this machine, and why not the rest.
+
+Each probe answers one question in one or more lines. A probe that fails says so in its own line:
+the doctor comes when something is broken, so nothing that is broken may stop it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["ok", "missing", "failed"]
+
+PYTHONS = ((3, 11), (3, 13))  # oldest and newest that are tested
+OLDEST = {"torch": (2, 11), "transformers": (5, 16)}
+NEEDED = (
+    "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "typer",
+    "rich", "psutil",
+)  # fmt: skip
+EXTRAS = {"datasets": "for the data sets c4, wikitext2 and math"}  # extra and package: one name
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked for, what is there, and what to do if that is too little."""
+
+    name: str
+    state: State
+    found: str
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a machine offers, in the order in which one would look for a fault."""
+
+    checks: tuple[Check, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checks": [asdict(check) for check in self.checks]}
+
+
+def doctor() -> Report:
+    """Probe this machine. Never raises: a probe that fails is reported as failed."""
+    return Report(tuple(check for name, probe in PROBES.items() for check in _ask(name, probe)))
+
+
+def format_report(report: Report) -> str:
+    """One line per check: state, name, what was found, and what to do."""
+    width = max((len(check.name) for check in report.checks), default=0)
+    return "\n".join(
+        f"{check.state:<8} {check.name:<{width}}  {check.found}"
+        + (f"  ->  {check.do}" if check.do else "")
+        for check in report.checks
+    )
+
+
+def _ask(name: str, probe: Callable[[], Iterable[Check]]) -> list[Check]:
+    try:
+        return list(probe())
+    except Exception as error:  # a broken installation raises anything; that is the finding
+        return [Check(name, "failed", f"{type(error).__name__}: {error}".split("\n")[0])]
+
+
+def _python() -> Iterable[Check]:
+    import sys
+
+    oldest, newest = (".".join(map(str, version)) for version in PYTHONS)
+    good = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
+    found = f"{platform.python_version()} ({platform.system()} {platform.machine()})"
+    do = "" if good else f"use Python {oldest} to {newest}"
+    yield Check("python", "ok" if good else "missing", found, do)
+
+
+def _packages() -> Iterable[Check]:
+    for name, oldest in OLDEST.items():
+        wanted = ".".join(map(str, oldest))
+        yield _package(name, oldest, f"pip install -U '{name}>={wanted}'")
+    for name in NEEDED:
+        yield _package(name, (0,), f"pip install {name}")
+
+
+def _package(name: str, oldest: tuple[int, ...], do: str) -> Check:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Check(name, "missing", "not installed", do)
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:
+        return Check(name, "missing", f"{version}, too old", do)
+    return Check(name, "ok", version)
+
+
+def _cpu() -> Iterable[Check]:
+    import psutil
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text() if info.is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Check("cpu", "ok", f"{name}, {usable} of {psutil.cpu_count()} logical cores usable")
+    flags = re.search(r"^flags\s*:\s*(.+)$", lines, re.MULTILINE)
+    if flags is None:
+        yield Check("cpu flags", "ok", f"not listed on {platform.system()} {platform.machine()}")
+        return
+    there = set(flags[1].split())
+    has = [flag for flag in CPU_FLAGS if flag in there]
+    lacks = [flag for flag in CPU_FLAGS if flag not in there]
+    found = " ".join(has) or "none of those that kernels use"
+    yield Check("cpu flags", "ok", found + (f" (not {' '.join(lacks)})" if lacks else ""))
+
+
+def _memory() -> Iterable[Check]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield Check(
+        "memory", "ok", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available"
+    )
+
+
+def _disk() -> Iterable[Check]:
+    yield Check(
+        "disk", "ok", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder"
+    )
+
+
+def _torch() -> Iterable[Check]:
+    """That torch can be imported, which its version in the package list does not prove."""
+    import torch
+
+    widest = torch.backends.cpu.get_cpu_capability()
+    found = f"{torch.get_num_threads()} threads, CPU code for {widest}"
+    yield Check("torch runs", "ok", found)
+
+
+def _cuda() -> Iterable[Check]:
+    import torch
+
+    if torch.version.cuda is None:
+        do = "for a GPU, install a torch build with CUDA"
+        yield Check("cuda", "missing", f"torch {torch.__version__} is built without it", do)
+        return
+    if not torch.cuda.is_available():
+        do = "for a GPU, check that `nvidia-smi` lists it"
+        yield Check("cuda", "missing", f"torch has CUDA {torch.version.cuda}, no device found", do)
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found = (
+            f"{device.name}, compute capability {device.major}.{device.minor}, "
+            f"{device.total_memory / 1e9:.1f} GB, CUDA {torch.version.cuda}"
+        )
+        yield Check(f"cuda:{index}", "ok", found)
+
+
+def _kernels() -> Iterable[Check]:
+    from moepress import kernels
+
+    for status in kernels.status():
+        name = f"kernels on {status.device}"
+        yield Check(name, "ok", status.backend)
+        for backend, reason in status.refused.items():
+            yield Check(name, "missing", backend, reason)
+
+
+def _extras() -> Iterable[Check]:
+    for name, purpose in EXTRAS.items():
+        yield _package(name, (0,), f"{purpose}: pip install 'moepress[{name}]'")
+
+
+def _allocator() -> Iterable[Check]:
+    """Which malloc this process runs on: glibc's gives large buffers back at once, and every later
+    use of them faults its pages in again."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        yield Check("malloc", "ok", f"the one of {platform.system()}")
+        return
+    text = maps.read_text()
+    found = [name for name in ALLOCATORS if name in text]
+    if found:
+        yield Check("malloc", "ok", ", ".join(found))
+        return
+    do = "for fewer page faults on CPU, install tcmalloc and start with LD_PRELOAD=libtcmalloc.so"
+    yield Check("malloc", "missing", "none of " + ", ".join(ALLOCATORS), do)
+
+
+PROBES: dict[str, Callable[[], Iterable[Check]]] = {
+    "python": _python,
+    "packages": _packages,
+    "cpu": _cpu,
+    "memory": _memory,
+    "disk": _disk,
+    "torch runs": _torch,
+    "cuda": _cuda,
+    "kernels": _kernels,
+    "extras": _extras,
+    "malloc": _allocator,
+}

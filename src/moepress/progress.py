@@ -1,0 +1,145 @@
+"""How far a stage is, on stderr: a live bar on a terminal, a line now and then elsewhere.
+
+    with Progress("score", total=layers) as progress:
+        progress.update(layer=3, expert=17, experts=128)  # at work on
+        progress.advance()  # the layer is done
+
+`update` only writes down numbers, so inner loops may call it freely; what is shown is computed when
+it is shown, twice a second at most. Nothing is ever written to stdout: that is for results.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Literal, Self, get_args
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from moepress.errors import InputError
+
+Verbosity = Literal["quiet", "normal"]
+
+REFRESHES_PER_SECOND = 2  # of the live bar
+SECONDS_BETWEEN_LINES = 5.0  # where there is no terminal
+_verbosity: Verbosity = "normal"
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Show the progress of stages that start from now on ("normal"), or not ("quiet")."""
+    if verbosity not in get_args(Verbosity):
+        raise InputError(f"Verbosity {verbosity!r}: expected one of {list(get_args(Verbosity))}.")
+    global _verbosity
+    _verbosity = verbosity
+
+
+class Progress:
+    """Shows stage, layer, expert, time spent and left, and resident memory.
+
+    Args:
+        stage: what is being done, in a word.
+        total: steps of the stage: layers, or batches where `update` is given no layer.
+    """
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage = stage
+        self.total = total
+        self.done = 0
+        self._skipped = 0
+        self._layer: int | None = None
+        self._expert: int | None = None
+        self._experts: int | None = None
+        self._note = ""
+        self._began = self._shown = time.monotonic()
+        self._console: Console | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if _verbosity == "quiet":
+            return self
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._bar,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                redirect_stdout=False,  # it would send stdout to stderr
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def skip(self, count: int) -> None:
+        """Count steps as done by an earlier run: they say nothing about the speed of this one."""
+        self.done += count
+        self._skipped += count
+
+    def update(
+        self,
+        *,
+        layer: int | None = None,
+        expert: int | None = None,
+        experts: int | None = None,
+        note: str = "",
+    ) -> None:
+        """Say what is being worked on, counted from 0; what is left out is no longer shown."""
+        self._layer, self._expert, self._experts, self._note = layer, expert, experts, note
+
+    def advance(self) -> None:
+        """Count a step as done."""
+        self.done += 1
+        self.update()
+        if self._console is None or self._live is not None:
+            return
+        now = time.monotonic()
+        if self.done >= self.total or now - self._shown >= SECONDS_BETWEEN_LINES:
+            self._shown = now
+            self._console.print(f"{self.stage}: {self.describe()}", markup=False)
+
+    def describe(self) -> str:
+        """For example: 4/32, expert 18/128, 0:01:02 elapsed, 0:08:10 left, 3.2 GB."""
+        now = time.monotonic()
+        shown = self.done if self._layer is None else self._layer + 1
+        parts = [f"{shown}/{self.total}"]
+        if self._expert is not None:
+            total = "" if self._experts is None else f"/{self._experts}"
+            parts.append(f"expert {self._expert + 1}{total}")
+        parts.append(f"{timedelta(seconds=int(now - self._began))} elapsed")
+        left = self._seconds_left(now - self._began)
+        if left is not None:
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        parts.append(f"{psutil.Process().memory_info().rss / 1e9:.1f} GB")
+        return ", ".join([*parts, self._note] if self._note else parts)
+
+    def _position(self) -> float:
+        """Steps done, with a part of the current one."""
+        inside = self._expert / self._experts if self._expert and self._experts else 0.0
+        return min(self.done + inside, self.total)
+
+    def _seconds_left(self, elapsed: float) -> float | None:
+        position = self._position()
+        if not self._skipped < position < self.total:
+            return None
+        return elapsed / (position - self._skipped) * (self.total - position)
+
+    def _bar(self) -> Table:
+        row = Table.grid(padding=(0, 1))
+        # One line always: the display cannot tell lines that others write from its own second one.
+        text = Text(self.describe(), no_wrap=True, overflow="ellipsis")
+        bar = ProgressBar(total=self.total, completed=self._position(), width=12)
+        row.add_row(self.stage, bar, text)
+        return row

@@ -1,0 +1,376 @@
+"""Packed folders through transformers: loading, running, saving, and refusing what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralForCausalLM
+from transformers.activations import ACT2FN
+
+from moepress.checkpoint import quantization_config
+from moepress.codec import GRID_BITS, PackedSpec
+from moepress.errors import CheckpointError, InputError
+from moepress.hf import MoePressConfig, MoePressQuantizer, activation_name, pack_modules, register
+from moepress.kernels.reference import ACTIVATIONS, dequantize
+from moepress.modules import PackedEmbedding, PackedExperts, PackedLinear
+
+from .conftest import COMMON, FAMILIES, make_model
+from .test_kernels import random_packed
+
+ALL = [*FAMILIES, "qwen3_moe"]
+IDS = torch.tensor([[5, 9, 300, 17, 2, 44]])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed folder and the plain model it stands for."""
+
+    folder: Path
+    oracle: nn.Module  # float32, weights dequantized
+    specs: dict[str, PackedSpec]
+
+
+def tiny(family: str) -> nn.Module:
+    if family != "qwen3_moe":
+        return make_model(family)
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "head_dim": 16}
+    config = AutoConfig.for_model(family, **COMMON, **sizes, num_experts_per_tok=2)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def choose_specs(model: nn.Module) -> dict[str, PackedSpec]:
+    """Every width somewhere: mixed experts, linears of the layers, and tied embeddings."""
+    specs = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "has_gate"):
+            count = len(module.gate_up_proj)
+            for shift, name in enumerate(("gate_up_proj", "down_proj")):
+                widths = tuple(GRID_BITS[(e + shift) % 5] for e in range(count))
+                specs[f"{path}.{name}"] = PackedSpec(widths, 32)
+        elif type(module) is nn.Linear and ".layers." in path:
+            specs[f"{path}.weight"] = PackedSpec((4,), 32)
+    if model.config.tie_word_embeddings:
+        specs["model.embed_tokens.weight"] = PackedSpec((8,), 64)
+    return specs
+
+
+def pack_model(model: nn.Module, folder: Path, specs: dict[str, PackedSpec]) -> None:
+    """Write `model` with random codes in place of the weights in `specs`, and give it the same."""
+    state: dict[str, Tensor] = {}
+    tied = model.all_tied_weights_keys
+    for seed, (name, weight) in enumerate(model.state_dict().items()):
+        if name in tied:
+            continue
+        state[name] = weight.clone()
+        if name in specs:
+            matrices = weight if weight.dim() == 3 else weight[None]
+            parts = []
+            for matrix, codec in zip(matrices, specs[name].codecs, strict=True):
+                parts.append(random_packed(*matrix.shape, codec, seed + len(parts)))
+                matrix.copy_(dequantize(parts[-1], *matrix.shape, codec))
+            state[name] = torch.cat(parts)
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config["quantization_config"] = quantization_config(specs, {"made by": "a test"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Packed]:
+    """The packed folder of a family; made once."""
+    made: dict[str, Packed] = {}
+
+    def make(family: str = "mixtral") -> Packed:
+        if family not in made:
+            model, folder = tiny(family), tmp_path_factory.mktemp(family)
+            specs = choose_specs(model)
+            pack_model(model, folder, specs)
+            made[family] = Packed(folder, model, specs)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def broken(packed: Callable[..., Packed], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the Mixtral folder with its config or its tensors changed."""
+
+    def change(
+        config: Callable[[dict[str, Any]], object] = lambda quantization: None,
+        tensors: Callable[[dict[str, Tensor]], object] = lambda state: None,
+    ) -> Path:
+        source = packed().folder
+        fields = json.loads((source / "config.json").read_text())
+        config(fields["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        state = load_file(source / "model.safetensors")
+        tensors(state)
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+        return tmp_path
+
+    return change
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS).logits
+
+
+# Loading
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_loaded_model_computes_what_its_weights_say(
+    packed: Callable[..., Packed], family: str
+) -> None:
+    this = packed(family)
+    model, info = load(this.folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert {p for p, v in model.named_parameters() if v.dtype == torch.uint8} == set(this.specs)
+    torch.testing.assert_close(logits(model), logits(this.oracle), rtol=1e-3, atol=1e-4)
+    kinds = {type(m) for m in model.modules()}
+    assert {PackedLinear, PackedExperts} <= kinds
+    assert (PackedEmbedding in kinds) == this.oracle.config.tie_word_embeddings
+
+
+def test_tied_embeddings_share_their_packed_bytes(packed: Callable[..., Packed]) -> None:
+    model = load(packed("qwen2_moe").folder, dtype=torch.bfloat16)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, PackedLinear)
+    assert head.weight is table.weight
+    assert table(IDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16])
+def test_dtypes(packed: Callable[..., Packed], dtype: Any) -> None:
+    this = packed()
+    model = load(this.folder, dtype=dtype)
+    wanted = torch.float32 if dtype == "auto" else dtype
+    assert model.dtype == wanted
+    exact, got = logits(this.oracle), logits(model)
+    plain = logits(copy.deepcopy(this.oracle).to(wanted))
+    assert got.dtype == wanted
+    assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-4 * exact.norm()
+
+
+def test_a_model_class_of_its_own_and_a_bare_decoder(packed: Callable[..., Packed]) -> None:
+    this = packed()
+    assert torch.equal(
+        logits(MixtralForCausalLM.from_pretrained(this.folder)), logits(load(this.folder))
+    )
+    bare, info = AutoModel.from_pretrained(this.folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        states = bare(IDS).last_hidden_state
+        torch.testing.assert_close(
+            states, this.oracle.model(IDS).last_hidden_state, rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate(packed: Callable[..., Packed], cache: str | None) -> None:
+    this = packed("qwen3_moe")
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    got = load(this.folder).generate(IDS, **options)
+    assert torch.equal(got, this.oracle.generate(IDS, **options))
+
+
+def test_decoding_compiles_to_one_graph(packed: Callable[..., Packed]) -> None:
+    model = load(packed().folder)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS[:, :1]).logits, model(IDS[:, :1]).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_saved_again_it_is_the_same_model(
+    packed: Callable[..., Packed], family: str, tmp_path: Path
+) -> None:
+    this = packed(family)
+    model = load(this.folder)
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(f / "model.safetensors") for f in (this.folder, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = load(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.quantization_config.to_dict() == quantization_config(
+        this.specs, {"made by": "a test"}
+    )
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("where", ["auto", "disk"])
+def test_device_maps(
+    packed: Callable[..., Packed], tmp_path: Path, where: str, offload_buffers: bool
+) -> None:
+    this = packed("qwen2_moe")
+    parts = ("embed_tokens", "norm", "rotary_emb", "layers.0")
+    split = {f"model.{part}": "cpu" for part in parts} | {
+        "lm_head": "cpu",
+        "model.layers.1": "disk",
+    }
+    model = load(
+        this.folder,
+        device_map="auto" if where == "auto" else split,
+        offload_folder=tmp_path,
+        offload_buffers=offload_buffers,
+    )
+    assert torch.equal(logits(model), logits(load(this.folder)))
+
+
+# Refusing
+
+
+def test_without_moepress_loading_fails(packed: Callable[..., Packed]) -> None:
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, packed().folder], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "MISMATCH" in done.stderr
+    assert "RuntimeError" in done.stderr
+
+
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def entry(path: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda quantization: quantization["modules"].setdefault(path, {}).update(fields)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (lambda q: q.update(format_version=2), "version 2; this moepress reads up to 1. Upgrade"),
+        (lambda q: q.update(extra=1), r"unknown fields \['extra'\]"),
+        (entry(QUERY, bits="5"), f"{QUERY}.* 5-bit codes do not exist"),
+        (entry(QUERY, bits="x"), f"{QUERY}.*one digit per matrix"),
+        (entry(QUERY, bits="44"), "of one width"),
+        (entry(QUERY, group_size=48), "group size 48 is not offered"),
+        (entry(QUERY, group_size=128), "q_proj packed. group size 128 does not divide"),
+        (lambda q: q["modules"][QUERY].pop("bits"), f"for {QUERY}. Expected"),
+        (entry(GATE_UP, bits="222"), "has 4 experts, but 3 widths"),
+        (lambda q: q["modules"].pop(GATE_UP), r"Expected both of \['gate_up_proj', 'down_proj'\]"),
+        (entry("model.x.weight", bits="4", group_size=32), "has no module model.x. The"),
+        (entry("model.norm.weight", bits="4", group_size=32), "It is a MixtralRMSNorm"),
+        (entry("lm_head.bias", bits="4", group_size=32), "Linear with packed .'bias'."),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_is_refused(
+    broken: Callable[..., Path], config: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(broken(config=config))
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (lambda s: s.pop(GATE_UP), f"{GATE_UP} is in none of the model's files"),
+        (lambda s: s.update({QUERY: s[QUERY][:-64].clone()}), f"{QUERY} is .*belong together"),
+        (lambda s: s.update({QUERY: s[QUERY].char()}), f"{QUERY} is .* I8;"),
+    ],
+)
+def test_damaged_tensors_are_refused_before_they_are_read(
+    broken: Callable[..., Path], tensors: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(broken(tensors=tensors))
+
+
+def test_a_wrong_width_does_not_fit_the_bytes(broken: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        load(broken(config=entry(GATE_UP, bits="2222")))
+
+
+def test_a_truncated_file_is_refused(broken: Callable[..., Path]) -> None:
+    folder = broken()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load(folder)
+
+
+def test_tied_tensors_packed_differently_are_refused(
+    packed: Callable[..., Packed], tmp_path: Path
+) -> None:
+    this = packed("qwen2_moe")
+    fields = json.loads((this.folder / "config.json").read_text())
+    entry("lm_head.weight", bits="4", group_size=64)(fields["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "model.safetensors").symlink_to(this.folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"one tensor \(tied\)"):
+        load(tmp_path)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's: computes something other than a row of the table."""
+
+
+@pytest.mark.parametrize("module", [ScaledEmbedding(8, 32), nn.Conv1d(32, 8, 1)])
+def test_modules_that_compute_something_else_are_refused(module: nn.Module) -> None:
+    with pytest.raises(InputError, match=f"It is a {type(module).__name__}"):
+        pack_modules(nn.ModuleDict({"x": module}), {"x.weight": PackedSpec((4,), 32)})
+
+
+def test_experts_of_another_contract_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "gpt_oss", **COMMON, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    path, spec = "model.layers.0.mlp.experts", PackedSpec((2,) * 4, 32)
+    with pytest.raises(InputError, match=r"GptOssExperts.*is transposed"):
+        pack_modules(model, {f"{path}.gate_up_proj": spec, f"{path}.down_proj": spec})
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_known_by_what_they_compute(name: str) -> None:
+    with torch.device("meta"):  # where models are when their modules are exchanged
+        function = ACT2FN[name]
+    assert activation_name(function) == name
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "gelu_10", "relu6", "prelu", "linear"])
+def test_other_activations_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="Its activation is"):
+        activation_name(ACT2FN[name])
+
+
+def test_what_transformers_asks_of_a_quantizer() -> None:
+    register()
+    register()
+    config = MoePressConfig({QUERY: {"bits": "4", "group_size": 32}}, provenance={"note": [1]})
+    assert MoePressConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    quantizer = MoePressQuantizer(config)
+    assert quantizer.is_serializable()
+    assert not quantizer.is_trainable
+    assert quantizer.is_compileable
+    with pytest.raises(ValueError, match="pre-quantized"):
+        MoePressQuantizer(config, pre_quantized=False)
+    with pytest.raises(InputError, match="'gptq', expected 'moepress'"):
+        MoePressConfig({}, quant_method="gptq")
