@@ -315,14 +315,17 @@ def test_a_truncated_file_is_refused(broken: Callable[..., Path]) -> None:
         load(folder)
 
 
-def test_tied_tensors_packed_differently_are_refused(
+def test_tied_tensors_may_be_named_twice_but_not_packed_differently(
     packed: Callable[..., Packed], tmp_path: Path
 ) -> None:
     this = packed("qwen2_moe")
+    (tmp_path / "model.safetensors").symlink_to(this.folder / "model.safetensors")
     fields = json.loads((this.folder / "config.json").read_text())
+    entry("lm_head.weight", bits="8", group_size=64)(fields["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert torch.equal(logits(load(tmp_path)), logits(load(this.folder)))
     entry("lm_head.weight", bits="4", group_size=64)(fields["quantization_config"])
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    (tmp_path / "model.safetensors").symlink_to(this.folder / "model.safetensors")
     with pytest.raises(InputError, match=r"one tensor \(tied\)"):
         load(tmp_path)
 

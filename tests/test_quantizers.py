@@ -282,6 +282,14 @@ def test_released_equals_the_published_algorithm(bits: int, group: int) -> None:
     assert not torch.equal(correct.codes, q.codes)
 
 
+def test_parameters_that_require_gradients_are_taken() -> None:
+    x = correlated_inputs(99, 64).requires_grad_()
+    weight = torch.nn.Parameter(random_weight(4, 64))
+    for name in QUANTIZERS:
+        q = quantize_matrix(name, weight, Codec(1, 64), factor_of(x))
+        assert not q.scales.requires_grad and not q.dequantize().requires_grad
+
+
 def test_sign_is_the_mean_magnitude_and_one_bit_only() -> None:
     weight = random_weight(5, 64)
     q = quantize_matrix("sign", weight, Codec(1, 64))

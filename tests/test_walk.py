@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from moepress.progress import Progress
 from transformers import AutoModelForCausalLM
 
 from moepress import walk as walk_module
 from moepress.errors import CheckpointError, InputError
+from moepress.progress import Progress
 from moepress.source import Source
 from moepress.walk import Journal, Walk, chunks, empty
 

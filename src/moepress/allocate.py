@@ -74,6 +74,7 @@ LEAST_PRICE = 1e-200  # next to nothing: of columns of equal cost, take the smal
 OBJECTIVE_SCALE = 1000.0  # what HiGHS sees of the distance between incumbent and bound
 SECONDS = 300.0  # HiGHS may think this long about one program
 LARGEST_COEFFICIENT = 1e7  # HiGHS works with absolute tolerances of 1e-6 and 1e-7
+PROVEN = 2e-6  # twice the gap at which HiGHS stops
 ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, whatever 2.1 is in binary
 
 
@@ -554,7 +555,7 @@ def _solve(problem: _Knapsack) -> Ints:
     incumbent = _towards(problem, above, below)
     _, reduced = problem.at_price(price)
     rises = problem.cover_cost(reduced)
-    bound = rises.sum()
+    bound = rises.sum() * (1 - ROUNDING)  # of two sums, one may be rounded up and the other down
     gap = _loss(problem, incumbent, reduced, price) - bound
     margin = _margin(problem, reduced, rises)
     core = FIRST_CORE
@@ -655,23 +656,14 @@ def _highs(problem: _Knapsack, reduced: Floats, price: float, gap: float, candid
         here = np.flatnonzero(columns == column)
         cover = _ones(group[first][rows[here]], here, (len(covered), variables + 1))
         constraints.append(LinearConstraint(cover, 1.0 - covered, np.inf))
-    # Room is integer, and room that costs more than the gap is in no better choice.
+    # Room that costs more than the gap is in no better choice.
     most_room = math.floor(min(gap / price * (1 + ROUNDING), capacity))
     loss = np.append(offered[first][rows, columns], price if most_room else 0.0)
-    result = milp(
+    taken = _proven_optimum(
         loss * min(OBJECTIVE_SCALE / gap, LARGEST_COEFFICIENT / loss.max()),
-        integrality=np.append(np.ones(variables), 0),
-        bounds=Bounds(0, np.append(count[rows], most_room)),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
-    )
-    if result.status != 0 or result.x is None:
-        raise MoepressError(
-            f"HiGHS did not solve the allocation of {len(items)} items in {variables} variables "
-            f"(limit {SECONDS:.0f} s): {result.message} Try a slightly different budget, or "
-            "scope 'layer'."
-        )
-    taken = np.rint(result.x[:-1]).astype(np.int64)
+        Bounds(0, np.append(count[rows], most_room)),
+        constraints,
+    )[:-1]
     if (np.bincount(rows, taken, len(first)) != count).any():
         raise MoepressError(
             "HiGHS returned no width or several for an item. Expected exactly one: please report."
@@ -684,6 +676,30 @@ def _highs(problem: _Knapsack, reduced: Floats, price: float, gap: float, candid
         )
     logger.debug("HiGHS decided %d items in %d variables", len(items), variables)
     return choice
+
+
+def _proven_optimum(loss: Floats, bounds: Bounds, constraints: list[LinearConstraint]) -> Ints:
+    """The integers of least loss, and HiGHS's word for it.
+
+    HiGHS 1.12 can lose its lower bound when it restarts after presolve, and still say "optimal"
+    (the restarts that its issue 2783 is about). What it has not proven is done without presolve.
+    """
+    for presolve in (True, False):
+        result = milp(
+            loss,
+            integrality=np.ones(len(loss), dtype=np.int64),
+            bounds=bounds,
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "time_limit": SECONDS, "presolve": presolve},
+        )
+        if result.status != 0 or result.x is None:
+            break
+        if abs(result.fun - result.mip_dual_bound) <= PROVEN + ROUNDING * abs(result.fun):
+            return np.rint(result.x).astype(np.int64)
+    raise MoepressError(
+        f"HiGHS did not solve the allocation: {len(loss)} variables, at most {SECONDS:.0f} s, says "
+        f"'{result.message}' Try a slightly different budget, or scope 'layer'."
+    )
 
 
 def _ones(rows: Ints, columns: Ints, shape: tuple[int, int]) -> csr_array:

@@ -336,3 +336,7 @@ def _device(name: str) -> str:
 
 def _show(result: dict[str, Any], as_json: bool, table: Any) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else table(result))
+
+
+if __name__ == "__main__":
+    main()

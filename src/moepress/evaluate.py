@@ -135,7 +135,7 @@ def _predictions(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice
             walk.finish(progress)
         yield from walk.logits()
         return
-    model = load_packed(folder, device)
+    model = load_model(folder, device)
     step = max(1, BATCH_TOKENS // ids.shape[1])
     starts = range(0, len(ids), step)
     with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
@@ -145,8 +145,8 @@ def _predictions(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice
             progress.advance()
 
 
-def load_packed(folder: Path, device: str = "cpu") -> Any:
-    """A compressed folder as a transformers model, its weights packed in memory."""
+def load_model(folder: Path, device: str = "cpu") -> Any:
+    """A folder as a transformers model; a compressed one stays packed in memory."""
     from transformers import AutoModelForCausalLM
 
     from moepress import hf

@@ -1,4 +1,4 @@
-"""Continue a text with a compressed model: the shortest use of one."""
+"""Continue a text with a model: the shortest use of a compressed folder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from moepress.errors import InputError
-from moepress.evaluate import load_packed
+from moepress.evaluate import load_model
 
 
 def generate(folder: str | Path, prompt: str, *, tokens: int = 64, device: str = "cpu") -> str:
     """The prompt and its greedy continuation.
 
     Args:
-        folder: a folder made by moepress.
+        folder: a folder made by moepress, or an original that fits in memory.
         prompt: any text, not empty.
         tokens: new tokens at most.
     """
@@ -23,7 +23,7 @@ def generate(folder: str | Path, prompt: str, *, tokens: int = 64, device: str =
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = Path(folder)
-    model = load_packed(folder, device)
+    model = load_model(folder, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode():

@@ -123,13 +123,14 @@ def with_tied(model: Any, specs: Mapping[str, PackedSpec]) -> dict[str, PackedSp
     """
     tied = dict(specs)
     for pair in model.all_tied_weights_keys.items():
-        given = {path: tied[path] for path in pair if path in tied}
-        if len(set(given.values())) > 1:
+        given = [tied[path] for path in pair if path in tied]
+        if len(set(given)) > 1:
             raise InputError(
                 f"{' and '.join(pair)} are one tensor (tied), but config.json packs them "
-                f"differently: {[spec.to_json() for spec in given.values()]}. The file is damaged."
+                f"differently: {[spec.to_json() for spec in given]}. The file is damaged."
             )
-        tied |= dict.fromkeys(pair, *given.values()) if given else {}
+        if given:
+            tied.update(dict.fromkeys(pair, given[0]))
     return tied
 
 

@@ -78,11 +78,13 @@ def _ends(source: Source, recipe: Recipe) -> dict[str, PackedSpec]:
         return {}
     model = source.model
     modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    if modules["head"].weight is modules["embedding"].weight:
-        raise InputError(
-            f"{source.name} ties its head to its embedding, which cannot be packed yet. Leave "
-            f"head_bits and embedding_bits at {UNQUANTIZED}."
-        )
+    if modules["head"].weight is modules["embedding"].weight:  # one tensor, stored once
+        if recipe.head_bits != recipe.embedding_bits:
+            raise InputError(
+                f"{source.name} ties its head to its embedding: they are one tensor. Set head_bits "
+                f"({recipe.head_bits}) and embedding_bits ({recipe.embedding_bits}) alike."
+            )
+        del wanted["head"]
     paths = {id(module): path for path, module in model.named_modules()}
     specs = {}
     for name, bits in wanted.items():

@@ -5,9 +5,9 @@ A grid of `levels + 1` points is laid over each group (a run of `group_size` wei
     w ~ scale * (code - zero)        code in 0 .. levels          (the scalar codec, codec.py)
 
 Everything here works on a block of one group of columns by n rows, *columns first*:
-`block # [B, n]` with B = group size. A column of weights is then one contiguous run of memory, every
-step is a whole-row operation, and a statistic of each group is a product with a vector of B column
-weights.
+`block # [B, n]` with B = group size. A column of weights is then one contiguous run of memory,
+every step is a whole-row operation, and a statistic of each group is a product with a vector of B
+column weights.
 
 Code units. Dividing by the scale and adding the zero turns weights into positions on the grid:
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ from moepress.errors import InputError, NumericalError
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it 1 / scale overflows
 ROWS_PER_CHUNK = {"cpu": 4096}  # 4096 rows x 128 columns x 4 bytes: the L2 caches of two cores
-SHRINKS = {2: (0.9, 0.8, 0.7, 0.6), 3: (0.95, 0.9, 0.85, 0.8), 4: (0.95, 0.9)}
-REFITS = 2
+SHRINK = {2: 0.7, 3: 0.85, 4: 0.9}  # of min-max, by bits; docs/log.md
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,12 @@ def mean_magnitude(block: Tensor, codec: Codec, weight: Tensor | None = None) ->
 
 
 def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
-    """The grid with the least sum_k weight_k * (w_k - what_k)^2 found for each group.
+    """A grid with a small sum_k weight_k * (w_k - what_k)^2 for each group.
 
-    Judges min-max and shrunken copies of it, then improves the best of each group: given its codes,
+    Takes the better of min-max and a shrunken copy of it, then improves it once: given its codes,
     the best scale and zero are a linear regression of weights on codes. Never worse than min-max,
-    because every candidate is judged as it would be stored, and replaces only what it beats.
+    because every candidate is judged as it would be stored, and replaces only what it beats. More
+    candidates and more regressions lower this sum, but not the loss of the quantized model.
 
     Args:
         block: [B, n] float32, the weights of one group of columns.
@@ -116,41 +115,42 @@ def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
     """
     if codec.bits == 1:
         return mean_magnitude(block, codec, weight)
-    start = min_max(block, codec)
+    whole = min_max(block, codec)
     if codec.bits == 8:  # 255 levels: nothing to gain from clipping
-        return start
+        return whole
     weight = weight / weight.sum()
-    unit = start.inverse  # errors are compared in units of the min-max scale
-    best, least, refit = start, *_judge(block, start, codec, weight, unit)
-    shrunken = (Grid.of(start.scale * s, start.zero, codec) for s in SHRINKS[codec.bits])
-    for candidate in chain(shrunken, repeat(None, REFITS)):
-        grid = candidate or refit
-        error, regression = _judge(block, grid, codec, weight, unit)
-        better = error < least
-        least = torch.where(better, error, least)
-        best, refit = best.replaced(better, grid), refit.replaced(better, regression)
-    return best
+    shrunken = Grid.of(whole.scale * SHRINK[codec.bits], whole.zero, codec)
+
+    def judge(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted squared error [n], relative to the min-max scale; residuals; codes."""
+        residual = grid.positions(block)
+        codes = residual.clamp(0, codec.levels).round_()
+        residual -= codes
+        error = weight @ residual.square() * (grid.scale * whole.inverse).square()
+        return error, residual, codes
+
+    error, *rounding = judge(whole)
+    refit = _regression(whole, codec, weight, *rounding)
+    shrunken_error, *rounding = judge(shrunken)
+    better = shrunken_error < error
+    best = whole.replaced(better, shrunken)
+    refit = refit.replaced(better, _regression(shrunken, codec, weight, *rounding))
+    return best.replaced(judge(refit)[0] < torch.minimum(error, shrunken_error), refit)
 
 
-def _judge(
-    block: Tensor, grid: Grid, codec: Codec, weight: Tensor, unit: Tensor
-) -> tuple[Tensor, Grid]:
-    """The weighted squared error of a grid, times unit^2 [n], and the regression on its codes.
+def _regression(grid: Grid, codec: Codec, weight: Tensor, residual: Tensor, codes: Tensor) -> Grid:
+    """The grid that fits weights best whose codes are given. Overwrites `residual` and `codes`.
 
     Let p be positions and c codes on the grid (s, z). With p ~ (1 + slope) * c + offset, weights
     are s * (p - z) ~ s * (1 + slope) * (c - (z - offset) / (1 + slope)): a new scale and zero.
     """
-    residual = grid.positions(block)
-    codes = residual.clamp(0, codec.levels).round_()
-    residual -= codes
-    error = weight @ residual.square() * (grid.scale * unit).square()
     mean_code, mean_residual = weight @ codes, weight @ residual
     covariance = weight @ residual.mul_(codes) - mean_code * mean_residual
     variance = weight @ codes.square_() - mean_code.square()
     slope = covariance / variance.clamp(min=1e-6)
     stretch = (1 + slope).clamp(min=0.1)  # a scale stays positive
     offset = mean_residual - slope * mean_code
-    return error, Grid.of(grid.scale * stretch, (grid.zero - offset) / stretch, codec)
+    return Grid.of(grid.scale * stretch, (grid.zero - offset) / stretch, codec)
 
 
 def in_row_chunks(
@@ -168,6 +168,7 @@ def in_row_chunks(
     """
     if weight.ndim != 2:
         raise InputError(f"A weight matrix has 2 dimensions, got shape {list(weight.shape)}.")
+    weight = weight.detach()
     groups = codec.groups(weight.shape[1])
     rows = weight.shape[0]
     out = Output(

@@ -62,7 +62,7 @@ class Hessian:
         """
         upper = self._matrix()
         for start in range(0, len(x), TOKENS_PER_CHUNK):
-            part = x[start : start + TOKENS_PER_CHUNK].to(upper.device, torch.float32)
+            part = x[start : start + TOKENS_PER_CHUNK].detach().to(upper.device, torch.float32)
             if weight is not None:
                 root = weight[start : start + TOKENS_PER_CHUNK].to(part).sqrt()
                 part = part * root[:, None]

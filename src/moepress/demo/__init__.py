@@ -1,0 +1,73 @@
+"""The main job on the small model that moepress carries: compress, load, evaluate, generate.
+
+`model/` is a really trained Mixtral of 4 million weights (its README.md is the model card;
+`train_model.py` made it). It calibrates on one part of the Python standard library's text and is
+evaluated on another, both of which every installation has: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from moepress.checkpoint import temporary_folder
+
+MODEL = Path(__file__).parent / "model"
+PROMPT = "def read_lines(path):\n"
+NEW_TOKENS = 48
+WINDOWS = 64  # of 256 tokens each, for the evaluation
+
+
+def demo(out: Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
+    """Compress the carried model and compare it with the original.
+
+    Args:
+        out: folder for the compressed model; None: a temporary one.
+        bits: average code bits of the routed experts.
+
+    Returns:
+        {"models": one row each of the original and the compressed model, "prompt", "seconds"}.
+    """
+    from moepress.allocate import BitAllocation
+    from moepress.checkpoint import PLAN, folder_bytes
+    from moepress.compress import compress
+    from moepress.evaluate import evaluate
+    from moepress.generate import generate
+    from moepress.source import Source
+
+    started = time.monotonic()
+    with temporary_folder(out) as folder:
+        made = compress(
+            MODEL,
+            folder / "model" if out is None else folder,
+            bits=bits,
+            calib=(("stdlib", 1.0),),
+            sequences=64,
+            sequence_length=256,
+        )
+        result = evaluate(made, ["stdlib"], against=MODEL, limit=WINDOWS)
+        (text,) = result.texts
+        plan = BitAllocation.load(made / PLAN)
+        bits_of_original = 8.0 * Source(MODEL).dtype.itemsize
+        rows = [
+            {
+                "name": "original",
+                "folder_bytes": folder_bytes(MODEL),
+                "bits_per_weight": bits_of_original,
+                "expert_bits_per_weight": bits_of_original,
+                "perplexity": text.original_perplexity,
+                "kl": 0.0,
+                "sample": generate(MODEL, PROMPT, tokens=NEW_TOKENS),
+            },
+            {
+                "name": f"{plan.average_bits:.2f}-bit experts",
+                "folder_bytes": result.folder_bytes,
+                "bits_per_weight": plan.bits_per_weight,
+                "expert_bits_per_weight": plan.expert_bits_per_weight,
+                "perplexity": text.perplexity,
+                "kl": text.kl,
+                "sample": generate(made, PROMPT, tokens=NEW_TOKENS),
+            },
+        ]
+    return {"models": rows, "prompt": PROMPT, "seconds": time.monotonic() - started}

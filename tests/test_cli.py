@@ -1,0 +1,164 @@
+"""The command line: the right function with the right arguments, exit codes, streams."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from moepress import cli
+from moepress.recipe import Recipe
+
+Folder = Callable[..., Path]
+SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["moepress", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_stages_then_inspect_evaluate_generate(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    model, scores, plan, out = (
+        model_folder(), tmp_path / "s.safetensors", tmp_path / "p.json", tmp_path / "out",
+    )  # fmt: skip
+
+    def ok(*arguments: object) -> str:
+        code, text, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return text
+
+    calib = ["--calib", f"{text_file}=1"]
+    assert ok("score", model, scores, *calib, *SMALL).splitlines()[-1] == str(scores)
+    assert not scores.with_name("s.safetensors.work").exists()
+    assert ok("allocate", scores, plan, "--bits", 2.5).splitlines()[-1] == str(plan)
+    assert ok("quantize", model, plan, out).splitlines()[-1] == str(out)
+    whole = tmp_path / "whole"
+    ok("compress", model, whole, "--bits", 2.5, *calib, *SMALL)
+    for shard in out.glob("model-*.safetensors"):
+        assert shard.read_bytes() == (whole / shard.name).read_bytes()
+
+    described = json.loads(ok("inspect", whole, "--json"))
+    assert described["kind"] == "compressed model" and described["average_bits"] <= 2.5
+    assert sum(described["bytes_by_part"].values()) == described["tensor_bytes"]
+    for path, kind in ((scores, "scores"), (plan, "plan"), (model, "original model")):
+        assert json.loads(ok("inspect", path, "--json"))["kind"] == kind
+    assert "average_bits" in ok("inspect", whole)
+
+    arguments = ["evaluate", whole, "--against", model, "--text", text_file, "--limit", 3]
+    result = json.loads(ok(*arguments, "--length", 64, "--json"))
+    assert result["texts"][0]["tokens"] == 3 * 63 and result["kl"] > 0
+    assert "perplexity" in ok(*arguments)
+    assert ok("generate", whole, "def f1(x):", "--tokens", 3).startswith("def f1(x):")
+
+
+def test_calibrate_writes_what_inspect_reads(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "routing.json"
+    arguments = ["calibrate", model_folder(), out, "--calib", text_file]
+    code, text, _ = run(monkeypatch, capsys, *arguments, "--sequences", 6, "--sequence-length", 32)
+    assert code == 0 and text.splitlines()[-1] == str(out)
+    code, text, _ = run(monkeypatch, capsys, "inspect", out, "--json")
+    assert json.loads(text)["calibration_tokens"] == 6 * 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compress", "no/such", "out", "--bits", "2"], "folder"),
+        (["compress", "MODEL", "out"], "No budget"),
+        (["compress", "MODEL", "out", "--bits", "2", "--size", "1GB"], "More than one budget"),
+        (["compress", "MODEL", "out", "--size", "much"], "'much' is not understood"),
+        (["compress", "MODEL", "out", "--bits", "2", "--recipe", "secret"], "No recipe 'secret'"),
+        (["compress", "MODEL", "out", "--bits", "2", "--calib", "missing.txt"], "missing.txt"),
+        (["compress", "MODEL", "out", "--bits", "2", "--expert-bits", "2,x"], "not understood"),
+        (["compress", "MODEL", "out", "--bits", "2", "--device", "cuda:9"], "not available"),
+        (["inspect", "nothing-here"], "Cannot inspect"),
+        (["generate", "MODEL", ""], "prompt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    tmp_path: Path,
+    arguments: Sequence[str],
+    says: str,
+) -> None:
+    given = [str(model_folder()) if a == "MODEL" else a for a in arguments]
+    given = [str(tmp_path / "out") if a == "out" else a for a in given]
+    code, out, err = run(monkeypatch, capsys, *given)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("moepress: ")]
+    assert len(lines) == 1 and says in lines[0] and out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('quantizer = "rtn"\nexpert_bits = [2, 3]\n')
+    recipe = cli._recipe(str(file), None, 3.5, None, [f"{text_file}=2"], 7, 64, "1,4", 64, 5)
+    assert recipe == Recipe(
+        bpw=3.5, calib=((str(text_file), 2.0),), sequences=7, sequence_length=64,
+        expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",
+    )  # fmt: skip
+
+
+def test_help_needs_no_torch_and_every_command_has_an_example() -> None:
+    code = (
+        "import sys; sys.argv = ['moepress', '--help']\n"
+        "from moepress.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__name__ in done.stdout
+        assert "Example: moepress" in (command.callback.__doc__ or "")
+
+
+def test_results_on_stdout_progress_on_stderr(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "moepress.cli", "compress", str(model_folder()), str(out)]
+    options = ["--bits", "2", "--calib", str(text_file), *SMALL]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(out)
+    assert "quantize: 2/2" in done.stderr
+
+
+def test_doctor_speaks_both_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0 and "torch" in text
+    code, text, _ = run(monkeypatch, capsys, "doctor", "--json")
+    assert code == 0 and json.loads(text)["checks"]

@@ -1,0 +1,67 @@
+"""Evaluation against a plain computation of perplexity and KL divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moepress import evaluate as run_evaluate
+from moepress.compress import compress
+from moepress.errors import InputError
+
+from .conftest import small_recipe
+
+Folder = Callable[..., Path]
+
+
+def test_an_original_is_itself(model_folder: Folder, text_file: Path) -> None:
+    folder = model_folder()
+    result = run_evaluate(folder, [str(text_file)], against=folder, length=32, limit=5)
+    assert result.kl == 0 and result.ratio == 1 and result.texts[0].changed_top == 0
+
+
+def test_numbers_are_those_of_the_definition(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    folder = model_folder()
+    out = compress(folder, tmp_path / "out", small_recipe(text_file, bits=2))
+    result = run_evaluate(out, [str(text_file)], against=folder, length=32, limit=5)
+    (text,) = result.texts
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(tokenizer(text_file.read_text(), add_special_tokens=False).input_ids)
+    ids = ids[: 5 * 32].view(5, 32)
+    losses, kls, moved = [], [], []
+    with torch.inference_mode():
+        p = AutoModelForCausalLM.from_pretrained(out)(ids).logits.double().log_softmax(-1)
+        q = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double().log_softmax(-1)
+    for row in range(5):
+        for place in range(31):
+            losses.append(-p[row, place, ids[row, place + 1]].item())
+            here = q[row, place].exp() * (q[row, place] - p[row, place])
+            kls.append(here.sum().item())
+            moved.append(bool(p[row, place].argmax() != q[row, place].argmax()))
+    assert text.tokens == len(losses)
+    assert text.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert text.kl == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert text.changed_top == pytest.approx(sum(moved) / len(moved), abs=0.01)
+    assert result.ratio == pytest.approx(text.perplexity / text.original_perplexity)
+
+
+def test_texts_are_kept_apart(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("The cat sat on the mat and looked at the moon. " * 60)
+    both = run_evaluate(model_folder(), [str(text_file), str(other)], length=32, limit=4)
+    alone = run_evaluate(model_folder(), [str(other)], length=32, limit=4)
+    assert both.texts[1].perplexity == pytest.approx(alone.texts[0].perplexity, rel=1e-5)
+    assert both.texts[0].perplexity != both.texts[1].perplexity
+    assert both.kl is None and both.ratio is None
+
+
+def test_no_text_is_refused(model_folder: Folder) -> None:
+    with pytest.raises(InputError, match="No text"):
+        run_evaluate(model_folder(), [])

@@ -1,0 +1,76 @@
+"""A recipe checks itself, survives being written, and says what it does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from moepress.errors import InputError
+from moepress.recipe import ALLOCATION_FIELDS, NAMED, Recipe, parse_size, parse_widths
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_round_trip_through_json(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.load(name, bits=2.5, calib=(("a.txt", 2.0), ("c4", 1.0)))
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    assert Recipe.load(file) == recipe
+    assert Recipe.load(file).digest() == recipe.digest()
+
+
+def test_digest_sees_every_field_that_is_not_left_out() -> None:
+    base = Recipe()
+    for field, value in {"bits": 2.0, "seed": 3, "damping": 0.1, "measure": "rtn"}.items():
+        changed = base.with_changes(**{field: value})
+        assert changed.digest() != base.digest()
+        assert (changed.digest(field)) == base.digest(field)
+
+
+def test_allocation_fields_are_fields() -> None:
+    assert set(ALLOCATION_FIELDS) <= {f.name for f in dataclasses.fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"bits": 2, "bpw": 3}, "More than one budget"),
+        ({"bits": -1}, "bits must be above 0"),
+        ({"expert_bits": (3, 2)}, "rising order"),
+        ({"expert_bits": ()}, "rising order"),
+        ({"expert_bits": (2, 7)}, "expert_bits is 7"),
+        ({"at_least_one": (4,)}, "at_least_one asks for 4-bit"),
+        ({"quantizer": "magic"}, "quantizer is 'magic'"),
+        ({"quantizer": "sign"}, "1-bit codes only"),
+        ({"damping": 0.0}, "damping"),
+        ({"sequences": 0}, "sequences must be at least 1"),
+        ({"calib": ()}, "calib needs"),
+        ({"calib": (("a", -1.0),)}, "above 0"),
+        ({"attention_bits": 5}, "attention_bits is 5"),
+        ({"head_bits": 2}, "head_bits is 2"),
+        ({"colour": "red"}, "Unknown recipe field colour"),
+        ({"bits": "many"}, "wrong type"),
+    ],
+)
+def test_wrong_fields_are_refused(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Recipe().with_changes(**changes)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("bits = = 2")
+    with pytest.raises(InputError, match="Cannot read the recipe"):
+        Recipe.load(file)
+
+
+def test_sizes_and_widths() -> None:
+    assert parse_size("16GB") == 16_000_000_000
+    assert parse_size("1.5 GiB") == 3 << 29
+    assert parse_size("700") == 700 and parse_size("2k") == 2000
+    assert parse_widths("3,1,2") == (1, 2, 3)
+    for wrong in ("GB", "16 potatoes", "-3GB"):
+        with pytest.raises(InputError):
+            parse_size(wrong)
