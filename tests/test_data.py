@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moepress import data
+from moepress import data, documents
 from moepress.data import (
     Tokens,
     check_vocab,
@@ -227,7 +227,7 @@ def test_a_large_file_is_sampled_and_not_read_whole(tokenizer: Any, tmp_path: Pa
 
 @given(st.text(alphabet="aé漢🙂\n", max_size=200), st.integers(4, 40))
 def test_parts_make_up_the_text(text: str, part_bytes: int) -> None:
-    document = data._of_text("text", text)
+    document = documents._of_text("text", text)
     (count,) = data._part_counts([document], part_bytes)
     parts = [data._part(document, i, count, part_bytes) for i in range(count)]
     assert "".join(parts) == text
@@ -244,11 +244,11 @@ def test_stream_puts_eos_where_text_is_missing(texts: list[str], draw: st.DataOb
             return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
     part_bytes = 8
-    documents = [data._of_text("text", text) for text in texts]
-    counts = data._part_counts(documents, part_bytes)
+    given_documents = [documents._of_text("text", text) for text in texts]
+    counts = data._part_counts(given_documents, part_bytes)
     total = sum(counts)
     order = draw.draw(st.permutations(range(total)))[: draw.draw(st.integers(0, total))]
-    stream = data._stream(documents, order, part_bytes, Characters(), math.inf)
+    stream = data._stream(given_documents, order, part_bytes, Characters(), math.inf)
 
     expected: list[int] = []
     last: tuple[int, int] | None = None  # document and part that the stream goes on from
@@ -256,7 +256,7 @@ def test_stream_puts_eos_where_text_is_missing(texts: list[str], draw: st.DataOb
     for which, count in enumerate(counts):
         for part in range(count):
             if index in order:
-                piece = data._part(documents[which], part, count, part_bytes)
+                piece = data._part(given_documents[which], part, count, part_bytes)
                 if piece:
                     follows = last == (which, part - 1)
                     expected += [] if follows or not expected else [0]
@@ -478,7 +478,7 @@ def test_c4_streams_the_start_of_one_file(tokenizer: Any, monkeypatch: pytest.Mo
         assert options["streaming"]
         return ({"text": f"{options['split']} {i}\n"} for i in iter(int, 1))  # has no end
 
-    monkeypatch.setattr(data, "C4_DOCUMENTS", 40)
+    monkeypatch.setattr(documents, "C4_DOCUMENTS", 40)
     calls = fake_datasets(monkeypatch, load)
     drawn = load_tokens([("c4", 1.0)], tokenizer, 2, 20, 0)
     assert "train 0" in tokenizer.decode(drawn.ids[0])
@@ -502,7 +502,7 @@ def test_math_joins_problem_and_solution(tokenizer: Any, monkeypatch: pytest.Mon
     expected = joined(tokenizer, ["1 + 1?\n\n2"] * 7)
     tokens = evaluation_tokens([("math", 1.0)], tokenizer, len(expected), None)
     assert tokens.ids.tolist() == [expected]
-    assert {args[1] for args, _ in calls} == set(data.MATH_SUBJECTS)
+    assert {args[1] for args, _ in calls} == set(documents.MATH_SUBJECTS)
 
 
 def test_data_sets_without_library_or_network(

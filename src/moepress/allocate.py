@@ -74,6 +74,7 @@ LEAST_PRICE = 1e-200  # next to nothing: of columns of equal cost, take the smal
 OBJECTIVE_SCALE = 1000.0  # what HiGHS sees of the distance between incumbent and bound
 SECONDS = 300.0  # HiGHS may think this long about one program
 LARGEST_COEFFICIENT = 1e7  # HiGHS works with absolute tolerances of 1e-6 and 1e-7
+DRAWS = 100  # random allocations of which the one nearest below the budget is taken
 PROVEN = 2e-6  # twice the gap at which HiGHS stops
 ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, whatever 2.1 is in binary
 
@@ -731,13 +732,14 @@ def _spend_freely(problem: _Knapsack, choice: Ints) -> Ints:
 def draw(
     sizes: Ints, capacity: int, members: Ints, required: Sequence[int], rng: np.random.Generator
 ) -> Ints:
-    """A fair random allocation: near enough, each one that just meets the budget is as likely.
+    """A fair random allocation: each one that just meets the budget is (nearly) as likely.
 
     Random costs given to the solver would not do: it would still avoid what is expensive for its
     size, so the mix of widths would be the solver's. Instead every item draws its width alone, with
-    chances proportional to exp(-price * size), the price being the one at which the expected size
-    is the budget: given their sum, all allocations are then equally likely. What the draw misses
-    the budget by is made up for by single steps of random items, until no step up fits.
+    chances proportional to exp(-price * size), at the price where the expected size is the budget:
+    all allocations of one size are then equally likely. Of DRAWS such allocations, the largest that
+    fits is taken. What it misses the budget by is made up for by single steps of random items,
+    until no step up fits.
 
     Args:
         sizes: [I, B] int64, rising along B.
@@ -749,12 +751,26 @@ def draw(
     Returns:
         [I] the chosen columns.
     """
-    choice = _draw_alone(sizes, capacity, rng)
-    free = np.ones(len(sizes), dtype=np.bool_)
-    for items in members if required else ():
-        held = rng.choice(items, len(required), replace=False)
-        choice[held] = required
-        free[held] = False
+    ends = _chances(sizes, capacity).cumsum(axis=1)[:, :-1]
+    drawn = []
+    for _ in range(DRAWS):
+        choice: Ints = (rng.random((len(sizes), 1)) > ends).sum(axis=1)
+        free = np.ones(len(sizes), dtype=np.bool_)
+        for items in members if required else ():
+            held = rng.choice(items, len(required), replace=False)
+            choice[held] = required
+            free[held] = False
+        over = int(_at(sizes, choice).sum()) - capacity
+        drawn.append((over > 0, abs(over), choice, free))
+    _, _, choice, free = min(drawn, key=lambda one: one[:2])
+    return _tighten(choice, free, sizes, capacity, rng)
+
+
+def _tighten(
+    choice: Ints, free: Mask, sizes: Ints, capacity: int, rng: np.random.Generator
+) -> Ints:
+    """Single steps of random free items: down until the budget is met, up while one fits."""
+    choice = choice.copy()
     used = int(_at(sizes, choice).sum())
     for step in (-1, 1):
         moved = True
@@ -770,24 +786,22 @@ def draw(
     return choice
 
 
-def _draw_alone(sizes: Ints, capacity: int, rng: np.random.Generator) -> Ints:
-    """[I] columns drawn with chances proportional to exp(-price * size)."""
+def _chances(sizes: Ints, capacity: int) -> Floats:
+    """[I, B] chances proportional to exp(-price * size) whose expected size is the budget."""
     scaled = (sizes - sizes.mean(axis=1, keepdims=True)) / max(float(np.ptp(sizes)), 1.0)
 
     def chances(price: float) -> Floats:
         weight = np.exp(-price * scaled - (-price * scaled).max(axis=1, keepdims=True))
         return np.asarray(weight / weight.sum(axis=1, keepdims=True))
 
-    low, high = -1000.0, 1000.0  # exp of this is all of one width
+    low, high = -1000.0, 1000.0  # where all items take one width
     for _ in range(60):
         price = (low + high) / 2
         if (chances(price) * sizes).sum() > capacity:
             low = price
         else:
             high = price
-    ends = chances(high).cumsum(axis=1)
-    columns: Ints = (rng.random((len(sizes), 1)) > ends[:, :-1]).sum(axis=1)
-    return columns
+    return chances(high)
 
 
 # --- small things -------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""What each allocation keeps of a model at the same average expert bits, on held-out text.
+
+    python benchmarks/allocation.py MODEL --calib DIR --valid DIR [--bits 1.5 2 2.5 3]
+
+Prints a Markdown table. The folders hold one .txt file per domain. All rows share calibration
+tokens, 4-bit attention, and evaluator; scores are measured once per quantizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it
+
+import torch
+
+from moepress.allocate import BitAllocation, allocate
+from moepress.errors import BudgetError
+from moepress.evaluate import evaluate
+from moepress.quantize import quantize
+from moepress.recipe import Recipe
+from moepress.score import ExpertScores, score
+from moepress.source import Source
+
+WIDTHS = (1, 2, 3, 4)
+
+
+def plans(
+    real: ExpertScores, nearest: ExpertScores, bits: float
+) -> Iterator[tuple[str, BitAllocation]]:
+    """(name, plan) of every method that exists at this budget."""
+    methods = {
+        "uniform, gptq": (real, Recipe(cost="uniform")),
+        "random, gptq": (real, Recipe(cost="random")),
+        "paper as released": (nearest, Recipe.load("paper-released")),
+        "paper": (nearest, Recipe.load("paper")),
+        "default": (real, Recipe()),
+        "default, widths 1-4": (real, Recipe(expert_bits=WIDTHS)),
+    }
+    for name, (scores, recipe) in methods.items():
+        chosen = scores.recipe_for(recipe).with_changes(bits=bits, expert_bits=recipe.expert_bits)
+        try:
+            yield name, allocate(scores, chosen)
+        except BudgetError:
+            continue  # no uniform allocation at this budget
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("--bits", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0])
+    parser.add_argument("--sequences", type=int, default=120)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    source = Source(given.model)
+    base = Recipe(
+        calib=tuple((str(p), 1.0) for p in sorted(given.calib.glob("*.txt"))),
+        sequences=given.sequences,
+        sequence_length=256,
+        expert_bits=WIDTHS,
+    )
+    texts = [str(p) for p in sorted(given.valid.glob("*.txt"))]
+    real = score(source, base)
+    nearest = score(source, base.with_changes(measure="rtn", hessian_weight="none"))
+    domains = " | ".join(Path(t).stem for t in texts)
+    print(f"| bits | method | expert bpw | model bpw | bytes | {domains} | ratio | KL | seconds |")
+    print("|---" * (8 + len(texts)) + "|")
+    for bits in given.bits:
+        for name, plan in plans(real, nearest, bits):
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                out = quantize(source, plan, Path(folder) / "out")
+                result = evaluate(out, texts, against=given.model, limit=given.windows)
+            perplexities = " | ".join(f"{t.perplexity:.2f}" for t in result.texts)
+            print(
+                f"| {plan.average_bits:.2f} | {name} | {plan.expert_bits_per_weight:.3f} "
+                f"| {plan.bits_per_weight:.3f} | {result.folder_bytes:,} | {perplexities} "
+                f"| {result.ratio:.4f} | {result.kl:.4f} | {time.monotonic() - started:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
