@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # The first pattern found in a linear's path inside its decoder layer names its role. A role is the
 # name of the Recipe field that holds its width, less "_bits"; None: never quantized.
 ROLES: tuple[tuple[str, str | None], ...] = (
-    (r"(^|\.)(gate|router)$", None),  # routers: 0.01 % of the bytes, and they choose the experts
-    (r"shared_expert_gate$", None),
+    (r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", None),  # few bytes, and they choose experts
+    (r"norm\.", None),  # small networks inside a norm
     (r"shared_(expert|experts|mlp)(\.|$)", "shared_expert"),
     (r"(^|\.)(mlp|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
     (r"", "attention"),  # every other linear mixes tokens: attention, linear attention, Mamba
