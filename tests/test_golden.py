@@ -26,7 +26,7 @@ def test_format_1(bits: int) -> None:
     zero = torch.full((ROWS, 2), codec.levels / 2)
     if zeros is not None:
         assert found[2] is not None and torch.equal(found[2], zeros)
-        zero = zeros * codec.levels / 255
+        zero = zeros.float() * codec.levels / 255
     expected = scales.float().repeat_interleave(32, 1) * (codes - zero.repeat_interleave(32, 1))
     assert torch.equal(dequantize(packed, ROWS, COLS, codec), expected)
     assert torch.equal(pack(codes, scales, zeros, codec), packed)
