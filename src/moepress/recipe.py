@@ -196,28 +196,19 @@ ALLOCATION_FIELDS = (
     "alpha", "beta", "gamma", "at_least_one", "quantizer",
 )  # fmt: skip
 
+# MC, arXiv:2410.06270: eq. 3-5 per layer, epsilon of round to nearest, one width per expert.
+PAPER = Recipe(
+    measure="rtn",
+    cost="paper",
+    scope="layer",
+    per_projection=False,
+    hessian_weight="none",
+    at_least_one=(2, 3),
+)
 NAMED = {
     "default": Recipe(),
-    # MC, arXiv:2410.06270: eq. 3-5 per layer, round-to-nearest epsilon, one width per expert.
-    "paper": Recipe(
-        measure="rtn",
-        cost="paper",
-        scope="layer",
-        per_projection=False,
-        hessian_weight="none",
-        at_least_one=(2, 3),
-    ),
-    # The same allocation with the GPTQ that was published: no feedback inside a block of 128
-    # columns at 3 bits and below, min-max grid. Kept for comparison only.
-    "paper-released": Recipe(
-        quantizer="gptq-released",
-        measure="rtn",
-        cost="paper",
-        scope="layer",
-        per_projection=False,
-        hessian_weight="none",
-        at_least_one=(2, 3),
-        beta=1.5,
-        gamma=1.0,
-    ),
+    "paper": PAPER,
+    # As published: exponents as in the released code, whose GPTQ has no feedback inside a block of
+    # 128 columns at 3 bits and below and takes min-max grids. Kept for comparison only.
+    "paper-released": dataclasses.replace(PAPER, quantizer="gptq-released", beta=1.5, gamma=1.0),
 }

@@ -5,7 +5,8 @@ Shared by scoring, which tries every width, and by quantizing, which takes the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -35,12 +36,7 @@ def round_gate_up(
     """The fused gate and up projection [2I, H] at each width; one factorisation serves all."""
     factor = None
     if needs_hessian(quantizer):
-        tokens, counts = hessian_tokens(routed, layer, expert, recipe)
-        hessian = Hessian(weight.shape[1], weight.device)
-        for part in chunks(tokens):
-            x = routed.hidden[tokens[part]].to(weight.device)
-            hessian.add(x, counts[part].to(weight.device))
-        factor = hessian.factor(recipe.damping)
+        factor = _factor(weight, routed, layer, expert, recipe, lambda x: x)
     return _round(weight, factor, recipe, quantizer, widths)
 
 
@@ -64,14 +60,26 @@ def round_down(
     """
     factor = None
     if needs_hessian(quantizer):
-        tokens, counts = hessian_tokens(routed, layer, expert, recipe)
-        hessian = Hessian(weight.shape[1], weight.device)
-        for part in chunks(tokens):
-            x = routed.hidden[tokens[part]].to(weight.device)
-            hidden = expert_hidden(module, gate_up, x)
-            hessian.add(hidden, counts[part].to(weight.device))
-        factor = hessian.factor(recipe.damping)
+        inputs = partial(expert_hidden, module, gate_up)
+        factor = _factor(weight, routed, layer, expert, recipe, inputs)
     return _round(weight, factor, recipe, quantizer, widths)
+
+
+def _factor(
+    weight: Tensor,
+    routed: Routed,
+    layer: int,
+    expert: int,
+    recipe: Recipe,
+    inputs: Callable[[Tensor], Tensor],
+) -> Factor:
+    """The factored Hessian of a projection; `inputs` makes its inputs from the expert's."""
+    tokens, counts = hessian_tokens(routed, layer, expert, recipe)
+    hessian = Hessian(weight.shape[1], weight.device)
+    for part in chunks(tokens):
+        x = routed.hidden[tokens[part]].to(weight.device)
+        hessian.add(inputs(x), counts[part].to(weight.device))
+    return hessian.factor(recipe.damping)
 
 
 def _round(
