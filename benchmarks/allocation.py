@@ -1,9 +1,10 @@
 """What each allocation keeps of a model at the same average expert bits, on held-out text.
 
-    python benchmarks/allocation.py MODEL --calib DIR --valid DIR [--bits 1.5 2 2.5 3]
+    python benchmarks/allocation.py                     # the carried model, on stdlib text
+    python benchmarks/allocation.py MODEL --calib calib/*.txt --valid valid/*.txt
 
-Prints a Markdown table. The folders hold one .txt file per domain. All rows share calibration
-tokens, 4-bit attention, and evaluator; scores are measured once per quantizer.
+Prints a Markdown table, one column of perplexity per text. All rows share calibration tokens, 4-bit
+attention, and evaluator; scores are measured once per quantizer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets 
 import torch
 
 from moepress.allocate import BitAllocation, allocate
+from moepress.demo import MODEL
 from moepress.errors import BudgetError
 from moepress.evaluate import evaluate
 from moepress.quantize import quantize
@@ -52,9 +54,9 @@ def plans(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("model", type=Path, nargs="?", default=MODEL)
+    parser.add_argument("--calib", nargs="+", default=["stdlib"])
+    parser.add_argument("--valid", nargs="+", default=["stdlib"])
     parser.add_argument("--bits", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0])
     parser.add_argument("--sequences", type=int, default=120)
     parser.add_argument("--windows", type=int, default=16)
@@ -63,23 +65,22 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     source = Source(given.model)
     base = Recipe(
-        calib=tuple((str(p), 1.0) for p in sorted(given.calib.glob("*.txt"))),
+        calib=tuple((text, 1.0) for text in given.calib),
         sequences=given.sequences,
         sequence_length=256,
         expert_bits=WIDTHS,
     )
-    texts = [str(p) for p in sorted(given.valid.glob("*.txt"))]
     real = score(source, base)
     nearest = score(source, base.with_changes(measure="rtn", hessian_weight="none"))
-    domains = " | ".join(Path(t).stem for t in texts)
+    domains = " | ".join(Path(text).stem for text in given.valid)
     print(f"| bits | method | expert bpw | model bpw | bytes | {domains} | ratio | KL | seconds |")
-    print("|---" * (8 + len(texts)) + "|")
+    print("|---" * (8 + len(given.valid)) + "|")
     for bits in given.bits:
         for name, plan in plans(real, nearest, bits):
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
                 out = quantize(source, plan, Path(folder) / "out")
-                result = evaluate(out, texts, against=given.model, limit=given.windows)
+                result = evaluate(out, given.valid, against=given.model, limit=given.windows)
             perplexities = " | ".join(f"{t.perplexity:.2f}" for t in result.texts)
             print(
                 f"| {plan.average_bits:.2f} | {name} | {plan.expert_bits_per_weight:.3f} "

@@ -299,6 +299,5 @@ def check_space(out: Path, plan: BitAllocation, share: float, states: int) -> No
     if free < need:
         raise CheckpointError(
             f"No space left for {out}: the compressed model and the work files need about "
-            f"{need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Free some and run the same "
-            "command again to go on."
+            f"{need:,} bytes, {free:,} are free. Free some and run the same command again to go on."
         )

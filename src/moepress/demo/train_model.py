@@ -1,7 +1,7 @@
-"""Train the small Mixtral that ships with moepress, on two CPU cores, in under an hour.
+"""Train the small Mixtral that ships with moepress, on two CPU cores, in about an hour.
 
     python -m moepress.demo.train_model OUT_FOLDER --tokens 12000000
-    python -m moepress.demo.train_model OUT_FOLDER --minutes 45
+    python -m moepress.demo.train_model OUT_FOLDER --minutes 60
 
 A model that is to show what compression costs has to have learned something: round an under-trained
 one to two bits and nothing happens. So this is a real, if small, training run, and every line that
