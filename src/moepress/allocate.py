@@ -12,29 +12,7 @@ more error (rounding is not monotone) is never worth taking just to use up the b
 over goes to widths that cost nothing: an expert that no calibration token reached measures zero
 error at every width, which means unknown, not harmless.
 
-`solve` is exact. In four steps:
-
-1. Lagrange. At a price p per unit of budget, items are independent: each takes the width of least
-   c + p s. The sum of these minima less p C is a lower bound on every allocation, whatever p >= 0;
-   the best p, found by bisection, gives the bound of the linear relaxation.
-2. Incumbent. The allocations just above and just below that price differ in a few items: as many
-   of them are changed as the budget allows.
-3. Margins. How much the bound rises if item i takes width b: (c + p s)[i, b] less the item's least
-   c + p s. A width whose margin exceeds the gap between incumbent and bound is in no better
-   allocation.
-4. HiGHS chooses among the widths of the smallest margins, minimising margins + p * (what is left
-   of the budget): the loss above the bound. That gives a better incumbent, hence a smaller gap;
-   widths are added until all that are left out exceed it. The objective is scaled so that the gap
-   is OBJECTIVE_SCALE: HiGHS never has to see a small difference of large numbers, however many
-   orders of magnitude the costs span. It stops within 1e-6, so a plan is proven optimal to
-   1e-6 / OBJECTIVE_SCALE of a gap that is itself a small part of the loss of one item.
-   Items alike in everything become one integer variable per width, which is what keeps ties (and
-   models of random weights) from taking for ever.
-
-`at_least_one` (the paper: one 2-bit and one 3-bit expert in each layer) needs distinct items to
-stand for each listed width. At a given price the cheapest of them are an assignment problem, so the
-bound stays exact with it. Where projections are items, it holds for the gate_up projections of a
-layer and for its down projections, each by themselves.
+How the program is solved: knapsack.py.
 """
 
 from __future__ import annotations
@@ -44,16 +22,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
-from scipy.sparse import coo_array, csr_array
 
 from moepress.checkpoint import load_json, save_json
 from moepress.codec import GROUP_SIZES
-from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
+from moepress.draw import draw
+from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
+from moepress.knapsack import ROUNDING, Floats, Ints, at, solve
 from moepress.layout import codec_for
 from moepress.recipe import Recipe
 
@@ -62,21 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
-
 PROJECTIONS = ("gate_up", "down")
 BOTH = 2  # index in score.PARTS of an expert quantized whole
 KIND = "plan"
-FIRST_CORE = 100  # columns, beside the cheapest of each item, that HiGHS is first asked about
-LEAST_PRICE = 1e-200  # beside the largest cost: of columns as cheap, the smallest is taken
-OBJECTIVE_SCALE = 1000.0  # what HiGHS sees of the distance between incumbent and bound
-SECONDS = 300.0  # HiGHS may think this long about one program
-LARGEST_COEFFICIENT = 1e7  # HiGHS works with absolute tolerances of 1e-6 and 1e-7
-DRAWS = 100  # random allocations of which the one nearest below the budget is taken
-PROVEN = 2e-6  # twice the gap at which HiGHS stops
-ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, whatever 2.1 is in binary
 
 
 @dataclass(frozen=True)
@@ -225,7 +191,9 @@ class Menu:
         return low, high
 
 
-def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
+def allocate(
+    scores: ExpertScores, recipe: Recipe | None = None, **changes: object
+) -> BitAllocation:
     """Choose the code bits of every routed expert: least predicted loss within the budget.
 
     A budget above the largest possible is lowered to it, with a warning in the log.
@@ -233,7 +201,8 @@ def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
     Args:
         scores: what each width would cost, as `moepress score` measured it.
         recipe: budget, objective (`cost`, `scope`, `per_projection`, exponents) and widths, which
-            must be among the measured ones.
+            must be among the measured ones. None: the recipe the scores were measured with.
+        changes: fields of the recipe to set, such as bits=2.5.
 
     Returns:
         The plan. `predicted_loss` is in units of the objective; under "random" and "uniform" it
@@ -246,6 +215,7 @@ def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
         NumericalError: NaN, infinity or a negative number in the scores.
         MoepressError: HiGHS did not solve the program.
     """
+    recipe = (recipe or Recipe.from_dict(scores.recipe)).with_changes(**changes)
     check_inputs(scores, recipe)
     menu = Menu.of(scores, recipe)
     costs = objective(scores, recipe)
@@ -256,7 +226,7 @@ def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
         if recipe.cost == "uniform"
         else choose(recipe, costs, sizes, capacity)
     )
-    expert_bytes = int(_at(menu.nbytes, choice).sum())
+    expert_bytes = int(at(menu.nbytes, choice).sum())
     total_bytes = scores.fixed_bytes + expert_bytes
     return BitAllocation(
         layers=scores.layers,
@@ -264,11 +234,11 @@ def allocate(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
             np.array(menu.widths, dtype=np.int8)[choice], (*menu.shape[:2], len(PROJECTIONS))
         ),
         group_size=scores.group_size,
-        predicted_loss=float(_at(costs, choice).sum()),
+        predicted_loss=float(at(costs, choice).sum()),
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         folder_bytes=total_bytes + scores.file_bytes,
-        average_bits=int(_at(menu.code_bits, choice).sum()) / menu.total_weights,
+        average_bits=int(at(menu.code_bits, choice).sum()) / menu.total_weights,
         expert_bits_per_weight=expert_bytes * 8 / menu.total_weights,
         bits_per_weight=total_bytes * 8 / (scores.fixed_weights + menu.total_weights),
         recipe=recipe,
@@ -450,367 +420,6 @@ def choose(recipe: Recipe, costs: Floats, sizes: Ints, capacity: int) -> Ints:
             else solve(flat, each, share, members, required)
         )
     return np.concatenate(choices).reshape(count, experts, items)
-
-
-# --- the exact solver ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Knapsack:
-    """The program in units of its own: excess costs within [0, 1], excess sizes in their gcd."""
-
-    excess: Floats  # [I, B] cost above the item's cheapest width
-    sizes: Ints  # [I, B] size above the item's smallest width
-    capacity: int
-    members: Ints  # [G, M] items of each group
-    required: tuple[int, ...]  # columns that each group uses at least once
-
-    @classmethod
-    def of(
-        cls, costs: Floats, sizes: Ints, capacity: int, members: Ints, required: Sequence[int]
-    ) -> _Knapsack:
-        excess = costs - costs.min(axis=1, keepdims=True)
-        smallest = sizes.min(axis=1, keepdims=True)
-        unit = int(np.gcd.reduce(sizes - smallest, axis=None)) or 1
-        return cls(
-            excess / (excess.max() or 1.0),
-            (sizes - smallest) // unit,
-            (capacity - int(smallest.sum())) // unit,
-            members,
-            tuple(required),
-        )
-
-    def room(self, choice: Ints) -> int:
-        """What a choice leaves of the budget."""
-        return self.capacity - int(_at(self.sizes, choice).sum())
-
-    def group_of(self) -> Ints:
-        """[I] group of each item; 0 where groups do not matter."""
-        groups = np.zeros(len(self.sizes), dtype=np.int64)
-        if self.required:
-            groups[self.members] = np.arange(len(self.members))[:, None]
-        return groups
-
-    def at_price(self, price: float) -> tuple[Ints, Floats]:
-        """The cheapest choice [I] if budget costs `price` a unit, and reduced costs [I, B]."""
-        total = self.excess + price * self.sizes
-        choice = total.argmin(axis=1)
-        reduced = total - total.min(axis=1, keepdims=True)
-        for items in self.members if self.required else ():
-            offers = reduced[items][:, list(self.required)]
-            rows, columns = linear_sum_assignment(offers)
-            choice[items[rows]] = np.array(self.required)[columns]
-        return choice, reduced
-
-    def representatives(self, choice: Ints) -> Mask:
-        """[I] one item for each group and required column: these must not change."""
-        held = np.zeros(len(choice), dtype=np.bool_)
-        for column in self.required:
-            found = choice[self.members] == column
-            held[self.members[np.arange(len(found)), found.argmax(axis=1)]] = True
-        return held
-
-    def cover_cost(self, reduced: Floats, left_out: int | None = None) -> Floats:
-        """[G] how much the bound rises because each group uses its required columns."""
-        columns = [c for c in self.required if c != left_out]
-        rises = np.zeros(len(self.members))
-        for group, items in enumerate(self.members if columns else ()):
-            offers = reduced[items][:, columns]
-            rises[group] = offers[linear_sum_assignment(offers)].sum()
-        return rises
-
-
-def solve(
-    costs: Floats,
-    sizes: Ints,
-    capacity: int,
-    members: Ints | None = None,
-    required: Sequence[int] = (),
-) -> Ints:
-    """Choose one column for each item: least sum of costs, sum of sizes at most `capacity`. Exact.
-
-    Args:
-        costs: [I, B] finite float64.
-        sizes: [I, B] int64, at least 0.
-        capacity: in units of sizes; some choice must fit.
-        members: [G, M] items of each group, needed with `required`.
-        required: columns that every group has to use at least once.
-
-    Returns:
-        [I] the chosen columns; the same for the same input. Room that is left is spent on columns
-        of equal cost.
-
-    Raises:
-        MoepressError: HiGHS failed or ran out of time.
-    """
-    groups = np.empty((0, 0), dtype=np.int64) if members is None else members
-    problem = _Knapsack.of(costs, sizes, capacity, groups, required)
-    return _spend_freely(problem, _solve(problem))
-
-
-def _solve(problem: _Knapsack) -> Ints:
-    choice, _ = problem.at_price(LEAST_PRICE)
-    if problem.room(choice) >= 0:
-        return choice  # the budget does not bind
-    price, below, above = _best_price(problem)
-    incumbent = _towards(problem, above, below)
-    _, reduced = problem.at_price(price)
-    rises = problem.cover_cost(reduced)
-    bound = rises.sum() * (1 - ROUNDING)  # of two sums, one may be rounded up and the other down
-    gap = _loss(problem, incumbent, reduced, price) - bound
-    margin = _margin(problem, reduced, rises)
-    core = FIRST_CORE
-    while gap > 0:
-        threshold = min(gap, _smallest(margin, len(margin) + core))
-        candidates = margin <= threshold
-        candidates[np.arange(len(incumbent)), incumbent] = True
-        found = _highs(problem, reduced, price, gap, candidates)
-        found_gap = _loss(problem, found, reduced, price) - bound
-        if found_gap < gap:
-            incumbent, gap = found, found_gap
-        if gap <= threshold:
-            break  # no column left out could improve on it
-        core = 4 * max(core, int(candidates.sum()) - len(margin))
-    return incumbent
-
-
-def _best_price(problem: _Knapsack) -> tuple[float, Ints, Ints]:
-    """The price at which the budget is just met, and the choices just below and just above it."""
-    high = 1.0
-    while problem.room(problem.at_price(high)[0]) < 0:
-        high *= 2
-    low = high
-    while problem.room(problem.at_price(low)[0]) >= 0:
-        high, low = low, max(low / 2, LEAST_PRICE)
-    while low < (middle := (low + high) / 2) < high:
-        if problem.room(problem.at_price(middle)[0]) >= 0:
-            high = middle
-        else:
-            low = middle
-    return high, problem.at_price(low)[0], problem.at_price(high)[0]
-
-
-def _towards(problem: _Knapsack, start: Ints, end: Ints) -> Ints:
-    """`start` with as many of its items as fit, first ones first, changed to what `end` has."""
-    change = _at(problem.sizes, end) - _at(problem.sizes, start)
-    change[problem.representatives(start)] = 0
-    items = np.flatnonzero(change)
-    fits = np.cumsum(change[items]) <= problem.room(start)
-    items = items[: len(items) if fits.all() else int(fits.argmin())]
-    choice = start.copy()
-    choice[items] = end[items]
-    return choice
-
-
-def _loss(problem: _Knapsack, choice: Ints, reduced: Floats, price: float) -> float:
-    """Cost of a choice above the Lagrangian bound without required columns; no cancellation."""
-    return float(_at(reduced, choice).sum() + price * problem.room(choice))
-
-
-def _margin(problem: _Knapsack, reduced: Floats, rises: Floats) -> Floats:
-    """[I, B] how much the bound rises if an item takes a column.
-
-    Its reduced cost; but a required column serves its group too, which saves what the group
-    has to pay for that column anyway.
-    """
-    margin = reduced.copy()
-    for column in problem.required:
-        saved = rises - problem.cover_cost(reduced, left_out=column)  # [G]
-        margin[problem.members, column] -= saved[:, None]
-    return margin
-
-
-def _smallest(values: Floats, count: int) -> float:
-    """The count-th smallest value; infinity if there are no more than that."""
-    flat = values.ravel()
-    return float(np.partition(flat, count - 1)[count - 1]) if count < len(flat) else math.inf
-
-
-def _highs(problem: _Knapsack, reduced: Floats, price: float, gap: float, candidates: Mask) -> Ints:
-    """HiGHS on the items that still have a choice; equal items are one integer variable a column.
-
-    Returns:
-        [I] the best choice among the candidates.
-    """
-    choice: Ints = candidates.argmax(axis=1)
-    is_open = candidates.sum(axis=1) > 1
-    items = np.flatnonzero(is_open)
-    offered = np.where(candidates, reduced, np.inf)[items]
-    group = problem.group_of()[items]
-    alike = np.column_stack([offered, problem.sizes[items], group])
-    _, first, kind, count = np.unique(
-        alike, axis=0, return_index=True, return_inverse=True, return_counts=True
-    )  # K kinds of open items
-    rows, columns = np.nonzero(np.isfinite(offered[first]))  # [V] one variable each
-    variables = len(rows)
-    capacity = problem.capacity - int(_at(problem.sizes, choice)[~is_open].sum())
-    sizes = problem.sizes[items[first]][rows, columns]
-    # The last variable is the room that is left.
-    constraints = [
-        LinearConstraint(
-            _ones(rows, np.arange(variables), (len(first), variables + 1)), count, count
-        ),
-        LinearConstraint(np.append(sizes, 1)[None, :].astype(float), capacity, capacity),
-    ]
-    for column in problem.required:
-        covered = (~is_open & (choice == column))[problem.members].any(axis=1)  # [G]
-        here = np.flatnonzero(columns == column)
-        cover = _ones(group[first][rows[here]], here, (len(covered), variables + 1))
-        constraints.append(LinearConstraint(cover, 1.0 - covered, np.inf))
-    # Room that costs more than the gap is in no better choice.
-    most_room = math.floor(min(gap / price * (1 + ROUNDING), capacity))
-    loss = np.append(offered[first][rows, columns], price if most_room else 0.0)
-    taken = _proven_optimum(
-        loss * min(OBJECTIVE_SCALE / gap, LARGEST_COEFFICIENT / loss.max()),
-        Bounds(0, np.append(count[rows], most_room)),
-        constraints,
-    )[:-1]
-    if (np.bincount(rows, taken, len(first)) != count).any():
-        raise MoepressError(
-            "HiGHS returned no width or several for an item. Expected exactly one: please report."
-        )
-    # Items of one kind, in order, get the widths of that kind, in order.
-    choice[items[np.argsort(kind.ravel(), kind="stable")]] = np.repeat(columns, taken)
-    if problem.room(choice) < 0:
-        raise MoepressError(
-            f"HiGHS overran the budget by {-problem.room(choice)} units: please report."
-        )
-    logger.debug("HiGHS decided %d items in %d variables", len(items), variables)
-    return choice
-
-
-def _proven_optimum(loss: Floats, bounds: Bounds, constraints: list[LinearConstraint]) -> Ints:
-    """The integers of least loss, and HiGHS's word for it.
-
-    HiGHS 1.12 can lose its lower bound when it restarts after presolve, and still say "optimal"
-    (the restarts that its issue 2783 is about). What it has not proven is done without presolve.
-    """
-    for presolve in (True, False):
-        result = milp(
-            loss,
-            integrality=np.ones(len(loss), dtype=np.int64),
-            bounds=bounds,
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0, "time_limit": SECONDS, "presolve": presolve},
-        )
-        if result.status != 0 or result.x is None:
-            break
-        if abs(result.fun - result.mip_dual_bound) <= PROVEN + ROUNDING * abs(result.fun):
-            return np.rint(result.x).astype(np.int64)
-    raise MoepressError(
-        f"HiGHS did not solve the allocation: {len(loss)} variables, at most {SECONDS:.0f} s, says "
-        f"'{result.message}' Try a slightly different budget, or scope 'layer'."
-    )
-
-
-def _ones(rows: Ints, columns: Ints, shape: tuple[int, int]) -> csr_array:
-    """The matrix [shape] of zeros with a one at each of these places."""
-    return coo_array((np.ones(len(rows)), (rows, columns)), shape).tocsr()
-
-
-def _spend_freely(problem: _Knapsack, choice: Ints) -> Ints:
-    """Spend what is left of the budget on larger widths of equal cost, smallest steps first."""
-    choice = choice.copy()
-    held = problem.representatives(choice)
-    never = np.iinfo(np.int64).max
-    while True:
-        room = problem.room(choice)
-        extra = problem.sizes - _at(problem.sizes, choice)[:, None]
-        equal = problem.excess == _at(problem.excess, choice)[:, None]
-        step = np.where(equal & (extra > 0) & (extra <= room) & ~held[:, None], extra, never)
-        smallest = step.min(axis=1)
-        items = np.argsort(smallest, kind="stable")[: int((smallest < never).sum())]
-        if not len(items):
-            return choice
-        items = items[np.cumsum(smallest[items]) <= room]
-        choice[items] = step[items].argmin(axis=1)
-
-
-# --- random allocation, to compare with ---------------------------------------------------------
-
-
-def draw(
-    sizes: Ints, capacity: int, members: Ints, required: Sequence[int], rng: np.random.Generator
-) -> Ints:
-    """A fair random allocation: each one that just meets the budget is (nearly) as likely.
-
-    Random costs given to the solver would not do: it would still avoid what is expensive for its
-    size, so the mix of widths would be the solver's. Instead every item draws its width alone, with
-    chances proportional to exp(-price * size), at the price where the expected size is the budget:
-    all allocations of one size are then equally likely. Of DRAWS such allocations, the largest that
-    fits is taken. What it misses the budget by is made up for by single steps of random items,
-    until no step up fits.
-
-    Args:
-        sizes: [I, B] int64, rising along B.
-        capacity: in units of sizes.
-        members: [G, M] items of each group.
-        required: columns that every group has to use at least once.
-        rng: source of chance; the same state gives the same allocation.
-
-    Returns:
-        [I] the chosen columns.
-    """
-    ends = _chances(sizes, capacity).cumsum(axis=1)[:, :-1]
-    drawn = []
-    for _ in range(DRAWS):
-        choice: Ints = (rng.random((len(sizes), 1)) > ends).sum(axis=1)
-        free = np.ones(len(sizes), dtype=np.bool_)
-        for items in members if required else ():
-            held = rng.choice(items, len(required), replace=False)
-            choice[held] = required
-            free[held] = False
-        over = int(_at(sizes, choice).sum()) - capacity
-        drawn.append((over > 0, abs(over), choice, free))
-    _, _, choice, free = min(drawn, key=lambda one: one[:2])
-    return _tighten(choice, free, sizes, capacity, rng)
-
-
-def _tighten(
-    choice: Ints, free: Mask, sizes: Ints, capacity: int, rng: np.random.Generator
-) -> Ints:
-    """Single steps of random free items: down until the budget is met, up while one fits."""
-    choice = choice.copy()
-    used = int(_at(sizes, choice).sum())
-    for step in (-1, 1):
-        moved = True
-        while moved:
-            moved = False
-            for item in rng.permutation(np.flatnonzero(free)):
-                to = choice[item] + step
-                if (step < 0 and used <= capacity) or not 0 <= to < sizes.shape[1]:
-                    continue
-                after = used + int(sizes[item, to] - sizes[item, choice[item]])
-                if step < 0 or after <= capacity:
-                    choice[item], used, moved = to, after, True
-    return choice
-
-
-def _chances(sizes: Ints, capacity: int) -> Floats:
-    """[I, B] chances proportional to exp(-price * size) whose expected size is the budget."""
-    scaled = (sizes - sizes.mean(axis=1, keepdims=True)) / max(float(np.ptp(sizes)), 1.0)
-
-    def chances(price: float) -> Floats:
-        weight = np.exp(-price * scaled - (-price * scaled).max(axis=1, keepdims=True))
-        return np.asarray(weight / weight.sum(axis=1, keepdims=True))
-
-    low, high = -1000.0, 1000.0  # where all items take one width
-    for _ in range(60):
-        price = (low + high) / 2
-        if (chances(price) * sizes).sum() > capacity:
-            low = price
-        else:
-            high = price
-    return chances(high)
-
-
-# --- small things -------------------------------------------------------------------------------
-
-
-def _at(table: npt.NDArray[Any], choice: Ints) -> npt.NDArray[Any]:
-    """table[..., choice] along its last axis; [P, B] tables serve all layers and experts."""
-    full = np.broadcast_to(table, (*choice.shape, table.shape[-1]))
-    return np.take_along_axis(full, choice[..., None], axis=-1)[..., 0]
 
 
 def _required(recipe: Recipe, experts: int) -> tuple[int, ...]:
