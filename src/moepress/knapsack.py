@@ -49,6 +49,8 @@ Mask = npt.NDArray[np.bool_]
 FIRST_CORE = 100  # columns, beside the cheapest of each item, that HiGHS is first asked about
 LEAST_PRICE = 1e-200  # beside the largest cost: of columns as cheap, the smallest is taken
 OBJECTIVE_SCALE = 1000.0  # what HiGHS sees of the distance between incumbent and bound
+FEW_NODES = 10_000  # of HiGHS's search tree; programs of measured costs need some hundreds
+NO_LIMIT = 2**31 - 1
 SECONDS = 300.0  # HiGHS may think this long about one program
 LARGEST_COEFFICIENT = 1e7  # HiGHS works with absolute tolerances of 1e-6 and 1e-7
 PROVEN = 2e-6  # twice the gap at which HiGHS stops
@@ -280,23 +282,29 @@ def _highs(problem: _Knapsack, reduced: Floats, price: float, gap: float, candid
 
 
 def _proven_optimum(loss: Floats, bounds: Bounds, constraints: list[LinearConstraint]) -> Ints:
-    """The integers of least loss, and HiGHS's word for it.
+    """The integers of least loss, where HiGHS's lower bound says so too.
 
-    HiGHS 1.12 can lose its lower bound when it restarts after presolve, and still say "optimal"
-    (the restarts that its issue 2783 is about). What it has not proven is done without presolve.
+    Without presolve first: when HiGHS 1.12 restarts after presolve it can lose its bound and still
+    say "optimal", and writes a stray line to stdout (its issue 2783). Only programs of many equal
+    costs need presolve. The first try is limited in nodes, not seconds: the same on any machine.
     """
-    for presolve in (True, False):
+    for presolve, nodes in ((False, FEW_NODES), (True, NO_LIMIT)):
         result = milp(
             loss,
             integrality=np.ones(len(loss), dtype=np.int64),
             bounds=bounds,
             constraints=constraints,
-            options={"mip_rel_gap": 0.0, "time_limit": SECONDS, "presolve": presolve},
+            options={
+                "mip_rel_gap": 0.0,
+                "time_limit": SECONDS,
+                "node_limit": nodes,
+                "presolve": presolve,
+            },
         )
-        if result.status != 0 or result.x is None:
-            break
-        if abs(result.fun - result.mip_dual_bound) <= PROVEN + ROUNDING * abs(result.fun):
-            return np.rint(result.x).astype(np.int64)
+        if result.status == 0 and result.x is not None:
+            unproven = abs(result.fun - result.mip_dual_bound)
+            if unproven <= PROVEN + ROUNDING * abs(result.fun):
+                return np.rint(result.x).astype(np.int64)
     raise MoepressError(
         f"HiGHS did not solve the allocation: {len(loss)} variables, at most {SECONDS:.0f} s, says "
         f"'{result.message}' Try a slightly different budget, or scope 'layer'."
