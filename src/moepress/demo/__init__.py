@@ -14,7 +14,7 @@ from typing import Any
 from moepress.checkpoint import temporary_folder
 
 MODEL = Path(__file__).parent / "model"
-PROMPT = "def read_lines(path):\n"
+PROMPT = "class Queue:\n    def put(self, item):\n"
 NEW_TOKENS = 48
 WINDOWS = 64  # of 256 tokens each, for the evaluation
 
