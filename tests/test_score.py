@@ -203,3 +203,13 @@ def test_hessian_weight_and_floor_bite() -> None:
     assert len(few) == 2
     all_of_them, _ = hessian_tokens(routed, 0, 2, Recipe(token_floor=1000))
     assert len(all_of_them) == 20
+
+
+def test_experts_with_few_tokens_are_reported(
+    model_folder: Folder, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    score(model_folder(), small_recipe(text_file, measure="rtn", token_floor=1000))
+    assert "8 of 8 experts saw fewer than 1000 calibration tokens, 0 of them none" in caplog.text
+    caplog.clear()
+    score(model_folder(), small_recipe(text_file, measure="rtn", token_floor=0))
+    assert "calibration tokens" not in caplog.text

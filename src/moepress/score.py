@@ -14,6 +14,7 @@ epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the ro
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.round_expert import round_down, round_gate_up
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Journal, Routed, Walk, chunks, empty, expert_hidden
+
+logger = logging.getLogger(__name__)
 
 ARRAYS = ("tokens", "routing_weight", "squared_error", "output_energy", "residual_energy")
 KIND = "moepress scores"
@@ -138,6 +141,13 @@ def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> Ex
     """Put the results of all layers together."""
     rows = [journal.result(layer) for layer in source.experts]
     arrays = {name: np.stack([row[name].numpy() for row in rows]) for name in ARRAYS}
+    few = int((arrays["tokens"] < recipe.token_floor).sum())
+    if few:
+        logger.warning(
+            "%d of %d experts saw fewer than %d calibration tokens, %d of them none: their scores "
+            "say little. More or other text helps (`moepress inspect` shows the spread).",
+            few, arrays["tokens"].size, recipe.token_floor, int((arrays["tokens"] == 0).sum()),
+        )  # fmt: skip
     return assemble(source, recipe, arrays, ids.numel(), identity(source, recipe, ids))
 
 
