@@ -340,7 +340,8 @@ class Journal:
 
     def commit(self, walk: Walk, layer: int, result: Mapping[str, Tensor]) -> None:
         """Record a layer's result; the walk's states are those after the layer."""
-        save_tensors(self._states(layer + 1), {"states": walk.states})
+        if layer + 1 < len(walk.source.layers):
+            save_tensors(self._states(layer + 1), {"states": walk.states})
         save_tensors(self._file(layer), result)
         self._states(layer).unlink(missing_ok=True)
 
