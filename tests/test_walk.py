@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from moepress import walk as walk_module
 from moepress.errors import CheckpointError, InputError
+from moepress.journal import Journal
 from moepress.progress import Progress
 from moepress.source import Source
-from moepress.walk import Journal, Walk, chunks, empty
+from moepress.walk import Walk, chunks, empty
 
 from .conftest import FAMILIES, VOCAB
 

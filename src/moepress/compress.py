@@ -8,12 +8,12 @@ from typing import Any
 from moepress.allocate import Menu, allocate, expert_budget
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
 from moepress.checkpoint import SCORES
+from moepress.journal import check_identity
 from moepress.layout import check_group_sizes
 from moepress.quantize import WORK, claim, quantize
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score, unmeasured
 from moepress.source import Source
-from moepress.walk import check_identity
 
 
 def compress(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,7 @@ def _folder(folder: Path) -> dict[str, Any]:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
                 parts[_part(name, specs)] += _nbytes(file.get_slice(name))
-    widths = {
-        name.rpartition(".")[2]: Counter[int]()
-        for name, spec in specs.items()
-        if len(spec.bits) > 1
-    }
+    widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for name, spec in specs.items():
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)

@@ -30,6 +30,7 @@ from moepress.checkpoint import (
 )
 from moepress.codec import PackedSpec
 from moepress.errors import CheckpointError, InputError
+from moepress.journal import Journal
 from moepress.kernels.reference import pack
 from moepress.layout import codec_for, linear_specs
 from moepress.progress import Progress
@@ -37,7 +38,7 @@ from moepress.quantizers import Factor, Hessian, QuantizedMatrix, needs_hessian,
 from moepress.recipe import Recipe
 from moepress.round_expert import round_down, round_gate_up
 from moepress.source import ExpertWeights, Source
-from moepress.walk import Journal, Routed, Walk, add_expert_output, empty
+from moepress.walk import Routed, Walk, add_expert_output, empty
 
 WORK = ".moepress"  # folder inside the output that holds unfinished work
 

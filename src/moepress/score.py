@@ -29,12 +29,13 @@ from torch.nn import functional as F
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids, routing_statistics
 from moepress.checkpoint import load_tensors, read_about, save_tensors, temporary_folder
 from moepress.errors import CheckpointError
+from moepress.journal import Journal
 from moepress.layout import check_group_sizes, every_name, file_bytes, fixed_bytes, linear_specs
 from moepress.progress import Progress
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.round_expert import round_down, round_gate_up
 from moepress.source import ExpertWeights, Source
-from moepress.walk import Journal, Routed, Walk, chunks, empty, expert_hidden
+from moepress.walk import Routed, Walk, chunks, empty, expert_hidden
 
 logger = logging.getLogger(__name__)
 

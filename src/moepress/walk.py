@@ -11,24 +11,22 @@ model's own forward gives it; only its routed experts are taken out. For a layer
              computed twice, which is cheap beside the experts, and the layer's own way of adding
              residuals, shared experts and scales needs no imitation
 
-`Journal` keeps what is finished: a killed walk goes on at the first unfinished layer.
+journal.py keeps what is finished: a killed walk goes on at the first unfinished layer.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moepress.checkpoint import load_json, load_tensors, save_json, save_tensors
-from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.errors import NumericalError
 from moepress.progress import Progress
 from moepress.source import ExpertWeights, Source
 
@@ -300,84 +298,3 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)  # the mapping outlives the name
-
-
-class Journal:
-    """What a walk has finished, in a folder: one file per layer, and the states to go on from.
-
-    A layer counts as finished when its file has its name; the states that follow it are durable
-    before that. So a process may die at any moment.
-
-    Args:
-        folder: made if missing.
-        identity: what the work depends on (model, recipe, text). Other work in the same folder is
-            refused rather than mixed.
-        file: where the result of a layer goes; None: into `folder`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, str],
-        file: Callable[[int], Path] | None = None,
-    ) -> None:
-        self.folder = folder
-        self._file = file or (lambda layer: folder / f"layer-{layer:04d}.safetensors")
-        check_identity(folder / "identity.json", identity)
-
-    def done(self, layer: int) -> bool:
-        return self._file(layer).is_file()
-
-    def remaining(self, walk: Walk) -> Iterator[int]:
-        """The layers still to do, each loaded (experts left out), the states brought up to it."""
-        count = len(walk.source.layers)
-        first = next((i for i in range(count) if not self.done(i)), count)
-        if first < count:
-            self.restore(walk, first)
-        for layer in range(first, count):
-            with walk.source.loaded(walk.source.layer_path(layer)):
-                yield layer
-
-    def commit(self, walk: Walk, layer: int, result: Mapping[str, Tensor]) -> None:
-        """Record a layer's result; the walk's states are those after the layer."""
-        if layer + 1 < len(walk.source.layers):
-            save_tensors(self._states(layer + 1), {"states": walk.states})
-        save_tensors(self._file(layer), result)
-        self._states(layer).unlink(missing_ok=True)
-
-    def restore(self, walk: Walk, layer: int) -> None:
-        """Give a walk the states before `layer`, as committed by the layer before it."""
-        if layer == 0:
-            return
-        path = self._states(layer)
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing, so the work in {self.folder} cannot go on. Delete that folder "
-                "to start over."
-            )
-        walk.states.copy_(load_tensors(path)["states"])
-
-    def result(self, layer: int) -> dict[str, Tensor]:
-        return load_tensors(self._file(layer))
-
-    def _states(self, layer: int) -> Path:
-        return self.folder / f"states-{layer:04d}.safetensors"
-
-
-def check_identity(path: Path, identity: Mapping[str, str]) -> None:
-    """Write down what work is done beside it; refuse if other work is already there.
-
-    Raises:
-        InputError: the file names other work.
-    """
-    if not path.is_file():
-        save_json(path, dict(identity))
-        return
-    found = load_json(path)
-    differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
-    if differs:
-        raise InputError(
-            f"{path.parent} holds unfinished work that differs in: {', '.join(differs)}. "
-            "Continue it with what it was started with, choose another output, or delete that "
-            "folder to start over."
-        )
