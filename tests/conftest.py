@@ -8,13 +8,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moepress import kernels
 from moepress.recipe import Recipe
 
 TEXT = "\n".join(
@@ -132,3 +133,10 @@ def model_folder(
         return made[key]
 
     return folder
+
+
+@pytest.fixture
+def reference_backend() -> Iterator[None]:
+    """Plain PyTorch: activations are not rounded, so results can be compared closely."""
+    with kernels.only("reference"):
+        yield

@@ -136,6 +136,7 @@ def logits(model: Any) -> Tensor:
 # Loading
 
 
+@pytest.mark.usefixtures("reference_backend")
 @pytest.mark.parametrize("family", ALL)
 def test_a_loaded_model_computes_what_its_weights_say(
     packed: Callable[..., Packed], family: str
@@ -158,6 +159,7 @@ def test_tied_embeddings_share_their_packed_bytes(packed: Callable[..., Packed])
     assert table(IDS).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("reference_backend")
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16])
 def test_dtypes(packed: Callable[..., Packed], dtype: Any) -> None:
     this = packed()
@@ -170,6 +172,7 @@ def test_dtypes(packed: Callable[..., Packed], dtype: Any) -> None:
     assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-4 * exact.norm()
 
 
+@pytest.mark.usefixtures("reference_backend")
 def test_a_model_class_of_its_own_and_a_bare_decoder(packed: Callable[..., Packed]) -> None:
     this = packed()
     assert torch.equal(

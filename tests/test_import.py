@@ -53,7 +53,7 @@ def test_we_register_in_any_order_and_leave_no_hook(tmp_path: Path, first: str) 
     (folder / "__init__.py").write_text("")
     (folder / "auto.py").write_text("REGISTERED = False\nLOADED = True\n")
     trace = """
-print([f for f in sys.meta_path if "moepress" in type(f).__module__])
+print([f for f in sys.meta_path if type(f).__module__.startswith("moepress")])
 print(type(auto.__spec__.loader).__name__, auto.__loader__ is auto.__spec__.loader)
 """
     printed = python(STAND_IN.format(path=str(tmp_path)) + first + "\n" + REGISTERED + trace)

@@ -20,6 +20,8 @@ from moepress.errors import InputError
 from moepress.kernels import reference
 from moepress.kernels.reference import ACTIVATIONS, dequantize, pack, unpack
 
+pytestmark = pytest.mark.usefixtures("reference_backend")  # the others: test_cpu.py
+
 CODECS = [Codec(bits, group) for bits in GRID_BITS for group in GROUP_SIZES]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -394,7 +396,7 @@ def fake_backend(name: str, rank: int, refusal: str | None, types: tuple[str, ..
         rank=rank,
         device_types=types,
         refuses=lambda device: refusal,
-        linear=lambda x, packed, bias, out_features, codec: torch.full((1,), float(rank)),
+        linear=lambda x, packed, bias, out_features, codec, bits: torch.full((1,), float(rank)),
     )
 
 

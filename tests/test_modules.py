@@ -37,6 +37,7 @@ def fill(module: PackedExperts) -> None:
         parameter.copy_(packed)
 
 
+@pytest.mark.usefixtures("reference_backend")
 def test_linear_is_the_linear_it_stands_for() -> None:
     module = packed_linear(bias=True)
     nn.init.normal_(module.bias)
@@ -58,6 +59,7 @@ def test_embedding_is_the_table_it_stands_for_in_the_dtype_of_the_model() -> Non
     assert set(module.state_dict()) == {"weight"}
 
 
+@pytest.mark.usefixtures("reference_backend")
 def test_experts_are_the_op_with_their_table() -> None:
     module, args = packed_experts()
     exact = make_case().loop(torch.float64)

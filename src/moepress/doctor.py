@@ -173,6 +173,16 @@ def _kernels() -> Iterable[Check]:
             yield Check(name, "missing", backend, reason)
 
 
+def _cpu_kernels() -> Iterable[Check]:
+    from moepress.kernels import cpu
+
+    if cpu.missing() is None:  # the kernels' own line says why not
+        runs, *others = cpu.instruction_sets()
+        team = "torch's OpenMP" if cpu.uses_openmp() else "a pool of their own"
+        also = f" (also here: {' '.join(others)})" if others else ""
+        yield Check("cpu kernels", "ok", f"{runs}{also}, threads of {team}")
+
+
 def _extras() -> Iterable[Check]:
     for name, purpose in EXTRAS.items():
         yield _package(name, (0,), f"{purpose}: pip install 'moepress[{name}]'")
@@ -203,6 +213,7 @@ PROBES: dict[str, Callable[[], Iterable[Check]]] = {
     "torch runs": _torch,
     "cuda": _cuda,
     "kernels": _kernels,
+    "cpu kernels": _cpu_kernels,
     "extras": _extras,
     "malloc": _allocator,
 }

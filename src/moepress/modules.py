@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.codec import Codec, PackedSpec
 from moepress.errors import InputError
-from moepress.kernels.reference import activation_function
+from moepress.kernels.reference import ACTIVATION_RANGE, activation_function
 
 
 class PackedLinear(nn.Module):
@@ -29,6 +29,8 @@ class PackedLinear(nn.Module):
         codec: how the weight [N, K] is stored.
         bias: whether there is a bias [N], of the default dtype.
     """
+
+    activation_bits = 8  # see set_activation_bits
 
     def __init__(
         self, in_features: int, out_features: int, codec: Codec, bias: bool = False
@@ -43,7 +45,13 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         codec = self.codec
         y: Tensor = kernels.linear(
-            x, self.weight, self.bias, self.out_features, codec.bits, codec.group_size
+            x,
+            self.weight,
+            self.bias,
+            self.out_features,
+            codec.bits,
+            codec.group_size,
+            self.activation_bits,
         )
         return y
 
@@ -104,6 +112,8 @@ class PackedExperts(nn.Module):
         activation: name of the gate's activation, as in transformers.
     """
 
+    activation_bits = 8  # see set_activation_bits
+
     def __init__(
         self,
         num_experts: int,
@@ -154,6 +164,7 @@ class PackedExperts(nn.Module):
             self.gate_up.group_size,
             self.down.group_size,
             self.activation,
+            self.activation_bits,
         )
         return y
 
@@ -164,6 +175,27 @@ class PackedExperts(nn.Module):
             f"intermediate_size={self.intermediate_size}, activation={self.activation}, "
             f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes"
         )
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """How precise activations stay inside the packed products of a model: 8 (default) or 16 bits.
+
+    Kernels that multiply integers round activations, one scale per group of columns. At 16 bits
+    they keep 15, more than bfloat16 has, and take up to twice the arithmetic.
+
+    Raises:
+        InputError: other bits, or nothing in the model is packed.
+    """
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
+    if bits not in ACTIVATION_RANGE:
+        raise InputError(f"activation_bits is {bits}. Expected one of {sorted(ACTIVATION_RANGE)}.")
+    if not packed:
+        raise InputError(
+            f"{type(model).__name__} has no packed weights. Expected a model that was loaded from "
+            "a compressed folder."
+        )
+    for module in packed:
+        module.activation_bits = bits
 
 
 def _packed(nbytes: int) -> nn.Parameter:

@@ -14,7 +14,8 @@ says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from moepress.codec import Codec
 from moepress.errors import InputError
-from moepress.kernels import reference
+from moepress.kernels import cpu, reference
 
 __all__ = [
     "BACKENDS",
@@ -34,6 +35,7 @@ __all__ = [
     "embedding",
     "experts",
     "linear",
+    "only",
     "register_backend",
     "status",
 ]
@@ -43,7 +45,13 @@ logger = logging.getLogger(__name__)
 
 class Linear(Protocol):
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, codec: Codec
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        codec: Codec,
+        activation_bits: int,
     ) -> Tensor: ...
 
 
@@ -61,6 +69,7 @@ class Experts(Protocol):
         gate_up_group: int,
         down_group: int,
         activation: str,
+        activation_bits: int,
     ) -> Tensor: ...
 
 
@@ -104,6 +113,26 @@ def register_backend(backend: Backend) -> None:
     _choose.cache_clear()
 
 
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Inside the block no other backend runs: for comparisons, and where no rounding is wanted.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"No backend is called '{name}'. Expected one of {sorted(BACKENDS)}.")
+    all_of_them = dict(BACKENDS)
+    BACKENDS.clear()
+    register_backend(all_of_them[name])
+    try:
+        yield
+    finally:
+        BACKENDS.clear()
+        for backend in all_of_them.values():
+            register_backend(backend)
+
+
 def backend_for(device: torch.device) -> Backend:
     """The backend that runs on a device."""
     return BACKENDS[_choose(device).backend]
@@ -139,6 +168,7 @@ def linear(
     out_features: int,
     bits: int,
     group_size: int,
+    activation_bits: int = 8,
 ) -> Tensor:
     """x W^T + bias.
 
@@ -147,13 +177,16 @@ def linear(
         packed: [Codec(bits, group_size).nbytes(N, K)] uint8, docs/format.md.
         bias: [N] in the dtype of x, or None.
         out_features: N.
+        activation_bits: at least how precise activations stay. 8: a backend may round them to
+            8-bit codes, one scale per group of columns; 16: to 15-bit ones, finer than bfloat16.
 
     Returns:
         [..., N] in the dtype of x.
     """
     codec = Codec(bits, group_size)
     _check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
-    return backend_for(x.device).linear(x, packed, bias, out_features, codec)
+    _check_precision(activation_bits)
+    return backend_for(x.device).linear(x, packed, bias, out_features, codec, activation_bits)
 
 
 @linear.register_fake
@@ -164,6 +197,7 @@ def _(
     out_features: int,
     bits: int,
     group_size: int,
+    activation_bits: int = 8,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -181,6 +215,7 @@ def experts(
     gate_up_group: int,
     down_group: int,
     activation: str,
+    activation_bits: int = 8,
 ) -> Tensor:
     """y_t = sum_k w_tk down_e(act(gate_e x_t) * up_e x_t), with e = index_tk.
 
@@ -194,11 +229,13 @@ def experts(
         intermediate_size: I.
         gate_up_group, down_group: group sizes.
         activation: a name in `reference.ACTIVATIONS`.
+        activation_bits: as of `linear`, for both products.
 
     Returns:
         [T, H] in the dtype of `hidden`.
     """
     _check_routing(hidden, top_k_index, top_k_weights)
+    _check_precision(activation_bits)
     for name, packed, table in (("gate_up", gate_up, gate_up_table), ("down", down, down_table)):
         _check_bytes(name, packed, packed.numel())
         if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 2:
@@ -217,6 +254,7 @@ def experts(
         gate_up_group,
         down_group,
         activation,
+        activation_bits,
     )
 
 
@@ -233,6 +271,7 @@ def _(
     gate_up_group: int,
     down_group: int,
     activation: str,
+    activation_bits: int = 8,
 ) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
@@ -275,6 +314,14 @@ def _check_bytes(name: str, packed: Tensor, expected: int) -> None:
         )
 
 
+def _check_precision(activation_bits: int) -> None:
+    if activation_bits not in reference.ACTIVATION_RANGE:
+        raise InputError(
+            f"activation_bits is {activation_bits}. Expected one of "
+            f"{sorted(reference.ACTIVATION_RANGE)}."
+        )
+
+
 def _check_routing(hidden: Tensor, index: Tensor, weights: Tensor) -> None:
     fits = hidden.dim() == index.dim() == 2 and len(hidden) == len(index)
     if not fits or index.shape != weights.shape or index.is_floating_point():
@@ -293,5 +340,16 @@ register_backend(
         linear=reference.linear,
         experts=reference.experts,
         embedding=reference.embedding,
+    )
+)
+register_backend(
+    Backend(
+        name="cpu",
+        rank=10,
+        device_types=("cpu",),
+        refuses=lambda device: cpu.missing(),
+        linear=cpu.linear,
+        experts=cpu.experts,
+        embedding=cpu.embedding,
     )
 )

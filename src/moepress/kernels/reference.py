@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from moepress.codec import ROWS_PER_BLOCK, Codec
 from moepress.errors import InputError
 
+ACTIVATION_RANGE = {8: 127.0, 16: 128.0 * 127.0}  # bits to the largest code
 STRIP_WEIGHTS = 1 << 22  # weights unpacked at a time: 16 MB in float32
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {  # by their names in transformers' ACT2FN
@@ -104,9 +105,22 @@ def dequantize(
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, codec: Codec
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    codec: Codec,
+    activation_bits: int = 16,
+    *,
+    rounded: bool = False,
 ) -> Tensor:
-    """x W^T + bias with W packed: x [..., K] to [..., N], in the dtype of x."""
+    """x W^T + bias with W packed: x [..., K] to [..., N], in the dtype of x.
+
+    Activations keep their dtype, which is at least what `activation_bits` asks for. With `rounded`
+    they are rounded to that many bits first: the oracle of kernels that multiply integers.
+    """
+    if rounded:
+        x = round_activations(x, codec.group_size, activation_bits)
     out = x.new_empty((*x.shape[:-1], out_features))
     for start, weights in _strips(packed, out_features, x.shape[-1], codec):
         rows = slice(start, start + len(weights))
@@ -126,11 +140,15 @@ def experts(
     gate_up_group: int,
     down_group: int,
     activation: str,
+    activation_bits: int = 16,
+    *,
+    rounded: bool = False,
 ) -> Tensor:
     """Routed experts: y_t = sum_k w_tk down_e(act(gate_e x_t) * up_e x_t), e = index_tk.
 
-    Arguments as of the op `moepress::experts`. Experts come one after another; those without a
-    token are not touched. Products are in the dtype of `hidden`, the sum over k in float32.
+    Arguments as of the op `moepress::experts`, `activation_bits` and `rounded` as of `linear`.
+    Experts come one after another; those without a token are not touched. Products are in the
+    dtype of `hidden`, the sum over k in float32.
     """
     width = hidden.shape[1]
     act = activation_function(activation)
@@ -141,11 +159,39 @@ def experts(
         shapes = (2 * intermediate_size, width), (width, intermediate_size)
         up_bytes, up_codec = _matrix(gate_up, gate_up_rows[expert], gate_up_group, *shapes[0])
         down_bytes, down_codec = _matrix(down, down_rows[expert], down_group, *shapes[1])
-        gate, up = linear(hidden[token], up_bytes, None, shapes[0][0], up_codec).chunk(2, dim=-1)
-        y = linear(act(gate) * up, down_bytes, None, width, down_codec)
+        gate, up = linear(
+            hidden[token], up_bytes, None, shapes[0][0], up_codec, activation_bits, rounded=rounded
+        ).chunk(2, dim=-1)
+        y = linear(
+            act(gate) * up, down_bytes, None, width, down_codec, activation_bits, rounded=rounded
+        )
         weight = top_k_weights.flatten()[slots].to(total.dtype)
         total.index_add_(0, token, y.to(total.dtype) * weight[:, None])
     return total.to(hidden.dtype)
+
+
+def round_activations(x: Tensor, group_size: int, bits: int) -> Tensor:
+    """Activations as integer kernels see them: a * q, one scale a per group of columns.
+
+    q = round(x * (R / m)), half to even, and a = m / R, each operation in float32; m is the largest
+    |x| of the group and R = 127 at 8 bits, 128 * 127 at 16. Below m = 2**-100 a group is 0. An
+    infinity or a NaN makes its whole group NaN.
+
+    Args:
+        x: [..., K], a float dtype.
+        group_size: columns that share a scale; divides K.
+        bits: 8 or 16.
+
+    Returns:
+        [..., K] in the dtype of x; a * q is one product in that dtype.
+    """
+    groups = torch.unflatten(x.float(), -1, (-1, group_size))
+    largest = groups.abs().amax(-1, keepdim=True)  # NaN where there is one
+    span = torch.full_like(largest, ACTIVATION_RANGE[bits])
+    counts = (largest >= 2.0**-100) & (largest < torch.inf)
+    codes = torch.where(counts, groups * (span / largest), 0).round()
+    scale = torch.where(counts, largest / span, 0).masked_fill(~largest.isfinite(), torch.nan)
+    return (scale.to(x.dtype) * codes.to(x.dtype)).flatten(-2)
 
 
 def embedding(

@@ -1,0 +1,253 @@
+"""The three operations on CPUs: C++ in this folder, compiled when moepress is installed.
+
+    products.cpp   the operations: panels of tokens, items of work, who does what
+    blocks.h       the arithmetic of 16 rows, written once over `Lanes`
+    lanes_*.h      what `Lanes` is: AVX-512 with VNNI, AVX2, portable vectors
+    matrix.cpp     where a packed matrix keeps what (docs/format.md)
+    threads.cpp    torch's OpenMP team, or a pool of our own
+    dispatch.cpp   which instruction set runs on this CPU
+
+Activations are rounded to 8-bit integers (or to 15-bit ones, taken as two of 8), one scale per
+group of columns, and multiplied with the codes as they are: `u8 x s8` dot products, exact in 32
+bits. The oracle of that arithmetic is `reference.linear(..., rounded=True)`. A token's result
+depends neither on the other tokens of the call nor on the number of threads.
+
+The library is called through its C interface (moepress.h), so one build serves every Python and
+every torch. ctypes gives up the interpreter lock while it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import CDLL, c_char_p, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepress.codec import Codec
+from moepress.errors import InputError, MoepressError
+from moepress.kernels import reference
+
+logger = logging.getLogger(__name__)
+
+INTERFACE = 1  # of moepress.h
+
+ACTIVATIONS = (  # in the order of isa.h
+    "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
+    "silu", "tanh",
+)  # fmt: skip
+
+RESULTS = {
+    1: "no codec has those code bits, that group size and that row length",
+    2: "a matrix reaches outside its packed bytes",
+    3: "a size is negative",
+    4: "unknown activation",
+    5: "an embedding id lies outside the table: the tokenizer does not belong to this model",
+    6: "activation bits are 8 or 16",
+    7: "out of memory",
+}
+
+_SIGNATURES = {
+    "moepress_linear": (
+        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
+        c_int32, c_int32, c_void_p,
+    ),
+    "moepress_experts": (
+        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
+        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
+        c_int32, c_void_p,
+    ),
+    "moepress_embedding": (
+        c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
+    ),
+}  # fmt: skip
+
+
+def missing() -> str | None:
+    """Why the library cannot run; None: it can."""
+    try:
+        _library()
+    except MoepressError as error:
+        return str(error)
+    return None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that were compiled and that this CPU has, best first. The first one runs.
+
+    Raises:
+        MoepressError: the library cannot run.
+    """
+    names: bytes = _library().moepress_instruction_sets()
+    return tuple(names.decode().split())
+
+
+def uses_openmp() -> bool:
+    """Whether threads come from torch's OpenMP runtime, not from a pool of the library's own."""
+    return _openmp_team() is not None
+
+
+def use(instruction_set: str) -> None:
+    """Run on another instruction set from now on: for tests and comparisons.
+
+    Raises:
+        InputError: it is not one of `instruction_sets()`.
+    """
+    if not _library().moepress_use(instruction_set.encode()):
+        raise InputError(
+            f"Instruction set '{instruction_set}' is not here. Expected one of "
+            f"{list(instruction_sets())}."
+        )
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    codec: Codec,
+    activation_bits: int,
+) -> Tensor:
+    """As the op `moepress::linear`. Sums are in float32; float64 is left to the reference."""
+    if x.dtype == torch.float64:
+        return reference.linear(x, packed, bias, out_features, codec)
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    out = rows.new_empty(len(rows), out_features)
+    _call(
+        "moepress_linear",
+        rows.data_ptr(),
+        *rows.shape,
+        packed.data_ptr(),
+        packed.numel(),
+        out_features,
+        codec.bits,
+        codec.group_size,
+        None if bias is None else bias.data_ptr(),
+        activation_bits,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
+def experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_table: Tensor,
+    down_table: Tensor,
+    intermediate_size: int,
+    gate_up_group: int,
+    down_group: int,
+    activation: str,
+    activation_bits: int,
+) -> Tensor:
+    """As the op `moepress::experts`. Sums are in float32; float64 is left to the reference."""
+    if hidden.dtype == torch.float64:
+        return reference.experts(
+            hidden, top_k_index, top_k_weights, gate_up, down, gate_up_table, down_table,
+            intermediate_size, gate_up_group, down_group, activation,
+        )  # fmt: skip
+    if activation not in ACTIVATIONS:
+        reference.activation_function(activation)  # raises, with a list of those there are
+    if len(gate_up_table) != len(down_table):
+        raise InputError(
+            f"gate_up_table has {len(gate_up_table)} experts, down_table {len(down_table)}."
+        )
+    x = hidden.float().contiguous()
+    index, weights = top_k_index.long().contiguous(), top_k_weights.float().contiguous()
+    tables = gate_up_table.contiguous(), down_table.contiguous()
+    out = torch.empty_like(x)
+    _call(
+        "moepress_experts",
+        x.data_ptr(),
+        *x.shape,
+        index.data_ptr(),
+        weights.data_ptr(),
+        index.shape[1],
+        gate_up.data_ptr(),
+        gate_up.numel(),
+        tables[0].data_ptr(),
+        gate_up_group,
+        down.data_ptr(),
+        down.numel(),
+        tables[1].data_ptr(),
+        down_group,
+        len(gate_up_table),
+        intermediate_size,
+        ACTIVATIONS.index(activation),
+        activation_bits,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out.to(hidden.dtype)
+
+
+def embedding(
+    ids: Tensor, packed: Tensor, rows: int, cols: int, codec: Codec, dtype: torch.dtype
+) -> Tensor:
+    """As the op `moepress::embedding`."""
+    wanted = ids.long().contiguous()
+    out = torch.empty((*ids.shape, cols), dtype=torch.float32)
+    _call(
+        "moepress_embedding",
+        wanted.data_ptr(),
+        wanted.numel(),
+        packed.data_ptr(),
+        packed.numel(),
+        rows,
+        cols,
+        codec.bits,
+        codec.group_size,
+        out.data_ptr(),
+    )
+    return out.to(dtype)
+
+
+def _call(name: str, *arguments: int | None) -> None:
+    result: int = getattr(_library(), name)(*arguments)
+    if result:
+        raise InputError(f"{name}: {RESULTS.get(result, f'error {result}')}.")
+
+
+@lru_cache(maxsize=1)
+def _library() -> CDLL:
+    path = next((p for folder in __path__ for p in Path(folder).glob("libmoepress_cpu.*")), None)
+    if path is None:
+        raise MoepressError(
+            "it was not compiled, because no C++ compiler was found when moepress was installed. "
+            "Install one (g++ or clang) and install moepress again"
+        )
+    try:
+        library = CDLL(str(path))
+    except OSError as error:
+        raise MoepressError(f"{path.name} cannot be loaded: {error}") from error
+    if library.moepress_interface() != INTERFACE:
+        raise MoepressError(f"{path.name} is of another version. Install moepress again")
+    library.moepress_instruction_sets.restype = c_char_p
+    library.moepress_use.argtypes = (c_char_p,)
+    library.moepress_lend_team.argtypes = (c_void_p,)
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+        getattr(library, name).restype = c_int32
+    library.moepress_lend_team(_openmp_team())
+    return library
+
+
+def _openmp_team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, if it has one.
+
+    A symbol of a library is looked for in the libraries it needs, too.
+    """
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:
+            return ctypes.cast(CDLL(str(path)).GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None

@@ -1,0 +1,14 @@
+#include "isa.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include "lanes_avx512.h"
+
+#include "blocks.h"
+
+namespace moepress {
+static const Isa isa = MOEPRESS_ISA("avx512");
+const Isa* const kAvx512 = &isa;
+}  // namespace moepress
+#else
+const moepress::Isa* const moepress::kAvx512 = nullptr;
+#endif

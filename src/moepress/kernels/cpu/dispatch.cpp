@@ -1,0 +1,74 @@
+// Which instruction set runs: the best that was compiled and that this CPU has, or the one asked for.
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "isa.h"
+#include "moepress.h"
+#include "threads.h"
+
+namespace moepress {
+namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
+// Both ask the operating system too: registers that it does not save may not be used.
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#else
+bool has_avx512() { return false; }
+bool has_avx2() { return false; }
+#endif
+
+const Isa* const* available() {  // ends with null
+    static const Isa* list[4] = {};
+    static const bool filled = [] {
+        size_t count = 0;
+        if (kAvx512 != nullptr && has_avx512()) list[count++] = kAvx512;
+        if (kAvx2 != nullptr && has_avx2()) list[count++] = kAvx2;
+        list[count++] = kPortable;
+        return true;
+    }();
+    (void)filled;
+    return list;
+}
+
+std::atomic<const Isa*>& in_use() {
+    static std::atomic<const Isa*> one{available()[0]};
+    return one;
+}
+
+}  // namespace
+
+const Isa* isa_in_use() { return in_use().load(std::memory_order_relaxed); }
+
+}  // namespace moepress
+
+int32_t moepress_interface() { return 1; }
+
+const char* moepress_instruction_sets() {
+    static const std::string names = [] {
+        std::string text;
+        for (const moepress::Isa* const* one = moepress::available(); *one != nullptr; ++one)
+            text += (text.empty() ? "" : " ") + std::string((*one)->name);
+        return text;
+    }();
+    return names.c_str();
+}
+
+int32_t moepress_use(const char* instruction_set) {
+    for (const moepress::Isa* const* one = moepress::available(); *one != nullptr; ++one)
+        if (std::strcmp((*one)->name, instruction_set) == 0) {
+            moepress::in_use() = *one;
+            return 1;
+        }
+    return 0;
+}
+
+void moepress_lend_team(void* gomp_parallel) {
+    moepress::lend_team(reinterpret_cast<moepress::Team>(gomp_parallel));
+}

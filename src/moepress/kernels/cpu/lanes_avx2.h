@@ -1,0 +1,116 @@
+// Sixteen rows in two 256-bit registers: AVX2 and FMA (x86 since 2013).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Lanes {
+    static constexpr int max_width = 4;  // 8 integer sums of 16 registers
+    static constexpr int sums = 2;
+
+    struct Codes {  // [16 rows][4 columns] uint8
+        __m256i low, high;
+    };
+    struct Float {  // [16]
+        __m256 low, high;
+    };
+
+    // vpmaddubsw adds two products into 16 bits and saturates. A product is at most 127 * (2^bits -
+    // 1), a lane gets two for each quad, so 2^14 / (127 * (2^bits - 1)) quads fit: 128, 43, 18, 8 at
+    // 1, 2, 3, 4 bits. Eight quads are added, then carried into 32 bits. 8-bit codes are split into
+    // two nibbles, each carried for itself.
+    template <int bits>
+    struct Dot {
+        __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};      // [8] int32
+        __m256i part[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};     // [16] int16
+        __m256i nibble[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};   // 8 bits only
+
+        void add(Codes codes, int32_t quad) {
+            const __m256i x = _mm256_set1_epi32(quad);
+            add_half(0, codes.low, x);
+            add_half(1, codes.high, x);
+        }
+        void carry() {  // after 8 quads
+            const __m256i ones = _mm256_set1_epi16(1);
+            for (int i = 0; i < 2; ++i) {
+                sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(part[i], ones));
+                part[i] = _mm256_setzero_si256();
+                if constexpr (bits == 8) {
+                    const __m256i high = _mm256_madd_epi16(nibble[i], ones);
+                    sum[i] = _mm256_add_epi32(sum[i], _mm256_slli_epi32(high, 4));
+                    nibble[i] = _mm256_setzero_si256();
+                }
+            }
+        }
+        void join(const Dot& other) {
+            for (int i = 0; i < 2; ++i) sum[i] = _mm256_add_epi32(sum[i], other.sum[i]);
+        }
+        Float value() const { return {_mm256_cvtepi32_ps(sum[0]), _mm256_cvtepi32_ps(sum[1])}; }
+
+      private:
+        void add_half(int i, __m256i codes, __m256i x) {
+            if constexpr (bits == 8) {
+                const __m256i mask = _mm256_set1_epi8(15);
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi32(codes, 4), mask);
+                nibble[i] = _mm256_add_epi16(nibble[i], _mm256_maddubs_epi16(high, x));
+                codes = _mm256_and_si256(codes, mask);
+            }
+            part[i] = _mm256_add_epi16(part[i], _mm256_maddubs_epi16(codes, x));
+        }
+    };
+
+    static Codes load(const uint8_t* chunk) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk)),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk + 32))};
+    }
+
+    template <int bits, int shift>
+    static Codes field(Codes chunk) {
+        if constexpr (bits == 8) return chunk;
+        const __m256i mask = _mm256_set1_epi8((1 << bits) - 1);
+        return {_mm256_and_si256(_mm256_srli_epi32(chunk.low, shift), mask),
+                _mm256_and_si256(_mm256_srli_epi32(chunk.high, shift), mask)};
+    }
+
+    // low | bit `shift` of each byte of `high`, moved to bit 2
+    template <int shift>
+    static Codes with_high(Codes low, Codes high) {
+        const Codes bit = field<1, shift>(high);
+        return {_mm256_or_si256(low.low, _mm256_slli_epi32(bit.low, 2)),
+                _mm256_or_si256(low.high, _mm256_slli_epi32(bit.high, 2))};
+    }
+
+    static Float zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Float splat(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+    static void store(float* at, Float value) {
+        _mm256_storeu_ps(at, value.low);
+        _mm256_storeu_ps(at + 8, value.high);
+    }
+    static Float mul(Float a, Float b) {
+        return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+    }
+    static Float mul_add(Float a, Float b, Float c) {  // ab + c
+        return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+    }
+    static Float mul_sub(Float a, Float b, Float c) {  // ab - c
+        return {_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};
+    }
+
+    static Float bfloat16(const uint8_t* at) { return {wide(at), wide(at + 16)}; }  // [16] bfloat16
+    static Float bytes(const uint8_t* at) {                                         // [16] uint8
+        const __m128i byte = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(byte)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(byte, 8)))};
+    }
+
+  private:
+    static __m256 wide(const uint8_t* at) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+};
+
+}  // namespace

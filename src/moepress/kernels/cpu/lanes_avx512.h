@@ -1,0 +1,64 @@
+// Sixteen rows in one 512-bit register: AVX-512 with VNNI (Intel Ice Lake, AMD Zen 4 and later).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Lanes {
+    static constexpr int max_width = 16;  // 16 integer and 16 float sums: 32 registers
+    static constexpr int sums = 4;  // vpdpbusd: a result after 4 cycles, one every cycle
+
+    using Codes = __m512i;  // [16 rows][4 columns] uint8
+    using Int = __m512i;    // [16] int32
+    using Float = __m512;   // [16] float
+
+    // Sums of `bits`-bit codes need no help here: vpdpbusd adds into 32 bits and never saturates.
+    template <int bits>
+    struct Dot {
+        Int sum = _mm512_setzero_si512();
+        void add(Codes codes, int32_t quad) {
+            sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(quad));
+        }
+        void carry() {}
+        void join(const Dot& other) { sum = _mm512_add_epi32(sum, other.sum); }
+        Float value() const { return _mm512_cvtepi32_ps(sum); }
+    };
+
+    static Codes load(const uint8_t* chunk) { return _mm512_loadu_si512(chunk); }
+
+    template <int bits, int shift>
+    static Codes field(Codes chunk) {
+        if constexpr (bits == 8) return chunk;
+        const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
+        return _mm512_and_si512(_mm512_srli_epi32(chunk, shift), mask);
+    }
+
+    // low | bit `shift` of each byte of `high`, moved to bit 2
+    template <int shift>
+    static Codes with_high(Codes low, Codes high) {
+        if constexpr (shift > 2) high = _mm512_srli_epi32(high, shift - 2);
+        if constexpr (shift < 2) high = _mm512_slli_epi32(high, 2 - shift);
+        return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(4), 0xF8);  // a | (b & c)
+    }
+
+    static Float zero() { return _mm512_setzero_ps(); }
+    static Float splat(float value) { return _mm512_set1_ps(value); }
+    static void store(float* at, Float value) { _mm512_storeu_ps(at, value); }
+    static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static Float mul_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }   // ab + c
+    static Float mul_sub(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }   // ab - c
+
+    static Float bfloat16(const uint8_t* at) {  // [16] bfloat16
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static Float bytes(const uint8_t* at) {  // [16] uint8
+        const __m128i byte = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(byte));
+    }
+};
+
+}  // namespace

@@ -1,0 +1,151 @@
+// Random shapes, bytes, tables and indices through the C interface, for sanitizers to watch. Every
+// buffer is a heap block of exactly its size: one byte outside ends the process.
+//
+//     fuzz_cpu ROUNDS
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "moepress.h"
+
+namespace {
+
+std::mt19937_64 engine(7);
+
+int64_t pick(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(engine);
+}
+
+template <class T>
+T one_of(std::initializer_list<T> list) {
+    return list.begin()[pick(0, int64_t(list.size()) - 1)];
+}
+
+template <class T>
+struct Buffer {
+    std::unique_ptr<T[]> at;
+    int64_t size;
+    explicit Buffer(int64_t n) : at(new T[size_t(n)]), size(n) {}
+    T* get() { return at.get(); }
+};
+
+Buffer<uint8_t> random_bytes(int64_t n) {
+    Buffer<uint8_t> out(n);
+    for (int64_t i = 0; i < n; ++i) out.at[size_t(i)] = uint8_t(engine());
+    return out;
+}
+
+Buffer<float> random_floats(int64_t n) {
+    Buffer<float> out(n);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < n; ++i) out.at[size_t(i)] = normal(engine);
+    if (n > 0 && pick(0, 3) == 0) {  // any pattern of bits: NaN, infinity, denormal
+        const uint32_t bits = uint32_t(engine());
+        std::memcpy(&out.at[size_t(pick(0, n - 1))], &bits, 4);
+    }
+    return out;
+}
+
+int64_t nbytes(int64_t rows, int64_t cols, int bits, int group) {  // docs/format.md
+    const int64_t groups = cols / group;
+    const int64_t block = 2 * cols * bits + 32 * groups + (bits >= 2 && bits <= 4 ? 16 * groups : 0);
+    return ((rows + 15) / 16 * block + 63) / 64 * 64;
+}
+
+// Mostly as it should be, sometimes anything.
+int64_t perhaps(int64_t right) {
+    const int64_t kind = pick(0, 19);
+    if (kind == 0) return int64_t(engine());
+    if (kind == 1) return right + pick(-70, 70);
+    return right;
+}
+
+void expect(bool good, const char* what) {
+    if (good) return;
+    std::fprintf(stderr, "%s\n", what);
+    std::exit(1);
+}
+
+void linear() {
+    const int bits = one_of({1, 2, 3, 4, 8}), group = one_of({32, 64, 128});
+    const int64_t tokens = one_of<int64_t>({0, 1, 2, 3, 5, 8, 17, 40});
+    const int64_t rows = pick(1, 70), cols = group * pick(1, 3);
+    const int64_t right = nbytes(rows, cols, bits, group);
+    const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
+    Buffer<uint8_t> packed = random_bytes(given);
+    Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
+    const int32_t result = moepress_linear(
+        x.get(), tokens, cols, packed.get(), given, rows, bits, group,
+        pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), y.get());
+    expect(result == (given == right ? kOk : kBadBytes), "linear: wrong result");
+}
+
+void embedding() {
+    const int bits = one_of({1, 2, 3, 4, 8}), group = one_of({32, 64, 128});
+    const int64_t rows = pick(1, 70), cols = group * pick(1, 3), n = pick(0, 5);
+    const int64_t size = nbytes(rows, cols, bits, group);
+    Buffer<uint8_t> packed = random_bytes(size);
+    Buffer<int64_t> ids(n);
+    bool good = true;
+    for (int64_t i = 0; i < n; ++i) {
+        ids.at[size_t(i)] = perhaps(pick(0, rows - 1));
+        good = good && ids.at[size_t(i)] >= 0 && ids.at[size_t(i)] < rows;
+    }
+    Buffer<float> y(n * cols);
+    const int32_t result = moepress_embedding(ids.get(), n, packed.get(), size, rows, cols, bits,
+                                              group, y.get());
+    expect(result == (good ? kOk : kBadId), "embedding: wrong result");
+}
+
+void experts() {
+    const int groups[2] = {one_of({32, 64, 128}), one_of({32, 64, 128})};
+    const int64_t tokens = one_of<int64_t>({0, 1, 2, 3, 9, 40, 200}), k = pick(0, 4);
+    const int64_t count = pick(0, 5);
+    const int64_t hidden = groups[0] * pick(1, 2), inner = groups[1] * pick(1, 2);
+    const int64_t shapes[2][2] = {{2 * inner, hidden}, {hidden, inner}};
+    std::vector<Buffer<uint8_t>> packed;
+    std::vector<Buffer<int64_t>> tables;
+    for (int which = 0; which < 2; ++which) {
+        tables.emplace_back(2 * count);
+        int64_t offset = 0;
+        for (int64_t e = 0; e < count; ++e) {
+            const int bits = one_of({1, 2, 3, 4, 8});
+            tables[size_t(which)].at[size_t(2 * e)] = perhaps(offset);
+            tables[size_t(which)].at[size_t(2 * e + 1)] = perhaps(bits);
+            offset += nbytes(shapes[which][0], shapes[which][1], bits, groups[which]);
+        }
+        packed.push_back(random_bytes(pick(0, 9) ? offset : pick(0, offset)));
+    }
+    Buffer<int64_t> index(tokens * k);
+    for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
+    Buffer<float> x = random_floats(tokens * hidden), weight = random_floats(tokens * k);
+    Buffer<float> y(tokens * hidden);
+    const int32_t result = moepress_experts(
+        x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
+        tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
+        groups[1], count, inner, int(pick(0, 9)), one_of({8, 16}), int(pick(1, 3)), y.get());
+    expect(result == kOk || result == kBadCodec || result == kBadBytes, "experts: wrong result");
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+    const int rounds = std::atoi(arguments[1]);
+    std::istringstream names(moepress_instruction_sets());
+    int done = 0;
+    for (std::string name; names >> name; done = 0) {
+        expect(moepress_use(name.c_str()) == 1, "an instruction set cannot be used");
+        for (; done < rounds; ++done) {
+            linear();
+            embedding();
+            experts();
+        }
+        std::printf("%s: %d rounds\n", name.c_str(), done);
+    }
+}
