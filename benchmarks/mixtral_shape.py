@@ -2,6 +2,7 @@
 
     python benchmarks/mixtral_shape.py make FOLDER --layers 2     # 6 GB of bfloat16
     python benchmarks/mixtral_shape.py run FOLDER OUT             # one JSON line per stage
+    python benchmarks/mixtral_shape.py packed OUT --layers 32     # random codes, nothing compressed
 
 Weights and tokens are random, so nothing is said of quality. Peak RSS is the process's own
 high-water mark after each stage (pages of mapped files count); loading is measured in a process of
@@ -78,6 +79,72 @@ def make(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def packed(out: Path, layers: int, bits: float) -> None:
+    """Write a compressed folder of random codes, `bits` on average, one shard per layer.
+
+    Of the 8 experts of a layer some have the width below `bits`, the others the one above.
+    Attention, head and embedding have 4 bits. All layers hold the same bytes, each in its own file.
+    """
+    from transformers import MixtralConfig
+
+    from moepress.checkpoint import finish_folder, quantization_config, save_tensors, shard_name
+    from moepress.codec import PackedSpec
+
+    out.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    below = int(bits)
+    above = round((bits - below) * EXPERTS)
+    experts = PackedSpec((below,) * (EXPERTS - above) + (below + 1,) * above, 128)
+    four = PackedSpec((4,), 128)
+    side = HIDDEN // HEADS * KV_HEADS
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    router = torch.empty(EXPERTS, HIDDEN, dtype=torch.bfloat16).normal_(generator=generator)
+
+    def random(spec: PackedSpec, rows: int, cols: int) -> torch.Tensor:
+        return random_packed(spec, rows, cols, generator)
+
+    parts = {  # of one layer
+        "self_attn.q_proj.weight": (four, HIDDEN, HIDDEN),
+        "self_attn.k_proj.weight": (four, side, HIDDEN),
+        "self_attn.v_proj.weight": (four, side, HIDDEN),
+        "self_attn.o_proj.weight": (four, HIDDEN, HIDDEN),
+        "mlp.experts.gate_up_proj": (experts, 2 * INTERMEDIATE, HIDDEN),
+        "mlp.experts.down_proj": (experts, HIDDEN, INTERMEDIATE),
+    }
+    tensors = {name: random(*part) for name, part in parts.items()}
+    plain = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), ones)
+    plain["mlp.gate.weight"] = router
+    specs = {"model.embed_tokens.weight": four, "lm_head.weight": four}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        named = {at + name: tensor for name, tensor in (tensors | plain).items()}
+        save_tensors(out / shard_name(layer), {k: v.clone() for k, v in named.items()})
+        specs |= {at + name: spec for name, (spec, *_) in parts.items()}
+    ends = {name: random(four, VOCAB, HIDDEN) for name in list(specs)[:2]}
+    save_tensors(out / shard_name(None), ends | {"model.norm.weight": ones})
+    config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(out)
+    shards = [*map(shard_name, range(layers)), shard_name(None)]
+    quantization = quantization_config(specs, {"made_by": "benchmarks/mixtral_shape.py packed"})
+    finish_folder(out, out / "config.json", [], quantization, [out / name for name in shards])
+
+
+def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
+    """The bytes of a packed tensor: any codes and zeros, a scale that keeps products near 1."""
+    matrices = []
+    for codec in spec.codecs:
+        size, block = codec.nbytes(rows, cols), codec.block_bytes(cols)
+        matrix = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
+        blocks = matrix[: -(-rows // 16) * block].view(-1, block)
+        first = 2 * cols * codec.bits
+        scale = torch.tensor([cols**-0.5 / codec.levels], dtype=torch.bfloat16)
+        scales = scale.view(torch.uint8).repeat(16 * codec.groups(cols))
+        blocks[:, first : first + len(scales)] = scales
+        matrices.append(matrix)
+    return torch.cat(matrices)
+
+
 def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) -> None:
     """Score, allocate and quantize here; load in a fresh process."""
     from moepress.allocate import allocate
@@ -129,7 +196,7 @@ def report(**values: Any) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["make", "run", "load"])
+    parser.add_argument("what", choices=["make", "packed", "run", "load"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=2)
@@ -139,6 +206,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "make":
         make(given.folder, given.layers)
+    elif given.what == "packed":
+        packed(given.folder, given.layers, given.bits)
     elif given.what == "run":
         run(given.folder, given.out, given.recipe, given.bits, given.sequences)
     else:

@@ -9,6 +9,7 @@ namespace {
 
 struct Lanes {
     static constexpr int max_width = 4;  // 8 integer sums of 16 registers
+    static constexpr bool sums_any_byte = false;  // 16 bits are too few
     static constexpr int sums = 2;
 
     struct Codes {  // [16 rows][4 columns] uint8
@@ -45,7 +46,7 @@ struct Lanes {
                 }
             }
         }
-        void join(const Dot& other) {
+        void join(const Dot& other, int) {
             for (int i = 0; i < 2; ++i) sum[i] = _mm256_add_epi32(sum[i], other.sum[i]);
         }
         Float value() const { return {_mm256_cvtepi32_ps(sum[0]), _mm256_cvtepi32_ps(sum[1])}; }
@@ -67,8 +68,10 @@ struct Lanes {
                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk + 32))};
     }
 
-    template <int bits, int shift>
+    // `bits` bits at `shift` of each byte
+    template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
+        static_assert(!in_place);
         if constexpr (bits == 8) return chunk;
         const __m256i mask = _mm256_set1_epi8((1 << bits) - 1);
         return {_mm256_and_si256(_mm256_srli_epi32(chunk.low, shift), mask),
@@ -81,6 +84,10 @@ struct Lanes {
         const Codes bit = field<1, shift>(high);
         return {_mm256_or_si256(low.low, _mm256_slli_epi32(bit.low, 2)),
                 _mm256_or_si256(low.high, _mm256_slli_epi32(bit.high, 2))};
+    }
+
+    static void prefetch(const uint8_t* at) {
+        _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     }
 
     static Float zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -9,6 +9,7 @@ namespace {
 
 struct Lanes {
     static constexpr int max_width = 16;  // 16 integer and 16 float sums: 32 registers
+    static constexpr bool sums_any_byte = true;
     static constexpr int sums = 4;  // vpdpbusd: a result after 4 cycles, one every cycle
 
     using Codes = __m512i;  // [16 rows][4 columns] uint8
@@ -23,17 +24,21 @@ struct Lanes {
             sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(quad));
         }
         void carry() {}
-        void join(const Dot& other) { sum = _mm512_add_epi32(sum, other.sum); }
+        void join(const Dot& other, int shift) {
+            sum = _mm512_add_epi32(sum, _mm512_srai_epi32(other.sum, unsigned(shift)));
+        }
         Float value() const { return _mm512_cvtepi32_ps(sum); }
     };
 
     static Codes load(const uint8_t* chunk) { return _mm512_loadu_si512(chunk); }
 
-    template <int bits, int shift>
+    // `bits` bits at `shift` of each byte; in place: left there, 2^shift times as large.
+    template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
         if constexpr (bits == 8) return chunk;
-        const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
-        return _mm512_and_si512(_mm512_srli_epi32(chunk, shift), mask);
+        constexpr int mask = ((1 << bits) - 1) << (in_place ? shift : 0);
+        if constexpr (!in_place) chunk = _mm512_srli_epi32(chunk, shift);
+        return _mm512_and_si512(chunk, _mm512_set1_epi8(int8_t(mask)));
     }
 
     // low | bit `shift` of each byte of `high`, moved to bit 2
@@ -42,6 +47,10 @@ struct Lanes {
         if constexpr (shift > 2) high = _mm512_srli_epi32(high, shift - 2);
         if constexpr (shift < 2) high = _mm512_slli_epi32(high, 2 - shift);
         return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(4), 0xF8);  // a | (b & c)
+    }
+
+    static void prefetch(const uint8_t* at) {
+        _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     }
 
     static Float zero() { return _mm512_setzero_ps(); }

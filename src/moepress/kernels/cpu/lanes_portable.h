@@ -9,6 +9,7 @@ namespace {
 
 struct Lanes {
     static constexpr int max_width = 4;
+    static constexpr bool sums_any_byte = false;  // 16 bits are too few
     static constexpr int sums = 1;
 
     typedef uint32_t Word __attribute__((vector_size(16)));  // [4 rows], 4 columns to a word
@@ -55,7 +56,7 @@ struct Lanes {
                 }
             }
         }
-        void join(const Dot& other) {
+        void join(const Dot& other, int) {
             for (int i = 0; i < 4; ++i) sum[i] += other.sum[i];
         }
         Float value() const {
@@ -81,8 +82,10 @@ struct Lanes {
         return out;
     }
 
-    template <int bits, int shift>
+    // `bits` bits at `shift` of each byte
+    template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
+        static_assert(!in_place);
         if constexpr (bits < 8)
             for (Word& part : chunk.part) part = part >> shift & 0x01010101u * ((1u << bits) - 1);
         return chunk;
@@ -95,6 +98,8 @@ struct Lanes {
         for (int i = 0; i < 4; ++i) low.part[i] |= bit.part[i] << 2;
         return low;
     }
+
+    static void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
     static Float zero() { return splat(0); }
     static Float splat(float value) {

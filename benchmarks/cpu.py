@@ -1,0 +1,418 @@
+"""How fast the CPU kernels are: against the memory, against llama.cpp, against bfloat16.
+
+    python benchmarks/cpu.py kernels                 # bytes per second of the MoE op, by codec
+    python benchmarks/cpu.py models FOLDER           # decode and prefill beside llama.cpp
+    python benchmarks/cpu.py bfloat16 FOLDER         # decode beside transformers' own bfloat16
+    python benchmarks/cpu.py whole FOLDER            # 32 layers: seconds to the first token
+
+`models` and `bfloat16` write models of Mixtral-8x7B's shape, 4 layers, random weights, into FOLDER
+(10 and 14 GB) and use what they find there; `whole` writes 16 GB. `models` needs llama-cpp-python
+(built here by pip) and gguf. Each contender has a process of its own and they take turns, so that
+what else the machine does falls on all alike; figures are medians over the rounds, and ratios are
+taken within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mixtral_shape
+from mixtral_shape import EXPERTS, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, report
+
+THREADS = len(os.sched_getaffinity(0))
+LAYERS = 4
+OURS = {"ours 1.875": 1.875, "ours 2.0": 2.0, "ours 2.5": 2.5}
+THEIRS = ("IQ2_XXS", "IQ2_XS", "Q2_K")
+SHAPES = {"Mixtral-8x7B": (4096, 14336, 8, 2, 2), "Qwen3-30B-A3B": (2048, 768, 128, 8, 8)}
+
+STREAM = """
+#include <cstdint>
+extern "C" uint64_t stream(const uint64_t* at, int64_t n) {  // reads n words, on all threads
+    uint64_t sum = 0;
+    #pragma omp parallel for reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += at[i];
+    return sum;
+}
+"""
+
+
+# The MoE op, one token
+
+
+def kernels(rounds: int) -> None:
+    """Packed bytes per second, beside the bandwidth measured between the same rounds."""
+    from moepress.codec import GRID_BITS
+    from moepress.kernels import cpu
+
+    read = compiled_stream()
+    report(instruction_set=cpu.instruction_sets()[0], threads=THREADS)
+    for shape, sizes in SHAPES.items():
+        measure_kernels(shape, {bits: one_token(bits, *sizes) for bits in GRID_BITS}, read, rounds)
+
+
+def one_token(
+    bits: int, hidden: int, inner: int, experts: int, k: int, copies: int
+) -> tuple[Callable[[], None], int]:
+    """A call of the MoE op and the bytes it reads.
+
+    Other experts each time, of `copies` layers: what was read last is no longer in the caches.
+    """
+    import torch
+
+    from moepress.codec import PackedSpec
+    from moepress.kernels import cpu
+
+    spec, shapes = PackedSpec((bits,) * experts, 128), ((2 * inner, hidden), (hidden, inner))
+    layers = [
+        [mixtral_shape.random_packed(spec, *shape, torch.Generator()) for _ in range(copies)]
+        for shape in shapes
+    ]
+    tables = [torch.tensor(list(zip(spec.offsets(*s), spec.bits, strict=False))) for s in shapes]
+    x, weights = torch.randn(1, hidden), torch.full((1, k), 1 / k)
+    turn = itertools.count()
+
+    def call() -> None:
+        n = next(turn)
+        index = (torch.arange(k)[None] + n * k) % experts
+        gate_up, down = (side[n % copies] for side in layers)
+        cpu.experts(x, index, weights, gate_up, down, *tables, inner, 128, 128, "silu", 8)
+
+    return call, k * sum(spec.codecs[0].nbytes(*s) for s in shapes)
+
+
+def measure_kernels(
+    shape: str,
+    cases: dict[int, tuple[Callable[[], None], int]],
+    read: Callable[[], float],
+    rounds: int,
+) -> None:
+    shares: dict[int, list[float]] = {bits: [] for bits in cases}
+    speeds: dict[int, list[float]] = {bits: [] for bits in cases}
+    ceilings = []
+    for _, (bits, (call, size)) in itertools.product(range(rounds), cases.items()):
+        calls = max(4, 400_000_000 // size)
+        before = read()
+        call()
+        seconds = timed(lambda call=call, calls=calls: [call() for _ in range(calls)])
+        ceilings += [before, read()]
+        speeds[bits].append(calls * size / seconds)
+        shares[bits].append(speeds[bits][-1] / max(ceilings[-2:]))
+    report(shape=shape, ceiling_gb_per_s=max(ceilings) / 1e9, median=median(ceilings) / 1e9)
+    for bits in cases:
+        values = {"gb_per_s": median(speeds[bits]) / 1e9, "of_ceiling": median(shares[bits])}
+        report(shape=shape, bits=bits, **values, best_gb_per_s=max(speeds[bits]) / 1e9)
+
+
+def compiled_stream() -> Callable[[], float]:
+    """A function that reads 2 GB on all cores and returns bytes per second."""
+    import numpy as np
+
+    folder = Path(tempfile.mkdtemp())
+    source = folder / "stream.cpp"
+    source.write_text(STREAM)
+    flags = ["-O3", "-march=native", "-funroll-loops", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run(["c++", *flags, str(source), "-o", str(folder / "stream.so")], check=True)
+    stream = ctypes.CDLL(str(folder / "stream.so")).stream
+    stream.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    words = np.ones(2**28, np.uint64)
+    return lambda: words.nbytes / timed(lambda: stream(words.ctypes.data, words.size))
+
+
+# Whole models, each in a process of its own
+
+
+class Contender:
+    """A worker process: asked for a task, it answers with seconds."""
+
+    def __init__(self, kind: str, path: Path) -> None:
+        self.size = sum(p.stat().st_size for p in [path, *path.glob("*")] if p.is_file())
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "worker", kind, str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.answer()
+
+    def ask(self, task: str, count: int) -> float:
+        assert self.process.stdin
+        print(task, count, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> float:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("a worker died")
+        return float(line)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compete(contenders: dict[str, Contender], tasks: dict[str, int], rounds: int) -> None:
+    """Take turns, report tokens per second."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for task, name in itertools.product(tasks, contenders):  # once to warm up
+        contenders[name].ask(task, tasks[task])
+    for _, task, name in itertools.product(range(rounds), tasks, contenders):
+        taken = contenders[name].ask(task, tasks[task])
+        seconds.setdefault((name, task), []).append(taken)
+    for name, one in contenders.items():
+        rates = {
+            f"{task}_per_s": count / median(seconds[name, task]) for task, count in tasks.items()
+        }
+        best = {
+            f"best_{task}_per_s": count / min(seconds[name, task]) for task, count in tasks.items()
+        }
+        report(model=name, gigabytes=one.size / 1e9, **rates, **best)
+        one.stop()
+
+
+def worker(kind: str, path: Path) -> None:
+    answers = os.fdopen(os.dup(1), "w")  # libraries print to stdout too
+    os.dup2(2, 1)
+    run = {"transformers": transformers_tasks, "llama.cpp": llama_tasks}[kind](path)
+    print(0, file=answers, flush=True)
+    for line in sys.stdin:
+        task, count = line.split()
+        print(run(task, int(count)), file=answers, flush=True)
+
+
+def transformers_tasks(path: Path) -> Callable[[str, int], float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import moepress  # noqa: F401  # registers the loader
+
+    torch.set_num_threads(THREADS)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.inference_mode()
+    def run(task: str, count: int) -> float:
+        ids = torch.randint(VOCAB, (1, count if task == "prefill" else 16), generator=generator)
+        if task == "prefill":
+            return timed(lambda: model(ids, use_cache=True, logits_to_keep=1))
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        one = timed(lambda: model.generate(ids, max_new_tokens=1, **options))
+        return timed(lambda: model.generate(ids, max_new_tokens=count + 1, **options)) - one
+
+    return run
+
+
+def llama_tasks(path: Path) -> Callable[[str, int], float]:
+    import llama_cpp
+    import numpy as np
+
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(
+        str(path).encode(), llama_cpp.llama_model_default_params()
+    )
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = 1024, 512, 512
+    params.n_threads = params.n_threads_batch = THREADS
+    context = llama_cpp.llama_init_from_model(model, params)
+    generator = np.random.default_rng(0)
+
+    def decode(tokens: list[int]) -> int:
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        batch = llama_cpp.llama_batch_get_one(array, len(tokens))
+        if llama_cpp.llama_decode(context, batch):
+            raise SystemExit("llama_decode failed")
+        logits = llama_cpp.llama_get_logits_ith(context, -1)
+        return int(np.ctypeslib.as_array(logits, (VOCAB,)).argmax())
+
+    def run(task: str, count: int) -> float:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        ids = generator.integers(VOCAB, size=count if task == "prefill" else 16).tolist()
+        if task == "prefill":
+            return timed(lambda: decode(ids))
+        token = decode(ids)
+
+        def loop() -> None:
+            nonlocal token
+            for _ in range(count):
+                token = decode([token])
+
+        return timed(loop)
+
+    return run
+
+
+def models(folder: Path, rounds: int) -> None:
+    contenders = {}
+    for name, bits in OURS.items():
+        path = folder / f"ours-{bits}"
+        if not path.exists():
+            mixtral_shape.packed(path, LAYERS, bits)
+        contenders[name] = Contender("transformers", path)
+    for name in THEIRS:
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            write_gguf(path, name)
+        contenders[name] = Contender("llama.cpp", path)
+    compete(contenders, {"decode": 64, "prefill": 512}, rounds)
+
+
+def write_gguf(path: Path, quantization: str) -> None:
+    """The same shape: experts of one type, attention, embedding and head of Q4_K."""
+    import gguf
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    types = gguf.GGMLQuantizationType
+    halves = {"IQ2_XXS": [0], "IQ2_XS": [0], "Q2_K": [80, 82], "Q4_K": [0, 2]}  # where scales lie
+
+    def random(kind: str, *shape: int) -> tuple[np.ndarray, Any]:
+        values, size = gguf.GGML_QUANT_SIZES[types[kind]]
+        blocks = generator.integers(256, size=(np.prod(shape) // values, size), dtype=np.uint8)
+        scale = np.array([shape[-1] ** -0.5 / 16], np.float16).view(np.uint8)
+        for at in halves[kind]:
+            blocks[:, at : at + 2] = scale
+        return blocks.reshape(*shape[:-1], -1), types[kind]
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_count(EXPERTS)
+    writer.add_expert_used_count(2)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("none")
+
+    def add(name: str, array: np.ndarray, kind: Any = None) -> None:
+        writer.add_tensor(f"{name}.weight", array, raw_dtype=kind)
+
+    side = HIDDEN // HEADS * KV_HEADS
+    ones = np.ones(HIDDEN, np.float32)
+    parts = {
+        "attn_q": random("Q4_K", HIDDEN, HIDDEN),
+        "attn_k": random("Q4_K", side, HIDDEN),
+        "attn_v": random("Q4_K", side, HIDDEN),
+        "attn_output": random("Q4_K", HIDDEN, HIDDEN),
+        "ffn_gate_exps": random(quantization, EXPERTS, INTERMEDIATE, HIDDEN),
+        "ffn_up_exps": random(quantization, EXPERTS, INTERMEDIATE, HIDDEN),
+        "ffn_down_exps": random(quantization, EXPERTS, HIDDEN, INTERMEDIATE),
+        "attn_norm": (ones, None),
+        "ffn_norm": (ones, None),
+        "ffn_gate_inp": (generator.standard_normal((EXPERTS, HIDDEN), np.float32), None),
+    }
+    add("token_embd", *random("Q4_K", VOCAB, HIDDEN))
+    add("output", *random("Q4_K", VOCAB, HIDDEN))
+    add("output_norm", ones)
+    for layer in range(LAYERS):
+        for name, part in parts.items():
+            add(f"blk.{layer}.{name}", *part)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def bfloat16(folder: Path, rounds: int) -> None:
+    original, ours = folder / "bfloat16", folder / "ours-2.5"
+    if not original.exists():
+        mixtral_shape.make(original, LAYERS)
+    if not ours.exists():
+        mixtral_shape.packed(ours, LAYERS, 2.5)
+    pair = {"ours 2.5": ours, "bfloat16": original}
+    contenders = {name: Contender("transformers", path) for name, path in pair.items()}
+    compete(contenders, {"decode": 16, "prefill": 512}, rounds)
+
+
+# All 32 layers
+
+
+def whole(folder: Path) -> None:
+    """Open and generate in a fresh process, nothing of the files in memory."""
+    path = folder / "ours-32-layers"
+    if not path.exists():
+        mixtral_shape.packed(path, 32, 2.5)
+    for cached in (False, True):
+        if not cached:
+            for file in path.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        command = [sys.executable, __file__, "generate", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        size = sum(p.stat().st_size for p in path.iterdir())
+        report(files_in_memory=cached, gigabytes=size / 1e9, **json.loads(done.stdout))
+
+
+def generate(path: Path) -> None:
+    started = time.perf_counter()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import moepress  # noqa: F401  # registers the loader
+
+    imported = time.perf_counter()
+    torch.set_num_threads(THREADS)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    opened = time.perf_counter()
+    ids = torch.arange(16)[None]
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    times = []
+
+    class Clock:
+        def put(self, value: torch.Tensor) -> None:
+            times.append(time.perf_counter())
+
+        def end(self) -> None: ...
+
+    with torch.inference_mode():
+        model.generate(ids, max_new_tokens=64, streamer=Clock(), **options)
+    tokens = times[1:]  # the first call of the streamer brings the prompt
+    values = {
+        "import_s": imported - started,
+        "open_s": opened - imported,
+        "first_token_s": tokens[0] - imported,
+        "tokens_per_s": (len(tokens) - 33) / (tokens[-1] - tokens[32]),
+        "tokens_per_s_of_the_first_32": 31 / (tokens[31] - tokens[0]),
+        "peak_rss_gb": mixtral_shape.peak_rss() / 1e9,
+    }
+    print(json.dumps(values))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "what", choices=["kernels", "models", "bfloat16", "whole", "worker", "generate"]
+    )
+    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    if given.what == "kernels":
+        kernels(given.rounds)
+    elif given.what == "worker":
+        worker(given.arguments[0], Path(given.arguments[1]))
+    elif given.what in ("whole", "generate"):
+        globals()[given.what](Path(given.arguments[0]))
+    else:
+        globals()[given.what](Path(given.arguments[0]), given.rounds)
