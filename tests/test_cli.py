@@ -68,7 +68,13 @@ def test_stages_then_inspect_evaluate_generate(
     result = json.loads(ok(*arguments, "--length", 64, "--json"))
     assert result["texts"][0]["tokens"] == 3 * 63 and result["kl"] > 0
     assert "perplexity" in ok(*arguments)
-    assert ok("generate", whole, "def f1(x):", "--tokens", 3).startswith("def f1(x):")
+    finer = json.loads(ok(*arguments, "--length", 64, "--json", "--activation-bits", 16))
+    assert finer["kl"] != result["kl"] and abs(finer["kl"] - result["kl"]) < 0.1 * result["kl"]
+    for bits in (8, 16):
+        arguments = ["generate", whole, "def f1(x):", "--tokens", 3, "--activation-bits", bits]
+        assert ok(*arguments).startswith("def f1(x):")
+    code, _, err = run(monkeypatch, capsys, "generate", whole, "x", "--activation-bits", 4)
+    assert code == 2 and "activation_bits is 4. Expected one of [8, 16]" in err
 
 
 def test_calibrate_writes_what_inspect_reads(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralForCausalLM
 from transformers.activations import ACT2FN
 
+from moepress import hf
 from moepress.checkpoint import quantization_config
 from moepress.codec import GRID_BITS, PackedSpec
 from moepress.errors import CheckpointError, InputError
@@ -380,3 +383,27 @@ def test_what_transformers_asks_of_a_quantizer() -> None:
         MoePressQuantizer(config, pre_quantized=False)
     with pytest.raises(InputError, match="'gptq', expected 'moepress'"):
         MoePressConfig({}, quant_method="gptq")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_files_are_read_ahead_if_they_fit_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("a", "gone", "b")]
+    for file in files:
+        file.write_bytes(bytes(5000))
+    asked = []
+
+    def advise(handle: int, start: int, length: int, advice: int) -> None:
+        link = Path(f"/proc/self/fd/{handle}").readlink()
+        asked.append((str(link), start, length, advice))
+        files[1].unlink(missing_ok=True)  # while it reads: only a hint, nobody is told
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=14_000))
+    assert hf.read_ahead(map(str, files)) is None  # 15,000 bytes
+    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    thread = hf.read_ahead(map(str, files))
+    assert thread is not None
+    thread.join()
+    assert asked == [(str(files[0]), 0, 0, os.POSIX_FADV_WILLNEED)]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moepress.codec import Codec, PackedSpec
 from moepress.errors import InputError
+from moepress.kernels import cpu
 from moepress.kernels.reference import dequantize
-from moepress.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moepress.modules import PackedEmbedding, PackedExperts, PackedLinear, set_activation_bits
 
 from .test_kernels import make_case, random_packed
 
@@ -132,3 +133,24 @@ def test_experts_refuse_what_they_cannot_be() -> None:
         PackedExperts(2, 64, 96, spec, spec, "swoosh")
     with pytest.raises(InputError, match="does not divide a row of 48"):
         PackedExperts(2, 64, 48, spec, spec, "silu")
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="the reference does not round activations")
+def test_activation_bits_are_set_everywhere_and_bite() -> None:
+    experts, args = packed_experts()
+    linear, x = packed_linear(), torch.randn(3, 64)
+    model = nn.ModuleList([experts, linear, nn.Linear(2, 2)])
+    exact = (
+        make_case().loop(torch.float64),
+        x.double() @ dequantize(linear.weight, 20, 64, CODEC).double().T,
+    )
+    errors = {}
+    for bits in (8, 16):
+        set_activation_bits(model, bits)
+        results = experts(*args), linear(x)
+        errors[bits] = [float((y - e).norm()) for y, e in zip(results, exact, strict=True)]
+    assert all(fine < coarse / 50 for coarse, fine in zip(errors[8], errors[16], strict=True))
+    with pytest.raises(InputError, match=r"activation_bits is 4. Expected one of \[8, 16\]"):
+        set_activation_bits(model, 4)
+    with pytest.raises(InputError, match="no packed weights"):
+        set_activation_bits(nn.Linear(2, 2), 8)

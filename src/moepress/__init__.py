@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moepress.errors import InputError as InputError
     from moepress.errors import MoepressError as MoepressError
     from moepress.evaluate import evaluate as evaluate
+    from moepress.modules import set_activation_bits as set_activation_bits
     from moepress.quantize import quantize as quantize
     from moepress.recipe import Recipe as Recipe
     from moepress.score import score as score
@@ -38,6 +39,7 @@ _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
     "InputError": "moepress.errors",
     "MoepressError": "moepress.errors",
     "Recipe": "moepress.recipe",
+    "set_activation_bits": "moepress.modules",
 }
 __all__ = ["__version__", *_HOMES]
 

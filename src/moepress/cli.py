@@ -48,6 +48,9 @@ Widths = Annotated[
 ]
 Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+ActivationBits = Annotated[
+    int, typer.Option(help="Precision of activations in packed products: 8, or 16 to keep it.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -180,6 +183,7 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
     device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts, and KL divergence from the original model.
@@ -189,7 +193,15 @@ def evaluate(
     from moepress.evaluate import evaluate as run
     from moepress.tables import evaluation_table
 
-    result = run(model, text, against=against, length=length, limit=limit, device=_device(device))
+    result = run(
+        model,
+        text,
+        against=against,
+        length=length,
+        limit=limit,
+        device=_device(device),
+        activation_bits=activation_bits,
+    )
     _show(result.to_dict(), as_json, evaluation_table)
 
 
@@ -214,6 +226,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
     device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
 ) -> None:
     """Continue a text, greedily.
 
@@ -221,7 +234,10 @@ def generate(
     """
     from moepress.generate import generate as run
 
-    typer.echo(run(model, prompt, tokens=tokens, device=_device(device)))
+    text = run(
+        model, prompt, tokens=tokens, device=_device(device), activation_bits=activation_bits
+    )
+    typer.echo(text)
 
 
 @app.command()
@@ -277,8 +293,10 @@ def main() -> None:
     from moepress.errors import InputError, MoepressError
 
     # Threads that wait for each other by spinning make small operations many times slower as soon
-    # as anything else runs on the machine; sleeping costs a few microseconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # as anything else runs on the machine; sleeping at once costs a tenth of the speed of decoding.
+    # A short spin, some ten microseconds, costs neither (docs/log.md, "Threads that spin").
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except MoepressError as error:

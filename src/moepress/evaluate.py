@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moepress import data
 from moepress.checkpoint import folder_bytes, is_compressed, load_json
 from moepress.errors import InputError
+from moepress.modules import set_activation_bits
 from moepress.progress import Progress
 from moepress.source import Source, resolve
 from moepress.walk import BATCH_TOKENS, Walk
@@ -83,6 +84,7 @@ def evaluate(
     length: int = 256,
     limit: int | None = None,
     device: str = "cpu",
+    activation_bits: int = 8,
 ) -> Evaluation:
     """Perplexity of a model on texts, and its divergence from another.
 
@@ -93,6 +95,7 @@ def evaluate(
         length: tokens of a window; windows do not overlap, each is predicted from its second
             token on.
         limit: windows per text; None: the whole text.
+        activation_bits: of a compressed model, see `modules.set_activation_bits`.
 
     Raises:
         InputError: a model or text cannot be used.
@@ -106,7 +109,7 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     data.check_vocab(tokens, _vocab_size(folder))
-    predictions = _predictions(folder, tokens.ids, device)
+    predictions = _predictions(folder, tokens.ids, device, activation_bits)
     reference = None
     if against is not None:
         reference = _predictions(resolve(against), tokens.ids, device)
@@ -127,7 +130,9 @@ def evaluate(
     )
 
 
-def _predictions(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice, Tensor]]:
+def _predictions(
+    folder: Path, ids: Tensor, device: str, activation_bits: int = 8
+) -> Iterator[tuple[slice, Tensor]]:
     """(batch, logits [b, L, V]) of a model for every batch of sequences, in order."""
     if not is_compressed(folder):
         walk = Walk(Source(folder, device), ids)
@@ -135,7 +140,7 @@ def _predictions(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice
             walk.finish(progress)
         yield from walk.logits()
         return
-    model = load_model(folder, device)
+    model = load_model(folder, device, activation_bits)
     step = max(1, BATCH_TOKENS // ids.shape[1])
     starts = range(0, len(ids), step)
     with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
@@ -145,14 +150,17 @@ def _predictions(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice
             progress.advance()
 
 
-def load_model(folder: Path, device: str = "cpu") -> Any:
+def load_model(folder: Path, device: str = "cpu", activation_bits: int = 8) -> Any:
     """A folder as a transformers model; a compressed one stays packed in memory."""
     from transformers import AutoModelForCausalLM
 
     from moepress import hf
 
     hf.register()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    if is_compressed(folder):
+        set_activation_bits(model, activation_bits)
+    return model
 
 
 def _paired(

@@ -10,20 +10,28 @@ from moepress.errors import InputError
 from moepress.evaluate import load_model
 
 
-def generate(folder: str | Path, prompt: str, *, tokens: int = 64, device: str = "cpu") -> str:
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    device: str = "cpu",
+    activation_bits: int = 8,
+) -> str:
     """The prompt and its greedy continuation.
 
     Args:
         folder: a folder made by moepress, or an original that fits in memory.
         prompt: any text, not empty.
         tokens: new tokens at most.
+        activation_bits: of a compressed model, see `modules.set_activation_bits`.
     """
     from transformers import AutoTokenizer
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = Path(folder)
-    model = load_model(folder, device)
+    model = load_model(folder, device, activation_bits)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode():
