@@ -109,6 +109,13 @@ int64_t grain_for(int64_t items, int threads, int64_t most) {
     return std::clamp<int64_t>(items / (8 * int64_t(threads)), 1, most);
 }
 
+// Blocks that a thread takes at a time where few tokens make reading the cost: runs of some 100 KB,
+// since a run starts without what is prefetched later; but 8 runs for each thread are enough.
+int64_t streaming_grain(int64_t blocks, int64_t block_bytes, int threads) {
+    const int64_t runs = std::clamp<int64_t>(blocks * block_bytes / (threads * 100'000), 1, 8);
+    return (blocks + threads * runs - 1) / (threads * runs);
+}
+
 void do_linear(const float* x, int64_t tokens, const Matrix& w, const float* bias, int bits,
                int threads, float* y) {
     const Isa& isa = *isa_in_use();
@@ -268,7 +275,10 @@ void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_grou
     });
 
     const int64_t blocks = b.hidden / kRows;
-    parallel(threads, blocks, grain_for(blocks, threads, 4), [&](int64_t begin, int64_t end) {
+    const int64_t block_bytes = b.down[size_t(b.parts.front().expert)].block_bytes();
+    const int64_t grain = tokens <= kMaxWidth ? streaming_grain(blocks, block_bytes, threads)
+                                              : grain_for(blocks, threads, 4);
+    parallel(threads, blocks, grain, [&](int64_t begin, int64_t end) {
         output_blocks(b, begin, end, between, y);
     });
 }
