@@ -210,6 +210,28 @@ def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def test_a_forked_process_has_a_pool_of_its_own(isa: str) -> None:
+    """The child wants more threads than the parent had started, and gets the same result."""
+    code = """
+import os, torch
+from moepress.kernels import cpu
+from tests.test_kernels import make_case
+
+case = make_case(tokens=40)
+cpu._library().moepress_lend_team(None)
+torch.set_num_threads(2)
+y = cpu.experts(*case.args, 8)
+child = os.fork()
+torch.set_num_threads(5)
+same = torch.equal(cpu.experts(*case.args, 8), y)
+if not child:
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0 and same
+"""
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=root)
+
+
 def test_several_python_threads_at_once(isa: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

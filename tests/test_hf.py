@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -385,25 +385,29 @@ def test_what_transformers_asks_of_a_quantizer() -> None:
         MoePressConfig({}, quant_method="gptq")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_files_are_read_ahead_if_they_fit_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [tmp_path / name for name in ("a", "gone", "b")]
+    files = [tmp_path / name for name in ("a", "b", "gone", "after")]
     for file in files:
-        file.write_bytes(bytes(5000))
-    asked = []
+        file.write_bytes(bytes(9_000_000))
+    read = dict.fromkeys(files, 0)
+    opened = Path.open
 
-    def advise(handle: int, start: int, length: int, advice: int) -> None:
-        link = Path(f"/proc/self/fd/{handle}").readlink()
-        asked.append((str(link), start, length, advice))
-        files[1].unlink(missing_ok=True)  # while it reads: only a hint, nobody is told
+    def watched(path: Path, *args: object, **options: object) -> object:
+        file = opened(path, *args, **options)
+        files[2].unlink(missing_ok=True)  # while it reads: nobody is told
+        return SimpleNamespace(readinto=lambda buffer: count(path, file.readinto(buffer)))
 
-    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
-    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=14_000))
-    assert hf.read_ahead(map(str, files)) is None  # 15,000 bytes
-    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    def count(path: Path, size: int) -> int:
+        read[path] += size
+        return size
+
+    monkeypatch.setattr(Path, "open", lambda *a, **k: nullcontext(watched(*a, **k)))
+    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=39e6))
+    assert hf.read_ahead(map(str, files)) is None  # 36 MB of 39
+    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=41e6))
     thread = hf.read_ahead(map(str, files))
     assert thread is not None
     thread.join()
-    assert asked == [(str(files[0]), 0, 0, os.POSIX_FADV_WILLNEED)]
+    assert list(read.values()) == [9_000_000, 9_000_000, 0, 0]

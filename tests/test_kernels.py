@@ -350,6 +350,11 @@ def test_operations_refuse_arguments_that_do_not_fit() -> None:
         kernels.linear(torch.randn(2, 64), packed[:-64], None, 8, 2, 32)
     with pytest.raises(InputError, match="does not divide"):
         kernels.linear(torch.randn(2, 65), packed, None, 8, 2, 32)
+    with pytest.raises(InputError, match=r"bias must be \[8\], got \[1\]"):
+        kernels.linear(torch.randn(2, 64), packed, torch.zeros(1), 8, 2, 32)
+    # Through the operators a meta tensor leads to the fake, and no other device is here.
+    with pytest.raises(InputError, match="weight is on meta, the input on cpu"):
+        kernels._check_device(case.hidden, bias=None, weight=packed.to("meta"))
     args = list(case.args)
     for place, wrong in ((0, case.hidden[0]), (1, case.index[:3]), (5, args[5].int())):
         with pytest.raises(InputError, match=r"xpected|must be"):

@@ -12,7 +12,6 @@ random numbers and go on with a warning.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -197,23 +196,24 @@ def check_files(files: Iterable[str], sizes: Mapping[str, int]) -> None:
 
 
 def read_ahead(files: Iterable[str]) -> threading.Thread | None:
-    """Have the system read files into its cache, in order, while loading goes on.
+    """Read files once, in order, in the background: they are then in the system's cache.
 
     Bytes are mapped, not read: without this, the first tokens fetch them page by page, in the order
     of the experts that are chosen, at a fraction of a disk's speed. Files that do not fit in
     free memory are left alone, since reading the last would push out the first.
     """
     paths = [Path(file) for file in files]
-    free = psutil.virtual_memory().available
-    if not hasattr(os, "posix_fadvise") or sum(path.stat().st_size for path in paths) > 0.9 * free:
+    if sum(path.stat().st_size for path in paths) > 0.9 * psutil.virtual_memory().available:
         return None
 
     def run() -> None:
+        buffer = bytearray(8 << 20)
         for path in paths:
             try:
-                with path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            except OSError:  # only a hint: who needs the bytes will say that they cannot be read
+                with path.open("rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+            except OSError:  # only a help: who needs the bytes will say that they cannot be read
                 return
 
     thread = threading.Thread(target=run, name="moepress-read-ahead", daemon=True)

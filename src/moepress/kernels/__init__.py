@@ -185,7 +185,10 @@ def linear(
     """
     codec = Codec(bits, group_size)
     _check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
+    _check_device(x, weight=packed, bias=bias)
     _check_precision(activation_bits)
+    if bias is not None and bias.shape != (out_features,):
+        raise InputError(f"bias must be [{out_features}], got {list(bias.shape)}.")
     return backend_for(x.device).linear(x, packed, bias, out_features, codec, activation_bits)
 
 
@@ -236,6 +239,15 @@ def experts(
     """
     _check_routing(hidden, top_k_index, top_k_weights)
     _check_precision(activation_bits)
+    _check_device(
+        hidden,
+        top_k_index=top_k_index,
+        top_k_weights=top_k_weights,
+        gate_up=gate_up,
+        down=down,
+        gate_up_table=gate_up_table,
+        down_table=down_table,
+    )
     for name, packed, table in (("gate_up", gate_up, gate_up_table), ("down", down, down_table)):
         _check_bytes(name, packed, packed.numel())
         if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 2:
@@ -289,6 +301,7 @@ def embedding(
     """Rows of a packed [rows, cols] matrix: ids [...] int64 to [..., cols] of `dtype`."""
     codec = Codec(bits, group_size)
     _check_bytes("weight", packed, codec.nbytes(rows, cols))
+    _check_device(ids, weight=packed)
     return backend_for(ids.device).embedding(ids, packed, rows, cols, codec, dtype)
 
 
@@ -312,6 +325,16 @@ def _check_bytes(name: str, packed: Tensor, expected: int) -> None:
             f"The packed {name} must be [{expected}] uint8, contiguous; got {list(packed.shape)} "
             f"{packed.dtype}. docs/format.md has the layout."
         )
+
+
+def _check_device(first: Tensor, **others: Tensor | None) -> None:
+    """Backends read by address: an address of another device must not reach them."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise InputError(
+                f"{name} is on {tensor.device}, the input on {first.device}. Move the model or the "
+                "input, so that both are on one device."
+            )
 
 
 def _check_precision(activation_bits: int) -> None:

@@ -43,7 +43,7 @@ ACTIVATIONS = (  # in the order of isa.h
 RESULTS = {
     1: "no codec has those code bits, that group size and that row length",
     2: "a matrix reaches outside its packed bytes",
-    3: "a size is negative",
+    3: "a size is out of range",
     4: "unknown activation",
     5: "an embedding id lies outside the table: the tokenizer does not belong to this model",
     6: "activation bits are 8 or 16",
@@ -194,7 +194,7 @@ def embedding(
 ) -> Tensor:
     """As the op `moepress::embedding`."""
     wanted = ids.long().contiguous()
-    out = torch.empty((*ids.shape, cols), dtype=torch.float32)
+    out = wanted.new_empty((*ids.shape, cols), dtype=torch.float32)
     _call(
         "moepress_embedding",
         wanted.data_ptr(),

@@ -73,7 +73,7 @@ struct Lanes {
     static Codes field(Codes chunk) {
         static_assert(!in_place);
         if constexpr (bits == 8) return chunk;
-        const __m256i mask = _mm256_set1_epi8((1 << bits) - 1);
+        const __m256i mask = _mm256_set1_epi8(int8_t((1 << bits) - 1));
         return {_mm256_and_si256(_mm256_srli_epi32(chunk.low, shift), mask),
                 _mm256_and_si256(_mm256_srli_epi32(chunk.high, shift), mask)};
     }

@@ -76,9 +76,6 @@ struct Lanes {
     static Codes load(const uint8_t* chunk) {
         Codes out;
         std::memcpy(&out, chunk, 64);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-        for (int r = 0; r < 16; ++r) out.part[r / 4][r % 4] = __builtin_bswap32(out.part[r / 4][r % 4]);
-#endif
         return out;
     }
 

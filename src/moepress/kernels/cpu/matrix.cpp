@@ -5,7 +5,7 @@
 namespace moepress {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 31;  // rows or columns: products below stay far from 2^63
+constexpr int64_t kMost = int64_t(1) << 31;  // rows or columns: products below stay under 2^63
 
 bool has_zero(int bits) { return bits >= 2 && bits <= 4; }
 

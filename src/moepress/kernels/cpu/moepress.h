@@ -14,7 +14,7 @@ enum Result : int32_t {  // RESULTS in __init__.py says them in words
     kOk = 0,
     kBadCodec,       // code bits, group size or row length that no codec has
     kBadBytes,       // a matrix reaches outside its packed bytes
-    kBadShape,       // a size is negative, or does not fit the others
+    kBadShape,       // a size or the number of threads is out of range
     kBadActivation,  // unknown activation
     kBadId,          // an embedding id outside the table
     kBadPrecision,   // activation bits other than 8 and 16

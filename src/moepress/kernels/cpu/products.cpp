@@ -14,8 +14,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "isa.h"
@@ -29,9 +29,9 @@ const Isa* isa_in_use();  // dispatch.cpp
 
 namespace {
 
-// Rows whose products a thread keeps at a time: activations of 128 tokens and one block's codes fit
-// the second-level cache.
-constexpr int kChunkRows = 128;
+// Tokens whose intermediate values a thread keeps at a time, on its stack (64 KB): small stacks have
+// 128 KB. Their activations and one block's codes fit the second-level cache.
+constexpr int kChunkRows = 64;
 
 int place_of(const int (&list)[5], int value) {
     return int(std::find(list, list + 5, value) - list);
@@ -239,16 +239,30 @@ void output_blocks(const Block& b, int64_t begin, int64_t end, const Activations
     }
 }
 
+struct Item {
+    int64_t group;
+    size_t first, last;  // parts first .. last-1 of one expert
+};
+
 void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_group, int down_group,
                 int threads, float* y) {
-    std::memset(y, 0, size_t(tokens * b.hidden) * sizeof(float));
-    if (b.parts.empty()) return;
+    if (b.parts.empty()) return void(std::memset(y, 0, size_t(tokens * b.hidden) * sizeof(float)));
     // One token that chooses every expert once: one panel serves all.
     const bool shared = tokens == 1 && std::all_of(b.parts.begin(), b.parts.end(),
                                                    [](const Part& part) { return part.tokens == 1; });
     const size_t distinct = shared ? 1 : b.parts.size();
     const Activations in(b.hidden, gate_up_group, b.planes, b.parts.data(), distinct);
     const Activations between(b.intermediate, down_group, b.planes, b.parts.data(), b.parts.size());
+    std::vector<Item> items;
+    for (size_t e = 0; e + 1 < b.part_starts.size(); ++e)
+        for (size_t first = b.part_starts[e]; first < b.part_starts[e + 1];) {
+            const size_t most = size_t(kChunkRows / b.isa->max_width);
+            const size_t last = std::min(first + most, b.part_starts[e + 1]);
+            for (int64_t j = 0; j < b.intermediate / down_group; ++j)
+                items.push_back({j, first, last});
+            first = last;
+        }
+    std::memset(y, 0, size_t(tokens * b.hidden) * sizeof(float));  // nothing fails from here on
     parallel(threads, int64_t(distinct), 1, [&](int64_t begin, int64_t end) {
         for (size_t i = size_t(begin); i < size_t(end); ++i)
             for (int t = 0; t < b.parts[i].tokens; ++t)
@@ -256,18 +270,6 @@ void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_grou
                                 b.hidden, gate_up_group, 8 * b.planes, in[i], t * b.planes);
     });
 
-    struct Item {
-        int64_t group;
-        size_t first, last;  // parts first .. last-1 of one expert
-    };
-    std::vector<Item> items;
-    for (size_t e = 0; e + 1 < b.part_starts.size(); ++e)
-        for (size_t first = b.part_starts[e]; first < b.part_starts[e + 1];) {
-            const size_t last = std::min(first + size_t(kChunkRows / b.isa->max_width), b.part_starts[e + 1]);
-            for (int64_t j = 0; j < b.intermediate / down_group; ++j)
-                items.push_back({j, first, last});
-            first = last;
-        }
     const int64_t count = int64_t(items.size());
     parallel(threads, count, grain_for(count, threads, 4), [&](int64_t begin, int64_t end) {
         for (size_t i = size_t(begin); i < size_t(end); ++i)
@@ -282,6 +284,8 @@ void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_grou
         output_blocks(b, begin, end, between, y);
     });
 }
+
+constexpr int64_t kMost = int64_t(1) << 29;  // hidden or intermediate columns
 
 // The matrices that a table lists, or why not.
 Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int64_t experts,
@@ -302,7 +306,7 @@ template <class Body>
 int32_t guarded(Body body) {
     try {
         return body();
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {  // std::bad_alloc, or std::length_error of a vector
         return kNoMemory;
     }
 }
@@ -319,9 +323,9 @@ int32_t moepress_linear(const float* x, int64_t tokens, int64_t cols, const uint
         const Matrix w{packed, rows, cols, bits, group};
         if (!w.exists()) return kBadCodec;
         if (w.nbytes() != packed_bytes) return kBadBytes;
-        if (tokens < 0) return kBadShape;
+        if (tokens < 0 || threads < 1) return kBadShape;
         if (activation_bits != 8 && activation_bits != 16) return kBadPrecision;
-        do_linear(x, tokens, w, bias, activation_bits, threads, y);
+        if (tokens > 0) do_linear(x, tokens, w, bias, activation_bits, threads, y);
         return kOk;
     });
 }
@@ -334,7 +338,9 @@ int32_t moepress_experts(const float* x, int64_t tokens, int64_t hidden, const i
                          int64_t intermediate, int32_t activation, int32_t activation_bits,
                          int32_t threads, float* y) {
     return guarded([&] {
-        if (tokens < 0 || k < 0 || experts < 0) return kBadShape;
+        if (tokens < 0 || k < 0 || experts < 0 || threads < 1) return kBadShape;
+        if (hidden < 1 || hidden > kMost || intermediate < 1 || intermediate > kMost)
+            return kBadShape;
         if (activation < 0 || activation >= kActivations) return kBadActivation;
         if (activation_bits != 8 && activation_bits != 16) return kBadPrecision;
         Block b;
@@ -349,6 +355,7 @@ int32_t moepress_experts(const float* x, int64_t tokens, int64_t hidden, const i
         result = read_table(down, down_bytes, down_table, experts, hidden, intermediate,
                             down_group, b.down);
         if (result != kOk) return result;
+        if (tokens == 0) return kOk;
         sort_slots(index, weight, tokens, k, experts, b);
         do_experts(x, tokens, b, gate_up_group, down_group, threads, y);
         return kOk;

@@ -3,12 +3,27 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+
 namespace moepress {
 namespace {
+
+int process_id() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return getpid();
+#endif
+}
 
 std::atomic<Team> lent_team{nullptr};
 
@@ -35,8 +50,12 @@ class Pool {
         if (!turn.owns_lock()) return job.run();
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (int(workers_.size()) < threads - 1)
-                workers_.emplace_back([this, me = int(workers_.size())] { work(me); });
+            try {
+                while (int(workers_.size()) < threads - 1)
+                    workers_.emplace_back([this, me = int(workers_.size())] { work(me); });
+            } catch (const std::exception&) {
+                // No more threads to be had: those that there are do the work.
+            }
             job_ = &job;
             helpers_ = threads - 1;
             ++posted_;
@@ -73,8 +92,17 @@ class Pool {
     uint64_t posted_ = 0;
 };
 
+// Never destroyed: threads may not be joined while a process ends. A forked child has none of its
+// parent's threads and takes a new pool.
 Pool& pool() {
-    static Pool* pool = new Pool;  // never destroyed: threads may not be joined while a process ends
+    static std::mutex mutex;
+    static Pool* pool = nullptr;
+    static int owner = 0;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (pool == nullptr || owner != process_id()) {
+        pool = new Pool;
+        owner = process_id();
+    }
     return *pool;
 }
 
