@@ -239,6 +239,7 @@ void output_blocks(const Block& b, int64_t begin, int64_t end, const Activations
     }
 }
 
+// Work for one thread: a group of intermediate columns, for some parts.
 struct Item {
     int64_t group;
     size_t first, last;  // parts first .. last-1 of one expert
@@ -262,7 +263,7 @@ void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_grou
                 items.push_back({j, first, last});
             first = last;
         }
-    std::memset(y, 0, size_t(tokens * b.hidden) * sizeof(float));  // nothing fails from here on
+    std::memset(y, 0, size_t(tokens * b.hidden) * sizeof(float));  // last: a failure leaves y alone
     parallel(threads, int64_t(distinct), 1, [&](int64_t begin, int64_t end) {
         for (size_t i = size_t(begin); i < size_t(end); ++i)
             for (int t = 0; t < b.parts[i].tokens; ++t)
