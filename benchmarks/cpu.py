@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import mixtral_shape
 from mixtral_shape import EXPERTS, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, report
+from moepress.checkpoint import folder_bytes
 
 THREADS = len(os.sched_getaffinity(0))
 LAYERS = 4
@@ -80,7 +81,7 @@ def one_token(
         [mixtral_shape.random_packed(spec, *shape, torch.Generator()) for _ in range(copies)]
         for shape in shapes
     ]
-    tables = [torch.tensor(list(zip(spec.offsets(*s), spec.bits, strict=False))) for s in shapes]
+    tables = [torch.tensor(spec.table(*s)) for s in shapes]
     x, weights = torch.randn(1, hidden), torch.full((1, k), 1 / k)
     turn = itertools.count()
 
@@ -138,7 +139,7 @@ class Contender:
     """A worker process: asked for a task, it answers with seconds."""
 
     def __init__(self, kind: str, path: Path) -> None:
-        self.size = sum(p.stat().st_size for p in [path, *path.glob("*")] if p.is_file())
+        self.size = folder_bytes(path) if path.is_dir() else path.stat().st_size
         self.process = subprocess.Popen(
             [sys.executable, __file__, "worker", kind, str(path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=default_threading(),
@@ -361,8 +362,9 @@ def whole(folder: Path) -> None:
         command = [sys.executable, __file__, "generate", str(path)]
         settings = default_threading()
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
-        size = sum(p.stat().st_size for p in path.iterdir())
-        report(files_in_memory=cached, gigabytes=size / 1e9, **json.loads(done.stdout))
+        report(
+            files_in_memory=cached, gigabytes=folder_bytes(path) / 1e9, **json.loads(done.stdout)
+        )
 
 
 def generate(path: Path) -> None:
@@ -419,6 +421,6 @@ if __name__ == "__main__":
     elif given.what == "worker":
         worker(given.arguments[0], Path(given.arguments[1]))
     elif given.what in ("whole", "generate"):
-        globals()[given.what](Path(given.arguments[0]))
+        {"whole": whole, "generate": generate}[given.what](Path(given.arguments[0]))
     else:
-        globals()[given.what](Path(given.arguments[0]), given.rounds)
+        {"models": models, "bfloat16": bfloat16}[given.what](Path(given.arguments[0]), given.rounds)

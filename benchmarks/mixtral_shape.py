@@ -101,9 +101,6 @@ def packed(out: Path, layers: int, bits: float) -> None:
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     router = torch.empty(EXPERTS, HIDDEN, dtype=torch.bfloat16).normal_(generator=generator)
 
-    def random(spec: PackedSpec, rows: int, cols: int) -> torch.Tensor:
-        return random_packed(spec, rows, cols, generator)
-
     parts = {  # of one layer
         "self_attn.q_proj.weight": (four, HIDDEN, HIDDEN),
         "self_attn.k_proj.weight": (four, side, HIDDEN),
@@ -112,16 +109,17 @@ def packed(out: Path, layers: int, bits: float) -> None:
         "mlp.experts.gate_up_proj": (experts, 2 * INTERMEDIATE, HIDDEN),
         "mlp.experts.down_proj": (experts, HIDDEN, INTERMEDIATE),
     }
-    tensors = {name: random(*part) for name, part in parts.items()}
+    tensors = {name: random_packed(*part, generator) for name, part in parts.items()}
     plain = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), ones)
     plain["mlp.gate.weight"] = router
-    specs = {"model.embed_tokens.weight": four, "lm_head.weight": four}
+    outside = "model.embed_tokens.weight", "lm_head.weight"
+    specs = dict.fromkeys(outside, four)
     for layer in range(layers):
         at = f"model.layers.{layer}."
         named = {at + name: tensor for name, tensor in (tensors | plain).items()}
         save_tensors(out / shard_name(layer), {k: v.clone() for k, v in named.items()})
         specs |= {at + name: spec for name, (spec, *_) in parts.items()}
-    ends = {name: random(four, VOCAB, HIDDEN) for name in list(specs)[:2]}
+    ends = {name: random_packed(four, VOCAB, HIDDEN, generator) for name in outside}
     save_tensors(out / shard_name(None), ends | {"model.norm.weight": ones})
     config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
     config.architectures = ["MixtralForCausalLM"]
@@ -149,6 +147,7 @@ def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -
 def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) -> None:
     """Score, allocate and quantize here; load in a fresh process."""
     from moepress.allocate import allocate
+    from moepress.checkpoint import folder_bytes
     from moepress.quantize import quantize
     from moepress.recipe import Recipe
     from moepress.score import score
@@ -161,8 +160,7 @@ def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) 
     plan = staged("allocate", lambda: allocate(scores, recipe))
     staged("quantize", lambda: quantize(folder, plan, out, ids=ids))
     shutil.rmtree(work)
-    size = sum(p.stat().st_size for p in out.iterdir())
-    report(stage="folder", gigabytes=size / 1e9, predicted=plan.folder_bytes / 1e9)
+    report(stage="folder", gigabytes=folder_bytes(out) / 1e9, predicted=plan.folder_bytes / 1e9)
     subprocess.run([sys.executable, __file__, "load", str(out)], check=True)
 
 

@@ -213,8 +213,7 @@ class Case:
     def args(self) -> tuple[object, ...]:
         shapes = self.shapes
         tables = [
-            torch.tensor(list(zip(spec.offsets(*shape), spec.bits, strict=False)))
-            for spec, shape in zip(self.specs, shapes, strict=True)
+            torch.tensor(spec.table(*shape)) for spec, shape in zip(self.specs, shapes, strict=True)
         ]
         groups = [spec.group_size for spec in self.specs]
         routing = self.hidden, self.index, self.weights

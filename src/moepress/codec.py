@@ -106,6 +106,12 @@ class PackedSpec:
         sizes = {codec: codec.nbytes(rows, cols) for codec in set(self.codecs)}
         return (0, *accumulate(sizes[codec] for codec in self.codecs))
 
+    def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
+        """(first byte, code bits) of each [rows, cols] matrix."""
+        return list(
+            zip(self.offsets(rows, cols), self.bits, strict=False)
+        )  # offsets: the total too
+
     def nbytes(self, rows: int, cols: int) -> int:
         return self.offsets(rows, cols)[-1]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.codec import Codec, PackedSpec
 from moepress.errors import InputError
-from moepress.kernels.reference import ACTIVATION_RANGE, activation_function
+from moepress.kernels.reference import activation_function, check_activation_bits
 
 
 class PackedLinear(nn.Module):
@@ -145,7 +145,7 @@ class PackedExperts(nn.Module):
         # Not a buffer: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The master stays on the CPU, even in a model built on meta.
         self._table = torch.tensor(
-            [_table_rows(gate_up, *gate_up_shape), _table_rows(down, *down_shape)], device="cpu"
+            [gate_up.table(*gate_up_shape), down.table(*down_shape)], device="cpu"
         )
         self._table_here = self._table  # a copy where the last forward ran
 
@@ -187,8 +187,7 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
         InputError: other bits, or nothing in the model is packed.
     """
     packed = [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
-    if bits not in ACTIVATION_RANGE:
-        raise InputError(f"activation_bits is {bits}. Expected one of {sorted(ACTIVATION_RANGE)}.")
+    check_activation_bits(bits)
     if not packed:
         raise InputError(
             f"{type(model).__name__} has no packed weights. Expected a model that was loaded from "
@@ -200,11 +199,6 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
 
 def _packed(nbytes: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
-
-
-def _table_rows(spec: PackedSpec, rows: int, cols: int) -> list[tuple[int, int]]:
-    """(first byte, code bits) of each matrix."""
-    return list(zip(spec.offsets(rows, cols), spec.bits, strict=False))  # offsets has the total too
 
 
 def _summary(spec: PackedSpec) -> str:

@@ -186,7 +186,7 @@ def linear(
     codec = Codec(bits, group_size)
     _check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
     _check_device(x, weight=packed, bias=bias)
-    _check_precision(activation_bits)
+    reference.check_activation_bits(activation_bits)
     if bias is not None and bias.shape != (out_features,):
         raise InputError(f"bias must be [{out_features}], got {list(bias.shape)}.")
     return backend_for(x.device).linear(x, packed, bias, out_features, codec, activation_bits)
@@ -238,7 +238,7 @@ def experts(
         [T, H] in the dtype of `hidden`.
     """
     _check_routing(hidden, top_k_index, top_k_weights)
-    _check_precision(activation_bits)
+    reference.check_activation_bits(activation_bits)
     _check_device(
         hidden,
         top_k_index=top_k_index,
@@ -335,14 +335,6 @@ def _check_device(first: Tensor, **others: Tensor | None) -> None:
                 f"{name} is on {tensor.device}, the input on {first.device}. Move the model or the "
                 "input, so that both are on one device."
             )
-
-
-def _check_precision(activation_bits: int) -> None:
-    if activation_bits not in reference.ACTIVATION_RANGE:
-        raise InputError(
-            f"activation_bits is {activation_bits}. Expected one of "
-            f"{sorted(reference.ACTIVATION_RANGE)}."
-        )
 
 
 def _check_routing(hidden: Tensor, index: Tensor, weights: Tensor) -> None:

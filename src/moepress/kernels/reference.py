@@ -221,6 +221,12 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+def check_activation_bits(bits: int) -> None:
+    """Raise InputError for a precision of activations that is not offered."""
+    if bits not in ACTIVATION_RANGE:
+        raise InputError(f"activation_bits is {bits}. Expected one of {sorted(ACTIVATION_RANGE)}.")
+
+
 def _planes(codec: Codec) -> tuple[tuple[int, int], ...]:
     """(bits, shift within the code) of the bit planes of a tile, in order."""
     return ((2, 0), (1, 2)) if codec.bits == 3 else ((codec.bits, 0),)

@@ -66,13 +66,13 @@ constexpr int kAhead = 8192;
 
 template <int bits, int width>
 void block_dot(const uint8_t* block, int64_t cols, int group, const Panel& x, float* out) {
-    constexpr bool has_zero = bits == 2 || bits == 3 || bits == 4;
+    constexpr bool has_zero = moepress::has_zero(bits);
     constexpr float levels = (1 << bits) - 1;
     constexpr int unit_bytes = 64 * (bits == 3 ? 2 : bits);
     constexpr bool in_place = kInPlace<bits, width>;
     constexpr int ways = in_place ? 8 / bits : width < Lanes::sums ? Lanes::sums / width : 1;
     const int64_t groups = cols / group;
-    const int64_t next = 2 * cols * bits + (has_zero ? 48 : 32) * groups;  // to the next block
+    const int64_t next = moepress::block_bytes(cols, bits, group);
     const uint8_t* plane = block;
     const uint8_t* ahead = block + kAhead;
     const uint8_t* scale = block + 2 * cols * bits;

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "isa.h"
 #include "moepress.h"
@@ -24,21 +25,19 @@ bool has_avx512() { return false; }
 bool has_avx2() { return false; }
 #endif
 
-const Isa* const* available() {  // ends with null
-    static const Isa* list[4] = {};
-    static const bool filled = [] {
-        size_t count = 0;
-        if (kAvx512 != nullptr && has_avx512()) list[count++] = kAvx512;
-        if (kAvx2 != nullptr && has_avx2()) list[count++] = kAvx2;
-        list[count++] = kPortable;
-        return true;
+const std::vector<const Isa*>& available() {
+    static const std::vector<const Isa*> list = [] {
+        std::vector<const Isa*> found;
+        if (kAvx512 != nullptr && has_avx512()) found.push_back(kAvx512);
+        if (kAvx2 != nullptr && has_avx2()) found.push_back(kAvx2);
+        found.push_back(kPortable);
+        return found;
     }();
-    (void)filled;
     return list;
 }
 
 std::atomic<const Isa*>& in_use() {
-    static std::atomic<const Isa*> one{available()[0]};
+    static std::atomic<const Isa*> one{available().front()};
     return one;
 }
 
@@ -53,17 +52,17 @@ int32_t moepress_interface() { return 1; }
 const char* moepress_instruction_sets() {
     static const std::string names = [] {
         std::string text;
-        for (const moepress::Isa* const* one = moepress::available(); *one != nullptr; ++one)
-            text += (text.empty() ? "" : " ") + std::string((*one)->name);
+        for (const moepress::Isa* isa : moepress::available())
+            text += (text.empty() ? "" : " ") + std::string(isa->name);
         return text;
     }();
     return names.c_str();
 }
 
 int32_t moepress_use(const char* instruction_set) {
-    for (const moepress::Isa* const* one = moepress::available(); *one != nullptr; ++one)
-        if (std::strcmp((*one)->name, instruction_set) == 0) {
-            moepress::in_use() = *one;
+    for (const moepress::Isa* isa : moepress::available())
+        if (std::strcmp(isa->name, instruction_set) == 0) {
+            moepress::in_use() = isa;
             return 1;
         }
     return 0;

@@ -21,6 +21,12 @@ constexpr int kMaxWidth = 16;   // some instruction sets have registers for fewe
 constexpr int kRows = 16;       // rows of a block
 constexpr int kMaxGroup = 128;  // largest group size
 
+// docs/format.md. Static: each file compiles its own copy, with its own instruction set.
+static constexpr bool has_zero(int bits) { return bits >= 2 && bits <= 4; }
+static constexpr int64_t block_bytes(int64_t cols, int bits, int group) {
+    return 2 * cols * bits + (has_zero(bits) ? 48 : 32) * (cols / group);
+}
+
 enum Activation {  // in the order of `ACTIVATIONS` in __init__.py
     kGelu, kGeluTanh, kHardswish, kMish, kQuickGelu, kRelu, kRelu2, kSigmoid, kSilu, kTanh,
     kActivations
@@ -49,5 +55,7 @@ struct Isa {
 extern const Isa* const kAvx512;
 extern const Isa* const kAvx2;
 extern const Isa* const kPortable;
+
+const Isa* isa_in_use();  // dispatch.cpp
 
 }  // namespace moepress

@@ -2,12 +2,12 @@
 
 #include <cstring>
 
+#include "isa.h"
+
 namespace moepress {
 namespace {
 
 constexpr int64_t kMost = int64_t(1) << 31;  // rows or columns: products below stay under 2^63
-
-bool has_zero(int bits) { return bits >= 2 && bits <= 4; }
 
 // The value of `bits` bits of row r and column c of a plane (docs/format.md, "Where to find w").
 unsigned plane_value(const uint8_t* plane, int bits, int r, int c) {
@@ -24,9 +24,7 @@ bool Matrix::exists() const {
            cols < kMost && cols % group == 0;
 }
 
-int64_t Matrix::block_bytes() const {
-    return 2 * cols * bits + (has_zero(bits) ? 48 : 32) * (cols / group);
-}
+int64_t Matrix::block_bytes() const { return moepress::block_bytes(cols, bits, group); }
 
 int64_t Matrix::nbytes() const { return (blocks() * block_bytes() + 63) / 64 * 64; }
 

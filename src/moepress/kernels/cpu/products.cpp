@@ -25,11 +25,9 @@
 
 namespace moepress {
 
-const Isa* isa_in_use();  // dispatch.cpp
-
 namespace {
 
-// Tokens whose intermediate values a thread keeps at a time, on its stack (64 KB): small stacks have
+// Rows (tokens times planes) whose intermediate values a thread keeps at a time, on its stack (64 KB): small stacks have
 // 128 KB. Their activations and one block's codes fit the second-level cache.
 constexpr int kChunkRows = 64;
 
