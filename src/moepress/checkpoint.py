@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
+DROP_COSTS = "moepress_drop_costs.safetensors"
 INDEX = "model.safetensors.index.json"
 
 

@@ -51,6 +51,14 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 ActivationBits = Annotated[
     int, typer.Option(help="Precision of activations in packed products: 8, or 16 to keep it.")
 ]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        "--prune",
+        help="Skip experts: a share of those chosen (0.15), paper, a .json file, or 0 for none. "
+        "Default: as the folder says.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -86,7 +94,7 @@ def compress(
 @app.command()
 def calibrate(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
     recipe: RecipeName = "default",
     calib: Calib = None,
     sequences: Sequences = None,
@@ -94,9 +102,9 @@ def calibrate(
     device: Device = "cpu",
     seed: Seed = None,
 ) -> None:
-    """Count which experts the text chooses, and with what weight.
+    """Measure which experts the text chooses, with what weight, and what skipping them costs.
 
-    Example: moepress calibrate Mixtral-8x7B-v0.1 routing.json --calib text/
+    Example: moepress calibrate Mixtral-8x7B-v0.1 routing.safetensors --calib text/
     """
     from moepress.calibrate import calibrate as run
     from moepress.source import Source
@@ -184,6 +192,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    prune: Prune = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts, and KL divergence from the original model.
@@ -201,6 +210,7 @@ def evaluate(
         limit=limit,
         device=_device(device),
         activation_bits=activation_bits,
+        pruning=_pruning(prune),
     )
     _show(result.to_dict(), as_json, evaluation_table)
 
@@ -227,6 +237,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    prune: Prune = None,
 ) -> None:
     """Continue a text, greedily.
 
@@ -235,9 +246,38 @@ def generate(
     from moepress.generate import generate as run
 
     text = run(
-        model, prompt, tokens=tokens, device=_device(device), activation_bits=activation_bits
+        model,
+        prompt,
+        tokens=tokens,
+        device=_device(device),
+        activation_bits=activation_bits,
+        pruning=_pruning(prune),
     )
     typer.echo(text)
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Compressed folder, changed in place.")],
+    strength: Annotated[
+        str,
+        typer.Argument(
+            help="Share of the chosen experts to skip (0.15), paper, a .json file, or 0 for none."
+        ),
+    ],
+    protect: Annotated[
+        float | None,
+        typer.Option(help="Share of a prompt's tokens that keep all experts; 0.02 by default."),
+    ] = None,
+) -> None:
+    """Have a compressed folder skip experts whenever it is opened, by any program.
+
+    Example: moepress prune mixtral-2.5bit 0.15
+    """
+    from moepress.prune import set_pruning
+
+    set_pruning(model, _strength(strength), protect)
+    typer.echo(model)
 
 
 @app.command()
@@ -350,6 +390,16 @@ def _device(name: str) -> str:
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise InputError(f"Device '{name}' is not available here. Expected cpu, or cuda on a GPU.")
     return name
+
+
+def _strength(text: str) -> Any:
+    from moepress.prune import parse_strength
+
+    return parse_strength(text)
+
+
+def _pruning(text: str | None) -> Any:
+    return None if text is None else _strength(text)
 
 
 def _show(result: dict[str, Any], as_json: bool, table: Any) -> None:

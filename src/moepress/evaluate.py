@@ -22,6 +22,7 @@ from moepress.checkpoint import folder_bytes, is_compressed, load_json
 from moepress.errors import InputError
 from moepress.modules import set_activation_bits
 from moepress.progress import Progress
+from moepress.prune import Pruning, Strength, count_dropped, prune
 from moepress.source import Source, resolve
 from moepress.walk import BATCH_TOKENS, Walk
 
@@ -59,6 +60,7 @@ class Evaluation:
     texts: tuple[TextResult, ...]
     seconds: float
     provenance: Mapping[str, str]
+    pruning: Mapping[str, Any] | None = None  # PruningStatistics, if experts were skipped
 
     @property
     def kl(self) -> float | None:
@@ -85,6 +87,7 @@ def evaluate(
     limit: int | None = None,
     device: str = "cpu",
     activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
 ) -> Evaluation:
     """Perplexity of a model on texts, and its divergence from another.
 
@@ -96,6 +99,7 @@ def evaluate(
             token on.
         limit: windows per text; None: the whole text.
         activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
 
     Raises:
         InputError: a model or text cannot be used.
@@ -106,13 +110,28 @@ def evaluate(
     if not texts:
         raise InputError("No text to evaluate on. Give at least one file or text source.")
     folder = resolve(model)
+    if pruning is not None and not is_compressed(folder):
+        raise InputError(
+            f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
+            "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     data.check_vocab(tokens, _vocab_size(folder))
-    predictions = _predictions(folder, tokens.ids, device, activation_bits)
+    if is_compressed(folder):
+        packed = load_model(folder, device, activation_bits, pruning)
+        pruned = count_dropped(packed)
+        predictions = _packed(packed, tokens.ids)
+    else:
+        pruned, predictions = None, _streamed(folder, tokens.ids, device)
     reference = None
     if against is not None:
-        reference = _predictions(resolve(against), tokens.ids, device)
+        other = resolve(against)
+        reference = (
+            _packed(load_model(other, device), tokens.ids)
+            if is_compressed(other)
+            else _streamed(other, tokens.ids, device)
+        )
     measured = [_compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
     columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
@@ -127,31 +146,40 @@ def evaluate(
         texts=tuple(results),
         seconds=time.monotonic() - started,
         provenance=_provenance(folder),
+        pruning=None if pruned is None else pruned.statistics().to_dict(),
     )
 
 
-def _predictions(
-    folder: Path, ids: Tensor, device: str, activation_bits: int = 8
-) -> Iterator[tuple[slice, Tensor]]:
-    """(batch, logits [b, L, V]) of a model for every batch of sequences, in order."""
-    if not is_compressed(folder):
-        walk = Walk(Source(folder, device), ids)
-        with Progress("original", total=len(walk.source.layers)) as progress:
-            walk.finish(progress)
-        yield from walk.logits()
-        return
-    model = load_model(folder, device, activation_bits)
+def _streamed(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice, Tensor]]:
+    """(batch, logits [b, L, V]) of an original model for every batch of sequences, in order."""
+    walk = Walk(Source(folder, device), ids)
+    with Progress("original", total=len(walk.source.layers)) as progress:
+        walk.finish(progress)
+    yield from walk.logits()
+
+
+def _packed(model: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The same of a model in memory."""
     step = max(1, BATCH_TOKENS // ids.shape[1])
     starts = range(0, len(ids), step)
     with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
         for start in starts:
             batch = slice(start, min(start + step, len(ids)))
-            yield batch, model(input_ids=ids[batch].to(device), use_cache=False).logits
+            yield batch, model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             progress.advance()
 
 
-def load_model(folder: Path, device: str = "cpu", activation_bits: int = 8) -> Any:
-    """A folder as a transformers model; a compressed one stays packed in memory."""
+def load_model(
+    folder: Path,
+    device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+) -> Any:
+    """A folder as a transformers model; a compressed one stays packed in memory.
+
+    Args:
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
+    """
     from transformers import AutoModelForCausalLM
 
     from moepress import hf
@@ -160,6 +188,8 @@ def load_model(folder: Path, device: str = "cpu", activation_bits: int = 8) -> A
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
+    if pruning is not None:
+        prune(model, pruning)
     return model
 
 

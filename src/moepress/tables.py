@@ -37,6 +37,8 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
     head = f"{result['model']}: {result['folder_bytes']:,} bytes"
     if compared:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
+    if result["pruning"] is not None:
+        head += f", {result['pruning']['share']:.1%} of the chosen experts skipped"
     return head + "\n" + table(columns, ([text[key] for key in keys] for text in result["texts"]))
 
 
