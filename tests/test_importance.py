@@ -12,7 +12,13 @@ from transformers import DynamicCache, StaticCache
 
 from moepress import importance
 from moepress.architectures import decoder_layers
-from moepress.importance import Sink, column_means, listen, protected_tokens
+from moepress.importance import (
+    Sink,
+    column_means,
+    listen,
+    protected_tokens,
+    sampled_queries,
+)
 
 from .conftest import VOCAB, make_model
 
@@ -150,25 +156,35 @@ def test_rows_sum_to_one_and_columns_do_not() -> None:
     assert mean.std() > 0.01
 
 
-@pytest.mark.parametrize("chunk_scores", [1, 100, 1 << 22])
-@pytest.mark.parametrize("queries", [None, 1, 4, 40])
+@pytest.mark.parametrize("chunk_scores", [1, 300, 1 << 22])
+@pytest.mark.parametrize("queries", [None, 1, 2, 5, 6, 13, 40])
 def test_sampled_queries_and_small_chunks(
     chunk_scores: int, queries: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importance, "CHUNK_SCORES", chunk_scores)
+    monkeypatch.setattr(importance, "CHUNK_SCORES", {"cpu": chunk_scores, "cuda": 1})
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 13, 8), torch.randn(2, 2, 13, 8)
     mean, real = column_means(query, key, None, queries=queries)
-    step = 1 if queries is None else -(-13 // queries)
-    rows = [i for i in range(13) if (12 - i) % step == 0]
+    rows, counts = sampled_queries(13, queries, query.device)
     scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) / 8**0.5
     hidden = torch.ones(13, 13).triu(1).bool()
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     for j in range(13):
-        asked = [i for i in rows if i >= j]
-        expected = weights[:, :, asked, j].mean((1, 2))
+        asked = [(i, n) for i, n in zip(rows.tolist(), counts.tolist(), strict=True) if i >= j]
+        column = sum(n * weights[:, :, i, j].mean(1) for i, n in asked)
+        expected = column / max(sum(n for _, n in asked), 1e-9) * torch.ones(2)
         torch.testing.assert_close(mean[:, j], expected)
     assert real.all()
+
+
+@pytest.mark.parametrize(("length", "queries"), [(13, None), (13, 13), (13, 1), (1000, 7), (9, 8)])
+def test_a_sample_stands_for_all_and_holds_the_last(length: int, queries: int | None) -> None:
+    rows, counts = sampled_queries(length, queries, torch.device("cpu"))
+    assert len(rows) == min(length, queries or length)
+    assert rows.tolist() == sorted(set(rows.tolist())) and rows[0] >= 0 and rows[-1] < length
+    assert counts.sum().item() == pytest.approx(length)
+    last = (queries or length) // 2
+    assert rows.tolist()[len(rows) - last :] == list(range(length - last, length))
 
 
 def test_added_masks_and_biases() -> None:

@@ -14,7 +14,8 @@ once more, summed over queries and heads, and forgotten. Nothing of size L x L i
               chunks); keys of a cache take part in the softmax
     decode    one query for each sequence: every token would be its own judge, so there is no mean
 
-Long prefills are judged by an even sample of their queries, the last among them.
+Long prefills are judged by a sample of their queries. Half of it are the last ones, since few
+queries see the last tokens; the other half is spread over the rest and counts for it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 SINK = "_moepress_sink"  # attribute of an attention module: where its column means go
-CHUNK_SCORES = 1 << 22  # attention scores computed at a time: 16 MB in float32
-SAMPLED_QUERIES = 128  # of a longer prefill (docs/log.md has what that costs)
+# Attention scores computed at a time, by type of device: on a CPU, 2 MB that stay in the cache.
+CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}
+SAMPLED_QUERIES = 256  # of a longer prefill (docs/log.md has what that costs)
 
 
 @dataclass
@@ -95,37 +97,57 @@ def column_means(
             to add; None: causal, and if K > Q only the first Q keys are in use.
         scaling: of the scores; None: D ** -0.5.
         bias: [B or 1, heads or 1, Q, K], added to the scores.
-        queries: at most this many queries, evenly spaced, the last among them; None: all.
+        queries: sample about this many queries (`sampled_queries`); None: all.
 
     Returns:
         Mean [B, Q] float32 of A_ij over heads and the queries i that see j (0 where none does), and
         which tokens are no padding, [B, Q] bool.
     """
     batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    scaling = width**-0.5 if scaling is None else scaling
-    own, seen = own_columns(query, key.shape[2], mask)  # [Q], [B, Q]
-    total = query.new_zeros((batch, key.shape[2]), dtype=torch.float32)
-    count = torch.zeros_like(total)
-    rows = _rows(length, queries, query.device)
-    step = max(1, CHUNK_SCORES // (batch * heads * key.shape[2]))
-    for chunk in torch.split(rows, step):
-        # Without a mask the keys behind the last query of the chunk are hidden from all of it.
-        keys = key if mask is not None else key[:, :, : int(chunk[-1]) + 1]
-        here = keys.shape[2]
+    groups, keys = key.shape[1:3]
+    own, seen = own_columns(query, keys, mask)  # [Q], [B, Q]
+    rows, counts = sampled_queries(length, queries, query.device)
+    total = query.new_zeros((batch, keys), dtype=torch.float32)
+    asked = torch.zeros_like(total)
+    # float32: torch's bfloat16 products take eight times as long on CPUs without AMX.
+    q = query[:, :, rows].float() * (width**-0.5 if scaling is None else scaling)
+    k = key.float().transpose(2, 3)
+    most = CHUNK_SCORES.get(query.device.type, CHUNK_SCORES["cuda"])
+    step = max(1, most // (batch * heads * keys))
+    for start in range(0, len(rows), step):
+        chunk, count = rows[start : start + step], counts[start : start + step]
+        # Without a mask, keys behind the chunk's last query are hidden from all of it.
+        here = keys if mask is not None else min(keys, int(chunk[-1]) + 1)
         visible = _visible(mask, chunk, own, here) & seen[:, None, chunk, None]  # [B, h, c, here]
-        q = query[:, :, chunk].reshape(batch, groups, -1, width)  # heads of a group one by one
-        scores = (q @ keys.transpose(2, 3)).float().view(batch, heads, -1, here) * scaling
+        # Heads of a group one by one: [B, groups, heads / groups * c, D].
+        part = q[:, :, start : start + step].reshape(batch, groups, -1, width)
+        scores = (part @ k[..., :here]).view(batch, heads, -1, here)
         if mask is not None and mask.is_floating_point():
-            scores = scores + mask[:, :, chunk]
+            scores += mask[:, :, chunk]
         if bias is not None:
-            scores = scores + bias[:, :, chunk, :here]
-        scores = scores.masked_fill_(~visible, -torch.inf)
-        weights = scores.softmax(-1).nan_to_num_(0.0)  # a row that sees nothing gives 0
-        total[:, :here] += weights.sum((1, 2))
-        count[:, :here] += visible.sum(2).float().mean(1)
-    mean = (total / (heads * count.clamp(min=1)))[:, own]
-    return mean, seen
+            scores += bias[:, :, chunk, :here]
+        weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
+        weights.nan_to_num_(0.0)  # a row that sees nothing
+        total[:, :here] += count @ weights.sum(1)
+        asked[:, :here] += count @ visible.float().mean(1)
+    return (total / (heads * asked.clamp(min=1e-9)))[:, own], seen
+
+
+def sampled_queries(
+    length: int, queries: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which queries of a prefill are asked, and for how many each stands.
+
+    Returns:
+        Indices [S] int64, rising, and counts [S] float32 that sum to `length`.
+    """
+    if queries is None or length <= queries:
+        return torch.arange(length, device=device), torch.ones(length, device=device)
+    last = queries // 2
+    before, spread = length - last, queries - last
+    middles = (torch.arange(spread, device=device) + 0.5) * (before / spread)
+    rows = torch.cat([middles.long(), torch.arange(before, length, device=device)])
+    return rows, torch.where(rows < before, before / spread, 1.0)
 
 
 def means_of_weights(weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,12 +185,6 @@ def own_columns(query: Tensor, keys: int, mask: Tensor | None) -> tuple[Tensor, 
         at = (at + last - (length - 1)).clamp(min=0)
     itself = seen.gather(2, at.expand(len(seen), -1)[..., None])[..., 0]
     return at, itself.expand(batch, -1)
-
-
-def _rows(length: int, queries: int | None, device: torch.device) -> Tensor:
-    """Indices of the queries that are asked, rising."""
-    step = 1 if queries is None else -(-length // queries)
-    return torch.arange(length - 1, -1, -step, device=device).flip(0)
 
 
 def _as_bool(mask: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Whether pruned work is saved time: a model of Mixtral-8x7B's shape on the CPU kernels.
+
+    python benchmarks/prune_speed.py FOLDER --rounds 7
+
+Writes a model of 4 layers with random weights at 2.5 bits into FOLDER (2 GB), or uses the one that
+is there. One process decodes and prefills with nothing pruned, 15 % and 30 %, in turns; figures are
+medians over the rounds. Thresholds are quantiles of the random router's own ratios.
+
+    work saved   dropped share of the experts' part of the work: of the bytes read for a token when
+                 decoding, of the multiplications in a prefill
+    time saved   1 - (time pruned) / (time of nothing pruned in the same round), median
+    importance   prefill with importance computed and nothing dropped, over nothing at all, less 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it
+
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mixtral_shape
+from cpu import LAYERS, timed
+from mixtral_shape import VOCAB, report
+from moepress.modules import PackedExperts, PackedLinear
+from moepress.prune import Pruning, prune
+
+PREFILL, DECODE = 512, 32
+SHARES = (0.15, 0.3)
+
+
+@contextmanager
+def routing_of(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Within the block, the routing weights of every layer that runs are gathered."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args: found.append(args[2]))
+        for m in model.modules()
+        if isinstance(m, PackedExperts)
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def at_share(model: Any, ids: torch.Tensor, share: float) -> Pruning:
+    """Thresholds that drop that share of the choices of top-2 experts."""
+    with routing_of(model) as weights:
+        model(ids)
+    ratios = [w.float().amin(1) / w.float().amax(1) for w in weights]
+    return Pruning({i: (0.0, r.quantile(2 * share).item()) for i, r in enumerate(ratios)}, False)
+
+
+def tasks(model: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(VOCAB, (1, PREFILL), generator=generator)
+    tokens = torch.randint(VOCAB, (DECODE, 1, 1), generator=generator)
+    cache = model(prompt[:, :16], use_cache=True).past_key_values
+
+    def decode() -> None:  # random tokens: a random model would soon repeat itself
+        for token in tokens:
+            model(token, past_key_values=cache, use_cache=True)
+        cache.crop(-DECODE)
+
+    return {"decode": decode, "prefill": lambda: model(prompt, logits_to_keep=1)}
+
+
+def experts_part(model: Any, task: str) -> float:
+    """The part of the work that is routed experts': bytes of one token, or multiplications."""
+    experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    if task == "decode":
+        ours = sum(p.numel() for m in experts for p in m.parameters()) * 2 / experts[0].num_experts
+        others = sum(m.weight.numel() for m in linears)
+    else:
+        ours = sum(2 * 3 * m.hidden_size * m.intermediate_size for m in experts)
+        others = sum(m.in_features * m.out_features for m in linears if m.out_features != VOCAB)
+    return ours / (ours + others)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    path = given.folder / "ours-2.5"
+    if not path.exists():
+        mixtral_shape.packed(path, LAYERS, 2.5)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    ids = torch.randint(VOCAB, (1, 1024), generator=torch.Generator().manual_seed(0))
+    rules = {f"{share:.0%}": at_share(model, ids, share) for share in SHARES}
+    listening = Pruning(dict.fromkeys(range(LAYERS), (0.0, 1e-30)), False)  # drops nothing
+
+    for task, run in tasks(model).items():
+        shares = {}
+        for name, rule in rules.items():
+            with prune(model, rule, count=True) as pruned:
+                run()
+                shares[name] = pruned.statistics().share
+        seconds: dict[str, list[float]] = {}
+        for _ in range(given.rounds):
+            for name, rule in {"none": None, "importance": listening, **rules}.items():
+                with nullcontext() if rule is None else prune(model, rule):
+                    seconds.setdefault(name, []).append(timed(run))
+        show(task, seconds, shares, experts_part(model, task))
+
+
+def show(task: str, seconds: dict[str, list[float]], shares: dict[str, float], part: float) -> None:
+    count = PREFILL if task == "prefill" else DECODE
+    report(task=task, tokens_per_s=count / median(seconds["none"]), experts_part=part)
+    extra = [a / b - 1 for a, b in zip(seconds["importance"], seconds["none"], strict=True)]
+    report(task=task, hooks_and_importance=median(extra))
+    for name, share in shares.items():
+        saved = [1 - a / b for a, b in zip(seconds[name], seconds["none"], strict=True)]
+        work = share * part
+        report(
+            task=task, pruned=name, dropped=share, work_saved=work, time_saved=median(saved),
+            time_per_work=median(saved) / work,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
