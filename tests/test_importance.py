@@ -222,10 +222,15 @@ def test_the_most_important_are_protected_in_every_sequence() -> None:
     assert everything is not None and torch.equal(everything.view(2, 4), real)
 
 
-def test_without_attention_the_norm_decides() -> None:
+def test_without_attention_the_norm_decides_and_it_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    importance._say_that_norms_decide.cache_clear()
     hidden = hidden_of_norms([[1, 3, 2, 1]])
-    chosen = protected_tokens(hidden, Sink((1, 4)), 0.5)
-    assert chosen is not None and chosen.tolist() == [False, True, True, False]
+    for _ in range(2):
+        chosen = protected_tokens(hidden, Sink((1, 4)), 0.5)
+        assert chosen is not None and chosen.tolist() == [False, True, True, False]
+    assert caplog.text.count("is decided by their norm alone") == 1
 
 
 @pytest.mark.parametrize(
@@ -293,10 +298,8 @@ def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
     assert softmax.columns is not None
 
 
-def test_attention_that_cannot_be_overheard_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    importance._warn_that_norms_decide.cache_clear()
+def test_attention_under_other_names_is_not_heard() -> None:
     model = make_model("mixtral")
     model.config._attn_implementation_internal = "flash_attention_2"
-    for _ in range(2):
-        sinks_of(model)
-    assert caplog.text.count("'flash_attention_2' does not show its scores") == 1
+    sinks_of(model)
+    assert not any(hasattr(m, importance.SINK) or m._forward_hooks for m in model.modules())

@@ -304,8 +304,11 @@ def test_the_innermost_pruning_counts_and_all_end() -> None:
     with pytest.raises(RuntimeError), prune(model, everything(renormalise=False)):
         raise RuntimeError
     assert torch.equal(logits(model), hard)
-    outer.remove()
-    outer.remove()
+    with prune(model, everything(renormalise=False)):
+        soft = logits(model)
+        outer.remove()  # out of turn: the inner one stays, and does not bring it back
+        outer.remove()
+        assert torch.equal(logits(model), soft)
     assert torch.equal(logits(model), plain)
     assert getattr(model, ACTIVE) is None
     experts = model.model.layers[0].mlp.experts

@@ -55,7 +55,7 @@ def protected_tokens(hidden: Tensor, sink: Sink, share: float) -> Tensor | None:
 
     Args:
         hidden: [B * Q, H], what enters the MoE block.
-        sink: of the layer; without attention in it, the norm alone decides.
+        sink: of the layer; without attention in it the norm alone decides, and a warning says so.
         share: of a sequence's tokens, padding left out; rounded up.
 
     Returns:
@@ -66,6 +66,7 @@ def protected_tokens(hidden: Tensor, sink: Sink, share: float) -> Tensor | None:
         return None
     importance = hidden.abs().sum(-1, dtype=torch.float32).view(sequences, tokens)
     if sink.columns is None:
+        _say_that_norms_decide()
         real = torch.ones_like(importance, dtype=torch.bool)
     else:
         mean, real = sink.columns
@@ -208,7 +209,7 @@ def listen(layer: nn.Module, sink: Sink) -> list[Callable[[], None]]:
     transformers looks attention up by name. The function named `sdpa` is exchanged once, for good,
     by one that also looks for a sink and otherwise does what it did. Eager attention returns its
     weights, and they are read there. Under other names (flash, flex), and in layers without softmax
-    attention, the norm alone decides; for the names a warning says so.
+    attention, nothing is heard.
 
     Returns:
         Calls that undo it.
@@ -223,8 +224,6 @@ def listen(layer: nn.Module, sink: Sink) -> list[Callable[[], None]]:
         elif implementation == "sdpa":
             setattr(module, SINK, sink)
             undo.append(partial(delattr, module, SINK))
-        elif implementation is not None:
-            _warn_that_norms_decide(implementation)
     return undo
 
 
@@ -276,10 +275,10 @@ def _read_weights(sink: Sink) -> Callable[..., None]:
 
 
 @cache
-def _warn_that_norms_decide(implementation: str) -> None:
+def _say_that_norms_decide() -> None:
     logger.warning(
-        "Attention of implementation '%s' does not show its scores: which tokens keep all experts "
-        "is decided by their norm alone. Load the model with attn_implementation='sdpa' to count "
-        "attention too.",
-        implementation,
+        "Some layers do not show what their attention looks at (linear attention, or another "
+        "implementation than sdpa and eager): which tokens keep all experts there is decided by "
+        "their norm alone. Where the model has softmax attention, load it with "
+        "attn_implementation='sdpa'."
     )

@@ -166,12 +166,17 @@ class Pruned:
 
     def remove(self) -> None:
         """Stop pruning; what was in force before is in force again. Safe to repeat."""
-        if getattr(self._model, ACTIVE, None) is not self:
+        active: Pruned | None = getattr(self._model, ACTIVE, None)
+        if active is self:
+            self._detach()
+            setattr(self._model, ACTIVE, self._before)
+            if self._before is not None:
+                self._before._attach()
             return
-        self._detach()
-        setattr(self._model, ACTIVE, self._before)
-        if self._before is not None:
-            self._before._attach()
+        while active is not None and active._before is not self:
+            active = active._before
+        if active is not None:  # a later one is in force: it shall not bring this one back
+            active._before = self._before
 
     def statistics(self) -> PruningStatistics:
         """What was dropped so far.
