@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from moepress import drop_costs
 from moepress.calibrate import calibrate, calibration_ids
-from moepress.checkpoint import DROP_COSTS
+from moepress.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
 from moepress.compress import compress
 from moepress.drop_costs import DropCosts
 from moepress.errors import CheckpointError, InputError
@@ -124,6 +125,41 @@ def test_round_trip_and_damage(tmp_path: Path) -> None:
         DropCosts((0,), costs.ratio, costs.cost, costs.cost, True, {})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ratio": lambda a: a[0]},
+        {"ratio": lambda a: -a},
+        {"ratio": lambda a: a.flip(-1)},
+        {"cost": lambda a: a * torch.nan},
+        {"cost": lambda a: a.bfloat16()},
+        {"cost": lambda a: a[..., 1:]},
+        {"renormalised_cost": lambda a: None},
+        {"about": lambda about: "{"},
+        {"about": lambda about: "[]"},
+        {"about": lambda about: about.replace("drop costs", "scores")},
+        {"about": lambda about: about.replace('"layers": [0, 1]', '"layers": [0, 0]')},
+        {"about": lambda about: about.replace('"layers": [0, 1]', '"layers": ["a", "b"]')},
+        {"about": lambda about: about.replace('"layers": [0, 1]', '"layers": 3')},
+        {"about": lambda about: about.replace('"normalised"', '"normal"')},
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Callable[..., Any]]) -> None:
+    path = tmp_path / "c.safetensors"
+    some_costs().save(path)
+    arrays, about = load_tensors(path), read_about(path)
+    for name, damage in change.items():
+        if name == "about":
+            about = damage(about)
+        elif (damaged := damage(arrays[name])) is None:
+            del arrays[name]
+        else:
+            arrays[name] = damaged
+    save_tensors(path, arrays, about)
+    with pytest.raises(CheckpointError, match="does not hold drop costs"):
+        DropCosts.load(path)
+
+
 def test_medians_are_the_papers_mu() -> None:
     costs = some_costs()
     thresholds = medians(costs)
@@ -161,6 +197,12 @@ def test_thresholds_drop_from_the_smallest_ratio_even_where_costs_fall() -> None
     assert thresholds.tolist() == [[0, 0.75]] and predicted == pytest.approx(6 / 4)
     thresholds, predicted = cheapest(costs, 1.5 / 8, False)  # half of a bin is interpolated
     assert thresholds.tolist() == [[0, 0.375]] and predicted == pytest.approx(4 / 4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_token_loses_its_last_choices_never_one_before_them(seed: int) -> None:
+    thresholds, _ = cheapest(some_costs(3, 3, 8, seed), 0.6, False)
+    assert (np.diff(thresholds, axis=1) >= 0).all() and thresholds.max() > 0
 
 
 def test_quantiles() -> None:

@@ -208,16 +208,16 @@ def hidden_of_norms(norms: list[list[float]]) -> Tensor:
 def test_the_most_important_are_protected_in_every_sequence() -> None:
     mean = torch.tensor([[1.0, 0.5, 0.1, 0.1], [9.0, 0.1, 0.1, 0.2]])
     real = torch.tensor([[True] * 4, [False, True, True, True]])
-    sink = Sink((2, 4), (mean, real))
+    sink = Sink((2, 4), columns=(mean, real))
     hidden = hidden_of_norms(
         [[1, 3, 1, 1], [9, 2, 1, 1]]
     )  # importance 1, 1.5, .1, .1; -, .2, .1, .2
-    one = protected_tokens(hidden, sink, 0.25)  # 1 of 4 tokens; 0.75 of 3, rounded up
+    one = protected_tokens(hidden, sink, 0.25)  # 1 of 4 tokens; 0.75 of 3, rounded down
     assert one is not None
-    assert one.view(2, 4).int().tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]  # ties: the earlier one
-    half = protected_tokens(hidden, sink, 0.5)
-    assert half is not None
-    assert half.view(2, 4).int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1]]
+    assert one.view(2, 4).int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    most = protected_tokens(hidden, sink, 0.7)  # 2.8 of 4, 2.1 of 3
+    assert most is not None
+    assert most.view(2, 4).int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1]]  # ties: the earlier one
     everything = protected_tokens(hidden, sink, 1.0)
     assert everything is not None and torch.equal(everything.view(2, 4), real)
 
@@ -239,6 +239,7 @@ def test_without_attention_the_norm_decides_and_it_is_said(
         (Sink((4, 1)), 0.5),  # decoding
         (Sink((1, 4), packed=True), 0.5),  # continuous batching
         (Sink((1, 4)), 0.0),
+        (Sink((1, 4)), 0.2),  # not one token
         (Sink((2, 4)), 0.5),  # experts that see other tokens than their layer
     ],
 )
@@ -278,7 +279,41 @@ def test_what_listens_can_be_undone_and_others_are_left_alone() -> None:
     assert not any(hasattr(m, importance.SINK) or m._forward_hooks for m in layer.modules())
 
 
-def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
+def test_padding_is_left_out_of_the_sample() -> None:
+    """Each sequence is judged as it would be alone, above the number of queries that are asked."""
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 4, 40, 8), torch.randn(3, 2, 40, 8)
+    front, behind = [0, 25, 0], [0, 0, 30]
+    real = torch.ones(3, 40, dtype=torch.bool)
+    real[1, :25], real[2, 10:] = False, False
+    causal = torch.ones(40, 40).tril().bool()
+    mask = causal & real[:, None, None, :]
+    mean, found = column_means(query, key, mask, queries=12)
+    assert torch.equal(found, real)
+    for b in range(3):
+        here = slice(front[b], 40 - behind[b])
+        alone, _ = column_means(
+            query[b : b + 1, :, here], key[b : b + 1, :, here], None, queries=12
+        )
+        torch.testing.assert_close(mean[b, here], alone[0])
+
+
+def test_attention_may_be_changed_afterwards() -> None:
+    model = make_model("mixtral")
+    sinks = sinks_of(model)
+    found = []
+    for implementation in ("sdpa", "eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.inference_mode():
+            model(ids())
+        assert sinks[0].columns is not None
+        found.append(sinks[0].columns[0])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+def hybrid_model() -> nn.Module:
+    """A layer of linear attention, then one of softmax attention."""
     hybrid = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
     sizes = {
         "moe_intermediate_size": 32,
@@ -290,16 +325,18 @@ def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     }
-    model = make_model("qwen3_next", **hybrid, **sizes)
+    return make_model("qwen3_next", **hybrid, **sizes)
+
+
+def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
+    model = hybrid_model()
     linear, softmax = sinks_of(model)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :9] = 0
     with torch.inference_mode():
-        model(ids(), use_cache=False)
+        model(ids(), attention_mask=mask, use_cache=False)
     assert linear.columns is None and linear.shape == (2, 24)
     assert softmax.columns is not None
-
-
-def test_attention_under_other_names_is_not_heard() -> None:
-    model = make_model("mixtral")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    sinks_of(model)
-    assert not any(hasattr(m, importance.SINK) or m._forward_hooks for m in model.modules())
+    chosen = protected_tokens(torch.ones(48, 8), linear, 0.5)  # padding is known all the same
+    assert chosen is not None and chosen.view(2, 24).sum(1).tolist() == [7, 12]
+    assert not chosen.view(2, 24)[0, :9].any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -254,7 +256,7 @@ def test_batched_and_padded_is_one_by_one(renormalise: bool) -> None:
     plain = logits(model, IDS, attention_mask=mask)
     with prune(model, everything(renormalise=renormalise, protect=0.3), count=True) as pruned:
         together = logits(model, IDS, attention_mask=mask)
-        assert pruned.statistics().protected == (8 + 6,) * 2  # of 24 and 17 tokens, rounded up
+        assert pruned.statistics().protected == (7 + 5,) * 2  # of 24 and 17 tokens, rounded down
         alone = logits(model, IDS[:1]), logits(model, short)
     torch.testing.assert_close(together[0], alone[0][0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(together[1, 7:], alone[1][0], rtol=1e-4, atol=1e-4)
@@ -310,7 +312,7 @@ def test_the_innermost_pruning_counts_and_all_end() -> None:
         outer.remove()
         assert torch.equal(logits(model), soft)
     assert torch.equal(logits(model), plain)
-    assert getattr(model, ACTIVE) is None
+    assert getattr(model.get_decoder(), ACTIVE) is None
     experts = model.model.layers[0].mlp.experts
     assert not experts._forward_pre_hooks and not experts._is_expert_parallel
 
@@ -350,10 +352,15 @@ def test_pruning_round_trips_and_refuses_nonsense(tmp_path: Path) -> None:
     for wrong in (
         {}, [], {"thresholds": {"x": [0]}, "renormalise": True},
         {"thresholds": {}, "renormalise": True, "strength": 1},
+        {"thresholds": {}, "renormalise": "false"},
+        {"thresholds": {"0": "01"}, "renormalise": True},
+        {"thresholds": {"-1": [0, 1]}, "renormalise": True},
+        {"thresholds": {"0": 0.5}, "renormalise": True},
+        {"thresholds": {}, "renormalise": True, "protect": True},
     ):  # fmt: skip
-        with pytest.raises(InputError, match="Pruning is not understood"):
+        with pytest.raises(InputError, match="Expected"):
             Pruning.from_json(wrong)
-    for ratios in ((), (0.1, 0.5), (0.0, 1.5), (0.0, -1.0), (0.0, float("nan"))):
+    for ratios in ((), (0.1, 0.5), (0.0, 1.5), (0.0, -1.0), (0.0, float("nan")), [0.0], (0, "a")):
         with pytest.raises(InputError, match="a token's first expert is never dropped"):
             Pruning({0: ratios}, True)
     with pytest.raises(InputError, match=r"protect is 2. Expected a share of tokens, 0 to 1"):
@@ -364,6 +371,69 @@ def test_pruning_round_trips_and_refuses_nonsense(tmp_path: Path) -> None:
 def test_unknown_strengths_are_refused(folder: Path, text: str) -> None:
     with pytest.raises(InputError, match="share"):
         set_pruning(folder, parse_strength(text))
+
+
+@pytest.mark.parametrize(
+    ("model", "strength", "options", "says"),
+    [
+        ("mixtral", None, {}, "strength is None"),
+        ("mixtral", True, {}, "strength is True"),
+        ("mixtral", {0: (0, 1)}, {}, "strength is {0: "),
+        ("mixtral", 0, {"protect": 7}, "protect is 7"),
+        ("mixtral", 0.1, {}, "The model has no moepress_drop_costs"),
+        (None, 0, {}, "Cannot prune a Linear. Expected a transformers model"),
+    ],
+)
+def test_nonsense_is_refused(
+    model: str | None, strength: Any, options: dict[str, Any], says: str
+) -> None:
+    subject = torch.nn.Linear(2, 2) if model is None else make_model(model)
+    with pytest.raises(InputError, match=says):
+        prune(subject, strength, **options)
+
+
+def test_thresholds_that_do_not_fit_are_not_written(mine: Path) -> None:
+    before = (mine / "config.json").read_bytes()
+    for thresholds in ({7: (0.0, 0.5)}, {0: (0.0, 0.5, 0.5)}):
+        with pytest.raises(InputError, match=r"routed experts in layers \[0, 1\], and a token"):
+            set_pruning(mine, Pruning(thresholds, True))
+    assert (mine / "config.json").read_bytes() == before
+
+
+def test_a_copy_is_pruned_for_itself() -> None:
+    model = make_model("mixtral")
+    prune(model, everything(protect=0.3))
+    ids, others = IDS[:, :20], IDS[:, :11]
+    twin = copy.deepcopy(model)
+    logits(twin, others)
+    expected = logits(model, ids)
+    assert torch.equal(logits(twin, ids), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(logits(torch.load(buffer, weights_only=False), ids), expected)
+
+
+def test_a_model_and_its_decoder_are_pruned_as_one() -> None:
+    model = make_model("mixtral")
+    plain = logits(model)
+    with prune(model, everything(), count=True) as outer:
+        hard = logits(model)
+        with prune(model.model, everything(), count=True) as inner:
+            assert torch.equal(logits(model), hard)
+            assert inner.statistics().share == outer.statistics().share == 0.5
+    assert torch.equal(logits(model), plain)
+
+
+def test_guesses_are_verified_as_they_would_be_made() -> None:
+    """Assisted decoding runs a few tokens at a time: none of them may be protected for that."""
+    model = make_model("mixtral")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    prompt = IDS[:1, :6].repeat(1, 4)
+    with prune(model, everything(protect=0.02)):
+        greedy = model.generate(prompt, **options)
+        guessed = model.generate(prompt, prompt_lookup_num_tokens=5, **options)
+    assert greedy.tolist() == guessed.tolist()
 
 
 def test_thresholds_of_another_model_are_refused() -> None:

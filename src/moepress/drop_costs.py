@@ -51,13 +51,27 @@ class DropCosts:
     provenance: dict[str, str]
 
     def __post_init__(self) -> None:
+        if wrong := self._contradiction():
+            raise CheckpointError(f"Drop costs do not fit together: {wrong}. Measure them again.")
+
+    def _contradiction(self) -> str | None:
+        """What is wrong, and what was expected; None if nothing is."""
+        arrays = (self.ratio, self.cost, self.renormalised_cost)
+        if self.ratio.ndim != 3 or self.ratio.shape[2] < 2:
+            return f"ratios of shape {self.ratio.shape}, expected [L, k - 1, Q + 1]"
         count, ranks, edges = self.ratio.shape
-        shape = (count, ranks, edges - 1)
-        if len(self.layers) != count or {self.cost.shape, self.renormalised_cost.shape} != {shape}:
-            raise CheckpointError(
-                f"Drop costs do not fit together: {len(self.layers)} layers, ratios "
-                f"{self.ratio.shape}, costs {self.cost.shape} and {self.renormalised_cost.shape}."
-            )
+        if {self.cost.shape, self.renormalised_cost.shape} != {(count, ranks, edges - 1)}:
+            return f"ratios {self.ratio.shape}, costs {[a.shape for a in arrays[1:]]}"
+        if any(a.dtype != np.float32 or not np.isfinite(a).all() for a in arrays):
+            return "an array is not of finite float32 numbers"
+        if (np.diff(self.ratio, axis=-1) < 0).any() or (self.ratio < 0).any():
+            return "ratios are negative or not in rising order"
+        layers = self.layers
+        if len(layers) != count or any(type(layer) is not int for layer in layers):
+            return f"layers {layers}, expected {count} numbers"
+        if list(layers) != sorted(set(layers)):
+            return f"layers {layers}, expected distinct ones in rising order"
+        return None
 
     @property
     def top_k(self) -> int:
@@ -98,10 +112,16 @@ class DropCosts:
             CheckpointError: missing, damaged, or not drop costs.
         """
         arrays = load_tensors(path)
-        rest = json.loads(read_about(path) or "{}")
-        if rest.pop("kind", None) != KIND:
-            raise CheckpointError(f"{path} holds no drop costs of moepress.")
-        return cls.of(arrays, rest)
+        try:
+            rest = dict(json.loads(read_about(path) or "{}"))
+            if rest.pop("kind", None) != KIND:
+                raise CheckpointError("it holds something else")
+            return cls.of(arrays, rest)
+        except (CheckpointError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} does not hold drop costs of moepress ({type(error).__name__}: {error}). "
+                "Copy it again, or measure them again."
+            ) from error
 
     @classmethod
     def of_layers(

@@ -42,12 +42,13 @@ class Sink:
     """What one decoder layer hands from its attention to its experts within a forward."""
 
     shape: tuple[int, int] = (0, 0)  # sequences B and tokens Q of each, of the call in progress
+    real: Tensor | None = None  # [B, Q] bool, which are no padding, if the layer is told; None: all
     columns: tuple[Tensor, Tensor] | None = None  # mean [B, Q] float32, real [B, Q] bool
     packed: bool = False  # several sequences lie in one: there is no telling whose a token is
 
-    def begin(self, shape: tuple[int, int], packed: bool) -> None:
+    def begin(self, shape: tuple[int, int], real: Tensor | None, packed: bool) -> None:
         """A forward of the layer starts: what an earlier one left is void."""
-        self.shape, self.columns, self.packed = shape, None, packed
+        self.shape, self.real, self.columns, self.packed = shape, real, None, packed
 
 
 def protected_tokens(hidden: Tensor, sink: Sink, share: float) -> Tensor | None:
@@ -56,23 +57,26 @@ def protected_tokens(hidden: Tensor, sink: Sink, share: float) -> Tensor | None:
     Args:
         hidden: [B * Q, H], what enters the MoE block.
         sink: of the layer; without attention in it the norm alone decides, and a warning says so.
-        share: of a sequence's tokens, padding left out; rounded up.
+        share: of a sequence's tokens, padding left out; rounded down, so that short chunks (of a
+            prompt, or of guesses to verify) are not mostly protected.
 
     Returns:
         [B * Q] bool, or None where all tokens are alike: when decoding, or with sequences packed.
     """
     sequences, tokens = sink.shape
-    if share <= 0 or tokens < 2 or sink.packed or sequences * tokens != len(hidden):
+    if share * tokens < 1 or tokens < 2 or sink.packed or sequences * tokens != len(hidden):
         return None
     importance = hidden.abs().sum(-1, dtype=torch.float32).view(sequences, tokens)
-    if sink.columns is None:
+    real = sink.real
+    if sink.columns is None or sink.columns[0].shape != importance.shape:
         _say_that_norms_decide()
-        real = torch.ones_like(importance, dtype=torch.bool)
     else:
         mean, real = sink.columns
-        importance = (importance * mean).masked_fill(~real, -1)
-    count = (real.sum(1, keepdim=True) * share).ceil()
-    order = importance.argsort(dim=1, descending=True, stable=True)
+        importance *= mean
+    if real is None:
+        real = torch.ones_like(importance, dtype=torch.bool)
+    count = (real.sum(1, keepdim=True) * share).floor()
+    order = importance.masked_fill(~real, -1).argsort(dim=1, descending=True, stable=True)
     place = torch.empty_like(order)
     place.scatter_(1, order, torch.arange(tokens, device=order.device).expand_as(order))
     return ((place < count) & real).flatten()
@@ -104,33 +108,34 @@ def column_means(
         Mean [B, Q] float32 of A_ij over heads and the queries i that see j (0 where none does), and
         which tokens are no padding, [B, Q] bool.
     """
-    batch, heads, length, width = query.shape
+    batch, heads, _, width = query.shape
     groups, keys = key.shape[1:3]
     own, seen = own_columns(query, keys, mask)  # [Q], [B, Q]
-    rows, counts = sampled_queries(length, queries, query.device)
+    rows, counts = _sampled(seen, queries, mask is not None)  # [1 or B, S]
     total = query.new_zeros((batch, keys), dtype=torch.float32)
     asked = torch.zeros_like(total)
     # float32: torch's bfloat16 products take eight times as long on CPUs without AMX.
-    q = query[:, :, rows].float() * (width**-0.5 if scaling is None else scaling)
+    q = _take(query, rows).float() * (width**-0.5 if scaling is None else scaling)
     k = key.float().transpose(2, 3)
     most = CHUNK_SCORES.get(query.device.type, CHUNK_SCORES["cuda"])
     step = max(1, most // (batch * heads * keys))
-    for start in range(0, len(rows), step):
-        chunk, count = rows[start : start + step], counts[start : start + step]
+    for start in range(0, rows.shape[1], step):
+        chunk, count = rows[:, start : start + step], counts[:, None, start : start + step]
         # Without a mask, keys behind the chunk's last query are hidden from all of it.
-        here = keys if mask is not None else min(keys, int(chunk[-1]) + 1)
-        visible = _visible(mask, chunk, own, here) & seen[:, None, chunk, None]  # [B, h, c, here]
+        here = keys if mask is not None else min(keys, int(chunk[0, -1]) + 1)
+        asks = seen.gather(1, chunk.expand(batch, -1))
+        visible = _visible(mask, chunk, own, here) & asks[:, None, :, None]  # [B, h, c, here]
         # Heads of a group one by one: [B, groups, heads / groups * c, D].
         part = q[:, :, start : start + step].reshape(batch, groups, -1, width)
         scores = (part @ k[..., :here]).view(batch, heads, -1, here)
         if mask is not None and mask.is_floating_point():
-            scores += mask[:, :, chunk]
+            scores += _take(mask, chunk)
         if bias is not None:
-            scores += bias[:, :, chunk, :here]
+            scores += _take(bias, chunk)[..., :here]
         weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
         weights.nan_to_num_(0.0)  # a row that sees nothing
-        total[:, :here] += count @ weights.sum(1)
-        asked[:, :here] += count @ visible.float().mean(1)
+        total[:, :here] += (count @ weights.sum(1))[:, 0]
+        asked[:, :here] += (count @ visible.float().mean(1))[:, 0]
     return (total / (heads * asked.clamp(min=1e-9)))[:, own], seen
 
 
@@ -151,10 +156,34 @@ def sampled_queries(
     return rows, torch.where(rows < before, before / spread, 1.0)
 
 
+def _sampled(seen: Tensor, queries: int | None, masked: bool) -> tuple[Tensor, Tensor]:
+    """`sampled_queries` of every sequence, padding left out: [1 or B, S] indices and counts."""
+    length = seen.shape[1]
+    if not masked or queries is None or length <= queries or bool(seen.all()):
+        rows, counts = sampled_queries(length, queries, seen.device)
+        return rows[None], counts[None]
+    real_first = seen.int().argsort(dim=1, descending=True, stable=True)  # [B, Q]
+    index = torch.zeros((len(seen), queries), dtype=torch.int64, device=seen.device)
+    weight = torch.zeros(index.shape, device=seen.device)  # 0: fewer real tokens than queries
+    for row, tokens in enumerate(seen.sum(1).tolist()):
+        rows, counts = sampled_queries(tokens, queries, seen.device)
+        index[row, : len(rows)] = real_first[row, rows]
+        weight[row, : len(rows)] = counts
+    return index, weight
+
+
+def _take(values: Tensor, rows: Tensor) -> Tensor:
+    """The queries `rows` [1 or B, S] of [B or 1, heads, Q, x]."""
+    if len(rows) == 1:
+        return values[:, :, rows[0]]
+    values = values.expand(len(rows), -1, -1, -1)
+    return values.take_along_dim(rows[:, None, :, None], dim=2)
+
+
 def means_of_weights(weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `column_means`, where attention weights [B, heads, Q, K] are at hand."""
     own, seen = own_columns(weights, weights.shape[3], mask)
-    rows = torch.arange(weights.shape[2], device=weights.device)
+    rows = torch.arange(weights.shape[2], device=weights.device)[None]
     visible = _visible(mask, rows, own, weights.shape[3]) & seen[:, None, :, None]
     total = weights.float().masked_fill(~visible, 0).sum((1, 2))
     count = visible.sum(2).float().mean(1)
@@ -194,10 +223,10 @@ def _as_bool(mask: Tensor) -> Tensor:
 
 
 def _visible(mask: Tensor | None, rows: Tensor, own: Tensor, keys: int) -> Tensor:
-    """[B or 1, heads or 1, rows, keys] bool: which query may look at which key."""
+    """[B or 1, heads or 1, S, keys] bool: which of the queries may look at which key."""
     if mask is not None:
-        return _as_bool(mask[:, :, rows])
-    return (torch.arange(keys, device=rows.device) <= own[rows, None])[None, None]
+        return _as_bool(_take(mask, rows))
+    return (torch.arange(keys, device=rows.device) <= own[rows[0], None])[None, None]
 
 
 # How attention is overheard
@@ -216,23 +245,25 @@ def listen(layer: nn.Module, sink: Sink) -> list[Callable[[], None]]:
     """
     _overhear_sdpa()
     undo: list[Callable[[], None]] = []
-    undo.append(layer.register_forward_pre_hook(_begin(sink), with_kwargs=True).remove)
+    undo.append(layer.register_forward_pre_hook(partial(_begin, sink), with_kwargs=True).remove)
     for module in layer.modules():
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if implementation == "eager":
-            undo.append(module.register_forward_hook(_read_weights(sink), with_kwargs=True).remove)
-        elif implementation == "sdpa":
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
             setattr(module, SINK, sink)
             undo.append(partial(delattr, module, SINK))
+            hook = module.register_forward_hook(partial(_read_weights, sink), with_kwargs=True)
+            undo.append(hook.remove)
     return undo
 
 
-def _begin(sink: Sink) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        sink.begin((states.shape[0], states.shape[1]), kwargs.get("cu_seq_lens_q") is not None)
-
-    return hook
+def _begin(sink: Sink, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a decoder layer runs."""
+    states = args[0] if args else kwargs["hidden_states"]
+    shape = states.shape[0], states.shape[1]
+    mask = kwargs.get("attention_mask")  # of one number for each token, where there is no softmax
+    real = None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= shape[1]:
+        real = mask[:, mask.shape[1] - shape[1] :].bool()
+    sink.begin(shape, real, packed=kwargs.get("cu_seq_lens_q") is not None)
 
 
 def _overhear_sdpa() -> None:
@@ -263,15 +294,13 @@ def _overhear_sdpa() -> None:
     AttentionInterface.register("sdpa", sdpa)
 
 
-def _read_weights(sink: Sink) -> Callable[..., None]:
-    """For eager attention modules: (output, weights [B, heads, Q, K]) come out of them."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-        if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[2] > 1:
-            sink.columns = means_of_weights(weights, kwargs.get("attention_mask"))
-
-    return hook
+def _read_weights(
+    sink: Sink, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """After an attention module ran: an eager one gives (output, weights [B, heads, Q, K])."""
+    weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+    if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[2] > 1:
+        sink.columns = means_of_weights(weights, kwargs.get("attention_mask"))
 
 
 @cache

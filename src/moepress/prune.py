@@ -6,7 +6,8 @@
 A token's chosen experts are ranked by routing weight. Rank r is dropped where w_r / w_1 is below
 the layer's threshold for that rank; the first is never dropped, and the most important tokens of a
 prefill keep all (importance.py). A dropped choice gets the index that transformers gives to "no
-expert": kernels skip it, nothing is multiplied by zero.
+expert": our kernels, and transformers' `eager` and `grouped_mm` experts, skip it; nothing is
+multiplied by zero.
 
 It works on packed models and on originals of every family that has transformers' experts interface,
 by hooks in front of the experts. Thresholds come from `DropCosts`, which every compressed folder
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from moepress.drop_costs import DropCosts
 
 PROTECT = 0.02  # share of a prefill's tokens that keep all experts, as in the paper
-ACTIVE = "_moepress_pruned"  # attribute of a model: the pruning in force
+ACTIVE = "_moepress_pruned"  # attribute of a model's decoder: the pruning in force
 # An attribute of transformers' own experts: whether choices of "no expert" occur and are skipped.
 SKIPS = "_is_expert_parallel"
 
@@ -52,15 +53,21 @@ class Pruning:
     protect: float = PROTECT  # share of each sequence's tokens that keep all experts in a prefill
 
     def __post_init__(self) -> None:
+        if not isinstance(self.thresholds, Mapping) or not isinstance(self.renormalise, bool):
+            raise InputError(
+                f"Pruning has thresholds {self.thresholds!r} and renormalise {self.renormalise!r}. "
+                "Expected ratios by decoder layer, and true or false."
+            )
         for layer, ratios in self.thresholds.items():
-            if not ratios or ratios[0] != 0 or not all(0 <= r <= 1 for r in ratios):
+            right = isinstance(layer, int) and layer >= 0 and isinstance(ratios, tuple) and ratios
+            if not right or not all(_is_share(r) for r in ratios) or ratios[0] != 0:
                 raise InputError(
-                    f"Thresholds of layer {layer} are {list(ratios)}. Expected one ratio for each "
+                    f"Thresholds of layer {layer!r} are {ratios!r}. Expected one ratio for each "
                     "chosen expert, from 0 to 1, the first 0: a token's first expert is never "
                     "dropped."
                 )
-        if not 0 <= self.protect <= 1:
-            raise InputError(f"protect is {self.protect}. Expected a share of tokens, 0 to 1.")
+        if not _is_share(self.protect):
+            raise InputError(f"protect is {self.protect!r}. Expected a share of tokens, 0 to 1.")
 
     @property
     def drops(self) -> bool:
@@ -106,10 +113,7 @@ class Pruning:
             InputError: it is something else.
         """
         try:
-            thresholds = {
-                int(layer): tuple(float(r) for r in ratios)
-                for layer, ratios in fields["thresholds"].items()
-            }
+            thresholds = {int(n): tuple(ratios) for n, ratios in fields["thresholds"].items()}
             return cls(**{**fields, "thresholds": thresholds})
         except InputError:
             raise
@@ -119,6 +123,10 @@ class Pruning:
                 '"renormalise": true or false, "protect": share}, got '
                 f"{type(error).__name__}: {error}."
             ) from error
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -146,17 +154,21 @@ class Pruned:
     Another one on the same model takes its place while it lasts.
     """
 
-    def __init__(self, model: nn.Module, pruning: Pruning, *, count: bool = False) -> None:
+    def __init__(self, model: Any, pruning: Pruning, *, count: bool = False) -> None:
+        if not hasattr(model, "get_decoder"):
+            raise InputError(
+                f"Cannot prune a {type(model).__name__}. Expected a transformers model."
+            )
         self.pruning = pruning
-        self._model = model
+        self._model = model.get_decoder()  # a model with its head and without are pruned as one
         self._count = count
         self._layers = _layers(model, pruning, count)
         self._undo: list[Callable[[], None]] = []
-        self._before: Pruned | None = getattr(model, ACTIVE, None)
+        self._before: Pruned | None = getattr(self._model, ACTIVE, None)
         if self._before is not None:
             self._before._detach()
         self._attach()
-        setattr(model, ACTIVE, self)
+        setattr(self._model, ACTIVE, self)
 
     def __enter__(self) -> Self:
         return self
@@ -310,15 +322,23 @@ def _resolved(
 ) -> Pruning:
     if isinstance(strength, Pruning):
         return strength if protect is None else replace(strength, protect=protect)
+    if isinstance(strength, bool) or not isinstance(strength, int | float | str):
+        raise InputError(
+            f"Pruning strength is {strength!r}. Expected a share of the chosen experts, 'paper' "
+            "or a Pruning."
+        )
+    protect = PROTECT if protect is None else protect
     if strength == 0:  # needs no costs
-        return Pruning({}, False)
-    return Pruning.of(costs(), strength, PROTECT if protect is None else protect)
+        return Pruning({}, False, protect)
+    return Pruning.of(costs(), strength, protect)
 
 
 def count_dropped(model: Any) -> Pruned | None:
-    """Keep statistics of the pruning in force from now on; None: there is none."""
-    active: Pruned | None = getattr(model, ACTIVE, None)
-    return None if active is None else Pruned(model, active.pruning, count=True)
+    """Keep statistics of the pruning in force from now on; None: nothing is dropped."""
+    active: Pruned | None = getattr(model.get_decoder(), ACTIVE, None)
+    if active is None or not active.pruning.drops:
+        return None
+    return Pruned(model, active.pruning, count=True)
 
 
 def stored_costs(folder: str | Path) -> DropCosts:
@@ -327,14 +347,24 @@ def stored_costs(folder: str | Path) -> DropCosts:
     Raises:
         InputError: it carries none.
     """
-    from moepress.drop_costs import DropCosts
-    from moepress.source import resolve
+    from huggingface_hub import hf_hub_download
 
-    path = resolve(folder) / DROP_COSTS
-    if not path.is_file():
+    from moepress.drop_costs import DropCosts
+
+    path = Path(folder) / DROP_COSTS
+    if folder and not path.is_file() and not Path(folder).exists() and str(folder).count("/") == 1:
+        try:
+            path = Path(hf_hub_download(str(folder), DROP_COSTS))
+        except Exception as error:  # the hub client raises many kinds: all mean it is not to be had
+            raise InputError(
+                f"{folder} is neither a local folder nor a model on the hub with {DROP_COSTS} "
+                f"({type(error).__name__}). Give costs of `moepress calibrate`."
+            ) from error
+    if not folder or not path.is_file():
         raise InputError(
-            f"{folder} has no {DROP_COSTS}, which says what dropping experts costs. Compress the "
-            "model with this version, or give costs of `moepress calibrate`."
+            f"{folder or 'The model'} has no {DROP_COSTS}, which says what dropping experts costs. "
+            "Compress the model with this version, copy that file from the folder it came from, or "
+            "give costs of `moepress calibrate`."
         )
     return DropCosts.load(path)
 
@@ -355,11 +385,25 @@ def set_pruning(
     if not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one to prune.")
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
+    if (folder / DROP_COSTS).is_file():
+        check_fits(pruning, stored_costs(folder))
     config = load_json(folder / "config.json")
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
         config["quantization_config"]["pruning"] = pruning.to_json()
     save_json(folder / "config.json", config)
+
+
+def check_fits(pruning: Pruning, costs: DropCosts) -> None:
+    """Raise InputError if thresholds are for other layers, or another number of chosen experts."""
+    strangers = sorted(pruning.thresholds.keys() - set(costs.layers))
+    sizes = {len(ratios) for ratios in pruning.thresholds.values()} - {costs.top_k}
+    if strangers or sizes:
+        raise InputError(
+            f"The pruning has thresholds for layers {sorted(pruning.thresholds)}, "
+            f"{sorted(sizes) or costs.top_k} of each. This model has routed experts in layers "
+            f"{list(costs.layers)}, and a token chooses {costs.top_k}."
+        )
 
 
 def parse_strength(text: str) -> Strength | Pruning:

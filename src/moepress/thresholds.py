@@ -30,8 +30,13 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     """Drop a share of all choices of experts where it costs least.
 
     Choices are dropped from the smallest ratio up. Their costs are first made to rise with the
-    ratio (isotonic regression): then taking the cheapest bins of all layers and ranks, until the
-    share is reached, is the least sum that such thresholds can have.
+    ratio (isotonic regression, which pools bins where they fall); then the cheapest bins of all
+    layers and ranks are taken until the share is reached. Wherever that does not end inside a pool,
+    no other thresholds have a smaller sum.
+
+    Costs are of a rank dropped with all behind it, so a threshold is lowered to those of the ranks
+    behind where it lies above them: a token then loses its last choices, never one before them. The
+    share that is dropped comes out smaller by that little.
 
     Args:
         share: of all T * k choices of every layer, 0 .. 1 - 1 / k.
@@ -52,7 +57,8 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     order = np.argsort(rising, axis=None, kind="stable")
     taken = np.empty_like(measured)
     taken.flat[order] = np.clip(wanted - np.arange(measured.size), 0, 1)  # of the last one, a part
-    thresholds = _with_first(quantile(costs, taken.sum(axis=-1) / bins))
+    ratios = quantile(costs, taken.sum(axis=-1) / bins)
+    thresholds = _with_first(np.minimum.accumulate(ratios[:, ::-1], axis=1)[:, ::-1])
     return thresholds, float((taken * measured).sum() / bins)
 
 
