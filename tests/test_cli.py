@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from moepress import cli
+from moepress.compress import compress
 from moepress.recipe import Recipe
+
+from .conftest import small_recipe
 
 Folder = Callable[..., Path]
 SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
@@ -168,3 +171,26 @@ def test_doctor_speaks_both_ways(
     assert code == 0 and "torch" in text
     code, text, _ = run(monkeypatch, capsys, "doctor", "--json")
     assert code == 0 and json.loads(text)["checks"]
+
+
+def test_evaluate_report_plot(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    made = compress(model_folder(), tmp_path / "made", small_recipe(text_file, bits=2))
+    result, page = tmp_path / "e.json", tmp_path / "page.html"
+    arguments = ["--text", text_file, "--limit", 2, "--length", 32, "--out", result, "--json"]
+    code, text, _ = run(monkeypatch, capsys, "evaluate", made, *arguments)
+    assert code == 0 and json.loads(text) == json.loads(result.read_text())
+    arguments = ["--out", page, "--evaluation", result]
+    code, text, _ = run(monkeypatch, capsys, "report", made, *arguments)
+    assert code == 0 and text.splitlines()[-1] == str(page)
+    perplexity = json.loads(result.read_text())["texts"][0]["perplexity"]
+    assert f"{perplexity:.4g}" in page.read_text()
+    code, text, _ = run(monkeypatch, capsys, "plot", made, tmp_path / "p", "--format", "png")
+    assert code == 0 and all(Path(line).suffix == ".png" for line in text.splitlines())
+    code, _, err = run(monkeypatch, capsys, "report", model_folder())
+    assert code == 2 and "not a folder made by moepress" in err

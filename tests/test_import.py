@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("allocate", "calibrate", "compress", "evaluate", "quantize", "score")
+VERBS = ("allocate", "calibrate", "compress", "evaluate", "quantize", "report", "score")
 REGISTERED = "from transformers.quantizers import auto; print(auto.REGISTERED)"
 STAND_IN = """
 import sys, types

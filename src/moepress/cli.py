@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moepress import cli_use
+from moepress.cli_options import ActivationBits, AsJson, Device, checked_device, show
+
 if TYPE_CHECKING:
     from moepress.recipe import Recipe
 
@@ -47,12 +50,7 @@ Widths = Annotated[
     str | None, typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3.")
 ]
 Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-ActivationBits = Annotated[
-    int, typer.Option(help="Precision of activations in packed products: 8, or 16 to keep it.")
-]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -80,7 +78,7 @@ def compress(
     chosen = _recipe(
         recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed
     )
-    typer.echo(run(model, out, chosen, device=_device(device)))
+    typer.echo(run(model, out, chosen, device=checked_device(device)))
 
 
 @app.command()
@@ -102,7 +100,7 @@ def calibrate(
     from moepress.source import Source
 
     chosen = _recipe(recipe, None, None, None, calib, sequences, sequence_length, None, None, seed)
-    run(Source(model, _device(device)), chosen).save(out)
+    run(Source(model, checked_device(device)), chosen).save(out)
     typer.echo(out)
 
 
@@ -131,7 +129,7 @@ def score(
         recipe, None, None, None, calib, sequences, sequence_length, expert_bits, group_size, seed
     )
     work = out.with_name(out.name + ".work")
-    run(model, chosen, work=work, device=_device(device)).save(out)
+    run(model, chosen, work=work, device=checked_device(device)).save(out)
     shutil.rmtree(work)
     typer.echo(out)
 
@@ -172,7 +170,7 @@ def quantize(
     from moepress.allocate import BitAllocation
     from moepress.quantize import quantize as run
 
-    typer.echo(run(model, BitAllocation.load(plan), out, device=_device(device)))
+    typer.echo(run(model, BitAllocation.load(plan), out, device=checked_device(device)))
 
 
 @app.command()
@@ -184,6 +182,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on texts, and KL divergence from the original model.
@@ -199,10 +200,12 @@ def evaluate(
         against=against,
         length=length,
         limit=limit,
-        device=_device(device),
+        device=checked_device(device),
         activation_bits=activation_bits,
     )
-    _show(result.to_dict(), as_json, evaluation_table)
+    if out is not None:
+        result.save(out)
+    show(result.to_dict(), as_json, evaluation_table)
 
 
 @app.command()
@@ -217,27 +220,7 @@ def inspect(
     from moepress.inspect import inspect as run
     from moepress.tables import nested_table
 
-    _show(run(path), as_json, nested_table)
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(help="Compressed folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
-    device: Device = "cpu",
-    activation_bits: ActivationBits = 8,
-) -> None:
-    """Continue a text, greedily.
-
-    Example: moepress generate mixtral-2.5bit "Once upon a time" --tokens 100
-    """
-    from moepress.generate import generate as run
-
-    text = run(
-        model, prompt, tokens=tokens, device=_device(device), activation_bits=activation_bits
-    )
-    typer.echo(text)
+    show(run(path), as_json, nested_table)
 
 
 @app.command()
@@ -255,7 +238,7 @@ def demo(
     from moepress.demo import demo as run
     from moepress.tables import demo_table
 
-    _show(run(out, bits=bits), as_json, demo_table)
+    show(run(out, bits=bits), as_json, demo_table)
 
 
 @app.command()
@@ -269,6 +252,9 @@ def doctor(as_json: AsJson = False) -> None:
 
     report = run()
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))
+
+
+cli_use.add_to(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -335,25 +321,6 @@ def _recipe(
         "seed": seed,
     }
     return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})
-
-
-def _device(name: str) -> str:
-    """A device that exists here.
-
-    Raises:
-        InputError: it does not.
-    """
-    import torch
-
-    from moepress.errors import InputError
-
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise InputError(f"Device '{name}' is not available here. Expected cpu, or cuda on a GPU.")
-    return name
-
-
-def _show(result: dict[str, Any], as_json: bool, table: Any) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else table(result))
 
 
 if __name__ == "__main__":

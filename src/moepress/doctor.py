@@ -22,7 +22,7 @@ PYTHONS = ((3, 11), (3, 13))  # oldest and newest that are tested
 OLDEST = {"torch": (2, 11), "transformers": (5, 16)}
 NEEDED = (
     "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "typer",
-    "rich", "psutil",
+    "rich", "psutil", "matplotlib", "jinja2",
 )  # fmt: skip
 EXTRAS = {"datasets": "for the data sets c4, wikitext2 and math"}  # extra and package: one name
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress import data
-from moepress.checkpoint import folder_bytes, is_compressed, load_json
+from moepress.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.errors import InputError
 from moepress.modules import set_activation_bits
 from moepress.progress import Progress
@@ -73,7 +73,11 @@ class Evaluation:
         return math.exp(sum(logs) / len(logs)) if logs else None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kl": self.kl, "ratio": self.ratio}
+        return {"kind": "evaluation", **asdict(self), "kl": self.kl, "ratio": self.ratio}
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        save_json(path, self.to_dict())
 
 
 def evaluate(
