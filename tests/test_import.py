@@ -73,6 +73,17 @@ print("ok")
     assert python(code) == "ok"
 
 
+def test_our_module_may_come_first() -> None:
+    """transformers may import the awaited module while ours is still being imported."""
+    code = """
+import moepress.hf as ours
+from transformers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["moepress"] is ours.MoePressQuantizer
+print("ok")
+"""
+    assert python(code) == "ok"
+
+
 def test_a_verb_is_its_function_even_after_its_module_was_imported() -> None:
     code = f"""
 import importlib, types
