@@ -182,12 +182,30 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    generations: Annotated[
+        int, typer.Option(help="Texts to continue, to see whether the model loops; 0: none.")
+    ] = 16,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second and memory.")] = True,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
+            "eight of arXiv:2410.06270. Repeatable."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own task definitions (.yaml).")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks run code that the model writes.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity on texts, and KL divergence from the original model.
+    """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
 
     Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
     """
@@ -202,6 +220,12 @@ def evaluate(
         limit=limit,
         device=checked_device(device),
         activation_bits=activation_bits,
+        generations=generations,
+        speed=speed,
+        tasks=tasks or (),
+        include_path=include_path,
+        task_limit=task_limit,
+        run_code=run_code,
     )
     if out is not None:
         result.save(out)

@@ -1,11 +1,14 @@
 """How good a model is: perplexity, and how far its predictions moved from the original's.
 
+Also, where asked: whether its generations loop, zero-shot tasks, speed and memory.
+
 A compressed folder is loaded as it is, packed. An original is streamed layer by layer, so it need
 not fit in memory. Both see the same tokens, in the same batches.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,10 +25,17 @@ from moepress import data
 from moepress.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.errors import InputError
 from moepress.modules import set_activation_bits
+from moepress.parts import PartBytes, bytes_by_part
+from moepress.performance import Performance, forget_peak, measure_performance
 from moepress.progress import Progress
-from moepress.source import Source, resolve
+from moepress.repetition import Repetition, measure_repetition, prompts_of
+from moepress.source import Source, resolve, weight_files
+from moepress.tasks import find_tasks, run_tasks
 from moepress.walk import BATCH_TOKENS, Walk
 
+logger = logging.getLogger(__name__)
+
+FITS = 0.8  # of the free memory that an original may take to be loaded whole
 ROWS = 512  # tokens whose float32 predictions are in memory together
 
 
@@ -59,6 +70,11 @@ class Evaluation:
     texts: tuple[TextResult, ...]
     seconds: float
     provenance: Mapping[str, str]
+    parts: Mapping[str, PartBytes]  # bytes of the model's parts
+    repetition: Repetition | None = None
+    original_repetition: Repetition | None = None
+    performance: Performance | None = None
+    tasks: Mapping[str, Mapping[str, float]] | None = None  # figures by task, named by lm-eval
 
     @property
     def kl(self) -> float | None:
@@ -89,6 +105,12 @@ def evaluate(
     limit: int | None = None,
     device: str = "cpu",
     activation_bits: int = 8,
+    generations: int = 0,
+    speed: bool = False,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    task_limit: int | None = None,
+    run_code: bool = False,
 ) -> Evaluation:
     """Perplexity of a model on texts, and its divergence from another.
 
@@ -100,9 +122,14 @@ def evaluate(
             token on.
         limit: windows per text; None: the whole text.
         activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        generations: how many beginnings of the texts to continue, to see whether the model loops;
+            the original does the same if it fits in memory.
+        speed: whether to measure tokens per second and memory.
+        tasks, include_path, task_limit, run_code: zero-shot tasks by name, see `tasks.py`.
 
     Raises:
-        InputError: a model or text cannot be used.
+        InputError: a model, text or task cannot be used.
+        MoepressError: a task fails.
     """
     from transformers import AutoTokenizer
 
@@ -113,10 +140,25 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     data.check_vocab(tokens, _vocab_size(folder))
-    predictions = _predictions(folder, tokens.ids, device, activation_bits)
+    found = find_tasks(tasks, include_path) if tasks else None
+    prompts = prompts_of(tokens.ids, generations) if generations else None
+    forget_peak(torch.device(device))
+    loaded = _loaded(folder, device, activation_bits, whole=bool(generations or speed or tasks))
+    performance = repetition = original_repetition = figures = None
+    if loaded is not None and speed:
+        performance = measure_performance(loaded, tokens.ids[0])
+    if loaded is not None and prompts is not None:
+        repetition = measure_repetition(loaded, prompts)
+    if loaded is not None and found is not None:
+        figures = run_tasks(loaded, tokenizer, found, limit=task_limit, run_code=run_code)
+    predictions = _predictions(folder, loaded, tokens.ids, device)
     reference = None
     if against is not None:
-        reference = _predictions(resolve(against), tokens.ids, device)
+        other = resolve(against)
+        original = _loaded(other, device, whole=prompts is not None)
+        if original is not None and prompts is not None:
+            original_repetition = measure_repetition(original, prompts)
+        reference = _predictions(other, original, tokens.ids, device)
     measured = [_compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
     columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
@@ -130,21 +172,47 @@ def evaluate(
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),
         seconds=time.monotonic() - started,
-        provenance=_provenance(folder),
+        provenance=_provenance(folder, activation_bits),
+        parts=bytes_by_part(folder),
+        repetition=repetition,
+        original_repetition=original_repetition,
+        performance=performance,
+        tasks=figures,
     )
 
 
+def _loaded(
+    folder: Path, device: str, activation_bits: int = 8, *, whole: bool = False
+) -> Any | None:
+    """A model in memory: a compressed one always, an original where `whole` asks and it fits."""
+    if is_compressed(folder):
+        return load_model(folder, device, activation_bits)
+    if not whole:
+        return None
+    need, free = sum(path.stat().st_size for path in weight_files(folder)), free_bytes(device)
+    if need > FITS * free:
+        logger.warning(
+            "%s takes %s bytes and %s are free: it is not let write, timed, or given tasks.",
+            folder.name, f"{need:,}", f"{free:,}",
+        )  # fmt: skip
+        return None
+    return load_model(folder, device)
+
+
 def _predictions(
-    folder: Path, ids: Tensor, device: str, activation_bits: int = 8
+    folder: Path, model: Any | None, ids: Tensor, device: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(batch, logits [b, L, V]) of a model for every batch of sequences, in order."""
-    if not is_compressed(folder):
+    """(batch, logits [b, L, V]) of a model for every batch of sequences, in order.
+
+    Args:
+        model: the model if it is in memory; None: it is streamed from the folder.
+    """
+    if model is None or not is_compressed(folder):
         walk = Walk(Source(folder, device), ids)
         with Progress("original", total=len(walk.source.layers)) as progress:
             walk.finish(progress)
         yield from walk.logits()
         return
-    model = load_model(folder, device, activation_bits)
     step = max(1, BATCH_TOKENS // ids.shape[1])
     starts = range(0, len(ids), step)
     with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
@@ -152,6 +220,13 @@ def _predictions(
             batch = slice(start, min(start + step, len(ids)))
             yield batch, model(input_ids=ids[batch].to(device), use_cache=False).logits
             progress.advance()
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free for a model, on the GPU or in the machine."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def load_model(folder: Path, device: str = "cpu", activation_bits: int = 8) -> Any:
@@ -228,7 +303,7 @@ def _vocab_size(folder: Path) -> int:
     return int(size)
 
 
-def _provenance(folder: Path) -> dict[str, str]:
+def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
     import transformers
 
     from moepress import __version__
@@ -236,4 +311,6 @@ def _provenance(folder: Path) -> dict[str, str]:
     config = load_json(folder / "config.json").get("quantization_config") or {}
     made = {f"made_with_{k}": str(v) for k, v in config.get("provenance", {}).items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if made:
+        made["activation_bits"] = str(activation_bits)
     return {"moepress": __version__, **versions, **made}

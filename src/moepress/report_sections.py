@@ -22,9 +22,14 @@ from moepress.parts import PartBytes
 from moepress.plots import Picture, bit_map, byte_unit, heat_map, loss_curve, part_bars
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores
+from moepress.tables import evaluation_tables
 
 STEPS = 16  # budgets at which the loss curve is computed
 NUDGE = 0.1  # bits more and less whose price is told
+LOOPS = (
+    "{looping} of {generations} greedy generations end in a loop, more than the original's. "
+    "Perplexity does not show that: try a larger budget."
+)
 LISTED = 16  # experts named in the list of those that few tokens chose
 
 
@@ -152,8 +157,8 @@ def _evaluation(subject: Subject) -> Section:
             )
         )
     tables = tuple(
-        Table(tuple(row["head"]), tuple(tuple(cells) for cells in row["rows"]))
-        for row in evaluation_tables(found)
+        Table(tuple(head), tuple(map(tuple, rows)))
+        for head, rows in evaluation_tables(found)[:-1]  # bytes by part have their own section
     )
     text: tuple[str, ...] = (f"Model {found['model']}, windows of {found['length']} tokens.",)
     if found.get("ratio") is not None:
@@ -162,7 +167,14 @@ def _evaluation(subject: Subject) -> Section:
             f"Against {found['original']}: perplexity x {found['ratio']:.4f} (geometric mean over "
             f"texts), KL divergence {found['kl']:.4f} nats per token.",
         )
-    return Section(text, tables=tables)
+    warnings = (LOOPS.format(**found["repetition"]),) if _loops_more(found) else ()
+    return Section(text, warnings, tables=tables)
+
+
+def _loops_more(found: Mapping[str, Any]) -> bool:
+    """Whether the model gets stuck, and the original does less or is not known."""
+    mine, original = found["repetition"], found["original_repetition"]
+    return mine is not None and mine["looping"] > (original["looping"] if original else 0)
 
 
 def _loss(subject: Subject) -> Section:
@@ -304,21 +316,6 @@ def sections(subject: Subject) -> Iterator[tuple[str, str, Section]]:
     """(id, heading, content) of every section."""
     for key, heading, make in SECTIONS:
         yield key, heading, make(subject)
-
-
-def evaluation_tables(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tables of an evaluation: texts, and whatever else was measured."""
-    compared = found["original"] is not None
-    columns = {"text": "text", "tokens": "tokens", "perplexity": "perplexity"}
-    if compared:
-        columns |= {
-            "original_perplexity": "original",
-            "kl": "KL (nats)",
-            "kl_p99": "KL, 99th percentile",
-            "changed_top": "changed top choice",
-        }
-    rows = [[text[key] for key in columns] for text in found["texts"]]
-    return [{"head": list(columns.values()), "rows": rows}]
 
 
 def _plain(value: Any) -> str:

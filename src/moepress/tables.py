@@ -27,17 +27,58 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """What `moepress evaluate` prints."""
-    compared = result["original"] is not None
-    columns = ["text", "tokens", "perplexity"]
-    if compared:
-        columns += ["original", "KL (nats)", "KL 99 %", "changed top"]
-    keys = ["text", "tokens", "perplexity"]
-    if compared:
-        keys += ["original_perplexity", "kl", "kl_p99", "changed_top"]
     head = f"{result['model']}: {result['folder_bytes']:,} bytes"
-    if compared:
+    if result["original"] is not None:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
-    return head + "\n" + table(columns, ([text[key] for key in keys] for text in result["texts"]))
+    return "\n".join([head, *(table(*drawn) for drawn in evaluation_tables(result))])
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[tuple[Sequence[str], list[list[Any]]]]:
+    """Heads and rows of an evaluation's tables: texts, and whatever else was measured."""
+    columns = {"text": "text", "tokens": "tokens", "perplexity": "perplexity"}
+    if result["original"] is not None:
+        columns |= {
+            "original_perplexity": "original",
+            "kl": "KL (nats)",
+            "kl_p99": "KL 99 %",
+            "changed_top": "changed top",
+        }
+    rows = [[text[key] for key in columns] for text in result["texts"]]
+    tables: list[tuple[Sequence[str], list[list[Any]]]] = [(tuple(columns.values()), rows)]
+    if result["tasks"]:
+        rows = [
+            [task, figure.removesuffix(",none"), value, figures.get(_error_of(figure))]
+            for task, figures in result["tasks"].items()
+            for figure, value in figures.items()
+            if "_stderr" not in figure
+        ]
+        tables.append((("task", "figure", "value", "standard error"), rows))
+    loops = [
+        [name, found["looping"], found["generations"]]
+        for name, key in (("this model", "repetition"), ("original", "original_repetition"))
+        if (found := result[key]) is not None
+    ]
+    if loops:
+        tables.append((("greedy generations", "ending in a loop", "of"), loops))
+    if (speed := result["performance"]) is not None:
+        rows = [
+            [f"prefill, tokens/s ({speed['prefill_tokens']} tokens)",
+             speed["prefill_tokens_per_second"]],
+            [f"decode, tokens/s ({speed['decode_tokens']} tokens)",
+             speed["decode_tokens_per_second"]],
+            ["peak memory, bytes", speed["peak_bytes"]],
+            ["threads", speed["threads"]],
+        ]  # fmt: skip
+        tables.append(((f"on {speed['device']}", ""), rows))
+    sizes = [[part, size["original"], size["stored"]] for part, size in result["parts"].items()]
+    tables.append((("part", "original bytes", "stored bytes"), sizes))
+    return tables
+
+
+def _error_of(figure: str) -> str:
+    """lm-eval's name for the standard error of a figure."""
+    name, _, kind = figure.partition(",")
+    return f"{name}_stderr,{kind}"
 
 
 def nested_table(result: Mapping[str, Any]) -> str:
