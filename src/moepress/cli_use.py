@@ -13,11 +13,12 @@ Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
 Scores = Annotated[
     Path | None, typer.Option(help="Scores of its plan, if they are not in the folder.")
 ]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one for each core.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Make the functions of this module commands of the command line."""
-    for command in (generate, report, plot):
+    for command in (generate, chat, serve, report, plot):
         app.command()(command)
 
 
@@ -38,6 +39,56 @@ def generate(
         model, prompt, tokens=tokens, device=checked_device(device), activation_bits=activation_bits
     )
     typer.echo(text)
+
+
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue what is typed; for models that do not chat.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest; default: the model's settings.")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+) -> None:
+    """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
+
+    Example: moepress chat mixtral-2.5bit --temperature 0.7
+    """
+    from moepress.chat import chat as run
+
+    run(
+        folder,
+        system=system,
+        raw=raw,
+        tokens=tokens,
+        temperature=temperature,
+        threads=threads,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+    )
+
+
+def serve(
+    folder: Annotated[str, typer.Argument(help="Compressed folder; clients name the model so.")],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: to every network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port.")] = 8000,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Serve a model to any OpenAI client (moepress[serve]): transformers' server, our kernels.
+
+    Example: moepress serve mixtral-2.5bit --port 8000
+    """
+    from moepress.serve import serve as run
+
+    run(folder, host=host, port=port, threads=threads, device=checked_device(device))
 
 
 def report(
