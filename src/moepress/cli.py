@@ -25,7 +25,6 @@ app = typer.Typer(
     name="moepress",
     help="Compress Mixture-of-Experts language models to 1.5-3 bits per expert weight.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -68,17 +67,26 @@ def compress(
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Without a budget: print JSON.")] = False,
 ) -> None:
     """Compress a model: score, allocate, quantize. Run again to continue a stopped run.
+
+    Without a budget: score, then show what each budget costs and what fits in this machine.
 
     Example: moepress compress Mixtral-8x7B-v0.1 mixtral-2.5bit --bits 2.5 --calib text/
     """
     from moepress.compress import compress as run
+    from moepress.propose import propose
+    from moepress.tables import proposal_table
 
     chosen = _recipe(
         recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed
     )
-    typer.echo(run(model, out, chosen, device=checked_device(device)))
+    if chosen.has_budget:
+        typer.echo(run(model, out, chosen, device=checked_device(device)))
+        return
+    found = propose(model, out, chosen, device=checked_device(device))
+    show(found.to_dict(), as_json, proposal_table)
 
 
 @app.command()
