@@ -34,7 +34,7 @@ from moepress.errors import InputError
 from moepress.evaluate import evaluate
 from moepress.parts import ROUTED, bytes_by_part
 from moepress.plots import BIT_COLOURS, LABELLED, Panel, Picture, bit_map, heat_map, loss_curve
-from moepress.report import plot, read_subject, render
+from moepress.report import plot, read_subject
 from moepress.report_sections import NUDGE, SECTIONS, Section, Subject, sections
 from moepress.score import ExpertScores
 
@@ -200,22 +200,52 @@ def test_pictures_are_written(folder: Path, tmp_path: Path, form: str) -> None:
             assert min(mpl_image.imread(path).shape[:2]) > 200
 
 
-def test_pages_escape_names_and_find_few_tokens() -> None:
+def section_of(subject: Subject, wanted: str) -> Section:
+    return next(make for key, _, make in SECTIONS if key == wanted)(subject)
+
+
+def test_experts_that_few_tokens_chose_are_named() -> None:
     subject = synthetic.subject(4, 8)
     tokens = subject.scores.tokens.copy()
     tokens[2, 5] = 3
     few = dataclasses.replace(subject, scores=dataclasses.replace(subject.scores, tokens=tokens))
-    page = render(few)
-    assert "<synthetic>" not in page and "&lt;synthetic&gt;" in page
-    coverage = {key: section for key, _, section in sections(few)}["coverage"]
+    coverage = section_of(few, "coverage")
     assert (3, 5, 3) in [row[:3] for row in coverage.tables[0].rows]
     unused = int((tokens == 0).sum())
     assert coverage.warnings and f"{unused} of them by none" in coverage.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("mine", "original", "says"),
+    [
+        (11, 9, None),  # chance
+        (14, 3, "3 of the original's"),
+        (3, 14, None),
+        (0, 0, None),
+        (16, 16, None),
+        (12, None, "--against the original"),
+        (2, None, None),
+        (None, None, None),
+    ],
+)
+def test_loops_are_warned_of_beyond_chance(
+    mine: int | None, original: int | None, says: str | None
+) -> None:
+    loops = [None if c is None else {"looping": c, "generations": 16} for c in (mine, original)]
+    found = {
+        "kind": "evaluation", "model": "m", "original": None, "length": 32, "texts": [],
+        "tasks": None, "performance": None, "parts": {},
+        "repetition": loops[0], "original_repetition": loops[1],
+    }  # fmt: skip
+    plan = synthetic.subject(2, 4).plan
+    warnings = section_of(Subject("m", plan, evaluation=found), "evaluation").warnings
+    assert len(warnings) == (says is not None)
+    assert says is None or (says in warnings[0] and f"{mine} of 16" in warnings[0])
+
+
 def test_the_price_of_a_tenth_of_a_bit_is_what_allocate_says() -> None:
     subject = synthetic.subject(4, 8)
-    (loss,) = (section for key, _, section in sections(subject) if key == "loss")
+    loss = section_of(subject, "loss")
     for step, word in ((NUDGE, "more"), (-NUDGE, "less")):
         other = allocate(subject.scores, bits=subject.plan.average_bits + step)
         change = other.predicted_loss / subject.plan.predicted_loss - 1

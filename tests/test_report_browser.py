@@ -96,7 +96,8 @@ def middle_of(browser: Any, element: Any, row: int, column: int, subject: Subjec
 
 
 def test_drawn_whole_small_and_silent(opened: tuple[Any, Subject, Path]) -> None:
-    browser, _, path = opened
+    browser, subject, path = opened
+    assert browser.find_element(By.TAG_NAME, "h1").text == subject.name  # "<" in it, escaped
     assert path.stat().st_size < 5e6
     drawn = browser.execute_script(
         "return [...document.images].map(i => [i.complete, i.naturalWidth, i.alt.length])"

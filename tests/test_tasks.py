@@ -12,7 +12,7 @@ import pytest
 from moepress import evaluate
 from moepress.compress import compress
 from moepress.errors import InputError
-from moepress.report_sections import Subject, sections
+from moepress.report_sections import SECTIONS, Subject
 from moepress.tables import evaluation_table
 from moepress.tasks import find_tasks, task_names
 
@@ -87,7 +87,7 @@ def test_figures_are_those_of_lm_eval(
 
     subject = synthetic.subject(2, 4)
     shown = Subject(subject.name, subject.plan, evaluation=ours.to_dict())
-    (section,) = (s for key, _, s in sections(shown) if key == "evaluation")
+    section = next(make for key, _, make in SECTIONS if key == "evaluation")(shown)
     assert ("adds", "acc", figures["acc,none"], figures["acc_stderr,none"]) in section.tables[
         1
     ].rows
