@@ -309,6 +309,16 @@ def test_heat_maps_are_lighter_for_more_and_grey_for_unknown() -> None:
     assert np.ptp(grey) < 0.01 and "from 1 to 19" in picture.about
 
 
+def test_cells_say_their_value_in_few_characters() -> None:
+    values = np.array([[270.4, 27.04, 2.704, 0.2704], [0.02704, 0.0, 3.0, np.nan]])
+    shown = heat_map("x", "X", {"x": values}, (0, 1), "things")
+    texts = [text.get_text() for text in shown.figure.axes[0].texts]
+    assert texts == ["270", "27", "2.7", ".27", ".027", "0", "3"]
+    small = heat_map("x", "X", {"x": values[:1] * 1e-6}, (0,), "things")
+    assert [text.get_text() for text in small.figure.axes[0].texts] == texts[:4]
+    assert "10⁻⁶" in small.about
+
+
 def test_points_of_the_curve_lie_where_their_panel_says() -> None:
     subject = synthetic.subject(4, 8)
     picture = loss_curve(subject.frontier, subject.plan)

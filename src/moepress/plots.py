@@ -34,8 +34,8 @@ Floats = npt.NDArray[np.float64]
 
 WIDTH = 10.0  # inches
 DPI = 200  # of a PNG
-SIDE_BY_SIDE = 32  # experts of a layer up to which two maps stand beside each other
 LABELLED = 512  # experts of a map up to which each cell has its value written in it
+LINE = 128  # characters that fit side by side into a picture
 LOG_SPREAD = 20  # most over least from which colours are spread by the logarithm
 NEVER = "#d9d9d9"  # an expert without a value
 # Fewer bits, lighter; one colour for each width, so that maps of different models can be compared.
@@ -97,7 +97,7 @@ def bit_map(plan: BitAllocation) -> Picture:
         for column, name in enumerate(PROJECTIONS)
     }
     with rc_context(STYLE):
-        figure, axes = _grids(maps, plan.layers, colours, norm, "{:.0f}", extra=0.4)
+        figure, axes = _grids(maps, plan.layers, colours, norm, 1, extra=0.4)
         figure.suptitle(BIT_MAP)
         handles = [
             Patch(facecolor=BIT_COLOURS[bits], label=f"{bits} bit{'s' * (bits > 1)} ({share:.1%})")
@@ -128,7 +128,7 @@ def heat_map(
     norm, scale = _norm(values)
     colours = colormaps["cividis"].with_extremes(bad=NEVER)
     with rc_context(STYLE):
-        figure, axes = _grids(maps, layers, colours, norm, "{:.2g}", extra=0.6)
+        figure, axes = _grids(maps, layers, colours, norm, 4, extra=0.6)
         figure.suptitle(title)
         drawn = axes[0].collections[0] if axes[0].collections else axes[0].images[0]
         bar = figure.colorbar(drawn, ax=axes, location="bottom", aspect=60, pad=0.02)
@@ -262,22 +262,25 @@ def _grids(
     layers: Sequence[int],
     colours: Colormap,
     norm: Normalize,
-    text: str,
+    characters: int,
     extra: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with one grid of layers x experts for each map, beside or above each other."""
+    """A figure with one grid of layers x experts for each map, beside or above each other.
+
+    Args:
+        characters: that a value takes at most, written out.
+    """
     rows, experts = next(iter(maps.values())).shape
-    columns = len(maps) if experts <= SIDE_BY_SIDE else 1
+    labelled = rows * experts <= LABELLED and experts * characters <= LINE
+    columns = len(maps) if 2 * len(maps) * experts * characters <= LINE else 1
     lines = -(-len(maps) // columns)
-    height = lines * (
-        0.7 + min(4.5, max(1.0, rows * (0.3 if rows * experts <= LABELLED else 0.12)))
-    )
+    height = lines * (0.7 + min(4.5, max(1.0, rows * (0.3 if labelled else 0.12))))
     figure = Figure(figsize=(WIDTH, height + extra), layout="constrained")
     axes = [*figure.subplots(lines, columns, squeeze=False).flat]
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         if len(maps) > 1:
             ax.set_title(title)
-        if rows * experts <= LABELLED:
+        if labelled:
             edges = np.arange(experts + 1) - 0.5, np.arange(rows + 1) - 0.5
             ax.pcolormesh(
                 *edges,
@@ -294,7 +297,7 @@ def _grids(
                     ax.text(
                         expert,
                         row,
-                        text.format(value),
+                        _short(value),
                         ha="center",
                         va="center",
                         color="white" if dark else "black",
@@ -314,6 +317,13 @@ def _grids(
         ax.yaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
         ax.yaxis.set_major_formatter(FuncFormatter(_layer_name(layers)))
     return figure, axes
+
+
+def _short(value: float) -> str:
+    """Two digits or more of a number below 1000, in at most four characters."""
+    if value == int(value) or value >= 10:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}".removeprefix("0")[:4]
 
 
 def _layer_name(layers: Sequence[int]) -> Any:
