@@ -133,6 +133,19 @@ void experts() {
     expect(result == kOk || result == kBadCodec || result == kBadBytes, "experts: wrong result");
 }
 
+void drop() {
+    const int64_t tokens = pick(0, 9), k = pick(0, 8), count = pick(0, 5);
+    Buffer<int64_t> index(tokens * k), ranked(tokens * k);
+    for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
+    Buffer<float> weight = random_floats(tokens * k), thresholds = random_floats(k);
+    Buffer<float> kept(tokens * k);
+    Buffer<uint8_t> keep = random_bytes(tokens), dropped(tokens * k);
+    const int32_t result = moepress_drop(
+        index.get(), weight.get(), tokens, k, count, thresholds.get(), int(pick(0, 1)),
+        pick(0, 1) ? keep.get() : nullptr, ranked.get(), kept.get(), dropped.get());
+    expect(result == kOk, "drop: wrong result");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -145,6 +158,7 @@ int main(int, char** arguments) {
             linear();
             embedding();
             experts();
+            drop();
         }
         std::printf("%s: %d rounds\n", name.c_str(), done);
     }

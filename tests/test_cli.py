@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moepress import cli
+from moepress.checkpoint import DROP_COSTS
 from moepress.compress import compress
 from moepress.recipe import Recipe
 from moepress.tables import table
@@ -80,6 +81,19 @@ def test_stages_then_inspect_evaluate_generate(
     for bits in (8, 16):
         arguments = ["generate", whole, "def f1(x):", "--tokens", 3, "--activation-bits", bits]
         assert ok(*arguments).startswith("def f1(x):")
+
+    arguments = ["evaluate", whole, "--text", text_file, "--limit", 3, "--length", 64, "--json"]
+    pruned = json.loads(ok(*arguments, "--prune", 0.3))["pruning"]
+    assert sum(pruned["tokens"]) == 2 * 3 * 64 and pruned["share"] == pytest.approx(0.3, abs=0.1)
+    assert json.loads(ok(*arguments))["pruning"] is None
+    assert ok("prune", whole, "paper", "--protect", 0).splitlines()[-1] == str(whole)
+    assert json.loads(ok(*arguments))["pruning"]["protected"] == [0, 0]
+    assert json.loads(ok("inspect", whole, "--json"))["pruning"]["renormalise"] is True
+    assert "of the chosen experts skipped" in ok(*arguments[:-1])
+    assert json.loads(ok(*arguments, "--prune", 0))["pruning"]["share"] == 0
+    ok("prune", whole, 0)
+    assert json.loads(ok("inspect", whole / DROP_COSTS, "--json"))["kind"] == "drop costs"
+
     code, _, err = run(monkeypatch, capsys, "generate", whole, "x", "--activation-bits", 4)
     assert code == 2 and "activation_bits is 4. Expected one of [8, 16]" in err
 
@@ -91,12 +105,15 @@ def test_calibrate_writes_what_inspect_reads(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    out = tmp_path / "routing.json"
+    out = tmp_path / "routing.safetensors"
     arguments = ["calibrate", model_folder(), out, "--calib", text_file]
     code, text, _ = run(monkeypatch, capsys, *arguments, "--sequences", 6, "--sequence-length", 32)
     assert code == 0 and text.splitlines()[-1] == str(out)
     code, text, _ = run(monkeypatch, capsys, "inspect", out, "--json")
-    assert json.loads(text)["calibration_tokens"] == 6 * 32
+    described = json.loads(text)
+    assert described["calibration_tokens"] == 6 * 32
+    costs = described["pruning"]["predicted_cost_by_share_dropped"]
+    assert list(costs.values()) == sorted(costs.values()) and costs["0.05"] > 0
 
 
 @pytest.mark.parametrize(
@@ -113,6 +130,9 @@ def test_calibrate_writes_what_inspect_reads(
         (["compress", "MODEL", "out", "--bits", "2", "--device", "cuda:9"], "not available"),
         (["inspect", "nothing-here"], "Cannot inspect"),
         (["generate", "MODEL", ""], "prompt"),
+        (["generate", "MODEL", "x", "--prune", "0.15"], "has no moepress_drop_costs"),
+        (["generate", "MODEL", "x", "--prune", "some"], "Pruning 'some' is not understood"),
+        (["prune", "MODEL", "0.15"], "not a folder made by moepress"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

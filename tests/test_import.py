@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("allocate", "calibrate", "compress", "evaluate", "quantize", "report", "score")
+VERBS = (
+    "allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "report", "score",
+)  # fmt: skip
 REGISTERED = "from transformers.quantizers import auto; print(auto.REGISTERED)"
 STAND_IN = """
 import sys, types
@@ -108,7 +110,9 @@ def test_public_names() -> None:
 
     assert issubclass(mp.InputError, mp.MoepressError)
     assert mp.Recipe().group_size == 128
-    others = {"Recipe", "InputError", "MoepressError", "__version__", "set_activation_bits"}
+    others = {
+        "InputError", "MoepressError", "Pruning", "Recipe", "__version__", "set_activation_bits",
+    }  # fmt: skip
     assert {*VERBS, *others} == set(mp.__all__)
     assert set(mp.__all__) <= set(dir(mp))
     with pytest.raises(AttributeError, match="no attribute 'comprss'"):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from moepress.errors import MoepressError as MoepressError
     from moepress.evaluate import evaluate as evaluate
     from moepress.modules import set_activation_bits as set_activation_bits
+    from moepress.prune import Pruning as Pruning
+    from moepress.prune import prune as prune
     from moepress.quantize import quantize as quantize
     from moepress.recipe import Recipe as Recipe
     from moepress.report import report as report
@@ -35,10 +37,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_VERBS = ("allocate", "calibrate", "compress", "evaluate", "quantize", "report", "score")
+_VERBS = ("allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "report", "score")
 _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
     "InputError": "moepress.errors",
     "MoepressError": "moepress.errors",
+    "Pruning": "moepress.prune",
     "Recipe": "moepress.recipe",
     "set_activation_bits": "moepress.modules",
 }

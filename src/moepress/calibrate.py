@@ -1,5 +1,7 @@
 """How often each expert is chosen, and with what weight: phi and w of arXiv:2410.06270, eq. 3.
 
+What dropping experts from tokens would cost is measured on the way (drop_costs.py).
+
 Also which tokens an expert's Hessian is made of: its own, and where they are few, others of its
 layer, so that no direction of its input is free to be rounded at will.
 """
@@ -7,6 +9,7 @@ layer, so that no direction of its input is free to be rounded at will.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,16 @@ import torch
 from torch import Tensor
 
 from moepress import data
-from moepress.checkpoint import load_json, load_tensors, save_json, save_tensors
+from moepress.checkpoint import load_tensors, read_about, save_tensors
+from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError
 from moepress.progress import Progress
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.source import Source
 from moepress.walk import Routed, Walk
 
+KIND = "moepress calibration"
+ARRAYS = ("tokens", "routing_weight")
 TEXT = "text.safetensors"  # calibration sequences, in the folder of unfinished work
 # What a borrowed token counts beside a token of the expert's own. It is not what the expert will
 # see; it only has to keep unseen directions from costing nothing.
@@ -39,6 +45,7 @@ class Calibration:
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of their routing weights
     total_tokens: int  # N
     token_floor: int  # below this an expert's Hessian borrows tokens
+    drop_costs: DropCosts  # of the original model
     provenance: Mapping[str, str]
 
     @property
@@ -60,23 +67,32 @@ class Calibration:
         ]
 
     def save(self, path: Path) -> None:
-        fields = {**vars(self), "tokens": self.tokens.tolist(), "kind": "calibration"}
-        fields["routing_weight"] = self.routing_weight.tolist()
-        save_json(path, fields)
+        """Write one safetensors file: arrays as tensors, the rest as JSON in its metadata."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
+        rest = {k: v for k, v in vars(self).items() if k not in ARRAYS}
+        rest["drop_costs"] = self.drop_costs.rest()
+        about = json.dumps({"kind": KIND, **rest}, sort_keys=True)
+        save_tensors(path, arrays | self.drop_costs.arrays(), about)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        fields = load_json(path)
-        if not isinstance(fields, dict) or fields.pop("kind", None) != "calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or no calibration.
+        """
+        arrays = load_tensors(path)
+        fields = json.loads(read_about(path) or "{}")
+        if fields.pop("kind", None) != KIND:
             raise CheckpointError(f"{path} is not a calibration made by `moepress calibrate`.")
         fields["layers"] = tuple(fields["layers"])
-        fields["tokens"] = np.array(fields["tokens"], dtype=np.int64)
-        fields["routing_weight"] = np.array(fields["routing_weight"], dtype=np.float64)
+        fields["drop_costs"] = DropCosts.of(arrays, fields["drop_costs"])
+        fields |= {name: arrays[name].numpy() for name in ARRAYS}
         return cls(**fields)
 
 
 def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:
-    """Run the calibration text through the model and count what the routers choose.
+    """Run the calibration text through the model: what the routers choose, what dropping costs.
 
     Args:
         source: the original model, its folder, or its hub id.
@@ -85,28 +101,42 @@ def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:
     source = source if isinstance(source, Source) else Source(source)
     ids = calibration_ids(source, recipe)
     walk = Walk(source, ids)
-    tokens, weights = [], []
+    rows = {}
     with Progress("calibrate", total=len(source.layers)) as progress:
         for layer in range(len(source.layers)):
             progress.update(layer=layer)
             with source.loaded(source.layer_path(layer)):
-                output = None
                 if layer in source.experts:
-                    routed = walk.route(layer)
-                    output = walk.experts_output(layer, routed)
-                    counts, weight = routing_statistics(routed, source.experts[layer].experts)
-                    tokens.append(counts.numpy())
-                    weights.append(weight.numpy())
-                walk.advance(layer, output)
+                    rows[layer] = calibrate_layer(walk, layer, recipe)
+                else:
+                    walk.advance(layer, None)
             progress.advance()
+    provenance = identity(source, recipe, ids)
     return Calibration(
-        layers=tuple(source.experts),
-        tokens=np.stack(tokens),
-        routing_weight=np.stack(weights),
+        layers=tuple(rows),
+        tokens=np.stack([row["tokens"].numpy() for row in rows.values()]),
+        routing_weight=np.stack([row["routing_weight"].numpy() for row in rows.values()]),
         total_tokens=ids.numel(),
         token_floor=recipe.token_floor,
-        provenance=identity(source, recipe, ids),
+        drop_costs=DropCosts.of_layers(rows, provenance),
+        provenance=provenance,
     )
+
+
+def calibrate_layer(walk: Walk, layer: int, recipe: Recipe) -> dict[str, Tensor]:
+    """Statistics of one loaded layer with experts; brings the walk through it."""
+    experts = walk.source.experts[layer].experts
+    routed = walk.route(layer)
+    tokens, weight = routing_statistics(routed, experts)
+    meter = DropMeter(routed, experts, drop_seed(recipe, layer))
+    energy = walk.advance(layer, walk.experts_output(layer, routed, meter.add))
+    drops = meter.result(energy / walk.ids.numel())
+    return {"tokens": tokens, "routing_weight": weight, **drops}
+
+
+def drop_seed(recipe: Recipe, layer: int) -> int:
+    """Seed of the sample of a layer's tokens on which dropping experts is measured."""
+    return recipe.seed * 1_000_003 + layer
 
 
 def routing_statistics(routed: Routed, experts: int) -> tuple[Tensor, Tensor]:

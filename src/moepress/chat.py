@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from moepress.errors import InputError
 from moepress.evaluate import load_model
+from moepress.prune import Pruning, Strength
 
 HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."
 PROMPT = "> "
@@ -196,6 +197,7 @@ def chat(
     threads: int | None = None,
     device: str = "cpu",
     activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
     turns: Iterable[str] | None = None,
 ) -> None:
     """Read turns and write answers to stdout until the turns end; the rest goes to stderr.
@@ -205,6 +207,7 @@ def chat(
         system, raw, tokens, temperature: see `Conversation`.
         threads: CPU threads; None: as torch has it.
         activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
         turns: what the user says; None: what is typed.
 
     Raises:
@@ -216,7 +219,7 @@ def chat(
     set_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_options(tokenizer, system, raw, tokens, temperature)
-    model = load_model(folder, device, activation_bits)
+    model = load_model(folder, device, activation_bits, pruning)
     conversation = Conversation(
         model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature
     )

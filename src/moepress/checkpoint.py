@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
+DROP_COSTS = "moepress_drop_costs.safetensors"
 EVALUATION = "moepress_evaluation.json"  # these two may be added later: no part of the model
 REPORT = "moepress_report.html"
 INDEX = "model.safetensors.index.json"

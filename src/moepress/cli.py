@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moepress import cli_use
-from moepress.cli_options import ActivationBits, AsJson, Device, checked_device, show
+from moepress.cli_options import (
+    ActivationBits,
+    AsJson,
+    Device,
+    Prune,
+    checked_device,
+    pruning,
+    show,
+)
 
 if TYPE_CHECKING:
     from moepress.recipe import Recipe
@@ -92,7 +100,7 @@ def compress(
 @app.command()
 def calibrate(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
     recipe: RecipeName = "default",
     calib: Calib = None,
     sequences: Sequences = None,
@@ -100,9 +108,9 @@ def calibrate(
     device: Device = "cpu",
     seed: Seed = None,
 ) -> None:
-    """Count which experts the text chooses, and with what weight.
+    """Measure which experts the text chooses, with what weight, and what skipping them costs.
 
-    Example: moepress calibrate Mixtral-8x7B-v0.1 routing.json --calib text/
+    Example: moepress calibrate Mixtral-8x7B-v0.1 routing.safetensors --calib text/
     """
     from moepress.calibrate import calibrate as run
     from moepress.source import Source
@@ -211,6 +219,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
     ] = None,
+    prune: Prune = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
@@ -234,6 +243,7 @@ def evaluate(
         include_path=include_path,
         task_limit=task_limit,
         run_code=run_code,
+        pruning=pruning(prune),
     )
     if out is not None:
         result.save(out)
@@ -253,6 +263,30 @@ def inspect(
     from moepress.tables import nested_table
 
     show(run(path), as_json, nested_table)
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Compressed folder, changed in place.")],
+    strength: Annotated[
+        str,
+        typer.Argument(
+            help="Share of the chosen experts to skip (0.15), paper, a .json file, or 0 for none."
+        ),
+    ],
+    protect: Annotated[
+        float | None,
+        typer.Option(help="Share of a prompt's tokens that keep all experts; 0.02 by default."),
+    ] = None,
+) -> None:
+    """Have a compressed folder skip experts whenever it is opened, by any program.
+
+    Example: moepress prune mixtral-2.5bit 0.15
+    """
+    from moepress.prune import parse_strength, set_pruning
+
+    set_pruning(model, parse_strength(strength), protect)
+    typer.echo(model)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moepress.cli_options import ActivationBits, Device, checked_device
+from moepress.cli_options import ActivationBits, Device, Prune, checked_device, pruning
 
 Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
 Scores = Annotated[
@@ -28,6 +28,7 @@ def generate(
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    prune: Prune = None,
 ) -> None:
     """Continue a text, greedily.
 
@@ -36,7 +37,12 @@ def generate(
     from moepress.generate import generate as run
 
     text = run(
-        model, prompt, tokens=tokens, device=checked_device(device), activation_bits=activation_bits
+        model,
+        prompt,
+        tokens=tokens,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
     )
     typer.echo(text)
 
@@ -54,6 +60,7 @@ def chat(
     threads: Threads = None,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    prune: Prune = None,
 ) -> None:
     """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
 
@@ -70,6 +77,7 @@ def chat(
         threads=threads,
         device=checked_device(device),
         activation_bits=activation_bits,
+        pruning=pruning(prune),
     )
 
 

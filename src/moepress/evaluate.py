@@ -28,6 +28,7 @@ from moepress.modules import set_activation_bits
 from moepress.parts import PartBytes, bytes_by_part
 from moepress.performance import Performance, forget_peak, measure_performance
 from moepress.progress import Progress
+from moepress.prune import Pruning, Strength, count_dropped, prune
 from moepress.repetition import Repetition, measure_repetition, prompts_of
 from moepress.source import Source, resolve, weight_files
 from moepress.tasks import find_tasks, run_tasks
@@ -75,6 +76,7 @@ class Evaluation:
     original_repetition: Repetition | None = None
     performance: Performance | None = None
     tasks: Mapping[str, Mapping[str, float]] | None = None  # figures by task, named by lm-eval
+    pruning: Mapping[str, Any] | None = None  # PruningStatistics, if experts were skipped
 
     @property
     def kl(self) -> float | None:
@@ -111,6 +113,7 @@ def evaluate(
     include_path: str | Path | None = None,
     task_limit: int | None = None,
     run_code: bool = False,
+    pruning: Strength | Pruning | None = None,
 ) -> Evaluation:
     """Perplexity of a model on texts, and its divergence from another.
 
@@ -126,6 +129,7 @@ def evaluate(
             the original does the same if it fits in memory.
         speed: whether to measure tokens per second and memory.
         tasks, include_path, task_limit, run_code: zero-shot tasks by name, see `tasks.py`.
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
 
     Raises:
         InputError: a model, text or task cannot be used.
@@ -137,13 +141,19 @@ def evaluate(
     if not texts:
         raise InputError("No text to evaluate on. Give at least one file or text source.")
     folder = resolve(model)
+    if pruning is not None and not is_compressed(folder):
+        raise InputError(
+            f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
+            "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     data.check_vocab(tokens, _vocab_size(folder))
     found = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))
-    loaded = _loaded(folder, device, activation_bits, whole=bool(generations or speed or tasks))
+    whole = bool(generations or speed or tasks)
+    loaded = _loaded(folder, device, activation_bits, pruning, whole=whole)
     performance = repetition = original_repetition = figures = None
     if loaded is not None and speed:
         performance = measure_performance(loaded, tokens.ids[0])
@@ -151,6 +161,7 @@ def evaluate(
         repetition = measure_repetition(loaded, prompts)
     if loaded is not None and found is not None:
         figures = run_tasks(loaded, tokenizer, found, limit=task_limit, run_code=run_code)
+    pruned = count_dropped(loaded) if is_compressed(folder) else None
     predictions = _predictions(folder, loaded, tokens.ids, device)
     reference = None
     if against is not None:
@@ -178,15 +189,21 @@ def evaluate(
         original_repetition=original_repetition,
         performance=performance,
         tasks=figures,
+        pruning=None if pruned is None else pruned.statistics().to_dict(),
     )
 
 
 def _loaded(
-    folder: Path, device: str, activation_bits: int = 8, *, whole: bool = False
+    folder: Path,
+    device: str,
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+    *,
+    whole: bool = False,
 ) -> Any | None:
     """A model in memory: a compressed one always, an original where `whole` asks and it fits."""
     if is_compressed(folder):
-        return load_model(folder, device, activation_bits)
+        return load_model(folder, device, activation_bits, pruning)
     if not whole:
         return None
     need, free = sum(path.stat().st_size for path in weight_files(folder)), free_bytes(device)
@@ -218,7 +235,7 @@ def _predictions(
     with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
         for start in starts:
             batch = slice(start, min(start + step, len(ids)))
-            yield batch, model(input_ids=ids[batch].to(device), use_cache=False).logits
+            yield batch, model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             progress.advance()
 
 
@@ -229,8 +246,17 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def load_model(folder: Path, device: str = "cpu", activation_bits: int = 8) -> Any:
-    """A folder as a transformers model; a compressed one stays packed in memory."""
+def load_model(
+    folder: Path,
+    device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+) -> Any:
+    """A folder as a transformers model; a compressed one stays packed in memory.
+
+    Args:
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
+    """
     from transformers import AutoModelForCausalLM
 
     from moepress import hf
@@ -239,6 +265,8 @@ def load_model(folder: Path, device: str = "cpu", activation_bits: int = 8) -> A
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
+    if pruning is not None:
+        prune(model, pruning)
     return model
 
 

@@ -8,6 +8,7 @@ import torch
 
 from moepress.errors import InputError
 from moepress.evaluate import load_model
+from moepress.prune import Pruning, Strength
 
 
 def generate(
@@ -17,6 +18,7 @@ def generate(
     tokens: int = 64,
     device: str = "cpu",
     activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
 ) -> str:
     """The prompt and its greedy continuation.
 
@@ -25,13 +27,14 @@ def generate(
         prompt: any text, not empty.
         tokens: new tokens at most.
         activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
     """
     from transformers import AutoTokenizer
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = Path(folder)
-    model = load_model(folder, device, activation_bits)
+    model = load_model(folder, device, activation_bits, pruning)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode():

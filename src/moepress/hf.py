@@ -30,6 +30,7 @@ from moepress.codec import PackedSpec
 from moepress.errors import CheckpointError, InputError
 from moepress.kernels.reference import ACTIVATIONS
 from moepress.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moepress.prune import Pruning, prune
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -41,6 +42,7 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         modules: parameter path to {"bits": one digit per matrix, "group_size": G}.
         format_version: of the byte layout.
         provenance: how the folder was made; carried along, never read.
+        pruning: which experts tokens skip whenever the model runs (`Pruning.to_json`); None: none.
         quant_method: "moepress".
 
     Raises:
@@ -52,6 +54,7 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         modules: Mapping[str, Mapping[str, str | int]],
         format_version: int = FORMAT_VERSION,
         provenance: Mapping[str, Any] | None = None,
+        pruning: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -72,6 +75,8 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         self.modules = {path: dict(fields) for path, fields in modules.items()}
         self.provenance = dict(provenance or {})
         self.specs()  # refuses damaged entries
+        if pruning is not None:  # no field where there is none: older files stay as they are
+            self.pruning = Pruning.from_json(pruning).to_json()
 
     def specs(self) -> dict[str, PackedSpec]:
         """How each packed parameter is stored, by parameter path."""
@@ -97,6 +102,12 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             sizes = {prefix + path: model.get_parameter(path).numel() for path in sorted(stored)}
             check_files(checkpoint_files, sizes)
             read_ahead(checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        pruning = getattr(self.quantization_config, "pruning", None)
+        if pruning is not None:
+            prune(model, Pruning.from_json(pruning))
+        return model
 
     def is_serializable(self) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moepress.allocate import BitAllocation
+from moepress.calibrate import KIND as CALIBRATION
 from moepress.calibrate import Calibration
 from moepress.checkpoint import (
     PLAN,
@@ -17,13 +19,19 @@ from moepress.checkpoint import (
     is_compressed,
     load_json,
     packed_specs,
+    read_about,
     tensor_bytes,
 )
+from moepress.drop_costs import KIND as DROP_COSTS
+from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.layout import every_name
 from moepress.parts import bytes_by_part
 from moepress.score import ExpertScores
 from moepress.source import Source, weight_files
+from moepress.thresholds import cheapest, medians
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the chosen experts, for which costs are shown
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -39,14 +47,23 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return _folder(path) if is_compressed(path) else _original(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return _scores(ExpertScores.load(path))
+        return _tensors(path)
     if path.suffix == ".json" and path.is_file():
-        kind = load_json(path).get("kind")
-        return _calibration(path) if kind == "calibration" else _plan(BitAllocation.load(path))
+        return _plan(BitAllocation.load(path))
     raise InputError(
         f"Cannot inspect {path}. Expected a model folder, or a .safetensors or .json file made by "
         "moepress score, calibrate or allocate."
     )
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """A file of arrays: what it says of itself tells which."""
+    kind = json.loads(read_about(path) or "{}").get("kind")
+    if kind == CALIBRATION:
+        return _calibration(Calibration.load(path))
+    if kind == DROP_COSTS:
+        return {"kind": "drop costs"} | _drop_costs(DropCosts.load(path))
+    return _scores(ExpertScores.load(path))
 
 
 def _folder(folder: Path) -> dict[str, Any]:
@@ -57,6 +74,7 @@ def _folder(folder: Path) -> dict[str, Any]:
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)
     plan = BitAllocation.load(folder / PLAN)
+    config = load_json(folder / "config.json")["quantization_config"]
     return {
         "kind": "compressed model",
         "folder_bytes": folder_bytes(folder),
@@ -69,7 +87,8 @@ def _folder(folder: Path) -> dict[str, Any]:
         "average_bits": plan.average_bits,
         "expert_bits_per_weight": plan.expert_bits_per_weight,
         "bits_per_weight": plan.bits_per_weight,
-        "provenance": load_json(folder / "config.json")["quantization_config"]["provenance"],
+        "pruning": config.get("pruning"),
+        "provenance": config["provenance"],
     }
 
 
@@ -116,9 +135,22 @@ def _scores(scores: ExpertScores) -> dict[str, Any]:
     }
 
 
-def _calibration(path: Path) -> dict[str, Any]:
+def _drop_costs(costs: DropCosts) -> dict[str, Any]:
+    """What dropping experts from tokens would cost; `median_ratio` is the paper's mu."""
+    return {
+        "experts_per_token": costs.top_k,
+        "routing_weights_normalised": costs.normalised,
+        "median_ratio": [row[1:] for row in medians(costs).round(4).tolist()],
+        "predicted_cost_by_share_dropped": {
+            f"{share:.2f}": min(cheapest(costs, share, r)[1] for r in (False, True))
+            for share in SHARES
+            if share <= costs.largest_share
+        },
+    }
+
+
+def _calibration(calibration: Calibration) -> dict[str, Any]:
     """Routing statistics and coverage."""
-    calibration = Calibration.load(path)
     layers, experts = calibration.tokens.shape
     below = calibration.below_floor()
     return {
@@ -131,6 +163,7 @@ def _calibration(path: Path) -> dict[str, Any]:
         "experts_below_floor": [
             {"layer": layer, "expert": expert, "tokens": tokens} for layer, expert, tokens in below
         ],
+        "pruning": _drop_costs(calibration.drop_costs),
         "provenance": dict(calibration.provenance),
     }
 

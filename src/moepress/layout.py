@@ -7,11 +7,13 @@ whether the group size fits: the allocator's budget and the checkpoint's size bo
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import nn
 
 from moepress.architectures import linear_role
 from moepress.codec import Codec, PackedSpec, fitting_group_size
+from moepress.drop_costs import drop_bytes
 from moepress.errors import InputError
 from moepress.recipe import UNQUANTIZED, Recipe
 from moepress.source import Source
@@ -136,5 +138,11 @@ def file_bytes(source: Source, recipe: Recipe) -> int:
     entries = sum(len(name) + 75 for name in packed) + 2 * moe_layers * experts + 500
     plan = 1500 + moe_layers * (2 * experts + 75)
     scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits)))
+    drops = 900 + moe_layers * (drop_bytes(chosen_experts(source.config)) + 5)
     copied = [*source.companions(), source.folder / "config.json"]
-    return headers + index + entries + plan + scores + sum(p.stat().st_size for p in copied)
+    return headers + index + entries + plan + scores + drops + sum(p.stat().st_size for p in copied)
+
+
+def chosen_experts(config: Any) -> int:
+    """k, as the config of most families has it; where another name is used, the usual 8."""
+    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 8)

@@ -18,17 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from moepress.allocate import BitAllocation
-from moepress.calibrate import calibration_ids, identity
+from moepress.calibrate import calibration_ids, drop_seed, identity
 from moepress.checkpoint import (
+    DROP_COSTS,
     PLAN,
     finish_folder,
     is_compressed,
     load_json,
+    load_tensors,
     quantization_config,
     save_tensors,
     shard_name,
 )
 from moepress.codec import PackedSpec
+from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.kernels.reference import pack
@@ -89,9 +92,13 @@ def quantize(
         walk = Walk(source, ids)
         with Progress("quantize", total=len(layers)) as progress:
             for layer in journal.remaining(walk):
-                tensors = quantize_layer(walk, layer, plan, packed, progress)
+                tensors, drops = quantize_layer(walk, layer, plan, packed, progress)
+                if drops is not None:
+                    save_tensors(drops_file(out, layer), drops)
                 journal.commit(walk, layer, tensors)
                 progress.advance()
+    drop_costs = {layer: load_tensors(drops_file(out, layer)) for layer in source.experts}
+    DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
     finish_folder(
         out,
         source.folder / "config.json",
@@ -110,8 +117,13 @@ def quantize_layer(
     plan: BitAllocation,
     packed: Mapping[str, PackedSpec],
     progress: Progress,
-) -> dict[str, Tensor]:
-    """Round one loaded layer, bring the walk through it, and return its stored tensors."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Round one loaded layer and bring the walk through it.
+
+    Returns:
+        Its stored tensors, and what dropping its rounded experts from tokens would cost, on the
+        states that the compressed model has; None for a layer without routed experts.
+    """
     source = walk.source
     prefix = source.layer_path(layer)
     progress.update(layer=layer, note="attention and dense linears")
@@ -121,11 +133,12 @@ def quantize_layer(
             tensors[name] = source.current(name).to("cpu")
     if layer not in source.experts:
         walk.advance(layer, None)
-        return tensors
+        return tensors, None
     experts = source.experts[layer]
     module = source.model.get_submodule(experts.path)
     routed = walk.route(layer)
     output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+    meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe, layer))
     stored: dict[str, list[Tensor]] = {"gate_up_proj": [], "down_proj": []}
     for expert, widths in enumerate(plan.bits[plan.layers.index(layer)].tolist()):
         progress.update(layer=layer, expert=expert, experts=experts.experts)
@@ -135,8 +148,15 @@ def quantize_layer(
         stored["down_proj"].append(packed_bytes(down))
         rounded = ExpertWeights(*(m.dequantize(weights.down.dtype) for m in (gate_up, down)))
         add_expert_output(output, module, rounded, routed, expert)
-    walk.advance(layer, output)
-    return tensors | {f"{experts.path}.{name}": torch.cat(parts) for name, parts in stored.items()}
+        meter.add(module, rounded, expert)
+    energy = walk.advance(layer, output)
+    tensors |= {f"{experts.path}.{name}": torch.cat(parts) for name, parts in stored.items()}
+    return tensors, meter.result(energy / walk.ids.numel())
+
+
+def drops_file(out: Path, layer: int) -> Path:
+    """Where a finished layer's drop costs wait for those of the others."""
+    return out / WORK / "quantize" / f"drops-{layer:04d}.safetensors"
 
 
 def round_expert(

@@ -51,6 +51,8 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
     head = f"{result['model']}: {result['folder_bytes']:,} bytes"
     if result["original"] is not None:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
+    if result["pruning"] is not None:
+        head += f", {result['pruning']['share']:.1%} of the chosen experts skipped"
     return "\n\n".join([head, *(table(*drawn) for drawn in evaluation_tables(result))])
 
 

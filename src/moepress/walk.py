@@ -140,8 +140,17 @@ class Walk:
         return energy
 
     @torch.inference_mode()
-    def experts_output(self, layer: int, routed: Routed) -> Tensor:
-        """The original experts' weighted output [T, H] float32, one expert in memory at a time."""
+    def experts_output(
+        self,
+        layer: int,
+        routed: Routed,
+        also: Callable[[nn.Module, ExpertWeights, int], None] | None = None,
+    ) -> Tensor:
+        """The original experts' weighted output [T, H] float32, one expert in memory at a time.
+
+        Args:
+            also: called with the experts' module, the weights and the number of each expert.
+        """
         experts = self.source.experts[layer]
         module = self._experts(layer)
         output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
@@ -149,6 +158,8 @@ class Walk:
             if len(routed.of(expert)[0]):
                 weights = self.source.expert(layer, expert)
                 add_expert_output(output, module, weights, routed, expert)
+                if also is not None:
+                    also(module, weights, expert)
         return output
 
     def finish(self, progress: Progress) -> None:

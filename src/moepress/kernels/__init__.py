@@ -1,8 +1,9 @@
-"""The three operations on packed weights, and which backend runs them where.
+"""The operations on packed weights and on routing, and which backend runs them where.
 
     moepress::linear     x W^T + bias, W packed
     moepress::experts    the routed experts of one layer, each with widths of its own
     moepress::embedding  rows of a packed table
+    moepress::drop       which chosen experts a token can do without
 
 They are torch.library ops: torch.compile, torch.export and CUDA graphs see one node with a known
 result shape, whatever runs inside. What runs is looked up in one table at every call: of the
@@ -32,6 +33,7 @@ __all__ = [
     "Backend",
     "Status",
     "backend_for",
+    "drop",
     "embedding",
     "experts",
     "linear",
@@ -79,9 +81,21 @@ class Embedding(Protocol):
     ) -> Tensor: ...
 
 
+class Drop(Protocol):
+    def __call__(
+        self,
+        index: Tensor,
+        weights: Tensor,
+        thresholds: Tensor,
+        renormalise: bool,
+        keep: Tensor | None,
+        num_experts: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the three operations."""
+    """One implementation of the operations."""
 
     name: str
     rank: int  # of the backends that accept a device, the highest rank runs
@@ -90,6 +104,7 @@ class Backend:
     linear: Linear
     experts: Experts
     embedding: Embedding
+    drop: Drop = reference.drop
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -318,6 +333,78 @@ def _(
     return packed.new_empty((*ids.shape, cols), dtype=dtype)
 
 
+def drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop a token's choices whose weight is small: the choice of rank r where w_r < t_r * w_1.
+
+    Args:
+        index: [T, k] int64; outside 0 .. E-1: no expert, of no weight.
+        weights: [T, k] routing weights, in any order, any float dtype.
+        thresholds: [k] float32, by rank; the first is 0, or a token may lose all.
+        renormalise: whether what stays is scaled up to the sum of all.
+        keep: [T] bool, tokens that keep all; None: none.
+        num_experts: E, the index of a dropped choice; its weight is 0.
+
+    Returns:
+        Index and weights [T, k] by falling weight, and what was dropped, [T, k] bool.
+    """
+    # For one token the dispatcher takes longer than the work; a compiler needs to see the op.
+    run = _drop_op if torch.compiler.is_compiling() else _drop
+    return run(index, weights, thresholds, renormalise, keep, num_experts)
+
+
+def _drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, k = index.shape
+    if (
+        weights.shape != index.shape
+        or thresholds.shape != (k,)
+        or thresholds.dtype != torch.float32
+    ):
+        raise InputError(
+            "Expected top_k_index and top_k_weights [T, k] and thresholds [k] float32; got "
+            f"{list(index.shape)}, {list(weights.shape)} and {list(thresholds.shape)} "
+            f"{thresholds.dtype}."
+        )
+    if keep is not None and (keep.shape != (tokens,) or keep.dtype != torch.bool):
+        raise InputError(f"keep must be [{tokens}] bool, got {list(keep.shape)} {keep.dtype}.")
+    _check_device(index, weights=weights, thresholds=thresholds, keep=keep)
+    backend = backend_for(index.device)
+    return backend.drop(index, weights, thresholds, renormalise, keep, num_experts)
+
+
+_drop_op = torch.library.custom_op("moepress::drop", _drop, mutates_args=())
+
+
+@_drop_op.register_fake
+def _(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = index.shape
+    return (
+        index.new_empty(shape),
+        weights.new_empty(shape),
+        index.new_empty(shape, dtype=torch.bool),
+    )
+
+
 def _check_bytes(name: str, packed: Tensor, expected: int) -> None:
     """Backends read by address: a wrong size must not reach them."""
     if packed.dtype != torch.uint8 or packed.shape != (expected,) or not packed.is_contiguous():
@@ -366,5 +453,6 @@ register_backend(
         linear=cpu.linear,
         experts=cpu.experts,
         embedding=cpu.embedding,
+        drop=cpu.drop,
     )
 )

@@ -208,6 +208,30 @@ def embedding(
     return _weights(*parts, codec).to(dtype)[place]
 
 
+def drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take from each token the experts whose weight is small beside its largest.
+
+    Arguments and results as of the op `moepress::drop`.
+    """
+    none = (index < 0) | (index >= num_experts)
+    ranked, order = weights.masked_fill(none, 0).sort(dim=1, descending=True, stable=True)
+    dropped = ranked < thresholds * ranked[:, :1]
+    if keep is not None:
+        dropped &= ~keep[:, None]
+    kept = ranked.masked_fill(dropped, 0)
+    if renormalise:
+        left = kept.sum(1, keepdim=True)
+        kept = torch.where(left > 0, kept * (ranked.sum(1, keepdim=True) / left), kept)
+    return index.gather(1, order).masked_fill(dropped, num_experts), kept, dropped
+
+
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """The activation of that name.
 

@@ -1,6 +1,7 @@
-"""The three operations on CPUs: C++ in this folder, compiled when moepress is installed.
+"""The operations on CPUs: C++ in this folder, compiled when moepress is installed.
 
-    products.cpp   the operations: panels of tokens, items of work, who does what
+    products.cpp   the products: panels of tokens, items of work, who does what
+    drop.cpp       which chosen experts are not worth running
     blocks.h       the arithmetic of 16 rows, written once over `Lanes`
     lanes_*.h      what `Lanes` is: AVX-512 with VNNI, AVX2, portable vectors
     matrix.cpp     where a packed matrix keeps what (docs/format.md)
@@ -30,7 +31,7 @@ from moepress.codec import Codec
 from moepress.errors import InputError, MoepressError
 from moepress.kernels import reference
 
-INTERFACE = 1  # of moepress.h
+INTERFACE = 2  # of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -59,6 +60,10 @@ _SIGNATURES = {
     ),
     "moepress_embedding": (
         c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
+    ),
+    "moepress_drop": (
+        c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_void_p,
+        c_void_p, c_void_p,
     ),
 }  # fmt: skip
 
@@ -204,6 +209,35 @@ def embedding(
         out.data_ptr(),
     )
     return out.to(dtype)
+
+
+def drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the op `moepress::drop`. Weights are compared and scaled in float32."""
+    chosen, given = index.long().contiguous(), weights.float().contiguous()
+    thresholds, keep = thresholds.contiguous(), None if keep is None else keep.contiguous()
+    ranked, kept = torch.empty_like(chosen), torch.empty_like(given)
+    dropped = torch.empty_like(chosen, dtype=torch.bool)
+    _call(
+        "moepress_drop",
+        chosen.data_ptr(),
+        given.data_ptr(),
+        *chosen.shape,
+        num_experts,
+        thresholds.data_ptr(),
+        renormalise,
+        None if keep is None else keep.data_ptr(),
+        ranked.data_ptr(),
+        kept.data_ptr(),
+        dropped.data_ptr(),
+    )
+    return ranked, kept.to(weights.dtype), dropped
 
 
 def _call(name: str, *arguments: int | None) -> None:

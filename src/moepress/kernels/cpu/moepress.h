@@ -52,3 +52,12 @@ MOEPRESS_API int32_t moepress_experts(
 MOEPRESS_API int32_t moepress_embedding(const int64_t* ids, int64_t n, const uint8_t* packed,
                                         int64_t packed_bytes, int64_t rows, int64_t cols,
                                         int32_t bits, int32_t group, float* y);
+
+// A token's choices by falling weight; one whose weight is below thresholds[rank] times the largest
+// is dropped: index experts, weight 0. What stays is scaled up to the sum of all if `renormalise`.
+// Tokens whose `keep` is not 0 keep all; keep may be null. All arrays are [tokens][k] but thresholds
+// [k] and keep [tokens].
+MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, int64_t tokens,
+                                   int64_t k, int64_t experts, const float* thresholds,
+                                   int32_t renormalise, const uint8_t* keep, int64_t* ranked,
+                                   float* kept, uint8_t* dropped);
