@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moepress import cli
 from moepress.checkpoint import DROP_COSTS
+from moepress.compress import compress
 from moepress.recipe import Recipe
+from moepress.tables import table
+
+from .conftest import small_recipe
 
 Folder = Callable[..., Path]
 SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
@@ -113,7 +120,8 @@ def test_calibrate_writes_what_inspect_reads(
     ("arguments", "says"),
     [
         (["compress", "no/such", "out", "--bits", "2"], "folder"),
-        (["compress", "MODEL", "out"], "No budget"),
+        (["compress", "no/such", "out"], "folder"),
+        (["compress", "MODEL", "out", "--calib", "missing.txt"], "missing.txt"),
         (["compress", "MODEL", "out", "--bits", "2", "--size", "1GB"], "More than one budget"),
         (["compress", "MODEL", "out", "--size", "much"], "'much' is not understood"),
         (["compress", "MODEL", "out", "--bits", "2", "--recipe", "secret"], "No recipe 'secret'"),
@@ -181,6 +189,58 @@ def test_results_on_stdout_progress_on_stderr(
     assert "quantize: 2/2" in done.stderr
 
 
+def test_without_a_budget_all_are_shown_and_scores_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    command = ["compress", model_folder(), tmp_path / "out", "--calib", text_file, *SMALL]
+    code, text, err = run(monkeypatch, capsys, *command)
+    assert code == 0 and "score: 2/2" in err
+    assert "predicted loss" in text and "the best that fits is --bits 3" in text
+    code, text, err = run(monkeypatch, capsys, *command, "--json")
+    assert code == 0 and "score:" not in err
+    budgets = json.loads(text)["budgets"]
+    assert [b["bits"] for b in budgets] == pytest.approx(np.arange(1, 3.1, 0.25), abs=0.03)
+    code, text, err = run(monkeypatch, capsys, *command, "--bits", 2)
+    assert code == 0 and text.splitlines()[-1] == str(tmp_path / "out") and "score:" not in err
+
+
+def test_tables_are_plain_in_a_pipe_and_drawn_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, rows = ("name", "count", "share"), [("a" * 150, 1234, 0.5), ("b", None, True)]
+    lines = table(head, rows).splitlines()
+    assert len(lines) == 3 and all(line.isascii() for line in lines)
+    assert lines[1].split() == ["a" * 150, "1,234", "0.5000"]
+    assert lines[2].split() == ["b", "-", "True"]
+    assert len(set(map(len, lines))) == 1  # the last column ends in one place
+    assert "\x1b[" not in table(head, rows)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    drawn = table(head, rows)
+    assert "\x1b[" in drawn and "\N{BOX DRAWINGS LIGHT HORIZONTAL}" in drawn
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
+    assert max(map(len, plain.splitlines())) <= 60 and "1,234" in plain
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        variables = {"_MOEPRESS_COMPLETE": "complete_bash", "COMP_WORDS": f"moepress {words}"}
+        variables["COMP_CWORD"] = str(len(words.split(" ")))
+        code = "import sys; sys.argv = ['moepress']; from moepress.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert completed("re") == ["report"]
+    assert "--activation-bits" in completed("chat --")
+
+
 def test_doctor_speaks_both_ways(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,3 +248,26 @@ def test_doctor_speaks_both_ways(
     assert code == 0 and "torch" in text
     code, text, _ = run(monkeypatch, capsys, "doctor", "--json")
     assert code == 0 and json.loads(text)["checks"]
+
+
+def test_evaluate_report_plot(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    made = compress(model_folder(), tmp_path / "made", small_recipe(text_file, bits=2))
+    result, page = tmp_path / "e.json", tmp_path / "page.html"
+    arguments = ["--text", text_file, "--limit", 2, "--length", 32, "--out", result, "--json"]
+    code, text, _ = run(monkeypatch, capsys, "evaluate", made, *arguments)
+    assert code == 0 and json.loads(text) == json.loads(result.read_text())
+    arguments = ["--out", page, "--evaluation", result]
+    code, text, _ = run(monkeypatch, capsys, "report", made, *arguments)
+    assert code == 0 and text.splitlines()[-1] == str(page)
+    perplexity = json.loads(result.read_text())["texts"][0]["perplexity"]
+    assert f"{perplexity:.4g}" in page.read_text()
+    code, text, _ = run(monkeypatch, capsys, "plot", made, tmp_path / "p", "--format", "png")
+    assert code == 0 and all(Path(line).suffix == ".png" for line in text.splitlines())
+    code, _, err = run(monkeypatch, capsys, "report", model_folder())
+    assert code == 2 and "not a folder made by moepress" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moepress import evaluate as run_evaluate
+from moepress.checkpoint import folder_bytes
 from moepress.compress import compress
 from moepress.errors import InputError
 
 from .conftest import small_recipe
 
 Folder = Callable[..., Path]
+evaluate_module = importlib.import_module("moepress.evaluate")
 
 
 def test_an_original_is_itself(model_folder: Folder, text_file: Path) -> None:
@@ -60,6 +63,41 @@ def test_texts_are_kept_apart(model_folder: Folder, text_file: Path, tmp_path: P
     assert both.texts[1].perplexity == pytest.approx(alone.texts[0].perplexity, rel=1e-5)
     assert both.texts[0].perplexity != both.texts[1].perplexity
     assert both.kl is None and both.ratio is None
+
+
+def test_what_is_not_asked_for_is_not_measured(model_folder: Folder, text_file: Path) -> None:
+    result = run_evaluate(model_folder(), [str(text_file)], length=32, limit=2)
+    assert result.performance is result.repetition is result.tasks is None
+
+
+def test_both_models_write_and_ours_is_timed(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    out = compress(model_folder(), tmp_path / "out", small_recipe(text_file, bits=2))
+    options = {"length": 32, "limit": 4, "against": model_folder()}
+    result = run_evaluate(out, [str(text_file)], **options, generations=3, speed=True)
+    plain = run_evaluate(out, [str(text_file)], **options)
+    assert result.texts == plain.texts  # whether the original is loaded or streamed
+    assert result.repetition is not None and result.original_repetition is not None
+    assert result.repetition.generations == result.original_repetition.generations == 3
+    assert result.performance is not None and result.performance.decode_tokens_per_second > 0
+    assert sum(part.stored for part in result.parts.values()) < folder_bytes(out)
+    assert result.provenance["activation_bits"] == "8"
+
+
+def test_an_original_that_does_not_fit_is_still_compared(
+    model_folder: Folder,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(evaluate_module, "free_bytes", lambda device: 1000)
+    folder = model_folder()
+    result = run_evaluate(
+        folder, [str(text_file)], against=folder, length=32, limit=2, generations=2, speed=True
+    )
+    assert result.kl == 0 and result.repetition is None and result.performance is None
+    assert "1,000 are free" in caplog.text
 
 
 def test_no_text_is_refused(model_folder: Folder) -> None:

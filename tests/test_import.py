@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ("allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "score")
+VERBS = (
+    "allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "report", "score",
+)  # fmt: skip
 REGISTERED = "from transformers.quantizers import auto; print(auto.REGISTERED)"
 STAND_IN = """
 import sys, types
@@ -68,6 +70,17 @@ from moepress.hf import MoePressConfig, MoePressQuantizer, register
 register()
 assert auto.AUTO_QUANTIZER_MAPPING["moepress"] is MoePressQuantizer
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["moepress"] is MoePressConfig
+print("ok")
+"""
+    assert python(code) == "ok"
+
+
+def test_our_module_may_come_first() -> None:
+    """transformers may import the awaited module while ours is still being imported."""
+    code = """
+import moepress.hf as ours
+from transformers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["moepress"] is ours.MoePressQuantizer
 print("ok")
 """
     assert python(code) == "ok"

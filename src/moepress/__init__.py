@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from moepress.prune import prune as prune
     from moepress.quantize import quantize as quantize
     from moepress.recipe import Recipe as Recipe
+    from moepress.report import report as report
     from moepress.score import score as score
 
 __version__ = "0.1.0"
 
-_VERBS = ("allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "score")
+_VERBS = ("allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "report", "score")
 _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
     "InputError": "moepress.errors",
     "MoepressError": "moepress.errors",

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 AWAITED = "transformers.quantizers.auto"
+OURS = "moepress.hf"
 
 
 def install() -> None:
@@ -26,6 +27,9 @@ def install() -> None:
 
 
 def _register() -> None:
+    hf = sys.modules.get(OURS)
+    if hf is not None and not hasattr(hf, "register"):
+        return  # moepress.hf is what imports transformers: it registers itself when it is done
     from moepress.hf import register
 
     register()

@@ -263,10 +263,12 @@ def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
 
 def pareto(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[float]:
     """Predicted loss at each average number of code bits."""
-    return [
-        allocate(scores, recipe.with_changes(bits=k, bpw=None, size=None)).predicted_loss
-        for k in bits
-    ]
+    return [plan.predicted_loss for plan in frontier(scores, recipe, bits)]
+
+
+def frontier(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[BitAllocation]:
+    """The best plan at each average number of code bits, whatever budget the recipe has."""
+    return [allocate(scores, recipe.with_changes(bits=k, bpw=None, size=None)) for k in bits]
 
 
 def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:

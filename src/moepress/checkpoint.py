@@ -31,6 +31,8 @@ QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
+EVALUATION = "moepress_evaluation.json"  # these two may be added later: no part of the model
+REPORT = "moepress_report.html"
 INDEX = "model.safetensors.index.json"
 
 
@@ -173,9 +175,11 @@ def tensor_bytes(path: Path) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files of a folder, hidden ones and folders inside left out."""
+    """Bytes of a model's files; hidden ones, folders inside, evaluation and report left out."""
     return sum(
-        p.stat().st_size for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")
+        p.stat().st_size
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.name not in (EVALUATION, REPORT)
     )
 
 

@@ -15,6 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moepress import cli_use
+from moepress.cli_options import (
+    ActivationBits,
+    AsJson,
+    Device,
+    Prune,
+    checked_device,
+    pruning,
+    show,
+)
+
 if TYPE_CHECKING:
     from moepress.recipe import Recipe
 
@@ -22,7 +33,6 @@ app = typer.Typer(
     name="moepress",
     help="Compress Mixture-of-Experts language models to 1.5-3 bits per expert weight.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,20 +57,7 @@ Widths = Annotated[
     str | None, typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3.")
 ]
 Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-ActivationBits = Annotated[
-    int, typer.Option(help="Precision of activations in packed products: 8, or 16 to keep it.")
-]
-Prune = Annotated[
-    str | None,
-    typer.Option(
-        "--prune",
-        help="Skip experts: a share of those chosen (0.15), paper, a .json file, or 0 for none. "
-        "Default: as the folder says.",
-    ),
-]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -78,17 +75,26 @@ def compress(
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Without a budget: print JSON.")] = False,
 ) -> None:
     """Compress a model: score, allocate, quantize. Run again to continue a stopped run.
+
+    Without a budget: score, then show what each budget costs and what fits in this machine.
 
     Example: moepress compress Mixtral-8x7B-v0.1 mixtral-2.5bit --bits 2.5 --calib text/
     """
     from moepress.compress import compress as run
+    from moepress.propose import propose
+    from moepress.tables import proposal_table
 
     chosen = _recipe(
         recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed
     )
-    typer.echo(run(model, out, chosen, device=_device(device)))
+    if chosen.has_budget:
+        typer.echo(run(model, out, chosen, device=checked_device(device)))
+        return
+    found = propose(model, out, chosen, device=checked_device(device))
+    show(found.to_dict(), as_json, proposal_table)
 
 
 @app.command()
@@ -110,7 +116,7 @@ def calibrate(
     from moepress.source import Source
 
     chosen = _recipe(recipe, None, None, None, calib, sequences, sequence_length, None, None, seed)
-    run(Source(model, _device(device)), chosen).save(out)
+    run(Source(model, checked_device(device)), chosen).save(out)
     typer.echo(out)
 
 
@@ -139,7 +145,7 @@ def score(
         recipe, None, None, None, calib, sequences, sequence_length, expert_bits, group_size, seed
     )
     work = out.with_name(out.name + ".work")
-    run(model, chosen, work=work, device=_device(device)).save(out)
+    run(model, chosen, work=work, device=checked_device(device)).save(out)
     shutil.rmtree(work)
     typer.echo(out)
 
@@ -180,7 +186,7 @@ def quantize(
     from moepress.allocate import BitAllocation
     from moepress.quantize import quantize as run
 
-    typer.echo(run(model, BitAllocation.load(plan), out, device=_device(device)))
+    typer.echo(run(model, BitAllocation.load(plan), out, device=checked_device(device)))
 
 
 @app.command()
@@ -192,10 +198,31 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
+    generations: Annotated[
+        int, typer.Option(help="Texts to continue, to see whether the model loops; 0: none.")
+    ] = 16,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second and memory.")] = True,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
+            "eight of arXiv:2410.06270. Repeatable."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own task definitions (.yaml).")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks run code that the model writes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
+    ] = None,
     prune: Prune = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity on texts, and KL divergence from the original model.
+    """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
 
     Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
     """
@@ -208,11 +235,19 @@ def evaluate(
         against=against,
         length=length,
         limit=limit,
-        device=_device(device),
+        device=checked_device(device),
         activation_bits=activation_bits,
-        pruning=_pruning(prune),
+        generations=generations,
+        speed=speed,
+        tasks=tasks or (),
+        include_path=include_path,
+        task_limit=task_limit,
+        run_code=run_code,
+        pruning=pruning(prune),
     )
-    _show(result.to_dict(), as_json, evaluation_table)
+    if out is not None:
+        result.save(out)
+    show(result.to_dict(), as_json, evaluation_table)
 
 
 @app.command()
@@ -227,33 +262,7 @@ def inspect(
     from moepress.inspect import inspect as run
     from moepress.tables import nested_table
 
-    _show(run(path), as_json, nested_table)
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(help="Compressed folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
-    device: Device = "cpu",
-    activation_bits: ActivationBits = 8,
-    prune: Prune = None,
-) -> None:
-    """Continue a text, greedily.
-
-    Example: moepress generate mixtral-2.5bit "Once upon a time" --tokens 100
-    """
-    from moepress.generate import generate as run
-
-    text = run(
-        model,
-        prompt,
-        tokens=tokens,
-        device=_device(device),
-        activation_bits=activation_bits,
-        pruning=_pruning(prune),
-    )
-    typer.echo(text)
+    show(run(path), as_json, nested_table)
 
 
 @app.command()
@@ -274,9 +283,9 @@ def prune(
 
     Example: moepress prune mixtral-2.5bit 0.15
     """
-    from moepress.prune import set_pruning
+    from moepress.prune import parse_strength, set_pruning
 
-    set_pruning(model, _strength(strength), protect)
+    set_pruning(model, parse_strength(strength), protect)
     typer.echo(model)
 
 
@@ -295,7 +304,7 @@ def demo(
     from moepress.demo import demo as run
     from moepress.tables import demo_table
 
-    _show(run(out, bits=bits), as_json, demo_table)
+    show(run(out, bits=bits), as_json, demo_table)
 
 
 @app.command()
@@ -309,6 +318,9 @@ def doctor(as_json: AsJson = False) -> None:
 
     report = run()
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))
+
+
+cli_use.add_to(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -375,35 +387,6 @@ def _recipe(
         "seed": seed,
     }
     return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})
-
-
-def _device(name: str) -> str:
-    """A device that exists here.
-
-    Raises:
-        InputError: it does not.
-    """
-    import torch
-
-    from moepress.errors import InputError
-
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise InputError(f"Device '{name}' is not available here. Expected cpu, or cuda on a GPU.")
-    return name
-
-
-def _strength(text: str) -> Any:
-    from moepress.prune import parse_strength
-
-    return parse_strength(text)
-
-
-def _pruning(text: str | None) -> Any:
-    return None if text is None else _strength(text)
-
-
-def _show(result: dict[str, Any], as_json: bool, table: Any) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else table(result))
 
 
 if __name__ == "__main__":

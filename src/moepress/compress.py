@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from moepress.allocate import Menu, allocate, expert_budget
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
 from moepress.checkpoint import SCORES
+from moepress.errors import InputError
 from moepress.journal import check_identity
 from moepress.layout import check_group_sizes
 from moepress.quantize import WORK, claim, quantize
@@ -49,14 +53,46 @@ def compress(
     sizes = unmeasured(source, recipe)
     expert_budget(sizes, recipe, Menu.of(sizes, recipe))  # refused now, not after hours of scoring
     ids = kept_ids(out / WORK / TEXT, source, recipe)
-    work = identity(source, recipe, ids) | {"full_recipe": recipe.digest()}
+    made_of = identity(source, recipe, ids)
+    work = made_of | {"full_recipe": recipe.digest()}
     if claim(out, work):
         return out
+    stored = stored_scores(out, made_of)  # refuses those of other work before writing anything
     keep_ids(out / WORK / TEXT, ids)
     check_identity(out / WORK / "compress.json", work)
-    if (out / SCORES).is_file():
-        scores = ExpertScores.load(out / SCORES)
-    else:
-        scores = score(source, recipe, work=out / WORK / "score", ids=ids)
-        scores.save(out / SCORES)
+    scores = stored or measure_and_store(source, recipe, out, ids)
     return quantize(source, allocate(scores, recipe), out, ids=ids)
+
+
+def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
+    """The scores that are in `out` already.
+
+    Args:
+        made_of: what scores depend on, `calibrate.identity`.
+
+    Raises:
+        InputError: they are of another model, text or recipe.
+    """
+    path = out / SCORES
+    if not path.is_file():
+        return None
+    scores = ExpertScores.load(path)
+    differs = sorted(k for k, v in made_of.items() if scores.provenance.get(k) != v)
+    if differs:
+        raise InputError(
+            f"{path} holds scores that differ in: {', '.join(differs)}. Give the model, text and "
+            "options they were made with, choose another output, or delete that folder."
+        )
+    return scores
+
+
+def measure_and_store(source: Source, recipe: Recipe, out: Path, ids: Tensor) -> ExpertScores:
+    """Score, resumably, and keep the scores in `out`.
+
+    Args:
+        ids: [S, L] calibration sequences.
+    """
+    keep_ids(out / WORK / TEXT, ids)
+    scores = score(source, recipe, work=out / WORK / "score", ids=ids)
+    scores.save(out / SCORES)
+    return scores

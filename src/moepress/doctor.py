@@ -22,9 +22,13 @@ PYTHONS = ((3, 11), (3, 13))  # oldest and newest that are tested
 OLDEST = {"torch": (2, 11), "transformers": (5, 16)}
 NEEDED = (
     "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "typer",
-    "rich", "psutil",
+    "rich", "psutil", "matplotlib", "jinja2",
 )  # fmt: skip
-EXTRAS = {"datasets": "for the data sets c4, wikitext2 and math"}  # extra and package: one name
+EXTRAS = {  # by package: the extra that installs it, and what for
+    "datasets": ("datasets", "for the data sets c4, wikitext2 and math"),
+    "lm-eval": ("eval", "for moepress evaluate --tasks"),
+    "fastapi": ("serve", "for moepress serve"),
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
@@ -184,8 +188,8 @@ def _cpu_kernels() -> Iterable[Check]:
 
 
 def _extras() -> Iterable[Check]:
-    for name, purpose in EXTRAS.items():
-        yield _package(name, (0,), f"{purpose}: pip install 'moepress[{name}]'")
+    for name, (extra, purpose) in EXTRAS.items():
+        yield _package(name, (0,), f"{purpose}: pip install 'moepress[{extra}]'")
 
 
 def _allocator() -> Iterable[Check]:

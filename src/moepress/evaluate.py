@@ -1,11 +1,14 @@
 """How good a model is: perplexity, and how far its predictions moved from the original's.
 
+Also, where asked: whether its generations loop, zero-shot tasks, speed and memory.
+
 A compressed folder is loaded as it is, packed. An original is streamed layer by layer, so it need
 not fit in memory. Both see the same tokens, in the same batches.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,19 +16,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moepress import data
-from moepress.checkpoint import folder_bytes, is_compressed, load_json
+from moepress.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.errors import InputError
 from moepress.modules import set_activation_bits
+from moepress.parts import PartBytes, bytes_by_part
+from moepress.performance import Performance, forget_peak, measure_performance
 from moepress.progress import Progress
 from moepress.prune import Pruning, Strength, count_dropped, prune
-from moepress.source import Source, resolve
+from moepress.repetition import Repetition, measure_repetition, prompts_of
+from moepress.source import Source, resolve, weight_files
+from moepress.tasks import find_tasks, run_tasks
 from moepress.walk import BATCH_TOKENS, Walk
 
+logger = logging.getLogger(__name__)
+
+FITS = 0.8  # of the free memory that an original may take to be loaded whole
 ROWS = 512  # tokens whose float32 predictions are in memory together
 
 
@@ -60,6 +71,11 @@ class Evaluation:
     texts: tuple[TextResult, ...]
     seconds: float
     provenance: Mapping[str, str]
+    parts: Mapping[str, PartBytes]  # bytes of the model's parts
+    repetition: Repetition | None = None
+    original_repetition: Repetition | None = None
+    performance: Performance | None = None
+    tasks: Mapping[str, Mapping[str, float]] | None = None  # figures by task, named by lm-eval
     pruning: Mapping[str, Any] | None = None  # PruningStatistics, if experts were skipped
 
     @property
@@ -75,7 +91,11 @@ class Evaluation:
         return math.exp(sum(logs) / len(logs)) if logs else None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kl": self.kl, "ratio": self.ratio}
+        return {"kind": "evaluation", **asdict(self), "kl": self.kl, "ratio": self.ratio}
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically."""
+        save_json(path, self.to_dict())
 
 
 def evaluate(
@@ -87,6 +107,12 @@ def evaluate(
     limit: int | None = None,
     device: str = "cpu",
     activation_bits: int = 8,
+    generations: int = 0,
+    speed: bool = False,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    task_limit: int | None = None,
+    run_code: bool = False,
     pruning: Strength | Pruning | None = None,
 ) -> Evaluation:
     """Perplexity of a model on texts, and its divergence from another.
@@ -99,10 +125,15 @@ def evaluate(
             token on.
         limit: windows per text; None: the whole text.
         activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        generations: how many beginnings of the texts to continue, to see whether the model loops;
+            the original does the same if it fits in memory.
+        speed: whether to measure tokens per second and memory.
+        tasks, include_path, task_limit, run_code: zero-shot tasks by name, see `tasks.py`.
         pruning: of a compressed model, see `prune.prune`; None: as its folder says.
 
     Raises:
-        InputError: a model or text cannot be used.
+        InputError: a model, text or task cannot be used.
+        MoepressError: a task fails.
     """
     from transformers import AutoTokenizer
 
@@ -118,20 +149,27 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     data.check_vocab(tokens, _vocab_size(folder))
-    if is_compressed(folder):
-        packed = load_model(folder, device, activation_bits, pruning)
-        pruned = count_dropped(packed)
-        predictions = _packed(packed, tokens.ids)
-    else:
-        pruned, predictions = None, _streamed(folder, tokens.ids, device)
+    found = find_tasks(tasks, include_path) if tasks else None
+    prompts = prompts_of(tokens.ids, generations) if generations else None
+    forget_peak(torch.device(device))
+    whole = bool(generations or speed or tasks)
+    loaded = _loaded(folder, device, activation_bits, pruning, whole=whole)
+    performance = repetition = original_repetition = figures = None
+    if loaded is not None and speed:
+        performance = measure_performance(loaded, tokens.ids[0])
+    if loaded is not None and prompts is not None:
+        repetition = measure_repetition(loaded, prompts)
+    if loaded is not None and found is not None:
+        figures = run_tasks(loaded, tokenizer, found, limit=task_limit, run_code=run_code)
+    pruned = count_dropped(loaded) if is_compressed(folder) else None
+    predictions = _predictions(folder, loaded, tokens.ids, device)
     reference = None
     if against is not None:
         other = resolve(against)
-        reference = (
-            _packed(load_model(other, device), tokens.ids)
-            if is_compressed(other)
-            else _streamed(other, tokens.ids, device)
-        )
+        original = _loaded(other, device, whole=prompts is not None)
+        if original is not None and prompts is not None:
+            original_repetition = measure_repetition(original, prompts)
+        reference = _predictions(other, original, tokens.ids, device)
     measured = [_compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
     columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
@@ -145,21 +183,53 @@ def evaluate(
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),
         seconds=time.monotonic() - started,
-        provenance=_provenance(folder),
+        provenance=_provenance(folder, activation_bits),
+        parts=bytes_by_part(folder),
+        repetition=repetition,
+        original_repetition=original_repetition,
+        performance=performance,
+        tasks=figures,
         pruning=None if pruned is None else pruned.statistics().to_dict(),
     )
 
 
-def _streamed(folder: Path, ids: Tensor, device: str) -> Iterator[tuple[slice, Tensor]]:
-    """(batch, logits [b, L, V]) of an original model for every batch of sequences, in order."""
-    walk = Walk(Source(folder, device), ids)
-    with Progress("original", total=len(walk.source.layers)) as progress:
-        walk.finish(progress)
-    yield from walk.logits()
+def _loaded(
+    folder: Path,
+    device: str,
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+    *,
+    whole: bool = False,
+) -> Any | None:
+    """A model in memory: a compressed one always, an original where `whole` asks and it fits."""
+    if is_compressed(folder):
+        return load_model(folder, device, activation_bits, pruning)
+    if not whole:
+        return None
+    need, free = sum(path.stat().st_size for path in weight_files(folder)), free_bytes(device)
+    if need > FITS * free:
+        logger.warning(
+            "%s takes %s bytes and %s are free: it is not let write, timed, or given tasks.",
+            folder.name, f"{need:,}", f"{free:,}",
+        )  # fmt: skip
+        return None
+    return load_model(folder, device)
 
 
-def _packed(model: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The same of a model in memory."""
+def _predictions(
+    folder: Path, model: Any | None, ids: Tensor, device: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """(batch, logits [b, L, V]) of a model for every batch of sequences, in order.
+
+    Args:
+        model: the model if it is in memory; None: it is streamed from the folder.
+    """
+    if model is None or not is_compressed(folder):
+        walk = Walk(Source(folder, device), ids)
+        with Progress("original", total=len(walk.source.layers)) as progress:
+            walk.finish(progress)
+        yield from walk.logits()
+        return
     step = max(1, BATCH_TOKENS // ids.shape[1])
     starts = range(0, len(ids), step)
     with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
@@ -167,6 +237,13 @@ def _packed(model: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
             batch = slice(start, min(start + step, len(ids)))
             yield batch, model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             progress.advance()
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free for a model, on the GPU or in the machine."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def load_model(
@@ -254,7 +331,7 @@ def _vocab_size(folder: Path) -> int:
     return int(size)
 
 
-def _provenance(folder: Path) -> dict[str, str]:
+def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
     import transformers
 
     from moepress import __version__
@@ -262,4 +339,6 @@ def _provenance(folder: Path) -> dict[str, str]:
     config = load_json(folder / "config.json").get("quantization_config") or {}
     made = {f"made_with_{k}": str(v) for k, v in config.get("provenance", {}).items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if made:
+        made["activation_bits"] = str(activation_bits)
     return {"moepress": __version__, **versions, **made}

@@ -293,3 +293,6 @@ def _packed_experts(module: Any, path: str, specs: Mapping[str, PackedSpec]) -> 
     gate_up, down = (specs[name] for name in EXPERT_PARAMETERS)
     name = activation_name(module.act_fn)
     return PackedExperts(experts, hidden, rows // 2, gate_up, down, name)
+
+
+register()  # whoever imports this module first of all, see _plugin.py

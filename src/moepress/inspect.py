@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
 from moepress.allocate import BitAllocation
 from moepress.calibrate import KIND as CALIBRATION
@@ -23,17 +22,16 @@ from moepress.checkpoint import (
     read_about,
     tensor_bytes,
 )
-from moepress.codec import PackedSpec
 from moepress.drop_costs import KIND as DROP_COSTS
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.layout import every_name
+from moepress.parts import bytes_by_part
 from moepress.score import ExpertScores
-from moepress.source import Source
+from moepress.source import Source, weight_files
 from moepress.thresholds import cheapest, medians
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the chosen experts, for which costs are shown
-ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -71,12 +69,6 @@ def _tensors(path: Path) -> dict[str, Any]:
 def _folder(folder: Path) -> dict[str, Any]:
     """A compressed model: bytes by part, and the widths of its experts."""
     specs = packed_specs(folder)
-    shards = [p for p in sorted(folder.glob("model-*.safetensors")) if p.is_file()]
-    parts: Counter[str] = Counter()
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                parts[_part(name, specs)] += _nbytes(file.get_slice(name))
     widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for name, spec in specs.items():
         if len(spec.bits) > 1:
@@ -86,8 +78,8 @@ def _folder(folder: Path) -> dict[str, Any]:
     return {
         "kind": "compressed model",
         "folder_bytes": folder_bytes(folder),
-        "tensor_bytes": sum(map(tensor_bytes, shards)),
-        "bytes_by_part": dict(sorted(parts.items())),
+        "tensor_bytes": sum(map(tensor_bytes, weight_files(folder))),
+        "bytes_by_part": {part: size.stored for part, size in bytes_by_part(folder).items()},
         "experts_by_bits": {
             name: {str(bits): count for bits, count in sorted(counts.items())}
             for name, counts in widths.items()
@@ -98,21 +90,6 @@ def _folder(folder: Path) -> dict[str, Any]:
         "pruning": config.get("pruning"),
         "provenance": config["provenance"],
     }
-
-
-def _part(name: str, specs: dict[str, PackedSpec]) -> str:
-    """What a stored tensor belongs to."""
-    if name not in specs:
-        return "unquantized"
-    return "routed experts" if len(specs[name].bits) > 1 else "packed linears"
-
-
-def _nbytes(part: Any) -> int:
-    """Bytes of a safetensors slice, unread."""
-    count = 1
-    for extent in part.get_shape():
-        count *= extent
-    return count * ITEM_BYTES[part.get_dtype()]
 
 
 def _original(folder: Path) -> dict[str, Any]:

@@ -294,9 +294,7 @@ def claim(out: Path, work: Mapping[str, str]) -> bool:
     if not out.exists():
         out.mkdir(parents=True)
         return False
-    if not out.is_dir():
-        raise InputError(f"{out} is a file. Expected a folder that is new, empty or ours.")
-    if is_compressed(out):
+    if out.is_dir() and is_compressed(out):
         made = load_json(out / "config.json")["quantization_config"].get("provenance", {})
         differs = sorted(key for key, value in work.items() if made.get(key) != value)
         if differs:
@@ -306,11 +304,18 @@ def claim(out: Path, work: Mapping[str, str]) -> bool:
             )
         shutil.rmtree(out / WORK, ignore_errors=True)
         return True
-    if any(out.iterdir()) and not (out / WORK).is_dir():
+    check_output(out)
+    return False
+
+
+def check_output(out: Path) -> None:
+    """Raise InputError if `out` is neither new nor empty nor ours."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file. Expected a folder that is new, empty or ours.")
+    if out.exists() and any(out.iterdir()) and not ((out / WORK).is_dir() or is_compressed(out)):
         raise InputError(
             f"{out} is not empty and was not made by moepress. Choose another output folder."
         )
-    return False
 
 
 def check_space(out: Path, plan: BitAllocation, share: float, states: int) -> None:

@@ -159,6 +159,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @property
+    def has_budget(self) -> bool:
+        return any(b is not None for b in (self.bits, self.bpw, self.size))
+
     def digest(self, *left_out: str) -> str:
         """A short hash of every field but those in `left_out`."""
         fields = {k: v for k, v in self.to_dict().items() if k not in left_out}

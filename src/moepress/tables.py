@@ -3,43 +3,135 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from shutil import get_terminal_size
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 100
-
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A plain table: the first column to the left, numbers to the right."""
-    drawn = Table(box=SIMPLE, pad_edge=False)
+    """A table for where stdout goes: drawn for a terminal, else plain text that is never folded.
+
+    The first column is to the left, the others are to the right.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    return _drawn(columns, cells) if sys.stdout.isatty() else _plain(columns, cells)
+
+
+def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    headed = any(columns)
+    drawn = Table(box=SIMPLE_HEAD if headed else None, pad_edge=False, show_header=headed)
     for number, name in enumerate(columns):
         drawn.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        drawn.add_row(*map(_cell, row))
+    for row in cells:
+        drawn.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=WIDTH).print(drawn)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
+    Console(file=buffer, width=get_terminal_size().columns, force_terminal=True).print(drawn)
+    return buffer.getvalue().strip("\n")
+
+
+def _plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [list(columns), *map(list, cells)] if any(columns) else [*map(list, cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """What `moepress evaluate` prints."""
-    compared = result["original"] is not None
-    columns = ["text", "tokens", "perplexity"]
-    if compared:
-        columns += ["original", "KL (nats)", "KL 99 %", "changed top"]
-    keys = ["text", "tokens", "perplexity"]
-    if compared:
-        keys += ["original_perplexity", "kl", "kl_p99", "changed_top"]
     head = f"{result['model']}: {result['folder_bytes']:,} bytes"
-    if compared:
+    if result["original"] is not None:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
     if result["pruning"] is not None:
         head += f", {result['pruning']['share']:.1%} of the chosen experts skipped"
-    return head + "\n" + table(columns, ([text[key] for key in keys] for text in result["texts"]))
+    return "\n\n".join([head, *(table(*drawn) for drawn in evaluation_tables(result))])
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[tuple[Sequence[str], list[list[Any]]]]:
+    """Heads and rows of an evaluation's tables: texts, and whatever else was measured."""
+    columns = {"text": "text", "tokens": "tokens", "perplexity": "perplexity"}
+    if result["original"] is not None:
+        columns |= {
+            "original_perplexity": "original",
+            "kl": "KL (nats)",
+            "kl_p99": "KL 99 %",
+            "changed_top": "changed top",
+        }
+    rows = [[text[key] for key in columns] for text in result["texts"]]
+    tables: list[tuple[Sequence[str], list[list[Any]]]] = [(tuple(columns.values()), rows)]
+    if result["tasks"]:
+        rows = [
+            [task, figure.removesuffix(",none"), value, figures.get(_error_of(figure))]
+            for task, figures in result["tasks"].items()
+            for figure, value in figures.items()
+            if "_stderr" not in figure
+        ]
+        tables.append((("task", "figure", "value", "standard error"), rows))
+    loops = [
+        [name, found["looping"], found["generations"]]
+        for name, key in (("this model", "repetition"), ("original", "original_repetition"))
+        if (found := result[key]) is not None
+    ]
+    if loops:
+        tables.append((("greedy generations", "ending in a loop", "of"), loops))
+    if (speed := result["performance"]) is not None:
+        rows = [
+            [f"prefill, tokens/s ({speed['prefill_tokens']} tokens)",
+             speed["prefill_tokens_per_second"]],
+            [f"decode, tokens/s ({speed['decode_tokens']} tokens)",
+             speed["decode_tokens_per_second"]],
+            ["peak memory, bytes", speed["peak_bytes"]],
+            ["threads", speed["threads"]],
+        ]  # fmt: skip
+        tables.append(((f"on {speed['device']}", ""), rows))
+    sizes = [[part, size["original"], size["stored"]] for part, size in result["parts"].items()]
+    tables.append((("part", "original bytes", "stored bytes"), sizes))
+    return tables
+
+
+def _error_of(figure: str) -> str:
+    """lm-eval's name for the standard error of a figure."""
+    name, _, kind = figure.partition(",")
+    return f"{name}_stderr,{kind}"
+
+
+def proposal_table(result: Mapping[str, Any]) -> str:
+    """What `moepress compress` prints when it is given no budget."""
+    memory, share = result["memory_bytes"], result["share_of_memory"]
+    budgets = result["budgets"]
+    least = budgets[-1]["predicted_loss"]
+    rows = [
+        [
+            f"{row['bits']:.2f}",
+            row["bits_per_weight"],
+            row["folder_bytes"],
+            row["predicted_loss"],
+            row["predicted_loss"] / least if least else None,
+            *("yes" if row["folder_bytes"] <= share * size else "no" for size in memory.values()),
+        ]
+        for row in budgets
+    ]
+    head = ["--bits", "bits/weight", "bytes", "predicted loss", "times the least"]
+    head += [f"fits {name} ({size / 1e9:.1f} GB)" for name, size in memory.items()]
+    lines = [table(head, rows), f"Fits: takes at most {share:.0%} of it, context needs the rest."]
+    for name, best in result["best_that_fits"].items():
+        if best is None:
+            lines.append(f"{name}: not even the smallest fits. Offer smaller --expert-bits.")
+        else:
+            lines.append(
+                f"{name}: the best that fits is --bits {best['budget']:g}, "
+                f"{best['folder_bytes']:,} bytes. Give the same command with it."
+            )
+    return "\n".join([lines[0], "", *lines[1:]])
 
 
 def nested_table(result: Mapping[str, Any]) -> str:

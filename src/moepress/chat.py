@@ -1,0 +1,281 @@
+"""Talk to a model in the terminal.
+
+    $ moepress chat mixtral-2.5bit
+    > Why is the sky blue?
+    ...                                  words appear as they are written; Ctrl-C stops them
+    (42 tokens, 6.1 tokens/s)            on stderr
+    > /reset                             forget what was said
+
+The model's own chat template says how turns become text. A model that has none was never taught to
+answer: `raw` lets it continue what is typed instead.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, TextStreamer
+
+from moepress.errors import InputError
+from moepress.evaluate import load_model
+from moepress.prune import Pruning, Strength
+
+HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."
+PROMPT = "> "
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float | None  # after the first one; None: there was no second
+    stopped: bool  # by the user, before its end
+
+
+class Conversation:
+    """Turns of a user and a model, and the model itself.
+
+    Args:
+        model, tokenizer: of transformers, loaded.
+        system: what the model is told before the first turn.
+        raw: continue the user's text, without a chat template.
+        tokens: of an answer at most.
+        temperature: 0 for the most likely token always; None: as the model's own settings say.
+
+    Raises:
+        InputError: the model has no chat template, or an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        tokens: int = 512,
+        temperature: float | None = None,
+    ) -> None:
+        check_options(tokenizer, system, raw, tokens, temperature)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.system = system
+        self.raw = raw
+        self.tokens = tokens
+        self.temperature = temperature
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything said so far."""
+        self.text = ""  # of a raw conversation
+        self.messages: list[dict[str, str]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+
+    def say(self, text: str, write: Callable[[str], None]) -> Reply:
+        """Answer a turn, handing over every piece of the answer as soon as it is there.
+
+        Raises:
+            InputError: the conversation is longer than the model can read; this turn is forgotten.
+        """
+        ids = self._ids(text)
+        room = self._room(len(ids[0]))
+        streamer = _Pieces(self.tokenizer, write)
+        stopped = False
+        try:
+            with torch.inference_mode():
+                self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=streamer,
+                    max_new_tokens=min(self.tokens, room),
+                    **self._sampling(),
+                )
+        except KeyboardInterrupt:
+            streamer.end()
+            stopped = True
+        self.text += text + streamer.text
+        self.messages += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": streamer.text},
+        ]
+        return Reply(streamer.text, streamer.tokens, streamer.tokens_per_second, stopped)
+
+    def _ids(self, text: str) -> torch.Tensor:
+        """Everything said so far and this turn, as the model reads it. [1, T] int64."""
+        if self.raw:
+            found = self.tokenizer(self.text + text, return_tensors="pt")
+        else:
+            found = self.tokenizer.apply_chat_template(
+                [*self.messages, {"role": "user", "content": text}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        ids: torch.Tensor = found["input_ids"].to(self.model.device)
+        return ids
+
+    def _room(self, used: int) -> int:
+        """Tokens that the model can still write after `used` ones."""
+        config = self.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        if used >= most:
+            raise InputError(
+                f"The conversation has {used:,} tokens, the model reads {most:,}. /reset forgets "
+                "what was said."
+            )
+        return int(most - used)
+
+    def _sampling(self) -> dict[str, Any]:
+        if self.temperature is None:
+            return {}
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature}
+
+
+def check_options(
+    tokenizer: Any, system: str | None, raw: bool, tokens: int, temperature: float | None
+) -> None:
+    """Raise InputError for what a `Conversation` cannot be made of: before a model is loaded."""
+    if tokens < 1 or (temperature is not None and temperature < 0):
+        raise InputError(
+            f"tokens is {tokens} and temperature {temperature}. Expected at least 1 token and a "
+            "temperature of 0 or above."
+        )
+    if not raw and not tokenizer.chat_template:
+        raise InputError(
+            "This model has no chat template: it was not taught to answer. Let it continue what "
+            "you type with --raw, or add a chat_template.jinja to its folder."
+        )
+    if raw and system is not None:
+        raise InputError("A system message needs a chat template. Leave out --raw or --system.")
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Hands over text as soon as its words are whole, counts tokens and takes the time."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.text = ""
+        self.tokens = -1  # the first call brings the prompt
+        self.first = self.last = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else None
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += 1
+        self.last = time.perf_counter()
+        if self.tokens == 1:
+            self.first = self.last
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.write(text)
+
+
+def chat(
+    folder: str | Path,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    tokens: int = 512,
+    temperature: float | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+    turns: Iterable[str] | None = None,
+) -> None:
+    """Read turns and write answers to stdout until the turns end; the rest goes to stderr.
+
+    Args:
+        folder: a folder made by moepress, or an original that fits in memory.
+        system, raw, tokens, temperature: see `Conversation`.
+        threads: CPU threads; None: as torch has it.
+        activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
+        turns: what the user says; None: what is typed.
+
+    Raises:
+        InputError: no such folder, or no chat template.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json. Expected a model folder.")
+    set_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_options(tokenizer, system, raw, tokens, temperature)
+    model = load_model(folder, device, activation_bits, pruning)
+    conversation = Conversation(
+        model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature
+    )
+    for text in _typed() if turns is None else turns:
+        command = text.strip()
+        if command in ("/exit", "/quit"):
+            return
+        if command == "/reset":
+            conversation.reset()
+            _say("(nothing was said yet)")
+        elif command.startswith("/"):
+            _say(HELP)
+        elif command:
+            _answer(conversation, text)
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    try:
+        reply = conversation.say(text, lambda piece: print(piece, end="", flush=True))
+    except InputError as error:  # too long: the conversation stays as it was
+        _say(str(error))
+        return
+    print(flush=True)
+    rate = reply.tokens_per_second
+    speed = "" if rate is None else f", {rate:.1f} tokens/s"
+    _say(f"({reply.tokens} tokens{speed}{', stopped' if reply.stopped else ''})")
+
+
+def _typed() -> Iterator[str]:
+    """Lines of stdin; with a prompt and line editing at a terminal."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives input() a history and the arrow keys
+    _say(HELP)
+    while True:
+        try:
+            yield input(PROMPT)
+        except (EOFError, KeyboardInterrupt):
+            _say("")
+            return
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads from now on.
+
+    Raises:
+        InputError: fewer than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"threads is {threads}. Expected at least 1.")
+    torch.set_num_threads(threads)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,135 @@
+"""Commands that use a compressed folder: look at it, and let it write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moepress.cli_options import ActivationBits, Device, Prune, checked_device, pruning
+
+Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
+Scores = Annotated[
+    Path | None, typer.Option(help="Scores of its plan, if they are not in the folder.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one for each core.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make the functions of this module commands of the command line."""
+    for command in (generate, chat, serve, report, plot):
+        app.command()(command)
+
+
+def generate(
+    model: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    prune: Prune = None,
+) -> None:
+    """Continue a text, greedily.
+
+    Example: moepress generate mixtral-2.5bit "Once upon a time" --tokens 100
+    """
+    from moepress.generate import generate as run
+
+    text = run(
+        model,
+        prompt,
+        tokens=tokens,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
+    )
+    typer.echo(text)
+
+
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue what is typed; for models that do not chat.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest; default: the model's settings.")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    prune: Prune = None,
+) -> None:
+    """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
+
+    Example: moepress chat mixtral-2.5bit --temperature 0.7
+    """
+    from moepress.chat import chat as run
+
+    run(
+        folder,
+        system=system,
+        raw=raw,
+        tokens=tokens,
+        temperature=temperature,
+        threads=threads,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
+    )
+
+
+def serve(
+    folder: Annotated[str, typer.Argument(help="Compressed folder; clients name the model so.")],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: to every network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port.")] = 8000,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Serve a model to any OpenAI client (moepress[serve]): transformers' server, our kernels.
+
+    Example: moepress serve mixtral-2.5bit --port 8000
+    """
+    from moepress.serve import serve as run
+
+    run(folder, host=host, port=port, threads=threads, device=checked_device(device))
+
+
+def report(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: moepress_report.html in it.")
+    ] = None,
+    scores: Scores = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="File of `moepress evaluate --out`, if it is not in the folder."),
+    ] = None,
+) -> None:
+    """Write one page that shows what happened to the model: open it in any browser.
+
+    Example: moepress report mixtral-2.5bit
+    """
+    from moepress.report import report as run
+
+    typer.echo(run(folder, out, scores=scores, evaluation=evaluation))
+
+
+def plot(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
+    form: Annotated[str, typer.Option("--format", help="svg or png.")] = "svg",
+    scores: Scores = None,
+) -> None:
+    """Write the pictures of the report as files.
+
+    Example: moepress plot mixtral-2.5bit pictures/ --format png
+    """
+    from moepress.report import plot as run
+
+    for path in run(folder, out, form=form, scores=scores):
+        typer.echo(path)

@@ -1,0 +1,121 @@
+"""Which budget? What each one costs in predicted loss and bytes, and what fits in this machine.
+
+Scoring is the long part of a compression and needs no budget. Here it is done first and kept where
+`compress` goes on from it, so that the same command with a budget takes only the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from moepress.allocate import BitAllocation, allocate, budget_range, frontier
+from moepress.calibrate import TEXT, identity, kept_ids
+from moepress.compress import measure_and_store, stored_scores
+from moepress.errors import BudgetError
+from moepress.layout import check_group_sizes
+from moepress.quantize import WORK, check_output
+from moepress.recipe import Recipe
+from moepress.score import ExpertScores
+from moepress.source import Source
+
+STEP = 0.25  # bits between the budgets of the table
+SHARE = 0.8  # of a memory that the model may take: the rest is for context and everything else
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Plans from the smallest to the largest budget, and the best that fits each memory."""
+
+    plans: tuple[BitAllocation, ...]
+    memory: Mapping[str, int]  # bytes, by name: "RAM", "GPU"
+    best: Mapping[str, BitAllocation | None]  # by memory; None: not even the smallest fits
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "proposal",
+            "memory_bytes": dict(self.memory),
+            "share_of_memory": SHARE,
+            "budgets": [_row(plan) for plan in self.plans],
+            "best_that_fits": {
+                name: plan and {**_row(plan), "budget": self._budget(plan)}
+                for name, plan in self.best.items()
+            },
+        }
+
+    def _budget(self, plan: BitAllocation) -> float:
+        """A short number of bits that gives this plan or one that is barely smaller."""
+        short = math.floor(plan.average_bits * 100) / 100
+        return short if short >= self.plans[0].average_bits else plan.average_bits
+
+
+def propose(
+    model: str | Path, out: str | Path, recipe: Recipe | None = None, *, device: str = "cpu"
+) -> Proposal:
+    """Score a model, and look at every budget.
+
+    Args:
+        model: folder of the original model, or its hub id.
+        out: the folder that `compress` is to make; scores are kept there.
+        recipe: as for `compress`; its budget is not looked at.
+        device: "cpu" or "cuda".
+
+    Raises:
+        InputError: model, recipe, text or folder cannot be used, or `out` holds scores of other
+            work.
+    """
+    out = Path(out)
+    recipe = (recipe or Recipe()).with_changes(bits=None, bpw=None, size=None)
+    source = Source(model, device)
+    check_group_sizes(source, recipe)
+    check_output(out)
+    ids = kept_ids(out / WORK / TEXT, source, recipe)
+    stored = stored_scores(out, identity(source, recipe, ids))
+    scores = stored or measure_and_store(source, recipe, out, ids)
+    return proposal(scores, recipe, memory())
+
+
+def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) -> Proposal:
+    """The same from scores at hand."""
+    widths = recipe.expert_bits
+    low, high = budget_range(scores, recipe).bits
+    steps = np.arange(np.ceil(low / STEP), np.floor(high / STEP) + 1) * STEP
+    bits = sorted({low, high, *steps.tolist()}) if recipe.cost != "uniform" else widths
+    return Proposal(
+        plans=tuple(frontier(scores, recipe, bits)),
+        memory=dict(memory),
+        best={name: _largest(scores, recipe, int(SHARE * size)) for name, size in memory.items()},
+    )
+
+
+def memory() -> dict[str, int]:
+    """The memories that a model can run in here, in bytes."""
+    found = {"RAM": int(psutil.virtual_memory().total)}
+    if torch.cuda.is_available():
+        found["GPU"] = int(torch.cuda.get_device_properties(0).total_memory)
+    return found
+
+
+def _largest(scores: ExpertScores, recipe: Recipe, size: int) -> BitAllocation | None:
+    """The best plan whose folder has at most `size` bytes."""
+    most = budget_range(scores, recipe).size[1]
+    try:
+        return allocate(scores, recipe.with_changes(size=min(size, most)))
+    except BudgetError:
+        return None
+
+
+def _row(plan: BitAllocation) -> dict[str, float]:
+    return {
+        "bits": plan.average_bits,
+        "bits_per_weight": plan.bits_per_weight,
+        "folder_bytes": plan.folder_bytes,
+        "predicted_loss": plan.predicted_loss,
+    }

@@ -1,0 +1,76 @@
+"""Does a model get stuck? The share of its generations that end in a loop.
+
+Perplexity is measured on text that people wrote and hides this: a model at too few bits may predict
+such text well and still write the same line for ever. Greedy continuations of held-out text show
+it. Original models loop too, small ones often: what counts is the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROMPT_TOKENS = 32
+NEW_TOKENS = 128
+CYCLES = 4  # times that the same tokens stand in a row, at least
+LOOP_TOKENS = 24  # that they make up together, at least: four blank lines are no loop
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How many greedy generations ended in a loop."""
+
+    generations: int
+    looping: int
+    prompt_tokens: int
+    new_tokens: int  # at most, of each
+
+    @property
+    def share(self) -> float:
+        return self.looping / self.generations
+
+
+@torch.inference_mode()
+def measure_repetition(model: Any, prompts: Tensor) -> Repetition:
+    """Let a model continue each prompt greedily and count the loops.
+
+    Args:
+        model: a causal LM of transformers, loaded.
+        prompts: [N, L] int64, none padded.
+    """
+    prompts = prompts.to(model.device)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
+    written = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=model.generation_config.pad_token_id or next(iter(ends)) or 0,
+    )[:, prompts.shape[1] :]
+    looping = sum(ends_in_loop(row) for row in written.tolist() if not ends & set(row))
+    return Repetition(len(prompts), looping, prompts.shape[1], NEW_TOKENS)
+
+
+def ends_in_loop(tokens: Sequence[int]) -> bool:
+    """Whether a sequence ends in `CYCLES` copies of some tokens, `LOOP_TOKENS` of them or more."""
+    for period in range(1, len(tokens) // CYCLES + 1):
+        length = max(CYCLES * period, LOOP_TOKENS)
+        tail = tokens[len(tokens) - length :]
+        if length <= len(tokens) and tail[period:] == tail[: length - period]:
+            return True
+    return False
+
+
+def prompts_of(ids: Tensor, count: int) -> Tensor:
+    """The beginnings of `count` of the sequences [S, L], spread evenly; of all if there are less.
+
+    Returns:
+        [N, P] int64.
+    """
+    rows = torch.linspace(0, len(ids) - 1, min(count, len(ids))).round().long()
+    return ids[rows, :PROMPT_TOKENS]

@@ -1,0 +1,227 @@
+"""One page that shows what happened to a model, and whether to trust it.
+
+`report` writes a single HTML file that works from disk, without network: pictures are SVG inside
+it, and a small script tells the numbers under the pointer or the arrow keys. `report.html` is the
+page's template; what is on it is in `report_sections.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, StrictUndefined
+
+from moepress.allocate import PROJECTIONS, BitAllocation
+from moepress.checkpoint import (
+    EVALUATION,
+    PLAN,
+    REPORT,
+    SCORES,
+    is_compressed,
+    load_json,
+    write_atomically,
+)
+from moepress.errors import InputError
+from moepress.parts import bytes_by_part
+from moepress.plots import Format, Picture, byte_unit
+from moepress.report_sections import Subject, sections
+from moepress.score import ExpertScores
+
+
+def report(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    scores: str | Path | None = None,
+    evaluation: str | Path | None = None,
+) -> Path:
+    """Write the report of a compressed folder.
+
+    Args:
+        folder: a folder made by moepress.
+        out: HTML file to write; None: inside the folder.
+        scores: the scores of its plan; None: those in the folder, if any.
+        evaluation: what `moepress evaluate --out` wrote; None: that in the folder, if any.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: no folder of ours, or scores or evaluation of another model.
+        CheckpointError: a file is damaged, or cannot be written.
+    """
+    subject = read_subject(folder, scores, evaluation)
+    out = Path(folder) / REPORT if out is None else Path(out)
+    page = render(subject)
+    write_atomically(out, partial(_write, page.encode()))
+    return out
+
+
+def plot(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    form: str = "svg",
+    scores: str | Path | None = None,
+) -> list[Path]:
+    """Write the pictures of the report as files of their own.
+
+    Args:
+        folder: a folder made by moepress.
+        out: folder to write to; made if missing.
+        form: "svg" or "png".
+        scores: as for `report`.
+    """
+    if form not in get_args(Format):
+        raise InputError(f"Pictures in format {form!r} are not made. Expected svg or png.")
+    subject = read_subject(folder, scores)
+    written = []
+    for picture in (p for _, _, section in sections(subject) for p in section.pictures):
+        path = Path(out) / f"{picture.name}.{form}"
+        content = picture.image(form)
+        write_atomically(path, partial(_write, content))
+        written.append(path)
+    return written
+
+
+def read_subject(
+    folder: str | Path,
+    scores: str | Path | None = None,
+    evaluation: str | Path | None = None,
+) -> Subject:
+    """What a folder tells about itself, checked to belong together."""
+    folder = Path(folder)
+    if not folder.is_dir() or not is_compressed(folder):
+        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
+    plan = BitAllocation.load(folder / PLAN)
+    given = _given(scores, folder / SCORES)
+    measured = ExpertScores.load(given) if given is not None else None
+    if measured is not None:
+        check_scores(measured, plan, str(given))
+    given = _given(evaluation, folder / EVALUATION)
+    evaluated = load_json(given) if given is not None else None
+    if evaluated is not None:
+        made = load_json(folder / "config.json")["quantization_config"].get("provenance", {})
+        check_evaluation(evaluated, made, str(given))
+    name = folder.resolve().name
+    return Subject(name, plan, measured, bytes_by_part(folder), evaluated)
+
+
+def check_scores(scores: ExpertScores, plan: BitAllocation, where: str) -> None:
+    """Raise InputError where a plan was not made from these scores."""
+    if scores.provenance != plan.provenance or scores.layers != plan.layers:
+        raise InputError(
+            f"{where} holds scores of {scores.provenance}, the plan was made from those of "
+            f"{plan.provenance}. Give the scores that `moepress allocate` was given."
+        )
+
+
+def check_evaluation(evaluation: Any, made: Mapping[str, str], where: str) -> None:
+    """Raise InputError where a file is no evaluation, or one of another model."""
+    if not isinstance(evaluation, Mapping) or evaluation.get("kind") != "evaluation":
+        raise InputError(
+            f"{where} is not an evaluation. Expected a file of `moepress evaluate --out`."
+        )
+    plan = evaluation["provenance"].get("made_with_plan")
+    if plan != made.get("plan"):
+        raise InputError(
+            f"{where} is the evaluation of another model: its plan is {plan}, this folder's is "
+            f"{made.get('plan')}. Evaluate this folder, or delete that file."
+        )
+
+
+def render(subject: Subject) -> str:
+    """The page as text; equal subjects give equal pages."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cell": _cell, "svg": _data_uri, "panels": _panels}
+    environment.tests["number"] = lambda value: isinstance(value, int | float)
+    template = environment.from_string((files("moepress") / "report.html").read_text())
+    return template.render(
+        name=subject.name,
+        facts=headline(subject),
+        sections=list(sections(subject)),
+        experts=expert_values(subject),
+    )
+
+
+def headline(subject: Subject) -> list[tuple[str, str, str]]:
+    """(number, unit, what it is) of the figures on top of the page."""
+    plan, parts = subject.plan, subject.parts
+    facts = [
+        (f"{plan.average_bits:.2f}", "bits", "code bits per expert weight"),
+        (f"{plan.expert_bits_per_weight:.2f}", "bits", "stored per expert weight"),
+        (f"{plan.bits_per_weight:.2f}", "bits", "stored per weight, whole model"),
+    ]
+    if parts is not None:
+        before, after = (sum(getattr(p, k) for p in parts.values()) for k in ("original", "stored"))
+        unit, name = byte_unit(after)
+        facts.insert(0, (f"{after / unit:.3g}", name, f"of {before / unit:,.3g} {name} before"))
+    if subject.evaluation is not None and subject.evaluation.get("ratio") is not None:
+        facts += [
+            (f"{subject.evaluation['ratio']:.3f}", "x", "the original's perplexity"),
+            (f"{subject.evaluation['kl']:.3f}", "nats", "KL from the original"),
+        ]
+    return facts
+
+
+def expert_values(subject: Subject) -> dict[str, Any]:
+    """What is told about an expert under the pointer: columns of [L x E] values."""
+    plan, scores = subject.plan, subject.scores
+    columns: list[tuple[str, list[Any]]] = [
+        (f"{name}_proj bits", plan.bits[:, :, column].ravel().tolist())
+        for column, name in enumerate(PROJECTIONS)
+    ]
+    if scores is not None:
+        columns += [
+            ("tokens", scores.tokens.ravel().tolist()),
+            ("frequency", _rounded(scores.tokens / scores.total_tokens)),
+            ("routing weight", _rounded(scores.routing_weight / scores.total_tokens)),
+            ("cost at these bits", _rounded(subject.paid)),
+        ]
+        for column, bits in enumerate(plan.recipe.expert_bits):
+            columns.append((f"cost at {bits} bits", _rounded(subject.costs[..., column].sum(-1))))
+    return {"layers": plan.layers, "experts": plan.bits.shape[1], "columns": columns}
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> list[float]:
+    """Three digits: what a reader can use, and a fourth of the bytes."""
+    return [float(f"{value:.3g}") for value in values.ravel().tolist()]
+
+
+def _panels(picture: Picture) -> list[dict[str, Any]]:
+    return [asdict(panel) for panel in picture.panels]
+
+
+def _data_uri(picture: Picture) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(picture.image("svg")).decode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _given(asked: str | Path | None, usual: Path) -> Path | None:
+    """The file asked for, or the usual one if it is there."""
+    if asked is not None:
+        if not Path(asked).is_file():
+            raise InputError(f"No file {asked}. Expected one that moepress wrote.")
+        return Path(asked)
+    return usual if usual.is_file() else None
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)

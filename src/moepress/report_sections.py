@@ -1,0 +1,342 @@
+"""What the report of a model says, section by section.
+
+`SECTIONS` is the page: to add something to it, write a function that makes a `Section` of a
+`Subject`, and a line in that table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moepress.allocate import BOTH, PROJECTIONS, BitAllocation, budget_range, frontier, objective
+from moepress.checkpoint import EVALUATION
+from moepress.errors import InputError
+from moepress.parts import PartBytes
+from moepress.plots import Picture, bit_map, byte_unit, heat_map, loss_curve, part_bars
+from moepress.recipe import Recipe
+from moepress.score import ExpertScores
+from moepress.tables import evaluation_tables
+
+STEPS = 16  # budgets at which the loss curve is computed
+NUDGE = 0.1  # bits more and less whose price is told
+LOOP_SIGMAS = 1.64  # by how much more must loop to be told: 5 % of equal models would be
+LISTED = 16  # experts named in the list of those that few tokens chose
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is about: a plan, and what is known beside it."""
+
+    name: str
+    plan: BitAllocation
+    scores: ExpertScores | None = None
+    parts: Mapping[str, PartBytes] | None = None
+    evaluation: Mapping[str, Any] | None = None
+
+    @cached_property
+    def costs(self) -> npt.NDArray[np.float64]:
+        """What each width of each expert adds to the predicted loss, [L, E, P, B]."""
+        return objective(self._scores(), self.plan.recipe)
+
+    @cached_property
+    def paid(self) -> npt.NDArray[np.float64]:
+        """What each expert adds to the predicted loss at the widths it has, [L, E]."""
+        columns = np.searchsorted(self.plan.recipe.expert_bits, self.plan.bits)
+        columns = columns[:, :, : self.costs.shape[2]]
+        taken = np.take_along_axis(self.costs, columns[..., None], axis=3)
+        return np.asarray(taken.sum(axis=(2, 3)))
+
+    @cached_property
+    def frontier(self) -> list[BitAllocation]:
+        """The best plan at each of a row of budgets, this model's and its neighbours' among them.
+
+        A random or uniform plan is compared with what the scores would choose.
+        """
+        recipe, scores = self.plan.recipe, self._scores()
+        if recipe.cost in ("random", "uniform"):
+            recipe = recipe.with_changes(cost="error")
+        low, high = budget_range(scores, recipe).bits
+        near = (self.plan.average_bits + step for step in (-NUDGE, 0, NUDGE))
+        budgets = {*np.linspace(low, high, STEPS).tolist(), *(b for b in near if low <= b <= high)}
+        return frontier(scores, recipe, sorted(budgets))
+
+    def _scores(self) -> ExpertScores:
+        if self.scores is None:
+            raise InputError("No scores are at hand. Give the file of `moepress score`.")
+        return self.scores
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: sentences, then pictures, then tables."""
+
+    text: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+def _bits(subject: Subject) -> Section:
+    plan = subject.plan
+    widths = plan.recipe.expert_bits
+    rows = tuple(
+        (
+            f"{name}_proj",
+            *(int((plan.bits[:, :, column] == b).sum()) for b in widths),
+            float(plan.bits[:, :, column].mean()),
+        )
+        for column, name in enumerate(PROJECTIONS)
+    )
+    head = ("projection", *(f"{bits}-bit experts" for bits in widths), "mean bits")
+    return Section(
+        ("Each square is one expert of one layer; the darker, the more bits its weights have.",),
+        pictures=(bit_map(plan),),
+        tables=(Table(head, rows),),
+    )
+
+
+def _coverage(subject: Subject) -> Section:
+    scores = subject.scores
+    if scores is None:
+        return _no_scores()
+    floor, tokens = subject.plan.recipe.token_floor, scores.tokens
+    few, never = int((tokens < floor).sum()), int((tokens == 0).sum())
+    text: tuple[str, ...] = (
+        f"{scores.total_tokens:,} calibration tokens. An expert was chosen by {tokens.min():,} to "
+        f"{tokens.max():,} of them, by {int(np.median(tokens)):,} in the median.",
+    )
+    if not few:
+        return Section((*text, f"Every expert was chosen by at least {floor:,} tokens."))
+    warnings = (
+        f"{few:,} of {tokens.size:,} experts were chosen by fewer than {floor:,} calibration "
+        f"tokens, {never:,} of them by none: their scores say little, and their rounding borrowed "
+        "tokens of other experts. Calibrate on more text, or on text closer to the model's use.",
+    )
+    order = np.argsort(tokens, axis=None, kind="stable")[: min(few, LISTED)]
+    places = [np.unravel_index(flat, tokens.shape) for flat in order]
+    rows = tuple(
+        (
+            scores.layers[row],
+            int(e),
+            int(tokens[row, e]),
+            *(int(bits) for bits in subject.plan.bits[row, e]),
+        )
+        for row, e in places
+    )
+    if few > LISTED:
+        text = (*text, f"The {LISTED} experts with the fewest tokens:")
+    head = ("layer", "expert", "tokens", *(f"{name}_proj bits" for name in PROJECTIONS))
+    return Section(text, warnings, tables=(Table(head, rows),))
+
+
+def _evaluation(subject: Subject) -> Section:
+    found = subject.evaluation
+    if found is None:
+        return Section(
+            warnings=(
+                "This model was not evaluated yet: nothing here says how good it is. Run: moepress "
+                f"evaluate FOLDER --against ORIGINAL --text FILE --out FOLDER/{EVALUATION}",
+            )
+        )
+    tables = tuple(
+        Table(tuple(head), tuple(map(tuple, rows)))
+        for head, rows in evaluation_tables(found)[:-1]  # bytes by part have their own section
+    )
+    text: tuple[str, ...] = (f"Model {found['model']}, windows of {found['length']} tokens.",)
+    if found.get("ratio") is not None:
+        text = (
+            *text,
+            f"Against {found['original']}: perplexity x {found['ratio']:.4f} (geometric mean over "
+            f"texts), KL divergence {found['kl']:.4f} nats per token.",
+        )
+    return Section(text, _loop_warnings(found), tables=tables)
+
+
+def _loop_warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to say where the model gets stuck more than chance explains, or more often than not."""
+    mine, original = found["repetition"], found["original_repetition"]
+    if mine is None:
+        return ()
+    told = f"{mine['looping']} of {mine['generations']} greedy generations end in a loop"
+    if original is None:
+        stuck = mine["looping"] > mine["generations"] / 2
+        return (f"{told}. Evaluate --against the original to see if it does too.",) if stuck else ()
+    # Two shares of as many generations each: one-sided test at 5 %, by the normal approximation.
+    pooled = (mine["looping"] + original["looping"]) / (2 * mine["generations"])
+    noise = math.sqrt(2 * pooled * (1 - pooled) * mine["generations"])
+    if mine["looping"] - original["looping"] <= LOOP_SIGMAS * noise:
+        return ()
+    return (
+        f"{told}, {original['looping']} of the original's. Perplexity does not show that: try a "
+        "larger budget.",
+    )
+
+
+def _loss(subject: Subject) -> Section:
+    if subject.scores is None:
+        return _no_scores()
+    plan = subject.plan
+    texts = []
+    for step, word in ((NUDGE, "more"), (-NUDGE, "less")):
+        wanted = plan.average_bits + step
+        near = [p for p in subject.frontier if math.isclose(p.average_bits, wanted, abs_tol=0.02)]
+        if not near or plan.predicted_loss <= 0:
+            continue
+        best = min(near, key=lambda p: abs(p.average_bits - wanted))
+        change = best.predicted_loss / plan.predicted_loss - 1
+        size = best.folder_bytes - plan.folder_bytes
+        unit, name = byte_unit(abs(size))
+        texts.append(
+            f"{NUDGE} bits {word} per expert weight: {size / unit:+.3g} {name}, predicted loss "
+            f"{change:+.1%}."
+        )
+    about = (
+        "The least loss that the scores predict for each budget. Predicted loss orders plans of "
+        "one model; it is no perplexity."
+    )
+    return Section((about, *texts), pictures=(loss_curve(subject.frontier, plan),))
+
+
+def _bytes(subject: Subject) -> Section:
+    if subject.parts is None:
+        return Section(("The sizes of the model's parts are not known.",))
+    parts = subject.parts
+    rows = [
+        (part, size.original, size.stored, size.original / size.stored)
+        for part, size in parts.items()
+    ]
+    before, after = (sum(getattr(p, key) for p in parts.values()) for key in ("original", "stored"))
+    rows.append(("all tensors", before, after, before / after))
+    table = Table(("part", "original bytes", "stored bytes", "times smaller"), tuple(rows))
+    return Section(pictures=(part_bars(parts),), tables=(table,))
+
+
+def _routing(subject: Subject) -> Section:
+    scores = subject.scores
+    if scores is None:
+        return _no_scores()
+    chosen = scores.tokens > 0
+    frequency = np.where(chosen, scores.tokens / scores.total_tokens, np.nan)
+    weight = np.where(chosen, scores.routing_weight / scores.total_tokens, np.nan)
+    cost = "\N{GREEK SMALL LETTER PHI}"
+    return Section(
+        (
+            f"Frequency ({cost}) is the share of calibration tokens that choose an expert; routing "
+            "weight (w) is its router's weight, averaged over all tokens.",
+        ),
+        pictures=(
+            heat_map(
+                "frequency",
+                "How often each expert is chosen",
+                {"frequency": frequency},
+                scores.layers,
+                "share of tokens",
+            ),
+            heat_map(
+                "routing-weight",
+                "Routing weight of each expert",
+                {"routing weight": weight},
+                scores.layers,
+                "mean routing weight",
+            ),
+        ),
+    )
+
+
+def _cost(subject: Subject) -> Section:
+    scores = subject.scores
+    if scores is None:
+        return _no_scores()
+    widths = np.array(subject.plan.recipe.expert_bits)
+    column = int(np.abs(widths - subject.plan.average_bits).argmin())
+    known = (scores.tokens > 0)[:, :, None]
+    maps = np.where(known, subject.costs[..., column], np.nan)
+    names = [f"{name}_proj" for name in PROJECTIONS] if maps.shape[2] == BOTH else ["whole expert"]
+    same = {f"{n} at {widths[column]} bits": maps[:, :, i] for i, n in enumerate(names)}
+    paid = {"both projections, as they are": np.where(known[..., 0], subject.paid, np.nan)}
+    return Section(
+        (
+            f"Above: what every expert would cost at {widths[column]} bits, which is what the "
+            "allocation weighs. Below: what each costs at the bits it got; together they are the "
+            f"predicted loss, {subject.plan.predicted_loss:.4g}.",
+        ),
+        pictures=(
+            heat_map(
+                "cost",
+                f"Cost of every expert at {widths[column]} bits",
+                same,
+                scores.layers,
+                "predicted loss",
+            ),
+            heat_map(
+                "cost-paid",
+                "Cost of every expert at its bits",
+                paid,
+                scores.layers,
+                "predicted loss",
+            ),
+        ),
+    )
+
+
+def _recipe(subject: Subject) -> Section:
+    default, rows = Recipe().to_dict(), []
+    for name, value in subject.plan.recipe.to_dict().items():
+        if value is not None or default[name] is not None:
+            rows.append(
+                (name, _plain(value), "" if value == default[name] else _plain(default[name]))
+            )
+    made = tuple((name, value) for name, value in sorted(subject.plan.provenance.items()))
+    return Section(
+        tables=(
+            Table(("recipe", "value", "default, if another"), tuple(rows)),
+            Table(("provenance", ""), made),
+        )
+    )
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Subject], Section]], ...] = (
+    ("bits", "Bits", _bits),
+    ("evaluation", "Evaluation", _evaluation),
+    ("coverage", "Coverage", _coverage),
+    ("bytes", "Bytes", _bytes),
+    ("loss", "Loss against budget", _loss),
+    ("routing", "Routing", _routing),
+    ("cost", "Cost", _cost),
+    ("recipe", "Recipe and provenance", _recipe),
+)
+
+
+def sections(subject: Subject) -> Iterator[tuple[str, str, Section]]:
+    """(id, heading, content) of every section."""
+    for key, heading, make in SECTIONS:
+        yield key, heading, make(subject)
+
+
+def _plain(value: Any) -> str:
+    """A recipe's value as one would write it."""
+    if isinstance(value, list | tuple):
+        parts = ["=".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in value]
+        return ", ".join(parts) or "none"
+    return "none" if value is None else str(value)
+
+
+def _no_scores() -> Section:
+    return Section(
+        ("This folder was made from a plan, without the scores: give them with --scores FILE.",)
+    )

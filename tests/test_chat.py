@@ -1,0 +1,143 @@
+"""Chat: what the model reads is what was said, and what is written is what it answered."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from moepress.chat import HELP, Conversation, chat, set_threads
+from moepress.compress import compress
+from moepress.errors import InputError
+from moepress.evaluate import load_model
+
+from .conftest import small_recipe
+
+Folder = Callable[..., Path]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Folder, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed model that has a chat template."""
+    original = tmp_path_factory.mktemp("original") / "model"
+    shutil.copytree(model_folder(), original)
+    (original / "chat_template.jinja").write_text(TEMPLATE)
+    out = tmp_path_factory.mktemp("chat") / "model"
+    return compress(original, out, small_recipe(text_file, bits=2))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[object, object]:
+    return load_model(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def greedy(loaded: tuple[object, object], text: str, tokens: int) -> str:
+    """The plain way to continue a text."""
+    model, tokenizer = loaded
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_turns_are_read_through_the_template(loaded: tuple[object, object]) -> None:
+    talk = Conversation(*loaded, system="Be brief.", tokens=6, temperature=0)
+    pieces: list[str] = []
+    first = talk.say("def f1(x):", pieces.append)
+    text = "[system] Be brief.\n[user] def f1(x):\n[assistant] "
+    assert first.text == "".join(pieces) == greedy(loaded, text, 6)
+    assert first.tokens == 6 and not first.stopped
+    assert first.tokens_per_second is not None and first.tokens_per_second > 0
+    second = talk.say("go on", pieces.append)
+    text += f"{first.text}\n[user] go on\n[assistant] "
+    assert second.text == greedy(loaded, text, 6)
+    talk.reset()
+    assert talk.say("def f1(x):", pieces.append).text == first.text
+
+
+def test_raw_continues_the_text(loaded: tuple[object, object]) -> None:
+    talk = Conversation(*loaded, raw=True, tokens=5, temperature=0)
+    first = talk.say("def f2(x):", lambda piece: None)
+    assert first.text == greedy(loaded, "def f2(x):", 5)
+    second = talk.say(" and", lambda piece: None)
+    assert second.text == greedy(loaded, f"def f2(x):{first.text} and", 5)
+
+
+def test_an_answer_can_be_stopped(loaded: tuple[object, object]) -> None:
+    talk = Conversation(*loaded, raw=True, tokens=100, temperature=0)
+    heard: list[str] = []
+
+    def interrupt(piece: str) -> None:
+        heard.append(piece)
+        if len(heard) == 2:
+            raise KeyboardInterrupt
+
+    reply = talk.say("def f3(x):\n", interrupt)
+    assert reply.stopped and reply.tokens < 100
+    assert talk.text == "def f3(x):\n" + reply.text
+    assert not talk.say("x", heard.append).stopped
+
+
+def test_temperature_changes_the_answer(loaded: tuple[object, object]) -> None:
+    torch.manual_seed(0)
+    answers = set()
+    for temperature in (0, 0, 3.0, 3.0):
+        talk = Conversation(*loaded, raw=True, tokens=12, temperature=temperature)
+        answers.add(talk.say("def f4(x):", lambda piece: None).text)
+    assert len(answers) == 3
+
+
+def test_a_long_conversation_is_refused_and_kept(loaded: tuple[object, object]) -> None:
+    talk = Conversation(*loaded, raw=True, tokens=1000, temperature=0)
+    reply = talk.say("def f5(x):", lambda piece: None)
+    most = loaded[0].config.max_position_embeddings
+    assert reply.tokens <= most
+    before = talk.text
+    with pytest.raises(InputError, match=f"the model reads {most}"):
+        talk.say("x = 1\n" * most, lambda piece: None)
+    assert talk.text == before
+
+
+def test_a_session(
+    folder: Path, loaded: tuple[object, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = ["def f6(x):", "", "/reset", "/what", "def f6(x):", "/exit", "never said"]
+    chat(folder, tokens=4, temperature=0, turns=turns)
+    out, err = capsys.readouterr()
+    answer = greedy(loaded, "[user] def f6(x):\n[assistant] ", 4)
+    assert out == f"{answer}\n" * 2
+    assert HELP in err and err.count("4 tokens, ") == 2 and "tokens/s)" in err
+
+
+def test_what_cannot_be_is_refused_before_loading(folder: Path, model_folder: Folder) -> None:
+    with pytest.raises(InputError, match="no chat template"):
+        chat(model_folder(), turns=[])
+    with pytest.raises(InputError, match="needs a chat template"):
+        chat(folder, raw=True, system="x", turns=[])
+    with pytest.raises(InputError, match="Expected at least 1 token"):
+        chat(folder, tokens=0, turns=[])
+    with pytest.raises(InputError, match=r"no config\.json"):
+        chat(folder / "missing", turns=[])
+    with pytest.raises(InputError, match="threads is 0"):
+        chat(folder, threads=0, turns=[])
+
+
+def test_threads_are_set() -> None:
+    before = torch.get_num_threads()
+    set_threads(1)
+    try:
+        assert torch.get_num_threads() == 1
+        set_threads(None)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,42 @@
+"""Documentation that is made from the code is up to date, and names what exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs/generate_cli.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cli_reference_is_current(generator: ModuleType) -> None:
+    written = (ROOT / "docs/cli.md").read_text()
+    assert written == generator.reference(), "run: python docs/generate_cli.py"
+
+
+def test_the_cli_reference_names_every_command_and_option(generator: ModuleType) -> None:
+    page = generator.reference()
+    for command in generator.app.registered_commands:
+        assert f"## moepress {command.callback.__name__}\n" in page
+    for option in ("--bits", "--json", "--include-path", "--no-speed", "--raw", "--format", "-q"):
+        assert f"`{option}`" in page
+    assert "None" not in page and "functools" not in page and "<" not in page.replace("<!--", "")
+
+
+def test_readme_commands_exist(generator: ModuleType) -> None:
+    commands = {command.callback.__name__ for command in generator.app.registered_commands}
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = set(re.findall(r"\bmoepress ([a-z]+)", "\n".join(blocks)))
+    assert named and named <= commands

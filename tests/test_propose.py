@@ -1,0 +1,88 @@
+"""Proposals: what each budget costs, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moepress.allocate import allocate, budget_range
+from moepress.checkpoint import SCORES
+from moepress.compress import compress
+from moepress.errors import InputError
+from moepress.propose import SHARE, memory, proposal, propose
+from moepress.recipe import Recipe
+from moepress.tables import proposal_table
+
+from . import synthetic
+from .conftest import small_recipe
+
+Folder = Callable[..., Path]
+
+
+@pytest.mark.parametrize("cost", ["error", "paper", "uniform"])
+def test_plans_are_those_of_allocate(cost: str) -> None:
+    scores = synthetic.scores(3, 8)
+    recipe = Recipe(cost=cost)
+    found = proposal(scores, recipe, {})
+    low, high = budget_range(scores, recipe).bits
+    assert (found.plans[0].average_bits, found.plans[-1].average_bits) == (low, high)
+    assert len(found.plans) == (3 if cost == "uniform" else 9)
+    for plan in found.plans:
+        same = allocate(scores, recipe.with_changes(bits=plan.average_bits))
+        assert plan.predicted_loss == pytest.approx(same.predicted_loss)
+
+
+def test_the_best_fits_and_nothing_better_does() -> None:
+    scores, recipe = synthetic.scores(3, 8), Recipe()
+    low, high = budget_range(scores, recipe).size
+    memory = {
+        "small": int(low / SHARE) - 2,
+        "middle": int((low + high) / 2 / SHARE),
+        "large": 10**15,
+    }
+    found = proposal(scores, recipe, memory)
+    assert found.best["small"] is None
+    assert found.best["large"].folder_bytes == high
+    middle = found.best["middle"]
+    assert middle.folder_bytes <= SHARE * memory["middle"]
+    same = allocate(scores, recipe.with_changes(size=int(SHARE * memory["middle"])))
+    assert middle.predicted_loss == same.predicted_loss
+
+    told = found.to_dict()
+    budget = told["best_that_fits"]["middle"]["budget"]
+    again = allocate(scores, recipe.with_changes(bits=budget))
+    assert again.folder_bytes <= SHARE * memory["middle"]
+    assert middle.average_bits - again.average_bits < 0.03
+    text = proposal_table(told)
+    assert f"middle: the best that fits is --bits {budget:g}" in text
+    assert "small: not even the smallest fits" in text
+    rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
+    fits = [row[-2] for row in rows]  # the column of "middle"
+    assert fits == sorted(fits, reverse=True) and {*fits} == {"yes", "no"}
+
+
+def test_scores_are_kept_for_compress_and_only_for_the_same_work(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(text_file)
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    found = propose(model_folder(), out, recipe)
+    kept = (out / SCORES).read_bytes()
+    assert found.memory == memory() and found.best["RAM"] is not None
+    with pytest.raises(InputError, match="differ in: recipe"):
+        compress(model_folder(), out, small_recipe(text_file, bits=2, token_floor=32))
+    assert not (out / "config.json").exists()
+    compress(model_folder(), out, recipe.with_changes(bits=2))
+    compress(model_folder(), straight, recipe.with_changes(bits=2))
+    assert (out / SCORES).read_bytes() == kept
+    for shard in straight.glob("model-*.safetensors"):
+        assert shard.read_bytes() == (out / shard.name).read_bytes()
+    again = propose(model_folder(), out, recipe)  # beside the finished model
+    assert [p.predicted_loss for p in again.plans] == [p.predicted_loss for p in found.plans]
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "letter.txt").write_text("Dear reader")
+    with pytest.raises(InputError, match="not made by moepress"):
+        propose(model_folder(), full, recipe)

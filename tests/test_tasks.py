@@ -1,0 +1,118 @@
+"""Zero-shot tasks: the figures of lm-eval itself, from a task definition on disk, offline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moepress import evaluate
+from moepress.compress import compress
+from moepress.errors import InputError
+from moepress.report_sections import SECTIONS, Subject
+from moepress.tables import evaluation_table
+from moepress.tasks import find_tasks, task_names
+
+from . import synthetic
+from .conftest import small_recipe
+
+Folder = Callable[..., Path]
+
+DEFINITION = """
+task: adds
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twelve questions, of which no model knows the answer to all."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    questions = [
+        {
+            "question": f"def f{i}(x):\n    return",
+            "choices": [f" x + {i}", f" x - {i} or something else", " None"],
+            "answer": i % 3,
+        }
+        for i in range(12)
+    ]
+    data = folder / "adds.jsonl"
+    data.write_text("\n".join(map(json.dumps, questions)))
+    (folder / "adds.yaml").write_text(DEFINITION.format(data=data))
+    return folder
+
+
+def test_figures_are_those_of_lm_eval(
+    model_folder: Folder, text_file: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    out = compress(model_folder(), tmp_path / "out", small_recipe(text_file, bits=2))
+    ours = evaluate(
+        out, [str(text_file)], length=32, limit=2, tasks=["adds"], include_path=task_folder
+    )
+    theirs = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={out},dtype=auto",
+        tasks=["adds"],
+        task_manager=TaskManager(include_path=task_folder, include_defaults=False),
+        device="cpu",
+    )["results"]["adds"]
+    assert ours.tasks is not None and set(ours.tasks) == {"adds"}
+    figures = ours.tasks["adds"]
+    assert {"acc,none", "acc_norm,none", "acc_stderr,none"} <= set(figures)
+    assert figures == {name: theirs[name] for name in figures}
+    assert 0 < figures["acc,none"] < 1  # a figure that could have come out otherwise
+    assert f"{figures['acc,none']:.4f}" in evaluation_table(ours.to_dict())
+
+    subject = synthetic.subject(2, 4)
+    shown = Subject(subject.name, subject.plan, evaluation=ours.to_dict())
+    section = next(make for key, _, make in SECTIONS if key == "evaluation")(shown)
+    assert ("adds", "acc", figures["acc,none"], figures["acc_stderr,none"]) in section.tables[
+        1
+    ].rows
+
+
+def test_the_papers_tasks_are_a_set() -> None:
+    asked = task_names(["paper,gsm8k", " piqa "])
+    assert len(asked) == 9 and asked[0] == "piqa" and asked[-1] == "gsm8k"
+    assert {"arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mathqa", "mmlu"} <= {
+        *asked
+    }
+
+
+def test_lm_eval_knows_the_papers_tasks(task_folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(InputError, match=r"no task nonsense\."):
+        find_tasks(["paper", "gsm8k,humaneval", "nonsense", "adds"], task_folder)
+
+
+def test_what_cannot_be_run_is_refused_before_the_work(
+    task_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(InputError, match="No folder"):
+        find_tasks(["adds"], task_folder / "missing")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install 'moepress\[eval\]'"):
+        find_tasks(["adds"], task_folder)
