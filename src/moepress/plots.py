@@ -42,6 +42,7 @@ NEVER = "#d9d9d9"  # an expert without a value
 BIT_COLOURS = {1: "#fde725", 2: "#5ec962", 3: "#21918c", 4: "#3b528b", 8: "#440154"}
 BIT_MAP = "Code bits of every expert"
 LOSS = "Predicted loss against budget"
+DROPS = "What skipping experts costs"
 BYTES = "Bytes by part, before and after"
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "moepress",  # equal pictures, equal bytes
@@ -182,6 +183,37 @@ def loss_curve(plans: Sequence[BitAllocation], here: BitAllocation) -> Picture:
         f"{bits[-1]:.2f} bits; this model has {here.predicted_loss:.3g} at {here.average_bits:.2f}"
     )
     return Picture("loss", LOSS, about, figure, (panel,))
+
+
+def drop_curve(ways: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
+    """What skipping experts costs against how many are skipped.
+
+    Args:
+        ways: (share of the chosen experts, predicted cost) from share 0 up, by what is done with
+            the weights of those that stay.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+        figure.suptitle(DROPS)
+        ax = figure.subplots()
+        for (name, points), color in zip(ways.items(), ("#21918c", "#440154"), strict=False):
+            ax.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=name)
+        ax.set_xlabel("share of the chosen experts that is skipped")
+        ax.set_ylabel("squared error / energy")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+        told = [(x, y, name) for name, points in ways.items() for x, y in points]
+        shares = _transformed(figure, ax, [(x, y) for x, y, _ in told])
+        lines = tuple(
+            (left, top, (f"{x:.0%} skipped, {name}", f"cost {y:.3g}"))
+            for (left, top), (x, y, name) in zip(shares, told, strict=True)
+        )
+        panel = _panel(figure, ax, DROPS, points=lines)
+    most = {name: points[-1] for name, points in ways.items()}
+    about = "Predicted cost rises from 0 to " + ", ".join(
+        f"{y:.3g} at {x:.0%} ({name})" for name, (x, y) in most.items()
+    )
+    return Picture("pruning", DROPS, about, figure, (panel,))
 
 
 def part_bars(parts: Mapping[str, PartBytes]) -> Picture:

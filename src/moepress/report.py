@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from moepress.allocate import PROJECTIONS, BitAllocation
 from moepress.checkpoint import (
+    DROP_COSTS,
     EVALUATION,
     PLAN,
     REPORT,
@@ -29,9 +30,11 @@ from moepress.checkpoint import (
     load_json,
     write_atomically,
 )
+from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.parts import bytes_by_part
 from moepress.plots import Format, Picture, byte_unit
+from moepress.prune import Pruning
 from moepress.report_sections import Subject, sections
 from moepress.score import ExpertScores
 
@@ -108,11 +111,19 @@ def read_subject(
         check_scores(measured, plan, str(given))
     given = _given(evaluation, folder / EVALUATION)
     evaluated = load_json(given) if given is not None else None
+    config = load_json(folder / "config.json")["quantization_config"]
     if evaluated is not None:
-        made = load_json(folder / "config.json")["quantization_config"].get("provenance", {})
-        check_evaluation(evaluated, made, str(given))
-    name = folder.resolve().name
-    return Subject(name, plan, measured, bytes_by_part(folder), evaluated)
+        check_evaluation(evaluated, config.get("provenance", {}), str(given))
+    costs = folder / DROP_COSTS
+    return Subject(
+        folder.resolve().name,
+        plan,
+        measured,
+        bytes_by_part(folder),
+        evaluated,
+        DropCosts.load(costs) if costs.is_file() else None,
+        Pruning.from_json(config["pruning"]) if "pruning" in config else None,
+    )
 
 
 def check_scores(scores: ExpertScores, plan: BitAllocation, where: str) -> None:

@@ -17,12 +17,15 @@ import numpy.typing as npt
 
 from moepress.allocate import BOTH, PROJECTIONS, BitAllocation, budget_range, frontier, objective
 from moepress.checkpoint import EVALUATION
+from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.parts import PartBytes
-from moepress.plots import Picture, bit_map, byte_unit, heat_map, loss_curve, part_bars
+from moepress.plots import Picture, bit_map, byte_unit, drop_curve, heat_map, loss_curve, part_bars
+from moepress.prune import Pruning
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores
 from moepress.tables import evaluation_tables
+from moepress.thresholds import cheapest, medians
 
 STEPS = 16  # budgets at which the loss curve is computed
 NUDGE = 0.1  # bits more and less whose price is told
@@ -39,6 +42,8 @@ class Subject:
     scores: ExpertScores | None = None
     parts: Mapping[str, PartBytes] | None = None
     evaluation: Mapping[str, Any] | None = None
+    drop_costs: DropCosts | None = None
+    pruning: Pruning | None = None  # what the folder skips whenever it is opened
 
     @cached_property
     def costs(self) -> npt.NDArray[np.float64]:
@@ -226,6 +231,40 @@ def _bytes(subject: Subject) -> Section:
     return Section(pictures=(part_bars(parts),), tables=(table,))
 
 
+def _pruning(subject: Subject) -> Section:
+    costs = subject.drop_costs
+    if costs is None or costs.top_k == 1:
+        return Section(("What skipping experts would cost was not measured.",))
+    shares = np.linspace(0, costs.largest_share, STEPS).tolist()
+    ways = {
+        name: [(share, cheapest(costs, share, renormalise)[1]) for share in shares]
+        for name, renormalise in (("weights as they are", False), ("weights scaled up", True))
+    }
+    state = "This folder skips no experts: `moepress prune FOLDER 0.15` makes it."
+    if subject.pruning is not None:
+        layers = len(subject.pruning.thresholds)
+        state = (
+            f"This folder skips experts in {layers} layers, and protects "
+            f"{subject.pruning.protect:.1%} of a prompt's tokens."
+        )
+    rows = tuple(
+        (layer, *(round(float(ratio), 4) for ratio in row[1:]))
+        for layer, row in zip(costs.layers, medians(costs), strict=True)
+    )
+    head = ("layer", *(f"rank {rank}" for rank in range(2, costs.top_k + 1)))
+    return Section(
+        (
+            f"Each token chooses {costs.top_k} experts and can do without the weaker ones. {state}",
+            "Cost: squared error of the MoE block's output that a token meets, over the energy of "
+            "the residual stream, summed over layers, where thresholds are chosen best.",
+            "Median of a rank's routing weight over the token's largest, by layer: the Mixture "
+            "Compressor's threshold, `moepress prune FOLDER paper`.",
+        ),
+        pictures=(drop_curve(ways),),
+        tables=(Table(head, rows),),
+    )
+
+
 def _routing(subject: Subject) -> Section:
     scores = subject.scores
     if scores is None:
@@ -316,6 +355,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Subject], Section]], ...] = (
     ("coverage", "Coverage", _coverage),
     ("bytes", "Bytes", _bytes),
     ("loss", "Loss against budget", _loss),
+    ("pruning", "Skipping experts", _pruning),
     ("routing", "Routing", _routing),
     ("cost", "Cost", _cost),
     ("recipe", "Recipe and provenance", _recipe),
