@@ -271,7 +271,7 @@ def entry(path: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     "config, message",
     [
-        (lambda q: q.update(format_version=2), "version 2; this moepress reads up to 1. Upgrade"),
+        (lambda q: q.update(format_version=3), "version 3; this moepress reads up to 2. Upgrade"),
         (lambda q: q.update(extra=1), r"unknown fields \['extra'\]"),
         (entry(QUERY, bits="5"), f"{QUERY}.* 5-bit codes do not exist"),
         (entry(QUERY, bits="x"), f"{QUERY}.*one digit per matrix"),
