@@ -33,7 +33,7 @@ from moepress.quantizers.hessian import Factor
 from moepress.quantizers.viterbi import search
 
 START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}  # deviation of the codes over that of the weights
-ROWS_PER_CHUNK = 4096
+COLUMNS_PER_PANEL = 1024  # of products with the factor
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,16 @@ def refit(
         rows: [N, K] float32, rotated weights.
     """
     codes = code_matrix(branches, codec.bits)[: len(rows)]
-    result = scale.clone()
-    for start in range(0, len(rows), ROWS_PER_CHUNK):
-        part = slice(start, start + ROWS_PER_CHUNK)
-        w, c = rows[part], codes[part]
-        if factor is not None:
-            root = factor.curvature.sqrt()
-            w, c = ((x @ factor.feedback).mul_(root) for x in (w, c))
-        energy = c.square().sum(1)
-        result[part] = torch.where(energy > 0, (w * c).sum(1) / energy, scale[part])
-    return torch.where(scale > 0, result, 0.0)
+    product, energy = torch.zeros_like(scale), torch.zeros_like(scale)
+    for start in range(0, rows.shape[1], COLUMNS_PER_PANEL):
+        stop = min(start + COLUMNS_PER_PANEL, rows.shape[1])
+        w, c = rows[:, start:stop], codes[:, start:stop]
+        if factor is not None:  # R is upper triangular
+            panel = factor.feedback[:stop, start:stop] * factor.curvature[start:stop].sqrt()
+            w, c = rows[:, :stop] @ panel, codes[:, :stop] @ panel
+        product += (w * c).sum(1)
+        energy += c.square().sum(1)
+    return torch.where((scale > 0) & (energy > 0), product / energy, scale)
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -20,6 +20,13 @@
 
 #include "isa.h"
 
+// Steps are unrolled by templates: sanitizers need a minute for each of them inside all others.
+#if defined(__SANITIZE_ADDRESS__)
+#define MOEPRESS_INLINE inline
+#else
+#define MOEPRESS_INLINE [[gnu::always_inline]] inline
+#endif
+
 namespace {
 
 using moepress::kSlabRows;
@@ -34,7 +41,7 @@ struct Tile {
 };
 
 template <int bits>
-[[gnu::always_inline]] inline Tile<bits> load_tile(const uint8_t* above, const uint8_t* tile) {
+MOEPRESS_INLINE Tile<bits> load_tile(const uint8_t* above, const uint8_t* tile) {
     Tile<bits> out;
     out.word[0] = Lanes::words(above + 64 * (bits - 1));
 #pragma GCC unroll 4
@@ -44,7 +51,7 @@ template <int bits>
 
 // The 16 bits of 32 paths that end with bit `end` of word j, 1 to 16.
 template <int j, int end, int bits>
-[[gnu::always_inline]] inline Lanes::Words window(const Tile<bits>& tile) {
+MOEPRESS_INLINE Lanes::Words window(const Tile<bits>& tile) {
     if constexpr (end == 16) return tile.word[j + 1];
     return Lanes::either(Lanes::template shift_right<16 - end>(tile.word[j + 1]),
                          Lanes::template shift_left<end>(tile.word[j]));
@@ -53,7 +60,7 @@ template <int j, int end, int bits>
 // The sums of bytes at step i of 32 paths. A window of 16 bits holds the 12 of a state wherever they
 // end in its last 4: four windows of a word, which the compiler makes once, serve all steps.
 template <int bits, int i>
-[[gnu::always_inline]] inline Lanes::Words sums_at(const Tile<bits>& tile) {
+MOEPRESS_INLINE Lanes::Words sums_at(const Tile<bits>& tile) {
     constexpr int end = bits * (i + 1);            // of the newest bits, in the tile
     constexpr int j = (end - 1) / 16;              // the word they are in
     constexpr int taken = end - 16 * j;            // bits of it, 1 to 16
@@ -67,7 +74,7 @@ template <int bits, int i>
 
 // One token: steps i .. 15 of a tile into the sums of its four runs of rows.
 template <int bits, int i = 0>
-[[gnu::always_inline]] inline void add_steps(const Tile<bits>& tile, const int16_t* x,
+MOEPRESS_INLINE void add_steps(const Tile<bits>& tile, const int16_t* x,
                                              Lanes::Pairs* sum) {
     int32_t pair;
     std::memcpy(&pair, x + 2 * (i % 4), 4);
@@ -76,13 +83,13 @@ template <int bits, int i = 0>
 }
 
 template <int bits, int i = 0>
-[[gnu::always_inline]] inline void store_steps(const Tile<bits>& tile, Lanes::Words* out) {
+MOEPRESS_INLINE void store_steps(const Tile<bits>& tile, Lanes::Words* out) {
     out[i] = sums_at<bits, i>(tile);
     if constexpr (i + 1 < kSteps) store_steps<bits, i + 1>(tile, out);
 }
 
 // out[r] += a (sum - z sum(q)) for the 64 rows of a slab
-[[gnu::always_inline]] inline void finish_group(const Lanes::Pairs* sum, float a, int32_t correction,
+MOEPRESS_INLINE void finish_group(const Lanes::Pairs* sum, float a, int32_t correction,
                                                 float* out) {
     for (int run = 0; run < 4; ++run)
         Lanes::store(out + 16 * run,
