@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepress import kernels
 from moepress.codec import TRELLIS_BITS, PackedSpec
 from moepress.errors import InputError
 from moepress.kernels import cpu, reference, trellis
@@ -88,6 +89,13 @@ def test_a_token_depends_on_nothing_else(isa: str) -> None:
         assert torch.equal(cpu.experts(*args), together)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_opcheck() -> None:
+    packed = random_packed(10, 64, codec_of(3))
+    linear_args = torch.randn(2, 64), packed, torch.randn(10), 10, 3, 32, 8, "trellis"
+    torch.library.opcheck(kernels.linear, linear_args)
+    torch.library.opcheck(kernels.experts, experts_args(3, 64, 32, 32))
 
 
 def test_numbers_that_are_none_stay_with_their_token(isa: str) -> None:
