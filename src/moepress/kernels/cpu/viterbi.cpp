@@ -20,7 +20,7 @@ constexpr int kWindow = 64;  // on both sides of the seam of a path
 struct Workspace {
     uint16_t costs[2][kStates];
     int16_t target[kRun];
-    uint8_t origin[kRun][kStates / 2];  // of which 2^(12 - bits) are used
+    uint8_t origin[kRun * kStates / 2];  // [steps][2^(12 - bits)]: as few cache lines as may be
 };
 
 // Where weight `step` of a path lies.
@@ -45,8 +45,9 @@ void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int e
                Workspace& work, uint16_t* states) {
     uint16_t* costs = work.costs[0];
     uint16_t* next = work.costs[1];
+    const int groups = kStates >> bits;
     for (int t = 0; t < steps; ++t) {
-        isa.viterbi_step[bits - 1](costs, values, work.target[t], next, work.origin[t]);
+        isa.viterbi_step[bits - 1](costs, values, work.target[t], next, work.origin + t * groups);
         std::swap(costs, next);
         if (t % kSteps == kSteps - 1) isa.subtract_least(costs);
     }
@@ -54,7 +55,7 @@ void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int e
     for (int t = steps - 1; t >= 0; --t) {
         states[t] = uint16_t(state);
         const int older = state >> bits;
-        state = older | work.origin[t][older] << (kStateBits - bits);
+        state = older | work.origin[t * groups + older] << (kStateBits - bits);
     }
 }
 
