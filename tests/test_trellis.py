@@ -116,6 +116,14 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
         Codec(2, 32, "lattice")
 
 
+def test_the_scalar_packer_takes_no_trellis() -> None:
+    branches, scales = random_branches(64, 32, 2)
+    with pytest.raises(InputError, match="is no scalar code"):
+        reference.pack(branches, scales[:, None], None, codec_of(2))
+    with pytest.raises(InputError, match="is no scalar code"):
+        reference.unpack(random_packed(64, 32, codec_of(2)), 64, 32, codec_of(2))
+
+
 def test_the_spec_names_its_family_only_where_it_must() -> None:
     for family in ("int", "trellis"):
         spec = PackedSpec((1, 2), 64, family)

@@ -257,6 +257,7 @@ def _pack_side(values: Tensor) -> Tensor:
 
 def _blocks(packed: Tensor, rows: int, cols: int, codec: Codec) -> Tensor:
     """A view of a packed matrix, [blocks, block bytes] uint8."""
+    _check_scalar(codec)
     expected = codec.nbytes(rows, cols)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):
         raise InputError(
@@ -362,7 +363,15 @@ def _slots_by_expert(index: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     yield from zip(used.tolist(), slots.split_with_sizes(hits.tolist()), strict=True)
 
 
+def _check_scalar(codec: Codec) -> None:
+    if codec.family != "int":
+        raise InputError(
+            f"{codec.name} is no scalar code: kernels/trellis.py packs and unpacks it."
+        )
+
+
 def _check_parts(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) -> None:
+    _check_scalar(codec)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise InputError(f"codes must be [N, K] uint8, got {list(codes.shape)} {codes.dtype}.")
     side = (codes.shape[0], codec.groups(codes.shape[1]))
