@@ -55,17 +55,22 @@ extern "C" uint64_t stream(const uint64_t* at, int64_t n) {  // reads n words, o
 
 def kernels(rounds: int) -> None:
     """Packed bytes per second, beside the bandwidth measured between the same rounds."""
-    from moepress.codec import GRID_BITS
+    from moepress.codec import CODE_BITS
     from moepress.kernels import cpu
 
     read = compiled_stream()
     report(instruction_set=cpu.instruction_sets()[0], threads=THREADS)
     for shape, sizes in SHAPES.items():
-        measure_kernels(shape, {bits: one_token(bits, *sizes) for bits in GRID_BITS}, read, rounds)
+        cases = {
+            (family, bits): one_token(family, bits, *sizes)
+            for family, widths in CODE_BITS.items()
+            for bits in widths
+        }
+        measure_kernels(shape, cases, read, rounds)
 
 
 def one_token(
-    bits: int, hidden: int, inner: int, experts: int, k: int, copies: int
+    family: str, bits: int, hidden: int, inner: int, experts: int, k: int, copies: int
 ) -> tuple[Callable[[], None], int]:
     """A call of the MoE op and the bytes it reads.
 
@@ -76,7 +81,8 @@ def one_token(
     from moepress.codec import PackedSpec
     from moepress.kernels import cpu
 
-    spec, shapes = PackedSpec((bits,) * experts, 128), ((2 * inner, hidden), (hidden, inner))
+    spec = PackedSpec((bits,) * experts, 128, family)
+    shapes = ((2 * inner, hidden), (hidden, inner))
     layers = [
         [mixtral_shape.random_packed(spec, *shape, torch.Generator()) for _ in range(copies)]
         for shape in shapes
@@ -89,32 +95,42 @@ def one_token(
         n = next(turn)
         index = (torch.arange(k)[None] + n * k) % experts
         gate_up, down = (side[n % copies] for side in layers)
-        cpu.experts(x, index, weights, gate_up, down, *tables, inner, 128, 128, "silu", 8)
+        cpu.experts(x, index, weights, gate_up, down, *tables, inner, 128, 128, "silu", 8, family)
 
     return call, k * sum(spec.codecs[0].nbytes(*s) for s in shapes)
 
 
 def measure_kernels(
     shape: str,
-    cases: dict[int, tuple[Callable[[], None], int]],
+    cases: dict[tuple[str, int], tuple[Callable[[], None], int]],
     read: Callable[[], float],
     rounds: int,
 ) -> None:
-    shares: dict[int, list[float]] = {bits: [] for bits in cases}
-    speeds: dict[int, list[float]] = {bits: [] for bits in cases}
+    shares: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    speeds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     ceilings = []
-    for _, (bits, (call, size)) in itertools.product(range(rounds), cases.items()):
+    for _, (case, (call, size)) in itertools.product(range(rounds), cases.items()):
         calls = max(4, 400_000_000 // size)
         before = read()
         call()
         seconds = timed(lambda call=call, calls=calls: [call() for _ in range(calls)])
         ceilings += [before, read()]
-        speeds[bits].append(calls * size / seconds)
-        shares[bits].append(speeds[bits][-1] / max(ceilings[-2:]))
+        speeds[case].append(calls * size / seconds)
+        shares[case].append(speeds[case][-1] / max(ceilings[-2:]))
     report(shape=shape, ceiling_gb_per_s=max(ceilings) / 1e9, median=median(ceilings) / 1e9)
-    for bits in cases:
-        values = {"gb_per_s": median(speeds[bits]) / 1e9, "of_ceiling": median(shares[bits])}
-        report(shape=shape, bits=bits, **values, best_gb_per_s=max(speeds[bits]) / 1e9)
+    for family, bits in cases:
+        speed, share = median(speeds[family, bits]), median(shares[family, bits])
+        values = {"gb_per_s": speed / 1e9, "of_ceiling": share}
+        best = max(speeds[family, bits]) / 1e9
+        weights = 8e-9 * speed / bits  # nearly: side data count as weights
+        report(
+            shape=shape,
+            codec=family,
+            bits=bits,
+            **values,
+            best_gb_per_s=best,
+            gweights_per_s=weights,
+        )
 
 
 def compiled_stream() -> Callable[[], float]:

@@ -133,6 +133,14 @@ def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -
     """The bytes of a packed tensor: any codes and zeros, a scale that keeps products near 1."""
     matrices = []
     for codec in spec.codecs:
+        if codec.family == "trellis":
+            slabs = -(-rows // 64)
+            codes = torch.randint(
+                256, (slabs * codec.slab_bytes(cols),), generator=generator, dtype=torch.uint8
+            )
+            scales = torch.full((64 * slabs,), cols**-0.5 / 100, dtype=torch.bfloat16)
+            matrices.append(torch.cat([codes, scales.view(torch.uint8)]))
+            continue
         size, block = codec.nbytes(rows, cols), codec.block_bytes(cols)
         matrix = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
         blocks = matrix[: -(-rows // 16) * block].view(-1, block)

@@ -146,6 +146,67 @@ void drop() {
     expect(result == kOk, "drop: wrong result");
 }
 
+int64_t trellis_bytes(int64_t rows, int64_t cols, int bits) {  // docs/format.md
+    return (rows + 63) / 64 * (8 * cols * bits + 128);
+}
+
+void trellis_linear() {
+    const int bits = one_of({1, 2, 3, 4}), group = one_of({32, 64, 128});
+    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 2, 5}) : 300;
+    const int64_t rows = pick(1, 140), cols = group * pick(1, 3);
+    const int64_t right = trellis_bytes(rows, cols, bits);
+    const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
+    Buffer<uint8_t> packed = random_bytes(given);
+    Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
+    const int32_t result = moepress_trellis_linear(
+        x.get(), tokens, cols, packed.get(), given, rows, bits, group,
+        pick(0, 1) ? bias.get() : nullptr, int(pick(1, 3)), y.get());
+    expect(result == (given == right ? kOk : kBadBytes), "trellis linear: wrong result");
+}
+
+void trellis_experts() {
+    const int groups[2] = {one_of({32, 64, 128}), one_of({32, 64, 128})};
+    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 3, 9}) : 300;
+    const int64_t k = pick(0, 4), count = pick(0, 5);
+    const int64_t hidden = groups[0] * pick(1, 2), inner = groups[1] * pick(1, 2);
+    const int64_t shapes[2][2] = {{2 * inner, hidden}, {hidden, inner}};
+    std::vector<Buffer<uint8_t>> packed;
+    std::vector<Buffer<int64_t>> tables;
+    for (int which = 0; which < 2; ++which) {
+        tables.emplace_back(2 * count);
+        int64_t offset = 0;
+        for (int64_t e = 0; e < count; ++e) {
+            const int bits = one_of({1, 2, 3, 4});
+            tables[size_t(which)].at[size_t(2 * e)] = perhaps(offset);
+            tables[size_t(which)].at[size_t(2 * e + 1)] = perhaps(bits);
+            offset += trellis_bytes(shapes[which][0], shapes[which][1], bits);
+        }
+        packed.push_back(random_bytes(pick(0, 9) ? offset : pick(0, offset)));
+    }
+    Buffer<int64_t> index(tokens * k);
+    for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
+    Buffer<float> x = random_floats(tokens * hidden), weight = random_floats(tokens * k);
+    Buffer<float> y(tokens * hidden);
+    const int32_t result = moepress_trellis_experts(
+        x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
+        tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
+        groups[1], count, inner, int(pick(0, 9)), int(pick(1, 3)), y.get());
+    expect(result == kOk || result == kBadCodec || result == kBadBytes,
+           "trellis experts: wrong result");
+}
+
+void trellis_search() {
+    const int64_t rows = 64 * pick(1, 3);
+    Buffer<float> target = random_floats(8 * rows);
+    Buffer<uint8_t> branches(8 * rows);
+    const int bits = int(pick(1, 4));
+    const int32_t result = moepress_trellis_search(target.get(), rows, bits, int(pick(1, 3)),
+                                                   branches.get());
+    expect(result == kOk, "trellis search: wrong result");
+    for (int64_t i = 0; i < branches.size; ++i)
+        expect(branches.at[size_t(i)] < 1 << bits, "trellis search: a branch that is none");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -159,6 +220,9 @@ int main(int, char** arguments) {
             embedding();
             experts();
             drop();
+            trellis_linear();
+            trellis_experts();
+            if (done % 50 == 0) trellis_search();
         }
         std::printf("%s: %d rounds\n", name.c_str(), done);
     }

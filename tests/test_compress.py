@@ -299,6 +299,7 @@ def test_a_plan_of_another_model_is_refused(
     [
         {"quantizer": "rtn"},
         {"quantizer": "gptq-released"},
+        {"expert_codec": "trellis"},
         {"damping": 0.5},
         {"hessian_weight": "none"},
         {"token_floor": 150},

@@ -271,8 +271,10 @@ def entry(path: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     "config, message",
     [
-        (lambda q: q.update(format_version=2), "version 2; this moepress reads up to 1. Upgrade"),
+        (lambda q: q.update(format_version=3), "version 3; this moepress reads up to 2. Upgrade"),
         (lambda q: q.update(extra=1), r"unknown fields \['extra'\]"),
+        (entry(QUERY, family="lattice"), f"{QUERY}.*No codec family 'lattice'"),
+        (entry(GATE_UP, family="trellis", bits="1234"), "of families 'trellis' and 'int'"),
         (entry(QUERY, bits="5"), f"{QUERY}.* 5-bit codes do not exist"),
         (entry(QUERY, bits="x"), f"{QUERY}.*one digit per matrix"),
         (entry(QUERY, bits="44"), "of one width"),
@@ -344,6 +346,12 @@ class ScaledEmbedding(nn.Embedding):
 def test_modules_that_compute_something_else_are_refused(module: nn.Module) -> None:
     with pytest.raises(InputError, match=f"It is a {type(module).__name__}"):
         pack_modules(nn.ModuleDict({"x": module}), {"x.weight": PackedSpec((4,), 32)})
+
+
+def test_an_embedding_of_trellis_codes_is_refused() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(4, 32)})
+    with pytest.raises(InputError, match="cannot be read row by row"):
+        pack_modules(model, {"table.weight": PackedSpec((2,), 32, "trellis")})
 
 
 def test_experts_of_another_contract_are_refused() -> None:

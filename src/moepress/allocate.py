@@ -164,7 +164,7 @@ class Menu:
         nbytes = np.array(
             [
                 [
-                    codec_for(b, cols, scores.group_size).nbytes(rows, cols)
+                    codec_for(b, cols, scores.group_size, recipe.expert_codec).nbytes(rows, cols)
                     for b in recipe.expert_bits
                 ]
                 for rows, cols in matrices
@@ -285,6 +285,12 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
         raise InputError(
             f"expert_bits offers {missing}, but the scores hold {list(scores.bits)} bits. Offer "
             "only these, or score again."
+        )
+    measured = scores.recipe.get("expert_codec", recipe.expert_codec)
+    if recipe.expert_codec != measured:
+        raise InputError(
+            f"The recipe asks for expert_codec '{recipe.expert_codec}', but the scores were "
+            f"measured with '{measured}'. Use that, or score again."
         )
     if recipe.group_size != scores.group_size:
         raise InputError(

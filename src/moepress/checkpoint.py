@@ -26,7 +26,7 @@ from torch import Tensor
 from moepress.codec import PackedSpec
 from moepress.errors import CheckpointError, InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the highest known; folders get the lowest that has what they hold
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
@@ -141,7 +141,7 @@ def quantization_config(
     """The `quantization_config` of config.json."""
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 + any(spec.family != "int" for spec in packed.values()),
         "modules": {name: spec.to_json() for name, spec in packed.items()},
         "provenance": dict(provenance),
     }

@@ -56,6 +56,9 @@ Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens of
 Widths = Annotated[
     str | None, typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3.")
 ]
+ExpertCodec = Annotated[
+    str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")
+]
 Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 
@@ -72,6 +75,7 @@ def compress(
     sequences: Sequences = None,
     sequence_length: Length = None,
     expert_bits: Widths = None,
+    expert_codec: ExpertCodec = None,
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
@@ -88,8 +92,9 @@ def compress(
     from moepress.tables import proposal_table
 
     chosen = _recipe(
-        recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed
-    )
+        recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed,
+        expert_codec,
+    )  # fmt: skip
     if chosen.has_budget:
         typer.echo(run(model, out, chosen, device=checked_device(device)))
         return
@@ -129,6 +134,7 @@ def score(
     sequences: Sequences = None,
     sequence_length: Length = None,
     expert_bits: Widths = None,
+    expert_codec: ExpertCodec = None,
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
@@ -142,8 +148,9 @@ def score(
     from moepress.score import score as run
 
     chosen = _recipe(
-        recipe, None, None, None, calib, sequences, sequence_length, expert_bits, group_size, seed
-    )
+        recipe, None, None, None, calib, sequences, sequence_length, expert_bits, group_size, seed,
+        expert_codec,
+    )  # fmt: skip
     work = out.with_name(out.name + ".work")
     run(model, chosen, work=work, device=checked_device(device)).save(out)
     shutil.rmtree(work)
@@ -370,6 +377,7 @@ def _recipe(
     expert_bits: str | None = None,
     group_size: int | None = None,
     seed: int | None = None,
+    expert_codec: str | None = None,
 ) -> Recipe:
     """The named recipe with what the options change."""
     from moepress.data import parse_source
@@ -385,6 +393,7 @@ def _recipe(
         "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,
         "group_size": group_size,
         "seed": seed,
+        "expert_codec": expert_codec,
     }
     return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})
 

@@ -9,6 +9,14 @@ of `group_size` consecutive weights of a row:
 anywhere inside the grid in steps of 1/255 of the grid's width. 1-bit (sign) and 8-bit grids are
 symmetric, zero = (2**bits - 1) / 2, and store no zero.
 
+The trellis family stores every weight as `bits` bits that, with those of the weights before it on
+its path, choose one of 2**12 fixed values; one scale for each row:
+
+    w' = scale * value(state),   w' a row of the matrix after its inputs were rotated
+
+`kernels/trellis.py` says what path, value and rotation are. `group_size` is then the number of
+columns whose activations share a scale where a kernel rounds them: it changes no stored byte.
+
 The byte layout of a matrix is in `docs/format.md`; `kernels/reference.py` packs and unpacks it.
 """
 
@@ -19,23 +27,31 @@ from itertools import accumulate
 
 from moepress.errors import InputError
 
+FAMILIES = ("int", "trellis")
 GRID_BITS = (1, 2, 3, 4, 8)
+TRELLIS_BITS = (1, 2, 3, 4)
+CODE_BITS = {"int": GRID_BITS, "trellis": TRELLIS_BITS}
 GROUP_SIZES = (128, 64, 32)  # tried in this order when the asked one does not divide a row
 ROWS_PER_BLOCK = 16  # rows of a tile: the int32 lanes of a 512-bit register
+ROWS_PER_SLAB = 64  # rows that a trellis matrix is padded to
 ALIGNMENT = 64  # every matrix starts at a multiple of this many bytes: one cache line
 
 
 @dataclass(frozen=True, order=True)
 class Codec:
-    """A uniform scalar grid of `bits` bits with one scale (and zero) per `group_size` weights."""
+    """How one matrix is stored: a family, its code bits, and a group size."""
 
     bits: int
     group_size: int
+    family: str = "int"  # one of FAMILIES
 
     def __post_init__(self) -> None:
-        if self.bits not in GRID_BITS:
+        if self.family not in FAMILIES:
+            raise InputError(f"No codec family '{self.family}'. Expected one of {list(FAMILIES)}.")
+        if self.bits not in CODE_BITS[self.family]:
             raise InputError(
-                f"{self.bits}-bit codes do not exist. Expected one of {list(GRID_BITS)} bits."
+                f"{self.bits}-bit codes do not exist in family '{self.family}'. Expected one of "
+                f"{list(CODE_BITS[self.family])} bits."
             )
         if self.group_size not in GROUP_SIZES:
             raise InputError(
@@ -44,7 +60,7 @@ class Codec:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}-g{self.group_size}"
+        return f"{self.family}{self.bits}-g{self.group_size}"
 
     @property
     def levels(self) -> int:
@@ -53,12 +69,17 @@ class Codec:
 
     @property
     def has_zero(self) -> bool:
-        """Whether a zero is stored; sign and 8-bit grids are symmetric."""
-        return self.bits not in (1, 8)
+        """Whether a zero is stored; sign and 8-bit grids and trellis codes are symmetric."""
+        return self.family == "int" and self.bits not in (1, 8)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales and zeros included, row and byte padding left out."""
+        """Stored bits per weight, scales and zeros included, row and byte padding left out.
+
+        Of a trellis without its one scale for each row.
+        """
+        if self.family == "trellis":
+            return self.bits
         return self.bits + (16 + 8 * self.has_zero) / self.group_size
 
     def groups(self, cols: int) -> int:
@@ -70,12 +91,18 @@ class Codec:
         return cols // self.group_size
 
     def block_bytes(self, cols: int) -> int:
-        """Bytes of a block of 16 rows."""
+        """Bytes of a block of 16 rows of the scalar family."""
         side = 2 + self.has_zero  # bf16 scale, uint8 zero
         return ROWS_PER_BLOCK * (cols * self.bits // 8 + self.groups(cols) * side)
 
+    def slab_bytes(self, cols: int) -> int:
+        """Bytes of the codes of 64 rows of the trellis family."""
+        return ROWS_PER_SLAB // 8 * self.groups(cols) * self.group_size * self.bits
+
     def nbytes(self, rows: int, cols: int) -> int:
         """Stored bytes of a [rows, cols] matrix, padding included."""
+        if self.family == "trellis":
+            return -(-rows // ROWS_PER_SLAB) * (self.slab_bytes(cols) + 2 * ROWS_PER_SLAB)
         blocks = -(-rows // ROWS_PER_BLOCK)
         return -(-blocks * self.block_bytes(cols) // ALIGNMENT) * ALIGNMENT
 
@@ -90,16 +117,17 @@ class PackedSpec:
 
     bits: tuple[int, ...]  # one per matrix
     group_size: int
+    family: str = "int"
 
     def __post_init__(self) -> None:
         if not self.bits:
             raise InputError("A packed tensor needs at least one matrix, got no code bits.")
         for bits in set(self.bits):
-            Codec(bits, self.group_size)  # refuses widths that do not exist
+            Codec(bits, self.group_size, self.family)  # refuses widths that do not exist
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        return tuple(Codec(bits, self.group_size) for bits in self.bits)
+        return tuple(Codec(bits, self.group_size, self.family) for bits in self.bits)
 
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
         """First byte of each [rows, cols] matrix, and the total as a last entry."""
@@ -116,11 +144,16 @@ class PackedSpec:
         return self.offsets(rows, cols)[-1]
 
     def to_json(self) -> dict[str, str | int]:
-        return {"bits": "".join(map(str, self.bits)), "group_size": self.group_size}
+        fields: dict[str, str | int] = {
+            "bits": "".join(map(str, self.bits)),
+            "group_size": self.group_size,
+        }
+        return fields if self.family == "int" else fields | {"family": self.family}
 
     @classmethod
     def from_json(cls, fields: dict[str, str | int]) -> PackedSpec:
-        return cls(tuple(int(c) for c in str(fields["bits"])), int(fields["group_size"]))
+        bits = tuple(int(c) for c in str(fields["bits"]))
+        return cls(bits, int(fields["group_size"]), str(fields.get("family", "int")))
 
 
 def fitting_group_size(cols: int, group_size: int) -> int | None:

@@ -39,7 +39,8 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
     """The `quantization_config` of a compressed folder's config.json (docs/format.md).
 
     Args:
-        modules: parameter path to {"bits": one digit per matrix, "group_size": G}.
+        modules: parameter path to {"bits": one digit per matrix, "group_size": G}, and "family"
+            where it is not "int".
         format_version: of the byte layout.
         provenance: how the folder was made; carried along, never read.
         pruning: which experts tokens skip whenever the model runs (`Pruning.to_json`); None: none.
@@ -271,6 +272,8 @@ def _packed(module: nn.Module, path: str, specs: Mapping[str, PackedSpec]) -> nn
             "weight, of one width."
         )
     (codec,) = specs["weight"].codecs
+    if type(module) is nn.Embedding and codec.family != "int":
+        raise InputError(f"An embedding of {codec.name} cannot be read row by row. Expected int.")
     if type(module) is nn.Linear:  # a subclass may compute something else
         has_bias = module.bias is not None
         return PackedLinear(module.in_features, module.out_features, codec, has_bias)
@@ -291,6 +294,10 @@ def _packed_experts(module: Any, path: str, specs: Mapping[str, PackedSpec]) -> 
         )
     experts, rows, hidden = module.gate_up_proj.shape
     gate_up, down = (specs[name] for name in EXPERT_PARAMETERS)
+    if gate_up.family != down.family:
+        raise InputError(
+            f"Their codecs are of families '{gate_up.family}' and '{down.family}'. Expected one."
+        )
     name = activation_name(module.act_fn)
     return PackedExperts(experts, hidden, rows // 2, gate_up, down, name)
 

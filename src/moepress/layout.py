@@ -21,7 +21,7 @@ from moepress.source import Source
 logger = logging.getLogger(__name__)
 
 
-def codec_for(bits: int, cols: int, group_size: int) -> Codec:
+def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Codec:
     """The codec of `bits` for rows of `cols` weights: the asked group size or a smaller one.
 
     Raises:
@@ -33,7 +33,7 @@ def codec_for(bits: int, cols: int, group_size: int) -> Codec:
             f"No group size up to {group_size} divides a row of {cols} weights. Expected rows of "
             "a multiple of 32 weights: this model's experts cannot be packed."
         )
-    return Codec(bits, group)
+    return Codec(bits, group, family)
 
 
 def check_group_sizes(source: Source, recipe: Recipe) -> None:
@@ -137,6 +137,8 @@ def file_bytes(source: Source, recipe: Recipe) -> int:
     index = sum(len(name) + 43 for name in (*names, *expert_names)) + 100
     entries = sum(len(name) + 75 for name in packed) + 2 * moe_layers * experts + 500
     plan = 1500 + moe_layers * (2 * experts + 75)
+    if recipe.expert_codec != "int":
+        entries += 30 * len(expert_names)  # "family"
     scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits)))
     drops = 900 + moe_layers * (drop_bytes(chosen_experts(source.config)) + 5)
     copied = [*source.companions(), source.folder / "config.json"]

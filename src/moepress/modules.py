@@ -52,6 +52,7 @@ class PackedLinear(nn.Module):
             codec.bits,
             codec.group_size,
             self.activation_bits,
+            codec.family,
         )
         return y
 
@@ -165,6 +166,7 @@ class PackedExperts(nn.Module):
             self.down.group_size,
             self.activation,
             self.activation_bits,
+            self.gate_up.family,
         )
         return y
 
@@ -204,4 +206,5 @@ def _packed(nbytes: int) -> nn.Parameter:
 def _summary(spec: PackedSpec) -> str:
     counts = sorted(Counter(spec.bits).items())
     widths = "+".join(f"{count}x{bits}-bit" for bits, count in counts)
-    return f"{widths} g{spec.group_size}"
+    family = "" if spec.family == "int" else f" {spec.family}"
+    return f"{widths}{family} g{spec.group_size}"

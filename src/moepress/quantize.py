@@ -34,10 +34,16 @@ from moepress.codec import PackedSpec
 from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
-from moepress.kernels.reference import pack
 from moepress.layout import codec_for, linear_specs
 from moepress.progress import Progress
-from moepress.quantizers import Factor, Hessian, QuantizedMatrix, needs_hessian, quantize_matrix
+from moepress.quantizers import (
+    Factor,
+    Hessian,
+    QuantizedMatrix,
+    TrellisMatrix,
+    needs_hessian,
+    quantize_matrix,
+)
 from moepress.recipe import Recipe
 from moepress.round_expert import round_down, round_gate_up
 from moepress.source import ExpertWeights, Source
@@ -167,7 +173,7 @@ def round_expert(
     expert: int,
     recipe: Recipe,
     widths: Sequence[int],
-) -> tuple[QuantizedMatrix, QuantizedMatrix]:
+) -> tuple[QuantizedMatrix | TrellisMatrix, QuantizedMatrix | TrellisMatrix]:
     """Gate and up at the first width, then down, on what they now give, at the second."""
     where = (routed, layer, expert, recipe, recipe.quantizer)
     (gate_up,) = round_gate_up(weights.gate_up, *where, widths[:1])
@@ -257,8 +263,8 @@ def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str
     return tensors
 
 
-def packed_bytes(matrix: QuantizedMatrix) -> Tensor:
-    return pack(matrix.codes, matrix.scales, matrix.zeros, matrix.codec).to("cpu")
+def packed_bytes(matrix: QuantizedMatrix | TrellisMatrix) -> Tensor:
+    return matrix.pack().to("cpu")
 
 
 def expert_specs(source: Source, plan: BitAllocation) -> dict[str, PackedSpec]:
@@ -270,8 +276,9 @@ def expert_specs(source: Source, plan: BitAllocation) -> dict[str, PackedSpec]:
             (("gate_up_proj", experts.gate_up_shape), ("down_proj", experts.down_shape))
         ):
             widths = tuple(int(b) for b in plan.bits[row, :, column])
-            group = codec_for(widths[0], cols, plan.group_size).group_size
-            specs[f"{experts.path}.{name}"] = PackedSpec(widths, group)
+            family = plan.recipe.expert_codec
+            group = codec_for(widths[0], cols, plan.group_size, family).group_size
+            specs[f"{experts.path}.{name}"] = PackedSpec(widths, group, family)
     return specs
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moepress.codec import GRID_BITS, GROUP_SIZES
+from moepress.codec import CODE_BITS, GRID_BITS, GROUP_SIZES
 from moepress.errors import InputError
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
+CodecFamily = Literal["int", "trellis"]
 Cost = Literal["error", "paper", "random", "uniform"]
 Scope = Literal["model", "layer"]
 HessianWeight = Literal["routing", "none"]
@@ -46,6 +47,7 @@ class Recipe:
     seed: int = 0
 
     # What may be chosen for a routed expert, and what everything else gets.
+    expert_codec: CodecFamily = "int"  # of all routed experts: scalar grids, or trellis codes
     expert_bits: tuple[int, ...] = (1, 2, 3)
     group_size: int = 128
     attention_bits: int = 4
@@ -89,6 +91,7 @@ class Recipe:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
         _one_of("quantizer", self.quantizer, get_args(QuantizerName))
         _one_of("measure", self.measure, get_args(QuantizerName))
+        _one_of("expert_codec", self.expert_codec, get_args(CodecFamily))
         _one_of("cost", self.cost, get_args(Cost))
         _one_of("scope", self.scope, get_args(Scope))
         _one_of("hessian_weight", self.hessian_weight, get_args(HessianWeight))
@@ -98,7 +101,7 @@ class Recipe:
                 f"expert_bits must be distinct widths in rising order, got {self.expert_bits}."
             )
         for bits in self.expert_bits:
-            _one_of("expert_bits", bits, GRID_BITS)
+            _one_of("expert_bits", bits, CODE_BITS[self.expert_codec])
         for name in ("attention_bits", "shared_expert_bits", "dense_mlp_bits"):
             _one_of(name, getattr(self, name), (*GRID_BITS, UNQUANTIZED))
         for name in ("head_bits", "embedding_bits"):
@@ -116,6 +119,13 @@ class Recipe:
             raise InputError(f"damping must lie between 0 and 1, got {self.damping}.")
         if not self.calib or any(weight <= 0 for _, weight in self.calib):
             raise InputError("calib needs at least one source, each with a weight above 0.")
+        if self.expert_codec == "trellis":
+            for name in ("quantizer", "measure"):
+                if getattr(self, name) not in ("gptq", "rtn"):
+                    raise InputError(
+                        f"{name} '{getattr(self, name)}' makes scalar codes only. With "
+                        "expert_codec 'trellis', use gptq or rtn."
+                    )
         if "sign" in (self.quantizer, self.measure) and self.expert_bits != (1,):
             raise InputError(
                 f"Quantizer 'sign' makes 1-bit codes only, but expert_bits is "

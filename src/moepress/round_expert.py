@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from moepress.calibrate import hessian_tokens
+from moepress.kernels.trellis import rotate
 from moepress.layout import codec_for
 from moepress.quantizers import (
     Factor,
     Hessian,
     QuantizedMatrix,
+    TrellisMatrix,
     needs_hessian,
     quantize_matrix,
 )
@@ -32,7 +34,7 @@ def round_gate_up(
     recipe: Recipe,
     quantizer: str,
     widths: Sequence[int],
-) -> list[QuantizedMatrix]:
+) -> list[QuantizedMatrix | TrellisMatrix]:
     """The fused gate and up projection [2I, H] at each width; one factorisation serves all."""
     factor = None
     if needs_hessian(quantizer):
@@ -50,7 +52,7 @@ def round_down(
     recipe: Recipe,
     quantizer: str,
     widths: Sequence[int],
-) -> list[QuantizedMatrix]:
+) -> list[QuantizedMatrix | TrellisMatrix]:
     """The down projection [H, I] at each width.
 
     Args:
@@ -77,13 +79,17 @@ def _factor(
     tokens, counts = hessian_tokens(routed, layer, expert, recipe)
     hessian = Hessian(weight.shape[1], weight.device)
     for part in chunks(tokens):
-        x = routed.hidden[tokens[part]].to(weight.device)
-        hessian.add(inputs(x), counts[part].to(weight.device))
+        x = inputs(routed.hidden[tokens[part]].to(weight.device))
+        if recipe.expert_codec == "trellis":
+            x = rotate(x)
+        hessian.add(x, counts[part].to(weight.device))
     return hessian.factor(recipe.damping)
 
 
 def _round(
     weight: Tensor, factor: Factor | None, recipe: Recipe, quantizer: str, widths: Sequence[int]
-) -> list[QuantizedMatrix]:
-    codecs = [codec_for(bits, weight.shape[1], recipe.group_size) for bits in widths]
+) -> list[QuantizedMatrix | TrellisMatrix]:
+    codecs = [
+        codec_for(bits, weight.shape[1], recipe.group_size, recipe.expert_codec) for bits in widths
+    ]
     return [quantize_matrix(quantizer, weight, codec, factor) for codec in codecs]

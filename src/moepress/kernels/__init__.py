@@ -72,6 +72,7 @@ class Experts(Protocol):
         down_group: int,
         activation: str,
         activation_bits: int,
+        family: str,
     ) -> Tensor: ...
 
 
@@ -184,12 +185,13 @@ def linear(
     bits: int,
     group_size: int,
     activation_bits: int = 8,
+    family: str = "int",
 ) -> Tensor:
     """x W^T + bias.
 
     Args:
         x: [..., K], a float dtype.
-        packed: [Codec(bits, group_size).nbytes(N, K)] uint8, docs/format.md.
+        packed: [Codec(bits, group_size, family).nbytes(N, K)] uint8, docs/format.md.
         bias: [N] in the dtype of x, or None.
         out_features: N.
         activation_bits: at least how precise activations stay. 8: a backend may round them to
@@ -198,7 +200,7 @@ def linear(
     Returns:
         [..., N] in the dtype of x.
     """
-    codec = Codec(bits, group_size)
+    codec = Codec(bits, group_size, family)
     _check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
     _check_device(x, weight=packed, bias=bias)
     reference.check_activation_bits(activation_bits)
@@ -216,6 +218,7 @@ def _(
     bits: int,
     group_size: int,
     activation_bits: int = 8,
+    family: str = "int",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -234,6 +237,7 @@ def experts(
     down_group: int,
     activation: str,
     activation_bits: int = 8,
+    family: str = "int",
 ) -> Tensor:
     """y_t = sum_k w_tk down_e(act(gate_e x_t) * up_e x_t), with e = index_tk.
 
@@ -248,6 +252,7 @@ def experts(
         gate_up_group, down_group: group sizes.
         activation: a name in `reference.ACTIVATIONS`.
         activation_bits: as of `linear`, for both products.
+        family: of the codecs of all matrices.
 
     Returns:
         [T, H] in the dtype of `hidden`.
@@ -282,6 +287,7 @@ def experts(
         down_group,
         activation,
         activation_bits,
+        family,
     )
 
 
@@ -299,6 +305,7 @@ def _(
     down_group: int,
     activation: str,
     activation_bits: int = 8,
+    family: str = "int",
 ) -> Tensor:
     return hidden.new_empty(hidden.shape)
 

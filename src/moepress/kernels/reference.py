@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from moepress.codec import ROWS_PER_BLOCK, Codec
 from moepress.errors import InputError
+from moepress.kernels import trellis
 
 ACTIVATION_RANGE = {8: 127.0, 16: 128.0 * 127.0}  # bits to the largest code
 STRIP_WEIGHTS = 1 << 22  # weights unpacked at a time: 16 MB in float32
@@ -96,10 +97,12 @@ def dequantize(
     """The weights [N, K] that a packed matrix stands for.
 
     w = scale * (code - zero), zero = zero_code * levels / 255 (symmetric codecs: levels / 2), each
-    operation rounded to float32, then cast to `dtype`.
+    operation rounded to float32, then cast to `dtype`. Of a trellis: kernels/trellis.py.
     """
     out = packed.new_empty((rows, cols), dtype=dtype)
     for start, weights in _strips(packed, rows, cols, codec):
+        if codec.family == "trellis":
+            weights = trellis.rotate_back(weights)
         out[start : start + len(weights)] = weights
     return out
 
@@ -117,8 +120,11 @@ def linear(
     """x W^T + bias with W packed: x [..., K] to [..., N], in the dtype of x.
 
     Activations keep their dtype, which is at least what `activation_bits` asks for. With `rounded`
-    they are rounded to that many bits first: the oracle of kernels that multiply integers.
+    they are rounded to that many bits first: the oracle of kernels that multiply integers. Those of
+    trellis codes take rotated inputs, of 16 bits always.
     """
+    if codec.family == "trellis":
+        x, activation_bits = trellis.rotate(x), 16
     if rounded:
         x = round_activations(x, codec.group_size, activation_bits)
     out = x.new_empty((*x.shape[:-1], out_features))
@@ -141,6 +147,7 @@ def experts(
     down_group: int,
     activation: str,
     activation_bits: int = 16,
+    family: str = "int",
     *,
     rounded: bool = False,
 ) -> Tensor:
@@ -157,8 +164,10 @@ def experts(
     for expert, slots in _slots_by_expert(top_k_index, len(gate_up_rows)):
         token = slots // top_k_index.shape[1]
         shapes = (2 * intermediate_size, width), (width, intermediate_size)
-        up_bytes, up_codec = _matrix(gate_up, gate_up_rows[expert], gate_up_group, *shapes[0])
-        down_bytes, down_codec = _matrix(down, down_rows[expert], down_group, *shapes[1])
+        up_bytes, up_codec = _matrix(
+            gate_up, gate_up_rows[expert], gate_up_group, family, *shapes[0]
+        )
+        down_bytes, down_codec = _matrix(down, down_rows[expert], down_group, family, *shapes[1])
         gate, up = linear(
             hidden[token], up_bytes, None, shapes[0][0], up_codec, activation_bits, rounded=rounded
         ).chunk(2, dim=-1)
@@ -272,6 +281,7 @@ def _pack_side(values: Tensor) -> Tensor:
 
 def _blocks(packed: Tensor, rows: int, cols: int, codec: Codec) -> Tensor:
     """A view of a packed matrix, [blocks, block bytes] uint8."""
+    _check_scalar(codec)
     expected = codec.nbytes(rows, cols)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):
         raise InputError(
@@ -344,7 +354,13 @@ def _weights(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) 
 
 
 def _strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
-    """The weights of a packed matrix, a strip of rows at a time: (first row, [n, K] float32)."""
+    """The weights of a packed matrix, a strip of rows at a time: (first row, [n, K] float32).
+
+    Those of a trellis are rotated.
+    """
+    if codec.family == "trellis":
+        yield from trellis.strips(packed, rows, cols, codec)
+        return
     blocks = _blocks(packed, rows, cols, codec)
     step = max(1, STRIP_WEIGHTS // (ROWS_PER_BLOCK * cols))
     for first in range(0, len(blocks), step):
@@ -354,11 +370,11 @@ def _strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tupl
 
 
 def _matrix(
-    packed: Tensor, entry: list[int], group_size: int, rows: int, cols: int
+    packed: Tensor, entry: list[int], group_size: int, family: str, rows: int, cols: int
 ) -> tuple[Tensor, Codec]:
     """The bytes and the codec of one expert's matrix; `entry` is its line of the table."""
     offset, bits = entry
-    codec = Codec(bits, group_size)
+    codec = Codec(bits, group_size, family)
     return packed[offset : offset + codec.nbytes(rows, cols)], codec
 
 
@@ -371,7 +387,15 @@ def _slots_by_expert(index: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     yield from zip(used.tolist(), slots.split_with_sizes(hits.tolist()), strict=True)
 
 
+def _check_scalar(codec: Codec) -> None:
+    if codec.family != "int":
+        raise InputError(
+            f"{codec.name} is no scalar code: kernels/trellis.py packs and unpacks it."
+        )
+
+
 def _check_parts(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) -> None:
+    _check_scalar(codec)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise InputError(f"codes must be [N, K] uint8, got {list(codes.shape)} {codes.dtype}.")
     side = (codes.shape[0], codec.groups(codes.shape[1]))

@@ -8,7 +8,8 @@
 | `sign` | the sign, 1 bit only | no | sign.py |
 
 Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; the same
-input gives the same bytes. To add one, write its file and add a line to a table below.
+input gives the same bytes. With a codec of the trellis family `gptq` and `rtn` say whether there is
+feedback, and trellis.py rounds. To add one, write its file and add a line to a table below.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from moepress.quantizers.grid import QuantizedMatrix
 from moepress.quantizers.hessian import Factor, Hessian
 from moepress.quantizers.rtn import quantize_rtn
 from moepress.quantizers.sign import quantize_sign
+from moepress.quantizers.trellis import TrellisMatrix, quantize_trellis
 
 __all__ = [
     "QUANTIZERS",
@@ -31,6 +33,7 @@ __all__ = [
     "Hessian",
     "QuantizedMatrix",
     "Quantizer",
+    "TrellisMatrix",
     "needs_hessian",
     "quantize_matrix",
 ]
@@ -57,21 +60,26 @@ def needs_hessian(name: str) -> bool:
 
 def quantize_matrix(
     name: str, weight: Tensor, codec: Codec, factor: Factor | None = None
-) -> QuantizedMatrix:
+) -> QuantizedMatrix | TrellisMatrix:
     """Rounds a weight matrix to codes.
 
     Args:
         name: one of `QUANTIZERS`.
         weight: [N, K], any float dtype; not changed.
-        codec: the grid; its group size must divide K.
-        factor: of the Hessian of the matrix's inputs, on the weight's device. Quantizers that need
-            none ignore it.
+        codec: its group size must divide K.
+        factor: of the Hessian of the matrix's inputs, on the weight's device; for a trellis codec,
+            of its rotated inputs. Quantizers that need none ignore it.
 
     Raises:
         InputError: no such quantizer, a shape or width it does not take, or no factor.
         NumericalError: the weight holds NaN or infinity, or a scale overflows.
     """
     _known(name)
+    trellis = codec.family == "trellis"
+    if trellis and name not in ("gptq", "rtn"):
+        raise InputError(f"Quantizer '{name}' makes scalar codes only. Use gptq or rtn.")
+    if trellis and name == "rtn":
+        return quantize_trellis(weight, codec, None)
     if name in WITHOUT_HESSIAN:
         return WITHOUT_HESSIAN[name](weight, codec)
     if factor is None:
@@ -83,6 +91,8 @@ def quantize_matrix(
             f"The Hessian is of {len(factor.curvature)} inputs, but the weight has shape "
             f"{list(weight.shape)}. Give the Hessian of this matrix's own inputs."
         )
+    if trellis:
+        return quantize_trellis(weight, codec, factor)
     return WITH_HESSIAN[name](weight, codec, factor)
 
 

@@ -84,7 +84,7 @@ def _with_feedback(
             out.put(start // size, codes, grid)
             torch.mul(residual, grid.scale, out=buffer[start:stop])
 
-        _sweep(buffer, factor.feedback, 0, rows.shape[1], size, round_group)
+        sweep(buffer, factor.feedback, 0, rows.shape[1], size, round_group)
 
     return in_row_chunks(weight, codec, rounder)
 
@@ -114,7 +114,7 @@ def _round_columns(
             torch.clamp(buffer[k], 0, codec.levels, out=codes[k]).round_()
             torch.sub(target[k], codes[k], out=buffer[k])
 
-    _sweep(buffer, feedback, 0, len(buffer), COLUMNS_BY_HAND, round_few)
+    sweep(buffer, feedback, 0, len(buffer), COLUMNS_BY_HAND, round_few)
     return codes, buffer
 
 
@@ -151,7 +151,7 @@ def _without_inner_feedback(
                 - passed
             )
 
-        _sweep(buffer, factor.feedback, 0, rows.shape[1], RELEASED_BLOCK, round_block)
+        sweep(buffer, factor.feedback, 0, rows.shape[1], RELEASED_BLOCK, round_block)
 
     return in_row_chunks(weight, codec, rounder)
 
@@ -160,7 +160,7 @@ def _empty_buffer(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape[1], rows.shape[0], dtype=torch.float32, device=rows.device)
 
 
-def _sweep(
+def sweep(
     buffer: Tensor,
     feedback: Tensor,
     start: int,
@@ -178,6 +178,6 @@ def _sweep(
         visit(start, stop)
         return
     middle = start + leaf * (leaves // 2)
-    _sweep(buffer, feedback, start, middle, leaf, visit)
+    sweep(buffer, feedback, start, middle, leaf, visit)
     buffer[middle:stop].addmm_(feedback[start:middle, middle:stop].T, buffer[start:middle])
-    _sweep(buffer, feedback, middle, stop, leaf, visit)
+    sweep(buffer, feedback, middle, stop, leaf, visit)

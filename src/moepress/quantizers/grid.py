@@ -29,6 +29,7 @@ from torch import Tensor
 
 from moepress.codec import Codec
 from moepress.errors import InputError, NumericalError
+from moepress.kernels.reference import pack
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it 1 / scale overflows
 ROWS_PER_CHUNK = {"cpu": 4096}  # 4096 rows x 128 columns x 4 bytes: the L2 caches of two cores
@@ -50,6 +51,10 @@ class QuantizedMatrix:
         codes = self.codes.float().view(*self.scales.shape, self.codec.group_size)  # [N, G, B]
         zero = levels / 2 if self.zeros is None else self.zeros.float()[..., None] * levels / 255
         return (self.scales.float()[..., None] * (codes - zero)).flatten(1).to(dtype)
+
+    def pack(self) -> Tensor:
+        """The stored bytes, docs/format.md."""
+        return pack(self.codes, self.scales, self.zeros, self.codec)
 
 
 @dataclass(frozen=True)

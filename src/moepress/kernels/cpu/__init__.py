@@ -1,9 +1,11 @@
 """The operations on CPUs: C++ in this folder, compiled when moepress is installed.
 
+    trellis.cpp    linears and experts of trellis codes; slabs.h: 64 rows of them
     products.cpp   the products: panels of tokens, items of work, who does what
     drop.cpp       which chosen experts are not worth running
     blocks.h       the arithmetic of 16 rows, written once over `Lanes`
     lanes_*.h      what `Lanes` is: AVX-512 with VNNI, AVX2, portable vectors
+    viterbi.cpp    the best paths of a trellis code; viterbi_*.h: one step of them
     matrix.cpp     where a packed matrix keeps what (docs/format.md)
     threads.cpp    torch's OpenMP team, or a pool of our own
     dispatch.cpp   which instruction set runs on this CPU
@@ -31,7 +33,7 @@ from moepress.codec import Codec
 from moepress.errors import InputError, MoepressError
 from moepress.kernels import reference
 
-INTERFACE = 2  # of moepress.h
+INTERFACE = 3  # of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -65,6 +67,15 @@ _SIGNATURES = {
         c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_void_p,
         c_void_p, c_void_p,
     ),
+    "moepress_trellis_linear": (
+        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
+        c_int32, c_void_p,
+    ),
+    "moepress_trellis_experts": (
+        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
+        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32, c_void_p,
+    ),
+    "moepress_trellis_search": (c_void_p, c_int64, c_int32, c_int32, c_void_p),
 }  # fmt: skip
 
 
@@ -119,8 +130,9 @@ def linear(
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = rows.new_empty(len(rows), out_features)
+    trellis = codec.family == "trellis"  # always of 16-bit activations
     _call(
-        "moepress_linear",
+        "moepress_trellis_linear" if trellis else "moepress_linear",
         rows.data_ptr(),
         *rows.shape,
         packed.data_ptr(),
@@ -129,7 +141,7 @@ def linear(
         codec.bits,
         codec.group_size,
         None if bias is None else bias.data_ptr(),
-        activation_bits,
+        *(() if trellis else (activation_bits,)),
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -149,12 +161,13 @@ def experts(
     down_group: int,
     activation: str,
     activation_bits: int,
+    family: str = "int",
 ) -> Tensor:
     """As the op `moepress::experts`. Sums are in float32; float64 is left to the reference."""
     if hidden.dtype == torch.float64:
         return reference.experts(
             hidden, top_k_index, top_k_weights, gate_up, down, gate_up_table, down_table,
-            intermediate_size, gate_up_group, down_group, activation,
+            intermediate_size, gate_up_group, down_group, activation, 16, family,
         )  # fmt: skip
     reference.activation_function(activation)  # refuses unknown names
     if len(gate_up_table) != len(down_table):
@@ -165,8 +178,9 @@ def experts(
     index, weights = top_k_index.long().contiguous(), top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
     out = torch.empty_like(x)
+    trellis = family == "trellis"  # always of 16-bit activations
     _call(
-        "moepress_experts",
+        "moepress_trellis_experts" if trellis else "moepress_experts",
         x.data_ptr(),
         *x.shape,
         index.data_ptr(),
@@ -183,7 +197,7 @@ def experts(
         len(gate_up_table),
         intermediate_size,
         ACTIVATIONS.index(activation),
-        activation_bits,
+        *(() if trellis else (activation_bits,)),
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -238,6 +252,21 @@ def drop(
         dropped.data_ptr(),
     )
     return ranked, kept.to(weights.dtype), dropped
+
+
+def trellis_search(target: Tensor, bits: int) -> Tensor:
+    """As `quantizers.viterbi.search`."""
+    columns = target.float().contiguous()
+    branches = torch.empty(columns.shape, dtype=torch.uint8)
+    _call(
+        "moepress_trellis_search",
+        columns.data_ptr(),
+        columns.shape[1],
+        bits,
+        torch.get_num_threads(),
+        branches.data_ptr(),
+    )
+    return branches
 
 
 def _call(name: str, *arguments: int | None) -> None:

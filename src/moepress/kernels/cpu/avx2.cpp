@@ -2,8 +2,10 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include "lanes_avx2.h"
+#include "viterbi_avx2.h"
 
 #include "blocks.h"
+#include "slabs.h"
 
 namespace moepress {
 static const Isa isa = MOEPRESS_ISA("avx2");

@@ -19,6 +19,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "viterbi.h"
 
 namespace {
 
@@ -127,25 +128,35 @@ inline int32_t round_to_int(float x) {
     return bits - 0x4B400000;
 }
 
-void quantize(const float* x, int64_t cols, int group, int bits, const Panel& panel, int place) {
+// The scale of a group of activations whose largest code is `range`.
+struct Span {
+    bool counts;  // false: all codes are 0
+    float inverse, scale;
+};
+
+inline Span span_of(const float* x, int n, float range) {
     constexpr int32_t infinity = 0x7F800000;
+    int32_t largest = 0;  // bits of the largest |x|: they order as the floats do, NaN last
+    for (int i = 0; i < n; ++i) {
+        int32_t bits_of;
+        std::memcpy(&bits_of, x + i, 4);
+        bits_of &= 0x7FFFFFFF;
+        largest = bits_of > largest ? bits_of : largest;
+    }
+    float amax;
+    std::memcpy(&amax, &largest, 4);
+    // Below 2^-100 a group counts as 0: its inverse would overflow. Infinity and NaN must reach the
+    // output: the scale is NaN.
+    const bool counts = amax >= 0x1p-100f && largest < infinity;
+    float scale = counts ? amax / range : 0.0f;
+    if (largest >= infinity) std::memcpy(&scale, "\0\0\xC0\x7F", 4);
+    return {counts, counts ? range / amax : 0.0f, scale};
+}
+
+void quantize(const float* x, int64_t cols, int group, int bits, const Panel& panel, int place) {
     const float range = bits == 8 ? 127.0f : 16256.0f;  // 127; 128 * 127
     for (int64_t g = 0; g < cols / group; ++g, x += group) {
-        int32_t largest = 0;  // bits of the largest |x|: they order as the floats do, NaN last
-        for (int i = 0; i < group; ++i) {
-            int32_t bits_of;
-            std::memcpy(&bits_of, x + i, 4);
-            bits_of &= 0x7FFFFFFF;
-            largest = bits_of > largest ? bits_of : largest;
-        }
-        float amax;
-        std::memcpy(&amax, &largest, 4);
-        // Below 2^-100 a group counts as 0: its inverse would overflow. Infinity and NaN must reach
-        // the output: the scale is NaN.
-        const bool counts = amax >= 0x1p-100f && largest < infinity;
-        const float inverse = counts ? range / amax : 0.0f;
-        float scale = counts ? amax / range : 0.0f;
-        if (largest >= infinity) std::memcpy(&scale, "\0\0\xC0\x7F", 4);
+        const auto [counts, inverse, scale] = span_of(x, group, range);
         int32_t code[moepress::kMaxGroup];
         for (int i = 0; i < group; ++i) code[i] = counts ? round_to_int(x[i] * inverse) : 0;
         int8_t narrow[2][moepress::kMaxGroup];
@@ -292,6 +303,11 @@ constexpr moepress::BlockDot dot_or_null() {
      {MOEPRESS_WIDTHS(1), MOEPRESS_WIDTHS(2), MOEPRESS_WIDTHS(3), MOEPRESS_WIDTHS(4),     \
       MOEPRESS_WIDTHS(8)},                                                                \
      quantize,                                                                            \
-     glu}
+     glu,                                                                                 \
+     {viterbi_step<1>, viterbi_step<2>, viterbi_step<3>, viterbi_step<4>},                \
+     subtract_least,                                                                      \
+     {slab_dot<1>, slab_dot<2>, slab_dot<3>, slab_dot<4>},                                \
+     rotate,                                                                              \
+     round_token}
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "trellis.h"
+
 namespace moepress {
 
 // Activations of `width` tokens over all K columns, in 8-bit codes: x = scale * code, one scale for
@@ -40,6 +42,22 @@ using BlockDot = void (*)(const uint8_t* block, int64_t cols, int group, const P
 using Quantize = void (*)(const float* x, int64_t cols, int group, int bits, const Panel& panel,
                           int place);
 
+// Rotated activations of some tokens in 15-bit codes: x = scale * code, one scale for each group.
+struct Rounded {
+    int16_t* codes;  // [tokens][K]
+    float* scale;    // [tokens][G]
+    int32_t* sum;    // [tokens][G], of the codes of a group
+};
+
+// out [tokens][64] = the 64 rows of a slab of trellis codes times tokens first .. first + tokens - 1.
+// `above` is the slab above, of the same path; `scales` are those of the 64 rows.
+using SlabDot = void (*)(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
+                         const Rounded& x, int64_t first, int64_t tokens, const uint8_t* scales,
+                         float* out);
+
+// Round the rotated x [cols] to place `at`.
+using RoundToken = void (*)(const float* x, int64_t cols, int group, const Rounded& out, int64_t at);
+
 // gate[i] = act(gate[i]) * up[i], n values
 using Glu = void (*)(int activation, float* gate, const float* up, int n);
 
@@ -49,6 +67,11 @@ struct Isa {
     BlockDot dot[5][5];  // by place in kBits, kWidths; null above max_width
     Quantize quantize;
     Glu glu;
+    ViterbiStep viterbi_step[4];  // by code bits, 1 to 4
+    void (*subtract_least)(uint16_t* costs);
+    SlabDot slab_dot[4];  // by code bits, 1 to 4
+    void (*rotate)(float* x, int64_t cols);
+    RoundToken round_token;
 };
 
 // Compiled with flags of their own; null where the compiler could not.

@@ -113,7 +113,57 @@ struct Lanes {
                 _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(byte, 8)))};
     }
 
+    static Float load_floats(const float* at) {
+        return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
+    }
+
+    // Trellis codes (slabs.h): 16-bit words of two columns, [16 rows][2].
+    using Words = Codes;
+    static Words words(const uint8_t* at) { return load(at); }
+    template <int n>
+    static Words shift_left(Words a) {
+        return {_mm256_slli_epi16(a.low, n), _mm256_slli_epi16(a.high, n)};
+    }
+    template <int n>
+    static Words shift_right(Words a) {
+        return {_mm256_srli_epi16(a.low, n), _mm256_srli_epi16(a.high, n)};
+    }
+    static Words either(Words a, Words b) {
+        return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+    }
+    static Words masked(Words a, int mask) {
+        const __m256i all = _mm256_set1_epi16(int16_t(mask));
+        return {_mm256_and_si256(a.low, all), _mm256_and_si256(a.high, all)};
+    }
+    // The sum of the low two bytes of each product, or of all four.
+    template <bool four>
+    static Words byte_sums(Words a, int multiplier) {
+        const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
+        return {half_sums<four>(a.low, m), half_sums<four>(a.high, m)};
+    }
+    struct Pairs {  // [16 rows] int32: sums over pairs of columns
+        __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+        void add(Words a, int32_t pair) {
+            const __m256i x = _mm256_set1_epi32(pair);
+            low = _mm256_add_epi32(low, _mm256_madd_epi16(a.low, x));
+            high = _mm256_add_epi32(high, _mm256_madd_epi16(a.high, x));
+        }
+        Float value(int32_t less) const {
+            const __m256i all = _mm256_set1_epi32(less);
+            return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, all)),
+                    _mm256_cvtepi32_ps(_mm256_sub_epi32(high, all))};
+        }
+    };
+
   private:
+    template <bool four>
+    static __m256i half_sums(__m256i a, __m256i m) {
+        const __m256i ones = _mm256_set1_epi8(1);
+        __m256i sum = _mm256_maddubs_epi16(_mm256_mullo_epi16(a, m), ones);
+        if constexpr (four)
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_mulhi_epu16(a, m), ones));
+        return sum;
+    }
     static __m256 wide(const uint8_t* at) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));

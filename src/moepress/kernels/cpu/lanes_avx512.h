@@ -68,6 +68,41 @@ struct Lanes {
         const __m128i byte = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(byte));
     }
+    static Float load_floats(const float* at) { return _mm512_loadu_ps(at); }
+
+    // Trellis codes (slabs.h): 16-bit words of two columns, [16 rows][2].
+    using Words = __m512i;
+    static Words words(const uint8_t* at) { return load(at); }
+    template <int n>
+    static Words shift_left(Words a) {
+        return _mm512_slli_epi16(a, n);
+    }
+    template <int n>
+    static Words shift_right(Words a) {
+        return _mm512_srli_epi16(a, n);
+    }
+    static Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
+    static Words masked(Words a, int mask) {
+        return _mm512_and_si512(a, _mm512_set1_epi16(int16_t(mask)));
+    }
+    // The sum of the low two bytes of each product, or of all four.
+    template <bool four>
+    static Words byte_sums(Words a, int multiplier) {
+        const __m512i m = _mm512_set1_epi16(int16_t(multiplier)), ones = _mm512_set1_epi8(1);
+        __m512i sum = _mm512_maddubs_epi16(_mm512_mullo_epi16(a, m), ones);
+        if constexpr (four)
+            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(_mm512_mulhi_epu16(a, m), ones));
+        return sum;
+    }
+    struct Pairs {  // [16 rows] int32: sums over pairs of columns
+        Int sum = _mm512_setzero_si512();
+        void add(Words a, int32_t pair) {
+            sum = _mm512_dpwssd_epi32(sum, a, _mm512_set1_epi32(pair));
+        }
+        Float value(int32_t less) const {
+            return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(less)));
+        }
+    };
 };
 
 }  // namespace

@@ -124,6 +124,71 @@ struct Lanes {
         std::memcpy(&out, bits, 64);
         return out;
     }
+    static Float load_floats(const float* at) {
+        Float out;
+        std::memcpy(&out, at, 64);
+        return out;
+    }
+
+    // Trellis codes (slabs.h): 16-bit words of two columns, [16 rows][2].
+    typedef uint16_t Word8 __attribute__((vector_size(16)));
+    struct Words {
+        Word8 part[4];
+    };
+    static Words words(const uint8_t* at) {
+        Words out;
+        std::memcpy(&out, at, 64);
+        return out;
+    }
+    template <int n>
+    static Words shift_left(Words a) {
+        for (Word8& part : a.part) part = part << n;
+        return a;
+    }
+    template <int n>
+    static Words shift_right(Words a) {
+        for (Word8& part : a.part) part = part >> n;
+        return a;
+    }
+    static Words either(Words a, const Words& b) {
+        for (int i = 0; i < 4; ++i) a.part[i] |= b.part[i];
+        return a;
+    }
+    static Words masked(Words a, int mask) {
+        for (Word8& part : a.part) part &= uint16_t(mask);
+        return a;
+    }
+    // The sum of the low two bytes of each product, or of all four.
+    template <bool four>
+    static Words byte_sums(Words a, int multiplier) {
+        for (Word8& part : a.part) {
+            const Word8 low = part * uint16_t(multiplier);
+            Word8 sum = (low & 255) + (low >> 8);
+            if constexpr (four) {
+                Word8 high;
+                for (int i = 0; i < 8; ++i)
+                    high[i] = uint16_t(uint32_t(part[i]) * uint32_t(multiplier) >> 16);
+                sum += (high & 255) + (high >> 8);
+            }
+            part = sum;
+        }
+        return a;
+    }
+    struct Pairs {  // [16 rows] int32: sums over pairs of columns
+        Int4 sum[4] = {};
+        void add(const Words& a, int32_t pair) {
+            const int32_t first = int16_t(pair), second = pair >> 16;
+            for (int i = 0; i < 4; ++i) {
+                const Word both = (Word)a.part[i];
+                sum[i] += (Int4)(both & 0xFFFF) * first + (Int4)(both >> 16) * second;
+            }
+        }
+        Float value(int32_t less) const {
+            Float out;
+            for (int i = 0; i < 4; ++i) out.part[i] = __builtin_convertvector(sum[i] - less, Float4);
+            return out;
+        }
+    };
     static Float bytes(const uint8_t* at) {  // [16] uint8
         Float out;
         for (int r = 0; r < 16; ++r) out.part[r / 4][r % 4] = at[r];

@@ -61,3 +61,21 @@ MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, in
                                    int64_t k, int64_t experts, const float* thresholds,
                                    int32_t renormalise, const uint8_t* keep, int64_t* ranked,
                                    float* kept, uint8_t* dropped);
+
+// Branches [8][rows] of the best trellis paths for eight columns of a matrix, target [8][rows] in the
+// units of code values (quantizers/viterbi.py).
+MOEPRESS_API int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
+                                             int32_t threads, uint8_t* branches);
+
+// As moepress_linear and moepress_experts, for matrices of trellis codes. Activations are rotated and
+// rounded to 15 bits.
+MOEPRESS_API int32_t moepress_trellis_linear(const float* x, int64_t tokens, int64_t cols,
+                                             const uint8_t* packed, int64_t packed_bytes,
+                                             int64_t rows, int32_t bits, int32_t group,
+                                             const float* bias, int32_t threads, float* y);
+MOEPRESS_API int32_t moepress_trellis_experts(
+    const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
+    int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
+    int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
+    int32_t down_group, int64_t experts, int64_t intermediate, int32_t activation, int32_t threads,
+    float* y);

@@ -1,0 +1,115 @@
+// The best paths of a trellis code through eight columns of a matrix (quantizers/viterbi.py is the
+// definition and the oracle). A thread takes one of the 32 paths at a time: its two arrays of costs
+// have 16 KB and stay in the first-level cache.
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <memory>
+
+#include "isa.h"
+#include "moepress.h"
+#include "threads.h"
+
+namespace moepress {
+namespace {
+
+constexpr int kRun = 1024;   // steps decided together; a multiple of kSteps
+constexpr int kWindow = 64;  // on both sides of the seam of a path
+
+struct Workspace {
+    uint16_t costs[2][kStates];
+    int16_t target[kRun];
+    uint8_t origin[kRun * kStates / 2];  // [steps][2^(12 - bits)]: as few cache lines as may be
+};
+
+// Where weight `step` of a path lies.
+struct Place {
+    int64_t row;
+    int column;
+};
+Place place_of(int path, int64_t step) {
+    const int i = int(step % kSteps);
+    return {step / kSteps * kSlabRows + i / 4 * 16 + path / 2, i % 4 * 2 + path % 2};
+}
+
+int16_t in_steps(float target, int unit) {
+    const float scaled = target * float(unit);
+    const float least = scaled < -32767.0f ? -32767.0f : scaled > 32767.0f ? 32767.0f : scaled;
+    return scaled == scaled ? int16_t(std::nearbyintf(least)) : int16_t(0);  // a NaN counts as 0
+}
+
+// The best path from `work.costs[0]` through `steps` targets to state `end`, or for -1 to the best
+// state; its states.
+void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int end,
+               Workspace& work, uint16_t* states) {
+    uint16_t* costs = work.costs[0];
+    uint16_t* next = work.costs[1];
+    const int groups = kStates >> bits;
+    for (int t = 0; t < steps; ++t) {
+        isa.viterbi_step[bits - 1](costs, values, work.target[t], next, work.origin + t * groups);
+        std::swap(costs, next);
+        if (t % kSteps == kSteps - 1) isa.subtract_least(costs);
+    }
+    int state = end < 0 ? int(std::min_element(costs, costs + kStates) - costs) : end;
+    for (int t = steps - 1; t >= 0; --t) {
+        states[t] = uint16_t(state);
+        const int older = state >> bits;
+        state = older | work.origin[t * groups + older] << (kStateBits - bits);
+    }
+}
+
+void find_branches(const Isa& isa, const int16_t* values, int bits, const float* target,
+                   int64_t rows, int path, Workspace& work, uint8_t* branches) {
+    uint16_t states[kRun];
+    const int64_t steps = rows / kSlabRows * kSteps;
+    const auto read = [&](int64_t step) {
+        const Place at = place_of(path, step);
+        return in_steps(target[at.column * rows + at.row], kUnit[bits]);
+    };
+    const int window = int(std::min<int64_t>(kWindow, steps));
+    for (int t = 0; t < 2 * window; ++t)
+        work.target[t] = read(t < window ? steps - window + t : t - window);
+    std::fill(work.costs[0], work.costs[0] + kStates, uint16_t(0));
+    find_path(isa, values, bits, 2 * window, -1, work, states);
+    const int start = states[window - 1];
+    int state = start;
+    for (int64_t first = 0; first < steps; first += kRun) {
+        const int here = int(std::min<int64_t>(kRun, steps - first));
+        for (int t = 0; t < here; ++t) work.target[t] = read(first + t);
+        std::fill(work.costs[0], work.costs[0] + kStates, uint16_t(65535));
+        work.costs[0][state] = 0;
+        find_path(isa, values, bits, here, first + kRun >= steps ? start : -1, work, states);
+        for (int t = 0; t < here; ++t) {
+            const Place at = place_of(path, first + t);
+            branches[at.column * rows + at.row] = uint8_t(states[t] & ((1 << bits) - 1));
+        }
+        state = states[here - 1];
+    }
+}
+
+}  // namespace
+}  // namespace moepress
+
+using namespace moepress;
+
+int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits, int32_t threads,
+                                uint8_t* branches) {
+    if (bits < 1 || bits > 4) return kBadCodec;
+    if (rows < 1 || rows % kSlabRows != 0 || threads < 1) return kBadShape;
+    try {
+        const Isa& isa = *isa_in_use();
+        int16_t values[kStates];
+        for (int s = 0; s < kStates; ++s) values[s] = int16_t(code_value(s, bits) * kUnit[bits]);
+        const int parts = std::min<int>(threads, kPaths);
+        const std::unique_ptr<Workspace[]> works(new Workspace[size_t(parts)]);
+        parallel(parts, parts, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t part = begin; part < end; ++part)
+                for (int path = int(part); path < kPaths; path += parts)
+                    find_branches(isa, values, bits, target, rows, path, works[part], branches);
+        });
+        return kOk;
+    } catch (const std::exception&) {
+        return kNoMemory;
+    }
+}

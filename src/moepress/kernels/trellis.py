@@ -1,0 +1,225 @@
+"""The trellis code in plain PyTorch: values, paths, bytes, rotation. The definition of correct.
+
+A trellis code (QTIP, arXiv:2406.11235) spends k bits on a weight and still chooses among 2**12
+values: those k bits are the newest of a state of 12, and the older ones belong to the weights
+before it on the same path.
+
+    state_t = (state_(t-1) * 2**k + branch_t) mod 2**12,   branch_t in 0 .. 2**k - 1
+    value_t = (the sum of the bytes of  state_t * MULTIPLIERS[k]) - CENTERS[k]
+
+Multiplying scatters neighbouring states over the values; a sum of bytes, like any sum, is nearly
+Gaussian, which is what rotated weights are. Two bytes of the product do at 1 and 2 bits; at 3 and
+4, where the tails count more, it takes all four. `docs/log.md` has the search for the multipliers
+and the error of other codes. quantizers/viterbi.py finds the best path.
+
+Rotation. Columns are multiplied by fixed random signs and then, in runs of the largest power of
+two that divides their number, by a Hadamard matrix: an orthogonal map Q, applied to a layer's
+inputs too: W x = (W Q^T)(Q x). Rows of W Q^T are nearly Gaussian, whatever those of W were.
+
+A path runs down the rows, through every sixteenth row of four columns, so that columns are done
+eight at a time and errors of those before can be made up for. Tiles have 64 rows and 8 columns:
+
+    16 lanes x 2 parities = 32 paths, of 16 weights in a tile; weight i of path (lane, parity) is
+        row 16 * (i div 4) + lane,  column 2 * (i mod 4) + parity
+
+and goes on in the tile below, from the last tile in the first (tail-biting: no path has a beginning
+that must be stored). Its k bits follow those of weight i - 1 in k 16-bit words, highest bit first.
+Word j of all 32 paths is one 512-bit register: [16 lanes][2 parities].
+
+So a register holds two neighbouring columns of 16 rows in 16 32-bit lanes, a shift of it the next
+step's states, and pairs of 16-bit values are the operand of `vpmaddwd`: nothing moves between
+lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, reduce
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB, Codec
+from moepress.errors import InputError
+
+STATE_BITS = 12
+STATES = 1 << STATE_BITS
+MULTIPLIERS = {1: 47255, 2: 54641, 3: 44529, 4: 15601}
+BYTES_SUMMED = {1: 2, 2: 2, 3: 4, 4: 4}  # of the product, from the lowest
+CENTERS = {1: 255, 2: 255, 3: 386, 4: 379}  # mean of those sums over all states, rounded
+TILE_COLUMNS = 8
+STEPS = 16  # weights of a path in a tile
+STRIP_WEIGHTS = 1 << 21  # decoded at a time
+
+
+def code_values(bits: int) -> Tensor:
+    """The value of every state, [4096] int32."""
+    product = torch.arange(STATES, dtype=torch.int64) * MULTIPLIERS[bits]
+    count = BYTES_SUMMED[bits]
+    total = sum((product >> (8 * i)) & 255 for i in range(count))
+    return (torch.as_tensor(total) - CENTERS[bits]).int()
+
+
+@lru_cache(maxsize=32)
+def _values(bits: int, device: torch.device) -> Tensor:
+    return code_values(bits).to(device, torch.float32)
+
+
+def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
+    """The bytes of a matrix of trellis codes.
+
+    Args:
+        branches: [64 S, K] uint8, each below 2**bits; S = N / 64, rounded up.
+        scales: [N] bfloat16.
+
+    Returns:
+        [codec.nbytes(N, K)] uint8, on the device of `branches`.
+
+    Raises:
+        InputError: a shape or dtype differs, or a branch is too large.
+    """
+    if scales.dtype != torch.bfloat16 or scales.dim() != 1:
+        raise InputError(f"scales must be [N] bfloat16, got {list(scales.shape)} {scales.dtype}.")
+    rows = len(scales) + -len(scales) % ROWS_PER_SLAB
+    if branches.dtype != torch.uint8 or branches.dim() != 2 or len(branches) != rows:
+        raise InputError(
+            f"branches must be [{rows}, K] uint8, got {list(branches.shape)} {branches.dtype}."
+        )
+    if branches.numel() and int(branches.max()) > codec.levels:
+        raise InputError(f"{codec.name} has 0 to {codec.levels}, got {int(branches.max())}.")
+    codec.groups(branches.shape[1])  # refuses rows that no codec has
+    paths = to_paths(branches)  # [slabs, tiles, 16, 2, STEPS]
+    places = torch.arange(codec.bits - 1, -1, -1, device=branches.device)
+    bits = (paths[..., None] >> places & 1).flatten(-2)  # highest first
+    words = torch.unflatten(bits, -1, (codec.bits, 2, 8)).int()  # [..., words, high and low, 8]
+    powers = 1 << torch.arange(7, -1, -1, device=branches.device, dtype=torch.int32)
+    octets = (words * powers).sum(-1).flip(-1).to(torch.uint8)  # low byte first
+    codes = octets.permute(0, 1, 4, 2, 3, 5).reshape(-1)  # [slabs, tiles, words, 16, 2, 2]
+    return torch.cat([codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
+
+
+def unpack(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
+    """The parts that `pack` was given: branches [64 S, K] uint8 and scales [N] bfloat16.
+
+    Raises:
+        InputError: the number of bytes is not that of such a matrix.
+    """
+    codes, scales = _parts(packed, rows, cols, codec)
+    return _branches(codes, cols, codec), scales[:rows]
+
+
+def to_paths(matrix: Tensor) -> Tensor:
+    """[64 S, K] to [S, K / 8 tiles, 16 lanes, 2 parities, 16 steps]."""
+    shape = (-1, STEPS // 4, ROWS_PER_BLOCK, matrix.shape[1] // TILE_COLUMNS, 4, 2)
+    return matrix.view(shape).permute(0, 3, 2, 5, 1, 4).flatten(-2)
+
+
+def from_paths(paths: Tensor) -> Tensor:
+    """The inverse of `to_paths`."""
+    slabs, tiles = paths.shape[:2]
+    by_step = torch.unflatten(paths, -1, (STEPS // 4, 4)).permute(0, 4, 2, 1, 5, 3)
+    return by_step.reshape(slabs * ROWS_PER_SLAB, tiles * TILE_COLUMNS)
+
+
+def states(branches: Tensor, bits: int) -> Tensor:
+    """States [..., T] int32 of whole paths: branches [..., T]; the last come before the first."""
+    ages = range(-(-STATE_BITS // bits))
+    parts = (branches.int().roll(age, dims=-1) << (bits * age) for age in ages)
+    return reduce(torch.bitwise_or, parts) & (STATES - 1)
+
+
+def code_matrix(branches: Tensor, bits: int) -> Tensor:
+    """The values that branches [64 S, K] choose, float32, in the units of `code_values`."""
+    paths = to_paths(branches)
+    runs = paths.permute(1, 2, 3, 0, 4)  # [tiles, 16, 2, slabs, STEPS]
+    chosen = _values(bits, branches.device)[states(runs.flatten(-2), bits)]
+    return from_paths(chosen.view(runs.shape).permute(3, 0, 1, 2, 4))
+
+
+def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
+    """The rotated weights W Q^T of a packed matrix by strips of rows: (first row, [n, K] float32).
+
+    Each is scale * value, one float32 product.
+    """
+    codes, scales = _parts(packed, rows, cols, codec)
+    step = max(1, STRIP_WEIGHTS // (ROWS_PER_SLAB * cols))
+    for first in range(0, len(codes), step):
+        # States reach into the slab above and not further, 12 bits of its 16 or more.
+        slabs = torch.cat(
+            [codes[first - 1, None] if first else codes[-1:], codes[first : first + step]]
+        )
+        values = code_matrix(_branches(slabs, cols, codec), codec.bits)[ROWS_PER_SLAB:]
+        start = first * ROWS_PER_SLAB
+        values = values[: rows - start]
+        yield start, values * scales[start : start + len(values), None].float()
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Q x: inputs [..., K] of a layer, in their dtype, as the rotated weights take them.
+
+    Computed in float32 at least.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return hadamard(wide * signs(x.shape[-1]).to(wide)).to(x.dtype)
+
+
+def rotate_back(weight: Tensor) -> Tensor:
+    """W of W Q^T: [..., K]."""
+    return hadamard(weight) * signs(weight.shape[-1]).to(weight)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Runs of the largest power of two that divides K, by the orthonormal Hadamard matrix.
+
+    It is Sylvester's, H_2n = [[H_n, H_n], [H_n, -H_n]], over the square root of its size; its own
+    inverse. In log2 steps of sums and differences.
+    """
+    size = run_length(x.shape[-1])
+    y = x
+    half = 1
+    while half < size:
+        pairs = torch.unflatten(y, -1, (-1, 2, half))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        half *= 2
+    normal: float = size**-0.5
+    return y * normal
+
+
+def run_length(cols: int) -> int:
+    """The largest power of two that divides a number of columns."""
+    return cols & -cols
+
+
+@lru_cache(maxsize=32)
+def signs(cols: int) -> Tensor:
+    """+1 or -1 for each column, [K] float32: the lowest bit of a hash of its number."""
+    h = torch.arange(cols, dtype=torch.int64)
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    h = h ^ h >> 16
+    return (1 - 2 * (h & 1)).float()
+
+
+def _parts(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
+    """Codes [slabs, slab bytes] uint8 and scales [64 slabs] bfloat16, views of the packed bytes."""
+    expected = codec.nbytes(rows, cols)
+    if packed.dtype != torch.uint8 or packed.shape != (expected,):
+        raise InputError(
+            f"A packed [{rows}, {cols}] matrix of {codec.name} is [{expected}] uint8, got "
+            f"{list(packed.shape)} {packed.dtype}."
+        )
+    slabs, size = -(-rows // ROWS_PER_SLAB), codec.slab_bytes(cols)
+    codes, scales = packed.split_with_sizes([slabs * size, 2 * ROWS_PER_SLAB * slabs])
+    return codes.view(slabs, size), scales.clone().view(torch.bfloat16)
+
+
+def _branches(codes: Tensor, cols: int, codec: Codec) -> Tensor:
+    """Bytes of slabs [S, slab bytes] to branches [64 S, K] uint8."""
+    octets = codes.view(len(codes), -1, codec.bits, ROWS_PER_BLOCK, 2, 2).permute(0, 1, 3, 4, 2, 5)
+    places = torch.arange(7, -1, -1, device=codes.device)
+    bits = (octets.flip(-1)[..., None] >> places & 1).flatten(-3)  # [slabs, tiles, 16, 2, 16 k]
+    steps = torch.unflatten(bits, -1, (STEPS, codec.bits)).int()
+    powers = 1 << torch.arange(codec.bits - 1, -1, -1, device=codes.device, dtype=torch.int32)
+    return from_paths((steps * powers).sum(-1).to(torch.uint8))
