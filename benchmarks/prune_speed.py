@@ -3,23 +3,25 @@
     python benchmarks/prune_speed.py FOLDER --rounds 7
 
 Writes a model of 4 layers with random weights at 2.5 bits into FOLDER (2 GB), or uses the one that
-is there. One process decodes and prefills with nothing pruned, 15 % and 30 %, in turns of changing
-order; figures are medians over the rounds, and of the fastest ones. Thresholds are quantiles of the
-random router's own ratios.
+is there. One process runs it with nothing pruned, 15 % and 30 %, in turns of random order: prefills
+of 512 tokens, and single tokens, the same ones in every way but at other times. Thresholds are
+quantiles of the random router's own ratios.
 
     work saved   dropped share of the experts' part of the work: of the bytes read for a token when
                  decoding, of the multiplications in a prefill
-    time saved   1 - (time pruned) / (time of nothing pruned in the same round), median
-    importance   prefill with importance computed and nothing dropped, over nothing at all, less 1
+    time saved   1 - (time pruned) / (time of nothing pruned), medians; importance: hooks and
+                 importance alone, nothing dropped
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,18 +65,21 @@ def at_share(model: Any, ids: torch.Tensor, share: float) -> Pruning:
     return Pruning({i: (0.0, r.quantile(2 * share).item()) for i, r in enumerate(ratios)}, False)
 
 
-def tasks(model: Any) -> dict[str, Any]:
+def tasks(model: Any) -> dict[str, list[Callable[[], Any]]]:
+    """What is timed, one after the other, in every way."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(VOCAB, (1, PREFILL), generator=generator)
     tokens = torch.randint(VOCAB, (DECODE, 1, 1), generator=generator)
     cache = model(prompt[:, :16], use_cache=True).past_key_values
 
-    def decode() -> None:  # random tokens: a random model would soon repeat itself
-        for token in tokens:
-            model(token, past_key_values=cache, use_cache=True)
-        cache.crop(-DECODE)
+    def decode(token: torch.Tensor) -> None:  # random ones: a random model soon repeats itself
+        model(token, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
 
-    return {"decode": decode, "prefill": lambda: model(prompt, logits_to_keep=1)}
+    return {
+        "decode": [partial(decode, token) for token in tokens],
+        "prefill": [lambda: model(prompt, logits_to_keep=1)],
+    }
 
 
 def experts_part(model: Any, task: str) -> float:
@@ -104,32 +109,35 @@ def main() -> None:
     rules = {f"{share:.0%}": at_share(model, ids, share) for share in SHARES}
     listening = Pruning(dict.fromkeys(range(LAYERS), (0.0, 1e-30)), False)  # drops nothing
 
-    for task, run in tasks(model).items():
+    ways = {"none": None, "importance": listening, **rules}
+    order = random.Random(0)  # in a cycle, each would always follow the same other one
+    for task, runs in tasks(model).items():
         shares = {}
         for name, rule in rules.items():
             with prune(model, rule, count=True) as pruned:
-                run()
+                for run in runs:
+                    run()
                 shares[name] = pruned.statistics().share
-        seconds: dict[str, list[float]] = {}
-        ways = list({"none": None, "importance": listening, **rules}.items())
-        for turn in range(given.rounds):
-            for name, rule in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(given.rounds * len(runs)):
+            for number in order.sample(range(len(ways)), len(ways)):
+                name, rule = list(ways.items())[number]
+                run = runs[(turn + number * len(runs) // len(ways)) % len(runs)]
                 with nullcontext() if rule is None else prune(model, rule):
-                    seconds.setdefault(name, []).append(timed(run))
+                    seconds[name].append(timed(run))
         show(task, seconds, shares, experts_part(model, task))
 
 
 def show(task: str, seconds: dict[str, list[float]], shares: dict[str, float], part: float) -> None:
-    count = PREFILL if task == "prefill" else DECODE
-    report(task=task, tokens_per_s=count / median(seconds["none"]), experts_part=part)
+    usual = median(seconds["none"])
+    count = PREFILL if task == "prefill" else 1
+    report(task=task, tokens_per_s=count / usual, experts_part=part)
     for name, times in seconds.items():
-        saved = [1 - a / b for a, b in zip(times, seconds["none"], strict=True)]
-        both = {"median": median(saved), "fastest": 1 - min(times) / min(seconds["none"])}
+        saved = 1 - median(times) / usual
         work = shares.get(name, 0.0) * part
-        values = {f"time_saved_{key}": f"{value:.3f}" for key, value in both.items()}
-        if work:
-            values |= {f"per_work_{key}": f"{value / work:.2f}" for key, value in both.items()}
-        report(task=task, pruned=name, dropped=shares.get(name, 0.0), work_saved=work, **values)
+        values = {"work_saved": f"{work:.3f}", "per_work": f"{saved / work:.2f}"} if work else {}
+        dropped = f"{shares.get(name, 0.0):.3f}"
+        report(task=task, pruned=name, dropped=dropped, time_saved=f"{saved:.3f}", **values)
 
 
 if __name__ == "__main__":

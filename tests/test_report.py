@@ -20,6 +20,7 @@ from matplotlib.colors import to_rgb
 from moepress import report
 from moepress.allocate import BitAllocation, allocate
 from moepress.checkpoint import (
+    DROP_COSTS,
     EVALUATION,
     PLAN,
     REPORT,
@@ -34,9 +35,11 @@ from moepress.errors import InputError
 from moepress.evaluate import evaluate
 from moepress.parts import ROUTED, bytes_by_part
 from moepress.plots import BIT_COLOURS, LABELLED, Panel, Picture, bit_map, heat_map, loss_curve
+from moepress.prune import set_pruning
 from moepress.report import plot, read_subject
 from moepress.report_sections import NUDGE, SECTIONS, Section, Subject, sections
 from moepress.score import ExpertScores
+from moepress.thresholds import cheapest, medians
 
 from . import synthetic
 from .conftest import small_recipe
@@ -119,8 +122,8 @@ def test_nothing_is_fetched_and_equal_folders_give_equal_pages(
 def test_parts_are_those_of_the_files(folder: Path, model_folder: Folder) -> None:
     parts = bytes_by_part(folder)
     assert sum(p.stored for p in parts.values()) == sum(
-        map(tensor_bytes, folder.glob("*.safetensors"))
-    ) - tensor_bytes(folder / SCORES)
+        map(tensor_bytes, folder.glob("model-*.safetensors"))
+    )
     original = bytes_by_part(model_folder())
     assert sum(p.stored for p in original.values()) == sum(
         map(tensor_bytes, model_folder().glob("*.safetensors"))
@@ -191,7 +194,7 @@ def test_without_scores_the_rest_is_shown(folder: Path, written: Path, tmp_path:
 def test_pictures_are_written(folder: Path, tmp_path: Path, form: str) -> None:
     paths = plot(folder, tmp_path / "new", form=form)
     assert {p.stem for p in paths} == {
-        "bit-map", "bytes", "loss", "frequency", "routing-weight", "cost", "cost-paid",
+        "bit-map", "bytes", "loss", "pruning", "frequency", "routing-weight", "cost", "cost-paid",
     }  # fmt: skip
     for path in paths:
         if form == "svg":
@@ -335,3 +338,24 @@ def test_every_section_is_made_of_known_parts() -> None:
         assert isinstance(section, Section)
         for table in section.tables:
             assert all(len(row) == len(table.head) for row in table.rows)
+
+
+def test_what_skipping_experts_costs_is_shown(folder: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(folder, tmp_path / "mine"))
+    subject = read_subject(mine)
+    assert subject.drop_costs is not None and subject.pruning is None
+    section = section_of(subject, "pruning")
+    assert "skips no experts" in section.text[0]
+    (picture,), (table,) = section.pictures, section.tables
+    assert [row[0] for row in table.rows] == list(subject.drop_costs.layers)
+    assert [row[1:] for row in table.rows] == [
+        tuple(row[1:]) for row in medians(subject.drop_costs).round(4).tolist()
+    ]
+    told = [lines for panel in picture.panels for *_, lines in panel.points]
+    most = cheapest(subject.drop_costs, 0.5, renormalise=False)[1]
+    assert ("50% skipped, weights as they are", f"cost {most:.3g}") in told
+    set_pruning(mine, 0.2, 0.05)
+    text = section_of(read_subject(mine), "pruning").text[0]
+    assert "skips experts in 2 layers, and protects 5.0%" in text
+    (mine / DROP_COSTS).unlink()
+    assert "was not measured" in section_of(read_subject(mine), "pruning").text[0]
