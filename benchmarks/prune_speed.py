@@ -9,8 +9,8 @@ quantiles of the random router's own ratios.
 
     work saved   dropped share of the experts' part of the work: of the bytes read for a token when
                  decoding, of the multiplications in a prefill
-    time saved   1 - (time pruned) / (time of nothing pruned), medians; importance: hooks and
-                 importance alone, nothing dropped
+    time saved   1 - (time pruned) / (time of nothing pruned), medians
+    importance_and_rule   the part of the pruned time that is spent on finding out what to drop
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mixtral_shape
 from cpu import LAYERS, timed
 from mixtral_shape import VOCAB, report
+from moepress import importance, kernels
 from moepress.modules import PackedExperts, PackedLinear
 from moepress.prune import Pruning, prune
 
@@ -82,6 +84,33 @@ def tasks(model: Any) -> dict[str, list[Callable[[], Any]]]:
     }
 
 
+def part_of_pruning(run: Callable[[], Any]) -> float:
+    """The part of a run's time that importance, protection and the rule itself take."""
+    places = [
+        (importance, "column_means"),
+        (sys.modules["moepress.prune"], "protected_tokens"),
+        (kernels, "drop"),
+    ]
+    spent = [0.0]
+
+    def clocked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **options)
+            spent[0] += time.perf_counter() - started
+            return result
+
+        return call
+
+    originals = [getattr(module, name) for module, name in places]
+    for (module, name), original in zip(places, originals, strict=True):
+        setattr(module, name, clocked(original))
+    total = timed(run)
+    for (module, name), original in zip(places, originals, strict=True):
+        setattr(module, name, original)
+    return spent[0] / total
+
+
 def experts_part(model: Any, task: str) -> float:
     """The part of the work that is routed experts': bytes of one token, or multiplications."""
     experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
@@ -107,9 +136,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     ids = torch.randint(VOCAB, (1, 1024), generator=torch.Generator().manual_seed(0))
     rules = {f"{share:.0%}": at_share(model, ids, share) for share in SHARES}
-    listening = Pruning(dict.fromkeys(range(LAYERS), (0.0, 1e-30)), False)  # drops nothing
-
-    ways = {"none": None, "importance": listening, **rules}
+    ways = {"none": None, **rules}
     order = random.Random(0)  # in a cycle, each would always follow the same other one
     for task, runs in tasks(model).items():
         shares = {}
@@ -126,6 +153,8 @@ def main() -> None:
                 with nullcontext() if rule is None else prune(model, rule):
                     seconds[name].append(timed(run))
         show(task, seconds, shares, experts_part(model, task))
+        with prune(model, next(iter(rules.values()))):
+            report(task=task, importance_and_rule=f"{median(map(part_of_pruning, runs * 5)):.4f}")
 
 
 def show(task: str, seconds: dict[str, list[float]], shares: dict[str, float], part: float) -> None:
