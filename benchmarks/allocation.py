@@ -52,42 +52,61 @@ def plans(
             continue  # no uniform allocation at this budget
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(about: str, budget: str, budgets: list[float]) -> argparse.ArgumentParser:
+    """What can be set: model, texts, budgets (`--bits` or the like) and how much is looked at."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", default=MODEL)
     parser.add_argument("--calib", nargs="+", default=["stdlib"])
     parser.add_argument("--valid", nargs="+", default=["stdlib"])
-    parser.add_argument("--bits", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0])
+    parser.add_argument(f"--{budget}", type=float, nargs="+", default=budgets)
     parser.add_argument("--sequences", type=int, default=120)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    source = Source(given.model)
-    base = Recipe(
+    return parser
+
+
+def base_recipe(given: argparse.Namespace) -> Recipe:
+    return Recipe(
         calib=tuple((text, 1.0) for text in given.calib),
         sequences=given.sequences,
         sequence_length=256,
         expert_bits=WIDTHS,
     )
+
+
+def head(columns: str, given: argparse.Namespace) -> str:
+    """The head of a table whose rows end with what `measured` gives."""
+    domains = " | ".join(Path(text).stem for text in given.valid)
+    line = f"| {columns} | bytes | {domains} | ratio | KL | seconds |"
+    return line + "\n" + "|---" * (line.count("|") - 1) + "|"
+
+
+def measured(source: Source, plan: BitAllocation, given: argparse.Namespace) -> str:
+    """Quantize and evaluate a plan: bytes, perplexities, ratio, KL and seconds, as cells."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = quantize(source, plan, Path(folder) / "out")
+        result = evaluate(out, given.valid, against=given.model, limit=given.windows)
+    perplexities = " | ".join(f"{t.perplexity:.2f}" for t in result.texts)
+    return (
+        f"{result.folder_bytes:,} | {perplexities} | {result.ratio:.4f} | {result.kl:.4f} "
+        f"| {time.monotonic() - started:.0f} |"
+    )
+
+
+def main() -> None:
+    given = options(__doc__, "bits", [1.5, 2.0, 2.5, 3.0]).parse_args()
+    torch.set_num_threads(given.threads)
+    source = Source(given.model)
+    base = base_recipe(given)
     real = score(source, base)
     nearest = score(source, base.with_changes(measure="rtn", hessian_weight="none"))
-    domains = " | ".join(Path(text).stem for text in given.valid)
-    print(f"| bits | method | expert bpw | model bpw | bytes | {domains} | ratio | KL | seconds |")
-    print("|---" * (8 + len(given.valid)) + "|")
+    print(head("bits | method | expert bpw | model bpw", given))
     for bits in given.bits:
         for name, plan in plans(real, nearest, bits):
-            started = time.monotonic()
-            with tempfile.TemporaryDirectory() as folder:
-                out = quantize(source, plan, Path(folder) / "out")
-                result = evaluate(out, given.valid, against=given.model, limit=given.windows)
-            perplexities = " | ".join(f"{t.perplexity:.2f}" for t in result.texts)
-            print(
-                f"| {plan.average_bits:.2f} | {name} | {plan.expert_bits_per_weight:.3f} "
-                f"| {plan.bits_per_weight:.3f} | {result.folder_bytes:,} | {perplexities} "
-                f"| {result.ratio:.4f} | {result.kl:.4f} | {time.monotonic() - started:.0f} |",
-                flush=True,
-            )
+            cells = f"{plan.average_bits:.2f} | {name} | {plan.expert_bits_per_weight:.3f}"
+            rest = measured(source, plan, given)
+            print(f"| {cells} | {plan.bits_per_weight:.3f} | {rest}", flush=True)
 
 
 if __name__ == "__main__":

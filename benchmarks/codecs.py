@@ -10,25 +10,21 @@ allocation (default, widths 1 to 4) and the evaluator.
 
 from __future__ import annotations
 
-import argparse
 import os
-import tempfile
-import time
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
+from allocation import base_recipe, head, measured, options
 from moepress.allocate import BitAllocation, allocate
-from moepress.demo import MODEL
-from moepress.evaluate import evaluate
-from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score
 from moepress.source import Source
 
-WIDTHS = (1, 2, 3, 4)
 FAMILIES = ("int", "trellis")
 
 
@@ -41,41 +37,18 @@ def plan_for(scores: ExpertScores, stored: float) -> BitAllocation:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, nargs="?", default=MODEL)
-    parser.add_argument("--calib", nargs="+", default=["stdlib"])
-    parser.add_argument("--valid", nargs="+", default=["stdlib"])
-    parser.add_argument("--stored", type=float, nargs="+", default=[2.0, 2.25, 2.5, 3.0])
-    parser.add_argument("--sequences", type=int, default=120)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
+    given = options(__doc__, "stored", [2.0, 2.25, 2.5, 3.0]).parse_args()
     torch.set_num_threads(given.threads)
     source = Source(given.model)
-    base = Recipe(
-        calib=tuple((text, 1.0) for text in given.calib),
-        sequences=given.sequences,
-        sequence_length=256,
-        expert_bits=WIDTHS,
-    )
+    base = base_recipe(given)
     scores = {family: score(source, base.with_changes(expert_codec=family)) for family in FAMILIES}
-    domains = " | ".join(Path(text).stem for text in given.valid)
-    print(f"| stored | codec | code bits | bpw | bytes | {domains} | ratio | KL | seconds |")
-    print("|---" * (8 + len(given.valid)) + "|")
+    print(head("stored | codec | code bits | bpw", given))
     for stored in given.stored:
         for family in FAMILIES:
-            started = time.monotonic()
             plan = plan_for(scores[family], stored)
-            with tempfile.TemporaryDirectory() as folder:
-                out = quantize(source, plan, Path(folder) / "out")
-                result = evaluate(out, given.valid, against=given.model, limit=given.windows)
-            perplexities = " | ".join(f"{t.perplexity:.2f}" for t in result.texts)
-            print(
-                f"| {plan.expert_bits_per_weight:.3f} | {family} | {plan.average_bits:.2f} "
-                f"| {plan.bits_per_weight:.3f} | {result.folder_bytes:,} | {perplexities} "
-                f"| {result.ratio:.4f} | {result.kl:.4f} | {time.monotonic() - started:.0f} |",
-                flush=True,
-            )
+            cells = f"{plan.expert_bits_per_weight:.3f} | {family} | {plan.average_bits:.2f}"
+            rest = measured(source, plan, given)
+            print(f"| {cells} | {plan.bits_per_weight:.3f} | {rest}", flush=True)
 
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ def set_pruning(
     if not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one to prune.")
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
-    if (folder / DROP_COSTS).is_file():
+    if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         check_fits(pruning, stored_costs(folder))
     config = load_json(folder / "config.json")
     config["quantization_config"].pop("pruning", None)
