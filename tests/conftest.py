@@ -79,10 +79,13 @@ def make_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module
     return model
 
 
-def small_recipe(text: Path, **changes: object) -> Recipe:
-    """The default recipe, cut down to what tiny models need."""
-    small = {"sequences": 6, "sequence_length": 32, "group_size": 32, "token_floor": 16}
-    return Recipe().with_changes(**{"calib": ((str(text), 1.0),), **small, **changes})
+SMALL = {"sequences": 6, "sequence_length": 32, "group_size": 32, "token_floor": 16}
+
+
+def small_recipe(text: Path, name: str = "fast", **changes: object) -> Recipe:
+    """A named recipe, cut down to what tiny models need. "fast" of three widths is the fastest."""
+    few = {"expert_bits": (1, 2, 3)} if name == "fast" else {}
+    return Recipe.load(name, **{"calib": ((str(text), 1.0),), **SMALL, **few, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -24,15 +24,23 @@ def scores(layers: int, experts: int, seed: int = 0) -> ExpertScores:
     tokens[rng.random(tokens.shape) < 0.02] = 0
     error = tokens[:, :, None, None] * rng.lognormal(0, 0.7, (layers, experts, 1, 1))
     parts, widths = np.array([0.4, 0.8, 1.2]), np.array([0.35, 0.1, 0.03])
+    squared = error * parts[:, None] * widths
+    residual = np.linspace(1e7, 5e7, layers)
     return ExpertScores(
         layers=tuple(range(1, layers + 1)),
         bits=(1, 2, 3),
         tokens=tokens,
         routing_weight=tokens * rng.uniform(0.05, 0.5, tokens.shape),
-        squared_error=error * parts[:, None] * widths,
+        squared_error=squared,
+        cost=(squared / residual[:, None, None, None])[None],
+        linears=(),
+        linear_bits=(4,),
+        linear_bytes=np.zeros((0, 1), dtype=np.int64),
+        linear_cost=np.zeros((1, 0, 1)),
         output_energy=np.full(layers, 1e6),
-        residual_energy=np.linspace(1e7, 5e7, layers),
+        residual_energy=residual,
         total_tokens=TOKENS,
+        source_tokens=(TOKENS,),
         gate_up_shape=(1536, 2048),
         down_shape=(2048, 768),
         fixed_bytes=2_000_000_000,
@@ -40,7 +48,7 @@ def scores(layers: int, experts: int, seed: int = 0) -> ExpertScores:
         file_bytes=12_000_000,
         group_size=128,
         provenance={"model": "synthetic", "recipe": "abc"},
-        recipe=Recipe(bits=2.3).to_dict(),
+        recipe=Recipe.load("fast", bits=2.3, expert_bits=(1, 2, 3)).to_dict(),
     )
 
 

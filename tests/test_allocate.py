@@ -29,6 +29,11 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
+def scalar(**changes: Any) -> Recipe:
+    """Scalar codes of 1 to 3 bits, and linears at fixed widths."""
+    return Recipe.load("fast", **{"expert_bits": (1, 2, 3), **changes})
+
+
 def make_scores(
     seed: int = 0,
     layers: tuple[int, ...] = (1, 3),
@@ -58,7 +63,23 @@ def make_scores(
         "group_size": 128,
         "provenance": {"model": "none", "model_fingerprint": "abc"},
     }
-    return ExpertScores(**fields | changes)
+    fields |= changes
+    return ExpertScores(**costs_of(fields) | fields)
+
+
+def costs_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What follows from errors where no gradients were measured; no open linears."""
+    residual = fields["residual_energy"][:, None, None, None]
+    with np.errstate(all="ignore"):
+        cost = fields["squared_error"] / residual
+    return {
+        "cost": cost[None],
+        "source_tokens": (fields["total_tokens"],),
+        "linears": (),
+        "linear_bits": (2, 4, 8),
+        "linear_bytes": np.zeros((0, 3), dtype=np.int64),
+        "linear_cost": np.zeros((1, 0, 3)),
+    }
 
 
 # --- the oracle: all allocations, from the definitions ------------------------------------------
@@ -156,7 +177,7 @@ def test_least_loss_within_the_budget(
     budget: dict[str, Any], scope: str, cost: str, per_projection: bool, at_least_one: tuple[int]
 ) -> None:
     scores = make_scores(seed=len(scope) + len(str(budget)))
-    recipe = Recipe(
+    recipe = scalar(
         **budget,
         scope=scope,  # type: ignore[arg-type]  # a parameter
         cost=cost,  # type: ignore[arg-type]  # a parameter
@@ -365,10 +386,10 @@ def test_an_optimum_that_highs_has_not_proven_is_done_again(
 def test_layers_are_weighed_by_the_residual_stream() -> None:
     errors = np.tile([9.0, 3.0, 1.0], (2, 2, 3, 1))
     scores = make_scores(squared_error=errors, residual_energy=np.array([1.0, 50.0]))
-    plan = allocate(scores, Recipe(bits=2, scope="model", per_projection=False))
+    plan = allocate(scores, scalar(bits=2, scope="model", per_projection=False))
     assert plan.bits[0].tolist() == [[3, 3], [3, 3]]
     assert plan.bits[1].tolist() == [[1, 1], [1, 1]]
-    plan = allocate(scores, Recipe(bits=2, scope="layer", per_projection=False))
+    plan = allocate(scores, scalar(bits=2, scope="layer", per_projection=False))
     assert plan.bits.sum(axis=(1, 2)).tolist() == [8, 8]
 
 
@@ -394,7 +415,7 @@ def test_every_knob_bites(changes: dict[str, Any]) -> None:
     base = (
         {"bits": 2.4, "cost": changes.get("cost", "error")} if len(changes) > 1 else {"bits": 2.4}
     )
-    before, after = Recipe(**base), Recipe(**{**base, **changes})
+    before, after = scalar(**base), scalar(**{**base, **changes})
     assert allocate(scores, before).bits.tolist() != allocate(scores, after).bits.tolist()
 
 
@@ -422,7 +443,7 @@ def test_random_is_tight_and_seeded(
     per_projection: bool, scope: str, at_least_one: tuple[int, ...], bits: float
 ) -> None:
     scores = make_scores(layers=tuple(range(4)), experts=16)
-    recipe = Recipe(
+    recipe = scalar(
         bits=bits,
         cost="random",
         scope=scope,  # type: ignore[arg-type]  # a parameter
@@ -453,13 +474,13 @@ def test_random_draws_every_tight_allocation_about_as_often() -> None:
 def test_uniform() -> None:
     scores = make_scores()
     for bits in (1, 2, 3):
-        plan = allocate(scores, Recipe(cost="uniform", bits=bits))
+        plan = allocate(scores, scalar(cost="uniform", bits=bits))
         assert (plan.bits == bits).all()
         assert plan.average_bits == bits
         for larger in ({"size": plan.folder_bytes}, {"bpw": plan.bits_per_weight}):
-            again = allocate(scores, Recipe(cost="uniform", **larger))
+            again = allocate(scores, scalar(cost="uniform", **larger))
             assert again.bits.tolist() == plan.bits.tolist()
-        less = Recipe(cost="uniform", size=plan.folder_bytes - 1)
+        less = scalar(cost="uniform", size=plan.folder_bytes - 1)
         if bits == 1:
             with pytest.raises(BudgetError):
                 allocate(scores, less)
@@ -467,16 +488,16 @@ def test_uniform() -> None:
             assert (allocate(scores, less).bits == bits - 1).all()
     for bits in (2.5, 8):
         with pytest.raises(BudgetError, match=r"No uniform allocation.*smallest is 1.*largest 3"):
-            allocate(scores, Recipe(cost="uniform", bits=bits))
+            allocate(scores, scalar(cost="uniform", bits=bits))
     with pytest.raises(InputError, match="at_least_one"):
-        allocate(scores, Recipe(cost="uniform", bits=2, at_least_one=(3,)))
+        allocate(scores, scalar(cost="uniform", bits=2, at_least_one=(3,)))
 
 
 def test_pareto_falls() -> None:
     scores = make_scores(experts=8)
-    losses = pareto(scores, Recipe(size=10**6), [1.2, 1.7, 2.2, 2.7])
+    losses = pareto(scores, scalar(size=10**6), [1.2, 1.7, 2.2, 2.7])
     assert losses == sorted(losses, reverse=True)
-    assert losses[1] == allocate(scores, Recipe(bits=1.7)).predicted_loss
+    assert losses[1] == allocate(scores, scalar(bits=1.7)).predicted_loss
 
 
 # --- budgets ------------------------------------------------------------------------------------
@@ -487,7 +508,7 @@ def test_pareto_falls() -> None:
 @pytest.mark.parametrize("cost", ["error", "random"])
 def test_the_range_is_what_is_possible(unit: str, at_least_one: tuple[int], cost: str) -> None:
     scores = make_scores(layers=(0, 1, 2), experts=3)  # thirds, which no float is
-    recipe = Recipe(at_least_one=at_least_one, cost=cost)  # type: ignore[arg-type]  # a parameter
+    recipe = scalar(at_least_one=at_least_one, cost=cost)  # type: ignore[arg-type]  # a parameter
     low, high = getattr(budget_range(scores, recipe), unit)
     smallest = allocate(scores, recipe.with_changes(**{unit: low}))
     largest = allocate(scores, recipe.with_changes(**{unit: high}))
@@ -506,7 +527,7 @@ def test_the_bits_of_a_plan_are_a_budget_that_gives_it_again() -> None:
     """Whatever their nearest float is: most averages of these have no exact one."""
     for experts in range(3, 24):
         scores = make_scores(experts=experts, layers=(0,), fixed_weights=experts + 1)
-        for recipe in (Recipe(bits=2.45, per_projection=False), Recipe(bits=1.9)):
+        for recipe in (scalar(bits=2.45, per_projection=False), scalar(bits=1.9)):
             plan = allocate(scores, recipe)
             for unit, got in (("bits", plan.average_bits), ("bpw", plan.bits_per_weight)):
                 again = recipe.with_changes(**{"bits": None, "bpw": None, unit: got})
@@ -515,28 +536,28 @@ def test_the_bits_of_a_plan_are_a_budget_that_gives_it_again() -> None:
 
 def test_a_budget_above_the_largest_is_lowered(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        plan = allocate(make_scores(), Recipe(bits=7))
+        plan = allocate(make_scores(), scalar(bits=7))
     assert (plan.bits == 3).all()
     assert "bits 7 is above the largest possible, 3.0000" in caplog.text
 
 
 def test_no_budget() -> None:
     with pytest.raises(InputError, match="No budget"):
-        allocate(make_scores(), Recipe())
+        allocate(make_scores(), scalar())
 
 
 def test_more_widths_asked_of_a_layer_than_it_has_experts() -> None:
     with pytest.raises(InputError, match="3 widths in every layer, but a layer has 2 experts"):
-        allocate(make_scores(), Recipe(bits=2, at_least_one=(1, 2, 3)))
+        allocate(make_scores(), scalar(bits=2, at_least_one=(1, 2, 3)))
 
 
 def test_scores_that_do_not_serve_the_recipe() -> None:
     with pytest.raises(InputError, match=r"\[4, 8\], but the scores hold \[1, 2, 3\]"):
-        allocate(make_scores(), Recipe(bits=2, expert_bits=(2, 4, 8)))
+        allocate(make_scores(), scalar(bits=2, expert_bits=(2, 4, 8)))
     with pytest.raises(InputError, match="group size 64, but the scores were measured at 128"):
-        allocate(make_scores(), Recipe(bits=2, group_size=64))
+        allocate(make_scores(), scalar(bits=2, group_size=64))
     with pytest.raises(InputError, match="0 tokens"):
-        allocate(make_scores(total_tokens=0), Recipe(bits=2))
+        allocate(make_scores(total_tokens=0), scalar(bits=2))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -546,7 +567,7 @@ def test_impossible_numbers_name_layer_and_expert(name: str, value: float) -> No
     getattr(scores, name)[1] = value
     where = "layer 3 is" if name == "residual_energy" else "layer 3 expert 0 is"
     with pytest.raises(NumericalError, match=f"{name} of {where} {value}"):
-        allocate(scores, Recipe(bits=2))
+        allocate(scores, scalar(bits=2))
 
 
 def test_exponents_that_overflow() -> None:
@@ -567,7 +588,7 @@ def same(a: BitAllocation, b: BitAllocation) -> bool:
     )
 
 
-@pytest.mark.parametrize("recipe", [Recipe(bits=2.3), Recipe.load("paper", size=50_000)])
+@pytest.mark.parametrize("recipe", [scalar(bits=2.3), Recipe.load("paper", size=50_000)])
 def test_saved_and_loaded(tmp_path: Path, recipe: Recipe) -> None:
     plan = allocate(make_scores(experts=3), recipe)
     plan.save(tmp_path / "plan.json")
@@ -579,7 +600,7 @@ def test_saved_and_loaded(tmp_path: Path, recipe: Recipe) -> None:
 
 
 def test_the_file_can_be_read_by_people(tmp_path: Path) -> None:
-    plan = allocate(make_scores(experts=3), Recipe(bits=2.3))
+    plan = allocate(make_scores(experts=3), scalar(bits=2.3))
     plan.save(tmp_path / "plan.json")
     fields = json.loads((tmp_path / "plan.json").read_text())
     assert fields["kind"] == "plan"
@@ -622,7 +643,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 )
 def test_damaged_files_are_refused(tmp_path: Path, damage: Any) -> None:
     path = tmp_path / "plan.json"
-    allocate(make_scores(), Recipe(bits=2.3)).save(path)
+    allocate(make_scores(), scalar(bits=2.3)).save(path)
     text = path.read_text()
     assert damage(text) != text
     path.write_text(damage(text))
@@ -631,7 +652,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Any) -> None:
 
 
 def test_a_plan_checks_itself_and_cannot_be_changed() -> None:
-    plan = allocate(make_scores(), Recipe(bits=2))
+    plan = allocate(make_scores(), scalar(bits=2))
     with pytest.raises(ValueError, match="read-only"):
         plan.bits[0, 0, 0] = 1
     with pytest.raises(CheckpointError, match=r"widths \[8\], expected some of \(1, 2, 3\)"):
@@ -642,3 +663,104 @@ def test_a_plan_checks_itself_and_cannot_be_changed() -> None:
 
 def test_the_package_offers_it() -> None:
     assert allocate_from_package is allocate
+
+
+# --- linears that are left open, and sources of text --------------------------------------------
+
+
+def with_linears(seed: int = 0, sources: int = 1, **changes: Any) -> ExpertScores:
+    """Scores of 40 experts and 3 open linears of 2, 4 or 8 bits, on one or more sources."""
+    rng = np.random.default_rng(seed)
+    plain = make_scores(seed, experts=20)
+    share = rng.dirichlet(np.full(sources, 0.4), plain.tokens.shape)  # experts have their sources
+    share *= np.arange(1, sources + 1) / sources  # and some sources lose more
+    mix = share.transpose(2, 0, 1)[..., None, None]
+    cost = rng.lognormal(-1, 1, (3, 1)) * 4.0 ** -np.array([2, 4, 8])
+    linear_mix = rng.dirichlet(np.ones(sources), (3, 3)).transpose(2, 0, 1)
+    fields = {
+        "cost": plain.cost * mix,
+        "source_tokens": (1000 // sources,) * sources,
+        "linears": ("a.weight", "b.weight", "c.weight"),
+        "linear_bytes": np.array([[512, 1024, 2048], [64, 128, 256], [2048, 4096, 8192]]),
+        "linear_cost": cost * linear_mix,
+    }
+    return make_scores(seed, experts=20, **fields | changes)
+
+
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.2), (1, 0.5), (2, 0.8)])
+def test_linears_and_experts_share_bytes_as_well_as_can_be(seed: int, share: float) -> None:
+    """The oracle: every choice of the linears, and the experts' exact program for each."""
+    scores = with_linears(seed)
+    low, high = budget_range(scores, scalar()).size
+    size = round(low + share * (high - low))
+    plan = allocate(scores, scalar(size=size))
+    assert plan.folder_bytes <= size
+    losses = []
+    for columns in itertools.product(range(3), repeat=3):
+        taken = int(scores.linear_bytes[range(3), columns].sum())
+        without = dataclasses.replace(
+            scores, linears=(), linear_bytes=np.zeros((0, 3), np.int64),
+            linear_cost=np.zeros((1, 0, 3)), fixed_bytes=scores.fixed_bytes + taken,
+        )  # fmt: skip
+        try:
+            experts = allocate(without, scalar(size=size))
+        except BudgetError:
+            continue
+        losses.append(experts.predicted_loss + scores.linear_cost[0][range(3), columns].sum())
+    assert plan.predicted_loss <= min(losses) * 1.01  # one expert is a hundredth of the loss
+
+
+def test_linears_grow_with_the_budget_and_count_as_stored() -> None:
+    scores = with_linears()
+    sizes = []
+    for bits in (1.2, 1.6, 2.0, 2.4, 2.9):
+        plan = allocate(scores, scalar(bits=bits))
+        columns = [scores.linear_bits.index(b) for b in plan.linear_bits.values()]
+        stored = int(scores.linear_bytes[range(3), columns].sum())
+        assert plan.total_bytes == scores.fixed_bytes + stored + plan.expert_bytes
+        assert plan.average_bits == pytest.approx(bits, abs=0.02)  # counts the experts alone
+        sizes.append(stored)
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+@pytest.mark.parametrize("cost", ["paper", "uniform", "random"])
+def test_linears_are_of_the_usual_width_where_nothing_weighs_them(cost: str) -> None:
+    scores = with_linears()
+    for budget in ({"bits": 2.0}, {"size": budget_range(scores, scalar(cost=cost)).size[1]}):
+        plan = allocate(scores, scalar(cost=cost, **budget))
+        assert set(plan.linear_bits.values()) == {4}
+
+
+def test_budgets_out_of_range_with_linears() -> None:
+    scores = with_linears()
+    low, high = budget_range(scores, scalar()).size
+    assert allocate(scores, scalar(size=low)).folder_bytes == low
+    assert allocate(scores, scalar(size=high)).folder_bytes == high
+    with pytest.raises(BudgetError, match=f"the smallest is {low}"):
+        allocate(scores, scalar(size=low - 1))
+
+
+@pytest.mark.parametrize("budget", [{"bits": 2.0}, {"size": 270_000}])
+def test_over_the_worst_source(budget: dict[str, Any]) -> None:
+    scores = with_linears(sources=3)
+
+    def losses(over: str) -> Floats:
+        plan = allocate(scores, scalar(over=over, **budget))
+        columns = np.searchsorted(scores.bits, plan.bits)
+        linears = [scores.linear_bits.index(b) for b in plan.linear_bits.values()]
+        experts = np.take_along_axis(scores.cost[:, :, :, :2], columns[None, ..., None], axis=-1)
+        of_linears = scores.linear_cost[:, range(3), linears].sum(axis=1)
+        return np.asarray(experts.sum(axis=(1, 2, 3, 4)) + of_linears) * 3
+
+    mean, worst = losses("mean"), losses("worst")
+    assert worst.max() < mean.max() and worst.mean() >= mean.mean() * (1 - 1e-9)
+
+
+def test_linears_survive_the_file(tmp_path: Path) -> None:
+    plan = allocate(with_linears(), scalar(bits=2.0))
+    plan.save(tmp_path / "plan.json")
+    assert BitAllocation.load(tmp_path / "plan.json").linear_bits == plan.linear_bits
+    other = dataclasses.replace(plan, linear_bits=dict.fromkeys(plan.linear_bits, 2))
+    assert other.digest() != plan.digest()
+    with pytest.raises(CheckpointError, match="linears of"):
+        dataclasses.replace(plan, linear_bits={"a.weight": 5})

@@ -17,12 +17,14 @@ How the program is solved: knapsack.py.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +32,11 @@ import numpy.typing as npt
 from moepress.checkpoint import load_json, save_json
 from moepress.codec import GROUP_SIZES
 from moepress.draw import draw
+from moepress.duals import ByOrigin, Items, price_at, worst_case_weights
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
 from moepress.knapsack import ROUNDING, Floats, Ints, at, solve
 from moepress.layout import codec_for
-from moepress.recipe import Recipe
+from moepress.recipe import FAST, USUAL_LINEAR_BITS, Recipe
 
 if TYPE_CHECKING:
     from moepress.score import ExpertScores
@@ -51,6 +54,7 @@ class BitAllocation:
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
     bits: npt.NDArray[np.int8]  # [L, E, 2] gate_up, down
+    linear_bits: dict[str, int]  # of each linear that the recipe leaves open, by parameter name
     group_size: int
     predicted_loss: float  # what the objective sums to
     expert_bytes: int  # stored bytes of all routed experts
@@ -80,6 +84,10 @@ class BitAllocation:
             return f"layers {self.layers}, expected distinct ones in rising order"
         if not set(np.unique(self.bits)) <= set(self.recipe.expert_bits):
             return f"widths {np.unique(self.bits)}, expected some of {self.recipe.expert_bits}"
+        if not set(self.linear_bits.values()) <= set(self.recipe.linear_bits):
+            return (
+                f"linears of {set(self.linear_bits.values())}, expected {self.recipe.linear_bits}"
+            )
         if self.group_size not in GROUP_SIZES:
             return f"group size {self.group_size}, expected one of {GROUP_SIZES}"
         sizes = (self.expert_bytes, self.total_bytes, self.folder_bytes)
@@ -93,6 +101,11 @@ class BitAllocation:
         if not isinstance(self.provenance, dict):
             return f"provenance {self.provenance!r}, expected names and values"
         return None
+
+    def digest(self) -> str:
+        """A short hash of all widths."""
+        linears = json.dumps(self.linear_bits, sort_keys=True) if self.linear_bits else ""
+        return hashlib.sha256(self.bits.tobytes() + linears.encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write JSON, atomically; equal plans give equal bytes. One digit per expert.
@@ -124,6 +137,9 @@ class BitAllocation:
         try:
             rows = fields.pop("layers")
             bits = [[[int(digit) for digit in row[n]] for n in PROJECTIONS] for row in rows]
+            if "linear_bits" not in fields:  # written when all else was scalar, at fixed widths
+                fields["linear_bits"] = {}
+                fields["recipe"] = FAST.to_dict() | fields["recipe"]
             return cls(
                 **fields | {"recipe": Recipe.from_dict(fields["recipe"])},
                 layers=tuple(int(row["layer"]) for row in rows),
@@ -218,23 +234,33 @@ def allocate(
     recipe = (recipe or Recipe.from_dict(scores.recipe)).with_changes(**changes)
     check_inputs(scores, recipe)
     menu = Menu.of(scores, recipe)
-    costs = objective(scores, recipe)
+    weights = source_weights(scores, recipe, menu)
+    costs = objective(scores, recipe, weights)
     sizes = menu.code_bits if recipe.bits is not None else menu.nbytes
-    capacity = expert_budget(scores, recipe, menu)
+    linears = choose_linears(scores, recipe, menu, weights)
+    linear_bytes = int(at(scores.linear_bytes, linears).sum())
+    capacity = expert_budget(scores, recipe, menu, linear_bytes)
     choice = (
         uniform(recipe, menu, sizes, capacity)
         if recipe.cost == "uniform"
         else choose(recipe, costs, sizes, capacity)
     )
+    loss = float(at(costs, choice).sum())
+    if recipe.cost != "paper":  # in other units
+        loss += float(at(linear_costs(scores, weights), linears).sum())
     expert_bytes = int(at(menu.nbytes, choice).sum())
-    total_bytes = scores.fixed_bytes + expert_bytes
+    total_bytes = scores.fixed_bytes + linear_bytes + expert_bytes
     return BitAllocation(
         layers=scores.layers,
         bits=np.broadcast_to(
             np.array(menu.widths, dtype=np.int8)[choice], (*menu.shape[:2], len(PROJECTIONS))
         ),
+        linear_bits={
+            name: scores.linear_bits[column]
+            for name, column in zip(scores.linears, linears.tolist(), strict=True)
+        },
         group_size=scores.group_size,
-        predicted_loss=float(at(costs, choice).sum()),
+        predicted_loss=loss,
         expert_bytes=expert_bytes,
         total_bytes=total_bytes,
         folder_bytes=total_bytes + scores.file_bytes,
@@ -246,18 +272,80 @@ def allocate(
     )
 
 
+def source_weights(scores: ExpertScores, recipe: Recipe, menu: Menu) -> Floats:
+    """[D] what the loss on each source of text counts: alike, or so as to help the worst."""
+    if recipe.over == "mean" or recipe.cost != "error":
+        return np.ones(len(scores.cost))
+    shares = np.array(scores.source_tokens) / scores.total_tokens  # cost -> per token of the source
+    costs = expert_errors(scores, recipe) / shares[:, None, None, None, None]
+    bits = recipe.bits is not None
+    sizes = np.broadcast_to(menu.code_bits if bits else menu.nbytes, costs.shape[1:])
+    groups = [ByOrigin(_flat(costs, 1), _flat(sizes))]
+    capacity = expert_budget(scores, recipe, menu)
+    if not bits:  # the linears compete for the same bytes
+        groups.append(ByOrigin(scores.linear_cost / shares[:, None, None], scores.linear_bytes))
+        capacity += linear_range(scores, recipe)[0]
+    return worst_case_weights(groups, capacity) / shares
+
+
+def choose_linears(scores: ExpertScores, recipe: Recipe, menu: Menu, weights: Floats) -> Ints:
+    """[M] column of each open linear's width: by what a byte is worth, or the usual width."""
+    if recipe.cost != "error" or not len(scores.linears):
+        return np.full(len(scores.linears), _usual_column(scores))
+    linears = Items(linear_costs(scores, weights), scores.linear_bytes)
+    costs = objective(scores, recipe, weights)
+    if recipe.bits is not None:
+        experts = Items(_flat(costs), _flat(np.broadcast_to(menu.code_bits, costs.shape)))
+        return linears.cheapest(8 * price_at([experts], expert_budget(scores, recipe, menu)))
+    experts = Items(_flat(costs), _flat(np.broadcast_to(menu.nbytes, costs.shape)))
+    capacity = expert_budget(scores, recipe, menu) + linear_range(scores, recipe)[0]
+    price = price_at([experts, linears], capacity)
+    least = menu.extremes(menu.nbytes, _required(recipe, menu.shape[1]))[0]
+    while capacity - linears.size(linears.cheapest(price)) < least:
+        price *= 2  # `at_least_one` makes experts larger than the price alone does
+    return linears.cheapest(price)
+
+
+def linear_costs(scores: ExpertScores, weights: Floats) -> Floats:
+    """[M, W] predicted loss of each open linear at each width."""
+    return np.asarray(np.tensordot(weights, scores.linear_cost, axes=1))
+
+
+def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
+    """Smallest and largest stored bytes of all open linears."""
+    sizes = scores.linear_bytes
+    if recipe.cost != "error":
+        sizes = sizes[:, [_usual_column(scores)]]
+    return int(sizes.min(axis=1, initial=2**62).sum()), int(sizes.max(axis=1, initial=0).sum())
+
+
+def _usual_column(scores: ExpertScores) -> int:
+    """The column of the usual width, or of the next one offered."""
+    distance = [abs(bits - USUAL_LINEAR_BITS) for bits in scores.linear_bits]
+    return distance.index(min(distance))
+
+
+def _flat(table: npt.NDArray[Any], leading: int = 0) -> npt.NDArray[Any]:
+    """[..., L, E, P, B] as [..., I, B], `leading` axes kept."""
+    return table.reshape(*table.shape[:leading], -1, table.shape[-1])
+
+
 def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
     """The smallest and the largest allocation that the recipe admits, in each unit of a budget."""
     menu = Menu.of(scores, recipe)
     required = _required(recipe, menu.shape[1])
-    low, high = menu.extremes(menu.nbytes, required)
     low_bits, high_bits = menu.extremes(menu.code_bits, required)
-    fixed, files = scores.fixed_bytes, scores.file_bytes
+    low, high = (
+        scores.fixed_bytes + linears + experts
+        for linears, experts in zip(
+            linear_range(scores, recipe), menu.extremes(menu.nbytes, required), strict=True
+        )
+    )
     weights = scores.fixed_weights + menu.total_weights
     return BudgetRange(
         bits=(low_bits / menu.total_weights, high_bits / menu.total_weights),
-        bpw=((fixed + low) * 8 / weights, (fixed + high) * 8 / weights),
-        size=(fixed + files + low, fixed + files + high),
+        bpw=(low * 8 / weights, high * 8 / weights),
+        size=(scores.file_bytes + low, scores.file_bytes + high),
     )
 
 
@@ -302,7 +390,7 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
             f"The scores hold {scores.tokens.size} experts and {scores.total_tokens} tokens. "
             "Expected at least one of each: score again."
         )
-    for name in ("tokens", "routing_weight", "squared_error", "residual_energy"):
+    for name in ("tokens", "routing_weight", "squared_error", "cost", "residual_energy"):
         values = getattr(scores, name)
         wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
         if name == "residual_energy":
@@ -317,20 +405,36 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
             )
 
 
-def objective(scores: ExpertScores, recipe: Recipe) -> Floats:
+def expert_errors(scores: ExpertScores, recipe: Recipe) -> Floats:
+    """[D, L, E, P, B] cost of every item on each source of text at the offered widths."""
+    columns = [scores.bits.index(b) for b in recipe.expert_bits]
+    return np.asarray(scores.cost[:, :, :, _parts(recipe), columns])
+
+
+def _parts(recipe: Recipe) -> slice:
+    """Which of score.PARTS are items."""
+    return slice(0, BOTH) if recipe.per_projection else slice(BOTH, BOTH + 1)
+
+
+def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
     """c [L, E, P, B]: what each width of each item adds to the predicted loss.
 
-    "error": the squared error it makes in the MoE block's output, over the energy of the residual
-    stream that the output is added to. The division weighs layers against each other; within a
-    layer it changes nothing.
+    "error": `scores.cost`, the predicted KL in nats per token; where scores were made without
+    gradients, the squared error in the MoE block's output over the energy of the residual stream
+    that the output is added to. That weighs layers against each other.
 
     "paper": phi^alpha w^beta epsilon^gamma, eq. 3-4 of arXiv:2410.06270.
+
+    Args:
+        weights: [D] of the sources of text; None: all alike.
     """
-    columns = [scores.bits.index(b) for b in recipe.expert_bits]
-    parts = slice(0, BOTH) if recipe.per_projection else slice(BOTH, BOTH + 1)
-    squared = scores.squared_error[:, :, parts, columns]
     if recipe.cost != "paper":
-        return np.asarray(squared / scores.residual_energy[:, None, None, None])
+        errors = expert_errors(scores, recipe)
+        return np.asarray(
+            errors.sum(axis=0) if weights is None else np.tensordot(weights, errors, axes=1)
+        )
+    columns = [scores.bits.index(b) for b in recipe.expert_bits]
+    squared = scores.squared_error[:, :, _parts(recipe), columns]
     phi = scores.tokens / scores.total_tokens  # [L, E]
     w = scores.routing_weight / scores.total_tokens  # [L, E]
     with np.errstate(all="ignore"):  # looked at below
@@ -347,8 +451,13 @@ def objective(scores: ExpertScores, recipe: Recipe) -> Floats:
     return np.asarray(costs)
 
 
-def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
+def expert_budget(
+    scores: ExpertScores, recipe: Recipe, menu: Menu, linear_bytes: int | None = None
+) -> int:
     """What routed experts may use: code bits under a budget of `bits`, bytes under the others.
+
+    Args:
+        linear_bytes: stored bytes of the linears left open; None: as few as possible.
 
     Raises:
         InputError: no budget is set.
@@ -372,6 +481,9 @@ def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
         capacity = math.floor(budget * weights / 8 * (1 + ROUNDING)) - scores.fixed_bytes
     else:
         capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
+    if unit != "bits":
+        least = linear_range(scores, recipe)[0]
+        capacity -= least if linear_bytes is None else linear_bytes
     sizes = menu.code_bits if unit == "bits" else menu.nbytes
     if capacity < menu.extremes(sizes, _required(recipe, menu.shape[1]))[0]:
         raise BudgetError(

@@ -232,10 +232,12 @@ def _predictions(
         return
     step = max(1, BATCH_TOKENS // ids.shape[1])
     starts = range(0, len(ids), step)
-    with Progress("packed", total=len(starts)) as progress, torch.inference_mode():
+    with Progress("packed", total=len(starts)) as progress:
         for start in starts:
             batch = slice(start, min(start + step, len(ids)))
-            yield batch, model(input_ids=ids[batch].to(model.device), use_cache=False).logits
+            with torch.inference_mode():  # left before yielding, see Walk.logits
+                logits = model(input_ids=ids[batch].to(model.device), use_cache=False).logits
+            yield batch, logits
             progress.advance()
 
 

@@ -7,15 +7,16 @@ whether the group size fits: the allocator's budget and the checkpoint's size bo
 from __future__ import annotations
 
 import logging
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import nn
 
 from moepress.architectures import linear_role
-from moepress.codec import Codec, PackedSpec, fitting_group_size
+from moepress.codec import CODE_BITS, GROUP_SIZES, Codec, PackedSpec, fitting_group_size
 from moepress.drop_costs import drop_bytes
 from moepress.errors import InputError
-from moepress.recipe import UNQUANTIZED, Recipe
+from moepress.recipe import UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
 from moepress.source import Source
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Cod
 
 
 def check_group_sizes(source: Source, recipe: Recipe) -> None:
-    """Raise InputError if the experts' rows cannot be cut into groups; warn of smaller groups."""
+    """Raise InputError if the experts' rows cannot be cut into groups; warn of what differs."""
     one = next(iter(source.experts.values()))
     for name, (_, cols) in (("gate_up_proj", one.gate_up_shape), ("down_proj", one.down_shape)):
         group = codec_for(recipe.expert_bits[0], cols, recipe.group_size).group_size
@@ -46,30 +47,74 @@ def check_group_sizes(source: Source, recipe: Recipe) -> None:
                 "group size %d does not divide the %d inputs of %s; %d is used there",
                 recipe.group_size, cols, name, group,
             )  # fmt: skip
-
-
-def linear_specs(source: Source, recipe: Recipe) -> dict[str, PackedSpec]:
-    """Packed tensors that are not routed experts, by parameter name, as the recipe asks."""
-    specs: dict[str, PackedSpec] = {}
-    left = []
-    for index, layer in enumerate(source.layers):
-        for path, module in layer.named_modules():
-            role = linear_role(path, index in source.experts)
-            if type(module) is not nn.Linear or role is None:
-                continue
-            bits = getattr(recipe, f"{role}_bits")
-            group = fitting_group_size(module.in_features, recipe.group_size)
-            if bits == UNQUANTIZED:
-                continue
-            if group is None:
-                left.append(path)
-                continue
-            specs[f"{source.layer_path(index)}.{path}.weight"] = PackedSpec((bits,), group)
+    left = {
+        path
+        for layer, module in enumerate(source.layers)
+        for path, linear in module.named_modules()
+        if type(linear) is nn.Linear
+        and linear_role(path, layer in source.experts) is not None
+        and fitting_group_size(linear.in_features, recipe.group_size) is None
+    }
     if left:
         logger.warning(
-            "%d linears stay unquantized, as no group size divides their rows: %s",
-            len(left), ", ".join(sorted(set(left))),
-        )  # fmt: skip
+            "linears whose rows no group size divides stay unquantized: %s", ", ".join(sorted(left))
+        )
+
+
+def packable(source: Source, layer: int) -> dict[str, nn.Linear]:
+    """The linears of a decoder layer that can be packed, by parameter name."""
+    prefix = source.layer_path(layer)
+    return {
+        f"{prefix}.{path}.weight": module
+        for path, module in source.layers[layer].named_modules()
+        if type(module) is nn.Linear
+        and linear_role(path, layer in source.experts) is not None
+        and fitting_group_size(module.in_features, GROUP_SIZES[0]) is not None
+    }
+
+
+def fixed_bits(source: Source, layer: int, name: str, recipe: Recipe) -> int | None:
+    """The width that the recipe gives a packable linear; None: it is chosen with the experts'."""
+    path = name.removeprefix(source.layer_path(layer) + ".").removesuffix(".weight")
+    bits: int | None = getattr(recipe, f"{linear_role(path, layer in source.experts)}_bits")
+    if bits is None and recipe.sensitivity == "none":
+        return USUAL_LINEAR_BITS
+    return bits
+
+
+def linear_codec(bits: int, cols: int, recipe: Recipe) -> Codec:
+    """The codec of a linear at a width: the recipe's family, or scalar where that has no such."""
+    family = recipe.linear_codec if bits in CODE_BITS[recipe.linear_codec] else "int"
+    return codec_for(bits, cols, recipe.group_size, family)
+
+
+def free_linears(source: Source, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The linears whose widths are chosen together with the experts', by parameter name."""
+    return {
+        name: module
+        for layer in range(len(source.layers))
+        for name, module in packable(source, layer).items()
+        if fixed_bits(source, layer, name, recipe) is None
+    }
+
+
+def linear_specs(
+    source: Source, recipe: Recipe, chosen: Mapping[str, int] | None = None
+) -> dict[str, PackedSpec]:
+    """Packed tensors that are not routed experts, by parameter name.
+
+    Args:
+        chosen: widths of `free_linears`; those that it does not name are left out.
+    """
+    specs: dict[str, PackedSpec] = {}
+    for layer in range(len(source.layers)):
+        for name, module in packable(source, layer).items():
+            bits = fixed_bits(source, layer, name, recipe)
+            if bits is None:
+                bits = (chosen or {}).get(name, UNQUANTIZED)
+            if bits != UNQUANTIZED:
+                codec = linear_codec(bits, module.in_features, recipe)
+                specs[name] = PackedSpec((bits,), codec.group_size, codec.family)
     return specs | _ends(source, recipe)
 
 
@@ -109,10 +154,14 @@ def every_name(source: Source) -> list[str]:
     return [name for prefix in (None, *layers) for name in source.names(prefix)]
 
 
-def fixed_bytes(source: Source, specs: dict[str, PackedSpec]) -> int:
-    """Stored bytes of all tensors but the routed experts."""
+def fixed_bytes(
+    source: Source, specs: Mapping[str, PackedSpec], left_out: Container[str] = ()
+) -> int:
+    """Stored bytes of all tensors but the routed experts and those in `left_out`."""
     total = 0
     for name in every_name(source):
+        if name in left_out:
+            continue
         shape = source.shape(name)
         if name in specs:
             total += specs[name].nbytes(*shape)
@@ -131,15 +180,19 @@ def file_bytes(source: Source, recipe: Recipe) -> int:
     expert_names = [
         f"{e.path}.{n}" for e in source.experts.values() for n in ("gate_up_proj", "down_proj")
     ]
-    packed = [*linear_specs(source, recipe), *expert_names]
+    free = free_linears(source, recipe)
+    packed = [*linear_specs(source, recipe), *free, *expert_names]
     moe_layers, experts = len(source.experts), next(iter(source.experts.values())).experts
     headers = sum(len(name) + 68 for name in (*names, *expert_names)) + 32 * len(source.layers)
     index = sum(len(name) + 43 for name in (*names, *expert_names)) + 100
     entries = sum(len(name) + 75 for name in packed) + 2 * moe_layers * experts + 500
-    plan = 1500 + moe_layers * (2 * experts + 75)
-    if recipe.expert_codec != "int":
-        entries += 30 * len(expert_names)  # "family"
-    scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits)))
+    plan = 1500 + moe_layers * (2 * experts + 75) + sum(len(name) + 10 for name in free)
+    for names_of, family in ((expert_names, recipe.expert_codec), (free, recipe.linear_codec)):
+        entries += 30 * len(names_of) * (family != "int")  # "family"
+    arrays = 1 + len(recipe.calib)  # epsilon^2, and the cost on each source of text
+    scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits) * arrays))
+    scores += sum(len(name) + 4 for name in free)
+    scores += 8 * len(free) * len(recipe.linear_bits) * (1 + len(recipe.calib))
     drops = 900 + moe_layers * (drop_bytes(chosen_experts(source.config)) + 5)
     copied = [*source.companions(), source.folder / "config.json"]
     return headers + index + entries + plan + scores + drops + sum(p.stat().st_size for p in copied)

@@ -7,15 +7,13 @@ attention, each routed expert on its own tokens, gate and up first, down on what
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moepress.allocate import BitAllocation
 from moepress.calibrate import calibration_ids, drop_seed, identity
@@ -36,16 +34,10 @@ from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.layout import codec_for, linear_specs
 from moepress.progress import Progress
-from moepress.quantizers import (
-    Factor,
-    Hessian,
-    QuantizedMatrix,
-    TrellisMatrix,
-    needs_hessian,
-    quantize_matrix,
-)
+from moepress.quantizers import QuantizedMatrix, TrellisMatrix, needs_hessian, quantize_matrix
 from moepress.recipe import Recipe
 from moepress.round_expert import round_down, round_gate_up
+from moepress.round_linear import linear_factors, round_linear
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk, add_expert_output, empty
 
@@ -82,7 +74,7 @@ def quantize(
     ids = calibration_ids(source, plan.recipe) if ids is None else ids
     work = identity(source, plan.recipe, ids) | {
         "full_recipe": plan.recipe.digest(),
-        "plan": hashlib.sha256(plan.bits.tobytes()).hexdigest()[:16],
+        "plan": plan.digest(),
     }
     if claim(out, work):
         return out
@@ -91,7 +83,7 @@ def quantize(
     todo = [layer for layer in layers if not journal.done(layer)]
     check_space(out, plan, len(todo) / len(layers), ids.numel() * source.hidden)
     plan.save(out / PLAN)
-    packed = linear_specs(source, plan.recipe)
+    packed = linear_specs(source, plan.recipe, plan.linear_bits)
     if not (out / shard_name(None)).is_file():
         save_tensors(out / shard_name(None), outside_layers(source, packed))
     if todo:
@@ -192,62 +184,17 @@ def quantize_linears(
     if not names:
         return {}
     modules = {name: source.model.get_submodule(name.removesuffix(".weight")) for name in names}
-    factors: dict[str, Factor | None] = dict.fromkeys(names)
-    if needs_hessian(recipe.quantizer):
-        with shared_hessians(modules) as hessians:
-            walk.run_only(layer)
-        factors.update(shared_factors(hessians, recipe.damping))
+    factors = (
+        linear_factors(walk, layer, modules, recipe) if needs_hessian(recipe.quantizer) else {}
+    )
     tensors = {}
     for name in names:
         weight = source.current(name)
         (codec,) = packed[name].codecs
-        matrix = quantize_matrix(recipe.quantizer, weight, codec, factors[name])
+        matrix = round_linear(weight, codec, factors.get(name), recipe, recipe.quantizer)
         tensors[name] = packed_bytes(matrix)
         source.put(name, matrix.dequantize(weight.dtype))
     return tensors
-
-
-@contextmanager
-def shared_hessians(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Hessian]]:
-    """Within the block, Hessians of the inputs of linears; q, k and v have one between them.
-
-    Which linears share their input is seen in the first batch, by identity: those inputs are held
-    until it is over, so that no address is used twice.
-    """
-    hessians: dict[str, Hessian] = {}
-    owner: dict[str, bool] = {}
-    seen: list[tuple[Tensor, Hessian]] = []
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if name in hessians:
-                seen.clear()
-            else:
-                known = next((h for other, h in seen if other is x), None)
-                owner[name] = known is None
-                hessians[name] = known or Hessian(x.shape[-1], x.device)
-                seen.append((x, hessians[name]))
-            if owner[name]:
-                hessians[name].add(x.reshape(-1, x.shape[-1]))
-
-        return add
-
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
-    try:
-        yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def shared_factors(hessians: Mapping[str, Hessian], damping: float) -> dict[str, Factor | None]:
-    """Factor each Hessian once, however many linears it serves."""
-    factors: dict[int, Factor] = {}
-    for hessian in hessians.values():
-        if id(hessian) not in factors:
-            factors[id(hessian)] = hessian.factor(damping)
-    return {name: factors[id(hessian)] for name, hessian in hessians.items()}
 
 
 @torch.inference_mode()

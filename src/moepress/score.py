@@ -9,13 +9,18 @@ arXiv:2410.06270, section 3.2. For expert e of a layer with calibration tokens T
 
 Only expert e's own tokens can differ between Y and Y_b, so epsilon is computed from them alone:
 epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the routing weight.
+
+What the allocator minimises is the cost: the same sum with each token weighed by s_t of
+sensitivity.py, the predicted KL in nats per token. It is kept by source of calibration text. The
+other linears have one too, from the Hessian that their rounding uses: trace(E H E^T). With
+sensitivity "none" an expert's cost is epsilon^2 over the energy of the residual stream.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,40 +31,66 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moepress import data
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids, routing_statistics
 from moepress.checkpoint import load_tensors, read_about, save_tensors, temporary_folder
 from moepress.errors import CheckpointError
 from moepress.journal import Journal
-from moepress.layout import check_group_sizes, every_name, file_bytes, fixed_bytes, linear_specs
+from moepress.layout import (
+    check_group_sizes,
+    every_name,
+    file_bytes,
+    fixed_bits,
+    fixed_bytes,
+    free_linears,
+    linear_codec,
+    linear_specs,
+    packable,
+)
 from moepress.progress import Progress
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.round_expert import round_down, round_gate_up
+from moepress.round_linear import linear_factors, output_cost, round_linear
+from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, sensitivity_of
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk, chunks, empty, expert_hidden
 
 logger = logging.getLogger(__name__)
 
-ARRAYS = ("tokens", "routing_weight", "squared_error", "output_energy", "residual_energy")
+EXPERT_ARRAYS = (
+    "tokens", "routing_weight", "squared_error", "cost", "output_energy", "residual_energy",
+)  # fmt: skip
+ARRAYS = (*EXPERT_ARRAYS, "linear_bytes", "linear_cost")
 KIND = "moepress scores"
 PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
 
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Routing statistics and errors of every routed expert. L MoE layers, E experts, B widths."""
+    """Routing statistics, errors and costs of every routed expert, and costs of other linears.
+
+    L MoE layers, E experts, B widths, D sources of calibration text; M linears of W widths, none if
+    the recipe fixes them all.
+    """
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
     bits: tuple[int, ...]  # [B] widths measured, rising
     tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
     squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by PARTS
+    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; over D, it sums to all of it
+    linears: tuple[str, ...]  # [M] parameter names
+    linear_bits: tuple[int, ...]  # [W] widths measured, rising
+    linear_bytes: npt.NDArray[np.int64]  # [M, W] stored
+    linear_cost: npt.NDArray[np.float64]  # [D, M, W]
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
     total_tokens: int  # N, calibration tokens seen by every layer
+    source_tokens: tuple[int, ...]  # [D] of each source of text
     gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
     down_shape: tuple[int, int]
-    fixed_bytes: int  # stored bytes of all tensors that are not routed experts, as compressed
-    fixed_weights: int  # number of weights in them
+    fixed_bytes: int  # stored bytes, as compressed, of all tensors that nothing is chosen for
+    fixed_weights: int  # number of weights that are not routed experts
     file_bytes: int  # tokenizer, JSON files, headers: what the folder holds besides tensors
     group_size: int
     provenance: dict[str, str]
@@ -68,10 +99,19 @@ class ExpertScores:
     def __post_init__(self) -> None:
         count, experts = self.tokens.shape
         expected = (count, experts, len(PARTS), len(self.bits))
-        if len(self.layers) != count or self.squared_error.shape != expected:
+        linears = (len(self.linears), len(self.linear_bits))
+        if (
+            len(self.layers) != count
+            or self.squared_error.shape != expected
+            or self.cost.shape[1:] != expected
+            or self.linear_bytes.shape != linears
+            or self.linear_cost.shape != (len(self.cost), *linears)
+        ):
             raise CheckpointError(
                 f"Scores do not fit together: {len(self.layers)} layers, tokens "
-                f"{self.tokens.shape}, errors {self.squared_error.shape}, expected {expected}."
+                f"{self.tokens.shape}, errors {self.squared_error.shape}, costs {self.cost.shape}, "
+                f"expected {expected}; linears {self.linear_bytes.shape} and "
+                f"{self.linear_cost.shape}, expected {linears}."
             )
 
     def save(self, path: Path) -> None:
@@ -96,7 +136,15 @@ class ExpertScores:
         rest = json.loads(read_about(path) or "{}")
         if rest.pop("kind", None) != KIND:
             raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
-        for name in ("layers", "bits", "gate_up_shape", "down_shape"):
+        for name in (
+            "layers",
+            "bits",
+            "linears",
+            "source_tokens",
+            "linear_bits",
+            "gate_up_shape",
+            "down_shape",
+        ):
             rest[name] = tuple(rest[name])
         rest.update({name: arrays[name].numpy() for name in ARRAYS})
         return cls(**rest)
@@ -127,21 +175,29 @@ def score(
     with temporary_folder(work) as folder:
         ids = kept_ids(folder / TEXT, source, recipe) if ids is None else ids
         keep_ids(folder / TEXT, ids)
-        journal = Journal(folder, identity(source, recipe, ids))
         layers = range(len(source.layers))
+        journal = Journal(folder, identity(source, recipe, ids))
         if not all(journal.done(layer) for layer in layers):
+            known = sensitivity_of(source, recipe, ids, folder / SENSITIVITY)
             walk = Walk(source, ids)
             with Progress("score", total=len(layers)) as progress:
                 for layer in journal.remaining(walk):
-                    journal.commit(walk, layer, score_layer(walk, layer, recipe, progress))
+                    result = score_layer(walk, layer, recipe, known, progress)
+                    journal.commit(walk, layer, result)
                     progress.advance()
         return collect(source, recipe, ids, journal)
 
 
 def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> ExpertScores:
     """Put the results of all layers together."""
-    rows = [journal.result(layer) for layer in source.experts]
-    arrays = {name: np.stack([row[name].numpy() for row in rows]) for name in ARRAYS}
+    rows = {layer: journal.result(layer) for layer in range(len(source.layers))}
+    arrays = {
+        name: np.stack([rows[layer][name].numpy() for layer in source.experts])
+        for name in EXPERT_ARRAYS
+    }
+    arrays["cost"] = arrays["cost"].swapaxes(0, 1)  # [D, L, E, 3, B]
+    linears = [rows[layer]["linear_cost"].numpy() for layer in rows]
+    arrays["linear_cost"] = np.concatenate(linears).swapaxes(0, 1)  # [D, M, W]
     few = int((arrays["tokens"] < recipe.token_floor).sum())
     if few:
         logger.warning(
@@ -149,39 +205,58 @@ def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> Ex
             "say little. More or other text helps (`moepress inspect` shows the spread).",
             few, arrays["tokens"].size, recipe.token_floor, int((arrays["tokens"] == 0).sum()),
         )  # fmt: skip
-    return assemble(source, recipe, arrays, ids.numel(), identity(source, recipe, ids))
+    origin = origin_of_tokens(ids, recipe)
+    tokens = torch.bincount(origin, minlength=len(recipe.calib)).tolist()
+    return assemble(source, recipe, arrays, tokens, identity(source, recipe, ids))
 
 
 def unmeasured(source: Source, recipe: Recipe) -> ExpertScores:
     """Scores with every number 0: enough to tell which budgets are possible."""
     experts = next(iter(source.experts.values())).experts
     shape = (len(source.experts), experts)
+    errors = (*shape, len(PARTS), len(recipe.expert_bits))
+    linears = (len(free_linears(source, recipe)), len(recipe.linear_bits))
     arrays = {
         "tokens": np.zeros(shape, dtype=np.int64),
         "routing_weight": np.zeros(shape),
-        "squared_error": np.zeros((*shape, len(PARTS), len(recipe.expert_bits))),
+        "squared_error": np.zeros(errors),
+        "cost": np.zeros((len(recipe.calib), *errors)),
+        "linear_cost": np.zeros((len(recipe.calib), *linears)),
         "output_energy": np.zeros(shape[0]),
         "residual_energy": np.zeros(shape[0]),
     }
-    return assemble(source, recipe, arrays, 0, {})
+    return assemble(source, recipe, arrays, [0] * len(recipe.calib), {})
 
 
 def assemble(
     source: Source,
     recipe: Recipe,
     arrays: Mapping[str, Any],
-    total_tokens: int,
+    source_tokens: Sequence[int],
     provenance: dict[str, str],
 ) -> ExpertScores:
     """Arrays, and what the allocator must know of the model's size."""
     one = next(iter(source.experts.values()))
+    free = free_linears(source, recipe)
+    linear_bytes = [
+        [
+            linear_codec(bits, m.in_features, recipe).nbytes(m.out_features, m.in_features)
+            for bits in recipe.linear_bits
+        ]
+        for m in free.values()
+    ]
+    shape = (len(free), len(recipe.linear_bits))
     return ExpertScores(
         layers=tuple(source.experts),
         bits=recipe.expert_bits,
-        total_tokens=total_tokens,
+        linears=tuple(free),
+        linear_bits=recipe.linear_bits,
+        linear_bytes=np.array(linear_bytes, dtype=np.int64).reshape(shape),
+        total_tokens=sum(source_tokens),
+        source_tokens=tuple(source_tokens),
         gate_up_shape=one.gate_up_shape,
         down_shape=one.down_shape,
-        fixed_bytes=fixed_bytes(source, linear_specs(source, recipe)),
+        fixed_bytes=fixed_bytes(source, linear_specs(source, recipe), free),
         fixed_weights=sum(source.shape(name).numel() for name in every_name(source)),
         file_bytes=file_bytes(source, recipe),
         group_size=recipe.group_size,
@@ -192,34 +267,82 @@ def assemble(
 
 
 @torch.inference_mode()
-def score_layer(walk: Walk, layer: int, recipe: Recipe, progress: Progress) -> dict[str, Tensor]:
-    """Measure the experts of one layer and bring the walk through it."""
+def score_layer(
+    walk: Walk, layer: int, recipe: Recipe, known: Sensitivity | None, progress: Progress
+) -> dict[str, Tensor]:
+    """Measure the experts and linears of one layer and bring the walk through it."""
     source = walk.source
+    sensitivity = known.layer(layer) if known else {}
+    origin = origin_of_tokens(walk.ids, recipe)
+    progress.update(layer=layer, note="linears")
+    linear_cost = score_linears(walk, layer, recipe, sensitivity, origin)
     if layer not in source.experts:
-        progress.update(layer=layer, note="no experts")
         walk.advance(layer, None)
-        return {"no_experts": torch.zeros(1)}
+        return {"linear_cost": linear_cost}
     experts = source.experts[layer]
-    routed = walk.route(layer)
+    routed = walk.route(layer).weighed(sensitivity.get(EXPERTS))
     module = source.model.get_submodule(experts.path)
     output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
-    errors = torch.zeros(experts.experts, len(PARTS), len(recipe.expert_bits), dtype=torch.float64)
+    sources, widths = len(recipe.calib), len(recipe.expert_bits)
+    errors = torch.zeros(experts.experts, len(PARTS), widths, dtype=torch.float64)
+    costs = torch.zeros(sources, experts.experts, len(PARTS), widths, dtype=torch.float64)
     for expert in range(experts.experts):
         progress.update(layer=layer, expert=expert, experts=experts.experts)
         if not len(routed.of(expert)[0]):
             continue  # never chosen: no output, no error, and its weights need not be read
         weights = source.expert(layer, expert)
         offered = quantized_widths(module, weights, routed, layer, expert, recipe)
-        errors[expert] = measure(module, weights, offered, routed, expert, output)
+        errors[expert], costs[:, expert] = measure(
+            module, weights, offered, routed, expert, output, origin, sources
+        )
     tokens, routing_weight = routing_statistics(routed, experts.experts)
     output_energy = sum(output[part].square().sum().item() for part in chunks(output))
+    residual_energy = walk.advance(layer, output)
     return {
         "tokens": tokens,
         "routing_weight": routing_weight,
         "squared_error": errors,
+        "cost": costs if known else costs / residual_energy,
+        "linear_cost": linear_cost,
         "output_energy": torch.tensor(output_energy, dtype=torch.float64),
-        "residual_energy": torch.tensor(walk.advance(layer, output), dtype=torch.float64),
+        "residual_energy": torch.tensor(residual_energy, dtype=torch.float64),
     }
+
+
+def origin_of_tokens(ids: Tensor, recipe: Recipe) -> Tensor:
+    """The source of calibration text, 0 .. D-1, that each token comes from. [T] int64."""
+    shares = data.divide(len(ids), [weight for _, weight in recipe.calib])
+    of_sequence = torch.arange(len(shares)).repeat_interleave(torch.tensor(shares))
+    return of_sequence.repeat_interleave(ids.shape[1])
+
+
+def score_linears(
+    walk: Walk, layer: int, recipe: Recipe, sensitivity: Mapping[str, Tensor], origin: Tensor
+) -> Tensor:
+    """Cost [M, D, W] float64 of each free linear of a layer on each source of text, at each width.
+
+    One Hessian serves all tokens: each is taken to have its share of the squared error.
+    """
+    source = walk.source
+    modules = {
+        name: module
+        for name, module in packable(source, layer).items()
+        if fixed_bits(source, layer, name, recipe) is None
+    }
+    factors = linear_factors(walk, layer, modules, recipe)
+    costs = torch.zeros(
+        len(modules), len(recipe.calib), len(recipe.linear_bits), dtype=torch.float64
+    )
+    for row, (name, module) in enumerate(modules.items()):
+        weight = source.current(name)
+        known = sensitivity[name].double()
+        parts = torch.bincount(origin, known, minlength=len(recipe.calib)) / len(origin)
+        for column, bits in enumerate(recipe.linear_bits):
+            codec = linear_codec(bits, module.in_features, recipe)
+            matrix = round_linear(weight, codec, factors[name], recipe, recipe.measure)
+            rounded = matrix.dequantize(weight.dtype)
+            costs[row, :, column] = parts * output_cost(weight, rounded, factors[name], recipe)
+    return costs
 
 
 def quantized_widths(
@@ -243,20 +366,28 @@ def measure(
     routed: Routed,
     expert: int,
     output: Tensor,
-) -> Tensor:
+    origin: Tensor,
+    sources: int,
+) -> tuple[Tensor, Tensor]:
     """Squared output error of every part at every width; adds the exact output to `output`.
 
+    Args:
+        origin: [T] source of text of each token, of `sources`.
+
     Returns:
-        [3, B] float64, by PARTS: gate_up alone, down alone, both quantized.
+        [3, B] float64, by PARTS: gate_up alone, down alone, both quantized; and [D, 3, B] float64,
+        the same with each token weighed by its importance, source by source.
     """
     errors = torch.zeros(len(PARTS), len(offered), dtype=torch.float64)
+    costs = torch.zeros(sources, len(PARTS), len(offered), dtype=torch.float64)
     tokens, gate = routed.of(expert)
     for part in chunks(tokens):
-        x = routed.hidden[tokens[part]].to(weights.down.device)
+        token = tokens[part]
+        x = routed.hidden[token].to(weights.down.device)
         g = gate[part, None].to(x.device)
         hidden = expert_hidden(module, weights.gate_up, x)
         exact = F.linear(hidden, weights.down).float() * g
-        output.index_add_(0, tokens[part], exact.cpu())
+        output.index_add_(0, token, exact.cpu())
         for column, candidate in enumerate(offered):
             changed = expert_hidden(module, candidate.gate_up, x)
             pairs = (
@@ -266,5 +397,9 @@ def measure(
             )
             for row, (inner, down) in enumerate(pairs):
                 error = F.linear(inner, down).float() * g - exact
-                errors[row, column] += error.square().sum().double().cpu()
-    return errors
+                squared = error.square().sum(1).double().cpu()
+                errors[row, column] += squared.sum()
+                if routed.importance is not None:
+                    squared *= routed.importance[token]
+                costs[:, row, column] += torch.bincount(origin[token], squared, minlength=sources)
+    return errors, costs

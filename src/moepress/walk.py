@@ -19,7 +19,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class Routed:
     hidden: Tensor  # [T, H] model dtype, input of the experts
     index: Tensor  # [T, k] int64; an index of E or above means no expert
     weight: Tensor  # [T, k] float32 routing weights
+    importance: Tensor | None = None  # [T] float32, sensitivity.py; None: all tokens count alike
+
+    def weighed(self, importance: Tensor | None) -> Routed:
+        """The same, with what an error of each token costs."""
+        return replace(self, importance=importance)
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Tokens of an expert [T_e] int64, rising, and their routing weights [T_e] float32."""
@@ -67,7 +72,7 @@ class Walk:
         self._calls: list[list[Call]] = []  # [batch][layer]
         self._begin()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a backward walk goes through these arguments
     def _begin(self) -> None:
         """Embed the tokens, and record how the model calls each of its layers."""
         with self.source.loaded(None):
@@ -93,7 +98,7 @@ class Walk:
             weight.append(top_k_weights.to("cpu", torch.float32))
             return torch.zeros_like(x)
 
-        with replaced_forward(self._experts(layer), record):
+        with replaced_forward(self.experts_module(layer), record):
             for number in range(len(self.batches)):
                 self._run(layer, number)
         return Routed(hidden, torch.cat(index), torch.cat(weight))
@@ -126,7 +131,7 @@ class Walk:
             done += len(x)
             return rows.to(x)
 
-        experts = self._experts(layer) if experts_output is not None else None
+        experts = self.experts_module(layer) if experts_output is not None else None
         with replaced_forward(experts, finished):
             for number, batch in enumerate(self.batches):
                 out = self._run(layer, number)
@@ -152,7 +157,7 @@ class Walk:
             also: called with the experts' module, the weights and the number of each expert.
         """
         experts = self.source.experts[layer]
-        module = self._experts(layer)
+        module = self.experts_module(layer)
         output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
         for expert in range(experts.experts):
             if len(routed.of(expert)[0]):
@@ -175,32 +180,45 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """After the last layer: (batch, logits [b, L, V]) by the model's own norm and head."""
-        last = len(self.source.layers) - 1
-        with self.source.loaded(None), torch.inference_mode():
+        with self.source.loaded(None):
             for batch in self.batches:
-                states = self.states[batch].to(self.source.device)
+                # The mode is left before yielding: generators that take turns would leave it on.
+                with torch.inference_mode():
+                    logits = self.head(batch, self.states[batch].to(self.source.device))
+                yield batch, logits
 
-                def give(number: int, states: Tensor = states) -> Callable[[Call], Tensor]:
-                    return lambda call: states if number == last else call.hidden
+    def head(self, part: slice, states: Tensor) -> Tensor:
+        """Logits [b, L, V] of sequences whose last layer gave `states`; what is outside the layers
+        is loaded.
+        """
+        last = len(self.source.layers) - 1
 
-                with replaced_forwards(self.source.layers, give):
-                    ids = self.ids[batch].to(self.source.device)
-                    yield batch, self.source.model(input_ids=ids, use_cache=False).logits
+        def give(number: int) -> Callable[[Call], Tensor]:
+            return lambda call: states if number == last else call.hidden
 
-    def _run(self, layer: int, number: int) -> Tensor:
+        with replaced_forwards(self.source.layers, give):
+            ids = self.ids[part].to(self.source.device)
+            logits: Tensor = self.source.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def run(self, layer: int, number: int, states: Tensor) -> Tensor:
+        """Bring states [b, L, H] of a batch through a loaded layer, as the model calls it."""
         call = self._calls[number][layer]
-        states = self.states[self.batches[number]].to(self.source.device)
         out = self.source.layers[layer](states, *call.args, **call.kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def _experts(self, layer: int) -> nn.Module:
+    def _run(self, layer: int, number: int) -> Tensor:
+        return self.run(layer, number, self.states[self.batches[number]].to(self.source.device))
+
+    def experts_module(self, layer: int) -> nn.Module:
+        """The skeleton's experts module of a layer."""
         module: nn.Module = self.source.model.get_submodule(self.source.experts[layer].path)
         return module
 
     @contextmanager
     def _without_experts(self, layer: int) -> Iterator[None]:
-        experts = self._experts(layer) if layer in self.source.experts else None
+        experts = self.experts_module(layer) if layer in self.source.experts else None
         with replaced_forward(experts, lambda x, *_: torch.zeros_like(x)):
             yield
 
