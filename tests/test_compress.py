@@ -30,9 +30,14 @@ from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score
 from moepress.source import Source
 
-from .conftest import FAMILIES, small_recipe
+from .conftest import FAMILIES
+from .conftest import small_recipe as named_recipe
 
 Folder = Callable[..., Path]
+
+
+def small_recipe(text: Path, name: str = "default", **changes: object) -> Recipe:
+    return named_recipe(text, name, **changes)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -53,7 +58,7 @@ def test_a_folder_opens_packed_and_close_to_the_original(
 ) -> None:
     folder = model_folder(family)
     recipe = small_recipe(
-        text_file, bits=8, expert_bits=(8,), attention_bits=8, shared_expert_bits=8,
+        text_file, "fast", bits=8, expert_bits=(8,), attention_bits=8, shared_expert_bits=8,
         dense_mlp_bits=8,
     )  # fmt: skip
     out = compress(folder, tmp_path / "out", recipe)
@@ -71,7 +76,7 @@ def test_stored_bytes_are_the_rounded_weights(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
     """Rounded to nearest, each packed matrix is near its original; the rest is untouched."""
-    recipe = small_recipe(text_file, bits=2.5, quantizer="rtn", measure="rtn")
+    recipe = small_recipe(text_file, "fast", bits=2.5, quantizer="rtn", measure="rtn")
     compressed = compress(model_folder(), tmp_path / "out", recipe)
     source = Source(model_folder())
     specs = packed_specs(compressed)
@@ -294,12 +299,13 @@ def test_a_plan_of_another_model_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+FAST_CHANGES = {"expert_codec": "int", "linear_codec": "int", "sensitivity": "none"}
+KNOBS = {
+    "fast": [
         {"quantizer": "rtn"},
         {"quantizer": "gptq-released"},
         {"expert_codec": "trellis"},
+        {"linear_codec": "trellis"},
         {"damping": 0.5},
         {"hessian_weight": "none"},
         {"token_floor": 150},
@@ -316,17 +322,35 @@ def test_a_plan_of_another_model_is_refused(
         {"cost": "random"},
         {"measure": "rtn"},
     ],
+    "default": [
+        {"quantizer": "rtn"},
+        {"expert_codec": "int"},
+        {"linear_codec": "int"},
+        {"linear_bits": (2, 8)},
+        {"attention_bits": 4},
+        {"sensitivity": "none"},
+        {"over": "worst"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [(name, changes) for name, all_of in KNOBS.items() for changes in all_of]
 )
 def test_every_knob_bites(
     compressed: Path,
     model_folder: Folder,
     text_file: Path,
     tmp_path: Path,
+    name: str,
     changes: dict[str, object],
 ) -> None:
     """Each field of the recipe changes the stored weights, or the plan they are stored by."""
     folder = model_folder()
-    base = small_recipe(text_file, bits=2.25)
+    prose = tmp_path / "prose.txt"  # beside the code, so that there is a worst source
+    prose.write_text("It was the best of times, it was the worst of times.\n" * 200)
+    calib = ((str(text_file), 1.0), (str(prose), 1.0))
+    base = small_recipe(text_file, name, bits=2.25, calib=calib)
     plain = compress(folder, tmp_path / "plain", base)
     other = compress(folder, tmp_path / "other", base.with_changes(**changes))
     ignored = {PLAN, "config.json", SCORES}  # they name the recipe itself
@@ -353,6 +377,7 @@ def test_default_beats_random_and_rtn_where_it_counts(
 
         ours = distance("ours")
         assert ours < distance("rtn", quantizer="rtn")
+        assert ours < distance("fast", **FAST_CHANGES)
         assert ours < np.mean([distance(f"r{s}", cost="random", seed=s) for s in range(3)])
 
 

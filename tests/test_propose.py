@@ -24,7 +24,7 @@ Folder = Callable[..., Path]
 @pytest.mark.parametrize("cost", ["error", "paper", "uniform"])
 def test_plans_are_those_of_allocate(cost: str) -> None:
     scores = synthetic.scores(3, 8)
-    recipe = Recipe(cost=cost)
+    recipe = Recipe.load("fast", expert_bits=(1, 2, 3), cost=cost)
     found = proposal(scores, recipe, {})
     low, high = budget_range(scores, recipe).bits
     assert (found.plans[0].average_bits, found.plans[-1].average_bits) == (low, high)
@@ -35,7 +35,8 @@ def test_plans_are_those_of_allocate(cost: str) -> None:
 
 
 def test_the_best_fits_and_nothing_better_does() -> None:
-    scores, recipe = synthetic.scores(3, 8), Recipe()
+    scores = synthetic.scores(3, 8)
+    recipe = Recipe.from_dict(scores.recipe | {"bits": None})
     low, high = budget_range(scores, recipe).size
     memory = {
         "small": int(low / SHARE) - 2,

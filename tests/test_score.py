@@ -11,12 +11,13 @@ import torch
 
 from moepress.calibrate import Calibration, calibrate, calibration_ids, hessian_tokens
 from moepress.errors import CheckpointError, InputError
-from moepress.layout import codec_for
+from moepress.layout import codec_for, linear_codec, packable
 from moepress.quantizers import quantize_matrix
 from moepress.recipe import Recipe
 from moepress.score import PARTS, ExpertScores, score
+from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity
 from moepress.source import ExpertWeights, Source
-from moepress.walk import Routed, Walk
+from moepress.walk import Routed, Walk, expert_forward
 
 from .conftest import small_recipe
 
@@ -68,6 +69,72 @@ def test_epsilon_is_what_swapping_the_expert_costs_the_block(
                     experts.down_proj[expert] = originals.down
                     measured = scores.squared_error[row, expert, part, column]
                     assert measured == pytest.approx(swapped, rel=1e-4), (expert, bits, name)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_costs_are_errors_weighed_by_sensitivity(
+    model_folder: Folder, text_file: Path, tmp_path: Path, family: str
+) -> None:
+    """The oracle: every token's output error by itself, of experts and of linears."""
+    source = Source(model_folder(family))
+    prose = tmp_path / "prose.txt"
+    prose.write_text("It was the best of times, it was the worst of times.\n" * 200)
+    sources = ((str(text_file), 1.0), (str(prose), 2.0))
+    recipe = small_recipe(
+        text_file, "default", measure="rtn", expert_bits=(2,), linear_bits=(3, 8), calib=sources
+    )
+    scores = score(source, recipe, work=tmp_path / "work")
+    ids = calibration_ids(source, recipe)
+    origin = torch.tensor([0, 0, 1, 1, 1, 1]).repeat_interleave(32)  # a third, two thirds
+    assert scores.source_tokens == (64, 128)
+    walk = Walk(source, ids)
+    known = Sensitivity(tmp_path / "work" / SENSITIVITY)
+    linears = iter(range(len(scores.linears)))
+    for layer in range(len(source.layers)):
+        with source.loaded(source.layer_path(layer)), torch.inference_mode():
+            s = known.layer(layer)
+            for name, module in packable(source, layer).items():
+                m = next(linears)
+                assert scores.linears[m] == name
+                inputs: list[torch.Tensor] = []
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, to=inputs: to.append(args[0].flatten(0, -2))
+                )
+                walk.run_only(layer)
+                handle.remove()
+                x, weight = torch.cat(inputs), source.current(name)
+                for column, bits in enumerate((3, 8)):
+                    codec = linear_codec(bits, weight.shape[1], recipe)
+                    assert codec.family == ("trellis" if bits == 3 else "int")
+                    rounded = quantize_matrix("rtn", weight, codec).dequantize()
+                    error = (x @ (weight - rounded).T).square().sum(1).mean()
+                    expected = [float(s[name][origin == d].sum() * error) for d in (0, 1)]
+                    measured = scores.linear_cost[:, m, column]
+                    # Above by what the damping adds to the Hessian.
+                    assert (measured >= np.array(expected) * 0.999).all()
+                    assert measured == pytest.approx(expected, rel=0.15)
+            if layer not in source.experts:
+                walk.advance(layer, None)
+                continue
+            routed = walk.route(layer)
+            module = walk.experts_module(layer)
+            row = scores.layers.index(layer)
+            for expert in range(source.experts[layer].experts):
+                tokens, gate = routed.of(expert)
+                weights = source.expert(layer, expert)
+                rounded = ExpertWeights(*(
+                    quantize_matrix(
+                        "rtn", w, codec_for(2, w.shape[1], 32, "trellis")
+                    ).dequantize() for w in weights
+                ))  # fmt: skip
+                x = routed.hidden[tokens]
+                error = expert_forward(module, weights, x) - expert_forward(module, rounded, x)
+                cost = (error * gate[:, None]).square().sum(1) * s[EXPERTS][tokens]
+                for d in (0, 1):
+                    expected = float(cost[origin[tokens] == d].sum())
+                    measured = scores.cost[d, row, expert, PARTS.index("both"), 0]
+                    assert measured == pytest.approx(expected, rel=1e-3, abs=1e-12)
+            walk.advance(layer, walk.experts_output(layer, routed))
 
 
 def test_energies_are_those_of_the_model(model_folder: Folder, text_file: Path) -> None:

@@ -62,6 +62,7 @@ def sensitivity_of(source: Source, recipe: Recipe, ids: Tensor, folder: Path) ->
     return measure_sensitivity(source, ids, folder, made_of, recipe.seed)
 
 
+@torch.inference_mode(False)  # whatever the caller is in
 def measure_sensitivity(
     source: Source, ids: Tensor, folder: Path, identity: Mapping[str, str], seed: int
 ) -> Sensitivity:
