@@ -43,7 +43,9 @@ Bits = Annotated[
 ]
 Bpw = Annotated[float | None, typer.Option(help="Budget: stored bits per weight, everything.")]
 Size = Annotated[str | None, typer.Option(help="Budget: bytes of the folder, such as 16GB.")]
-RecipeName = Annotated[str, typer.Option(help="default, paper, or a .toml or .json file.")]
+RecipeName = Annotated[
+    str, typer.Option(help="default, fast, paper, paper-released, or a .toml or .json file.")
+]
 Calib = Annotated[
     list[str] | None,
     typer.Option(
@@ -58,6 +60,10 @@ Widths = Annotated[
 ]
 ExpertCodec = Annotated[
     str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")
+]
+Over = Annotated[
+    str | None,
+    typer.Option(help="Whose loss is kept small: mean (all calibration text) or worst (source)."),
 ]
 Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
@@ -76,6 +82,7 @@ def compress(
     sequence_length: Length = None,
     expert_bits: Widths = None,
     expert_codec: ExpertCodec = None,
+    over: Over = None,
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
@@ -93,7 +100,7 @@ def compress(
 
     chosen = _recipe(
         recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed,
-        expert_codec,
+        expert_codec, over,
     )  # fmt: skip
     if chosen.has_budget:
         typer.echo(run(model, out, chosen, device=checked_device(device)))
@@ -164,6 +171,7 @@ def allocate(
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
+    over: Over = None,
     recipe: RecipeName = "default",
 ) -> None:
     """Choose the bits of every expert under a budget; seconds, from stored scores.
@@ -174,7 +182,7 @@ def allocate(
     from moepress.score import ExpertScores
 
     measured = ExpertScores.load(scores)
-    chosen = measured.recipe_for(_recipe(recipe, bits, bpw, size))
+    chosen = measured.recipe_for(_recipe(recipe, bits, bpw, size, over=over))
     run(measured, chosen).save(out)
     typer.echo(out)
 
@@ -378,6 +386,7 @@ def _recipe(
     group_size: int | None = None,
     seed: int | None = None,
     expert_codec: str | None = None,
+    over: str | None = None,
 ) -> Recipe:
     """The named recipe with what the options change."""
     from moepress.data import parse_source
@@ -394,6 +403,7 @@ def _recipe(
         "group_size": group_size,
         "seed": seed,
         "expert_codec": expert_codec,
+        "over": over,
     }
     return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})
 
