@@ -61,6 +61,7 @@ class Recipe:
     damping: float = 0.01  # of the mean of the Hessian's diagonal
     hessian_weight: HessianWeight = "routing"
     token_floor: int = 256  # an expert with fewer tokens borrows others of its layer up to here
+    correction: float = 0.5  # share of the errors of layers before that weights make up for
 
     # What an expert's cost is, and how bits are bought with it.
     measure: QuantizerName = "gptq"  # the quantizer whose error is epsilon
@@ -117,6 +118,8 @@ class Recipe:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 < self.damping < 1:
             raise InputError(f"damping must lie between 0 and 1, got {self.damping}.")
+        if not 0 <= self.correction <= 1:
+            raise InputError(f"correction must lie between 0 and 1, got {self.correction}.")
         if not self.calib or any(weight <= 0 for _, weight in self.calib):
             raise InputError("calib needs at least one source, each with a weight above 0.")
         if self.expert_codec == "trellis":
@@ -207,7 +210,7 @@ def parse_widths(text: str) -> tuple[int, ...]:
 # Fields that change nothing before allocation: scores made under one value serve all others.
 ALLOCATION_FIELDS = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
-    "alpha", "beta", "gamma", "at_least_one", "quantizer",
+    "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction",
 )  # fmt: skip
 
 # MC, arXiv:2410.06270: eq. 3-5 per layer, epsilon of round to nearest, one width per expert.
@@ -217,6 +220,7 @@ PAPER = Recipe(
     scope="layer",
     per_projection=False,
     hessian_weight="none",
+    correction=0.0,
     at_least_one=(2, 3),
 )
 NAMED = {

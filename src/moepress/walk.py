@@ -16,6 +16,7 @@ journal.py keeps what is finished: a killed walk goes on at the first unfinished
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class Routed:
     hidden: Tensor  # [T, H] model dtype, input of the experts
     index: Tensor  # [T, k] int64; an index of E or above means no expert
     weight: Tensor  # [T, k] float32 routing weights
+    original: Tensor | None = None  # [T, H] what the original model has for `hidden`; if known
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Tokens of an expert [T_e] int64, rising, and their routing weights [T_e] float32."""
@@ -77,6 +79,12 @@ class Walk:
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
 
+    def twin(self) -> Walk:
+        """Another walk of the same text, from where this one is; they share all but the states."""
+        other = copy.copy(self)
+        other.states = empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
+        return other
+
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
         """What reaches the experts of a layer whose other weights are loaded; states stay."""
@@ -99,10 +107,16 @@ class Walk:
         return Routed(hidden, torch.cat(index), torch.cat(weight))
 
     @torch.inference_mode()
-    def run_only(self, layer: int) -> None:
-        """Run a layer for its hooks alone: experts give zeros, states stay as they are."""
+    def run_only(self, layer: int, after: Walk | None = None) -> None:
+        """Run a layer for its hooks alone: experts give zeros, states stay as they are.
+
+        Args:
+            after: another walk of the same text, each of whose batches goes first.
+        """
         with self._without_experts(layer):
             for number in range(len(self.batches)):
+                if after is not None:
+                    after._run(layer, number)
                 self._run(layer, number)
 
     @torch.inference_mode()
