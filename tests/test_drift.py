@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moepress import walk as walk_module
-from moepress.original import linear_drifts, pass_layer
+from moepress.original import corrected_linears, pass_layer
 from moepress.quantizers import Drift, Hessian
 from moepress.round_expert import round_down, round_gate_up
 from moepress.source import Source
@@ -38,72 +38,86 @@ def random_weight(rows: int = 24, cols: int = 32) -> Tensor:
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_corrected_is_least_squares(strength: float, weighted: bool) -> None:
-    """Ridge regression of the original outputs on the inputs as they are, solved as one system."""
-    now, original, count = drifted_inputs()
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens: int) -> None:
+    """Of what the original outputs have more, on the inputs as they are, solved as one system."""
+    now, original, count = drifted_inputs(tokens)
     w = random_weight()
     drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
-    for part in (slice(0, 150), slice(150, None)):
+    for part in (slice(0, 15), slice(15, None)):
         each = count[part] if weighted else None
         drift.add(now[part], original[part], each)
         hessian.add(now[part], each)
-    got = drift.corrected(w, hessian.factor(DAMPING), strength)
+    got = drift.corrected(w, hessian.copy(), DAMPING, strength)
 
-    root = (count if weighted else torch.ones_like(count)).double().sqrt()[:, None]
+    weight = (count if weighted else torch.ones_like(count)).double()
+    root = weight.sqrt()[:, None]
     x, wide = now.double() * root, w.double()
-    ridge = (DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
-    moved = (original.double() - now.double()) * root @ wide.T  # what outputs lack
-    system, goal = torch.cat([x, ridge]), torch.cat([moved, torch.zeros(32, 24)])
+    effective = weight.sum() ** 2 / weight.square().sum()
+    damping = max(DAMPING, 32 / effective)
+    ridge = (damping * x.square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
+    lacking = (original.double() - now.double()) * root @ wide.T
+    system, goal = torch.cat([x, ridge]), torch.cat([lacking, torch.zeros(32, 24)])
     expected = wide + strength * torch.linalg.lstsq(system, goal).solution.T
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
     if strength == 0:
         assert torch.equal(got, w)
+    hessian.factor(DAMPING)  # a copy was used up, not this one
 
 
-def test_nothing_moved_nothing_corrected() -> None:
+def test_nothing_known_or_moved_nothing_corrected() -> None:
     now, _, count = drifted_inputs()
     drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    w = random_weight()
+    assert torch.equal(drift.corrected(w, hessian.copy(), DAMPING, 1.0), w)
     drift.add(now, now, count)
     hessian.add(now, count)
-    assert torch.equal(
-        drift.corrected(random_weight(), hessian.factor(DAMPING), 1.0), random_weight()
-    )
+    assert torch.equal(drift.corrected(w, hessian, DAMPING, 1.0), w)
+
+
+def test_chance_is_not_taken_for_drift() -> None:
+    """Inputs that differ by noise alone: what is fitted to few tokens must not hurt on others."""
+    now, _, _ = drifted_inputs(4064)
+    original = now + torch.randn(now.shape, generator=torch.Generator().manual_seed(3))
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    drift.add(now[:48], original[:48])
+    hessian.add(now[:48])
+    w = random_weight()
+    change = drift.corrected(w, hessian, DAMPING, 0.5) - w
+    lacking = (original - now)[48:] @ w.T
+    assert (lacking - now[48:] @ change.T).norm() < 1.1 * lacking.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_drifts_of_linears_are_those_of_their_inputs(
-    model_folder: Folder, family: str, monkeypatch: pytest.MonkeyPatch
+def test_linears_are_corrected_for_their_own_inputs(
+    model_folder: Folder, family: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each linear of a layer, experts left out, on both walks: M made of inputs kept whole."""
+    """Each linear of a layer, experts left out, on both walks: as from inputs kept whole."""
     monkeypatch.setattr(walk_module, "BATCH_TOKENS", 48)
     source = Source(model_folder(family))
+    # Well conditioned, so that only the order of sums differs.
+    recipe = small_recipe(text_file, damping=0.9, correction=1.0)
     walk = Walk(source, some_ids())
     twin = walk.twin()
     walk.states += 0.1 * torch.randn(walk.states.shape, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(twin.states, walk.states)
     with source.loaded(source.layer_path(0)), torch.inference_mode():
-        layer = source.layers[0]
-        modules = {n: m for n, m in layer.named_modules() if type(m) is torch.nn.Linear}
-        drifts = linear_drifts(walk, twin, 0, modules)
-        assert drifts.keys() == modules.keys()
+        named = source.layers[0].named_modules()
+        modules = {n: m for n, m in named if type(m) is torch.nn.Linear}
+        wanted = corrected_linears(walk, twin, 0, modules, recipe)
+        assert wanted.keys() == modules.keys()
         now, original = (inputs_of(w, modules) for w in (walk, twin))
         for name, module in modules.items():
-            w = random_weight(8, module.in_features)
+            drift = Drift(module.in_features, "cpu")
             hessian = Hessian(module.in_features, "cpu")
+            drift.add(now[name], original[name])
             hessian.add(now[name])
-            factor = hessian.factor(1.0)  # well conditioned: only the order of sums differs
-            whole = Drift(module.in_features, "cpu")
-            whole.add(now[name], original[name])
-            torch.testing.assert_close(
-                drifts[name].corrected(w, factor, 1.0), whole.corrected(w, factor, 1.0),
-                rtol=1e-4, atol=1e-4,
-            )  # fmt: skip
-    if family == "mixtral":
-        q, k, v, o = (drifts[f"self_attn.{x}_proj"] for x in "qkvo")
-        assert q is k and k is v and o is not q
+            expected = drift.corrected(module.weight, hessian, 0.9, 1.0)
+            assert not torch.equal(expected, module.weight)
+            torch.testing.assert_close(wanted[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def inputs_of(walk: Walk, modules: dict[str, torch.nn.Module]) -> dict[str, Tensor]:
+def inputs_of(walk: Walk, modules: dict[str, torch.nn.Linear]) -> dict[str, Tensor]:
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
     handles = [
         m.register_forward_pre_hook(lambda _, args, n=n: kept[n].append(args[0].flatten(0, -2)))

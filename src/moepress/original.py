@@ -11,7 +11,8 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from moepress.quantizers import Drift
+from moepress.quantizers import Drift, Hessian
+from moepress.recipe import Recipe
 from moepress.walk import Walk
 
 
@@ -29,21 +30,21 @@ def pass_layer(twin: Walk, layer: int) -> Tensor | None:
     return routed.hidden
 
 
-def linear_drifts(
-    walk: Walk, twin: Walk, layer: int, modules: Mapping[str, nn.Module]
-) -> dict[str, Drift]:
-    """How far the inputs of a loaded layer's linears are from those of the original model.
+def corrected_linears(
+    walk: Walk, twin: Walk, layer: int, modules: Mapping[str, nn.Linear], recipe: Recipe
+) -> dict[str, Tensor]:
+    """Weights [N, K] float32 of a loaded layer's linears that make up for their inputs' drift.
 
-    Linears with the same input (q, k and v) have one drift between them; `shared_hessians` says how
-    they are known.
+    Linears with the same input (q, k and v) share what is gathered, and are known by it in the
+    first batch, as in `shared_hessians`.
 
     Args:
         twin: the original model's walk, before the same layer.
-        modules: by name.
+        modules: by the name of their weight.
     """
-    drifts: dict[str, Drift] = {}
+    gathered: dict[str, tuple[Drift, Hessian]] = {}
     owner: dict[str, bool] = {}
-    seen: list[tuple[Tensor, Drift]] = []
+    seen: list[tuple[Tensor, tuple[Drift, Hessian]]] = []
     waiting: dict[str, Tensor] = {}  # original inputs of a batch, which goes through twin first
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -53,15 +54,18 @@ def linear_drifts(
                 waiting[name] = x
                 return
             original = waiting.pop(name)
-            if name in drifts:
+            if name in gathered:
                 seen.clear()
             else:
-                known = next((drift for other, drift in seen if other is x), None)
+                known = next((sums for other, sums in seen if other is x), None)
                 owner[name] = known is None
-                drifts[name] = known or Drift(x.shape[-1], x.device)
-                seen.append((x, drifts[name]))
+                width, device = x.shape[-1], x.device
+                gathered[name] = known or (Drift(width, device), Hessian(width, device))
+                seen.append((x, gathered[name]))
             if owner[name]:
-                drifts[name].add(x.flatten(0, -2), original.flatten(0, -2))
+                drift, hessian = gathered[name]
+                drift.add(x.flatten(0, -2), original.flatten(0, -2))
+                hessian.add(x.flatten(0, -2))
 
         return see
 
@@ -69,4 +73,8 @@ def linear_drifts(
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         walk.run_only(layer, after=twin)
-    return drifts
+    wanted = {}
+    for name, (drift, hessian) in gathered.items():
+        weight = modules[name].weight.detach()
+        wanted[name] = drift.corrected(weight, hessian.copy(), recipe.damping, recipe.correction)
+    return wanted

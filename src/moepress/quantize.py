@@ -37,10 +37,9 @@ from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.layout import codec_for, linear_specs
-from moepress.original import linear_drifts, pass_layer
+from moepress.original import corrected_linears, pass_layer
 from moepress.progress import Progress
 from moepress.quantizers import (
-    Drift,
     Factor,
     Hessian,
     QuantizedMatrix,
@@ -148,9 +147,12 @@ def quantize_layer(
         for name in source.names(prefix)
         if name in packed
     }
-    drifts = {} if twin is None else linear_drifts(walk, twin, layer, linears)
-    original = None if twin is None else pass_layer(twin, layer)
-    tensors = quantize_linears(walk, layer, linears, packed, plan.recipe, drifts)
+    wanted: dict[str, Tensor] = {}
+    original = None
+    if twin is not None:
+        wanted = corrected_linears(walk, twin, layer, linears, plan.recipe)
+        original = pass_layer(twin, layer)
+    tensors = quantize_linears(walk, layer, linears, packed, plan.recipe, wanted)
     for name in source.names(prefix):
         if name not in tensors:
             tensors[name] = source.current(name).to("cpu")
@@ -210,13 +212,13 @@ def quantize_linears(
     modules: Mapping[str, nn.Module],
     packed: Mapping[str, PackedSpec],
     recipe: Recipe,
-    drifts: Mapping[str, Drift],
+    wanted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Round a layer's linears in place, on the inputs they have now; returns their packed bytes.
 
     Args:
         modules: the linears, by name of their weight.
-        drifts: of their inputs; empty if nothing is to be made up for.
+        wanted: weights to round in place of those that they have, by name; may be empty.
     """
     source = walk.source
     if not modules:
@@ -228,12 +230,9 @@ def quantize_linears(
         factors.update(shared_factors(hessians, recipe.damping))
     tensors = {}
     for name in modules:
-        wanted = weight = source.current(name)
-        factor = factors[name]
-        if name in drifts and factor is not None:
-            wanted = drifts[name].corrected(weight, factor, recipe.correction)
+        weight = source.current(name)
         (codec,) = packed[name].codecs
-        matrix = quantize_matrix(recipe.quantizer, wanted, codec, factor)
+        matrix = quantize_matrix(recipe.quantizer, wanted.get(name, weight), codec, factors[name])
         tensors[name] = packed_bytes(matrix)
         source.put(name, matrix.dequantize(weight.dtype))
     return tensors

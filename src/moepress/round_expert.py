@@ -104,12 +104,11 @@ def _prepared(
         if drift is not None and routed.original is not None:
             original = original_inputs(routed.original[some].to(device))
             drift.add(x, rotate(original) if trellis else original, count)
-    factor = hessian.factor(recipe.damping)
     if drift is not None:
         wanted = rotate(weight.float()) if trellis else weight
-        wanted = drift.corrected(wanted, factor, recipe.correction)
+        wanted = drift.corrected(wanted, hessian.copy(), recipe.damping, recipe.correction)
         weight = rotate_back(wanted) if trellis else wanted
-    return weight, factor
+    return weight, hessian.factor(recipe.damping)
 
 
 def _round(

@@ -7,11 +7,15 @@ The linear map of x'_t that comes nearest to it (least squares, importance c_t) 
     W* = W + W M H^-1,     M = sum_t c_t (x_t - x'_t) x'_t^T,     H = sum_t c_t x'_t x'_t^T
 
 and sum_t c_t || W x_t - What x'_t ||^2 = trace((W* - What) H (W* - What)^T) + what no What changes:
-rounding W* with the Hessian of x' is all there is to do. M also holds what is peculiar to the text
-that it was measured on, so only a part of the way is gone: W + strength * W M H^-1 (docs/log.md).
-Corrections of this kind: GPTAQ (arXiv:2504.02692), QEP (arXiv:2504.09629).
+rounding W* with the Hessian of x' is all there is to do. Corrections of this kind: GPTAQ
+(arXiv:2504.02692), QEP (arXiv:2504.09629).
 
-H is the damped one of hessian.py, H = R D R^T, so that two triangular systems give W M H^-1.
+M also holds what is peculiar to the T tokens that it was measured on, and each of K inputs lets W*
+fit some of that. So H is damped by K / T of its mean diagonal where that is more than the damping
+it has anyway (a ridge regression of signal and noise alike in size), and only a part of the way is
+gone: W + strength * W M H^-1 (docs/log.md).
+
+With H = R D R^T (hessian.py) two triangular systems give W M H^-1.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.quantizers.hessian import TOKENS_PER_CHUNK, Factor
+from moepress.quantizers.hessian import TOKENS_PER_CHUNK, Hessian
 
 
 class Drift:
@@ -27,6 +31,7 @@ class Drift:
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._weight = self._squared_weight = 0.0
 
     def add(self, x: Tensor, original: Tensor, weight: Tensor | None = None) -> None:
         """Adds T tokens.
@@ -36,23 +41,39 @@ class Drift:
             original: [T, K], its inputs in the original model, token by token.
             weight: [T], at least 0: the importance of each token, 1 when absent.
         """
+        weight = torch.ones(len(x)) if weight is None else weight
+        self._weight += weight.double().sum().item()
+        self._squared_weight += weight.double().square().sum().item()
         for start in range(0, len(x), TOKENS_PER_CHUNK):
             part = slice(start, start + TOKENS_PER_CHUNK)
             now = x[part].detach().to(self._sum)
             moved = original[part].detach().to(self._sum) - now
-            if weight is not None:
-                moved *= weight[part].to(moved)[:, None]
+            moved *= weight[part].to(moved)[:, None]
             self._sum.addmm_(moved.T, now)
 
-    def corrected(self, weight: Tensor, factor: Factor, strength: float) -> Tensor:
-        """W + strength * W M H^-1, [N, K] float32.
+    @property
+    def tokens(self) -> float:
+        """How many tokens of equal importance would say as much."""
+        return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
+
+    def corrected(
+        self, weight: Tensor, hessian: Hessian, damping: float, strength: float
+    ) -> Tensor:
+        """W + strength * W M H^-1, [N, K] float32; W if no token was seen.
 
         Args:
             weight: [N, K], any float dtype, of the inputs that M is of.
-            factor: of the Hessian of the same x' and importance.
+            hessian: of the same x' and importance. It is used up.
+            damping: of the Hessian, at least.
             strength: 0 (W as it is) to 1 (all the way to the original outputs).
+
+        Raises:
+            NumericalError: the Hessian holds NaN or infinity.
         """
         w = weight.float()
+        if not self.tokens:
+            return w
+        factor = hessian.factor(max(damping, weight.shape[1] / self.tokens))
         y = w @ self._sum
         lower = factor.feedback.T  # y H^-1 = ((y R^-T) D^-1) R^-1
         y = torch.linalg.solve_triangular(lower, y, upper=False, left=False, unitriangular=True)
