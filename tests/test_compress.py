@@ -309,6 +309,8 @@ KNOBS = {
         {"damping": 0.5},
         {"hessian_weight": "none"},
         {"token_floor": 150},
+        {"correction": 0.0},
+        {"correction": 1.0},
         {"attention_bits": 8},
         {"attention_bits": 16},
         {"head_bits": 8},

@@ -46,6 +46,7 @@ def test_allocation_fields_are_fields() -> None:
         ({"quantizer": "sign"}, "makes scalar codes only"),
         ({"expert_codec": "int", "linear_codec": "int", "quantizer": "sign"}, "1-bit codes only"),
         ({"damping": 0.0}, "damping"),
+        ({"correction": 1.5}, "correction must lie between 0 and 1"),
         ({"sequences": 0}, "sequences must be at least 1"),
         ({"calib": ()}, "calib needs"),
         ({"calib": (("a", -1.0),)}, "above 0"),

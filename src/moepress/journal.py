@@ -38,25 +38,32 @@ class Journal:
     def done(self, layer: int) -> bool:
         return self._file(layer).is_file()
 
-    def remaining(self, walk: Walk) -> Iterator[int]:
-        """The layers still to do, each loaded (experts left out), the states brought up to it."""
+    def remaining(self, walk: Walk, twin: Walk | None = None) -> Iterator[int]:
+        """The layers still to do, each loaded (experts left out), the states brought up to it.
+
+        Args:
+            twin: a second walk whose states are kept too.
+        """
         count = len(walk.source.layers)
         first = next((i for i in range(count) if not self.done(i)), count)
         if first < count:
-            self.restore(walk, first)
+            self.restore(walk, first, twin)
         for layer in range(first, count):
             with walk.source.loaded(walk.source.layer_path(layer)):
                 yield layer
 
-    def commit(self, walk: Walk, layer: int, result: Mapping[str, Tensor]) -> None:
-        """Record a layer's result; the walk's states are those after the layer."""
+    def commit(
+        self, walk: Walk, layer: int, result: Mapping[str, Tensor], twin: Walk | None = None
+    ) -> None:
+        """Record a layer's result; the states of the walks are those after the layer."""
         if layer + 1 < len(walk.source.layers):
-            save_tensors(self._states(layer + 1), {"states": walk.states})
+            states = {"states": walk.states} | ({"twin": twin.states} if twin else {})
+            save_tensors(self._states(layer + 1), states)
         save_tensors(self._file(layer), result)
         self._states(layer).unlink(missing_ok=True)
 
-    def restore(self, walk: Walk, layer: int) -> None:
-        """Give a walk the states before `layer`, as committed by the layer before it."""
+    def restore(self, walk: Walk, layer: int, twin: Walk | None = None) -> None:
+        """Give walks the states before `layer`, as committed by the layer before it."""
         if layer == 0:
             return
         path = self._states(layer)
@@ -65,7 +72,10 @@ class Journal:
                 f"{path} is missing, so the work in {self.folder} cannot go on. Delete that folder "
                 "to start over."
             )
-        walk.states.copy_(load_tensors(path)["states"])
+        kept = load_tensors(path)
+        walk.states.copy_(kept["states"])
+        if twin is not None:
+            twin.states.copy_(kept["twin"])
 
     def result(self, layer: int) -> dict[str, Tensor]:
         return load_tensors(self._file(layer))

@@ -2,18 +2,20 @@
 
 Each layer sees the outputs of the layers already rounded, as it will when the model runs. Within a
 layer: attention and shared experts first, on the inputs they have; then, behind the rounded
-attention, each routed expert on its own tokens, gate and up first, down on what they now give.
+attention, each routed expert on its own tokens, gate and up first, down on what they now give. The
+original model goes along, so that weights can make up for what the layers before changed.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepress.allocate import BitAllocation
 from moepress.calibrate import calibration_ids, drop_seed, identity
@@ -33,6 +35,7 @@ from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.layout import codec_for, linear_specs
+from moepress.original import corrected_linears, pass_layer
 from moepress.progress import Progress
 from moepress.quantizers import QuantizedMatrix, TrellisMatrix, needs_hessian, quantize_matrix
 from moepress.recipe import Recipe
@@ -88,12 +91,13 @@ def quantize(
         save_tensors(out / shard_name(None), outside_layers(source, packed))
     if todo:
         walk = Walk(source, ids)
+        twin = walk.twin() if corrects(plan.recipe) else None
         with Progress("quantize", total=len(layers)) as progress:
-            for layer in journal.remaining(walk):
-                tensors, drops = quantize_layer(walk, layer, plan, packed, progress)
+            for layer in journal.remaining(walk, twin):
+                tensors, drops = quantize_layer(walk, layer, plan, packed, progress, twin)
                 if drops is not None:
                     save_tensors(drops_file(out, layer), drops)
-                journal.commit(walk, layer, tensors)
+                journal.commit(walk, layer, tensors, twin)
                 progress.advance()
     drop_costs = {layer: load_tensors(drops_file(out, layer)) for layer in source.experts}
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
@@ -115,8 +119,13 @@ def quantize_layer(
     plan: BitAllocation,
     packed: Mapping[str, PackedSpec],
     progress: Progress,
+    twin: Walk | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Round one loaded layer and bring the walk through it.
+
+    Args:
+        twin: the original model's walk, which is brought through the layer too; None: weights are
+            rounded as they are, no errors of the layers before are made up for.
 
     Returns:
         Its stored tensors, and what dropping its rounded experts from tokens would cost, on the
@@ -125,7 +134,17 @@ def quantize_layer(
     source = walk.source
     prefix = source.layer_path(layer)
     progress.update(layer=layer, note="attention and dense linears")
-    tensors = quantize_linears(walk, layer, packed, plan.recipe)
+    linears = {
+        name: source.model.get_submodule(name.removesuffix(".weight"))
+        for name in source.names(prefix)
+        if name in packed
+    }
+    wanted: dict[str, Tensor] = {}
+    original = None
+    if twin is not None:
+        wanted = corrected_linears(walk, twin, layer, linears, plan.recipe)
+        original = pass_layer(twin, layer)
+    tensors = quantize_linears(walk, layer, linears, packed, plan.recipe, wanted)
     for name in source.names(prefix):
         if name not in tensors:
             tensors[name] = source.current(name).to("cpu")
@@ -134,7 +153,7 @@ def quantize_layer(
         return tensors, None
     experts = source.experts[layer]
     module = source.model.get_submodule(experts.path)
-    routed = walk.route(layer)
+    routed = replace(walk.route(layer), original=original)
     output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe, layer))
     stored: dict[str, list[Tensor]] = {"gate_up_proj": [], "down_proj": []}
@@ -170,28 +189,42 @@ def round_expert(
     where = (routed, layer, expert, recipe, recipe.quantizer)
     (gate_up,) = round_gate_up(weights.gate_up, *where, widths[:1])
     rounded = gate_up.dequantize(weights.gate_up.dtype)
-    (down,) = round_down(weights.down, rounded, module, *where, widths[1:])
+    (down,) = round_down(weights.down, rounded, module, *where, widths[1:], weights.gate_up)
     return gate_up, down
 
 
+def corrects(recipe: Recipe) -> bool:
+    """Whether weights make up for errors of the layers before."""
+    return recipe.correction > 0 and needs_hessian(recipe.quantizer)
+
+
 def quantize_linears(
-    walk: Walk, layer: int, packed: Mapping[str, PackedSpec], recipe: Recipe
+    walk: Walk,
+    layer: int,
+    modules: Mapping[str, nn.Module],
+    packed: Mapping[str, PackedSpec],
+    recipe: Recipe,
+    wanted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Round a layer's linears in place, on the inputs they have now; returns their packed bytes."""
+    """Round a layer's linears in place, on the inputs they have now; returns their packed bytes.
+
+    Args:
+        modules: the linears, by name of their weight.
+        wanted: weights to round in place of those that they have, by name; may be empty.
+    """
     source = walk.source
-    prefix = source.layer_path(layer)
-    names = [name for name in source.names(prefix) if name in packed]
-    if not names:
+    if not modules:
         return {}
-    modules = {name: source.model.get_submodule(name.removesuffix(".weight")) for name in names}
     factors = (
         linear_factors(walk, layer, modules, recipe) if needs_hessian(recipe.quantizer) else {}
     )
     tensors = {}
-    for name in names:
+    for name in modules:
         weight = source.current(name)
         (codec,) = packed[name].codecs
-        matrix = round_linear(weight, codec, factors.get(name), recipe, recipe.quantizer)
+        matrix = round_linear(
+            wanted.get(name, weight), codec, factors.get(name), recipe, recipe.quantizer
+        )
         tensors[name] = packed_bytes(matrix)
         source.put(name, matrix.dequantize(weight.dtype))
     return tensors
@@ -274,7 +307,8 @@ def check_output(out: Path) -> None:
 
 def check_space(out: Path, plan: BitAllocation, share: float, states: int) -> None:
     """Raise CheckpointError before the work if the disk cannot hold its end."""
-    need = int(plan.folder_bytes * share) + 2 * 4 * states
+    walks = 2 if corrects(plan.recipe) else 1
+    need = int(plan.folder_bytes * share) + walks * 2 * 4 * states
     free = shutil.disk_usage(out).free
     if free < need:
         raise CheckpointError(

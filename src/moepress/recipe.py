@@ -70,6 +70,7 @@ class Recipe:
     hessian_weight: HessianWeight = "routing"
     sensitivity: SensitivityName = "gradient"  # what an error of each token costs, sensitivity.py
     token_floor: int = 256  # an expert with fewer tokens borrows others of its layer up to here
+    correction: float = 0.5  # share of the errors of layers before that weights make up for
 
     # What an expert's cost is, and how bits are bought with it.
     measure: QuantizerName = "gptq"  # the quantizer whose error is epsilon
@@ -136,6 +137,8 @@ class Recipe:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 < self.damping < 1:
             raise InputError(f"damping must lie between 0 and 1, got {self.damping}.")
+        if not 0 <= self.correction <= 1:
+            raise InputError(f"correction must lie between 0 and 1, got {self.correction}.")
         if not self.calib or any(weight <= 0 for _, weight in self.calib):
             raise InputError("calib needs at least one source, each with a weight above 0.")
         if "trellis" in (self.expert_codec, self.linear_codec):
@@ -226,7 +229,7 @@ def parse_widths(text: str) -> tuple[int, ...]:
 # Fields that change nothing before allocation: scores made under one value serve all others.
 ALLOCATION_FIELDS = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
-    "alpha", "beta", "gamma", "at_least_one", "quantizer", "over",
+    "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction", "over",
 )  # fmt: skip
 LINEAR_ROLES = ("attention_bits", "shared_expert_bits", "dense_mlp_bits")
 
@@ -249,6 +252,7 @@ PAPER = dataclasses.replace(
     scope="layer",
     per_projection=False,
     hessian_weight="none",
+    correction=0.0,
     at_least_one=(2, 3),
 )
 NAMED = {

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from moepress.calibrate import hessian_tokens
-from moepress.kernels.trellis import rotate
+from moepress.kernels.trellis import rotate, rotate_back
 from moepress.layout import codec_for
 from moepress.quantizers import (
+    Drift,
     Factor,
     Hessian,
     QuantizedMatrix,
@@ -35,10 +36,14 @@ def round_gate_up(
     quantizer: str,
     widths: Sequence[int],
 ) -> list[QuantizedMatrix | TrellisMatrix]:
-    """The fused gate and up projection [2I, H] at each width; one factorisation serves all."""
+    """The fused gate and up projection [2I, H] at each width; one factorisation serves all.
+
+    Where `routed` has the original model's inputs, both projections make up for a part of the
+    difference (quantizers/drift.py).
+    """
     factor = None
     if needs_hessian(quantizer):
-        factor = _factor(weight, routed, layer, expert, recipe, lambda x: x)
+        weight, factor = _prepared(weight, routed, layer, expert, recipe, lambda x: x, lambda x: x)
     return _round(weight, factor, recipe, quantizer, widths)
 
 
@@ -52,6 +57,7 @@ def round_down(
     recipe: Recipe,
     quantizer: str,
     widths: Sequence[int],
+    original_gate_up: Tensor | None = None,
 ) -> list[QuantizedMatrix | TrellisMatrix]:
     """The down projection [H, I] at each width.
 
@@ -59,31 +65,50 @@ def round_down(
         gate_up: [2I, H] weights that make its input: the original when one projection is scored
             alone, the rounded one when both are applied.
         module: the skeleton's experts module, for its gate function.
+        original_gate_up: of the original model; None: `gate_up` is.
     """
     factor = None
     if needs_hessian(quantizer):
         inputs = partial(expert_hidden, module, gate_up)
-        factor = _factor(weight, routed, layer, expert, recipe, inputs)
+        original = gate_up if original_gate_up is None else original_gate_up
+        original_inputs = partial(expert_hidden, module, original)
+        weight, factor = _prepared(weight, routed, layer, expert, recipe, inputs, original_inputs)
     return _round(weight, factor, recipe, quantizer, widths)
 
 
-def _factor(
+def _prepared(
     weight: Tensor,
     routed: Routed,
     layer: int,
     expert: int,
     recipe: Recipe,
     inputs: Callable[[Tensor], Tensor],
-) -> Factor:
-    """The factored Hessian of a projection; `inputs` makes its inputs from the expert's."""
+    original_inputs: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Factor]:
+    """The weight to round, corrected if the original's inputs are known, and factored Hessian.
+
+    Args:
+        inputs, original_inputs: make the projection's inputs from the expert's, now and in the
+            original model.
+    """
     tokens, counts = hessian_tokens(routed, layer, expert, recipe)
-    hessian = Hessian(weight.shape[1], weight.device)
+    device = weight.device
+    trellis = recipe.expert_codec == "trellis"
+    hessian = Hessian(weight.shape[1], device)
+    drift = None if routed.original is None else Drift(weight.shape[1], device)
     for part in chunks(tokens):
-        x = inputs(routed.hidden[tokens[part]].to(weight.device))
-        if recipe.expert_codec == "trellis":
-            x = rotate(x)
-        hessian.add(x, counts[part].to(weight.device))
-    return hessian.factor(recipe.damping)
+        some, count = tokens[part], counts[part].to(device)
+        x = inputs(routed.hidden[some].to(device))
+        x = rotate(x) if trellis else x
+        hessian.add(x, count)
+        if drift is not None and routed.original is not None:
+            original = original_inputs(routed.original[some].to(device))
+            drift.add(x, rotate(original) if trellis else original, count)
+    if drift is not None:
+        wanted = rotate(weight.float()) if trellis else weight
+        wanted = drift.corrected(wanted, hessian.copy(), recipe.damping, recipe.correction)
+        weight = rotate_back(wanted) if trellis else wanted
+    return weight, hessian.factor(recipe.damping)
 
 
 def _round(

@@ -16,6 +16,7 @@ journal.py keeps what is finished: a killed walk goes on at the first unfinished
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class Routed:
     index: Tensor  # [T, k] int64; an index of E or above means no expert
     weight: Tensor  # [T, k] float32 routing weights
     importance: Tensor | None = None  # [T] float32, sensitivity.py; None: all tokens count alike
+    original: Tensor | None = None  # [T, H] what the original model has for `hidden`; if known
 
     def weighed(self, importance: Tensor | None) -> Routed:
         """The same, with what an error of each token costs."""
@@ -82,6 +84,12 @@ class Walk:
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
 
+    def twin(self) -> Walk:
+        """Another walk of the same text, from where this one is; they share all but the states."""
+        other = copy.copy(self)
+        other.states = empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
+        return other
+
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
         """What reaches the experts of a layer whose other weights are loaded; states stay."""
@@ -104,10 +112,16 @@ class Walk:
         return Routed(hidden, torch.cat(index), torch.cat(weight))
 
     @torch.inference_mode()
-    def run_only(self, layer: int) -> None:
-        """Run a layer for its hooks alone: experts give zeros, states stay as they are."""
+    def run_only(self, layer: int, after: Walk | None = None) -> None:
+        """Run a layer for its hooks alone: experts give zeros, states stay as they are.
+
+        Args:
+            after: another walk of the same text, each of whose batches goes first.
+        """
         with self._without_experts(layer):
             for number in range(len(self.batches)):
+                if after is not None:
+                    after._run(layer, number)
                 self._run(layer, number)
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moepress.codec import Codec
 from moepress.errors import InputError
+from moepress.quantizers.drift import Drift
 from moepress.quantizers.gptq import quantize_gptq, quantize_gptq_released
 from moepress.quantizers.grid import QuantizedMatrix
 from moepress.quantizers.hessian import Factor, Hessian
@@ -29,6 +30,7 @@ from moepress.quantizers.trellis import TrellisMatrix, quantize_trellis
 
 __all__ = [
     "QUANTIZERS",
+    "Drift",
     "Factor",
     "Hessian",
     "QuantizedMatrix",

@@ -70,6 +70,12 @@ class Hessian:
                 b = a + COLUMNS_PER_PANEL
                 upper[a:b, a:].addmm_(part[:, a:b].T, part[:, a:])
 
+    def copy(self) -> Hessian:
+        """The same, to be factored apart."""
+        other = Hessian(0, self._matrix().device)
+        other.features, other._upper = self.features, self._matrix().clone()
+        return other
+
     def factor(self, damping: float) -> Factor:
         """The factorisation of the damped Hessian. Uses the Hessian up: nothing can be added after.
 

@@ -1,0 +1,171 @@
+"""Corrections for errors of the layers before, against least squares in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepress import walk as walk_module
+from moepress.original import corrected_linears, pass_layer
+from moepress.quantizers import Drift, Hessian
+from moepress.round_expert import round_down, round_gate_up
+from moepress.source import Source
+from moepress.walk import Routed, Walk, expert_hidden
+
+from .conftest import FAMILIES, small_recipe
+from .test_walk import some_ids
+
+Folder = Callable[..., Path]
+DAMPING = 0.01
+
+
+def drifted_inputs(tokens: int = 400, features: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs now and in the original model [T, K], and what each token counts [T]."""
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(tokens, features, generator=generator)
+    mixed = original @ torch.randn(features, features, generator=generator)
+    noise = torch.randn(tokens, features, generator=generator)
+    return original + 0.05 * mixed + 0.2 * noise, original, torch.rand(tokens, generator=generator)
+
+
+def random_weight(rows: int = 24, cols: int = 32) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens: int) -> None:
+    """Of what the original outputs have more, on the inputs as they are, solved as one system."""
+    now, original, count = drifted_inputs(tokens)
+    w = random_weight()
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    for part in (slice(0, 15), slice(15, None)):
+        each = count[part] if weighted else None
+        drift.add(now[part], original[part], each)
+        hessian.add(now[part], each)
+    got = drift.corrected(w, hessian.copy(), DAMPING, strength)
+
+    weight = (count if weighted else torch.ones_like(count)).double()
+    root = weight.sqrt()[:, None]
+    x, wide = now.double() * root, w.double()
+    effective = weight.sum() ** 2 / weight.square().sum()
+    damping = max(DAMPING, 32 / effective)
+    ridge = (damping * x.square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
+    lacking = (original.double() - now.double()) * root @ wide.T
+    system, goal = torch.cat([x, ridge]), torch.cat([lacking, torch.zeros(32, 24)])
+    expected = wide + strength * torch.linalg.lstsq(system, goal).solution.T
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    if strength == 0:
+        assert torch.equal(got, w)
+    hessian.factor(DAMPING)  # a copy was used up, not this one
+
+
+def test_nothing_known_or_moved_nothing_corrected() -> None:
+    now, _, count = drifted_inputs()
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    w = random_weight()
+    assert torch.equal(drift.corrected(w, hessian.copy(), DAMPING, 1.0), w)
+    drift.add(now, now, count)
+    hessian.add(now, count)
+    assert torch.equal(drift.corrected(w, hessian, DAMPING, 1.0), w)
+
+
+def test_chance_is_not_taken_for_drift() -> None:
+    """Inputs that differ by noise alone: what is fitted to few tokens must not hurt on others."""
+    now, _, _ = drifted_inputs(4064)
+    original = now + torch.randn(now.shape, generator=torch.Generator().manual_seed(3))
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    drift.add(now[:48], original[:48])
+    hessian.add(now[:48])
+    w = random_weight()
+    change = drift.corrected(w, hessian, DAMPING, 0.5) - w
+    lacking = (original - now)[48:] @ w.T
+    assert (lacking - now[48:] @ change.T).norm() < 1.1 * lacking.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_are_corrected_for_their_own_inputs(
+    model_folder: Folder, family: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each linear of a layer, experts left out, on both walks: as from inputs kept whole."""
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", 48)
+    source = Source(model_folder(family))
+    # Well conditioned, so that only the order of sums differs.
+    recipe = small_recipe(text_file, damping=0.9, correction=1.0)
+    walk = Walk(source, some_ids())
+    twin = walk.twin()
+    walk.states += 0.1 * torch.randn(walk.states.shape, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(twin.states, walk.states)
+    with source.loaded(source.layer_path(0)), torch.inference_mode():
+        named = source.layers[0].named_modules()
+        modules = {n: m for n, m in named if type(m) is torch.nn.Linear}
+        wanted = corrected_linears(walk, twin, 0, modules, recipe)
+        assert wanted.keys() == modules.keys()
+        now, original = (inputs_of(w, modules) for w in (walk, twin))
+        for name, module in modules.items():
+            drift = Drift(module.in_features, "cpu")
+            hessian = Hessian(module.in_features, "cpu")
+            drift.add(now[name], original[name])
+            hessian.add(now[name])
+            expected = drift.corrected(module.weight, hessian, 0.9, 1.0)
+            assert not torch.equal(expected, module.weight)
+            torch.testing.assert_close(wanted[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def inputs_of(walk: Walk, modules: dict[str, torch.nn.Linear]) -> dict[str, Tensor]:
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: kept[n].append(args[0].flatten(0, -2)))
+        for n, m in modules.items()
+    ]
+    walk.run_only(0)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def test_a_twin_goes_its_own_way(model_folder: Folder) -> None:
+    """What reaches the experts, and the states behind the layer, are the original model's."""
+    source = Source(model_folder())
+    alone, walk = Walk(source, some_ids()), Walk(source, some_ids())
+    twin = walk.twin()
+    with source.loaded(source.layer_path(0)), torch.inference_mode():
+        routed = alone.route(0)
+        alone.advance(0, alone.experts_output(0, routed))
+        walk.states += 1
+        hidden = pass_layer(twin, 0)
+    assert hidden is not None and torch.equal(hidden, routed.hidden)
+    assert torch.equal(twin.states, alone.states)
+
+
+@pytest.mark.parametrize("codec", ["int", "trellis"])
+def test_rounded_experts_are_nearer_to_the_original_outputs(
+    model_folder: Folder, text_file: Path, codec: str
+) -> None:
+    """At 4 bits, behind inputs that moved, correction takes most of the difference away."""
+    source = Source(model_folder())
+    weights = source.expert(0, 0)
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(600, source.hidden, generator=generator)
+    moved = original + 0.3 * original.roll(1, dims=1)
+    index, weight = torch.zeros(600, 1, dtype=torch.int64), torch.ones(600, 1)
+    module = source.model.get_submodule(source.experts[0].path)
+    wanted = expert_hidden(module, weights.gate_up, original) @ weights.down.T
+    error = {}
+    for strength in (0.0, 1.0):
+        recipe = small_recipe(
+            text_file, expert_codec=codec, expert_bits=(4,), correction=strength, damping=1e-3
+        )
+        routed = Routed(moved, index, weight, original)
+        where = (routed, 0, 0, recipe, "gptq", (4,))
+        (gate_up,) = round_gate_up(weights.gate_up, *where)
+        rounded = gate_up.dequantize()
+        (down,) = round_down(weights.down, rounded, module, *where, weights.gate_up)
+        output = expert_hidden(module, rounded, moved) @ down.dequantize().T
+        error[strength] = float((output - wanted).norm() / wanted.norm())
+    assert error[1.0] < 0.7 * error[0.0]
