@@ -199,7 +199,7 @@ def test_without_a_budget_all_are_shown_and_scores_are_kept(
     command = ["compress", model_folder(), tmp_path / "out", "--calib", text_file, *SMALL]
     code, text, err = run(monkeypatch, capsys, *command)
     assert code == 0 and "score: 2/2" in err
-    assert "predicted loss" in text and "the best that fits is --bits 3" in text
+    assert "predicted loss" in text and "the best that fits is --bits 4" in text
     code, text, err = run(monkeypatch, capsys, *command, "--json")
     assert code == 0 and "score:" not in err
     budgets = json.loads(text)["budgets"]

@@ -161,7 +161,7 @@ def test_rounded_experts_are_nearer_to_the_original_outputs(
         recipe = small_recipe(
             text_file, expert_codec=codec, expert_bits=(4,), correction=strength, damping=1e-3
         )
-        routed = Routed(moved, index, weight, original)
+        routed = Routed(moved, index, weight, original=original)
         where = (routed, 0, 0, recipe, "gptq", (4,))
         (gate_up,) = round_gate_up(weights.gate_up, *where)
         rounded = gate_up.dequantize()
