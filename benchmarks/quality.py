@@ -30,7 +30,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,47 +72,57 @@ HEAD = (
 )
 
 
-def line(row: Row, default: Row) -> str:
+def line(row: Row, default: Row | None) -> str:
     cells = f"| {row.bits:.3f} | {row.method} | {row.kl:.4f} | {row.ratio:.4f} "
     cells += f"| {row.changed_top:.2%} "
-    if row.method == DEFAULT:
+    if default is None or row.method == DEFAULT:
         return f"{cells}| | |"
     return f"{cells}| {default.kl:.4f} ({default.bits:.3f} bits) | {default.kl / row.kl:.2f} |"
 
 
-def table(bench: Bench, targets: list[float], rivals: list[Path]) -> Iterator[str]:
+def possible(bench: Bench, method: str, recipe: Recipe, bits: float) -> Row | None:
+    """The row, or None where the method has nothing so small."""
+    try:
+        return bench.budgeted(method, recipe, bits)
+    except BudgetError as error:
+        print(f"{method} at {bits:.3f} bits: {error}", file=sys.stderr)
+        return None
+
+
+def lines(bench: Bench, methods: dict[str, Recipe], bits: float) -> Iterator[str]:
+    """Methods with a byte budget, at one budget."""
+    default = possible(bench, DEFAULT, BUDGETED[DEFAULT], bits)
+    for method, recipe in methods.items():
+        row = possible(bench, method, recipe, bits)
+        yield line(row, default) if row else f"| {bits:.3f} | {method} | not possible | | | | |"
+
+
+def table(bench: Bench, targets: Sequence[float], rivals: list[Path]) -> Iterator[str]:
     """Lines of the comparison."""
-    yield HEAD
     for bits in targets:
-        default = bench.budgeted(DEFAULT, BUDGETED[DEFAULT], bits)
-        for method, recipe in BUDGETED.items():
-            try:
-                yield line(bench.budgeted(method, recipe, bits), default)
-            except BudgetError as error:
-                yield f"| {bits:.3f} | {method} | not possible: {error} | | | | |"
+        yield from lines(bench, BUDGETED, bits)
     fixed = [
-        bench.uniform(name, recipe, b) for name, recipe in UNIFORM.items() for b in UNIFORM_WIDTHS
+        bench.uniform(name, recipe, width)
+        for name, recipe in UNIFORM.items()
+        for width in UNIFORM_WIDTHS
     ]
     fixed += [bench.rival(folder) for folder in rivals]
     for row in sorted(fixed, key=lambda row: row.bits):
-        yield line(row, bench.budgeted(DEFAULT, BUDGETED[DEFAULT], row.bits))
+        yield line(row, possible(bench, DEFAULT, BUDGETED[DEFAULT], row.bits))
 
 
-def ablation(bench: Bench) -> Iterator[str]:
+def ablation(bench: Bench, targets: Sequence[float]) -> Iterator[str]:
     """Lines of the table of `default` with each ingredient taken away."""
-    yield HEAD
-    for bits in ABLATION_TARGETS:
-        default = bench.budgeted(DEFAULT, BUDGETED[DEFAULT], bits)
-        yield line(default, default)
-        for name, changes in ABLATION.items():
-            recipe = BUDGETED[DEFAULT].with_changes(**changes)
-            if recipe != BUDGETED[DEFAULT]:
-                yield line(bench.budgeted(name, recipe, bits), default)
+    whole = BUDGETED[DEFAULT]
+    less = {name: whole.with_changes(**changes) for name, changes in ABLATION.items()}
+    methods = {name: recipe for name, recipe in less.items() if recipe != whole}
+    for bits in targets:
+        yield from lines(bench, {DEFAULT: whole, **methods}, bits)
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
+    parser.add_argument("--targets", type=float, nargs="+", help="stored bits per weight")
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of rivals")
     parser.add_argument("--ablate", action="store_true", help="take `default` apart instead")
     parser.add_argument("--out", type=Path, help="JSON of all rows, by text")
@@ -124,8 +134,13 @@ def main() -> None:
     kept = Kept(given.out, made_of(given))
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(in_float32(given.model, Path(folder)), given, kept)
-        lines = ablation(bench) if given.ablate else table(bench, given.targets, given.add)
-        for text in lines:
+        found = (
+            ablation(bench, given.targets or ABLATION_TARGETS)
+            if given.ablate
+            else table(bench, given.targets or TARGETS, given.add)
+        )
+        print(HEAD)
+        for text in found:
             print(text, flush=True)
         print(
             f"\n{bench.layer_weights:,} weights are counted; {bench.other_weights:,} more "

@@ -6,7 +6,7 @@
 200 iterations (the package's default), batches of 8, symmetric, groups of 128, on the calibration
 sequences that moepress draws. The package takes fused experts apart itself. Attention has 4 bits,
 routers stay 16-bit. One float16 scale per group is counted, no zero. "ext" is the package's
-`enable_alg_ext`, which it recommends at 2 bits.
+`enable_alg_ext`, an experimental variant that it recommends at 2 bits (with more iterations).
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import re
 from typing import Any
 
 import torch
-from auto_round import AutoRound
 from folder import ATTENTION_BITS, Stored, given, role, save, text, unquantized
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from measuring import LENGTH, layer_weights, opened
+
+try:
+    from auto_round import AutoRound
+except ImportError as error:
+    raise SystemExit(f"{error}. Install it: pip install auto-round==0.16.1") from error
 
 NAMES = {
     f"autoround-{bits}{'-ext' * extended}": (bits, extended)

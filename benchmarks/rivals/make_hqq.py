@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import torch
 from folder import ATTENTION_BITS, Stored, given, role, save, unquantized
-from hqq.core.quantize import Quantizer, hqq_base_quant_config
 from torch import Tensor
 
 from measuring import layer_weights, opened
+
+try:
+    from hqq.core.quantize import Quantizer, hqq_base_quant_config
+except ImportError as error:
+    raise SystemExit(f"{error}. Install it: pip install hqq==0.2.8.post1") from error
 
 NAMES = {f"hqq-{bits}-g{group}": (bits, group) for bits in (2, 3) for group in (128, 64)}
 ATTENTION_GROUP = 64

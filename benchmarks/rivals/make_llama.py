@@ -10,6 +10,8 @@ each input, here over the calibration sequences that moepress draws. Embedding a
 float32 and not counted, as for every method; routers are float32 in GGUF and counted so. Rows that
 are no multiple of 256 get llama.cpp's fallback (IQ4_NL for the small types), counted as stored.
 
+File types are mixes: the one called IQ2_S takes iq2_xs for the experts, IQ2_M takes iq2_s.
+
 Rows of q and k keep transformers' order: every row is quantized alone, and the file is not run. A
 build of the sources' `llama` target alone also does: LLAMA_CPP_LIB_PATH names its folder.
 """
@@ -25,8 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
-import llama_cpp
 import numpy as np
 import torch
 from folder import Stored, given, save, text
@@ -36,7 +36,15 @@ from measuring import WINDOWS_AT_A_TIME, layer_weights, opened
 from moepress.architectures import decoder_layers, is_experts
 from moepress.walk import expert_hidden
 
-TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS")
+try:
+    import gguf
+    import llama_cpp
+except ImportError as error:
+    raise SystemExit(
+        f"{error}. Install it: pip install llama-cpp-python==0.3.36 gguf==0.19.0"
+    ) from error
+
+TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS")
 NAMES = {f"llama-{t}": getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{t}") for t in TYPES}
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
 # transformers' name inside a decoder layer -> GGUF's, of tensors that are one in both
@@ -97,7 +105,8 @@ def write_gguf(model: Any, path: Path) -> None:
     for name, tensor in model.state_dict().items():
         if ".layers." in name:
             names = gguf_names(name)
-            for other, part in zip(names, tensor.chunk(len(names), dim=-2), strict=True):
+            parts = tensor.chunk(len(names), dim=-2) if len(names) > 1 else (tensor,)
+            for other, part in zip(names, parts, strict=True):
                 writer.add_tensor(other, np.ascontiguousarray(part.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
