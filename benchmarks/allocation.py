@@ -9,8 +9,8 @@ attention, and evaluator; scores are measured once per quantizer.
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,12 +18,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
 
+from measuring import Evaluator, calibration, opened, options
 from moepress.allocate import BitAllocation, allocate
-from moepress.demo import MODEL
+from moepress.checkpoint import folder_bytes
 from moepress.errors import BudgetError
-from moepress.evaluate import evaluate
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score
@@ -52,61 +54,36 @@ def plans(
             continue  # no uniform allocation at this budget
 
 
-def options(about: str, budget: str, budgets: list[float]) -> argparse.ArgumentParser:
-    """What can be set: model, texts, budgets (`--bits` or the like) and how much is looked at."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("model", type=Path, nargs="?", default=MODEL)
-    parser.add_argument("--calib", nargs="+", default=["stdlib"])
-    parser.add_argument("--valid", nargs="+", default=["stdlib"])
-    parser.add_argument(f"--{budget}", type=float, nargs="+", default=budgets)
-    parser.add_argument("--sequences", type=int, default=120)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser
-
-
-def base_recipe(given: argparse.Namespace) -> Recipe:
-    return Recipe(
-        calib=tuple((text, 1.0) for text in given.calib),
-        sequences=given.sequences,
-        sequence_length=256,
-        expert_bits=WIDTHS,
-    )
-
-
-def head(columns: str, given: argparse.Namespace) -> str:
-    """The head of a table whose rows end with what `measured` gives."""
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--bits", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0])
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    source = Source(given.model)
+    base = Recipe(**calibration(given), expert_bits=WIDTHS)
+    real = score(source, base)
+    nearest = score(source, base.with_changes(measure="rtn", hessian_weight="none"))
+    evaluator = Evaluator(given.model, given.valid, given.windows)
     domains = " | ".join(Path(text).stem for text in given.valid)
-    line = f"| {columns} | bytes | {domains} | ratio | KL | seconds |"
-    return line + "\n" + "|---" * (line.count("|") - 1) + "|"
+    head = f"| bits | method | expert bpw | model bpw | bytes | {domains} | ratio | KL | seconds |"
+    print(head + "\n" + "|---" * (head.count("|") - 1) + "|")
+    for bits in given.bits:
+        for name, plan in plans(real, nearest, bits):
+            print(row(name, plan, source, evaluator), flush=True)
 
 
-def measured(source: Source, plan: BitAllocation, given: argparse.Namespace) -> str:
-    """Quantize and evaluate a plan: bytes, perplexities, ratio, KL and seconds, as cells."""
+def row(name: str, plan: BitAllocation, source: Source, evaluator: Evaluator) -> str:
+    """Quantize and evaluate a plan."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = quantize(source, plan, Path(folder) / "out")
-        result = evaluate(out, given.valid, against=given.model, limit=given.windows)
-    perplexities = " | ".join(f"{t.perplexity:.2f}" for t in result.texts)
+        size, found = folder_bytes(out), evaluator(opened(out))
+    perplexities = " | ".join(f"{t.perplexity:.2f}" for t in found.texts)
     return (
-        f"{result.folder_bytes:,} | {perplexities} | {result.ratio:.4f} | {result.kl:.4f} "
-        f"| {time.monotonic() - started:.0f} |"
+        f"| {plan.average_bits:.2f} | {name} | {plan.expert_bits_per_weight:.3f} "
+        f"| {plan.bits_per_weight:.3f} | {size:,} | {perplexities} | {found.ratio:.4f} "
+        f"| {found.kl:.4f} | {time.monotonic() - started:.0f} |"
     )
-
-
-def main() -> None:
-    given = options(__doc__, "bits", [1.5, 2.0, 2.5, 3.0]).parse_args()
-    torch.set_num_threads(given.threads)
-    source = Source(given.model)
-    base = base_recipe(given)
-    real = score(source, base)
-    nearest = score(source, base.with_changes(measure="rtn", hessian_weight="none"))
-    print(head("bits | method | expert bpw | model bpw", given))
-    for bits in given.bits:
-        for name, plan in plans(real, nearest, bits):
-            cells = f"{plan.average_bits:.2f} | {name} | {plan.expert_bits_per_weight:.3f}"
-            rest = measured(source, plan, given)
-            print(f"| {cells} | {plan.bits_per_weight:.3f} | {rest}", flush=True)
 
 
 if __name__ == "__main__":

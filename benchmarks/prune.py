@@ -18,9 +18,9 @@ sampling the queries changes which tokens are protected.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,23 +30,23 @@ from typing import Any
 if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from measuring import LENGTH, WINDOWS_AT_A_TIME, base_recipe, opened, options
 from moepress import data, importance
 from moepress.architectures import decoder_layers
 from moepress.calibrate import calibrate
 from moepress.compress import compress
 from moepress.drop_costs import DropCosts
 from moepress.prune import Pruned, Pruning, prune, stored_costs
-from moepress.recipe import Recipe
 from moepress.thresholds import cheapest, quantile
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-LENGTH, WINDOWS_AT_A_TIME = 256, 16
-
 Method = Callable[[Any, DropCosts, float], AbstractContextManager[Any]]
 
 
@@ -132,10 +132,6 @@ def compare(model: Any, costs: DropCosts, ids: Tensor, name: str) -> None:
         )
 
 
-def opened(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def predict(model: Any, batch: Tensor) -> Tensor:
     out: Tensor = model(batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     return out
@@ -173,17 +169,12 @@ def protected(model: Any, texts: Tensor, queries: int) -> list[Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", nargs="+", default=["stdlib"])
-    parser.add_argument("--valid", nargs="+", default=["stdlib"])
+    parser = options(__doc__)
     parser.add_argument("--bits", type=float, nargs="*", default=[2.5, 2.0])
-    parser.add_argument("--windows", type=int, default=16, help="of each text")
     parser.add_argument("--sampling", action="store_true")
     given = parser.parse_args()
-    recipe = Recipe(
-        calib=tuple((text, 1.0) for text in given.calib), sequences=120, sequence_length=LENGTH
-    )
+    torch.set_num_threads(given.threads)
+    recipe = base_recipe(given)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     texts = [(text, 1.0) for text in given.valid]
     ids = data.evaluation_tokens(texts, tokenizer, LENGTH, given.windows).ids

@@ -170,12 +170,12 @@ def evaluate(
         if original is not None and prompts is not None:
             original_repetition = measure_repetition(original, prompts)
         reference = _predictions(other, original, tokens.ids, device)
-    measured = [_compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
+    measured = [compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
     columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
     for name in dict.fromkeys(tokens.sources):
         rows = torch.tensor([source == name for source in tokens.sources])
-        results.append(_summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
+        results.append(summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
     return Evaluation(
         model=folder.name,
         original=Path(against).name if against is not None else None,
@@ -286,7 +286,7 @@ def _paired(
         yield batch, logits, original
 
 
-def _compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, Tensor]:
+def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, Tensor]:
     """Per predicted token [b, L - 1] float32: loss, and what moved from the original."""
     shape = ids[:, 1:].shape
     target = ids[:, 1:].flatten().to(logits.device)
@@ -307,7 +307,7 @@ def _compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, 
     return {name: torch.cat(value).view(shape) for name, value in parts.items()}
 
 
-def _summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
+def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
     """Averages of one text's tokens."""
     result = TextResult(text, values["loss"].numel(), _perplexity(values["loss"]))
     if "kl" not in values:

@@ -1,0 +1,153 @@
+"""Quality per byte: what moepress and its rivals keep of a model at the same stored bytes.
+
+    python benchmarks/quality.py                     # the carried model, on stdlib text
+    python benchmarks/quality.py MODEL --calib calib/*.txt --valid valid/*.txt \
+        --add rivals/MODEL/* --out MODEL.json
+    python benchmarks/quality.py MODEL --calib ... --valid ... --ablate --out MODEL.json
+
+Bits are stored bits per weight over all matrices of the decoder layers, scales, zeros, padding and
+routers included; embeddings, head and norms stay 16-bit in every row and are left out. Every row
+has beside it our `default` at the same bytes: methods with a byte budget are run at the targets,
+methods of fixed sizes are shown at the size that they have, and `default` is run at that size too.
+
+All share calibration tokens, held-out windows and the evaluator (measuring.py): transformers, in
+float32, KL(original || model) in nats per token. The original is copied to float32 first, so that
+calibration runs in float32 as well; what a method leaves unquantized is counted at 16 bits.
+
+Rivals are folders of dequantized weights, made by the scripts in benchmarks/rivals, each of which
+says how its rival is installed and set up:
+
+    python benchmarks/rivals/make_hqq.py MODEL --out rivals/MODEL
+    python benchmarks/rivals/make_autoround.py MODEL --calib calib/*.txt --out rivals/MODEL
+    python benchmarks/rivals/make_llama.py MODEL --calib calib/*.txt --out rivals/MODEL
+
+Prints a Markdown table. `--out` keeps every row, with figures by text, as soon as it is measured: a
+stopped run goes on from there, if model, texts, amounts and the code of moepress are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line sets it
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+
+from bench import ABOUT, UNIFORM_WIDTHS, Bench, Kept, Row, in_float32, made_of
+from measuring import LENGTH, options
+from moepress.errors import BudgetError
+from moepress.recipe import NAMED, Recipe
+
+TARGETS = (1.6, 2.0, 2.25, 2.5, 3.0)
+DEFAULT = "default"
+
+# Methods with a byte budget: every named recipe.
+BUDGETED: dict[str, Recipe] = dict(NAMED)
+# Methods of ours that exist at some widths only. What they measure decides nothing: the cheapest.
+UNIFORM: dict[str, Recipe] = {
+    "uniform GPTQ": Recipe(cost="uniform", measure="rtn", expert_codec="int"),
+    "uniform trellis": Recipe(cost="uniform", measure="rtn", expert_codec="trellis"),
+    "round to nearest": Recipe(cost="uniform", measure="rtn", expert_codec="int", quantizer="rtn"),
+}
+# What `default` is made of: the fields of its recipe that take an ingredient away.
+ABLATION: dict[str, dict[str, Any]] = {
+    "scalar codec": {"expert_codec": "int"},
+    "one width per expert, not per projection": {"per_projection": False},
+    "the same budget in every layer": {"scope": "layer"},
+    "Hessian not weighted by routing": {"hessian_weight": "none"},
+    "costs of round to nearest": {"measure": "rtn"},
+}
+ABLATION_TARGETS = (2.0, 2.5)
+
+HEAD = (
+    "| bits | method | KL | perplexity ratio | changed top choice "
+    "| KL of `default` at the same bytes | share |\n|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: Row, default: Row | None) -> str:
+    cells = f"| {row.bits:.3f} | {row.method} | {row.kl:.4f} | {row.ratio:.4f} "
+    cells += f"| {row.changed_top:.2%} "
+    if default is None or row.method == DEFAULT:
+        return f"{cells}| | |"
+    return f"{cells}| {default.kl:.4f} ({default.bits:.3f} bits) | {default.kl / row.kl:.2f} |"
+
+
+def possible(bench: Bench, method: str, recipe: Recipe, bits: float) -> Row | None:
+    """The row, or None where the method has nothing so small."""
+    try:
+        return bench.budgeted(method, recipe, bits)
+    except BudgetError as error:
+        print(f"{method} at {bits:.3f} bits: {error}", file=sys.stderr)
+        return None
+
+
+def lines(bench: Bench, methods: dict[str, Recipe], bits: float) -> Iterator[str]:
+    """Methods with a byte budget, at one budget."""
+    default = possible(bench, DEFAULT, BUDGETED[DEFAULT], bits)
+    for method, recipe in methods.items():
+        row = possible(bench, method, recipe, bits)
+        yield line(row, default) if row else f"| {bits:.3f} | {method} | not possible | | | | |"
+
+
+def table(bench: Bench, targets: Sequence[float], rivals: list[Path]) -> Iterator[str]:
+    """Lines of the comparison."""
+    for bits in targets:
+        yield from lines(bench, BUDGETED, bits)
+    fixed = [
+        bench.uniform(name, recipe, width)
+        for name, recipe in UNIFORM.items()
+        for width in UNIFORM_WIDTHS
+    ]
+    fixed += [bench.rival(folder) for folder in rivals]
+    for row in sorted(fixed, key=lambda row: row.bits):
+        yield line(row, possible(bench, DEFAULT, BUDGETED[DEFAULT], row.bits))
+
+
+def ablation(bench: Bench, targets: Sequence[float]) -> Iterator[str]:
+    """Lines of the table of `default` with each ingredient taken away."""
+    whole = BUDGETED[DEFAULT]
+    less = {name: whole.with_changes(**changes) for name, changes in ABLATION.items()}
+    methods = {name: recipe for name, recipe in less.items() if recipe != whole}
+    for bits in targets:
+        yield from lines(bench, {DEFAULT: whole, **methods}, bits)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--targets", type=float, nargs="+", help="stored bits per weight")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="folders of rivals")
+    parser.add_argument("--ablate", action="store_true", help="take `default` apart instead")
+    parser.add_argument("--out", type=Path, help="JSON of all rows, by text")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    for folder in given.add:
+        if not (folder / ABOUT).is_file():
+            parser.error(f"{folder} has no {ABOUT}: expected a folder made by benchmarks/rivals")
+    kept = Kept(given.out, made_of(given))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(in_float32(given.model, Path(folder)), given, kept)
+        found = (
+            ablation(bench, given.targets or ABLATION_TARGETS)
+            if given.ablate
+            else table(bench, given.targets or TARGETS, given.add)
+        )
+        print(HEAD)
+        for text in found:
+            print(text, flush=True)
+        print(
+            f"\n{bench.layer_weights:,} weights are counted; {bench.other_weights:,} more "
+            f"(embedding, head, norms) have 16 bits in every row. {given.sequences} x {LENGTH} "
+            f"calibration tokens, {len(bench.evaluator.tokens.ids)} held-out windows of {LENGTH}."
+        )
+
+
+if __name__ == "__main__":
+    main()
