@@ -50,19 +50,27 @@ DEFAULT = "default"
 
 # Methods with a byte budget: every named recipe.
 BUDGETED: dict[str, Recipe] = dict(NAMED)
-# Methods of ours that exist at some widths only. What they measure decides nothing: the cheapest.
+# Methods of ours that exist at some widths only, all other linears at 4 bits. What they measure
+# decides nothing: the cheapest.
+PLAIN = Recipe.load("fast", cost="uniform", measure="rtn", correction=0.0)
 UNIFORM: dict[str, Recipe] = {
-    "uniform GPTQ": Recipe(cost="uniform", measure="rtn", expert_codec="int"),
-    "uniform trellis": Recipe(cost="uniform", measure="rtn", expert_codec="trellis"),
-    "round to nearest": Recipe(cost="uniform", measure="rtn", expert_codec="int", quantizer="rtn"),
+    "uniform GPTQ": PLAIN,
+    "uniform trellis": PLAIN.with_changes(expert_codec="trellis", linear_codec="trellis"),
+    "round to nearest": PLAIN.with_changes(quantizer="rtn"),
 }
 # What `default` is made of: the fields of its recipe that take an ingredient away.
+FOUR_BITS = {"attention_bits": 4, "shared_expert_bits": 4, "dense_mlp_bits": 4}
 ABLATION: dict[str, dict[str, Any]] = {
-    "scalar codec": {"expert_codec": "int"},
+    "no correction of earlier errors": {"correction": 0.0},
+    "scalar experts": {"expert_codec": "int"},
+    "scalar linears": {"linear_codec": "int"},
+    "other linears at 4 bits": FOUR_BITS,
+    "no gradients, other linears at 4 bits": {"sensitivity": "none"},
     "one width per expert, not per projection": {"per_projection": False},
     "the same budget in every layer": {"scope": "layer"},
     "Hessian not weighted by routing": {"hessian_weight": "none"},
     "costs of round to nearest": {"measure": "rtn"},
+    "uniform experts and linears": {"cost": "uniform"},
 }
 ABLATION_TARGETS = (2.0, 2.5)
 
