@@ -32,11 +32,11 @@ import numpy.typing as npt
 from moepress.checkpoint import load_json, save_json
 from moepress.codec import GROUP_SIZES
 from moepress.draw import draw
-from moepress.duals import ByOrigin, Items, price_at, worst_case_weights
+from moepress.duals import ByOrigin, Items, price_at, weighed_sum, worst_case_weights
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
 from moepress.knapsack import ROUNDING, Floats, Ints, at, solve
 from moepress.layout import codec_for
-from moepress.recipe import FAST, USUAL_LINEAR_BITS, Recipe
+from moepress.recipe import END_BITS, FAST, UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
 
 if TYPE_CHECKING:
     from moepress.score import ExpertScores
@@ -84,10 +84,9 @@ class BitAllocation:
             return f"layers {self.layers}, expected distinct ones in rising order"
         if not set(np.unique(self.bits)) <= set(self.recipe.expert_bits):
             return f"widths {np.unique(self.bits)}, expected some of {self.recipe.expert_bits}"
-        if not set(self.linear_bits.values()) <= set(self.recipe.linear_bits):
-            return (
-                f"linears of {set(self.linear_bits.values())}, expected {self.recipe.linear_bits}"
-            )
+        widths = {*self.recipe.linear_bits, *END_BITS}
+        if not set(self.linear_bits.values()) <= widths:
+            return f"linears of {set(self.linear_bits.values())}, expected some of {widths}"
         if self.group_size not in GROUP_SIZES:
             return f"group size {self.group_size}, expected one of {GROUP_SIZES}"
         sizes = (self.expert_bytes, self.total_bytes, self.folder_bytes)
@@ -291,7 +290,7 @@ def source_weights(scores: ExpertScores, recipe: Recipe, menu: Menu) -> Floats:
 def choose_linears(scores: ExpertScores, recipe: Recipe, menu: Menu, weights: Floats) -> Ints:
     """[M] column of each open linear's width: by what a byte is worth, or the usual width."""
     if recipe.cost != "error" or not len(scores.linears):
-        return np.full(len(scores.linears), _usual_column(scores))
+        return _usual_columns(scores)
     linears = Items(linear_costs(scores, weights), scores.linear_bytes)
     costs = objective(scores, recipe, weights)
     if recipe.bits is not None:
@@ -308,21 +307,26 @@ def choose_linears(scores: ExpertScores, recipe: Recipe, menu: Menu, weights: Fl
 
 def linear_costs(scores: ExpertScores, weights: Floats) -> Floats:
     """[M, W] predicted loss of each open linear at each width."""
-    return np.asarray(np.tensordot(weights, scores.linear_cost, axes=1))
+    return weighed_sum(weights, scores.linear_cost)
 
 
 def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
-    """Smallest and largest stored bytes of all open linears."""
-    sizes = scores.linear_bytes
+    """Smallest and largest stored bytes of all tensors left open but the experts."""
     if recipe.cost != "error":
-        sizes = sizes[:, [_usual_column(scores)]]
-    return int(sizes.min(axis=1, initial=2**62).sum()), int(sizes.max(axis=1, initial=0).sum())
+        usual = int(at(scores.linear_bytes, _usual_columns(scores)).sum())
+        return usual, usual
+    offered = np.isfinite(scores.linear_cost).all(axis=0)
+    low = np.where(offered, scores.linear_bytes, 2**62).min(axis=1, initial=2**62)
+    high = np.where(offered, scores.linear_bytes, 0).max(axis=1, initial=0)
+    return int(low.sum()), int(high.sum())
 
 
-def _usual_column(scores: ExpertScores) -> int:
-    """The column of the usual width, or of the next one offered."""
-    distance = [abs(bits - USUAL_LINEAR_BITS) for bits in scores.linear_bits]
-    return distance.index(min(distance))
+def _usual_columns(scores: ExpertScores) -> Ints:
+    """[M] the column of the usual width: unquantized where offered, or else the next to 4 bits."""
+    offered = np.isfinite(scores.linear_cost).all(axis=0)
+    bits = np.array(scores.linear_bits)
+    distance = np.where(bits == UNQUANTIZED, -1, np.abs(bits - USUAL_LINEAR_BITS))
+    return np.asarray(np.where(offered, distance, UNQUANTIZED).argmin(axis=1))
 
 
 def _flat(table: npt.NDArray[Any], leading: int = 0) -> npt.NDArray[Any]:

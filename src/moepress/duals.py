@@ -74,7 +74,14 @@ class ByOrigin:
     sizes: Ints  # [I, B]
 
     def weighed(self, weights: Floats) -> Items:
-        return Items(np.tensordot(weights, self.costs, axes=1), self.sizes)
+        return Items(weighed_sum(weights, self.costs), self.sizes)
+
+
+def weighed_sum(weights: Floats, costs: Floats) -> Floats:
+    """Sum over the first axis; infinite (not offered) stays so whatever the weights are."""
+    offered = np.isfinite(costs).all(axis=0)
+    total = np.tensordot(weights, np.where(offered, costs, 0.0), axes=1)
+    return np.asarray(np.where(offered, total, np.inf))
 
 
 def worst_case_weights(groups: Sequence[ByOrigin], capacity: int) -> Floats:

@@ -7,7 +7,7 @@ whether the group size fits: the allocator's budget and the checkpoint's size bo
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from moepress.architectures import linear_role
 from moepress.codec import CODE_BITS, GROUP_SIZES, Codec, PackedSpec, fitting_group_size
 from moepress.drop_costs import drop_bytes
 from moepress.errors import InputError
-from moepress.recipe import UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
+from moepress.recipe import END_BITS, UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
 from moepress.source import Source
 
 logger = logging.getLogger(__name__)
@@ -88,14 +88,78 @@ def linear_codec(bits: int, cols: int, recipe: Recipe) -> Codec:
     return codec_for(bits, cols, recipe.group_size, family)
 
 
-def free_linears(source: Source, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The linears whose widths are chosen together with the experts', by parameter name."""
+def ends(source: Source) -> dict[str, tuple[str, ...]]:
+    """Parameter names of the embedding and the head, and which of them each is: both, if tied."""
+    model = source.model
+    modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    if modules["head"].weight is modules["embedding"].weight:  # one tensor, stored once
+        return {f"{paths[id(modules['embedding'])]}.weight": ("embedding", "head")}
+    return {f"{paths[id(module)]}.weight": (role,) for role, module in modules.items()}
+
+
+def fixed_end_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | None:
+    """The width that the recipe gives to an end; None: it is chosen with the experts'.
+
+    Raises:
+        InputError: a tied one is given two widths.
+    """
+    widths = {getattr(recipe, f"{role}_bits") for role in roles}
+    if len(widths) > 1:
+        raise InputError(
+            f"{source.name} ties its head to its embedding: they are one tensor. Set head_bits "
+            f"({recipe.head_bits}) and embedding_bits ({recipe.embedding_bits}) alike."
+        )
+    (bits,) = widths
+    return UNQUANTIZED if bits is None and recipe.sensitivity == "none" else bits
+
+
+def free_ends(source: Source, recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """Those of `ends` whose widths are chosen together with the experts'."""
     return {
-        name: module
+        name: roles
+        for name, roles in ends(source).items()
+        if fixed_end_bits(source, roles, recipe) is None and _is_plain(source, name)
+    }
+
+
+def _is_plain(source: Source, name: str) -> bool:
+    """Whether a packed module can take the place of this one."""
+    module = source.model.get_submodule(name.removesuffix(".weight"))
+    plain = type(module) in (nn.Linear, nn.Embedding)
+    return plain and fitting_group_size(source.shape(name)[1], GROUP_SIZES[0]) is not None
+
+
+def free_widths(source: Source, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The widths offered to every tensor whose width is chosen with the experts', by its name."""
+    linears = {
+        name: recipe.linear_bits
         for layer in range(len(source.layers))
-        for name, module in packable(source, layer).items()
+        for name in packable(source, layer)
         if fixed_bits(source, layer, name, recipe) is None
     }
+    return linears | dict.fromkeys(free_ends(source, recipe), END_BITS)
+
+
+def offered_widths(free: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """All widths that any of `free_widths` is offered, rising."""
+    return tuple(sorted({bits for widths in free.values() for bits in widths}))
+
+
+def stored_bytes(source: Source, recipe: Recipe, name: str, bits: int) -> int:
+    """Bytes of a tensor of `free_widths` at a width."""
+    shape = source.shape(name)
+    if bits == UNQUANTIZED:
+        return shape.numel() * source.stored_dtype(name).itemsize
+    return _spec(source, recipe, name, bits).nbytes(*shape)
+
+
+def _spec(source: Source, recipe: Recipe, name: str, bits: int) -> PackedSpec:
+    """How a linear or an end is packed. Ends are looked up by the row, or large: scalar."""
+    cols = source.shape(name)[1]
+    scalar = name in ends(source)
+    codec = codec_for(bits, cols, recipe.group_size) if scalar else linear_codec(bits, cols, recipe)
+    return PackedSpec((bits,), codec.group_size, codec.family)
 
 
 def linear_specs(
@@ -104,48 +168,28 @@ def linear_specs(
     """Packed tensors that are not routed experts, by parameter name.
 
     Args:
-        chosen: widths of `free_linears`; those that it does not name are left out.
+        chosen: widths of tensors of `free_widths`; those that it does not name are left out.
     """
-    specs: dict[str, PackedSpec] = {}
-    for layer in range(len(source.layers)):
-        for name, module in packable(source, layer).items():
-            bits = fixed_bits(source, layer, name, recipe)
-            if bits is None:
-                bits = (chosen or {}).get(name, UNQUANTIZED)
-            if bits != UNQUANTIZED:
-                codec = linear_codec(bits, module.in_features, recipe)
-                specs[name] = PackedSpec((bits,), codec.group_size, codec.family)
-    return specs | _ends(source, recipe)
-
-
-def _ends(source: Source, recipe: Recipe) -> dict[str, PackedSpec]:
-    """The embedding and the head, where the recipe asks for them."""
-    wanted = {"embedding": recipe.embedding_bits, "head": recipe.head_bits}
-    if all(bits == UNQUANTIZED for bits in wanted.values()):
-        return {}
-    model = source.model
-    modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    if modules["head"].weight is modules["embedding"].weight:  # one tensor, stored once
-        if recipe.head_bits != recipe.embedding_bits:
+    widths = {
+        name: fixed_bits(source, layer, name, recipe)
+        for layer in range(len(source.layers))
+        for name in packable(source, layer)
+    }
+    for name, roles in ends(source).items():
+        widths[name] = fixed_end_bits(source, roles, recipe)
+        if widths[name] not in (None, UNQUANTIZED) and not _is_plain(source, name):
+            module = source.model.get_submodule(name.removesuffix(".weight"))
             raise InputError(
-                f"{source.name} ties its head to its embedding: they are one tensor. Set head_bits "
-                f"({recipe.head_bits}) and embedding_bits ({recipe.embedding_bits}) alike."
+                f"The {roles[0]} of {type(source.model).__name__} is a {type(module).__name__} of "
+                f"rows of {source.shape(name)[1]}, expected a plain linear or embedding of rows of "
+                f"a multiple of 32. Set {roles[0]}_bits to {UNQUANTIZED}."
             )
-        del wanted["head"]
-    paths = {id(module): path for path, module in model.named_modules()}
-    specs = {}
-    for name, bits in wanted.items():
-        module = modules[name]
-        if bits == UNQUANTIZED:
-            continue
-        if type(module) not in (nn.Linear, nn.Embedding):
-            raise InputError(
-                f"The {name} of {type(model).__name__} is a {type(module).__name__}, expected a "
-                f"plain linear or embedding. Leave {name}_bits at {UNQUANTIZED}."
-            )
-        codec = codec_for(bits, module.weight.shape[1], recipe.group_size)
-        specs[f"{paths[id(module)]}.weight"] = PackedSpec((bits,), codec.group_size)
-    return specs
+    widths |= dict(chosen or {})
+    return {
+        name: _spec(source, recipe, name, bits)
+        for name, bits in widths.items()
+        if bits is not None and bits != UNQUANTIZED
+    }
 
 
 def every_name(source: Source) -> list[str]:
@@ -180,7 +224,7 @@ def file_bytes(source: Source, recipe: Recipe) -> int:
     expert_names = [
         f"{e.path}.{n}" for e in source.experts.values() for n in ("gate_up_proj", "down_proj")
     ]
-    free = free_linears(source, recipe)
+    free = free_widths(source, recipe)
     packed = [*linear_specs(source, recipe), *free, *expert_names]
     moe_layers, experts = len(source.experts), next(iter(source.experts.values())).experts
     headers = sum(len(name) + 68 for name in (*names, *expert_names)) + 32 * len(source.layers)
@@ -192,7 +236,7 @@ def file_bytes(source: Source, recipe: Recipe) -> int:
     arrays = 1 + len(recipe.calib)  # epsilon^2, and the cost on each source of text
     scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits) * arrays))
     scores += sum(len(name) + 4 for name in free)
-    scores += 8 * len(free) * len(recipe.linear_bits) * (1 + len(recipe.calib))
+    scores += 8 * len(free) * len(offered_widths(free)) * (1 + len(recipe.calib))
     drops = 900 + moe_layers * (drop_bytes(chosen_experts(source.config)) + 5)
     copied = [*source.companions(), source.folder / "config.json"]
     return headers + index + entries + plan + scores + drops + sum(p.stat().st_size for p in copied)

@@ -26,9 +26,9 @@ SensitivityName = Literal["gradient", "none"]
 Over = Literal["mean", "worst"]
 HessianWeight = Literal["routing", "none"]
 UNQUANTIZED = 16  # the value of a *_bits field that leaves those weights as they are
-USUAL_LINEAR_BITS = (
-    4  # of linears whose width was to be chosen, where nothing is known to choose by
-)
+END_BITS = (4, 8, UNQUANTIZED)  # widths of the embedding and the head
+# Of linears whose width was to be chosen, where nothing is known to choose by.
+USUAL_LINEAR_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Recipe:
     seed: int = 0
 
     # What may be chosen for a routed expert, and for every other linear. A number for a kind of
-    # linear fixes its width; None: chosen for each of them by what a byte is worth to the experts.
+    # linear (for head or embedding: 4, 8 or 16) fixes its width; None: chosen for each of them by
+    # what a byte is worth to the experts.
     expert_codec: CodecFamily = "trellis"  # of all routed experts: scalar grids, or trellis codes
     expert_bits: tuple[int, ...] = (1, 2, 3, 4)
     group_size: int = 128
@@ -61,8 +62,8 @@ class Recipe:
     attention_bits: int | None = None
     shared_expert_bits: int | None = None
     dense_mlp_bits: int | None = None
-    head_bits: int = UNQUANTIZED
-    embedding_bits: int = UNQUANTIZED
+    head_bits: int | None = None
+    embedding_bits: int | None = None
 
     # How weights are rounded.
     quantizer: QuantizerName = "gptq"
@@ -125,7 +126,7 @@ class Recipe:
         for name in LINEAR_ROLES:
             _one_of(name, getattr(self, name), (None, *GRID_BITS, UNQUANTIZED))
         for name in ("head_bits", "embedding_bits"):
-            _one_of(name, getattr(self, name), (4, 8, UNQUANTIZED))
+            _one_of(name, getattr(self, name), (None, *END_BITS))
         for bits in self.at_least_one:
             if bits not in self.expert_bits:
                 raise InputError(
@@ -241,6 +242,8 @@ FAST = Recipe(
     attention_bits=USUAL_LINEAR_BITS,
     shared_expert_bits=USUAL_LINEAR_BITS,
     dense_mlp_bits=USUAL_LINEAR_BITS,
+    head_bits=UNQUANTIZED,
+    embedding_bits=UNQUANTIZED,
 )
 
 # MC, arXiv:2410.06270: eq. 3-5 per layer, epsilon of round to nearest, one width per expert.

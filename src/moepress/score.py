@@ -42,15 +42,18 @@ from moepress.layout import (
     file_bytes,
     fixed_bits,
     fixed_bytes,
-    free_linears,
+    free_widths,
     linear_codec,
     linear_specs,
+    offered_widths,
     packable,
+    stored_bytes,
 )
 from moepress.progress import Progress
-from moepress.recipe import ALLOCATION_FIELDS, Recipe
+from moepress.recipe import ALLOCATION_FIELDS, END_BITS, Recipe
 from moepress.round_expert import round_down, round_gate_up
 from moepress.round_linear import linear_factors, output_cost, round_linear
+from moepress.score_ends import score_ends
 from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, sensitivity_of
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk, chunks, empty, expert_hidden
@@ -62,6 +65,7 @@ EXPERT_ARRAYS = (
 )  # fmt: skip
 ARRAYS = (*EXPERT_ARRAYS, "linear_bytes", "linear_cost")
 KIND = "moepress scores"
+Floats = npt.NDArray[np.float64]
 PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
 
 
@@ -79,10 +83,10 @@ class ExpertScores:
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
     squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by PARTS
     cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; over D, it sums to all of it
-    linears: tuple[str, ...]  # [M] parameter names
+    linears: tuple[str, ...]  # [M] parameter names; the embedding and the head among them
     linear_bits: tuple[int, ...]  # [W] widths measured, rising
-    linear_bytes: npt.NDArray[np.int64]  # [M, W] stored
-    linear_cost: npt.NDArray[np.float64]  # [D, M, W]
+    linear_bytes: npt.NDArray[np.int64]  # [M, W] stored; 0 where a width is not offered
+    linear_cost: npt.NDArray[np.float64]  # [D, M, W]; infinite where a width is not offered
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
     total_tokens: int  # N, calibration tokens seen by every layer
@@ -183,6 +187,10 @@ def score(
             with Progress("score", total=len(layers)) as progress:
                 for layer in journal.remaining(walk):
                     result = score_layer(walk, layer, recipe, known, progress)
+                    if layer == layers[-1]:
+                        origin = origin_of_tokens(ids, recipe)
+                        first = known.layer(0) if known else {}
+                        result["ends_cost"] = score_ends(walk, recipe, first, origin)
                     journal.commit(walk, layer, result)
                     progress.advance()
         return collect(source, recipe, ids, journal)
@@ -196,8 +204,12 @@ def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> Ex
         for name in EXPERT_ARRAYS
     }
     arrays["cost"] = arrays["cost"].swapaxes(0, 1)  # [D, L, E, 3, B]
-    linears = [rows[layer]["linear_cost"].numpy() for layer in rows]
-    arrays["linear_cost"] = np.concatenate(linears).swapaxes(0, 1)  # [D, M, W]
+    arrays["linear_cost"] = _aligned(
+        [rows[layer]["linear_cost"].numpy() for layer in rows],
+        rows[max(rows)]["ends_cost"].numpy(),
+        free_widths(source, recipe),
+        recipe,
+    )
     few = int((arrays["tokens"] < recipe.token_floor).sum())
     if few:
         logger.warning(
@@ -210,12 +222,33 @@ def collect(source: Source, recipe: Recipe, ids: Tensor, journal: Journal) -> Ex
     return assemble(source, recipe, arrays, tokens, identity(source, recipe, ids))
 
 
+def _aligned(
+    linears: Sequence[Floats], ends: Floats, free: Mapping[str, tuple[int, ...]], recipe: Recipe
+) -> Floats:
+    """[D, M, W] costs of linears, then of ends, at all widths; infinite where one is not offered.
+
+    Args:
+        linears: [m, D, widths of linears] of each layer.
+        ends: [m, D, widths of ends].
+    """
+    offered = offered_widths(free)
+    costs = np.full((len(recipe.calib), len(free), len(offered)), np.inf)
+    row = 0
+    for part, widths in ((np.concatenate(linears), recipe.linear_bits), (ends, END_BITS)):
+        if len(part):
+            columns = [offered.index(bits) for bits in widths]
+            costs[:, row : row + len(part), columns] = part.swapaxes(0, 1)
+        row += len(part)
+    return costs
+
+
 def unmeasured(source: Source, recipe: Recipe) -> ExpertScores:
     """Scores with every number 0: enough to tell which budgets are possible."""
     experts = next(iter(source.experts.values())).experts
     shape = (len(source.experts), experts)
     errors = (*shape, len(PARTS), len(recipe.expert_bits))
-    linears = (len(free_linears(source, recipe)), len(recipe.linear_bits))
+    free = free_widths(source, recipe)
+    linears = (len(free), len(offered_widths(free)))
     arrays = {
         "tokens": np.zeros(shape, dtype=np.int64),
         "routing_weight": np.zeros(shape),
@@ -237,21 +270,19 @@ def assemble(
 ) -> ExpertScores:
     """Arrays, and what the allocator must know of the model's size."""
     one = next(iter(source.experts.values()))
-    free = free_linears(source, recipe)
-    linear_bytes = [
-        [
-            linear_codec(bits, m.in_features, recipe).nbytes(m.out_features, m.in_features)
-            for bits in recipe.linear_bits
-        ]
-        for m in free.values()
-    ]
-    shape = (len(free), len(recipe.linear_bits))
+    free = free_widths(source, recipe)
+    offered = offered_widths(free)
+    linear_bytes = np.zeros((len(free), len(offered)), dtype=np.int64)
+    for row, (name, widths) in enumerate(free.items()):
+        for bits in widths:
+            size = stored_bytes(source, recipe, name, bits)
+            linear_bytes[row, offered.index(bits)] = size
     return ExpertScores(
         layers=tuple(source.experts),
         bits=recipe.expert_bits,
         linears=tuple(free),
-        linear_bits=recipe.linear_bits,
-        linear_bytes=np.array(linear_bytes, dtype=np.int64).reshape(shape),
+        linear_bits=offered,
+        linear_bytes=linear_bytes,
         total_tokens=sum(source_tokens),
         source_tokens=tuple(source_tokens),
         gate_up_shape=one.gate_up_shape,
