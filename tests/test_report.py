@@ -50,7 +50,7 @@ Folder = Callable[..., Path]
 @pytest.fixture(scope="module")
 def folder(model_folder: Folder, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "tiny & small"
-    return compress(model_folder(), out, small_recipe(text_file, bits=2))
+    return compress(model_folder(), out, small_recipe(text_file, "default", bits=2))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,8 @@ def test_the_page_of_a_folder_says_what_is_in_it(folder: Path, written: Path) ->
     assert columns["tokens"] == scores.tokens.ravel().tolist()
     phi = scores.tokens.ravel() / scores.total_tokens
     np.testing.assert_allclose(columns["frequency"], phi, rtol=6e-3)
-    assert sum(columns["cost at these bits"]) == pytest.approx(plan.predicted_loss, rel=6e-3)
+    paid = read_subject(folder).paid.sum()  # the rest of the predicted loss is the linears'
+    assert sum(columns["cost at these bits"]) == pytest.approx(paid, rel=6e-3)
     for _, heading, _ in SECTIONS:
         assert heading in page.text
     assert "tiny & small" in page.text and f"{plan.average_bits:.2f} bits" in page.text
@@ -359,3 +360,17 @@ def test_what_skipping_experts_costs_is_shown(folder: Path, tmp_path: Path) -> N
     assert "skips experts in 2 layers, and protects 5.0%" in text
     (mine / DROP_COSTS).unlink()
     assert "was not measured" in section_of(read_subject(mine), "pruning").text[0]
+
+
+def test_widths_of_other_tensors_are_told(folder: Path) -> None:
+    """Counts by kind, as the plan has them; and what a predicted loss is."""
+    subject = read_subject(folder)
+    found = [section for _, _, section in sections(subject)]
+    (table,) = [t for s in found for t in s.tables if t.head[0] == "other tensors"]
+    widths = subject.plan.linear_bits
+    assert sum(sum(row[1:]) for row in table.rows) == len(widths)
+    (queries,) = [row for row in table.rows if row[0] == "q_proj"]
+    assert sum(queries[1:]) == len([name for name in widths if ".q_proj." in name])
+    assert any("nats per token" in text for s in found for text in s.text)
+    linears = subject.plan.predicted_loss - subject.paid.sum()
+    assert 0 < linears < subject.plan.predicted_loss

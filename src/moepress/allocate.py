@@ -233,7 +233,7 @@ def allocate(
     recipe = (recipe or Recipe.from_dict(scores.recipe)).with_changes(**changes)
     check_inputs(scores, recipe)
     menu = Menu.of(scores, recipe)
-    weights = source_weights(scores, recipe, menu)
+    weights = source_weights(scores, recipe)
     costs = objective(scores, recipe, weights)
     sizes = menu.code_bits if recipe.bits is not None else menu.nbytes
     linears = choose_linears(scores, recipe, menu, weights)
@@ -271,10 +271,11 @@ def allocate(
     )
 
 
-def source_weights(scores: ExpertScores, recipe: Recipe, menu: Menu) -> Floats:
+def source_weights(scores: ExpertScores, recipe: Recipe) -> Floats:
     """[D] what the loss on each source of text counts: alike, or so as to help the worst."""
     if recipe.over == "mean" or recipe.cost != "error":
         return np.ones(len(scores.cost))
+    menu = Menu.of(scores, recipe)
     shares = np.array(scores.source_tokens) / scores.total_tokens  # cost -> per token of the source
     costs = expert_errors(scores, recipe) / shares[:, None, None, None, None]
     bits = recipe.bits is not None

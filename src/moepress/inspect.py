@@ -184,6 +184,9 @@ def _plan(plan: BitAllocation) -> dict[str, Any]:
             }
             for column, name in enumerate(("gate_up_proj", "down_proj"))
         },
+        "others_by_bits": {
+            str(bits): count for bits, count in sorted(Counter(plan.linear_bits.values()).items())
+        },
         "provenance": dict(plan.provenance),
     }
 

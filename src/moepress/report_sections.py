@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moepress.allocate import BOTH, PROJECTIONS, BitAllocation, budget_range, frontier, objective
+from moepress.allocate import (
+    BOTH,
+    PROJECTIONS,
+    BitAllocation,
+    budget_range,
+    frontier,
+    objective,
+    source_weights,
+)
 from moepress.checkpoint import EVALUATION
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
@@ -48,7 +57,8 @@ class Subject:
     @cached_property
     def costs(self) -> npt.NDArray[np.float64]:
         """What each width of each expert adds to the predicted loss, [L, E, P, B]."""
-        return objective(self._scores(), self.plan.recipe)
+        scores, recipe = self._scores(), self.plan.recipe
+        return objective(scores, recipe, source_weights(scores, recipe))
 
     @cached_property
     def paid(self) -> npt.NDArray[np.float64]:
@@ -111,8 +121,20 @@ def _bits(subject: Subject) -> Section:
     return Section(
         ("Each square is one expert of one layer; the darker, the more bits its weights have.",),
         pictures=(bit_map(plan),),
-        tables=(Table(head, rows),),
+        tables=(Table(head, rows), *_other_widths(plan)),
     )
+
+
+def _other_widths(plan: BitAllocation) -> tuple[Table, ...]:
+    """How many of each kind of the other tensors have each width; nothing if all are fixed."""
+    if not plan.linear_bits:
+        return ()
+    kinds: dict[str, Counter[int]] = {}
+    for name, bits in plan.linear_bits.items():
+        kinds.setdefault(name.split(".")[-2], Counter())[bits] += 1
+    widths = sorted(set(plan.linear_bits.values()))
+    rows = tuple((kind, *(counts[b] for b in widths)) for kind, counts in kinds.items())
+    return (Table(("other tensors", *(f"{bits}-bit" for bits in widths)), rows),)
 
 
 def _coverage(subject: Subject) -> Section:
@@ -311,8 +333,9 @@ def _cost(subject: Subject) -> Section:
     return Section(
         (
             f"Above: what every expert would cost at {widths[column]} bits, which is what the "
-            "allocation weighs. Below: what each costs at the bits it got; together they are the "
-            f"predicted loss, {subject.plan.predicted_loss:.4g}.",
+            "allocation weighs. Below: what each costs at the bits it got; together they are "
+            f"{subject.paid.sum():.4g} of the predicted loss, {subject.plan.predicted_loss:.4g}. "
+            + _unit(subject.plan.recipe),
         ),
         pictures=(
             heat_map(
@@ -330,6 +353,17 @@ def _cost(subject: Subject) -> Section:
                 "predicted loss",
             ),
         ),
+    )
+
+
+def _unit(recipe: Recipe) -> str:
+    """What a predicted loss is."""
+    if recipe.cost == "paper":
+        return "It has no unit (arXiv:2410.06270, eq. 4)."
+    if recipe.sensitivity == "none":
+        return "It is squared error over the energy of the residual stream."
+    return (
+        "It is KL to the original in nats per token, to second order; what is measured is larger."
     )
 
 
