@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -33,6 +34,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 Folder = Callable[..., Path]
+Writer = Callable[[str, int], str]
+PRUNE, BITS = 0.45, 16  # how the model is served: not as its folder says
 START_SECONDS = 120  # a limit for what hangs, not an expectation
 
 
@@ -42,7 +45,7 @@ class Served:
     model: str
     client: Any
     process: subprocess.Popen[bytes]
-    expected: Callable[[str, int], str]
+    expected: Writer
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,8 @@ def served(
         port = probe.getsockname()[1]
     log = (folder.parent / "log").open("wb")
     command = [sys.executable, "-m", "moepress.cli", "serve", str(folder), "--port", str(port)]
-    process = subprocess.Popen([*command, "--threads", "1"], stdout=log, stderr=log)
+    command += ["--threads", "1", "--prune", str(PRUNE), "--activation-bits", str(BITS)]
+    process = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + START_SECONDS
     while not alive(url):
@@ -65,9 +69,18 @@ def served(
         assert time.monotonic() < deadline, (folder.parent / "log").read_text()
         time.sleep(0.2)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder)
+    yield Served(url, str(folder), client, process, writer(folder, BITS, PRUNE))
+    process.terminate()
+    process.wait(30)
+    log.close()
 
-    def expected(prompt: str, tokens: int) -> str:
+
+def writer(folder: str | Path, bits: int = 8, share: float | None = None) -> Writer:
+    """What a model writes in this process, greedily, after a prompt."""
+    model = load_model(Path(folder), "cpu", bits, share)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def write(prompt: str, tokens: int) -> str:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         with torch.inference_mode():
             out = model.generate(
@@ -75,10 +88,12 @@ def served(
             )
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
-    yield Served(url, str(folder), client, process, expected)
-    process.terminate()
-    process.wait(30)
-    log.close()
+    return write
+
+
+def whole(text: str) -> str:
+    """Without bytes at its end that are no character yet: a stream waits for the rest of them."""
+    return text.rstrip("\ufffd")
 
 
 def alive(url: str) -> bool:
@@ -107,15 +122,15 @@ def test_chat_goes_through_the_template_and_streams(served: Served) -> None:
         "max_tokens": 10,
         "temperature": 0,
     }
-    whole = served.client.chat.completions.create(**ask)
+    answer = served.client.chat.completions.create(**ask)
     text = served.expected("[user] def f2(x):\n[assistant] ", 10)
-    assert whole.choices[0].message.content == text
+    assert answer.choices[0].message.content == text
     pieces = [
         chunk.choices[0].delta.content or ""
         for chunk in served.client.chat.completions.create(**ask, stream=True)
         if chunk.choices
     ]
-    assert "".join(pieces) == text and len([p for p in pieces if p]) > 1
+    assert whole("".join(pieces)) == whole(text) and len([p for p in pieces if p]) > 1
 
 
 def test_two_clients_at_once_get_their_own_answers(served: Served) -> None:
@@ -123,25 +138,87 @@ def test_two_clients_at_once_get_their_own_answers(served: Served) -> None:
         chunks = served.client.completions.create(
             model=served.model, prompt=prompt, max_tokens=30, temperature=0, stream=True
         )
-        return "".join(chunk.choices[0].text for chunk in chunks)
+        return whole("".join(chunk.choices[0].text for chunk in chunks))
 
     prompts = ["def f3(x):", "    return x +"]
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(stream, prompts))
-    assert answers == [served.expected(prompt, 30) for prompt in prompts]
+    assert answers == [whole(served.expected(prompt, 30)) for prompt in prompts]
+
+
+def test_it_runs_pruned_and_at_the_precision_asked_for(served: Served) -> None:
+    prompts = [f"def f{i}(x):\n    return" for i in range(2)]
+    before = [complete(served, prompt, 80) for prompt in prompts]
+    assert before == [served.expected(prompt, 80) for prompt in prompts]
+    for bits, share in ((8, None), (BITS, None), (8, PRUNE)):
+        other = writer(served.model, bits, share)
+        assert before != [other(prompt, 80) for prompt in prompts]
+    # Any client can have the model put away; the next one loads it again.
+    urllib.request.urlopen(urllib.request.Request(f"{served.url}/reset", b""), timeout=60)
+    assert [complete(served, prompt, 80) for prompt in prompts] == before
+
+
+def refused(served: Served, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error of a request that is not answered."""
+    request = urllib.request.Request(
+        f"{served.url}{path}", body, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    found = json.loads(error.value.read())["error"]
+    assert found.keys() == {"message", "type", "param", "code"}
+    return error.value.code, found
 
 
 def test_malformed_requests_are_refused_and_the_server_lives_on(served: Served) -> None:
-    for body in (b"{not json", b"[]", b'{"prompt": [1, 2]}', b'{"prompt": "x", "nonsense": 1}'):
-        request = urllib.request.Request(
-            f"{served.url}/v1/completions", body, {"Content-Type": "application/json"}
-        )
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=60)
-        assert 400 <= refused.value.code < 500
-    with pytest.raises(openai.BadRequestError):
+    for body in (b"{not json", b"[]", b"", b'{"prompt": "x", "nonsense": 1}'):
+        status, error = refused(served, "/v1/completions", body)
+        assert 400 <= status < 500 and error["type"] == "invalid_request_error"
+    ends = {"/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}
+    ends["/v1/chat/completions"] = {"messages": [{"role": "user", "content": "x"}]}
+    wrong = [
+        ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 2), ("seed", "x"),
+        ("seed", -1), ("stream", "perhaps"), ("generation_config", "{"),
+    ]  # fmt: skip
+    own = {
+        "/v1/completions": [
+            ("prompt", ""), ("prompt", [1, 2]), ("max_tokens", "many"), ("max_tokens", 0),
+            ("stop", ""), ("stop", 3), ("frequency_penalty", -1.5),
+        ],
+        "/v1/chat/completions": [
+            ("messages", "x"), ("messages", []), ("messages", [{"content": "x"}]),
+            ("messages", [{"role": "user", "content": [{}]}]), ("max_completion_tokens", 1.5),
+            ("max_tokens", "many"), ("tools", {}), ("stop", []),
+        ],
+        "/v1/responses": [("input", 3), ("max_output_tokens", -2)],
+    }  # fmt: skip
+    for path, good in ends.items():
+        for field, value in [*wrong, *own[path]]:
+            body = json.dumps({"model": served.model, **good, field: value})
+            status, error = refused(served, path, body.encode())
+            assert (status, error["param"]) == (400, field), body
+            assert error["message"].startswith(field) and "Got " in error["message"]
+    with pytest.raises(openai.BadRequestError, match="max_tokens: Input should be a valid integer"):
+        served.client.completions.create(model=served.model, prompt="x", max_tokens="many")
+    with pytest.raises(openai.BadRequestError, match="pinned to"):
         served.client.completions.create(model="another", prompt="x")
     assert complete(served, "def f1(x):") == served.expected("def f1(x):", 12)
+
+
+def test_requests_are_not_refused_for_what_a_server_can_read(served: Served) -> None:
+    """Fields at their edges, content in parts, and null for what is not said."""
+    answer = served.client.chat.completions.create(
+        model=served.model,
+        messages=[{"role": "user", "content": [{"type": "text", "text": "def f2(x):"}]}],
+        max_tokens=1,
+        temperature=0,
+        top_p=1,
+        seed=0,
+        stop=["@@@"],
+        frequency_penalty=0,
+        extra_body={"stream": None},
+    )
+    assert answer.usage.completion_tokens == 1
 
 
 def test_a_client_that_leaves_midway_does_no_harm(served: Served) -> None:
@@ -155,7 +232,7 @@ def test_a_client_that_leaves_midway_does_no_harm(served: Served) -> None:
 
 
 def test_what_cannot_be_served_is_refused_before_loading(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match=r"no config\.json"):
         serve(tmp_path)
@@ -171,6 +248,34 @@ def test_what_cannot_be_served_is_refused_before_loading(
     save_json(nameless / "config.json", config)
     with pytest.raises(InputError, match="names no architectures"):
         serve(nameless)
+    with pytest.raises(InputError, match="is an original model"):
+        serve(model_folder(), pruning=0.2)
+    with pytest.raises(InputError, match="activation_bits is 4"):
+        serve(served.model, activation_bits=4)
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     with pytest.raises(InputError, match=r"pip install 'moepress\[serve\]'"):
         serve(served.model)
+
+
+def test_errors_of_any_kind_have_openais_shape() -> None:
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from moepress.serve_requests import check_requests
+
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    @app.post("/v1/completions")
+    def answer(body: dict[str, Any]) -> None:
+        raise RuntimeError(f"cannot {body['prompt']}")
+
+    check_requests(app, chats=False)
+    client = TestClient(app, raise_server_exceptions=False)
+    failed = client.post("/v1/completions", json={"prompt": "jump"})
+    assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+    assert failed.json()["error"]["message"] == "RuntimeError: cannot jump"
+    chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user"}]})
+    assert chat.status_code == 400 and "no chat template" in chat.json()["error"]["message"]
+    lost = client.post("/v1/nowhere", json={})
+    assert lost.status_code == 404 and lost.json()["error"]["message"] == "Not Found"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moepress import evaluate
+from moepress.checkpoint import load_json
 from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.report_sections import SECTIONS, Subject
@@ -20,6 +24,7 @@ from . import synthetic
 from .conftest import small_recipe
 
 Folder = Callable[..., Path]
+README = Path(__file__).parents[1] / "README.md"
 
 DEFINITION = """
 task: adds
@@ -61,23 +66,29 @@ def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_figures_are_those_of_lm_eval(
+def lm_eval_command() -> list[str]:
+    """What the README says that starts lm-eval's own command."""
+    (line,) = re.findall(r'^python -c ("import moepress.*")', README.read_text(), re.MULTILINE)
+    return [sys.executable, "-c", *shlex.split(line)]
+
+
+def test_figures_are_those_of_lm_evals_own_command(
     model_folder: Folder, text_file: Path, task_folder: Path, tmp_path: Path
 ) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
+    pytest.importorskip("lm_eval")
     out = compress(model_folder(), tmp_path / "out", small_recipe(text_file, bits=2))
+    given = {
+        "--model": "hf", "--model_args": f"pretrained={out},dtype=auto", "--tasks": "adds",
+        "--include_path": task_folder, "--device": "cpu", "--output_path": tmp_path / "results",
+    }  # fmt: skip
+    subprocess.run(
+        [*lm_eval_command(), *(str(x) for pair in given.items() for x in pair)], check=True
+    )
+    (results,) = (tmp_path / "results").rglob("results_*.json")
+    theirs = load_json(results)["results"]["adds"]
     ours = evaluate(
         out, [str(text_file)], length=32, limit=2, tasks=["adds"], include_path=task_folder
     )
-    theirs = lm_eval.simple_evaluate(
-        model="hf",
-        model_args=f"pretrained={out},dtype=auto",
-        tasks=["adds"],
-        task_manager=TaskManager(include_path=task_folder, include_defaults=False),
-        device="cpu",
-    )["results"]["adds"]
     assert ours.tasks is not None and set(ours.tasks) == {"adds"}
     figures = ours.tasks["adds"]
     assert {"acc,none", "acc_norm,none", "acc_stderr,none"} <= set(figures)

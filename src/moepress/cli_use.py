@@ -89,6 +89,8 @@ def serve(
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
     threads: Threads = None,
     device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    prune: Prune = None,
 ) -> None:
     """Serve a model to any OpenAI client (moepress[serve]): transformers' server, our kernels.
 
@@ -96,7 +98,15 @@ def serve(
     """
     from moepress.serve import serve as run
 
-    run(folder, host=host, port=port, threads=threads, device=checked_device(device))
+    run(
+        folder,
+        host=host,
+        port=port,
+        threads=threads,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
+    )
 
 
 def report(

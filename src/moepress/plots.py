@@ -18,16 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from moepress.allocate import PROJECTIONS, BitAllocation
 from moepress.parts import PartBytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Format = Literal["svg", "png"]
 Floats = npt.NDArray[np.float64]
@@ -37,6 +40,7 @@ DPI = 200  # of a PNG
 LABELLED = 512  # experts of a map up to which each cell has its value written in it
 LINE = 128  # characters that fit side by side into a picture
 LOG_SPREAD = 20  # most over least from which colours are spread by the logarithm
+FEW_DECADES = 1000  # most over least up to which a logarithmic axis says 1, 2, 5, 10, ...
 NEVER = "#d9d9d9"  # an expert without a value
 # Fewer bits, lighter; one colour for each width, so that maps of different models can be compared.
 BIT_COLOURS = {1: "#fde725", 2: "#5ec962", 3: "#21918c", 4: "#3b528b", 8: "#440154"}
@@ -82,9 +86,15 @@ class Picture:
     def image(self, form: str) -> bytes:
         """The picture as a file's bytes; equal pictures give equal bytes."""
         buffer = io.BytesIO()
+        self.figure.set_dpi(DPI)
+        # `savefig` would draw twice: once only to lay out anew what is settled.
         with rc_context(STYLE):
-            metadata = {"Date": None} if form == "svg" else {"Software": None}
-            self.figure.savefig(buffer, format=form, dpi=DPI, metadata=metadata)
+            svg: Any = FigureCanvasSVG  # its methods are untyped
+            png: Any = FigureCanvasAgg
+            if form == "svg":
+                svg(self.figure).print_svg(buffer, metadata={"Date": None})
+            else:
+                png(self.figure).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -133,6 +143,8 @@ def heat_map(
         figure.suptitle(title)
         drawn = axes[0].collections[0] if axes[0].collections else axes[0].images[0]
         bar = figure.colorbar(drawn, ax=axes, location="bottom", aspect=60, pad=0.02)
+        if isinstance(norm, LogNorm):
+            _plain_numbers(bar.ax.xaxis, values[values > 0])
         bar.set_label(f"{unit}{times}{scale}")
         if np.isnan(values).any():
             missing = Patch(facecolor=NEVER, label="never chosen by the calibration text")
@@ -169,6 +181,7 @@ def loss_curve(plans: Sequence[BitAllocation], here: BitAllocation) -> Picture:
         )
         if min(loss) > 0:
             ax.set_yscale("log")
+            _plain_numbers(ax.yaxis, np.array(loss))
         ax.set_xlabel("average code bits of the routed experts")
         ax.set_ylabel("predicted loss")
         ax.grid(alpha=0.3)
@@ -289,6 +302,14 @@ def _norm(values: Floats) -> tuple[Normalize, str]:
     return Normalize(0, most), ""
 
 
+def _plain_numbers(axis: Axis, values: Floats) -> None:
+    """A logarithmic axis with numbers as people write them, and enough of them."""
+    steps = (1.0,) if values.max() > FEW_DECADES * values.min() else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _grids(
     maps: Mapping[str, Floats],
     layers: Sequence[int],
@@ -374,7 +395,9 @@ def _grid_panels(
 
 def _settle(figure: Figure) -> None:
     """Compute limits and layout once; every later drawing keeps them."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 

@@ -1,19 +1,25 @@
 """An OpenAI-compatible HTTP server: transformers' own, which opens our folders as they are.
 
 Endpoints, streaming, queues and disconnected clients are its business (`transformers serve`); this
-makes sure that the plugin is there, that the folder is one it can open, and that requests name the
-model as it was given here.
+makes sure that the plugin is there, that the folder is one it can open, that the model runs as it
+was asked to, and that requests which nobody can answer are refused as OpenAI's clients expect it
+(serve_requests.py).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moepress.chat import set_threads
-from moepress.checkpoint import load_json
+from moepress.checkpoint import is_compressed, load_json
 from moepress.errors import InputError, MoepressError
 from moepress.hf import register
+from moepress.kernels.reference import check_activation_bits
+from moepress.modules import set_activation_bits
+from moepress.prune import Pruning, Strength, prune
 
 MISSING = (
     "Serving needs libraries that are not installed: pip install 'moepress[serve]' (fastapi, "
@@ -28,6 +34,8 @@ def serve(
     port: int = 8000,
     threads: int | None = None,
     device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
 ) -> None:
     """Serve a model until the process is stopped.
 
@@ -37,9 +45,12 @@ def serve(
         host, port: where to listen; the default answers this machine only.
         threads: CPU threads; None: as torch has it.
         device: "cpu" or "cuda".
+        activation_bits: of a compressed model, see `modules.set_activation_bits`.
+        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
 
     Raises:
-        InputError: libraries or folder are missing, or the port is taken.
+        InputError: libraries or folder are missing, the port is taken, or the model cannot run as
+            asked.
     """
     try:
         from transformers.cli.serve import Serve
@@ -48,6 +59,54 @@ def serve(
         raise InputError(MISSING) from error
     if not is_serve_available():
         raise InputError(MISSING)
+    packed = is_compressed(check_servable(folder))
+    if pruning is not None and not packed:
+        raise InputError(f"{folder} is an original model. Expected a compressed one to prune.")
+    check_activation_bits(activation_bits)
+    check_port(host, port)
+    set_threads(threads)
+    register()
+
+    from moepress.serve_requests import check_requests
+
+    def prepare(model: Any) -> None:
+        if packed:
+            set_activation_bits(model, activation_bits)
+        if pruning is not None:
+            prune(model, pruning)
+
+    class Server(Serve):  # type: ignore[misc]  # transformers is untyped
+        def start_server(self) -> None:
+            """Listen, in this thread. The model is loaded; clients may have it loaded again."""
+            manager = self._model_manager
+            (held,) = manager.loaded_models.values()
+            prepare(held.model)
+            manager._load_model = _then(manager._load_model, prepare)
+            tokenizer = getattr(held.processor, "tokenizer", held.processor)
+            check_requests(self.server.config.app, chats=bool(tokenizer.chat_template))
+            self.server.run()
+
+    print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    try:
+        Server(force_model=str(folder), device=device, host=host, port=port, non_blocking=True)
+    except SystemExit as stop:  # how uvicorn says that it could not start
+        if stop.code:
+            raise MoepressError(f"The server could not start at {host}:{port}.") from stop
+
+
+def _then(load: Callable[..., Any], prepare: Callable[[Any], None]) -> Callable[..., Any]:
+    """`load`, and `prepare` for what it gives."""
+
+    def load_and_prepare(*args: Any, **named: Any) -> Any:
+        model = load(*args, **named)
+        prepare(model)
+        return model
+
+    return load_and_prepare
+
+
+def check_servable(folder: str | Path) -> Path:
+    """The folder, or InputError if the server cannot open it."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a model folder.")
@@ -56,15 +115,7 @@ def serve(
             f"config.json of {folder} names no architectures, which the server loads models by. "
             'Add the name of its class, such as "architectures": ["MixtralForCausalLM"].'
         )
-    check_port(host, port)
-    set_threads(threads)
-    register()
-    print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
-    try:
-        Serve(force_model=str(folder), device=device, host=host, port=port)
-    except SystemExit as stop:  # how uvicorn says that it could not start
-        if stop.code:
-            raise MoepressError(f"The server could not start at {host}:{port}.") from stop
+    return path
 
 
 def check_port(host: str, port: int) -> None:
