@@ -34,6 +34,7 @@ from moepress.score import ExpertScores, score
 from moepress.source import Source, weight_files
 
 WITHIN = 0.01  # of a budget
+ENDS = {"head_bits": 16, "embedding_bits": 16}  # not counted, so the same for every method
 UNIFORM_WIDTHS = (1, 2, 3)  # of methods that give all experts the same
 
 
@@ -198,7 +199,9 @@ class Bench:
         name = f"{method}, {width}-bit"
 
         def make() -> Row:
-            whole = recipe.with_changes(**calibration(self.given), expert_bits=UNIFORM_WIDTHS)
+            whole = recipe.with_changes(
+                **calibration(self.given), **ENDS, expert_bits=UNIFORM_WIDTHS
+            )
             return self._measured(name, allocate(self._scored(whole), whole, bits=width))
 
         return self.kept.row(name, make)
@@ -263,7 +266,7 @@ class Bench:
 
     def _plan(self, recipe: Recipe, bits: float) -> BitAllocation:
         """The plan of at most `bits` stored bits per weight."""
-        recipe = recipe.with_changes(**calibration(self.given))
+        recipe = recipe.with_changes(**calibration(self.given), **ENDS)
         scores = self._scored(recipe)
         other = self._other_bytes() + scores.file_bytes
         size = int(bits * self.layer_weights / 8) + other
