@@ -91,11 +91,14 @@ def linear_codec(bits: int, cols: int, recipe: Recipe) -> Codec:
 def ends(source: Source) -> dict[str, tuple[str, ...]]:
     """Parameter names of the embedding and the head, and which of them each is: both, if tied."""
     model = source.model
-    modules = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     paths = {id(module): path for path, module in model.named_modules()}
-    if modules["head"].weight is modules["embedding"].weight:  # one tensor, stored once
-        return {f"{paths[id(modules['embedding'])]}.weight": ("embedding", "head")}
-    return {f"{paths[id(module)]}.weight": (role,) for role, module in modules.items()}
+    embedding, head = (
+        f"{paths[id(module)]}.weight"
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if head not in source.names(None):  # tied: one tensor, stored once
+        return {embedding: ("embedding", "head")}
+    return {embedding: ("embedding",), head: ("head",)}
 
 
 def fixed_end_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | None:
