@@ -213,7 +213,7 @@ def whole_model(source: Source) -> object:
     """The original model in memory, for sampling from it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
     return model.to(source.device)
 
 

@@ -147,7 +147,7 @@ def quantize_layer(
     tensors = quantize_linears(walk, layer, linears, packed, plan.recipe, wanted)
     for name in source.names(prefix):
         if name not in tensors:
-            tensors[name] = source.current(name).to("cpu")
+            tensors[name] = source.current(name).to("cpu", source.stored_dtype(name))
     if layer not in source.experts:
         walk.advance(layer, None)
         return tensors, None

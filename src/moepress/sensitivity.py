@@ -122,7 +122,7 @@ def head_gradient(walk: Walk, seed: int) -> Tensor:
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
-    gradient = empty(tuple(walk.states.shape), source.dtype)
+    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
     with source.loaded(None):
         for number in range(len(walk.ids)):
             part = slice(number, number + 1)

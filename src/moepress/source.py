@@ -33,7 +33,7 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of one expert, in the model's dtype."""
+    """The weights of one expert, in the dtype that is computed with."""
 
     gate_up: Tensor  # [2I, H], gate rows first
     down: Tensor  # [H, I]
@@ -65,8 +65,9 @@ class Source:
         self.device = torch.device(device)
         self.config = read_config(self.folder)
         self.files = weight_files(self.folder)
-        self.dtype = self._dtype()
-        self.model = skeleton(self.config, self.dtype)
+        self.dtype = self._dtype()  # of the weights on disk
+        self.compute_dtype = compute_dtype(self.dtype, self.device)
+        self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
         self._expert_names = {
@@ -156,7 +157,7 @@ class Source:
             self._convert(name, index)[name].squeeze(0)
             for name in (f"{path}.gate_up_proj", f"{path}.down_proj")
         )
-        weights = ExpertWeights(gate_up, down)
+        weights = ExpertWeights(self._computed(gate_up), self._computed(down))
         shapes = self.experts[layer].gate_up_shape, self.experts[layer].down_shape
         if (tuple(gate_up.shape), tuple(down.shape)) != shapes:
             raise CheckpointError(
@@ -178,13 +179,17 @@ class Source:
     def load(self, prefix: str | None) -> None:
         """Put the tensors `names(prefix)` into the skeleton, and its computed buffers beside."""
         for name in self.names(prefix):
-            self.put(name, self.tensor(name))
+            self.put(name, self._computed(self.tensor(name)))
         root = self.model.get_submodule(prefix) if prefix else self.model
         for module in root.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[key] = buffer.to(self.device)
         self.model.tie_weights()
+
+    def _computed(self, value: Tensor) -> Tensor:
+        """A tensor of the model's dtype in the one that is computed with."""
+        return value.to(self.compute_dtype) if value.dtype == self.dtype else value
 
     def unload(self, prefix: str | None) -> None:
         for name in self.names(prefix):
@@ -415,6 +420,21 @@ def opened(path: Path) -> Iterator[Any]:
             f"{path} cannot be read as safetensors: {error}. It is truncated or damaged; fetch "
             "it again."
         ) from error
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute with: the model's, but float32 where the CPU has no products for it.
+
+    There a product of 16-bit numbers takes some eight times as long as one of float32.
+    """
+    native = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    if device.type != "cpu" or dtype not in native:
+        return dtype
+    asks = (getattr(torch.cpu, name, None) for name in native[dtype])
+    return dtype if any(ask is not None and ask() for ask in asks) else torch.float32
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:

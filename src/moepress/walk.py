@@ -70,7 +70,7 @@ class Walk:
         step = max(1, BATCH_TOKENS // length)
         self.batches = [slice(i, min(i + step, sequences)) for i in range(0, sequences, step)]
         shape = (sequences, length, source.hidden)
-        self.states = empty(shape, source.dtype)  # [S, L, H] input of the next layer
+        self.states = empty(shape, source.compute_dtype)  # [S, L, H] input of the next layer
         self._calls: list[list[Call]] = []  # [batch][layer]
         self._begin()
 
@@ -94,7 +94,7 @@ class Walk:
     def route(self, layer: int) -> Routed:
         """What reaches the experts of a layer whose other weights are loaded; states stay."""
         tokens = self.ids.numel()
-        hidden = empty((tokens, self.source.hidden), self.source.dtype)
+        hidden = empty((tokens, self.source.hidden), self.source.compute_dtype)
         index, weight = [], []
         done = 0
 
