@@ -9,7 +9,7 @@ import numpy as np
 from moepress.allocate import allocate
 from moepress.parts import PartBytes
 from moepress.recipe import Recipe
-from moepress.report_sections import Subject
+from moepress.report_subject import Subject
 from moepress.score import ExpertScores
 
 TOKENS = 65_536

@@ -15,6 +15,7 @@ import pytest
 
 from moepress import cli
 from moepress.checkpoint import DROP_COSTS
+from moepress.cli_recipe import recipe_of
 from moepress.compress import compress
 from moepress.recipe import Recipe
 from moepress.tables import table
@@ -156,7 +157,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('quantizer = "rtn"\nexpert_bits = [2, 3]\n')
-    recipe = cli._recipe(str(file), None, 3.5, None, [f"{text_file}=2"], 7, 64, "1,4", 64, 5)
+    recipe = recipe_of(str(file), None, 3.5, None, [f"{text_file}=2"], 7, 64, "1,4", 64, 5)
     assert recipe == Recipe(
         bpw=3.5, calib=((str(text_file), 2.0),), sequences=7, sequence_length=64,
         expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",

@@ -34,10 +34,13 @@ from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.evaluate import evaluate
 from moepress.parts import ROUTED, bytes_by_part
-from moepress.plots import BIT_COLOURS, LABELLED, Panel, Picture, bit_map, heat_map, loss_curve
+from moepress.picture import Panel, Picture
+from moepress.plot_curves import loss_curve
+from moepress.plot_maps import BIT_COLOURS, LABELLED, bit_map, heat_map
 from moepress.prune import set_pruning
 from moepress.report import plot, read_subject
-from moepress.report_sections import NUDGE, SECTIONS, Section, Subject, sections
+from moepress.report_sections import SECTIONS, Section, sections
+from moepress.report_subject import NUDGE, Subject
 from moepress.score import ExpertScores
 from moepress.thresholds import cheapest, medians
 
@@ -118,6 +121,13 @@ def test_nothing_is_fetched_and_equal_folders_give_equal_pages(
     assert "default-src 'none'" in page
     script = page[page.index("<script>") :]
     assert not re.search(r"fetch\(|XMLHttpRequest|import |url\(|https?:", script)
+
+
+def test_commands_are_set_apart(written: Path) -> None:
+    page = written.read_text()
+    assert "<code>moepress prune FOLDER 0.15</code>" in page
+    assert "<code>moepress evaluate FOLDER " in page
+    assert "`" not in "".join(re.findall(r"<p.*?</p>", page, re.DOTALL))
 
 
 def test_parts_are_those_of_the_files(folder: Path, model_folder: Folder) -> None:
@@ -314,10 +324,12 @@ def test_heat_maps_are_lighter_for_more_and_grey_for_unknown() -> None:
 
 
 def test_cells_say_their_value_in_few_characters() -> None:
-    values = np.array([[270.4, 27.04, 2.704, 0.2704], [0.02704, 0.0, 3.0, np.nan]])
-    shown = heat_map("x", "X", {"x": values}, (0, 1), "things")
+    values = np.array(
+        [[270.4, 27.04, 2.704, 0.2704], [0.02704, 0.0, 3.0, np.nan], [0.3, 0.998, 9.97, 2.7e-5]]
+    )
+    shown = heat_map("x", "X", {"x": values}, (0, 1, 2), "things")
     texts = [text.get_text() for text in shown.figure.axes[0].texts]
-    assert texts == ["270", "27", "2.7", ".27", ".027", "0", "3"]
+    assert texts == ["270", "27", "2.7", ".27", ".027", "0", "3", ".30", "1.0", "10.0", ".000"]
     small = heat_map("x", "X", {"x": values[:1] * 1e-6}, (0,), "things")
     assert [text.get_text() for text in small.figure.axes[0].texts] == texts[:4]
     assert "10⁻⁶" in small.about

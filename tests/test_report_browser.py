@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moepress.report import render
-from moepress.report_sections import Subject
+from moepress.report_subject import Subject
 
 from . import synthetic
 

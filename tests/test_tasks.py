@@ -16,7 +16,8 @@ from moepress import evaluate
 from moepress.checkpoint import load_json
 from moepress.compress import compress
 from moepress.errors import InputError
-from moepress.report_sections import SECTIONS, Subject
+from moepress.report_sections import SECTIONS
+from moepress.report_subject import Subject
 from moepress.tables import evaluation_table
 from moepress.tasks import find_tasks, task_names
 

@@ -11,23 +11,32 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moepress import cli_use
 from moepress.cli_options import (
-    ActivationBits,
     AsJson,
     Device,
-    Prune,
     checked_device,
-    pruning,
     show,
 )
-
-if TYPE_CHECKING:
-    from moepress.recipe import Recipe
+from moepress.cli_recipe import (
+    Bits,
+    Bpw,
+    Calib,
+    ExpertCodec,
+    Group,
+    Length,
+    Over,
+    RecipeName,
+    Seed,
+    Sequences,
+    Size,
+    Widths,
+    recipe_of,
+)
 
 app = typer.Typer(
     name="moepress",
@@ -38,35 +47,6 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Folder of the original model, or its hub id.")]
-Bits = Annotated[
-    float | None, typer.Option(help="Budget: average code bits of the routed experts.")
-]
-Bpw = Annotated[float | None, typer.Option(help="Budget: stored bits per weight, everything.")]
-Size = Annotated[str | None, typer.Option(help="Budget: bytes of the folder, such as 16GB.")]
-RecipeName = Annotated[
-    str, typer.Option(help="default, fast, paper, paper-released, or a .toml or .json file.")
-]
-Calib = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Calibration text as PATH[=WEIGHT]: a text or .jsonl file, a folder, c4, wikitext2, "
-        "math, stdlib, or self (the model's own samples). Repeatable."
-    ),
-]
-Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
-Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens of each.")]
-Widths = Annotated[
-    str | None, typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3.")
-]
-ExpertCodec = Annotated[
-    str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")
-]
-Over = Annotated[
-    str | None,
-    typer.Option(help="Whose loss is kept small: mean (all calibration text) or worst (source)."),
-]
-Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 
 
 @app.command()
@@ -98,7 +78,7 @@ def compress(
     from moepress.propose import propose
     from moepress.tables import proposal_table
 
-    chosen = _recipe(
+    chosen = recipe_of(
         recipe, bits, bpw, size, calib, sequences, sequence_length, expert_bits, group_size, seed,
         expert_codec, over,
     )  # fmt: skip
@@ -127,7 +107,9 @@ def calibrate(
     from moepress.calibrate import calibrate as run
     from moepress.source import Source
 
-    chosen = _recipe(recipe, None, None, None, calib, sequences, sequence_length, None, None, seed)
+    chosen = recipe_of(
+        recipe, None, None, None, calib, sequences, sequence_length, None, None, seed
+    )
     run(Source(model, checked_device(device)), chosen).save(out)
     typer.echo(out)
 
@@ -154,7 +136,7 @@ def score(
 
     from moepress.score import score as run
 
-    chosen = _recipe(
+    chosen = recipe_of(
         recipe, None, None, None, calib, sequences, sequence_length, expert_bits, group_size, seed,
         expert_codec,
     )  # fmt: skip
@@ -182,7 +164,7 @@ def allocate(
     from moepress.score import ExpertScores
 
     measured = ExpertScores.load(scores)
-    chosen = measured.recipe_for(_recipe(recipe, bits, bpw, size, over=over))
+    chosen = measured.recipe_for(recipe_of(recipe, bits, bpw, size, over=over))
     run(measured, chosen).save(out)
     typer.echo(out)
 
@@ -202,106 +184,6 @@ def quantize(
     from moepress.quantize import quantize as run
 
     typer.echo(run(model, BitAllocation.load(plan), out, device=checked_device(device)))
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Compressed folder or original model.")],
-    text: Annotated[list[str], typer.Option(help="Text to predict. Repeatable.")],
-    against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
-    device: Device = "cpu",
-    activation_bits: ActivationBits = 8,
-    generations: Annotated[
-        int, typer.Option(help="Texts to continue, to see whether the model loops; 0: none.")
-    ] = 16,
-    speed: Annotated[bool, typer.Option(help="Measure tokens per second and memory.")] = True,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
-            "eight of arXiv:2410.06270. Repeatable."
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder of your own task definitions (.yaml).")
-    ] = None,
-    task_limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Let tasks run code that the model writes.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
-    ] = None,
-    prune: Prune = None,
-    as_json: AsJson = False,
-) -> None:
-    """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
-
-    Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
-    """
-    from moepress.evaluate import evaluate as run
-    from moepress.tables import evaluation_table
-
-    result = run(
-        model,
-        text,
-        against=against,
-        length=length,
-        limit=limit,
-        device=checked_device(device),
-        activation_bits=activation_bits,
-        generations=generations,
-        speed=speed,
-        tasks=tasks or (),
-        include_path=include_path,
-        task_limit=task_limit,
-        run_code=run_code,
-        pruning=pruning(prune),
-    )
-    if out is not None:
-        result.save(out)
-    show(result.to_dict(), as_json, evaluation_table)
-
-
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder or file of ours, or an original model.")],
-    as_json: AsJson = False,
-) -> None:
-    """Say what a file or folder holds.
-
-    Example: moepress inspect mixtral-2.5bit --json
-    """
-    from moepress.inspect import inspect as run
-    from moepress.tables import nested_table
-
-    show(run(path), as_json, nested_table)
-
-
-@app.command()
-def prune(
-    model: Annotated[Path, typer.Argument(help="Compressed folder, changed in place.")],
-    strength: Annotated[
-        str,
-        typer.Argument(
-            help="Share of the chosen experts to skip (0.15), paper, a .json file, or 0 for none."
-        ),
-    ],
-    protect: Annotated[
-        float | None,
-        typer.Option(help="Share of a prompt's tokens that keep all experts; 0.02 by default."),
-    ] = None,
-) -> None:
-    """Have a compressed folder skip experts whenever it is opened, by any program.
-
-    Example: moepress prune mixtral-2.5bit 0.15
-    """
-    from moepress.prune import parse_strength, set_pruning
-
-    set_pruning(model, parse_strength(strength), protect)
-    typer.echo(model)
 
 
 @app.command()
@@ -372,40 +254,6 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("moepress: stopped. Run the same command again to go on.", err=True)
         sys.exit(1)
-
-
-def _recipe(
-    name: str,
-    bits: float | None,
-    bpw: float | None,
-    size: str | None,
-    calib: list[str] | None = None,
-    sequences: int | None = None,
-    sequence_length: int | None = None,
-    expert_bits: str | None = None,
-    group_size: int | None = None,
-    seed: int | None = None,
-    expert_codec: str | None = None,
-    over: str | None = None,
-) -> Recipe:
-    """The named recipe with what the options change."""
-    from moepress.data import parse_source
-    from moepress.recipe import Recipe, parse_size, parse_widths
-
-    changes: dict[str, Any] = {
-        "bits": bits,
-        "bpw": bpw,
-        "size": parse_size(size) if size is not None else None,
-        "calib": tuple(parse_source(text) for text in calib) if calib else None,
-        "sequences": sequences,
-        "sequence_length": sequence_length,
-        "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,
-        "group_size": group_size,
-        "seed": seed,
-        "expert_codec": expert_codec,
-        "over": over,
-    }
-    return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})
 
 
 if __name__ == "__main__":

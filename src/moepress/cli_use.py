@@ -1,4 +1,4 @@
-"""Commands that use a compressed folder: look at it, and let it write."""
+"""Commands that use a compressed folder: judge it, look at it, and let it write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from moepress.cli_options import ActivationBits, Device, Prune, checked_device, pruning
+from moepress.cli_options import (
+    ActivationBits,
+    AsJson,
+    Device,
+    Prune,
+    checked_device,
+    pruning,
+    show,
+)
 
 Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
 Scores = Annotated[
@@ -18,8 +26,105 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one for
 
 def add_to(app: typer.Typer) -> None:
     """Make the functions of this module commands of the command line."""
-    for command in (generate, chat, serve, report, plot):
+    for command in (evaluate, inspect, prune, generate, chat, serve, report, plot):
         app.command()(command)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Compressed folder or original model.")],
+    text: Annotated[list[str], typer.Option(help="Text to predict. Repeatable.")],
+    against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    generations: Annotated[
+        int, typer.Option(help="Texts to continue, to see whether the model loops; 0: none.")
+    ] = 16,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second and memory.")] = True,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
+            "eight of arXiv:2410.06270. Repeatable."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own task definitions (.yaml).")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks run code that the model writes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
+    ] = None,
+    prune: Prune = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
+
+    Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
+    """
+    from moepress.evaluate import evaluate as run
+    from moepress.tables import evaluation_table
+
+    result = run(
+        model,
+        text,
+        against=against,
+        length=length,
+        limit=limit,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        generations=generations,
+        speed=speed,
+        tasks=tasks or (),
+        include_path=include_path,
+        task_limit=task_limit,
+        run_code=run_code,
+        pruning=pruning(prune),
+    )
+    if out is not None:
+        result.save(out)
+    show(result.to_dict(), as_json, evaluation_table)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder or file of ours, or an original model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file or folder holds.
+
+    Example: moepress inspect mixtral-2.5bit --json
+    """
+    from moepress.inspect import inspect as run
+    from moepress.tables import nested_table
+
+    show(run(path), as_json, nested_table)
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(help="Compressed folder, changed in place.")],
+    strength: Annotated[
+        str,
+        typer.Argument(
+            help="Share of the chosen experts to skip (0.15), paper, a .json file, or 0 for none."
+        ),
+    ],
+    protect: Annotated[
+        float | None,
+        typer.Option(help="Share of a prompt's tokens that keep all experts; 0.02 by default."),
+    ] = None,
+) -> None:
+    """Have a compressed folder skip experts whenever it is opened, by any program.
+
+    Example: moepress prune mixtral-2.5bit 0.15
+    """
+    from moepress.prune import parse_strength, set_pruning
+
+    set_pruning(model, parse_strength(strength), protect)
+    typer.echo(model)
 
 
 def generate(

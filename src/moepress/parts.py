@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,3 +121,9 @@ def _nbytes(part: Any) -> int:
     for extent in part.get_shape():
         count *= extent
     return count * ITEM_BYTES[part.get_dtype()]
+
+
+def byte_unit(most: float) -> tuple[float, str]:
+    """A unit in which `most` bytes is a handy number, and its name."""
+    power = min(4, max(0, int(math.log10(max(most, 1)) // 3)))
+    return 1000.0**power, ("bytes", "kB", "MB", "GB", "TB")[power]

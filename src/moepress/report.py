@@ -8,6 +8,7 @@ page's template; what is on it is in `report_sections.py`.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from moepress.allocate import PROJECTIONS, BitAllocation
 from moepress.checkpoint import (
@@ -32,10 +34,11 @@ from moepress.checkpoint import (
 )
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
-from moepress.parts import bytes_by_part
-from moepress.plots import Format, Picture, byte_unit
+from moepress.parts import byte_unit, bytes_by_part
+from moepress.picture import Format, Picture
 from moepress.prune import Pruning
-from moepress.report_sections import Subject, sections
+from moepress.report_sections import sections
+from moepress.report_subject import Subject
 from moepress.score import ExpertScores
 
 
@@ -154,7 +157,7 @@ def render(subject: Subject) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell": _cell, "svg": _data_uri, "panels": _panels}
+    environment.filters |= {"cell": _cell, "svg": _data_uri, "panels": _panels, "prose": _prose}
     environment.tests["number"] = lambda value: isinstance(value, int | float)
     template = environment.from_string((files("moepress") / "report.html").read_text())
     return template.render(
@@ -207,6 +210,11 @@ def expert_values(subject: Subject) -> dict[str, Any]:
 def _rounded(values: npt.NDArray[np.float64]) -> list[float]:
     """Three digits: what a reader can use, and a fourth of the bytes."""
     return [float(f"{value:.3g}") for value in values.ravel().tolist()]
+
+
+def _prose(sentence: str) -> Markup:
+    """A sentence as HTML, its `commands` set apart."""
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def _panels(picture: Picture) -> list[dict[str, Any]]:

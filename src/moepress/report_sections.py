@@ -10,82 +10,24 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moepress.allocate import (
-    BOTH,
-    PROJECTIONS,
-    BitAllocation,
-    budget_range,
-    frontier,
-    objective,
-    source_weights,
-)
+from moepress.allocate import BOTH, PROJECTIONS, BitAllocation
 from moepress.checkpoint import EVALUATION
-from moepress.drop_costs import DropCosts
-from moepress.errors import InputError
-from moepress.parts import PartBytes
-from moepress.plots import Picture, bit_map, byte_unit, drop_curve, heat_map, loss_curve, part_bars
-from moepress.prune import Pruning
+from moepress.parts import byte_unit
+from moepress.picture import Picture
+from moepress.plot_curves import drop_curve, loss_curve, part_bars
+from moepress.plot_maps import bit_map, heat_map
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores
+from moepress.report_subject import NUDGE, Subject
 from moepress.tables import evaluation_tables
 from moepress.thresholds import cheapest, medians
 
-STEPS = 16  # budgets at which the loss curve is computed
-NUDGE = 0.1  # bits more and less whose price is told
+STEPS = 16  # shares at which the curve of skipping experts is computed
 LOOP_SIGMAS = 1.64  # by how much more must loop to be told: 5 % of equal models would be
 LISTED = 16  # experts named in the list of those that few tokens chose
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a report is about: a plan, and what is known beside it."""
-
-    name: str
-    plan: BitAllocation
-    scores: ExpertScores | None = None
-    parts: Mapping[str, PartBytes] | None = None
-    evaluation: Mapping[str, Any] | None = None
-    drop_costs: DropCosts | None = None
-    pruning: Pruning | None = None  # what the folder skips whenever it is opened
-
-    @cached_property
-    def costs(self) -> npt.NDArray[np.float64]:
-        """What each width of each expert adds to the predicted loss, [L, E, P, B]."""
-        scores, recipe = self._scores(), self.plan.recipe
-        return objective(scores, recipe, source_weights(scores, recipe))
-
-    @cached_property
-    def paid(self) -> npt.NDArray[np.float64]:
-        """What each expert adds to the predicted loss at the widths it has, [L, E]."""
-        columns = np.searchsorted(self.plan.recipe.expert_bits, self.plan.bits)
-        columns = columns[:, :, : self.costs.shape[2]]
-        taken = np.take_along_axis(self.costs, columns[..., None], axis=3)
-        return np.asarray(taken.sum(axis=(2, 3)))
-
-    @cached_property
-    def frontier(self) -> list[BitAllocation]:
-        """The best plan at each of a row of budgets, this model's and its neighbours' among them.
-
-        A random or uniform plan is compared with what the scores would choose.
-        """
-        recipe, scores = self.plan.recipe, self._scores()
-        if recipe.cost in ("random", "uniform"):
-            recipe = recipe.with_changes(cost="error")
-        low, high = budget_range(scores, recipe).bits
-        near = (self.plan.average_bits + step for step in (-NUDGE, 0, NUDGE))
-        budgets = {*np.linspace(low, high, STEPS).tolist(), *(b for b in near if low <= b <= high)}
-        return frontier(scores, recipe, sorted(budgets))
-
-    def _scores(self) -> ExpertScores:
-        if self.scores is None:
-            raise InputError("No scores are at hand. Give the file of `moepress score`.")
-        return self.scores
 
 
 @dataclass(frozen=True)
@@ -176,8 +118,9 @@ def _evaluation(subject: Subject) -> Section:
     if found is None:
         return Section(
             warnings=(
-                "This model was not evaluated yet: nothing here says how good it is. Run: moepress "
-                f"evaluate FOLDER --against ORIGINAL --text FILE --out FOLDER/{EVALUATION}",
+                "This model was not evaluated yet: nothing here says how good it is. Run "
+                "`moepress evaluate FOLDER --against ORIGINAL --text FILE --out "
+                f"FOLDER/{EVALUATION}`.",
             )
         )
     tables = tuple(
