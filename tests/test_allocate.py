@@ -76,9 +76,9 @@ def costs_of(fields: dict[str, Any]) -> dict[str, Any]:
         "cost": cost[None],
         "source_tokens": (fields["total_tokens"],),
         "linears": (),
-        "linear_bits": (2, 4, 8),
-        "linear_bytes": np.zeros((0, 3), dtype=np.int64),
-        "linear_cost": np.zeros((1, 0, 3)),
+        "linear_bits": (),
+        "linear_bytes": np.zeros((0, 0), dtype=np.int64),
+        "linear_cost": np.zeros((1, 0, 0)),
     }
 
 
@@ -681,6 +681,7 @@ def with_linears(seed: int = 0, sources: int = 1, **changes: Any) -> ExpertScore
         "cost": plain.cost * mix,
         "source_tokens": (1000 // sources,) * sources,
         "linears": ("a.weight", "b.weight", "c.weight"),
+        "linear_bits": (2, 4, 8),
         "linear_bytes": np.array([[512, 1024, 2048], [64, 128, 256], [2048, 4096, 8192]]),
         "linear_cost": cost * linear_mix,
     }

@@ -204,7 +204,7 @@ def test_without_a_budget_all_are_shown_and_scores_are_kept(
     code, text, err = run(monkeypatch, capsys, *command, "--json")
     assert code == 0 and "score:" not in err
     budgets = json.loads(text)["budgets"]
-    assert [b["bits"] for b in budgets] == pytest.approx(np.arange(1, 3.1, 0.25), abs=0.03)
+    assert [b["bits"] for b in budgets] == pytest.approx(np.arange(1, 4.1, 0.25), abs=0.03)
     code, text, err = run(monkeypatch, capsys, *command, "--bits", 2)
     assert code == 0 and text.splitlines()[-1] == str(tmp_path / "out") and "score:" not in err
 

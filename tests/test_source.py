@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from moepress.compress import compress
 from moepress.errors import CheckpointError, InputError, NumericalError
-from moepress.source import Source
+from moepress.layout import every_name
+from moepress.source import Source, compute_dtype
 
-from .conftest import FAMILIES
+from .conftest import FAMILIES, small_recipe
 
 Folder = Callable[..., Path]
 
@@ -155,3 +157,49 @@ def test_a_quantized_source_is_refused(model_folder: Folder, tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="already quantized"):
         Source(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "device", "expected"),
+    [
+        ("bfloat16", "_is_avx512_bf16_supported", "cpu", "bfloat16"),
+        ("bfloat16", "_is_amx_tile_supported", "cpu", "bfloat16"),
+        ("bfloat16", "_is_amx_fp16_supported", "cpu", "float32"),
+        ("float16", "_is_amx_fp16_supported", "cpu", "float16"),
+        ("float16", "", "cpu", "float32"),
+        ("bfloat16", "", "cuda", "bfloat16"),
+        ("float32", "", "cpu", "float32"),
+    ],
+)
+def test_16_bits_are_computed_with_where_the_machine_can(
+    dtype: str, has: str, device: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has, raising=False)
+    found = compute_dtype(getattr(torch, dtype), torch.device(device))
+    assert found == getattr(torch, expected)
+
+
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
+def test_what_is_stored_is_of_the_models_dtype_whatever_is_computed_with(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    computed: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moepress.source.compute_dtype", lambda *_: computed)
+    source = Source(model_folder(dtype="bfloat16"))
+    assert source.dtype == torch.bfloat16 and source.expert(0, 1).down.dtype == computed
+    with source.loaded(source.layer_path(0)):
+        name = "model.layers.0.input_layernorm.weight"
+        assert source.current(name).dtype == computed
+        assert torch.equal(source.current(name).bfloat16(), source.tensor(name))
+    recipe = small_recipe(text_file, "default", bits=2.0, head_bits=16)
+    out = compress(source.folder, tmp_path / "out", recipe)
+    stored = {k: v for p in out.glob("model-*.safetensors") for k, v in load_file(p).items()}
+    assert {v.dtype for v in stored.values()} == {torch.uint8, torch.bfloat16}
+    for name in (n for n in every_name(source) if stored[n].dtype != torch.uint8):
+        assert torch.equal(stored[name], source.tensor(name)), name

@@ -324,6 +324,8 @@ def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
 
 def _usual_columns(scores: ExpertScores) -> Ints:
     """[M] the column of the usual width: unquantized where offered, or else the next to 4 bits."""
+    if not len(scores.linears):
+        return np.zeros(0, dtype=np.int64)
     offered = np.isfinite(scores.linear_cost).all(axis=0)
     bits = np.array(scores.linear_bits)
     distance = np.where(bits == UNQUANTIZED, -1, np.abs(bits - USUAL_LINEAR_BITS))
