@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moepress import walk as walk_module
-from moepress.errors import InputError, MoepressError
+from moepress.errors import CheckpointError, InputError, MoepressError
 from moepress.sensitivity import EMBEDDING, EXPERTS, head_gradient, measure_sensitivity
 from moepress.source import Source
 from moepress.walk import Walk
@@ -154,3 +155,20 @@ def test_a_layer_without_a_gradient_is_named(
     monkeypatch.setattr(Walk, "run", lambda *args: run(*args).detach())
     with pytest.raises(MoepressError, match=r"Layer 1 cannot be differentiated.*'fast'"):
         measure_sensitivity(Source(model_folder()), some_ids(), tmp_path, MADE_OF, seed=0)
+
+
+def test_a_full_disk_is_told_before_the_work(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("moepress.sensitivity")
+    states = 4 * 5 * 24 * 64  # float32, [S, L, H]
+    for free, fits in ((4 * states, True), (4 * states - 1, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, usage=usage: usage)
+        folder = tmp_path / str(free)
+        if fits:
+            measure_sensitivity(Source(model_folder()), some_ids(), folder, MADE_OF, seed=0)
+        else:
+            with pytest.raises(CheckpointError, match=r"states of 2 layers.*--sequences"):
+                measure_sensitivity(Source(model_folder()), some_ids(), folder, MADE_OF, seed=0)
+            assert [p.name for p in folder.iterdir()] == ["identity.json"]

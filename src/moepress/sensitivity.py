@@ -21,6 +21,7 @@ A stopped run goes on at the first unfinished layer.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from moepress.backward import BackwardWalk
 from moepress.checkpoint import load_tensors, save_tensors
+from moepress.errors import CheckpointError
 from moepress.journal import check_identity
 from moepress.layout import packable
 from moepress.progress import Progress
@@ -77,6 +79,7 @@ def measure_sensitivity(
 
     Raises:
         InputError: `folder` holds other work.
+        CheckpointError: the disk is too full.
         MoepressError: a layer cannot be differentiated.
     """
     count = len(source.layers)
@@ -85,12 +88,26 @@ def measure_sensitivity(
     if not todo:
         return Sensitivity(folder)
     walk = Walk(source, ids)
+    check_space(folder, walk, count)
     with Progress("sensitivity", total=count + len(todo)) as progress:
         if not _gradient(folder, todo[-1] + 1).is_file():
             _forward(walk, folder, progress)
             save_tensors(_gradient(folder, count), {"gradient": head_gradient(walk, seed)})
         _backward(walk, folder, todo, progress)
     return Sensitivity(folder)
+
+
+def check_space(folder: Path, walk: Walk, count: int) -> None:
+    """Raise CheckpointError before the work if the disk cannot hold the states of all layers."""
+    kept = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    need = (count + 2) * walk.states.nbytes - kept
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"No space left for {folder}: the states of {count} layers, kept for the backward "
+            f"walk, need about {need:,} bytes more, {free:,} are free. Free some and run the same "
+            "command again, give fewer --sequences, or use the recipe 'fast'."
+        )
 
 
 def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
