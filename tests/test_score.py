@@ -103,7 +103,8 @@ def test_costs_are_errors_weighed_by_sensitivity(
                 walk.run_only(layer)
                 handle.remove()
                 x, weight = torch.cat(inputs), source.current(name)
-                for column, bits in enumerate((3, 8)):
+                for bits in (3, 8):
+                    column = scores.linear_bits.index(bits)
                     codec = linear_codec(bits, weight.shape[1], recipe)
                     assert codec.family == ("trellis" if bits == 3 else "int")
                     rounded = quantize_matrix("rtn", weight, codec).dequantize()
