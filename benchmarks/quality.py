@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-from bench import ABOUT, UNIFORM_WIDTHS, Bench, Kept, Row, in_float32, made_of
+from bench import ABOUT, UNIFORM_WIDTHS, WITHIN, Bench, Kept, Row, in_float32, made_of
 from measuring import LENGTH, options
 from moepress.errors import BudgetError
 from moepress.recipe import NAMED, Recipe
@@ -102,7 +102,12 @@ def lines(bench: Bench, methods: dict[str, Recipe], bits: float) -> Iterator[str
     default = possible(bench, DEFAULT, BUDGETED[DEFAULT], bits)
     for method, recipe in methods.items():
         row = possible(bench, method, recipe, bits)
-        yield line(row, default) if row else f"| {bits:.3f} | {method} | not possible | | | | |"
+        if row is None:
+            yield f"| {bits:.3f} | {method} | not possible | | | | |"
+        elif abs(row.bits / bits - 1) <= WITHIN:
+            yield line(row, default)
+        else:  # whole experts, the same budget in every layer: it cannot use all of it
+            yield line(row, possible(bench, DEFAULT, BUDGETED[DEFAULT], row.bits))
 
 
 def table(bench: Bench, targets: Sequence[float], rivals: list[Path]) -> Iterator[str]:
