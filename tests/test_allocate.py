@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from scipy.optimize import OptimizeResult
 
 from moepress import allocate as allocate_from_package
-from moepress.allocate import BitAllocation, allocate, budget_range, draw, pareto, solve
+from moepress.allocate import BitAllocation, allocate, draw, pareto, solve
+from moepress.budget import budget_range
 from moepress.codec import Codec
 from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
 from moepress.recipe import Recipe
@@ -765,3 +766,36 @@ def test_linears_survive_the_file(tmp_path: Path) -> None:
     assert other.digest() != plan.digest()
     with pytest.raises(CheckpointError, match="linears of"):
         dataclasses.replace(plan, linear_bits={"a.weight": 5})
+
+
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("attention_bits", None),
+        ("head_bits", 8),
+        ("linear_codec", "trellis"),
+        ("linear_bits", (4,)),
+    ],
+)
+def test_what_is_open_must_be_as_measured(field: str, asked: object) -> None:
+    scores = dataclasses.replace(with_linears(), recipe=scalar().to_dict())
+    with pytest.raises(InputError, match=f"{field} .*measured with"):
+        allocate(scores, scalar(bits=2.0, **{field: asked}))
+
+
+@pytest.mark.parametrize(
+    ("row", "value"), [((0, 1, 0), np.nan), ((0, 1, 2), -1.0), ((0, 1), np.inf)]
+)
+def test_costs_of_linears_that_are_none(row: tuple[int, ...], value: float) -> None:
+    costs = with_linears().linear_cost.copy()
+    costs[row] = value
+    with pytest.raises(NumericalError, match=r"of b\.weight are"):
+        allocate(dataclasses.replace(with_linears(), linear_cost=costs), scalar(bits=2.0))
+
+
+def test_a_width_that_is_not_offered_is_never_taken() -> None:
+    costs = with_linears().linear_cost.copy()
+    costs[0, :, 0] = np.inf  # 2 bits
+    scores = dataclasses.replace(with_linears(), linear_cost=costs)
+    for budget in ({"bits": 1.01}, {"size": budget_range(scores, scalar()).size[0]}):
+        assert min(allocate(scores, scalar(**budget)).linear_bits.values()) == 4

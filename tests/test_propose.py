@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moepress.allocate import allocate, budget_range
+from moepress.allocate import allocate
+from moepress.budget import budget_range
 from moepress.checkpoint import SCORES
 from moepress.compress import compress
 from moepress.errors import InputError

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moepress.calibrate import Calibration, calibrate, calibration_ids, hessian_tokens
+from moepress.checkpoint import save_tensors
 from moepress.errors import CheckpointError, InputError
 from moepress.layout import codec_for, linear_codec, packable
 from moepress.quantizers import quantize_matrix
@@ -281,3 +282,31 @@ def test_experts_with_few_tokens_are_reported(
     caplog.clear()
     score(model_folder(), small_recipe(text_file, measure="rtn", token_floor=0))
     assert "calibration tokens" not in caplog.text
+
+
+def test_a_linear_that_no_gradient_reaches_keeps_the_usual_width(
+    model_folder: Folder,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Unknown is not harmless: it is not rounded to the smallest width for nothing."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    real = Sensitivity.layer
+    monkeypatch.setattr(
+        Sensitivity,
+        "layer",
+        lambda self, i: {n: s * (n != name) for n, s in real(self, i).items()},
+    )
+    scores = score(model_folder(), small_recipe(text_file, "default", measure="rtn"))
+    assert f"every token of {name}" in caplog.text
+    costs = scores.linear_cost[0, scores.linears.index(name)]
+    assert np.isfinite(costs).tolist() == [bits == 4 for bits in scores.linear_bits]
+
+
+def test_scores_of_another_version_are_refused(tmp_path: Path) -> None:
+    save_tensors(
+        tmp_path / "old.safetensors", {"tokens": torch.zeros(1)}, '{"kind": "moepress scores"}'
+    )
+    with pytest.raises(CheckpointError, match=r"another version of moepress.*Score again"):
+        ExpertScores.load(tmp_path / "old.safetensors")

@@ -64,7 +64,8 @@ def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# granitemoe scales what the embedding gives, and what the head gives.
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])
 @pytest.mark.parametrize("batch_tokens", [48, 4096])  # uneven last batch, and all in one
 def test_it_is_the_gradient_of_the_whole_model(
     model_folder: Folder,
@@ -162,13 +163,43 @@ def test_a_full_disk_is_told_before_the_work(
 ) -> None:
     module = importlib.import_module("moepress.sensitivity")
     states = 4 * 5 * 24 * 64  # float32, [S, L, H]
-    for free, fits in ((4 * states, True), (4 * states - 1, False)):
+    source = Source(model_folder())
+
+    def leaves_free(free: int) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda _, usage=usage: usage)
-        folder = tmp_path / str(free)
-        if fits:
-            measure_sensitivity(Source(model_folder()), some_ids(), folder, MADE_OF, seed=0)
-        else:
-            with pytest.raises(CheckpointError, match=r"states of 2 layers.*--sequences"):
-                measure_sensitivity(Source(model_folder()), some_ids(), folder, MADE_OF, seed=0)
-            assert [p.name for p in folder.iterdir()] == ["identity.json"]
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+
+    # Three states, of two layers; the gradient behind a layer and that before it.
+    leaves_free(5 * states - 1)
+    with pytest.raises(CheckpointError, match=r"states of all layers.*--sequences"):
+        measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["identity.json"]
+    leaves_free(5 * states)
+    most = 0
+    real = module.save_tensors
+
+    def measured(path: Path, tensors: dict[str, Tensor]) -> None:
+        nonlocal most
+        if path.name.startswith("sensitivity-0000"):
+            raise KeyboardInterrupt
+        real(path, tensors)
+        kept = [p.stat().st_size // states for p in tmp_path.glob("[sg]*-*.safetensors")]
+        most = max(most, sum(kept))
+
+    monkeypatch.setattr(module, "save_tensors", measured)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    assert most == 5
+    monkeypatch.setattr(module, "save_tensors", real)
+    leaves_free(states)  # nothing large is written any more
+    measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+
+
+def test_what_a_dead_run_did_not_delete_is_deleted(model_folder: Folder, tmp_path: Path) -> None:
+    source = Source(model_folder())
+    measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    done = {p.name for p in tmp_path.iterdir()}
+    for name in ("states-0000", "states-0001", "states-0002", "gradient-0001", "gradient-0002"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    assert {p.name for p in tmp_path.iterdir()} == done

@@ -12,7 +12,7 @@ more error (rounding is not monotone) is never worth taking just to use up the b
 over goes to widths that cost nothing: an expert that no calibration token reached measures zero
 error at every width, which means unknown, not harmless.
 
-How the program is solved: knapsack.py.
+What fits into a budget: budget.py. How the program is solved: knapsack.py.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moepress.budget import (
+    Menu,
+    expert_budget,
+    linear_range,
+    required_columns,
+    usual_columns,
+)
 from moepress.checkpoint import load_json, save_json
 from moepress.codec import GROUP_SIZES
 from moepress.draw import draw
 from moepress.duals import ByOrigin, Items, price_at, weighed_sum, worst_case_weights
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
-from moepress.knapsack import ROUNDING, Floats, Ints, at, solve
-from moepress.layout import codec_for
-from moepress.recipe import END_BITS, FAST, UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
+from moepress.knapsack import Floats, Ints, at, solve
+from moepress.recipe import END_BITS, FAST, Recipe
 
 if TYPE_CHECKING:
     from moepress.score import ExpertScores
@@ -46,6 +52,11 @@ logger = logging.getLogger(__name__)
 PROJECTIONS = ("gate_up", "down")
 BOTH = 2  # index in score.PARTS of an expert quantized whole
 KIND = "plan"
+# What a recipe must have in common with that of the scores: it says what is open, and how stored.
+OPEN_FIELDS = (
+    "expert_codec", "linear_codec", "linear_bits", "attention_bits", "shared_expert_bits",
+    "dense_mlp_bits", "head_bits", "embedding_bits", "sensitivity",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,61 +162,6 @@ class BitAllocation:
             ) from error
 
 
-class BudgetRange(NamedTuple):
-    """Smallest and largest budget that makes a difference, in each unit."""
-
-    bits: tuple[float, float]  # average code bits of the routed experts
-    bpw: tuple[float, float]  # stored bits per weight of the whole model
-    size: tuple[int, int]  # bytes of the folder
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What may be chosen. P items per expert: its projections, or the expert as one item.
-
-    B widths, in rising order of bits and bytes.
-    """
-
-    shape: tuple[int, int, int]  # L, E, P
-    widths: tuple[int, ...]  # [B]
-    weights: Ints  # [P] weights of an item
-    code_bits: Ints  # [P, B]
-    nbytes: Ints  # [P, B] stored, side data and padding included
-
-    @classmethod
-    def of(cls, scores: ExpertScores, recipe: Recipe) -> Menu:
-        matrices = (scores.gate_up_shape, scores.down_shape)
-        weights = np.array([rows * cols for rows, cols in matrices])
-        nbytes = np.array(
-            [
-                [
-                    codec_for(b, cols, scores.group_size, recipe.expert_codec).nbytes(rows, cols)
-                    for b in recipe.expert_bits
-                ]
-                for rows, cols in matrices
-            ]
-        )
-        if not recipe.per_projection:
-            weights, nbytes = weights.sum(keepdims=True), nbytes.sum(axis=0, keepdims=True)
-        code_bits = weights[:, None] * np.array(recipe.expert_bits)
-        count, experts = scores.tokens.shape
-        shape = (count, experts, len(weights))
-        return cls(shape, recipe.expert_bits, weights, code_bits, nbytes)
-
-    @property
-    def total_weights(self) -> int:
-        """Weights of all routed experts."""
-        return int(self.shape[0] * self.shape[1] * self.weights.sum())
-
-    def extremes(self, sizes: Ints, required: Sequence[int]) -> tuple[int, int]:
-        """Smallest and largest sum of `sizes` [P, B], with each column of `required` in use."""
-        count, experts, _ = self.shape
-        held = sizes[:, list(required)].sum()
-        free = experts - len(required)
-        low, high = (int(count * (held + free * sizes[:, b].sum())) for b in (0, -1))
-        return low, high
-
-
 def allocate(
     scores: ExpertScores, recipe: Recipe | None = None, **changes: object
 ) -> BitAllocation:
@@ -221,8 +177,9 @@ def allocate(
 
     Returns:
         The plan. `predicted_loss` is in units of the objective; under "random" and "uniform" it
-        is what "error" would count. It cannot be compared between `per_projection` on and off:
-        the errors of two projections add up to nearly, not exactly, the error of both.
+        is what "error" would count, over the "worst" source the weighed sum that is minimised. It
+        cannot be compared between `per_projection` on and off: the errors of two projections add
+        up to nearly, not exactly, the error of both.
 
     Raises:
         InputError: no budget, or scores and recipe do not fit together.
@@ -291,7 +248,7 @@ def source_weights(scores: ExpertScores, recipe: Recipe) -> Floats:
 def choose_linears(scores: ExpertScores, recipe: Recipe, menu: Menu, weights: Floats) -> Ints:
     """[M] column of each open linear's width: by what a byte is worth, or the usual width."""
     if recipe.cost != "error" or not len(scores.linears):
-        return _usual_columns(scores)
+        return usual_columns(scores)
     linears = Items(linear_costs(scores, weights), scores.linear_bytes)
     costs = objective(scores, recipe, weights)
     if recipe.bits is not None:
@@ -300,7 +257,7 @@ def choose_linears(scores: ExpertScores, recipe: Recipe, menu: Menu, weights: Fl
     experts = Items(_flat(costs), _flat(np.broadcast_to(menu.nbytes, costs.shape)))
     capacity = expert_budget(scores, recipe, menu) + linear_range(scores, recipe)[0]
     price = price_at([experts, linears], capacity)
-    least = menu.extremes(menu.nbytes, _required(recipe, menu.shape[1]))[0]
+    least = menu.extremes(menu.nbytes, required_columns(recipe, menu.shape[1]))[0]
     while capacity - linears.size(linears.cheapest(price)) < least:
         price *= 2  # `at_least_one` makes experts larger than the price alone does
     return linears.cheapest(price)
@@ -311,49 +268,9 @@ def linear_costs(scores: ExpertScores, weights: Floats) -> Floats:
     return weighed_sum(weights, scores.linear_cost)
 
 
-def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
-    """Smallest and largest stored bytes of all tensors left open but the experts."""
-    if recipe.cost != "error":
-        usual = int(at(scores.linear_bytes, _usual_columns(scores)).sum())
-        return usual, usual
-    offered = np.isfinite(scores.linear_cost).all(axis=0)
-    low = np.where(offered, scores.linear_bytes, 2**62).min(axis=1, initial=2**62)
-    high = np.where(offered, scores.linear_bytes, 0).max(axis=1, initial=0)
-    return int(low.sum()), int(high.sum())
-
-
-def _usual_columns(scores: ExpertScores) -> Ints:
-    """[M] the column of the usual width: unquantized where offered, or else the next to 4 bits."""
-    if not len(scores.linears):
-        return np.zeros(0, dtype=np.int64)
-    offered = np.isfinite(scores.linear_cost).all(axis=0)
-    bits = np.array(scores.linear_bits)
-    distance = np.where(bits == UNQUANTIZED, -1, np.abs(bits - USUAL_LINEAR_BITS))
-    return np.asarray(np.where(offered, distance, UNQUANTIZED).argmin(axis=1))
-
-
 def _flat(table: npt.NDArray[Any], leading: int = 0) -> npt.NDArray[Any]:
     """[..., L, E, P, B] as [..., I, B], `leading` axes kept."""
     return table.reshape(*table.shape[:leading], -1, table.shape[-1])
-
-
-def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
-    """The smallest and the largest allocation that the recipe admits, in each unit of a budget."""
-    menu = Menu.of(scores, recipe)
-    required = _required(recipe, menu.shape[1])
-    low_bits, high_bits = menu.extremes(menu.code_bits, required)
-    low, high = (
-        scores.fixed_bytes + linears + experts
-        for linears, experts in zip(
-            linear_range(scores, recipe), menu.extremes(menu.nbytes, required), strict=True
-        )
-    )
-    weights = scores.fixed_weights + menu.total_weights
-    return BudgetRange(
-        bits=(low_bits / menu.total_weights, high_bits / menu.total_weights),
-        bpw=(low * 8 / weights, high * 8 / weights),
-        size=(scores.file_bytes + low, scores.file_bytes + high),
-    )
 
 
 def pareto(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[float]:
@@ -381,12 +298,14 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
             f"expert_bits offers {missing}, but the scores hold {list(scores.bits)} bits. Offer "
             "only these, or score again."
         )
-    measured = scores.recipe.get("expert_codec", recipe.expert_codec)
-    if recipe.expert_codec != measured:
-        raise InputError(
-            f"The recipe asks for expert_codec '{recipe.expert_codec}', but the scores were "
-            f"measured with '{measured}'. Use that, or score again."
-        )
+    for name in OPEN_FIELDS:
+        measured = scores.recipe.get(name, getattr(recipe, name))
+        measured = tuple(measured) if isinstance(measured, list) else measured
+        if getattr(recipe, name) != measured:
+            raise InputError(
+                f"The recipe asks for {name} {getattr(recipe, name)}, but the scores were measured "
+                f"with {measured}. Use that, or score again."
+            )
     if recipe.group_size != scores.group_size:
         raise InputError(
             f"The recipe asks for group size {recipe.group_size}, but the scores were measured at "
@@ -397,6 +316,7 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
             f"The scores hold {scores.tokens.size} experts and {scores.total_tokens} tokens. "
             "Expected at least one of each: score again."
         )
+    check_linears(scores)
     for name in ("tokens", "routing_weight", "squared_error", "cost", "residual_energy"):
         values = getattr(scores, name)
         wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
@@ -421,6 +341,23 @@ def expert_errors(scores: ExpertScores, recipe: Recipe) -> Floats:
 def _parts(recipe: Recipe) -> slice:
     """Which of score.PARTS are items."""
     return slice(0, BOTH) if recipe.per_projection else slice(BOTH, BOTH + 1)
+
+
+def check_linears(scores: ExpertScores) -> None:
+    """Raise NumericalError if a linear has no width to take, or a cost that is none."""
+    cost = scores.linear_cost
+    offered = np.isfinite(cost).all(axis=0)
+    no_number = np.isnan(cost).any(axis=0) | (cost < 0).any(axis=0)  # [M, W]
+    no_size = offered & (scores.linear_bytes <= 0)
+    bad = (no_number | no_size).sum(axis=1) > 0
+    wrong = np.flatnonzero(bad | (offered.sum(axis=1) == 0))
+    if len(wrong):
+        row = int(wrong[0])
+        raise NumericalError(
+            f"The costs of {scores.linears[row]} are {cost[:, row].tolist()} at "
+            f"{scores.linear_bytes[row].tolist()} bytes, expected numbers of at least 0 (infinite "
+            "where a width is not offered). Check the model's weights for NaN and score again."
+        )
 
 
 def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
@@ -458,49 +395,6 @@ def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = Non
     return np.asarray(costs)
 
 
-def expert_budget(
-    scores: ExpertScores, recipe: Recipe, menu: Menu, linear_bytes: int | None = None
-) -> int:
-    """What routed experts may use: code bits under a budget of `bits`, bytes under the others.
-
-    Args:
-        linear_bytes: stored bytes of the linears left open; None: as few as possible.
-
-    Raises:
-        InputError: no budget is set.
-        BudgetError: it is below the smallest possible.
-    """
-    possible = budget_range(scores, recipe)._asdict()
-    unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
-    if unit is None:
-        raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
-    low, high = possible[unit]
-    asked: float = getattr(recipe, unit)
-    if asked > high:
-        logger.warning(
-            "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
-        )
-    budget: float = min(asked, high)
-    if unit == "bits":
-        capacity = math.floor(budget * menu.total_weights * (1 + ROUNDING))
-    elif unit == "bpw":
-        weights = scores.fixed_weights + menu.total_weights
-        capacity = math.floor(budget * weights / 8 * (1 + ROUNDING)) - scores.fixed_bytes
-    else:
-        capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
-    if unit != "bits":
-        least = linear_range(scores, recipe)[0]
-        capacity -= least if linear_bytes is None else linear_bytes
-    sizes = menu.code_bits if unit == "bits" else menu.nbytes
-    if capacity < menu.extremes(sizes, _required(recipe, menu.shape[1]))[0]:
-        raise BudgetError(
-            f"{unit} {asked} is impossible: with expert_bits {list(recipe.expert_bits)} and group "
-            f"size {scores.group_size} the smallest is {_up(low)} and the largest {_down(high)}. "
-            "Raise the budget, or offer smaller widths."
-        )
-    return capacity
-
-
 def uniform(recipe: Recipe, menu: Menu, sizes: Ints, capacity: int) -> Ints:
     """Every expert at the largest width that fits. [L, E, P] columns of the menu.
 
@@ -529,7 +423,7 @@ def choose(recipe: Recipe, costs: Floats, sizes: Ints, capacity: int) -> Ints:
         [L, E, P] the chosen columns.
     """
     count, experts, items, widths = costs.shape
-    required = _required(recipe, experts)
+    required = required_columns(recipe, experts)
     rng = np.random.default_rng(recipe.seed)
     parts = [costs] if recipe.scope == "model" else np.split(costs, count)
     choices = []
@@ -549,27 +443,5 @@ def choose(recipe: Recipe, costs: Floats, sizes: Ints, capacity: int) -> Ints:
     return np.concatenate(choices).reshape(count, experts, items)
 
 
-def _required(recipe: Recipe, experts: int) -> tuple[int, ...]:
-    """Columns of the widths that every layer must use; none where all experts are to be alike."""
-    required = tuple(recipe.expert_bits.index(b) for b in sorted(set(recipe.at_least_one)))
-    if recipe.cost == "uniform":
-        return ()
-    if len(required) > experts:
-        raise InputError(
-            f"at_least_one asks for {len(required)} widths in every layer, but a layer has "
-            f"{experts} experts. Ask for fewer."
-        )
-    return required
-
-
 def _digits(bits: npt.NDArray[np.int8]) -> str:
     return "".join(str(b) for b in bits.tolist())
-
-
-def _up(number: float) -> str:
-    """Rounded so that the number named is itself possible."""
-    return str(number) if isinstance(number, int) else f"{math.ceil(number * 1e4) / 1e4:.4f}"
-
-
-def _down(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{math.floor(number * 1e4) / 1e4:.4f}"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ROLES: tuple[tuple[str, str | None], ...] = (
     (r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", None),  # few bytes, and they choose experts
     (r"norm\.", None),  # small networks inside a norm
+    (r"(^|\.)indexer(\.|$)", None),  # chooses what attention sees: no gradient says what it costs
+    (r"(^|\.)dt_proj(\.|$)", None),  # Mamba reads its weight without calling it
     (r"shared_(expert|experts|mlp)(\.|$)", "shared_expert"),
     (r"(^|\.)(mlp|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
     (r"", "attention"),  # every other linear mixes tokens: attention, linear attention, Mamba

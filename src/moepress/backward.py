@@ -149,11 +149,11 @@ class BackwardWalk:
                 assert output is not None  # replaced only where there are experts
                 y = output[tokens].to(h, copy=True).requires_grad_(to_experts)
                 seen.extend((y, h, w))
-                return y
+                return y * 1  # the layer may change it in place, a leaf may not be
 
             x = walk.states[batch].to(walk.source.device).requires_grad_(not to_experts)
-            with torch.enable_grad(), replaced_forward(experts, give):
-                out = walk.run(layer, number, x)
+            with torch.enable_grad(), replaced_forward(experts, give), differentiating(layer):
+                out = walk.run(layer, number, x * 1)
             y, h, w = seen or (None, None, None)
             yield _Run(tokens, x, out, self.gradient[batch].to(out), y, h, w)
 
@@ -166,19 +166,45 @@ def _gradients(
     Raises:
         MoepressError: the layer's code cannot be differentiated, or gives NaN or infinity.
     """
-    try:
+    with differentiating(layer):
         found = torch.autograd.grad(ends, starts, given)
-    except RuntimeError as error:
-        raise MoepressError(
-            f"Layer {layer} cannot be differentiated ({error}). Use the recipe 'fast', or set "
-            "sensitivity to 'none': costs are then weighed without gradients."
-        ) from error
     if not all(torch.isfinite(f).all() for f in found):
         raise MoepressError(
             f"The gradient of layer {layer} is NaN or infinite on the calibration text. A float16 "
             "model may overflow: try a bfloat16 one, or set sensitivity to 'none'."
         )
     return found
+
+
+@contextmanager
+def differentiating(layer: int) -> Iterator[None]:
+    """Within the block, PyTorch's errors say which layer they are of, and what to do.
+
+    Raises:
+        MoepressError: the layer's code cannot be differentiated.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise MoepressError(
+            f"Layer {layer} cannot be differentiated ({error}). Use the recipe 'fast', or set "
+            "sensitivity to 'none': costs are then weighed without gradients."
+        ) from error
+
+
+@contextmanager
+def outputs_as_leaves(module: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
+    """Within the block, what a module gives starts a new graph; its outputs are put in `leaves`."""
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1] * 1
+
+    handle = module.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

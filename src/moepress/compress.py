@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moepress.allocate import Menu, allocate, expert_budget
+from moepress.allocate import allocate
+from moepress.budget import Menu, expert_budget
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
 from moepress.checkpoint import SCORES
 from moepress.errors import InputError

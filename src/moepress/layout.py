@@ -171,7 +171,10 @@ def linear_specs(
     """Packed tensors that are not routed experts, by parameter name.
 
     Args:
-        chosen: widths of tensors of `free_widths`; those that it does not name are left out.
+        chosen: widths of all tensors of `free_widths`; None: they are left out.
+
+    Raises:
+        InputError: `chosen` lacks one.
     """
     widths = {
         name: fixed_bits(source, layer, name, recipe)
@@ -187,7 +190,18 @@ def linear_specs(
                 f"rows of {source.shape(name)[1]}, expected a plain linear or embedding of rows of "
                 f"a multiple of 32. Set {roles[0]}_bits to {UNQUANTIZED}."
             )
-    widths |= dict(chosen or {})
+    open_ones = {name for name, bits in widths.items() if bits is None}
+    if chosen is not None:
+        widths |= {name: bits for name, bits in chosen.items() if name in open_ones}
+        if lacking := sorted(
+            name
+            for name in open_ones - chosen.keys()
+            if name not in ends(source) or _is_plain(source, name)
+        ):
+            raise InputError(
+                f"The plan has no width for {len(lacking)} tensors that its recipe leaves open, "
+                f"the first {lacking[0]}. Make it again with `moepress allocate`."
+            )
     return {
         name: _spec(source, recipe, name, bits)
         for name, bits in widths.items()

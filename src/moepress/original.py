@@ -74,7 +74,10 @@ def corrected_linears(
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         walk.run_only(layer, after=twin)
     wanted = {}
-    for name, (drift, hessian) in gathered.items():
+    while gathered:  # each is let go when it has served its last linear
+        name, (drift, hessian) = gathered.popitem()
+        shared = any(other is hessian for _, other in gathered.values())
+        used = hessian.copy() if shared else hessian
         weight = modules[name].weight.detach()
-        wanted[name] = drift.corrected(weight, hessian.copy(), recipe.damping, recipe.correction)
+        wanted[name] = drift.corrected(weight, used, recipe.damping, recipe.correction)
     return wanted

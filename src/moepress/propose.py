@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 import torch
 
-from moepress.allocate import BitAllocation, allocate, budget_range, frontier
+from moepress.allocate import BitAllocation, allocate, frontier
+from moepress.budget import budget_range
 from moepress.calibrate import TEXT, identity, kept_ids
 from moepress.compress import measure_and_store, stored_scores
 from moepress.errors import BudgetError

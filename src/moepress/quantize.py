@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.allocate import BitAllocation
-from moepress.calibrate import calibration_ids, drop_seed, identity
+from moepress.calibrate import TEXT, drop_seed, identity, keep_ids, kept_ids
 from moepress.checkpoint import (
     DROP_COSTS,
     PLAN,
@@ -74,13 +74,14 @@ def quantize(
     out = Path(out)
     source = source if isinstance(source, Source) else Source(source, device)
     check_plan(source, plan)
-    ids = calibration_ids(source, plan.recipe) if ids is None else ids
+    ids = kept_ids(out / WORK / TEXT, source, plan.recipe) if ids is None else ids
     work = identity(source, plan.recipe, ids) | {
         "full_recipe": plan.recipe.digest(),
         "plan": plan.digest(),
     }
     if claim(out, work):
         return out
+    keep_ids(out / WORK / TEXT, ids)
     journal = Journal(out / WORK / "quantize", work, lambda layer: out / shard_name(layer))
     layers = range(len(source.layers))
     todo = [layer for layer in layers if not journal.done(layer)]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moepress.allocate import BitAllocation, budget_range, frontier, objective, source_weights
+from moepress.allocate import BitAllocation, frontier, objective, source_weights
+from moepress.budget import budget_range
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.parts import PartBytes

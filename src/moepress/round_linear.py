@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from moepress.codec import Codec
+from moepress.errors import MoepressError
 from moepress.kernels.trellis import rotate
 from moepress.quantizers import (
     Factor,
@@ -31,12 +32,20 @@ def linear_factors(
 
     Inputs are rotated if the recipe's linears are trellis codes. Linears with the same inputs
     (q, k and v) share one Hessian.
+
+    Raises:
+        MoepressError: a linear is not called.
     """
     if not modules:
         return {}
     prepare = rotate if recipe.linear_codec == "trellis" else (lambda x: x)
     with hessians_of(modules, prepare) as hessians:
         walk.run_only(layer)
+    if silent := sorted(modules.keys() - hessians.keys()):
+        raise MoepressError(
+            f"{silent[0]} is a linear that its layer never calls, so how to round it is unknown. "
+            "Say so in architectures.ROLES (docs/add-a-family.md), with None."
+        )
     factors: dict[int, Factor] = {}
     for hessian in hessians.values():
         if id(hessian) not in factors:

@@ -50,7 +50,7 @@ from moepress.layout import (
     stored_bytes,
 )
 from moepress.progress import Progress
-from moepress.recipe import ALLOCATION_FIELDS, END_BITS, Recipe
+from moepress.recipe import ALLOCATION_FIELDS, END_BITS, USUAL_LINEAR_BITS, Recipe
 from moepress.round_expert import round_down, round_gate_up
 from moepress.round_linear import linear_factors, output_cost, round_linear
 from moepress.score_ends import score_ends
@@ -64,6 +64,9 @@ EXPERT_ARRAYS = (
     "tokens", "routing_weight", "squared_error", "cost", "output_energy", "residual_energy",
 )  # fmt: skip
 ARRAYS = (*EXPERT_ARRAYS, "linear_bytes", "linear_cost")
+TUPLES = (
+    "layers", "bits", "linears", "source_tokens", "linear_bits", "gate_up_shape", "down_shape",
+)  # fmt: skip
 KIND = "moepress scores"
 Floats = npt.NDArray[np.float64]
 PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
@@ -140,18 +143,14 @@ class ExpertScores:
         rest = json.loads(read_about(path) or "{}")
         if rest.pop("kind", None) != KIND:
             raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
-        for name in (
-            "layers",
-            "bits",
-            "linears",
-            "source_tokens",
-            "linear_bits",
-            "gate_up_shape",
-            "down_shape",
-        ):
-            rest[name] = tuple(rest[name])
-        rest.update({name: arrays[name].numpy() for name in ARRAYS})
-        return cls(**rest)
+        try:
+            rest |= {name: tuple(rest[name]) for name in TUPLES}
+            rest |= {name: arrays[name].numpy() for name in ARRAYS}
+            return cls(**rest)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} holds scores of another version of moepress ({error}). Score again."
+            ) from error
 
 
 def score(
@@ -365,14 +364,30 @@ def score_linears(
         len(modules), len(recipe.calib), len(recipe.linear_bits), dtype=torch.float64
     )
     for row, (name, module) in enumerate(modules.items()):
+        known = sensitivity.get(name, torch.zeros(0)).double()
+        if len(known) != len(origin) or not known.sum() > 0:
+            costs[row] = usual_width_only(name, recipe)
+            continue
         weight = source.current(name)
-        known = sensitivity[name].double()
         parts = torch.bincount(origin, known, minlength=len(recipe.calib)) / len(origin)
         for column, bits in enumerate(recipe.linear_bits):
             codec = linear_codec(bits, module.in_features, recipe)
             matrix = round_linear(weight, codec, factors[name], recipe, recipe.measure)
             rounded = matrix.dequantize(weight.dtype)
             costs[row, :, column] = parts * output_cost(weight, rounded, factors[name], recipe)
+    return costs
+
+
+def usual_width_only(name: str, recipe: Recipe) -> Tensor:
+    """Costs [W] float64 of a linear that the loss says nothing about: unknown is not harmless."""
+    distance = [abs(bits - USUAL_LINEAR_BITS) for bits in recipe.linear_bits]
+    usual = distance.index(min(distance))
+    logger.warning(
+        "no gradient of the loss reaches every token of %s: its width is not chosen, it gets %d",
+        name, recipe.linear_bits[usual],
+    )  # fmt: skip
+    costs = torch.full((len(recipe.linear_bits),), torch.inf, dtype=torch.float64)
+    costs[usual] = 0
     return costs
 
 

@@ -14,11 +14,12 @@ averaged over some of the tokens. Both are rounded to nearest, on a grid that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from moepress.backward import outputs_as_leaves
 from moepress.layout import codec_for, free_ends
 from moepress.quantizers import quantize_matrix
 from moepress.recipe import END_BITS, UNQUANTIZED, Recipe
@@ -26,6 +27,7 @@ from moepress.sensitivity import EMBEDDING
 from moepress.walk import Walk
 
 HEAD_TOKENS = 4096  # on which an error of the logits is weighed
+ROWS_AT_ONCE = 8192  # of the vocabulary
 TOKENS_AT_ONCE = 256  # logits of a large vocabulary are the largest thing there is
 
 
@@ -45,50 +47,61 @@ def score_ends(
     costs = torch.zeros(len(ends), sources, len(END_BITS), dtype=torch.float64)
     for row, (name, roles) in enumerate(ends.items()):
         weight = walk.source.tensor(name)
-        widths = [bits for bits in END_BITS if bits != UNQUANTIZED]
-        codecs = [codec_for(bits, weight.shape[1], recipe.group_size) for bits in widths]
-        errors = [quantize_matrix("rtn", weight, c).dequantize() - weight.float() for c in codecs]
-        if "embedding" in roles:
-            s = sensitivity[EMBEDDING].double()
-            for column, error in enumerate(errors):
-                of_token = error.square().sum(1).double().cpu()[walk.ids.flatten()]
-                costs[row, :, column] += torch.bincount(origin, s * of_token, minlength=sources)
-        if "head" in roles:
-            costs[row, :, : len(errors)] += head_costs(walk, errors, origin, sources)
+        for column, bits in enumerate(END_BITS):
+            if bits == UNQUANTIZED:
+                continue
+            codec = codec_for(bits, weight.shape[1], recipe.group_size)
+            error = quantize_matrix("rtn", weight, codec).dequantize().sub_(weight)  # [V, H]
+            if "embedding" in roles:
+                s = sensitivity[EMBEDDING].double()
+                costs[row, :, column] += embedding_costs(error, s, walk.ids, origin, sources)
+            if "head" in roles:
+                costs[row, :, column] += head_costs(walk, error, origin, sources)
     return costs
 
 
-def head_costs(walk: Walk, errors: Sequence[Tensor], origin: Tensor, sources: int) -> Tensor:
-    """[D, W] float64: each source's part of the mean over tokens of 1/2 Var_p(e).
+def embedding_costs(error: Tensor, s: Tensor, ids: Tensor, origin: Tensor, sources: int) -> Tensor:
+    """[D] float64: sum over each source's tokens of s_t times the squared error of their rows."""
+    starts = range(0, len(error), ROWS_AT_ONCE)
+    rows = torch.cat([error[i : i + ROWS_AT_ONCE].square().sum(1) for i in starts])
+    return torch.bincount(origin, s * rows.double().cpu()[ids.flatten()], minlength=sources)
+
+
+@torch.inference_mode(False)  # the head's outputs are differentiated through what follows them
+def head_costs(walk: Walk, error: Tensor, origin: Tensor, sources: int) -> Tensor:
+    """[D] float64: each source's part of the mean over tokens of 1/2 Var_p(e).
+
+    Some families scale or bound what the head gives: e is the error of the head's output times the
+    derivative of the logits there.
 
     Args:
-        errors: [V, H] of the head's weight, at each width.
+        error: [V, H] float32 of the head's weight.
     """
     sequences, length = walk.ids.shape
     step = max(1, sequences * length // HEAD_TOKENS)
-    total = torch.zeros(sources, len(errors), dtype=torch.float64)
-    seen = torch.zeros(sources, dtype=torch.float64)
+    total, seen = (torch.zeros(sources, dtype=torch.float64) for _ in range(2))
     head = walk.source.model.get_output_embeddings()
     inputs: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     try:
         with walk.source.loaded(None):
             for number in range(0, sequences, step):
                 part = slice(number, number + 1)
-                logits = walk.head(part, walk.states[part].to(walk.source.device))[0]
-                x = inputs.pop()[0].float()
+                leaves: list[Tensor] = []
+                with torch.enable_grad(), outputs_as_leaves(head, leaves):
+                    logits = walk.head(part, walk.states[part].to(walk.source.device))
+                (slope,) = torch.autograd.grad(logits.sum(), leaves)
+                logits, slope, x = logits.detach()[0], slope[0], inputs.pop()[0].float()
                 d = origin[number * length]
                 seen[d] += length
                 for start in range(0, length, TOKENS_AT_ONCE):
                     rows = slice(start, start + TOKENS_AT_ONCE)
                     p = logits[rows].float().softmax(-1)
-                    for column, error in enumerate(errors):
-                        e = x[rows] @ error.T
-                        variance = (p * e.square()).sum(-1) - (p * e).sum(-1).square()
-                        total[d, column] += variance.double().sum().cpu() / 2
+                    e = (x[rows] @ error.T).mul_(slope[rows])
+                    variance = (p * e.square()).sum(-1) - (p * e).sum(-1).square()
+                    total[d] += variance.double().sum().cpu() / 2
     finally:
         handle.remove()
     share = torch.bincount(origin, minlength=sources).double() / len(origin)
-    mean = total.sum(0) / seen.sum()  # where a source has no token in the sample
-    of_source = torch.where(seen[:, None] > 0, total / seen[:, None].clamp(min=1), mean)
-    return share[:, None] * of_source
+    mean = total.sum() / seen.sum()  # where a source has no token in the sample
+    return share * torch.where(seen > 0, total / seen.clamp(min=1), mean)

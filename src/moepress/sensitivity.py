@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepress.backward import BackwardWalk
+from moepress.backward import BackwardWalk, outputs_as_leaves
 from moepress.checkpoint import load_tensors, save_tensors
 from moepress.errors import CheckpointError
 from moepress.journal import check_identity
@@ -37,7 +37,7 @@ from moepress.layout import packable
 from moepress.progress import Progress
 from moepress.recipe import Recipe
 from moepress.source import Source
-from moepress.walk import Walk, empty
+from moepress.walk import Walk, empty, record_calls
 
 SENSITIVITY = "sensitivity"  # folder of it, in the one of unfinished scores
 EXPERTS = "experts"  # key of the routed experts' output beside the names of linears
@@ -60,7 +60,12 @@ def sensitivity_of(source: Source, recipe: Recipe, ids: Tensor, folder: Path) ->
     if recipe.sensitivity == "none":
         return None
     text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-    made_of = {"model": source.fingerprint, "text": text, "seed": str(recipe.seed)}
+    made_of = {
+        "model": source.fingerprint,
+        "text": text,
+        "seed": str(recipe.seed),
+        "computed with": str(source.compute_dtype),
+    }
     return measure_sensitivity(source, ids, folder, made_of, recipe.seed)
 
 
@@ -85,10 +90,11 @@ def measure_sensitivity(
     count = len(source.layers)
     check_identity(folder / "identity.json", identity)
     todo = [layer for layer in range(count) if not _result(folder, layer).is_file()]
+    _clear_behind(folder, todo[-1] if todo else -1, count)
     if not todo:
         return Sensitivity(folder)
     walk = Walk(source, ids)
-    check_space(folder, walk, count)
+    check_space(folder, walk, todo[-1])
     with Progress("sensitivity", total=count + len(todo)) as progress:
         if not _gradient(folder, todo[-1] + 1).is_file():
             _forward(walk, folder, progress)
@@ -97,15 +103,31 @@ def measure_sensitivity(
     return Sensitivity(folder)
 
 
-def check_space(folder: Path, walk: Walk, count: int) -> None:
-    """Raise CheckpointError before the work if the disk cannot hold the states of all layers."""
-    kept = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    need = (count + 2) * walk.states.nbytes - kept
+def _clear_behind(folder: Path, last: int, count: int) -> None:
+    """Delete what only layers after `last` needed: a run may have died before it did."""
+    for layer in range(last + 2, count + 1):
+        _states(folder, layer).unlink(missing_ok=True)
+        _gradient(folder, layer).unlink(missing_ok=True)
+    if last < 0:
+        for path in (_states(folder, 0), _gradient(folder, 0)):
+            path.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, walk: Walk, last: int) -> None:
+    """Raise CheckpointError before the work if the disk cannot hold the states that it keeps.
+
+    Args:
+        last: the last layer that the backward walk has not finished.
+    """
+    missing = 1  # the gradient before a layer is written while that behind it is there
+    if not _gradient(folder, last + 1).is_file():
+        missing += 1 + sum(not _states(folder, layer).is_file() for layer in range(last + 2))
+    need = missing * walk.states.nbytes
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(
-            f"No space left for {folder}: the states of {count} layers, kept for the backward "
-            f"walk, need about {need:,} bytes more, {free:,} are free. Free some and run the same "
+            f"No space left for {folder}: the states of all layers, kept for the backward walk, "
+            f"need about {need:,} bytes more, {free:,} are free. Free some and run the same "
             "command again, give fewer --sequences, or use the recipe 'fast'."
         )
 
@@ -157,7 +179,9 @@ def head_gradient(walk: Walk, seed: int) -> Tensor:
 def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> None:
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
-    walk_back = BackwardWalk(walk, load_tensors(_gradient(folder, first + 1))["gradient"])
+    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    gradient.copy_(load_tensors(_gradient(folder, first + 1))["gradient"])
+    walk_back = BackwardWalk(walk, gradient)
     for layer in reversed(todo):
         progress.update(layer=layer, note="backward")
         walk.states.copy_(load_tensors(_states(folder, layer))["states"])
@@ -171,8 +195,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
         if at_experts is not None:
             result[EXPERTS] = at_experts / (2 * tokens * source.hidden)
         if layer == 0:
-            at_embedding = walk_back.gradient.float().square().sum(-1).flatten()
-            result[EMBEDDING] = at_embedding / (2 * tokens * source.hidden)
+            result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
         else:
             save_tensors(_gradient(folder, layer), {"gradient": walk_back.gradient})
         save_tensors(_result(folder, layer), result)
@@ -180,6 +203,27 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
         _states(folder, layer + 1).unlink(missing_ok=True)
         progress.advance()
     _states(folder, 0).unlink(missing_ok=True)
+
+
+def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
+    """Squared norms [T] float32 of the gradient at the embedding's own output.
+
+    Some families scale that, or add to it, before the first layer.
+
+    Args:
+        gradient: [S, L, H] at the first layer's input.
+    """
+    source = walk.source
+    norms = []
+    with source.loaded(None), torch.enable_grad():
+        for batch in walk.batches:
+            leaves: list[Tensor] = []
+            embedding = source.model.get_input_embeddings()
+            with outputs_as_leaves(embedding, leaves):
+                hidden = record_calls(source, walk.ids[batch])[0].hidden
+            (found,) = torch.autograd.grad(hidden, leaves, gradient[batch].to(hidden))
+            norms.append(found.float().square().sum(-1).flatten().cpu())
+    return torch.cat(norms)
 
 
 def _states(folder: Path, layer: int) -> Path:

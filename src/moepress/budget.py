@@ -1,0 +1,186 @@
+"""What a budget is, and what fits into it: sizes of every choice, in code bits and in stored bytes.
+
+Three units say the same: average code bits of the routed experts (the paper's k), stored bits per
+weight of the whole model, bytes of the folder. The first counts the experts alone; under the others
+all tensors compete.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from moepress.errors import BudgetError, InputError
+from moepress.knapsack import ROUNDING, Ints, at
+from moepress.layout import codec_for
+from moepress.recipe import UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
+
+if TYPE_CHECKING:
+    from moepress.score import ExpertScores
+
+logger = logging.getLogger(__name__)
+
+
+class BudgetRange(NamedTuple):
+    """Smallest and largest budget that makes a difference, in each unit."""
+
+    bits: tuple[float, float]  # average code bits of the routed experts
+    bpw: tuple[float, float]  # stored bits per weight of the whole model
+    size: tuple[int, int]  # bytes of the folder
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What may be chosen. P items per expert: its projections, or the expert as one item.
+
+    B widths, in rising order of bits and bytes.
+    """
+
+    shape: tuple[int, int, int]  # L, E, P
+    widths: tuple[int, ...]  # [B]
+    weights: Ints  # [P] weights of an item
+    code_bits: Ints  # [P, B]
+    nbytes: Ints  # [P, B] stored, side data and padding included
+
+    @classmethod
+    def of(cls, scores: ExpertScores, recipe: Recipe) -> Menu:
+        matrices = (scores.gate_up_shape, scores.down_shape)
+        weights = np.array([rows * cols for rows, cols in matrices])
+        nbytes = np.array(
+            [
+                [
+                    codec_for(b, cols, scores.group_size, recipe.expert_codec).nbytes(rows, cols)
+                    for b in recipe.expert_bits
+                ]
+                for rows, cols in matrices
+            ]
+        )
+        if not recipe.per_projection:
+            weights, nbytes = weights.sum(keepdims=True), nbytes.sum(axis=0, keepdims=True)
+        code_bits = weights[:, None] * np.array(recipe.expert_bits)
+        count, experts = scores.tokens.shape
+        shape = (count, experts, len(weights))
+        return cls(shape, recipe.expert_bits, weights, code_bits, nbytes)
+
+    @property
+    def total_weights(self) -> int:
+        """Weights of all routed experts."""
+        return int(self.shape[0] * self.shape[1] * self.weights.sum())
+
+    def extremes(self, sizes: Ints, required: Sequence[int]) -> tuple[int, int]:
+        """Smallest and largest sum of `sizes` [P, B], with each column of `required` in use."""
+        count, experts, _ = self.shape
+        held = sizes[:, list(required)].sum()
+        free = experts - len(required)
+        low, high = (int(count * (held + free * sizes[:, b].sum())) for b in (0, -1))
+        return low, high
+
+
+def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
+    """The smallest and the largest allocation that the recipe admits, in each unit of a budget."""
+    menu = Menu.of(scores, recipe)
+    required = required_columns(recipe, menu.shape[1])
+    low_bits, high_bits = menu.extremes(menu.code_bits, required)
+    low, high = (
+        scores.fixed_bytes + linears + experts
+        for linears, experts in zip(
+            linear_range(scores, recipe), menu.extremes(menu.nbytes, required), strict=True
+        )
+    )
+    weights = scores.fixed_weights + menu.total_weights
+    return BudgetRange(
+        bits=(low_bits / menu.total_weights, high_bits / menu.total_weights),
+        bpw=(low * 8 / weights, high * 8 / weights),
+        size=(scores.file_bytes + low, scores.file_bytes + high),
+    )
+
+
+def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
+    """Smallest and largest stored bytes of all tensors left open but the experts."""
+    if recipe.cost != "error":
+        usual = int(at(scores.linear_bytes, usual_columns(scores)).sum())
+        return usual, usual
+    offered = np.isfinite(scores.linear_cost).all(axis=0)
+    low = np.where(offered, scores.linear_bytes, 2**62).min(axis=1, initial=2**62)
+    high = np.where(offered, scores.linear_bytes, 0).max(axis=1, initial=0)
+    return int(low.sum()), int(high.sum())
+
+
+def usual_columns(scores: ExpertScores) -> Ints:
+    """[M] the column of the usual width: unquantized where offered, or else the next to 4 bits."""
+    if not len(scores.linears):
+        return np.zeros(0, dtype=np.int64)
+    offered = np.isfinite(scores.linear_cost).all(axis=0)
+    bits = np.array(scores.linear_bits)
+    distance = np.where(bits == UNQUANTIZED, -1, np.abs(bits - USUAL_LINEAR_BITS))
+    return np.asarray(np.where(offered, distance, UNQUANTIZED).argmin(axis=1))
+
+
+def expert_budget(
+    scores: ExpertScores, recipe: Recipe, menu: Menu, linear_bytes: int | None = None
+) -> int:
+    """What routed experts may use: code bits under a budget of `bits`, bytes under the others.
+
+    Args:
+        linear_bytes: stored bytes of the linears left open; None: as few as possible.
+
+    Raises:
+        InputError: no budget is set.
+        BudgetError: it is below the smallest possible.
+    """
+    possible = budget_range(scores, recipe)._asdict()
+    unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
+    if unit is None:
+        raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
+    low, high = possible[unit]
+    asked: float = getattr(recipe, unit)
+    if asked > high:
+        logger.warning(
+            "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
+        )
+    budget: float = min(asked, high)
+    if unit == "bits":
+        capacity = math.floor(budget * menu.total_weights * (1 + ROUNDING))
+    elif unit == "bpw":
+        weights = scores.fixed_weights + menu.total_weights
+        capacity = math.floor(budget * weights / 8 * (1 + ROUNDING)) - scores.fixed_bytes
+    else:
+        capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
+    if unit != "bits":
+        least = linear_range(scores, recipe)[0]
+        capacity -= least if linear_bytes is None else linear_bytes
+    sizes = menu.code_bits if unit == "bits" else menu.nbytes
+    if capacity < menu.extremes(sizes, required_columns(recipe, menu.shape[1]))[0]:
+        raise BudgetError(
+            f"{unit} {asked} is impossible: with expert_bits {list(recipe.expert_bits)} and group "
+            f"size {scores.group_size} the smallest is {_up(low)} and the largest {_down(high)}. "
+            "Raise the budget, or offer smaller widths."
+        )
+    return capacity
+
+
+def required_columns(recipe: Recipe, experts: int) -> tuple[int, ...]:
+    """Columns of the widths that every layer must use; none where all experts are to be alike."""
+    required = tuple(recipe.expert_bits.index(b) for b in sorted(set(recipe.at_least_one)))
+    if recipe.cost == "uniform":
+        return ()
+    if len(required) > experts:
+        raise InputError(
+            f"at_least_one asks for {len(required)} widths in every layer, but a layer has "
+            f"{experts} experts. Ask for fewer."
+        )
+    return required
+
+
+def _up(number: float) -> str:
+    """Rounded so that the number named is itself possible."""
+    return str(number) if isinstance(number, int) else f"{math.ceil(number * 1e4) / 1e4:.4f}"
+
+
+def _down(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{math.floor(number * 1e4) / 1e4:.4f}"
