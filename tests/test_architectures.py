@@ -45,6 +45,8 @@ def test_experts_are_found(family: str) -> None:
         ("mlp.gate.router_mlp.fc1", True, None),
         ("mlp.shared_expert_gate", True, None),
         ("input_layernorm.mlp.fc1", False, None),
+        ("self_attn.indexer.wq_b", True, None),
+        ("mamba.dt_proj", False, None),
     ],
 )
 def test_roles(path: str, in_moe_layer: bool, role: str | None) -> None:
