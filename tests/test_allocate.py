@@ -542,6 +542,16 @@ def test_a_budget_above_the_largest_is_lowered(caplog: pytest.LogCaptureFixture)
     assert "bits 7 is above the largest possible, 3.0000" in caplog.text
 
 
+@pytest.mark.parametrize("budget", [{"bits": 7}, {"bpw": 99}, {"size": 10**9}])
+def test_a_budget_above_the_largest_is_told_once(
+    budget: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        plan = allocate(with_linears(), scalar(**budget))
+    assert (plan.bits == 3).all() and set(plan.linear_bits.values()) == {8}
+    assert caplog.text.count("above the largest possible") == 1
+
+
 def test_no_budget() -> None:
     with pytest.raises(InputError, match="No budget"):
         allocate(make_scores(), scalar())

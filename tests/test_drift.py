@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moepress import walk as walk_module
-from moepress.original import corrected_linears, pass_layer
+from moepress.original import corrected_linears
 from moepress.quantizers import Drift, Hessian
 from moepress.round_expert import round_down, round_gate_up
 from moepress.source import Source
@@ -138,8 +138,8 @@ def test_a_twin_goes_its_own_way(model_folder: Folder) -> None:
         routed = alone.route(0)
         alone.advance(0, alone.experts_output(0, routed))
         walk.states += 1
-        hidden = pass_layer(twin, 0)
-    assert hidden is not None and torch.equal(hidden, routed.hidden)
+        passed = twin.pass_layer(0)
+    assert passed is not None and torch.equal(passed.hidden, routed.hidden)
     assert torch.equal(twin.states, alone.states)
 
 

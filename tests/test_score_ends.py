@@ -15,7 +15,7 @@ from moepress.calibrate import calibration_ids
 from moepress.checkpoint import packed_specs
 from moepress.codec import Codec
 from moepress.compress import compress
-from moepress.layout import ends, free_widths, stored_bytes
+from moepress.layout import free_widths, stored_bytes
 from moepress.quantizers import quantize_matrix
 from moepress.recipe import END_BITS
 from moepress.score import ExpertScores, score
@@ -45,7 +45,7 @@ def test_costs_of_the_ends(
     source = Source(folder)
     recipe = small_recipe(text_file, "default", measure="rtn", expert_bits=(2,))
     found = costs_of_ends(score(source, recipe, work=tmp_path))
-    assert found.keys() == ends(source).keys() and len(found) == (1 if family == "qwen2_moe" else 2)
+    assert found.keys() == source.ends.keys() and len(found) == (1 if family == "qwen2_moe" else 2)
     ids = calibration_ids(source, recipe)
     s = Sensitivity(tmp_path / SENSITIVITY).layer(0)[EMBEDDING]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -59,7 +59,7 @@ def test_costs_of_the_ends(
         return (states[0].double() @ head.double().T / scaling).log_softmax(-1)
 
     exact = predictions(model.get_output_embeddings().weight.detach())
-    for name, roles in ends(source).items():
+    for name, roles in source.ends.items():
         weight = source.tensor(name)
         for column, bits in enumerate((4, 8)):
             rounded = quantize_matrix("rtn", weight, Codec(bits, 32)).dequantize()
@@ -86,13 +86,13 @@ def test_ends_are_rounded_when_bytes_are_dear(
     sizes = []
     for bits in (1.1, 2.0, 3.9):
         plan = allocate(scores, recipe.with_changes(bits=bits))
-        widths = {name: plan.linear_bits[name] for name in ends(source)}
+        widths = {name: plan.linear_bits[name] for name in source.ends}
         sizes.append(sum(stored_bytes(source, recipe, n, b) for n, b in widths.items()))
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     out = compress(source.folder, tmp_path / "out", recipe.with_changes(bits=1.1))
     specs = packed_specs(out)
     plan = allocate(scores, recipe.with_changes(bits=1.1))
-    for name in ends(source):
+    for name in source.ends:
         assert (name in specs) == (plan.linear_bits[name] != 16)
         assert name not in specs or specs[name].bits == (plan.linear_bits[name],)
     AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None])
@@ -101,6 +101,6 @@ def test_ends_are_rounded_when_bytes_are_dear(
 def test_ends_that_the_recipe_fixes_are_not_offered(model_folder: Folder, text_file: Path) -> None:
     source = Source(model_folder())
     recipe = small_recipe(text_file, "default", head_bits=16, embedding_bits=8)
-    assert not free_widths(source, recipe).keys() & ends(source).keys()
+    assert not free_widths(source, recipe).keys() & source.ends.keys()
     only = free_widths(source, recipe.with_changes(head_bits=None))
     assert only["lm_head.weight"] == END_BITS

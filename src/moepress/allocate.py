@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,8 +45,6 @@ from moepress.recipe import END_BITS, FAST, Recipe
 
 if TYPE_CHECKING:
     from moepress.score import ExpertScores
-
-logger = logging.getLogger(__name__)
 
 PROJECTIONS = ("gate_up", "down")
 BOTH = 2  # index in score.PARTS of an expert quantized whole
@@ -193,9 +190,11 @@ def allocate(
     weights = source_weights(scores, recipe)
     costs = objective(scores, recipe, weights)
     sizes = menu.code_bits if recipe.bits is not None else menu.nbytes
-    linears = choose_linears(scores, recipe, menu, weights)
+    capacity = expert_budget(scores, recipe, menu)  # with the linears as small as possible
+    linears = choose_linears(scores, recipe, menu, costs, weights, capacity)
     linear_bytes = int(at(scores.linear_bytes, linears).sum())
-    capacity = expert_budget(scores, recipe, menu, linear_bytes)
+    if recipe.bits is None:
+        capacity -= linear_bytes - linear_range(scores, recipe)[0]
     choice = (
         uniform(recipe, menu, sizes, capacity)
         if recipe.cost == "uniform"
@@ -245,17 +244,24 @@ def source_weights(scores: ExpertScores, recipe: Recipe) -> Floats:
     return worst_case_weights(groups, capacity) / shares
 
 
-def choose_linears(scores: ExpertScores, recipe: Recipe, menu: Menu, weights: Floats) -> Ints:
-    """[M] column of each open linear's width: by what a byte is worth, or the usual width."""
+def choose_linears(
+    scores: ExpertScores, recipe: Recipe, menu: Menu, costs: Floats, weights: Floats, capacity: int
+) -> Ints:
+    """[M] column of each open linear's width: by what a byte is worth, or the usual width.
+
+    Args:
+        costs: [L, E, P, B] of the experts.
+        weights: [D] of the sources of text.
+        capacity: of the experts, with the linears as small as possible.
+    """
     if recipe.cost != "error" or not len(scores.linears):
         return usual_columns(scores)
     linears = Items(linear_costs(scores, weights), scores.linear_bytes)
-    costs = objective(scores, recipe, weights)
     if recipe.bits is not None:
         experts = Items(_flat(costs), _flat(np.broadcast_to(menu.code_bits, costs.shape)))
-        return linears.cheapest(8 * price_at([experts], expert_budget(scores, recipe, menu)))
+        return linears.cheapest(8 * price_at([experts], capacity))
     experts = Items(_flat(costs), _flat(np.broadcast_to(menu.nbytes, costs.shape)))
-    capacity = expert_budget(scores, recipe, menu) + linear_range(scores, recipe)[0]
+    capacity += linear_range(scores, recipe)[0]  # of all together
     price = price_at([experts, linears], capacity)
     least = menu.extremes(menu.nbytes, required_columns(recipe, menu.shape[1]))[0]
     while capacity - linears.size(linears.cheapest(price)) < least:

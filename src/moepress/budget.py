@@ -121,13 +121,10 @@ def usual_columns(scores: ExpertScores) -> Ints:
     return np.asarray(np.where(offered, distance, UNQUANTIZED).argmin(axis=1))
 
 
-def expert_budget(
-    scores: ExpertScores, recipe: Recipe, menu: Menu, linear_bytes: int | None = None
-) -> int:
+def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
     """What routed experts may use: code bits under a budget of `bits`, bytes under the others.
 
-    Args:
-        linear_bytes: stored bytes of the linears left open; None: as few as possible.
+    Tensors left open beside them are counted as small as possible.
 
     Raises:
         InputError: no budget is set.
@@ -152,8 +149,7 @@ def expert_budget(
     else:
         capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
     if unit != "bits":
-        least = linear_range(scores, recipe)[0]
-        capacity -= least if linear_bytes is None else linear_bytes
+        capacity -= linear_range(scores, recipe)[0]
     sizes = menu.code_bits if unit == "bits" else menu.nbytes
     if capacity < menu.extremes(sizes, required_columns(recipe, menu.shape[1]))[0]:
         raise BudgetError(

@@ -217,6 +217,11 @@ def whole_model(source: Source) -> object:
     return model.to(source.device)
 
 
+def text_digest(ids: Tensor) -> str:
+    """A short hash of calibration sequences."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+
+
 def identity(source: Source, recipe: Recipe, ids: Tensor) -> dict[str, str]:
     """What scores depend on: model, text, and the fields of the recipe that matter to them."""
     from moepress import __version__
@@ -224,7 +229,7 @@ def identity(source: Source, recipe: Recipe, ids: Tensor) -> dict[str, str]:
     return {
         "model": Path(source.name).name,
         "model_fingerprint": source.fingerprint,
-        "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        "text": text_digest(ids),
         "recipe": recipe.digest(*ALLOCATION_FIELDS),
         "moepress": __version__,
     }

@@ -88,19 +88,6 @@ def linear_codec(bits: int, cols: int, recipe: Recipe) -> Codec:
     return codec_for(bits, cols, recipe.group_size, family)
 
 
-def ends(source: Source) -> dict[str, tuple[str, ...]]:
-    """Parameter names of the embedding and the head, and which of them each is: both, if tied."""
-    model = source.model
-    paths = {id(module): path for path, module in model.named_modules()}
-    embedding, head = (
-        f"{paths[id(module)]}.weight"
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    if head not in source.names(None):  # tied: one tensor, stored once
-        return {embedding: ("embedding", "head")}
-    return {embedding: ("embedding",), head: ("head",)}
-
-
 def fixed_end_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | None:
     """The width that the recipe gives to an end; None: it is chosen with the experts'.
 
@@ -117,13 +104,31 @@ def fixed_end_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int 
     return UNQUANTIZED if bits is None and recipe.sensitivity == "none" else bits
 
 
-def free_ends(source: Source, recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """Those of `ends` whose widths are chosen together with the experts'."""
-    return {
-        name: roles
-        for name, roles in ends(source).items()
-        if fixed_end_bits(source, roles, recipe) is None and _is_plain(source, name)
+def asked_widths(source: Source, recipe: Recipe) -> dict[str, int | None]:
+    """The width that the recipe gives to every tensor but the experts that can be packed, by name.
+
+    None: it is chosen with the experts'.
+
+    Raises:
+        InputError: an end is to be packed that cannot be.
+    """
+    widths = {
+        name: fixed_bits(source, layer, name, recipe)
+        for layer in range(len(source.layers))
+        for name in packable(source, layer)
     }
+    for name, roles in source.ends.items():
+        bits = fixed_end_bits(source, roles, recipe)
+        if _is_plain(source, name):
+            widths[name] = bits
+        elif bits not in (None, UNQUANTIZED):
+            module = source.model.get_submodule(name.removesuffix(".weight"))
+            raise InputError(
+                f"The {roles[0]} of {type(source.model).__name__} is a {type(module).__name__} of "
+                f"rows of {source.shape(name)[1]}, expected a plain linear or embedding of rows of "
+                f"a multiple of 32. Set {roles[0]}_bits to {UNQUANTIZED}."
+            )
+    return widths
 
 
 def _is_plain(source: Source, name: str) -> bool:
@@ -135,13 +140,11 @@ def _is_plain(source: Source, name: str) -> bool:
 
 def free_widths(source: Source, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """The widths offered to every tensor whose width is chosen with the experts', by its name."""
-    linears = {
-        name: recipe.linear_bits
-        for layer in range(len(source.layers))
-        for name in packable(source, layer)
-        if fixed_bits(source, layer, name, recipe) is None
+    return {
+        name: END_BITS if name in source.ends else recipe.linear_bits
+        for name, bits in asked_widths(source, recipe).items()
+        if bits is None
     }
-    return linears | dict.fromkeys(free_ends(source, recipe), END_BITS)
 
 
 def offered_widths(free: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -160,7 +163,7 @@ def stored_bytes(source: Source, recipe: Recipe, name: str, bits: int) -> int:
 def _spec(source: Source, recipe: Recipe, name: str, bits: int) -> PackedSpec:
     """How a linear or an end is packed. Ends are looked up by the row, or large: scalar."""
     cols = source.shape(name)[1]
-    scalar = name in ends(source)
+    scalar = name in source.ends
     codec = codec_for(bits, cols, recipe.group_size) if scalar else linear_codec(bits, cols, recipe)
     return PackedSpec((bits,), codec.group_size, codec.family)
 
@@ -176,32 +179,15 @@ def linear_specs(
     Raises:
         InputError: `chosen` lacks one.
     """
-    widths = {
-        name: fixed_bits(source, layer, name, recipe)
-        for layer in range(len(source.layers))
-        for name in packable(source, layer)
-    }
-    for name, roles in ends(source).items():
-        widths[name] = fixed_end_bits(source, roles, recipe)
-        if widths[name] not in (None, UNQUANTIZED) and not _is_plain(source, name):
-            module = source.model.get_submodule(name.removesuffix(".weight"))
-            raise InputError(
-                f"The {roles[0]} of {type(source.model).__name__} is a {type(module).__name__} of "
-                f"rows of {source.shape(name)[1]}, expected a plain linear or embedding of rows of "
-                f"a multiple of 32. Set {roles[0]}_bits to {UNQUANTIZED}."
-            )
-    open_ones = {name for name, bits in widths.items() if bits is None}
+    widths = asked_widths(source, recipe)
     if chosen is not None:
-        widths |= {name: bits for name, bits in chosen.items() if name in open_ones}
-        if lacking := sorted(
-            name
-            for name in open_ones - chosen.keys()
-            if name not in ends(source) or _is_plain(source, name)
-        ):
+        left_open = {name for name, bits in widths.items() if bits is None}
+        if lacking := sorted(left_open - chosen.keys()):
             raise InputError(
                 f"The plan has no width for {len(lacking)} tensors that its recipe leaves open, "
                 f"the first {lacking[0]}. Make it again with `moepress allocate`."
             )
+        widths |= {name: chosen[name] for name in left_open}
     return {
         name: _spec(source, recipe, name, bits)
         for name, bits in widths.items()

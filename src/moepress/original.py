@@ -16,20 +16,6 @@ from moepress.recipe import Recipe
 from moepress.walk import Walk
 
 
-def pass_layer(twin: Walk, layer: int) -> Tensor | None:
-    """Bring the original states through a layer whose own weights are loaded.
-
-    Returns:
-        [T, H] what reaches the layer's routed experts; None if it has none.
-    """
-    if layer not in twin.source.experts:
-        twin.advance(layer, None)
-        return None
-    routed = twin.route(layer)
-    twin.advance(layer, twin.experts_output(layer, routed))
-    return routed.hidden
-
-
 def corrected_linears(
     walk: Walk, twin: Walk, layer: int, modules: Mapping[str, nn.Linear], recipe: Recipe
 ) -> dict[str, Tensor]:

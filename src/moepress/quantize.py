@@ -35,7 +35,7 @@ from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.layout import codec_for, linear_specs
-from moepress.original import corrected_linears, pass_layer
+from moepress.original import corrected_linears
 from moepress.progress import Progress
 from moepress.quantizers import QuantizedMatrix, TrellisMatrix, needs_hessian, quantize_matrix
 from moepress.recipe import Recipe
@@ -144,7 +144,8 @@ def quantize_layer(
     original = None
     if twin is not None:
         wanted = corrected_linears(walk, twin, layer, linears, plan.recipe)
-        original = pass_layer(twin, layer)
+        passed = twin.pass_layer(layer)
+        original = None if passed is None else passed.hidden
     tensors = quantize_linears(walk, layer, linears, packed, plan.recipe, wanted)
     for name in source.names(prefix):
         if name not in tensors:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moepress.backward import outputs_as_leaves
-from moepress.layout import codec_for, free_ends
+from moepress.layout import codec_for, free_widths
 from moepress.quantizers import quantize_matrix
 from moepress.recipe import END_BITS, UNQUANTIZED, Recipe
 from moepress.sensitivity import EMBEDDING
@@ -43,7 +43,8 @@ def score_ends(
         origin: [T] source of text of each token.
     """
     sources = len(recipe.calib)
-    ends = free_ends(walk.source, recipe)
+    free = free_widths(walk.source, recipe)
+    ends = {name: roles for name, roles in walk.source.ends.items() if name in free}
     costs = torch.zeros(len(ends), sources, len(END_BITS), dtype=torch.float64)
     for row, (name, roles) in enumerate(ends.items()):
         weight = walk.source.tensor(name)

@@ -11,8 +11,8 @@ number for each token and output is all that is kept:
 
     s_t = |g_t|^2 / (2 N width)     N calibration tokens, width of the output
 
-and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weigh errors by s, and Hessians
-weigh tokens by it. (Keeping g itself predicts no better: docs/log.md.)
+and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weigh errors by s. Hessians that
+weigh tokens by it gain nothing, and keeping g itself predicts no better (docs/log.md).
 
 The states before every layer are on disk, the gradient goes back one layer at a time (backward.py).
 A stopped run goes on at the first unfinished layer.
@@ -20,7 +20,6 @@ A stopped run goes on at the first unfinished layer.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from moepress.backward import BackwardWalk, outputs_as_leaves
+from moepress.calibrate import text_digest
 from moepress.checkpoint import load_tensors, save_tensors
 from moepress.errors import CheckpointError
 from moepress.journal import check_identity
@@ -51,7 +51,7 @@ class Sensitivity:
     folder: Path
 
     def layer(self, layer: int) -> Mapping[str, Tensor]:
-        """s [T] float32 of each output of a decoder layer: EXPERTS, and linears by name."""
+        """s [T] float32 of a layer's outputs: EXPERTS, linears by name; in the first EMBEDDING."""
         return load_tensors(_result(self.folder, layer))
 
 
@@ -59,10 +59,9 @@ def sensitivity_of(source: Source, recipe: Recipe, ids: Tensor, folder: Path) ->
     """What the recipe asks for, if anything: measured, or read if it is in `folder` already."""
     if recipe.sensitivity == "none":
         return None
-    text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
     made_of = {
         "model": source.fingerprint,
-        "text": text,
+        "text": text_digest(ids),
         "seed": str(recipe.seed),
         "computed with": str(source.compute_dtype),
     }
@@ -145,10 +144,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
         else:
             walk.states.copy_(load_tensors(_states(folder, layer))["states"])
         with source.loaded(source.layer_path(layer)):
-            output = None
-            if layer in source.experts:
-                output = walk.experts_output(layer, walk.route(layer))
-            walk.advance(layer, output)
+            walk.pass_layer(layer)
         save_tensors(_states(folder, layer + 1), {"states": walk.states})
         progress.advance()
     walk.states.copy_(load_tensors(_states(folder, len(source.layers)))["states"])

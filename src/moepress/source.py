@@ -111,6 +111,17 @@ class Source:
         return self._paths[id(self.layers[index])]
 
     @cached_property
+    def ends(self) -> dict[str, tuple[str, ...]]:
+        """Parameter names of the embedding and the head, and which each is: both, if tied."""
+        embedding, head = (
+            f"{self._paths[id(module)]}.weight"
+            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
+        if head not in self._targets:  # tied: one tensor, stored once
+            return {embedding: ("embedding", "head")}
+        return {embedding: ("embedding",), head: ("head",)}
+
+    @cached_property
     def _paths(self) -> dict[int, str]:
         return {id(module): path for path, module in self.model.named_modules()}
 

@@ -181,15 +181,25 @@ class Walk:
                     also(module, weights, expert)
         return output
 
+    def pass_layer(self, layer: int) -> Routed | None:
+        """Bring the states through a loaded layer of the original model.
+
+        Returns:
+            What reached its routed experts; None if it has none.
+        """
+        if layer not in self.source.experts:
+            self.advance(layer, None)
+            return None
+        routed = self.route(layer)
+        self.advance(layer, self.experts_output(layer, routed))
+        return routed
+
     def finish(self, progress: Progress) -> None:
         """Bring the states through all layers of the original model."""
         for layer in range(len(self.source.layers)):
             progress.update(layer=layer)
             with self.source.loaded(self.source.layer_path(layer)):
-                output = None
-                if layer in self.source.experts:
-                    output = self.experts_output(layer, self.route(layer))
-                self.advance(layer, output)
+                self.pass_layer(layer)
             progress.advance()
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
