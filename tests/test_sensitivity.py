@@ -44,7 +44,7 @@ def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", record)
         gradient = head_gradient(walk, seed)
-    return torch.stack(drawn).squeeze(-1), gradient
+    return torch.cat(drawn).view(ids.shape), gradient
 
 
 @contextmanager
@@ -66,15 +66,19 @@ def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 # granitemoe scales what the embedding gives, and what the head gives.
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])
-@pytest.mark.parametrize("batch_tokens", [48, 4096])  # uneven last batch, and all in one
+@pytest.mark.parametrize(  # uneven last batches, and all in one
+    ("batch_tokens", "logit_tokens"), [(48, 10), (4096, 4096)]
+)
 def test_it_is_the_gradient_of_the_whole_model(
     model_folder: Folder,
     family: str,
     batch_tokens: int,
+    logit_tokens: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(walk_module, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(walk_module, "LOGIT_TOKENS", logit_tokens)
     folder, ids = model_folder(family), some_ids()
     source = Source(folder)
     found = measure_sensitivity(source, ids, tmp_path, MADE_OF, seed=3)

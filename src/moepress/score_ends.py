@@ -28,7 +28,6 @@ from moepress.walk import Walk
 
 HEAD_TOKENS = 4096  # on which an error of the logits is weighed
 ROWS_AT_ONCE = 8192  # of the vocabulary
-TOKENS_AT_ONCE = 256  # logits of a large vocabulary are the largest thing there is
 
 
 @torch.inference_mode()
@@ -88,17 +87,16 @@ def head_costs(walk: Walk, error: Tensor, origin: Tensor, sources: int) -> Tenso
         with walk.source.loaded(None):
             for number in range(0, sequences, step):
                 part = slice(number, number + 1)
-                leaves: list[Tensor] = []
-                with torch.enable_grad(), outputs_as_leaves(head, leaves):
-                    logits = walk.head(part, walk.states[part].to(walk.source.device))
-                (slope,) = torch.autograd.grad(logits.sum(), leaves)
-                logits, slope, x = logits.detach()[0], slope[0], inputs.pop()[0].float()
                 d = origin[number * length]
                 seen[d] += length
-                for start in range(0, length, TOKENS_AT_ONCE):
-                    rows = slice(start, start + TOKENS_AT_ONCE)
-                    p = logits[rows].float().softmax(-1)
-                    e = (x[rows] @ error.T).mul_(slope[rows])
+                for positions in walk.positions():
+                    leaves: list[Tensor] = []
+                    with torch.enable_grad(), outputs_as_leaves(head, leaves):
+                        states = walk.states[part].to(walk.source.device)
+                        logits = walk.head(part, states, positions)
+                    (slope,) = torch.autograd.grad(logits.sum(), leaves)
+                    p = logits.detach()[0].float().softmax(-1)
+                    e = (inputs.pop()[0].float() @ error.T).mul_(slope[0])
                     variance = (p * e.square()).sum(-1) - (p * e).sum(-1).square()
                     total[d] += variance.double().sum().cpu() / 2
     finally:

@@ -153,7 +153,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
 def head_gradient(walk: Walk, seed: int) -> Tensor:
     """Gradient [S, L, H] of the log likelihood of drawn next tokens, at the last layer's states.
 
-    One sequence at a time: logits of a large vocabulary are the largest thing there is.
+    A part of one sequence at a time: logits of a large vocabulary are the largest thing there is.
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
@@ -162,13 +162,14 @@ def head_gradient(walk: Walk, seed: int) -> Tensor:
         for number in range(len(walk.ids)):
             part = slice(number, number + 1)
             states = walk.states[part].to(source.device).requires_grad_()
-            with torch.enable_grad():
-                logits = walk.head(part, states).float().log_softmax(-1)
-                with torch.no_grad():
-                    drawn = torch.multinomial(logits[0].exp(), 1, generator=generator)
-                likelihood = logits[0].gather(-1, drawn).sum()
-            (found,) = torch.autograd.grad(likelihood, states)
-            gradient[part] = found.to(gradient)
+            for positions in walk.positions():
+                with torch.enable_grad():
+                    logits = walk.head(part, states, positions).float().log_softmax(-1)
+                    with torch.no_grad():
+                        drawn = torch.multinomial(logits[0].exp(), 1, generator=generator)
+                    likelihood = logits[0].gather(-1, drawn).sum()
+                (found,) = torch.autograd.grad(likelihood, states)
+                gradient[part, positions] = found[:, positions].to(gradient)
     return gradient
 
 

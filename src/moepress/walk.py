@@ -31,6 +31,7 @@ from moepress.errors import NumericalError
 from moepress.progress import Progress
 from moepress.source import ExpertWeights, Source
 
+LOGIT_TOKENS = 256  # whose logits are held at a time: of a large vocabulary, 100s of MB
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states live in a mapped temporary file
 
@@ -211,9 +212,12 @@ class Walk:
                     logits = self.head(batch, self.states[batch].to(self.source.device))
                 yield batch, logits
 
-    def head(self, part: slice, states: Tensor) -> Tensor:
+    def head(self, part: slice, states: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [b, L, V] of sequences whose last layer gave `states`; what is outside the layers
         is loaded.
+
+        Args:
+            positions: [P] int64, to have logits [b, P, V] of these alone; None: of all.
         """
         last = len(self.source.layers) - 1
 
@@ -222,8 +226,15 @@ class Walk:
 
         with replaced_forwards(self.source.layers, give):
             ids = self.ids[part].to(self.source.device)
-            logits: Tensor = self.source.model(input_ids=ids, use_cache=False).logits
+            kept = {} if positions is None else {"logits_to_keep": positions.to(ids.device)}
+            logits: Tensor = self.source.model(input_ids=ids, use_cache=False, **kept).logits
         return logits
+
+    def positions(self) -> Iterator[Tensor]:
+        """The positions of a sequence, some at a time: as many as `head` should take at once."""
+        length = self.ids.shape[1]
+        for start in range(0, length, LOGIT_TOKENS):
+            yield torch.arange(start, min(start + LOGIT_TOKENS, length))
 
     def run(self, layer: int, number: int, states: Tensor) -> Tensor:
         """Bring states [b, L, H] of a batch through a loaded layer, as the model calls it."""
