@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 from measuring import Evaluator, calibration, opened, options
-from moepress.allocate import BitAllocation, allocate
+from moepress.allocate import allocate
 from moepress.checkpoint import folder_bytes
 from moepress.errors import BudgetError
+from moepress.plan import BitAllocation
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score

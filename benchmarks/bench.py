@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moepress
 from measuring import LENGTH, Comparison, Evaluator, calibration, layer_weights, opened
-from moepress.allocate import BitAllocation, allocate
+from moepress.allocate import allocate
 from moepress.checkpoint import load_json, load_tensors, save_json
 from moepress.errors import InputError, MoepressError
 from moepress.layout import every_name
+from moepress.plan import BitAllocation
 from moepress.quantize import quantize
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.score import ExpertScores, score

@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 from scipy.optimize import OptimizeResult
 
 from moepress import allocate as allocate_from_package
-from moepress.allocate import BitAllocation, allocate, draw, pareto, solve
+from moepress.allocate import allocate, pareto
 from moepress.budget import budget_range
 from moepress.codec import Codec
+from moepress.draw import draw
 from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
+from moepress.knapsack import solve
+from moepress.plan import BitAllocation
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores
 

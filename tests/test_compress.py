@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moepress
-from moepress.allocate import BitAllocation, allocate
+from moepress.allocate import allocate
 from moepress.checkpoint import PLAN, SCORES, folder_bytes, packed_specs, tensor_bytes
 from moepress.compress import compress
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
 from moepress.kernels.reference import dequantize
+from moepress.plan import BitAllocation
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score

@@ -271,7 +271,7 @@ def entry(path: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     "config, message",
     [
-        (lambda q: q.update(format_version=3), "version 3; this moepress reads up to 2. Upgrade"),
+        (lambda q: q.update(format_version=4), "version 4; this moepress reads up to 3. Upgrade"),
         (lambda q: q.update(extra=1), r"unknown fields \['extra'\]"),
         (entry(QUERY, family="lattice"), f"{QUERY}.*No codec family 'lattice'"),
         (entry(GATE_UP, family="trellis", bits="1234"), "of families 'trellis' and 'int'"),

@@ -18,7 +18,7 @@ from matplotlib import image as mpl_image
 from matplotlib.colors import to_rgb
 
 from moepress import report
-from moepress.allocate import BitAllocation, allocate
+from moepress.allocate import allocate
 from moepress.checkpoint import (
     DROP_COSTS,
     EVALUATION,
@@ -35,6 +35,7 @@ from moepress.errors import InputError
 from moepress.evaluate import evaluate
 from moepress.parts import ROUTED, bytes_by_part
 from moepress.picture import Panel, Picture
+from moepress.plan import BitAllocation
 from moepress.plot_curves import loss_curve
 from moepress.plot_maps import BIT_COLOURS, LABELLED, bit_map, heat_map
 from moepress.prune import set_pruning

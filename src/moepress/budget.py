@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moepress.errors import BudgetError, InputError
 from moepress.knapsack import ROUNDING, Ints, at
-from moepress.layout import codec_for
+from moepress.menu import Menu
 from moepress.recipe import UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
 
 if TYPE_CHECKING:
@@ -32,53 +30,6 @@ class BudgetRange(NamedTuple):
     bits: tuple[float, float]  # average code bits of the routed experts
     bpw: tuple[float, float]  # stored bits per weight of the whole model
     size: tuple[int, int]  # bytes of the folder
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What may be chosen. P items per expert: its projections, or the expert as one item.
-
-    B widths, in rising order of bits and bytes.
-    """
-
-    shape: tuple[int, int, int]  # L, E, P
-    widths: tuple[int, ...]  # [B]
-    weights: Ints  # [P] weights of an item
-    code_bits: Ints  # [P, B]
-    nbytes: Ints  # [P, B] stored, side data and padding included
-
-    @classmethod
-    def of(cls, scores: ExpertScores, recipe: Recipe) -> Menu:
-        matrices = (scores.gate_up_shape, scores.down_shape)
-        weights = np.array([rows * cols for rows, cols in matrices])
-        nbytes = np.array(
-            [
-                [
-                    codec_for(b, cols, scores.group_size, recipe.expert_codec).nbytes(rows, cols)
-                    for b in recipe.expert_bits
-                ]
-                for rows, cols in matrices
-            ]
-        )
-        if not recipe.per_projection:
-            weights, nbytes = weights.sum(keepdims=True), nbytes.sum(axis=0, keepdims=True)
-        code_bits = weights[:, None] * np.array(recipe.expert_bits)
-        count, experts = scores.tokens.shape
-        shape = (count, experts, len(weights))
-        return cls(shape, recipe.expert_bits, weights, code_bits, nbytes)
-
-    @property
-    def total_weights(self) -> int:
-        """Weights of all routed experts."""
-        return int(self.shape[0] * self.shape[1] * self.weights.sum())
-
-    def extremes(self, sizes: Ints, required: Sequence[int]) -> tuple[int, int]:
-        """Smallest and largest sum of `sizes` [P, B], with each column of `required` in use."""
-        count, experts, _ = self.shape
-        held = sizes[:, list(required)].sum()
-        free = experts - len(required)
-        low, high = (int(count * (held + free * sizes[:, b].sum())) for b in (0, -1))
-        return low, high
 
 
 def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.codec import PackedSpec
+from moepress.codec import LEFT_OUT, PackedSpec
 from moepress.errors import CheckpointError, InputError
 
-FORMAT_VERSION = 2  # the highest known; folders get the lowest that has what they hold
+FORMAT_VERSION = 3  # the highest known; folders get the lowest that has what they hold
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
@@ -135,13 +135,20 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
+def format_version(packed: Collection[PackedSpec]) -> int:
+    """The lowest that has what these tensors need."""
+    if any(LEFT_OUT in spec.bits for spec in packed):
+        return 3
+    return 2 if any(spec.family != "int" for spec in packed) else 1
+
+
 def quantization_config(
     packed: Mapping[str, PackedSpec], provenance: Mapping[str, str]
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": 1 + any(spec.family != "int" for spec in packed.values()),
+        "format_version": format_version(packed.values()),
         "modules": {name: spec.to_json() for name, spec in packed.items()},
         "provenance": dict(provenance),
     }

@@ -161,11 +161,14 @@ def allocate(
     Example: moepress allocate scores.safetensors plan.json --size 16GB
     """
     from moepress.allocate import allocate as run
+    from moepress.allocate import tell_of_left_out
     from moepress.score import ExpertScores
 
     measured = ExpertScores.load(scores)
     chosen = measured.recipe_for(recipe_of(recipe, bits, bpw, size, over=over))
-    run(measured, chosen).save(out)
+    plan = run(measured, chosen)
+    tell_of_left_out(measured, plan)
+    plan.save(out)
     typer.echo(out)
 
 
@@ -180,7 +183,7 @@ def quantize(
 
     Example: moepress quantize Mixtral-8x7B-v0.1 plan.json mixtral-2.5bit
     """
-    from moepress.allocate import BitAllocation
+    from moepress.plan import BitAllocation
     from moepress.quantize import quantize as run
 
     typer.echo(run(model, BitAllocation.load(plan), out, device=checked_device(device)))

@@ -27,7 +27,8 @@ Calib = Annotated[
 Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens of each.")]
 Widths = Annotated[
-    str | None, typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3.")
+    str | None,
+    typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3; 0: left out."),
 ]
 ExpertCodec = Annotated[
     str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")

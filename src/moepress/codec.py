@@ -35,6 +35,7 @@ GROUP_SIZES = (128, 64, 32)  # tried in this order when the asked one does not d
 ROWS_PER_BLOCK = 16  # rows of a tile: the int32 lanes of a 512-bit register
 ROWS_PER_SLAB = 64  # rows that a trellis matrix is padded to
 ALIGNMENT = 64  # every matrix starts at a multiple of this many bytes: one cache line
+LEFT_OUT = 0  # code bits of an expert that is left out: no bytes, and no output
 
 
 @dataclass(frozen=True, order=True)
@@ -115,24 +116,28 @@ class PackedSpec:
     each starting at a multiple of 64 bytes. `docs/format.md` calls this a packed tensor.
     """
 
-    bits: tuple[int, ...]  # one per matrix
+    bits: tuple[int, ...]  # one per matrix; LEFT_OUT: there is none
     group_size: int
     family: str = "int"
 
     def __post_init__(self) -> None:
         if not self.bits:
             raise InputError("A packed tensor needs at least one matrix, got no code bits.")
-        for bits in set(self.bits):
-            Codec(bits, self.group_size, self.family)  # refuses widths that do not exist
+        for bits in set(self.bits) - {LEFT_OUT}:
+            self._codec(bits)  # refuses widths that do not exist
+
+    def _codec(self, bits: int) -> Codec:
+        return Codec(bits, self.group_size, self.family)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        return tuple(Codec(bits, self.group_size, self.family) for bits in self.bits)
+        """Of each matrix; none may be left out."""
+        return tuple(map(self._codec, self.bits))
 
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
         """First byte of each [rows, cols] matrix, and the total as a last entry."""
-        sizes = {codec: codec.nbytes(rows, cols) for codec in set(self.codecs)}
-        return (0, *accumulate(sizes[codec] for codec in self.codecs))
+        sizes = {b: self._codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
+        return (0, *accumulate(sizes.get(bits, 0) for bits in self.bits))
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
         """(first byte, code bits) of each [rows, cols] matrix."""

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from moepress.allocate import allocate
-from moepress.budget import Menu, expert_budget
+from moepress.allocate import allocate, tell_of_left_out
+from moepress.budget import expert_budget
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
 from moepress.checkpoint import SCORES
 from moepress.errors import InputError
 from moepress.journal import check_identity
 from moepress.layout import check_group_sizes
+from moepress.menu import Menu
 from moepress.quantize import WORK, claim, quantize
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores, score, unmeasured
@@ -62,7 +63,9 @@ def compress(
     keep_ids(out / WORK / TEXT, ids)
     check_identity(out / WORK / "compress.json", work)
     scores = stored or measure_and_store(source, recipe, out, ids)
-    return quantize(source, allocate(scores, recipe), out, ids=ids)
+    plan = allocate(scores, recipe)
+    tell_of_left_out(scores, plan)
+    return quantize(source, plan, out, ids=ids)
 
 
 def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:

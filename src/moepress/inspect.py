@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moepress.allocate import BitAllocation
 from moepress.calibrate import KIND as CALIBRATION
 from moepress.calibrate import Calibration
 from moepress.checkpoint import (
@@ -27,6 +26,7 @@ from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.layout import every_name
 from moepress.parts import bytes_by_part
+from moepress.plan import BitAllocation
 from moepress.score import ExpertScores
 from moepress.source import Source, weight_files
 from moepress.thresholds import cheapest, medians

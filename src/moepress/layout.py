@@ -41,7 +41,7 @@ def check_group_sizes(source: Source, recipe: Recipe) -> None:
     """Raise InputError if the experts' rows cannot be cut into groups; warn of what differs."""
     one = next(iter(source.experts.values()))
     for name, (_, cols) in (("gate_up_proj", one.gate_up_shape), ("down_proj", one.down_shape)):
-        group = codec_for(recipe.expert_bits[0], cols, recipe.group_size).group_size
+        group = codec_for(recipe.widths[0], cols, recipe.group_size).group_size
         if group != recipe.group_size:
             logger.warning(
                 "group size %d does not divide the %d inputs of %s; %d is used there",

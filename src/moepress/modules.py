@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress import kernels
-from moepress.codec import Codec, PackedSpec
+from moepress.codec import LEFT_OUT, Codec, PackedSpec
 from moepress.errors import InputError
 from moepress.kernels.reference import activation_function, check_activation_bits
 
@@ -102,7 +102,8 @@ class PackedExperts(nn.Module):
     """The routed experts of one layer, each matrix at a width of its own.
 
     Called as transformers calls its experts: hidden_states [T, H], top_k_index [T, k] int64,
-    top_k_weights [T, k]; returns [T, H]. An index outside 0 .. E-1 contributes nothing.
+    top_k_weights [T, k]; returns [T, H]. An index outside 0 .. E-1 contributes nothing, nor does
+    that of an expert that is left out: one with 0 bits in both projections.
 
     Args:
         num_experts: E.
@@ -131,6 +132,12 @@ class PackedExperts(nn.Module):
                 raise InputError(
                     f"{name} has {num_experts} experts, but {len(spec.bits)} widths are given. "
                     "Expected one digit per expert."
+                )
+        for expert, pair in enumerate(zip(gate_up.bits, down.bits, strict=True)):
+            if LEFT_OUT in pair and pair != (LEFT_OUT, LEFT_OUT):
+                raise InputError(
+                    f"Expert {expert} has {pair[0]} and {pair[1]} bits. Expected 0 in both "
+                    "projections, or in neither: an expert is left out whole."
                 )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -205,6 +212,8 @@ def _packed(nbytes: int) -> nn.Parameter:
 
 def _summary(spec: PackedSpec) -> str:
     counts = sorted(Counter(spec.bits).items())
-    widths = "+".join(f"{count}x{bits}-bit" for bits, count in counts)
+    widths = "+".join(
+        f"{count} left out" if bits == LEFT_OUT else f"{count}x{bits}-bit" for bits, count in counts
+    )
     family = "" if spec.family == "int" else f" {spec.family}"
     return f"{widths}{family} g{spec.group_size}"

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from moepress.allocate import BitAllocation
 from moepress.parts import PartBytes, byte_unit
 from moepress.picture import STYLE, WIDTH, Picture, panel_of, plain_numbers, transformed
+from moepress.plan import BitAllocation
 
 LOSS = "Predicted loss against budget"
 DROPS = "What skipping experts costs"

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from moepress.allocate import PROJECTIONS, BitAllocation
+from moepress.codec import LEFT_OUT
 from moepress.picture import STYLE, WIDTH, Floats, Panel, Picture, panel_of, plain_numbers, settle
+from moepress.plan import PROJECTIONS, BitAllocation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,9 @@ LINE = 128  # characters that fit side by side into a picture
 LOG_SPREAD = 20  # most over least from which colours are spread by the logarithm
 NEVER = "#d9d9d9"  # an expert without a value
 # Fewer bits, lighter; one colour for each width, so that maps of different models can be compared.
-BIT_COLOURS = {1: "#fde725", 2: "#5ec962", 3: "#21918c", 4: "#3b528b", 8: "#440154"}
+BIT_COLOURS = {
+    LEFT_OUT: "#ffffff", 1: "#fde725", 2: "#5ec962", 3: "#21918c", 4: "#3b528b", 8: "#440154",
+}  # fmt: skip
 BIT_MAP = "Code bits of every expert"
 
 
@@ -47,9 +50,9 @@ def bit_map(plan: BitAllocation) -> Picture:
         figure, axes = _grids(maps, plan.layers, colours, norm, 1, extra=0.4)
         figure.suptitle(BIT_MAP)
         handles = [
-            Patch(facecolor=BIT_COLOURS[bits], label=f"{bits} bit{'s' * (bits > 1)} ({share:.1%})")
+            Patch(facecolor=colour, edgecolor=NEVER, label=f"{_width(bits)} ({share:.1%})")
             for bits in widths
-            for share in [(plan.bits == bits).mean()]
+            for colour, share in [(BIT_COLOURS[bits], (plan.bits == bits).mean())]
         ]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
@@ -59,6 +62,10 @@ def bit_map(plan: BitAllocation) -> Picture:
         str(handle.get_label()) for handle in handles
     )
     return Picture("bit-map", BIT_MAP, about, figure, panels)
+
+
+def _width(bits: int) -> str:
+    return "left out" if bits == LEFT_OUT else f"{bits} bit{'s' * (bits > 1)}"
 
 
 def heat_map(

@@ -16,12 +16,13 @@ import numpy as np
 import psutil
 import torch
 
-from moepress.allocate import BitAllocation, allocate, frontier
+from moepress.allocate import allocate, frontier
 from moepress.budget import budget_range
 from moepress.calibrate import TEXT, identity, kept_ids
 from moepress.compress import measure_and_store, stored_scores
 from moepress.errors import BudgetError
 from moepress.layout import check_group_sizes
+from moepress.plan import BitAllocation
 from moepress.quantize import WORK, check_output
 from moepress.recipe import Recipe
 from moepress.score import ExpertScores

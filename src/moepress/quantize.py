@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepress.allocate import BitAllocation
 from moepress.calibrate import TEXT, drop_seed, identity, keep_ids, kept_ids
 from moepress.checkpoint import (
     DROP_COSTS,
@@ -30,12 +29,13 @@ from moepress.checkpoint import (
     save_tensors,
     shard_name,
 )
-from moepress.codec import PackedSpec
+from moepress.codec import LEFT_OUT, PackedSpec
 from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.layout import codec_for, linear_specs
 from moepress.original import corrected_linears
+from moepress.plan import BitAllocation
 from moepress.progress import Progress
 from moepress.quantizers import QuantizedMatrix, TrellisMatrix, needs_hessian, quantize_matrix
 from moepress.recipe import Recipe
@@ -158,9 +158,12 @@ def quantize_layer(
     routed = replace(walk.route(layer), original=original)
     output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe, layer))
-    stored: dict[str, list[Tensor]] = {"gate_up_proj": [], "down_proj": []}
+    none = torch.empty(0, dtype=torch.uint8)
+    stored = {"gate_up_proj": [none], "down_proj": [none]}  # of experts that are not left out
     for expert, widths in enumerate(plan.bits[plan.layers.index(layer)].tolist()):
         progress.update(layer=layer, expert=expert, experts=experts.experts)
+        if LEFT_OUT in widths:
+            continue
         weights = source.expert(layer, expert)
         gate_up, down = round_expert(module, weights, routed, layer, expert, plan.recipe, widths)
         stored["gate_up_proj"].append(packed_bytes(gate_up))
@@ -259,7 +262,7 @@ def expert_specs(source: Source, plan: BitAllocation) -> dict[str, PackedSpec]:
         ):
             widths = tuple(int(b) for b in plan.bits[row, :, column])
             family = plan.recipe.expert_codec
-            group = codec_for(widths[0], cols, plan.group_size, family).group_size
+            group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
             specs[f"{experts.path}.{name}"] = PackedSpec(widths, group, family)
     return specs
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moepress.codec import CODE_BITS, GRID_BITS, GROUP_SIZES
+from moepress.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
 from moepress.errors import InputError
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
@@ -53,7 +53,7 @@ class Recipe:
 
     # What may be chosen for a routed expert, and for every other linear. A number for a kind of
     # linear (for head or embedding: 4, 8 or 16) fixes its width; None: chosen for each of them by
-    # what a byte is worth to the experts.
+    # what a byte is worth to the experts. With 0 among expert_bits an expert may be left out.
     expert_codec: CodecFamily = "trellis"  # of all routed experts: scalar grids, or trellis codes
     expert_bits: tuple[int, ...] = (1, 2, 3, 4)
     group_size: int = 128
@@ -116,7 +116,11 @@ class Recipe:
                 f"expert_bits must be distinct widths in rising order, got {self.expert_bits}."
             )
         for bits in self.expert_bits:
-            _one_of("expert_bits", bits, CODE_BITS[self.expert_codec])
+            _one_of("expert_bits", bits, (LEFT_OUT, *CODE_BITS[self.expert_codec]))
+        if self.expert_bits == (LEFT_OUT,):
+            raise InputError(
+                "expert_bits offers 0 alone, which leaves every expert out. Offer other widths too."
+            )
         if not self.linear_bits or list(self.linear_bits) != sorted(set(self.linear_bits)):
             raise InputError(
                 f"linear_bits must be distinct widths in rising order, got {self.linear_bits}."
@@ -127,6 +131,12 @@ class Recipe:
             _one_of(name, getattr(self, name), (None, *GRID_BITS, UNQUANTIZED))
         for name in ("head_bits", "embedding_bits"):
             _one_of(name, getattr(self, name), (None, *END_BITS))
+        if self.at_least_one and self.per_projection and LEFT_OUT in self.expert_bits:
+            raise InputError(
+                f"at_least_one {list(self.at_least_one)} asks for widths of projections, but with "
+                "0 among expert_bits experts are allocated whole. Set per_projection to False, or "
+                "at_least_one to ()."
+            )
         for bits in self.at_least_one:
             if bits not in self.expert_bits:
                 raise InputError(
@@ -149,7 +159,7 @@ class Recipe:
                         f"{name} '{getattr(self, name)}' makes scalar codes only. Use gptq or rtn, "
                         "or set expert_codec and linear_codec to 'int'."
                     )
-        if "sign" in (self.quantizer, self.measure) and self.expert_bits != (1,):
+        if "sign" in (self.quantizer, self.measure) and self.widths != (1,):
             raise InputError(
                 f"Quantizer 'sign' makes 1-bit codes only, but expert_bits is "
                 f"{list(self.expert_bits)}. Offer only 1 bit, or use gptq or rtn."
@@ -191,6 +201,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The expert_bits that an expert can be rounded to: all but LEFT_OUT."""
+        return tuple(bits for bits in self.expert_bits if bits != LEFT_OUT)
 
     @property
     def has_budget(self) -> bool:

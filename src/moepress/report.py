@@ -21,7 +21,6 @@ import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from moepress.allocate import PROJECTIONS, BitAllocation
 from moepress.checkpoint import (
     DROP_COSTS,
     EVALUATION,
@@ -36,6 +35,7 @@ from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.parts import byte_unit, bytes_by_part
 from moepress.picture import Format, Picture
+from moepress.plan import PROJECTIONS, BitAllocation
 from moepress.prune import Pruning
 from moepress.report_sections import sections
 from moepress.report_subject import Subject

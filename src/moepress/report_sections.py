@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from moepress.allocate import BOTH, PROJECTIONS, BitAllocation
 from moepress.checkpoint import EVALUATION
+from moepress.codec import LEFT_OUT
+from moepress.menu import BOTH
 from moepress.parts import byte_unit
 from moepress.picture import Picture
+from moepress.plan import PROJECTIONS, BitAllocation
 from moepress.plot_curves import drop_curve, loss_curve, part_bars
 from moepress.plot_maps import bit_map, heat_map
 from moepress.recipe import Recipe
@@ -59,7 +61,8 @@ def _bits(subject: Subject) -> Section:
         )
         for column, name in enumerate(PROJECTIONS)
     )
-    head = ("projection", *(f"{bits}-bit experts" for bits in widths), "mean bits")
+    named = (f"{bits}-bit experts" if bits != LEFT_OUT else "left out" for bits in widths)
+    head = ("projection", *named, "mean bits")
     return Section(
         ("Each square is one expert of one layer; the darker, the more bits its weights have.",),
         pictures=(bit_map(plan),),
@@ -267,11 +270,14 @@ def _cost(subject: Subject) -> Section:
     if scores is None:
         return _no_scores()
     widths = np.array(subject.plan.recipe.expert_bits)
-    column = int(np.abs(widths - subject.plan.average_bits).argmin())
+    distance = np.abs(widths - subject.plan.average_bits)
+    column = int(np.where(widths == LEFT_OUT, np.inf, distance).argmin())
     known = (scores.tokens > 0)[:, :, None]
     maps = np.where(known, subject.costs[..., column], np.nan)
-    names = [f"{name}_proj" for name in PROJECTIONS] if maps.shape[2] == BOTH else ["whole expert"]
-    same = {f"{n} at {widths[column]} bits": maps[:, :, i] for i, n in enumerate(names)}
+    names = {f"{name}_proj": part for part, name in enumerate(PROJECTIONS)}
+    if not subject.plan.recipe.per_projection:
+        names = {"whole expert": BOTH}
+    same = {f"{n} at {widths[column]} bits": maps[:, :, part] for n, part in names.items()}
     paid = {"both projections, as they are": np.where(known[..., 0], subject.paid, np.nan)}
     return Section(
         (

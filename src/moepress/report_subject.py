@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moepress.allocate import BitAllocation, frontier, objective, source_weights
+from moepress.allocate import frontier
 from moepress.budget import budget_range
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
+from moepress.knapsack import at
+from moepress.menu import Menu, by_item
+from moepress.objective import part_costs, source_weights
 from moepress.parts import PartBytes
+from moepress.plan import BitAllocation
 from moepress.prune import Pruning
 from moepress.score import ExpertScores
 
@@ -39,17 +43,16 @@ class Subject:
 
     @cached_property
     def costs(self) -> npt.NDArray[np.float64]:
-        """What each width of each expert adds to the predicted loss, [L, E, P, B]."""
+        """What each width of each part of an expert adds to the predicted loss, [L, E, 3, B]."""
         scores, recipe = self._scores(), self.plan.recipe
-        return objective(scores, recipe, source_weights(scores, recipe))
+        return part_costs(scores, recipe, source_weights(scores, recipe))
 
     @cached_property
     def paid(self) -> npt.NDArray[np.float64]:
         """What each expert adds to the predicted loss at the widths it has, [L, E]."""
-        columns = np.searchsorted(self.plan.recipe.expert_bits, self.plan.bits)
-        columns = columns[:, :, : self.costs.shape[2]]
-        taken = np.take_along_axis(self.costs, columns[..., None], axis=3)
-        return np.asarray(taken.sum(axis=(2, 3)))
+        menu = Menu.of(self._scores(), self.plan.recipe)
+        costs = by_item(menu.item, self.costs)
+        return np.asarray(at(costs, menu.columns(self.plan.bits)).sum(axis=-1))
 
     @cached_property
     def frontier(self) -> list[BitAllocation]:

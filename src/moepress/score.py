@@ -8,7 +8,8 @@ arXiv:2410.06270, section 3.2. For expert e of a layer with calibration tokens T
                                                 expert e alone at codec b     (error)
 
 Only expert e's own tokens can differ between Y and Y_b, so epsilon is computed from them alone:
-epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the routing weight.
+epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the routing weight. At 0
+bits the expert is left out, f_e,0 = 0: its tokens do without it.
 
 What the allocator minimises is the cost: the same sum with each token weighed by s_t of
 sensitivity.py, the predicted KL in nats per token. It is kept by source of calibration text. The
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 from moepress import data
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids, routing_statistics
 from moepress.checkpoint import load_tensors, read_about, save_tensors, temporary_folder
+from moepress.codec import LEFT_OUT
 from moepress.errors import CheckpointError
 from moepress.journal import Journal
 from moepress.layout import (
@@ -393,22 +395,26 @@ def usual_width_only(name: str, recipe: Recipe) -> Tensor:
 
 def quantized_widths(
     module: Any, weights: ExpertWeights, routed: Routed, layer: int, expert: int, recipe: Recipe
-) -> list[ExpertWeights]:
-    """The expert at every offered width, dequantized, each projection beside the original other."""
-    where = (routed, layer, expert, recipe, recipe.measure, recipe.expert_bits)
+) -> list[ExpertWeights | None]:
+    """The expert at every offered width, dequantized, each projection beside the original other.
+
+    None where it is left out.
+    """
+    where = (routed, layer, expert, recipe, recipe.measure, recipe.widths)
     gate_ups = round_gate_up(weights.gate_up, *where)
     downs = round_down(weights.down, weights.gate_up, module, *where)
     dtype = weights.down.dtype
-    return [
+    rounded = [
         ExpertWeights(gate_up.dequantize(dtype), down.dequantize(dtype))
         for gate_up, down in zip(gate_ups, downs, strict=True)
     ]
+    return [None] * (LEFT_OUT in recipe.expert_bits) + rounded
 
 
 def measure(
     module: Any,
     weights: ExpertWeights,
-    offered: list[ExpertWeights],
+    offered: Sequence[ExpertWeights | None],
     routed: Routed,
     expert: int,
     output: Tensor,
@@ -418,6 +424,7 @@ def measure(
     """Squared output error of every part at every width; adds the exact output to `output`.
 
     Args:
+        offered: the expert at each width, None where it is left out.
         origin: [T] source of text of each token, of `sources`.
 
     Returns:
@@ -435,17 +442,28 @@ def measure(
         exact = F.linear(hidden, weights.down).float() * g
         output.index_add_(0, token, exact.cpu())
         for column, candidate in enumerate(offered):
-            changed = expert_hidden(module, candidate.gate_up, x)
-            pairs = (
-                (changed, weights.down),
-                (hidden, candidate.down),
-                (changed, candidate.down),
-            )
-            for row, (inner, down) in enumerate(pairs):
-                error = F.linear(inner, down).float() * g - exact
+            for row, y in enumerate(_part_outputs(module, weights, candidate, hidden, x)):
+                error = exact if y is None else y.float() * g - exact
                 squared = error.square().sum(1).double().cpu()
                 errors[row, column] += squared.sum()
                 if routed.importance is not None:
                     squared *= routed.importance[token]
                 costs[:, row, column] += torch.bincount(origin[token], squared, minlength=sources)
     return errors, costs
+
+
+def _part_outputs(
+    module: Any, weights: ExpertWeights, candidate: ExpertWeights | None, hidden: Tensor, x: Tensor
+) -> Iterator[Tensor | None]:
+    """What an expert gives with each of PARTS rounded; None: nothing, it is left out.
+
+    Args:
+        hidden: what the original gate and up make of the inputs x.
+    """
+    if candidate is None:
+        yield from (None,) * len(PARTS)
+        return
+    changed = expert_hidden(module, candidate.gate_up, x)
+    yield F.linear(changed, weights.down)
+    yield F.linear(hidden, candidate.down)
+    yield F.linear(changed, candidate.down)

@@ -29,11 +29,11 @@ def demo(out: Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
     Returns:
         {"models": one row each of the original and the compressed model, "prompt", "seconds"}.
     """
-    from moepress.allocate import BitAllocation
     from moepress.checkpoint import PLAN, folder_bytes
     from moepress.compress import compress
     from moepress.evaluate import evaluate
     from moepress.generate import generate
+    from moepress.plan import BitAllocation
     from moepress.source import Source
 
     started = time.monotonic()

@@ -247,7 +247,8 @@ def experts(
         top_k_weights: [T, k], any float dtype; sums over k are in float32.
         gate_up: uint8, the packed [2I, H] matrices of all experts, gate rows first.
         down: uint8, the packed [H, I] matrices.
-        gate_up_table, down_table: [E, 2] int64, (first byte, code bits) of each expert's matrix.
+        gate_up_table, down_table: [E, 2] int64, (first byte, code bits) of each expert's matrix. An
+            expert with 0 bits in both is left out: choosing it contributes nothing.
         intermediate_size: I.
         gate_up_group, down_group: group sizes.
         activation: a name in `reference.ACTIVATIONS`.

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress.codec import ROWS_PER_BLOCK, Codec
+from moepress.codec import LEFT_OUT, ROWS_PER_BLOCK, Codec
 from moepress.errors import InputError
 from moepress.kernels import trellis
 
@@ -154,14 +154,16 @@ def experts(
     """Routed experts: y_t = sum_k w_tk down_e(act(gate_e x_t) * up_e x_t), e = index_tk.
 
     Arguments as of the op `moepress::experts`, `activation_bits` and `rounded` as of `linear`.
-    Experts come one after another; those without a token are not touched. Products are in the
-    dtype of `hidden`, the sum over k in float32.
+    Experts come one after another; those without a token are not touched, those of 0 bits have no
+    output. Products are in the dtype of `hidden`, the sum over k in float32.
     """
     width = hidden.shape[1]
     act = activation_function(activation)
     total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     gate_up_rows, down_rows = gate_up_table.tolist(), down_table.tolist()  # [E][offset, bits]
     for expert, slots in _slots_by_expert(top_k_index, len(gate_up_rows)):
+        if gate_up_rows[expert][1] == down_rows[expert][1] == LEFT_OUT:
+            continue
         token = slots // top_k_index.shape[1]
         shapes = (2 * intermediate_size, width), (width, intermediate_size)
         up_bytes, up_codec = _matrix(

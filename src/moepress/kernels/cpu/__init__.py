@@ -33,7 +33,7 @@ from moepress.codec import Codec
 from moepress.errors import InputError, MoepressError
 from moepress.kernels import reference
 
-INTERFACE = 3  # of moepress.h
+INTERFACE = 4  # of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",

@@ -40,7 +40,8 @@ MOEPRESS_API int32_t moepress_linear(const float* x, int64_t tokens, int64_t col
                                      int32_t activation_bits, int32_t threads, float* y);
 
 // y [tokens][hidden] = sum over k of weight[t][k] * down_e(act(gate_e x_t) * up_e x_t), e =
-// index[t][k]; an index outside 0 .. experts-1 adds nothing. Tables [experts][2]: first byte, bits.
+// index[t][k]; an index outside 0 .. experts-1 adds nothing. Tables [experts][2]: first byte, bits;
+// an expert whose matrices both have 0 bits is left out and adds nothing.
 MOEPRESS_API int32_t moepress_experts(
     const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,

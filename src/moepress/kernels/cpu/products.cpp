@@ -162,18 +162,23 @@ struct Block {
     std::vector<size_t> part_starts;    // [E + 1], first part of each expert
     int64_t hidden, intermediate;
     int activation, planes;
+
+    // Whether an index is that of an expert that is there.
+    bool runs(int64_t e) const {
+        return e >= 0 && e < int64_t(gate_up.size()) && gate_up[size_t(e)].bits > 0;
+    }
 };
 
 void sort_slots(const int64_t* index, const float* weight, int64_t tokens, int64_t k,
                 int64_t experts, Block& b) {
     b.starts.assign(size_t(experts) + 1, 0);
     for (int64_t i = 0; i < tokens * k; ++i)
-        if (index[i] >= 0 && index[i] < experts) ++b.starts[size_t(index[i]) + 1];
+        if (b.runs(index[i])) ++b.starts[size_t(index[i]) + 1];
     for (size_t e = 0; e < size_t(experts); ++e) b.starts[e + 1] += b.starts[e];
     b.slots.resize(size_t(b.starts.back()));
     std::vector<int64_t> next(b.starts.begin(), b.starts.end() - 1);
     for (int64_t i = 0; i < tokens * k; ++i)
-        if (index[i] >= 0 && index[i] < experts)
+        if (b.runs(index[i]))
             b.slots[size_t(next[size_t(index[i])]++)] = {i / k, weight[i]};
     b.part_starts.assign(1, 0);
     for (int64_t e = 0; e < experts; ++e) {
@@ -286,13 +291,17 @@ void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_grou
 
 constexpr int64_t kMost = int64_t(1) << 29;  // hidden or intermediate columns
 
-// The matrices that a table lists, or why not.
+// The matrices that a table lists, or why not. Those of 0 bits have no bytes.
 Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int64_t experts,
                   int64_t rows, int64_t cols, int group, std::vector<Matrix>& out) {
     for (int64_t e = 0; e < experts; ++e) {
         const int64_t offset = table[2 * e], bits = table[2 * e + 1];
         if (bits < 0 || bits > 8) return kBadCodec;
         const Matrix matrix{nullptr, rows, cols, int(bits), group};
+        if (bits == 0) {
+            out.push_back(matrix);
+            continue;
+        }
         if (!matrix.exists()) return kBadCodec;
         if (offset < 0 || offset > size || matrix.nbytes() > size - offset) return kBadBytes;
         out.push_back(matrix);
@@ -354,6 +363,7 @@ int32_t moepress_experts(const float* x, int64_t tokens, int64_t hidden, const i
         result = read_table(down, down_bytes, down_table, experts, hidden, intermediate,
                             down_group, b.down);
         if (result != kOk) return result;
+        if (!both_or_neither(b.gate_up, b.down)) return kBadCodec;
         if (tokens == 0) return kOk;
         sort_slots(index, weight, tokens, k, experts, b);
         do_experts(x, tokens, b, gate_up_group, down_group, threads, y);

@@ -1,0 +1,324 @@
+"""Experts of 0 bits: left out of the folder, of the budget, and of what tokens get."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moepress import kernels
+from moepress.allocate import allocate, tell_of_left_out
+from moepress.budget import budget_range
+from moepress.calibrate import calibration_ids
+from moepress.checkpoint import PLAN, load_json, packed_specs
+from moepress.codec import Codec, PackedSpec
+from moepress.compress import compress
+from moepress.errors import BudgetError, CheckpointError, InputError
+from moepress.kernels import cpu
+from moepress.kernels.reference import dequantize
+from moepress.menu import Menu
+from moepress.modules import PackedExperts
+from moepress.plan import BitAllocation
+from moepress.propose import proposal
+from moepress.recipe import Recipe
+from moepress.report import report
+from moepress.score import PARTS, ExpertScores, score
+from moepress.source import Source
+
+from .conftest import small_recipe
+from .test_allocate import make_scores, scalar
+from .test_kernels import random_packed
+
+Folder = Callable[..., Path]
+WIDTHS = (0, 1, 2, 3)
+BACKENDS = ["reference"] if cpu.missing() else ["reference", *cpu.instruction_sets()]
+
+
+# Kernels
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Any:
+    if request.param == "reference":
+        with kernels.only("reference"):
+            yield request.param
+        return
+    cpu.use(request.param)
+    yield request.param
+    cpu.use(cpu.instruction_sets()[0])
+
+
+def packed_experts(family: str, bits: tuple[int, ...], hidden: int = 64, inner: int = 96) -> Any:
+    spec = PackedSpec(bits, 32, family)
+    module = PackedExperts(len(bits), hidden, inner, spec, spec, "silu")
+    for name, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
+        parts = [
+            random_packed(*shape, Codec(b, 32), seed)
+            if family == "int"
+            else random_trellis(*shape, b, seed)
+            for seed, b in enumerate(bits)
+            if b
+        ]
+        getattr(module, name).data = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
+    return module
+
+
+def random_trellis(rows: int, cols: int, bits: int, seed: int) -> Tensor:
+    from .test_trellis import random_packed as of_codec
+
+    return of_codec(rows, cols, Codec(bits, 32, "trellis"), seed)
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_choosing_an_expert_that_is_left_out_adds_nothing(
+    backend: str, family: str, tokens: int
+) -> None:
+    """As if the choice were that of no expert: to the last bit."""
+    torch.manual_seed(0)
+    module = packed_experts(family, (2, 0, 3, 0, 1))
+    x, weights = torch.randn(tokens, 64), torch.rand(tokens, 3)
+    index = torch.rand(tokens, 5).topk(3).indices
+    index[0] = torch.tensor([1, 3, 1])
+    elsewhere = index.where((index != 1) & (index != 3), 5)
+    y = module(x, index, weights)
+    assert torch.equal(y, module(x, elsewhere, weights))
+    assert y[0].eq(0).all()
+    assert tokens == 1 or y[1:].ne(0).any()
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_a_layer_may_lose_all_its_experts(backend: str, family: str) -> None:
+    module = packed_experts(family, (0, 0))
+    y = module(torch.randn(3, 64), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    assert y.eq(0).all() and module.gate_up_proj.numel() == 0
+
+
+def test_an_expert_is_left_out_whole() -> None:
+    spec, other = PackedSpec((2, 0), 32), PackedSpec((2, 2), 32)
+    with pytest.raises(InputError, match="Expert 1 has 0 and 2 bits"):
+        PackedExperts(2, 64, 96, spec, other, "silu")
+    assert "left out" in repr(PackedExperts(2, 64, 96, spec, spec, "silu"))
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_kernels_refuse_half_an_expert(backend: str, family: str) -> None:
+    module = packed_experts(family, (2, 2))
+    table = module._table.clone()
+    table[1, 1, 1] = 0
+    module._table_here = table
+    with pytest.raises(InputError, match=r"no codec has those code bits|0-bit codes do not exist"):
+        module(torch.randn(3, 64), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1))
+
+
+# Scores
+
+
+def test_leaving_an_expert_out_costs_its_output(model_folder: Folder, text_file: Path) -> None:
+    """The oracle: the whole block by transformers, with the expert's weights zero."""
+    folder = model_folder("mixtral")
+    recipe = small_recipe(text_file, measure="rtn", expert_bits=(0, 2))
+    source = Source(folder)
+    scores = score(source, recipe)
+    layer = max(source.experts)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    experts = model.get_submodule(source.experts[layer].path)
+    calls: list[Any] = []
+    handle = experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.inference_mode():
+        model(calibration_ids(source, recipe))
+    handle.remove()
+    row = scores.layers.index(layer)
+    with torch.inference_mode():
+        exact = experts(*calls[0]).double()
+        for expert in range(4):
+            kept = experts.down_proj[expert].clone()
+            experts.down_proj[expert] = 0
+            expected = (experts(*calls[0]).double() - exact).square().sum().item()
+            experts.down_proj[expert] = kept
+            for part in range(len(PARTS)):
+                assert scores.squared_error[row, expert, part, 0] == pytest.approx(expected, 1e-4)
+    assert scores.bits == (0, 2)
+
+
+# Allocation, against every plan there is
+
+
+def every_plan(recipe: Recipe, experts: int) -> list[np.ndarray[Any, Any]]:
+    one = [
+        (a, b)
+        for a, b in itertools.product(recipe.expert_bits, repeat=2)
+        if (a == 0) == (b == 0) and (recipe.per_projection or a == b)
+    ]
+    return [np.array(plan) for plan in itertools.product(one, repeat=experts)]
+
+
+def loss_and_sizes(
+    scores: ExpertScores, recipe: Recipe, plan: np.ndarray[Any, Any]
+) -> tuple[float, int, int]:
+    """Of a plan [E, 2] of a single layer: loss, code bits, bytes."""
+    loss, code, stored = 0.0, 0, 0
+    for expert, pair in enumerate(plan.tolist()):
+        cost = scores.cost[0, 0, expert]
+        if pair == [0, 0]:
+            loss += cost[2, 0]
+            continue
+        columns = [scores.bits.index(b) for b in pair]
+        loss += (
+            cost[0, columns[0]] + cost[1, columns[1]]
+            if recipe.per_projection
+            else cost[2, columns[0]]
+        )
+        for bits, (rows, cols), group in zip(
+            pair, (scores.gate_up_shape, scores.down_shape), (128, 32), strict=True
+        ):
+            code += bits * rows * cols
+            stored += Codec(bits, group).nbytes(rows, cols)
+    return loss, code, stored
+
+
+@pytest.mark.parametrize("budget", [{"bits": 0.6}, {"bits": 1.3}, {"bpw": 2.2}, {"size": 15_000}])
+@pytest.mark.parametrize("per_projection", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_least_loss_of_all_plans(budget: dict[str, Any], per_projection: bool, seed: int) -> None:
+    scores = make_scores(seed, layers=(4,), experts=3, bits=WIDTHS)
+    recipe = scalar(**budget, expert_bits=WIDTHS, per_projection=per_projection)
+    weights = 3 * (80 * 128 + 128 * 96)
+    most = {
+        "bits": lambda code, _: code <= budget.get("bits", 0) * weights,
+        "bpw": lambda _, stored: (stored + 5000) * 8 <= budget.get("bpw", 0) * (weights + 3000),
+        "size": lambda _, stored: stored + 5700 <= budget.get("size", 0),
+    }[next(iter(budget))]
+    found = [
+        (loss, plan)
+        for plan in every_plan(recipe, 3)
+        for loss, code, stored in [loss_and_sizes(scores, recipe, plan)]
+        if most(code, stored)
+    ]
+    plan = allocate(scores, recipe)
+    loss, code, stored = loss_and_sizes(scores, recipe, plan.bits[0])
+    assert plan.predicted_loss == pytest.approx(min(loss for loss, _ in found), rel=1e-12)
+    assert plan.predicted_loss == pytest.approx(loss, rel=1e-12)
+    assert (plan.expert_bytes, plan.average_bits) == (stored, pytest.approx(code / weights))
+    assert most(code, stored)
+
+
+def test_an_expert_is_left_out_where_it_costs_nothing_and_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores = make_scores(3, experts=4, bits=WIDTHS)
+    scores.cost[:, 1, 2] = 0
+    scores.tokens[1, 2] = 0
+    plan = allocate(scores, scalar(bits=2.0, expert_bits=WIDTHS))
+    with caplog.at_level(logging.WARNING):
+        tell_of_left_out(scores, plan)
+    assert plan.bits[1, 2].tolist() == [0, 0]
+    assert "are left out; 1 of them no calibration token chose" in caplog.text
+
+
+@pytest.mark.parametrize("per_projection", [True, False])
+def test_columns_and_bits_undo_each_other(per_projection: bool) -> None:
+    scores = make_scores(bits=WIDTHS)
+    recipe = scalar(bits=2.0, expert_bits=WIDTHS, per_projection=per_projection)
+    menu = Menu.of(scores, recipe)
+    choice = np.random.default_rng(0).integers(0, menu.nbytes.shape[1], menu.shape)
+    bits = menu.bits(choice)
+    assert bits.shape == (2, 2, 2) and ((bits[..., 0] == 0) == (bits[..., 1] == 0)).all()
+    assert (menu.columns(bits.astype(np.int8)) == choice).all()
+    assert menu.nbytes.argmin() == 0 and menu.nbytes.argmax() == menu.nbytes.size - 1
+
+
+@pytest.mark.parametrize("cost", ["random", "uniform", "paper"])
+def test_every_objective_knows_experts_that_are_left_out(cost: str) -> None:
+    scores = make_scores(5, experts=6, bits=WIDTHS)
+    plan = allocate(scores, scalar(bpw=1.9, expert_bits=WIDTHS, cost=cost))
+    assert ((plan.bits[..., 0] == 0) == (plan.bits[..., 1] == 0)).all()
+    assert 0 < plan.average_bits < 3
+    assert (plan.bits == 0).any() == (cost != "uniform")
+
+
+def test_every_budget_within_the_range_leaves_experts() -> None:
+    scores = make_scores(6, experts=4, bits=WIDTHS)
+    for scope in ("model", "layer"):
+        recipe = scalar(expert_bits=WIDTHS, scope=scope)
+        low, high = budget_range(scores, recipe).bits
+        assert 0 < low < 0.3 and high == 3
+        assert allocate(scores, recipe, bits=low).bits.any()
+        with pytest.raises(BudgetError, match="the smallest is"):
+            allocate(scores, recipe, bits=0.9 * low)
+        assert len(proposal(scores, recipe, {}).plans) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"expert_bits": (0,)}, "leaves every expert out"),
+        ({"expert_bits": (0, 2), "at_least_one": (2,)}, "experts are allocated whole"),
+        ({"linear_bits": (0, 4)}, "linear_bits is 0"),
+        ({"attention_bits": 0}, "attention_bits is 0"),
+    ],
+)
+def test_recipes_that_cannot_be(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Recipe(**changes)
+
+
+def test_a_plan_of_half_an_expert_is_refused(tmp_path: Path) -> None:
+    scores = make_scores(bits=WIDTHS)
+    allocate(scores, scalar(bits=1.0, expert_bits=WIDTHS)).save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    row = load_json(tmp_path / "plan.json")["layers"][0]
+    (tmp_path / "plan.json").write_text(
+        text.replace(f'"gate_up": "{row["gate_up"]}"', '"gate_up": "00"', 1)
+        if row["down"] != "00"
+        else text.replace('"down": "00"', '"down": "12"', 1)
+    )
+    with pytest.raises(CheckpointError, match="one projection left out"):
+        BitAllocation.load(tmp_path / "plan.json")
+
+
+# The whole way
+
+
+@pytest.mark.usefixtures("reference_backend")
+@pytest.mark.parametrize(
+    ("family", "name"), [("mixtral", "default"), ("qwen2_moe", "fast"), ("deepseek_v3", "fast")]
+)
+def test_a_folder_without_some_experts(
+    model_folder: Folder, text_file: Path, tmp_path: Path, family: str, name: str
+) -> None:
+    """It gives what the original would with its rounded weights, and none for experts left out."""
+    recipe = small_recipe(text_file, name, bits=1.0, expert_bits=(0, 2, 3), correction=0.0)
+    out = compress(model_folder(family), tmp_path / "out", recipe)
+    plan = BitAllocation.load(out / PLAN)
+    assert (plan.bits == 0).any() and (plan.bits > 0).any()
+    assert load_json(out / "config.json")["quantization_config"]["format_version"] == 3
+    source, specs = Source(model_folder(family)), packed_specs(out)
+    packed = AutoModelForCausalLM.from_pretrained(out)
+    original = AutoModelForCausalLM.from_pretrained(model_folder(family))
+    with torch.no_grad():
+        for path, spec in specs.items():
+            blob, target = packed.get_parameter(path), original.get_parameter(path)
+            shape = target.shape[-2:]
+            starts = spec.offsets(*shape)
+            assert len(blob) == starts[-1]
+            for index, matrix in enumerate(target.view(-1, *shape)):
+                if spec.bits[index] == 0:
+                    matrix.zero_()
+                    continue
+                codec = Codec(spec.bits[index], spec.group_size, spec.family)
+                matrix.copy_(dequantize(blob[starts[index] : starts[index + 1]], *shape, codec))
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(ids).logits, original(ids).logits, rtol=1e-3, atol=1e-3)
+    assert sum(len(spec.bits) > 1 for spec in specs.values()) == 2 * len(source.experts)
+    page = report(out, tmp_path / "page.html").read_text()
+    assert "left out" in page
