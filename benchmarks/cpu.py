@@ -37,7 +37,7 @@ THREADS = len(os.sched_getaffinity(0))
 LAYERS = 4
 OURS = {"ours 1.875": 1.875, "ours 2.0": 2.0, "ours 2.5": 2.5}
 THEIRS = ("IQ2_XXS", "IQ2_XS", "Q2_K")
-SHAPES = {"Mixtral-8x7B": (4096, 14336, 8, 2, 2), "Qwen3-30B-A3B": (2048, 768, 128, 8, 8)}
+SHAPES = {"Mixtral-8x7B": (4096, 14336, 8, 2, 2), "Qwen3-30B-A3B": (2048, 768, 128, 8, 4)}
 
 STREAM = """
 #include <cstdint>
@@ -55,18 +55,12 @@ extern "C" uint64_t stream(const uint64_t* at, int64_t n) {  // reads n words, o
 
 def kernels(rounds: int) -> None:
     """Packed bytes per second, beside the bandwidth measured between the same rounds."""
-    from moepress.codec import CODE_BITS
     from moepress.kernels import cpu
 
     read = compiled_stream()
     report(instruction_set=cpu.instruction_sets()[0], threads=THREADS)
-    for shape, sizes in SHAPES.items():
-        cases = {
-            (family, bits): one_token(family, bits, *sizes)
-            for family, widths in CODE_BITS.items()
-            for bits in widths
-        }
-        measure_kernels(shape, cases, read, rounds)
+    for shape in SHAPES:
+        measure_kernels(shape, read, rounds)
 
 
 def one_token(
@@ -100,12 +94,14 @@ def one_token(
     return call, k * sum(spec.codecs[0].nbytes(*s) for s in shapes)
 
 
-def measure_kernels(
-    shape: str,
-    cases: dict[tuple[str, int], tuple[Callable[[], None], int]],
-    read: Callable[[], float],
-    rounds: int,
-) -> None:
+def measure_kernels(shape: str, read: Callable[[], float], rounds: int) -> None:
+    from moepress.codec import CODE_BITS
+
+    cases = {
+        (family, bits): one_token(family, bits, *SHAPES[shape])
+        for family, widths in CODE_BITS.items()
+        for bits in widths
+    }
     shares: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     speeds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     ceilings = []
