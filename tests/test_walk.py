@@ -32,6 +32,7 @@ def test_a_walk_is_the_models_forward(
     model_folder: Folder, family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk_module, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(walk_module, "LOGITS", VOCAB * batch_tokens // 2)
     folder = model_folder(family)
     ids = some_ids()
     with torch.inference_mode():
@@ -39,8 +40,12 @@ def test_a_walk_is_the_models_forward(
     walk = Walk(Source(folder), ids)
     with Progress("test", total=2) as progress:
         walk.finish(progress)
+    seen = 0
     for batch, logits in walk.logits():
         torch.testing.assert_close(logits, expected[batch], rtol=1e-4, atol=1e-4)
+        assert len(logits) == (1 if batch_tokens == 48 else len(ids))
+        seen += len(logits)
+    assert seen == len(ids)
 
 
 def test_routing_is_the_models_own(model_folder: Folder) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from moepress.errors import BudgetError, InputError
 from moepress.knapsack import ROUNDING, Ints, at
 from moepress.menu import Menu
-from moepress.recipe import UNQUANTIZED, USUAL_LINEAR_BITS, Recipe
+from moepress.recipe import Recipe, usual_width
 
 if TYPE_CHECKING:
     from moepress.score import ExpertScores
@@ -63,13 +63,14 @@ def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
 
 
 def usual_columns(scores: ExpertScores) -> Ints:
-    """[M] the column of the usual width: unquantized where offered, or else the next to 4 bits."""
-    if not len(scores.linears):
-        return np.zeros(0, dtype=np.int64)
-    offered = np.isfinite(scores.linear_cost).all(axis=0)
-    bits = np.array(scores.linear_bits)
-    distance = np.where(bits == UNQUANTIZED, -1, np.abs(bits - USUAL_LINEAR_BITS))
-    return np.asarray(np.where(offered, distance, UNQUANTIZED).argmin(axis=1))
+    """[M] the column of the usual width of each linear."""
+    bits = scores.linear_bits
+    offered = np.asarray(np.isfinite(scores.linear_cost).all(axis=0))  # [M, W]
+    usual = [
+        usual_width([b for b, is_offered in zip(bits, row, strict=True) if is_offered])
+        for row in offered.tolist()
+    ]
+    return np.array([bits.index(width) for width in usual], dtype=np.int64)
 
 
 def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:

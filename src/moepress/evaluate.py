@@ -32,7 +32,7 @@ from moepress.prune import Pruning, Strength, count_dropped, prune
 from moepress.repetition import Repetition, measure_repetition, prompts_of
 from moepress.source import Source, resolve, weight_files
 from moepress.tasks import find_tasks, run_tasks
-from moepress.walk import BATCH_TOKENS, Walk
+from moepress.walk import Walk, batches, logit_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -230,11 +230,9 @@ def _predictions(
             walk.finish(progress)
         yield from walk.logits()
         return
-    step = max(1, BATCH_TOKENS // ids.shape[1])
-    starts = range(0, len(ids), step)
-    with Progress("packed", total=len(starts)) as progress:
-        for start in starts:
-            batch = slice(start, min(start + step, len(ids)))
+    parts = batches(ids, logit_tokens(_vocab_size(folder)))
+    with Progress("packed", total=len(parts)) as progress:
+        for batch in parts:
             with torch.inference_mode():  # left before yielding, see Walk.logits
                 logits = model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             yield batch, logits

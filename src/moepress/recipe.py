@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +28,6 @@ Over = Literal["mean", "worst"]
 HessianWeight = Literal["routing", "none"]
 UNQUANTIZED = 16  # the value of a *_bits field that leaves those weights as they are
 END_BITS = (4, 8, UNQUANTIZED)  # widths of the embedding and the head
-# Of linears whose width was to be chosen, where nothing is known to choose by.
 USUAL_LINEAR_BITS = 4
 
 
@@ -220,6 +220,13 @@ class Recipe:
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name} is {value!r}. Expected one of {list(allowed)}.")
+
+
+def usual_width(offered: Sequence[int]) -> int:
+    """The width of a linear that nothing is known to choose by: none at all, or the next to 4."""
+    if UNQUANTIZED in offered:
+        return UNQUANTIZED
+    return min(offered, key=lambda bits: abs(bits - USUAL_LINEAR_BITS))
 
 
 def parse_size(text: str) -> int:

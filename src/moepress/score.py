@@ -52,7 +52,7 @@ from moepress.layout import (
     stored_bytes,
 )
 from moepress.progress import Progress
-from moepress.recipe import ALLOCATION_FIELDS, END_BITS, USUAL_LINEAR_BITS, Recipe
+from moepress.recipe import ALLOCATION_FIELDS, END_BITS, Recipe, usual_width
 from moepress.round_expert import round_down, round_gate_up
 from moepress.round_linear import linear_factors, output_cost, round_linear
 from moepress.score_ends import score_ends
@@ -382,14 +382,13 @@ def score_linears(
 
 def usual_width_only(name: str, recipe: Recipe) -> Tensor:
     """Costs [W] float64 of a linear that the loss says nothing about: unknown is not harmless."""
-    distance = [abs(bits - USUAL_LINEAR_BITS) for bits in recipe.linear_bits]
-    usual = distance.index(min(distance))
+    usual = usual_width(recipe.linear_bits)
     logger.warning(
         "no gradient of the loss reaches every token of %s: its width is not chosen, it gets %d",
-        name, recipe.linear_bits[usual],
+        name, usual,
     )  # fmt: skip
     costs = torch.full((len(recipe.linear_bits),), torch.inf, dtype=torch.float64)
-    costs[usual] = 0
+    costs[recipe.linear_bits.index(usual)] = 0
     return costs
 
 

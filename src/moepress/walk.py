@@ -31,7 +31,8 @@ from moepress.errors import NumericalError
 from moepress.progress import Progress
 from moepress.source import ExpertWeights, Source
 
-LOGIT_TOKENS = 256  # whose logits are held at a time: of a large vocabulary, 100s of MB
+LOGIT_TOKENS = 256  # whose gradients' logits are held at a time, some at once
+LOGITS = 1 << 28  # numbers of an evaluation's batch: half a GB, or one in float32
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states live in a mapped temporary file
 
@@ -67,10 +68,8 @@ class Walk:
     def __init__(self, source: Source, ids: Tensor) -> None:
         self.source = source
         self.ids = ids
-        sequences, length = ids.shape
-        step = max(1, BATCH_TOKENS // length)
-        self.batches = [slice(i, min(i + step, sequences)) for i in range(0, sequences, step)]
-        shape = (sequences, length, source.hidden)
+        self.batches = batches(ids, BATCH_TOKENS)
+        shape = (*ids.shape, source.hidden)
         self.states = empty(shape, source.compute_dtype)  # [S, L, H] input of the next layer
         self._calls: list[list[Call]] = []  # [batch][layer]
         self._begin()
@@ -205,8 +204,9 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """After the last layer: (batch, logits [b, L, V]) by the model's own norm and head."""
+        vocabulary = int(self.source.config.get_text_config().vocab_size)
         with self.source.loaded(None):
-            for batch in self.batches:
+            for batch in batches(self.ids, logit_tokens(vocabulary)):
                 # The mode is left before yielding: generators that take turns would leave it on.
                 with torch.inference_mode():
                     logits = self.head(batch, self.states[batch].to(self.source.device))
@@ -346,6 +346,18 @@ def add_expert_output(
         x = routed.hidden[tokens[part]].to(weights.down.device)
         y = expert_forward(module, weights, x).float().cpu() * gate[part, None]
         output.index_add_(0, tokens[part], y)
+
+
+def batches(ids: Tensor, tokens: int) -> list[slice]:
+    """Slices of sequences [S, L] of at most so many tokens, or of one sequence."""
+    sequences, length = ids.shape
+    step = max(1, tokens // length)
+    return [slice(i, min(i + step, sequences)) for i in range(0, sequences, step)]
+
+
+def logit_tokens(vocabulary: int) -> int:
+    """How many tokens' logits are held at a time."""
+    return min(BATCH_TOKENS, LOGITS // vocabulary)
 
 
 def chunks(tokens: Tensor) -> Iterator[slice]:
