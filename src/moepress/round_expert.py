@@ -41,10 +41,10 @@ def round_gate_up(
     Where `routed` has the original model's inputs, both projections make up for a part of the
     difference (quantizers/drift.py).
     """
-    factor = None
-    if needs_hessian(quantizer):
-        weight, factor = _prepared(weight, routed, layer, expert, recipe, lambda x: x, lambda x: x)
-    return _round(weight, factor, recipe, quantizer, widths)
+    if not needs_hessian(quantizer):
+        return _round(weight, None, recipe, quantizer, widths)
+    wanted, factor, _ = _prepared(weight, routed, layer, expert, recipe, lambda x: x, lambda x: x)
+    return _round(wanted, factor, recipe, quantizer, widths)
 
 
 def round_down(
@@ -61,19 +61,34 @@ def round_down(
 ) -> list[QuantizedMatrix | TrellisMatrix]:
     """The down projection [H, I] at each width.
 
+    Where `routed` has the original model's inputs, it makes up for a part of the difference, and
+    its scales for what that leaves of a common factor.
+
     Args:
         gate_up: [2I, H] weights that make its input: the original when one projection is scored
             alone, the rounded one when both are applied.
         module: the skeleton's experts module, for its gate function.
         original_gate_up: of the original model; None: `gate_up` is.
     """
-    factor = None
-    if needs_hessian(quantizer):
-        inputs = partial(expert_hidden, module, gate_up)
-        original = gate_up if original_gate_up is None else original_gate_up
-        original_inputs = partial(expert_hidden, module, original)
-        weight, factor = _prepared(weight, routed, layer, expert, recipe, inputs, original_inputs)
-    return _round(weight, factor, recipe, quantizer, widths)
+    if not needs_hessian(quantizer):
+        return _round(weight, None, recipe, quantizer, widths)
+    inputs = partial(expert_hidden, module, gate_up)
+    original = gate_up if original_gate_up is None else original_gate_up
+    original_inputs = partial(expert_hidden, module, original)
+    wanted, factor, drift = _prepared(
+        weight, routed, layer, expert, recipe, inputs, original_inputs
+    )
+    matrices = _round(wanted, factor, recipe, quantizer, widths)
+    if drift is None:
+        return matrices
+    trellis = recipe.expert_codec == "trellis"
+    turned = rotate(weight.float()) if trellis else weight
+    result = []
+    for matrix in matrices:
+        rounded = matrix.dequantize()
+        gain = drift.gain(turned, rotate(rounded) if trellis else rounded, factor)
+        result.append(matrix.scaled(gain))
+    return result
 
 
 def _prepared(
@@ -84,8 +99,8 @@ def _prepared(
     recipe: Recipe,
     inputs: Callable[[Tensor], Tensor],
     original_inputs: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Factor]:
-    """The weight to round, corrected if the original's inputs are known, and factored Hessian.
+) -> tuple[Tensor, Factor, Drift | None]:
+    """The weight to round, corrected if the original's inputs are known; factored Hessian; drift.
 
     Args:
         inputs, original_inputs: make the projection's inputs from the expert's, now and in the
@@ -108,7 +123,7 @@ def _prepared(
         wanted = rotate(weight.float()) if trellis else weight
         wanted = drift.corrected(wanted, hessian.copy(), recipe.damping, recipe.correction)
         weight = rotate_back(wanted) if trellis else wanted
-    return weight, hessian.factor(recipe.damping)
+    return weight, hessian.factor(recipe.damping), drift
 
 
 def _round(

@@ -16,6 +16,14 @@ it has anyway (a ridge regression of signal and noise alike in size), and only a
 gone: W + strength * W M H^-1 (docs/log.md).
 
 With H = R D R^T (hessian.py) two triangular systems give W M H^-1.
+
+One number for a whole matrix cannot over-fit, so that part goes all the way. What is multiplied by
+
+    g = sum_t c_t <W x_t, What x'_t> / sum_t c_t || What x'_t ||^2
+      = (<W, What>_H + <W M, What>) / <What, What>_H,          <A, B>_H = trace(A H B^T) .
+
+It is above 1 for `down`: rounding to the least squared error takes energy away, from gate and from
+up, and what they give is a product of the two.
 """
 
 from __future__ import annotations
@@ -23,7 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.quantizers.hessian import TOKENS_PER_CHUNK, Hessian
+from moepress.quantizers.hessian import COLUMNS_PER_PANEL, TOKENS_PER_CHUNK, Factor, Hessian
 
 
 class Drift:
@@ -82,3 +90,24 @@ class Drift:
             factor.feedback, y, upper=True, left=False, unitriangular=True
         )
         return w.add(y, alpha=strength)
+
+    def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
+        """The g whose g * What comes nearest to the original outputs; 1 where none is known.
+
+        Args:
+            weight: [N, K] W, any float dtype, of the inputs that M is of.
+            rounded: [N, K] What, float32.
+            factor: of the Hessian of the same x' and importance; its damping pulls g towards that
+                of W x' alone, by as little as it is.
+        """
+        w = weight.float()
+        product = ((w @ self._sum) * rounded).double().sum().item()
+        energy = 0.0
+        for start in range(0, w.shape[1], COLUMNS_PER_PANEL):
+            stop = min(start + COLUMNS_PER_PANEL, w.shape[1])
+            panel = factor.feedback[:stop, start:stop]  # R is upper triangular
+            left = rounded[:, :stop] @ panel
+            curvature = factor.curvature[start:stop]
+            product += ((w[:, :stop] @ panel) * left * curvature).double().sum().item()
+            energy += (left.square() * curvature).double().sum().item()
+        return product / energy if self.tokens and product > 0 and energy > 0 else 1.0

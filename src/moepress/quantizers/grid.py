@@ -22,7 +22,7 @@ error that is measured is the error that is stored.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class QuantizedMatrix:
         codes = self.codes.float().view(*self.scales.shape, self.codec.group_size)  # [N, G, B]
         zero = levels / 2 if self.zeros is None else self.zeros.float()[..., None] * levels / 255
         return (self.scales.float()[..., None] * (codes - zero)).flatten(1).to(dtype)
+
+    def scaled(self, gain: float) -> QuantizedMatrix:
+        """All weights times a number above 0: its scales, rounded again."""
+        return replace(self, scales=(self.scales.float() * gain).bfloat16())
 
     def pack(self) -> Tensor:
         """The stored bytes, docs/format.md."""

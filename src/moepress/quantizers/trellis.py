@@ -18,7 +18,7 @@ weights, and in the end is the best for the codes c that were found, rounded to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class TrellisMatrix:
         """The weights that the codes stand for, [N, K]: rotated back, in float32, cast."""
         codes = code_matrix(self.branches, self.codec.bits)[: len(self.scales)]
         return rotate_back(codes * self.scales.float()[:, None]).to(dtype)
+
+    def scaled(self, gain: float) -> TrellisMatrix:
+        """All weights times a number above 0: its scales, rounded again."""
+        return replace(self, scales=(self.scales.float() * gain).bfloat16())
 
     def pack(self) -> Tensor:
         """The stored bytes, docs/format.md."""
