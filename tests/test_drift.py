@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moepress import walk as walk_module
-from moepress.original import corrected_linears
 from moepress.quantizers import Drift, Hessian
 from moepress.quantizers import drift as drift_module
 from moepress.round_expert import round_down, round_gate_up
+from moepress.round_linear import linear_inputs
 from moepress.source import Source
 from moepress.walk import Routed, Walk, expert_hidden
 
@@ -126,14 +126,24 @@ def test_chance_is_not_taken_for_drift() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("codec", ["int", "trellis"])
+@pytest.mark.parametrize("twice", [False, True])
 def test_linears_are_corrected_for_their_own_inputs(
-    model_folder: Folder, family: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Folder,
+    family: str,
+    codec: str,
+    twice: bool,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each linear of a layer, experts left out, on both walks: as from inputs kept whole."""
+    """Each linear of a layer, experts left out, on both walks: as from inputs kept whole.
+
+    With rotated inputs too, and where a layer calls a linear more than once.
+    """
     monkeypatch.setattr(walk_module, "BATCH_TOKENS", 48)
     source = Source(model_folder(family))
     # Well conditioned, so that only the order of sums differs.
-    recipe = small_recipe(text_file, damping=0.9, correction=1.0)
+    recipe = small_recipe(text_file, damping=0.9, correction=1.0, linear_codec=codec)
     walk = Walk(source, some_ids())
     twin = walk.twin()
     walk.states += 0.1 * torch.randn(walk.states.shape, generator=torch.Generator().manual_seed(2))
@@ -141,8 +151,17 @@ def test_linears_are_corrected_for_their_own_inputs(
     with source.loaded(source.layer_path(0)), torch.inference_mode():
         named = source.layers[0].named_modules()
         modules = {n: m for n, m in named if type(m) is torch.nn.Linear}
-        wanted = corrected_linears(walk, twin, 0, modules, recipe)
-        assert wanted.keys() == modules.keys()
+        if twice:
+            first, forward = next(iter(modules.values())), source.layers[0].forward
+
+            def again(states: Tensor, *args: object, **kwargs: object) -> object:
+                first(2 * states.flip(1))
+                return forward(states, *args, **kwargs)
+
+            monkeypatch.setattr(source.layers[0], "forward", again)
+        inputs = linear_inputs(walk, 0, modules, recipe, twin)
+        assert inputs.keys() == modules.keys()
+        wanted = {n: one.corrected(modules[n].weight, 0.9, 1.0) for n, one in inputs.items()}
         now, original = (inputs_of(w, modules) for w in (walk, twin))
         for name, module in modules.items():
             drift = Drift(module.in_features, "cpu")

@@ -34,13 +34,18 @@ from moepress.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.journal import Journal
 from moepress.layout import codec_for, linear_specs
-from moepress.original import corrected_linears
 from moepress.plan import BitAllocation
 from moepress.progress import Progress
-from moepress.quantizers import QuantizedMatrix, TrellisMatrix, needs_hessian, quantize_matrix
+from moepress.quantizers import (
+    Inputs,
+    QuantizedMatrix,
+    TrellisMatrix,
+    needs_hessian,
+    quantize_matrix,
+)
 from moepress.recipe import Recipe
 from moepress.round_expert import round_down, round_gate_up
-from moepress.round_linear import linear_factors, round_linear
+from moepress.round_linear import factors_of, linear_inputs, round_linear
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk, add_expert_output, empty
 
@@ -140,13 +145,10 @@ def quantize_layer(
         for name in source.names(prefix)
         if name in packed
     }
-    wanted: dict[str, Tensor] = {}
-    original = None
-    if twin is not None:
-        wanted = corrected_linears(walk, twin, layer, linears, plan.recipe)
-        passed = twin.pass_layer(layer)
-        original = None if passed is None else passed.hidden
-    tensors = quantize_linears(walk, layer, linears, packed, plan.recipe, wanted)
+    informed = needs_hessian(plan.recipe.quantizer)
+    inputs = linear_inputs(walk, layer, linears, plan.recipe, twin) if informed else {}
+    passed = twin.pass_layer(layer) if twin is not None else None
+    tensors = quantize_linears(source, linears, packed, plan.recipe, inputs)
     for name in source.names(prefix):
         if name not in tensors:
             tensors[name] = source.current(name).to("cpu", source.stored_dtype(name))
@@ -155,6 +157,7 @@ def quantize_layer(
         return tensors, None
     experts = source.experts[layer]
     module = source.model.get_submodule(experts.path)
+    original = None if passed is None else passed.hidden
     routed = replace(walk.route(layer), original=original)
     output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe, layer))
@@ -204,31 +207,29 @@ def corrects(recipe: Recipe) -> bool:
 
 
 def quantize_linears(
-    walk: Walk,
-    layer: int,
+    source: Source,
     modules: Mapping[str, nn.Module],
     packed: Mapping[str, PackedSpec],
     recipe: Recipe,
-    wanted: Mapping[str, Tensor],
+    inputs: Mapping[str, Inputs],
 ) -> dict[str, Tensor]:
-    """Round a layer's linears in place, on the inputs they have now; returns their packed bytes.
+    """Round a layer's linears in place; returns their packed bytes.
 
     Args:
         modules: the linears, by name of their weight.
-        wanted: weights to round in place of those that they have, by name; may be empty.
+        inputs: of each of them; empty where the quantizer looks at weights alone.
     """
-    source = walk.source
-    if not modules:
-        return {}
-    factors = (
-        linear_factors(walk, layer, modules, recipe) if needs_hessian(recipe.quantizer) else {}
-    )
+    wanted = {
+        name: one.corrected(source.current(name), recipe.damping, recipe.correction)
+        for name, one in inputs.items()
+    }
+    factors = factors_of(inputs, recipe)
     tensors = {}
     for name in modules:
         weight = source.current(name)
         (codec,) = packed[name].codecs
         matrix = round_linear(
-            wanted.get(name, weight), codec, factors.get(name), recipe, recipe.quantizer
+            wanted.pop(name, weight), codec, factors.get(name), recipe, recipe.quantizer
         )
         tensors[name] = packed_bytes(matrix)
         source.put(name, matrix.dequantize(weight.dtype))

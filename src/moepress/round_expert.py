@@ -12,12 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from moepress.calibrate import hessian_tokens
-from moepress.kernels.trellis import rotate, rotate_back
 from moepress.layout import codec_for
 from moepress.quantizers import (
-    Drift,
     Factor,
-    Hessian,
+    Inputs,
     QuantizedMatrix,
     TrellisMatrix,
     needs_hessian,
@@ -75,20 +73,13 @@ def round_down(
     inputs = partial(expert_hidden, module, gate_up)
     original = gate_up if original_gate_up is None else original_gate_up
     original_inputs = partial(expert_hidden, module, original)
-    wanted, factor, drift = _prepared(
+    wanted, factor, known = _prepared(
         weight, routed, layer, expert, recipe, inputs, original_inputs
     )
-    matrices = _round(wanted, factor, recipe, quantizer, widths)
-    if drift is None:
-        return matrices
-    trellis = recipe.expert_codec == "trellis"
-    turned = rotate(weight.float()) if trellis else weight
-    result = []
-    for matrix in matrices:
-        rounded = matrix.dequantize()
-        gain = drift.gain(turned, rotate(rounded) if trellis else rounded, factor)
-        result.append(matrix.scaled(gain))
-    return result
+    return [
+        known.rescaled(matrix, weight, factor)
+        for matrix in _round(wanted, factor, recipe, quantizer, widths)
+    ]
 
 
 def _prepared(
@@ -99,31 +90,23 @@ def _prepared(
     recipe: Recipe,
     inputs: Callable[[Tensor], Tensor],
     original_inputs: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Factor, Drift | None]:
-    """The weight to round, corrected if the original's inputs are known; factored Hessian; drift.
+) -> tuple[Tensor, Factor, Inputs]:
+    """The weight to round, corrected if the original's inputs are known; factored Hessian; inputs.
 
     Args:
         inputs, original_inputs: make the projection's inputs from the expert's, now and in the
             original model.
     """
     tokens, counts = hessian_tokens(routed, layer, expert, recipe)
-    device = weight.device
-    trellis = recipe.expert_codec == "trellis"
-    hessian = Hessian(weight.shape[1], device)
-    drift = None if routed.original is None else Drift(weight.shape[1], device)
+    device, original = weight.device, routed.original
+    known = Inputs(weight.shape[1], device, recipe.expert_codec, original is not None)
     for part in chunks(tokens):
         some, count = tokens[part], counts[part].to(device)
         x = inputs(routed.hidden[some].to(device))
-        x = rotate(x) if trellis else x
-        hessian.add(x, count)
-        if drift is not None and routed.original is not None:
-            original = original_inputs(routed.original[some].to(device))
-            drift.add(x, rotate(original) if trellis else original, count)
-    if drift is not None:
-        wanted = rotate(weight.float()) if trellis else weight
-        wanted = drift.corrected(wanted, hessian.copy(), recipe.damping, recipe.correction)
-        weight = rotate_back(wanted) if trellis else wanted
-    return weight, hessian.factor(recipe.damping), drift
+        was = None if original is None else original_inputs(original[some].to(device))
+        known.add(x, was, count)
+    wanted = known.corrected(weight, recipe.damping, recipe.correction)
+    return wanted, known.factor(recipe.damping), known
 
 
 def _round(

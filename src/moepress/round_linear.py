@@ -5,8 +5,8 @@ Shared by scoring, which tries every width, and by quantizing, which takes the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from moepress.errors import MoepressError
 from moepress.kernels.trellis import rotate
 from moepress.quantizers import (
     Factor,
-    Hessian,
+    Inputs,
     QuantizedMatrix,
     TrellisMatrix,
     needs_hessian,
@@ -25,68 +25,82 @@ from moepress.recipe import Recipe
 from moepress.walk import Walk
 
 
-def linear_factors(
-    walk: Walk, layer: int, modules: Mapping[str, nn.Module], recipe: Recipe
-) -> dict[str, Factor]:
-    """The factored Hessians of the inputs that linears of a loaded layer have now, by name.
+def linear_inputs(
+    walk: Walk,
+    layer: int,
+    modules: Mapping[str, nn.Module],
+    recipe: Recipe,
+    twin: Walk | None = None,
+) -> dict[str, Inputs]:
+    """What linears of a loaded layer get as inputs now, by name; nothing of it is rounded yet.
 
-    Inputs are rotated if the recipe's linears are trellis codes. Linears with the same inputs
-    (q, k and v) share one Hessian.
+    Linears with the same input (q, k and v) share what is gathered. They are known by it in the
+    first batch, by identity: those inputs are held until it is over, so that no address is used
+    twice.
+
+    Args:
+        modules: by the name of their weight.
+        twin: the original model's walk, before the same layer; None: its inputs are not wanted.
 
     Raises:
         MoepressError: a linear is not called.
     """
-    if not modules:
-        return {}
-    prepare = rotate if recipe.linear_codec == "trellis" else (lambda x: x)
-    with hessians_of(modules, prepare) as hessians:
-        walk.run_only(layer)
-    if silent := sorted(modules.keys() - hessians.keys()):
+    gathered: dict[str, Inputs] = {}
+    owners: set[str] = set()
+    seen: list[tuple[Tensor, Inputs]] = []
+    originals: dict[str, list[Tensor]] = {name: [] for name in modules}  # of a batch, by call
+    twins_turn = False
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if twins_turn:
+                originals[name].append(x)
+                return
+            original = originals[name].pop(0) if twin is not None else None
+            if name in gathered:
+                seen.clear()
+            else:
+                known = next((inputs for other, inputs in seen if other is x), None)
+                if known is None:
+                    owners.add(name)
+                    drifts = twin is not None
+                    known = Inputs(x.shape[-1], x.device, recipe.linear_codec, drifts)
+                gathered[name] = known
+                seen.append((x, known))
+            if name in owners:
+                rows = None if original is None else original.flatten(0, -2)
+                gathered[name].add(x.flatten(0, -2), rows)
+
+        return see
+
+    def run_twin(batch: int) -> None:
+        nonlocal twins_turn
+        if twin is not None:
+            twins_turn = True
+            twin.run_batch(layer, batch)
+            twins_turn = False
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+        if modules:
+            walk.run_only(layer, run_twin)
+    if silent := sorted(modules.keys() - gathered.keys()):
         raise MoepressError(
             f"{silent[0]} is a linear that its layer never calls, so how to round it is unknown. "
             "Say so in architectures.ROLES (docs/add-a-family.md), with None."
         )
+    return gathered
+
+
+def factors_of(inputs: Mapping[str, Inputs], recipe: Recipe) -> dict[str, Factor]:
+    """The factored Hessians of inputs, by name; one for those that linears share."""
     factors: dict[int, Factor] = {}
-    for hessian in hessians.values():
-        if id(hessian) not in factors:
-            factors[id(hessian)] = hessian.factor(recipe.damping)
-    return {name: factors[id(hessian)] for name, hessian in hessians.items()}
-
-
-@contextmanager
-def hessians_of(
-    modules: Mapping[str, nn.Module], prepare: Callable[[Tensor], Tensor]
-) -> Iterator[dict[str, Hessian]]:
-    """Within the block, gathers Hessians of the prepared inputs of linears.
-
-    Which linears share their input is seen in the first batch, by identity: those inputs are held
-    until it is over, so that no address is used twice.
-    """
-    hessians: dict[str, Hessian] = {}
-    owner: dict[str, bool] = {}
-    seen: list[tuple[Tensor, Hessian]] = []
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if name in hessians:
-                seen.clear()
-            else:
-                known = next((h for other, h in seen if other is x), None)
-                owner[name] = known is None
-                hessians[name] = known or Hessian(x.shape[-1], x.device)
-                seen.append((x, hessians[name]))
-            if owner[name]:
-                hessians[name].add(prepare(x.reshape(-1, x.shape[-1]).float()))
-
-        return add
-
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
-    try:
-        yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
+    for one in inputs.values():
+        if id(one) not in factors:
+            factors[id(one)] = one.factor(recipe.damping)
+    return {name: factors[id(one)] for name, one in inputs.items()}
 
 
 def round_linear(

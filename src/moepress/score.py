@@ -54,7 +54,7 @@ from moepress.layout import (
 from moepress.progress import Progress
 from moepress.recipe import ALLOCATION_FIELDS, END_BITS, Recipe, usual_width
 from moepress.round_expert import round_down, round_gate_up
-from moepress.round_linear import linear_factors, output_cost, round_linear
+from moepress.round_linear import factors_of, linear_inputs, output_cost, round_linear
 from moepress.score_ends import score_ends
 from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, sensitivity_of
 from moepress.source import ExpertWeights, Source
@@ -361,7 +361,7 @@ def score_linears(
         for name, module in packable(source, layer).items()
         if fixed_bits(source, layer, name, recipe) is None
     }
-    factors = linear_factors(walk, layer, modules, recipe)
+    factors = factors_of(linear_inputs(walk, layer, modules, recipe), recipe)
     costs = torch.zeros(
         len(modules), len(recipe.calib), len(recipe.linear_bits), dtype=torch.float64
     )

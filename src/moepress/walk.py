@@ -108,21 +108,21 @@ class Walk:
 
         with replaced_forward(self.experts_module(layer), record):
             for number in range(len(self.batches)):
-                self._run(layer, number)
+                self.run_batch(layer, number)
         return Routed(hidden, torch.cat(index), torch.cat(weight))
 
     @torch.inference_mode()
-    def run_only(self, layer: int, after: Walk | None = None) -> None:
+    def run_only(self, layer: int, before: Callable[[int], None] | None = None) -> None:
         """Run a layer for its hooks alone: experts give zeros, states stay as they are.
 
         Args:
-            after: another walk of the same text, each of whose batches goes first.
+            before: called with the number of each batch before it runs.
         """
         with self._without_experts(layer):
             for number in range(len(self.batches)):
-                if after is not None:
-                    after._run(layer, number)
-                self._run(layer, number)
+                if before is not None:
+                    before(number)
+                self.run_batch(layer, number)
 
     @torch.inference_mode()
     def advance(self, layer: int, experts_output: Tensor | None) -> float:
@@ -148,7 +148,7 @@ class Walk:
         experts = self.experts_module(layer) if experts_output is not None else None
         with replaced_forward(experts, finished):
             for number, batch in enumerate(self.batches):
-                out = self._run(layer, number)
+                out = self.run_batch(layer, number)
                 if not torch.isfinite(out).all():
                     raise NumericalError(
                         f"Layer {layer} gives NaN or infinite states on the calibration text. "
@@ -243,7 +243,8 @@ class Walk:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
 
-    def _run(self, layer: int, number: int) -> Tensor:
+    def run_batch(self, layer: int, number: int) -> Tensor:
+        """Run a batch's own states through a loaded layer; they stay as they are."""
         return self.run(layer, number, self.states[self.batches[number]].to(self.source.device))
 
     def experts_module(self, layer: int) -> nn.Module:

@@ -24,6 +24,7 @@ from moepress.quantizers.drift import Drift
 from moepress.quantizers.gptq import quantize_gptq, quantize_gptq_released
 from moepress.quantizers.grid import QuantizedMatrix
 from moepress.quantizers.hessian import Factor, Hessian
+from moepress.quantizers.inputs import Inputs
 from moepress.quantizers.rtn import quantize_rtn
 from moepress.quantizers.sign import quantize_sign
 from moepress.quantizers.trellis import TrellisMatrix, quantize_trellis
@@ -33,6 +34,7 @@ __all__ = [
     "Drift",
     "Factor",
     "Hessian",
+    "Inputs",
     "QuantizedMatrix",
     "Quantizer",
     "TrellisMatrix",
