@@ -29,7 +29,8 @@ from moepress.errors import BudgetError
 from moepress.plan import BitAllocation
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores, score
+from moepress.score import score
+from moepress.scores import ExpertScores
 from moepress.source import Source
 
 WIDTHS = (1, 2, 3, 4)

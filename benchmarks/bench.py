@@ -31,7 +31,8 @@ from moepress.layout import every_name
 from moepress.plan import BitAllocation
 from moepress.quantize import quantize
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
-from moepress.score import ExpertScores, score
+from moepress.score import score
+from moepress.scores import ExpertScores
 from moepress.source import Source, weight_files
 
 WITHIN = 0.01  # of a budget

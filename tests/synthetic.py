@@ -10,7 +10,7 @@ from moepress.allocate import allocate
 from moepress.parts import PartBytes
 from moepress.recipe import Recipe
 from moepress.report_subject import Subject
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 
 TOKENS = 65_536
 

@@ -27,7 +27,7 @@ from moepress.errors import BudgetError, CheckpointError, InputError, MoepressEr
 from moepress.knapsack import solve
 from moepress.plan import BitAllocation
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -28,7 +28,8 @@ from moepress.kernels.reference import dequantize
 from moepress.plan import BitAllocation
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores, score
+from moepress.score import score
+from moepress.scores import ExpertScores
 from moepress.source import Source
 
 from .conftest import FAMILIES

@@ -95,9 +95,9 @@ for verb in {VERBS}:
     assert isinstance(module, types.ModuleType), verb
     assert getattr(mp, verb) is getattr(module, verb), verb
     assert isinstance(getattr(mp, verb), types.FunctionType), verb
-from moepress.score import ExpertScores
+from moepress.score import score_layer
 from moepress import score
-assert score is mp.score and ExpertScores.__module__ == "moepress.score"
+assert score is mp.score and score_layer.__module__ == "moepress.score"
 import moepress.codec
 assert moepress.codec.Codec(2, 128).bits == 2
 print("ok")

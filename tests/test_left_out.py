@@ -30,7 +30,8 @@ from moepress.plan import BitAllocation
 from moepress.propose import proposal
 from moepress.recipe import Recipe
 from moepress.report import report
-from moepress.score import PARTS, ExpertScores, score
+from moepress.score import score
+from moepress.scores import PARTS, ExpertScores
 from moepress.source import Source
 
 from .conftest import small_recipe

@@ -42,7 +42,7 @@ from moepress.prune import set_pruning
 from moepress.report import plot, read_subject
 from moepress.report_sections import SECTIONS, Section, sections
 from moepress.report_subject import NUDGE, Subject
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 from moepress.thresholds import cheapest, medians
 
 from . import synthetic

@@ -15,7 +15,8 @@ from moepress.errors import CheckpointError, InputError
 from moepress.layout import codec_for, linear_codec, packable
 from moepress.quantizers import quantize_matrix
 from moepress.recipe import Recipe
-from moepress.score import PARTS, ExpertScores, score
+from moepress.score import score
+from moepress.scores import PARTS, ExpertScores
 from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk, expert_forward

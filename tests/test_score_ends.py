@@ -19,7 +19,8 @@ from moepress.compress import compress
 from moepress.layout import free_widths, stored_bytes
 from moepress.quantizers import quantize_matrix
 from moepress.recipe import END_BITS
-from moepress.score import ExpertScores, score
+from moepress.score import score
+from moepress.scores import ExpertScores
 from moepress.sensitivity import EMBEDDING, SENSITIVITY, Sensitivity
 from moepress.source import Source
 

@@ -23,7 +23,7 @@ from moepress.kernels import cpu, reference, trellis
 from moepress.quantizers import Hessian, quantize_matrix, viterbi
 from moepress.quantizers.trellis import block_feedback, quantize_trellis
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 from moepress.source import Source
 
 from .conftest import small_recipe

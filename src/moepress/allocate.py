@@ -36,7 +36,7 @@ from moepress.plan import BitAllocation
 from moepress.recipe import Recipe
 
 if TYPE_CHECKING:
-    from moepress.score import ExpertScores
+    from moepress.scores import ExpertScores
 
 logger = logging.getLogger(__name__)
 

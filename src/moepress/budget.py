@@ -19,7 +19,7 @@ from moepress.menu import Menu
 from moepress.recipe import Recipe, usual_width
 
 if TYPE_CHECKING:
-    from moepress.score import ExpertScores
+    from moepress.scores import ExpertScores
 
 logger = logging.getLogger(__name__)
 

@@ -162,7 +162,7 @@ def allocate(
     """
     from moepress.allocate import allocate as run
     from moepress.allocate import tell_of_left_out
-    from moepress.score import ExpertScores
+    from moepress.scores import ExpertScores
 
     measured = ExpertScores.load(scores)
     chosen = measured.recipe_for(recipe_of(recipe, bits, bpw, size, over=over))

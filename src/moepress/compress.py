@@ -18,7 +18,8 @@ from moepress.layout import check_group_sizes
 from moepress.menu import Menu
 from moepress.quantize import WORK, claim, quantize
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores, score, unmeasured
+from moepress.score import score, unmeasured
+from moepress.scores import ExpertScores
 from moepress.source import Source
 
 

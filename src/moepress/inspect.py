@@ -27,7 +27,7 @@ from moepress.errors import InputError
 from moepress.layout import every_name
 from moepress.parts import bytes_by_part
 from moepress.plan import BitAllocation
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 from moepress.source import Source, weight_files
 from moepress.thresholds import cheapest, medians
 

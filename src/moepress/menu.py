@@ -20,10 +20,10 @@ from moepress.layout import codec_for
 from moepress.recipe import Recipe
 
 if TYPE_CHECKING:
-    from moepress.score import ExpertScores
+    from moepress.scores import ExpertScores
 
 Item = Literal["projection", "expert", "pair"]
-BOTH = 2  # index in score.PARTS of an expert quantized whole
+BOTH = 2  # index in scores.PARTS of an expert quantized whole
 
 
 def offered(recipe: Recipe) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def pairs(widths: int) -> Ints:
 def by_item(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """[..., P, C] what columns cost, from what widths do to parts of an expert, [..., 3, B].
 
-    Parts as in score.PARTS: gate and up alone, down alone, both. A pair of widths costs what both
+    Parts as in scores.PARTS: gate and up alone, down alone, both. A pair of widths costs what both
     projections do; an expert that is left out has a cost of its own.
     """
     if item == "projection":

@@ -19,7 +19,7 @@ from moepress.menu import Menu, by_item, item_of, offered
 from moepress.recipe import Recipe
 
 if TYPE_CHECKING:
-    from moepress.score import ExpertScores
+    from moepress.scores import ExpertScores
 
 
 def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
@@ -28,7 +28,7 @@ def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = Non
 
 
 def part_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
-    """[L, E, 3, B] what each width of each part of an expert (score.PARTS) adds to the loss.
+    """[L, E, 3, B] what each width of each part of an expert (scores.PARTS) adds to the loss.
 
     "error": `scores.cost`, the predicted KL in nats per token; where scores were made without
     gradients, the squared error in the MoE block's output over the energy of the residual stream

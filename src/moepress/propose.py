@@ -25,7 +25,7 @@ from moepress.layout import check_group_sizes
 from moepress.plan import BitAllocation
 from moepress.quantize import WORK, check_output
 from moepress.recipe import Recipe
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 from moepress.source import Source
 
 STEP = 0.25  # bits between the budgets of the table

@@ -39,7 +39,7 @@ from moepress.plan import PROJECTIONS, BitAllocation
 from moepress.prune import Pruning
 from moepress.report_sections import sections
 from moepress.report_subject import Subject
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 
 
 def report(

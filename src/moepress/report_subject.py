@@ -23,7 +23,7 @@ from moepress.objective import part_costs, source_weights
 from moepress.parts import PartBytes
 from moepress.plan import BitAllocation
 from moepress.prune import Pruning
-from moepress.score import ExpertScores
+from moepress.scores import ExpertScores
 
 STEPS = 16  # budgets at which the loss curve is computed
 NUDGE = 0.1  # bits more and less whose price is told
