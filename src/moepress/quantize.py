@@ -9,13 +9,13 @@ original model goes along, so that weights can make up for what the layers befor
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moepress.calibrate import TEXT, drop_seed, identity, keep_ids, kept_ids
 from moepress.checkpoint import (
@@ -37,7 +37,7 @@ from moepress.layout import codec_for, linear_specs
 from moepress.plan import BitAllocation
 from moepress.progress import Progress
 from moepress.quantizers import (
-    Inputs,
+    Factor,
     QuantizedMatrix,
     TrellisMatrix,
     needs_hessian,
@@ -45,7 +45,7 @@ from moepress.quantizers import (
 )
 from moepress.recipe import Recipe
 from moepress.round_expert import round_down, round_gate_up
-from moepress.round_linear import factors_of, linear_inputs, round_linear
+from moepress.round_linear import Shared, linear_inputs, round_linear
 from moepress.source import ExpertWeights, Source
 from moepress.walk import Routed, Walk, add_expert_output, empty
 
@@ -146,7 +146,7 @@ def quantize_layer(
         if name in packed
     }
     informed = needs_hessian(plan.recipe.quantizer)
-    inputs = linear_inputs(walk, layer, linears, plan.recipe, twin) if informed else {}
+    inputs = linear_inputs(walk, layer, linears, plan.recipe, twin) if informed else []
     passed = twin.pass_layer(layer) if twin is not None else None
     tensors = quantize_linears(source, linears, packed, plan.recipe, inputs)
     for name in source.names(prefix):
@@ -208,31 +208,38 @@ def corrects(recipe: Recipe) -> bool:
 
 def quantize_linears(
     source: Source,
-    modules: Mapping[str, nn.Module],
+    names: Iterable[str],
     packed: Mapping[str, PackedSpec],
     recipe: Recipe,
-    inputs: Mapping[str, Inputs],
+    inputs: list[Shared],
 ) -> dict[str, Tensor]:
     """Round a layer's linears in place; returns their packed bytes.
 
     Args:
-        modules: the linears, by name of their weight.
-        inputs: of each of them; empty where the quantizer looks at weights alone.
+        names: of the linears' weights.
+        inputs: of all of them, used up one by one; empty where the quantizer asks for none.
     """
-    wanted = {
-        name: one.corrected(source.current(name), recipe.damping, recipe.correction)
-        for name, one in inputs.items()
-    }
-    factors = factors_of(inputs, recipe)
-    tensors = {}
-    for name in modules:
-        weight = source.current(name)
+    tensors: dict[str, Tensor] = {}
+
+    def put(name: str, wanted: Tensor, factor: Factor | None) -> None:
         (codec,) = packed[name].codecs
-        matrix = round_linear(
-            wanted.pop(name, weight), codec, factors.get(name), recipe, recipe.quantizer
-        )
+        matrix = round_linear(wanted, codec, factor, recipe, recipe.quantizer)
         tensors[name] = packed_bytes(matrix)
-        source.put(name, matrix.dequantize(weight.dtype))
+        source.put(name, matrix.dequantize(source.current(name).dtype))
+
+    if not inputs:
+        for name in names:
+            put(name, source.current(name), None)
+    while inputs:  # a Hessian and a drift may take gigabytes: let go when they have served
+        sharing, known = inputs.pop()
+        wanted = [
+            known.corrected(source.current(name), recipe.damping, recipe.correction)
+            for name in sharing
+        ]
+        factor = known.factor(recipe.damping)
+        del known
+        for name, weight in zip(sharing, wanted, strict=True):
+            put(name, weight, factor)
     return tensors
 
 

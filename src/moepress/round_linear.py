@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,14 +26,21 @@ from moepress.recipe import Recipe
 from moepress.walk import Walk
 
 
+class Shared(NamedTuple):
+    """Linears, by the names of their weights, and the inputs that all of them have."""
+
+    names: tuple[str, ...]
+    inputs: Inputs
+
+
 def linear_inputs(
     walk: Walk,
     layer: int,
     modules: Mapping[str, nn.Module],
     recipe: Recipe,
     twin: Walk | None = None,
-) -> dict[str, Inputs]:
-    """What linears of a loaded layer get as inputs now, by name; nothing of it is rounded yet.
+) -> list[Shared]:
+    """What linears of a loaded layer get as inputs now; nothing of it is rounded yet.
 
     Linears with the same input (q, k and v) share what is gathered. They are known by it in the
     first batch, by identity: those inputs are held until it is over, so that no address is used
@@ -91,16 +99,11 @@ def linear_inputs(
             f"{silent[0]} is a linear that its layer never calls, so how to round it is unknown. "
             "Say so in architectures.ROLES (docs/add-a-family.md), with None."
         )
-    return gathered
-
-
-def factors_of(inputs: Mapping[str, Inputs], recipe: Recipe) -> dict[str, Factor]:
-    """The factored Hessians of inputs, by name; one for those that linears share."""
-    factors: dict[int, Factor] = {}
-    for one in inputs.values():
-        if id(one) not in factors:
-            factors[id(one)] = one.factor(recipe.damping)
-    return {name: factors[id(one)] for name, one in inputs.items()}
+    return [
+        Shared(tuple(n for n in modules if gathered[n] is gathered[owner]), gathered[owner])
+        for owner in modules
+        if owner in owners
+    ]
 
 
 def round_linear(

@@ -49,9 +49,10 @@ from moepress.layout import (
     stored_bytes,
 )
 from moepress.progress import Progress
+from moepress.quantizers import Factor
 from moepress.recipe import END_BITS, Recipe, usual_width
 from moepress.round_expert import round_down, round_gate_up
-from moepress.round_linear import factors_of, linear_inputs, output_cost, round_linear
+from moepress.round_linear import linear_inputs, output_cost, round_linear
 from moepress.score_ends import score_ends
 from moepress.scores import EXPERT_ARRAYS, PARTS, ExpertScores
 from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, sensitivity_of
@@ -269,7 +270,9 @@ def score_linears(
         for name, module in packable(source, layer).items()
         if fixed_bits(source, layer, name, recipe) is None
     }
-    factors = factors_of(linear_inputs(walk, layer, modules, recipe), recipe)
+    factors: dict[str, Factor] = {}
+    for names, inputs in linear_inputs(walk, layer, modules, recipe):
+        factors |= dict.fromkeys(names, inputs.factor(recipe.damping))
     costs = torch.zeros(
         len(modules), len(recipe.calib), len(recipe.linear_bits), dtype=torch.float64
     )
