@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moepress import walk as walk_module
-from moepress.quantizers import Drift, Hessian
+from moepress.codec import Codec
+from moepress.quantizers import Drift, Hessian, Inputs, quantize_matrix
 from moepress.quantizers import drift as drift_module
 from moepress.round_expert import round_down, round_gate_up
 from moepress.round_linear import linear_inputs
@@ -81,7 +82,7 @@ def test_nothing_known_or_moved_nothing_corrected() -> None:
 def test_gain_is_least_squares(
     weighted: bool, damping: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One factor for all outputs, token by token in float64; damping is more tokens, unmoved."""
+    """One factor for all outputs, token by token in float64, whatever the damping is."""
     monkeypatch.setattr(drift_module, "COLUMNS_PER_PANEL", 12)
     now, original, count = drifted_inputs()
     w = random_weight()
@@ -94,22 +95,38 @@ def test_gain_is_least_squares(
 
     root = (count if weighted else torch.ones_like(count)).double().sqrt()[:, None]
     x, before = now.double() * root, original.double() * root
-    added = (damping * x.square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
-    wanted = torch.cat([before, added]) @ w.double().T
-    output = torch.cat([x, added]) @ rounded.double().T
+    wanted, output = before @ w.double().T, x @ rounded.double().T
     expected = float((wanted * output).sum() / output.square().sum())
     assert got == pytest.approx(expected, rel=1e-5)
     assert abs(got - 1) > 0.01
 
 
 def test_no_gain_where_nothing_is_known() -> None:
-    w, factor = random_weight(), Hessian(32, "cpu").factor(DAMPING)
-    assert Drift(32, "cpu").gain(w, 2 * w, factor) == 1
+    w = random_weight()
+    matrix = quantize_matrix("rtn", w, Codec(2, 32))
+    for drifts in (False, True):
+        inputs = Inputs(32, "cpu", "int", drifts)
+        assert inputs.rescaled(matrix, w, inputs.factor(DAMPING)) is matrix
     now, original, _ = drifted_inputs()
     drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
     drift.add(now, original)
     hessian.add(now)
     assert drift.gain(w, torch.zeros_like(w), hessian.factor(DAMPING)) == 1
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_few_tokens_damp_trellis_codes(family: str) -> None:
+    """As many as count: 100 tokens, half of them of no importance, are 50."""
+    x = drifted_inputs(100)[0]
+    count = torch.arange(100).remainder(2).float()
+    inputs = Inputs(32, "cpu", family, False)
+    inputs.add(x[:60], None, count[:60])
+    inputs.add(x[60:], None, count[60:])
+    expected = DAMPING if family == "int" else 0.15 * 32 / 50
+    assert inputs.factor(DAMPING).damping == pytest.approx(expected)
+    plenty = Inputs(32, "cpu", family, False)
+    plenty.add(drifted_inputs(4000)[0], None)
+    assert plenty.factor(DAMPING).damping == DAMPING
 
 
 def test_chance_is_not_taken_for_drift() -> None:
@@ -256,6 +273,5 @@ def test_down_has_the_size_of_the_original_outputs(
         outputs = [hidden @ down.dequantize().T for down in downs]
         factors.append([float((wanted * y).sum() / y.square().sum()) for y in outputs])
     known, unknown = factors
-    # 2**-9 for scales in bfloat16; damping draws the factor to `unknown` by a thousandth of the way
-    assert known == pytest.approx([1, 1], abs=2**-8)
+    assert known == pytest.approx([1, 1], abs=2**-8)  # scales are bfloat16: 2**-9
     assert all(abs(factor - 1) > 0.1 for factor in unknown), unknown

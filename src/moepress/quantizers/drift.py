@@ -39,7 +39,6 @@ class Drift:
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
-        self._weight = self._squared_weight = 0.0
 
     def add(self, x: Tensor, original: Tensor, weight: Tensor | None = None) -> None:
         """Adds T tokens.
@@ -50,19 +49,12 @@ class Drift:
             weight: [T], at least 0: the importance of each token, 1 when absent.
         """
         weight = torch.ones(len(x)) if weight is None else weight
-        self._weight += weight.double().sum().item()
-        self._squared_weight += weight.double().square().sum().item()
         for start in range(0, len(x), TOKENS_PER_CHUNK):
             part = slice(start, start + TOKENS_PER_CHUNK)
             now = x[part].detach().to(self._sum)
             moved = original[part].detach().to(self._sum) - now
             moved *= weight[part].to(moved)[:, None]
             self._sum.addmm_(moved.T, now)
-
-    @property
-    def tokens(self) -> float:
-        """How many tokens of equal importance would say as much."""
-        return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
 
     def corrected(
         self, weight: Tensor, hessian: Hessian, damping: float, strength: float
@@ -79,9 +71,9 @@ class Drift:
             NumericalError: the Hessian holds NaN or infinity.
         """
         w = weight.float()
-        if not self.tokens:
+        if not hessian.tokens:
             return w
-        factor = hessian.factor(max(damping, weight.shape[1] / self.tokens))
+        factor = hessian.factor(max(damping, weight.shape[1] / hessian.tokens))
         y = w @ self._sum
         lower = factor.feedback.T  # y H^-1 = ((y R^-T) D^-1) R^-1
         y = torch.linalg.solve_triangular(lower, y, upper=False, left=False, unitriangular=True)
@@ -92,17 +84,19 @@ class Drift:
         return w.add(y, alpha=strength)
 
     def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
-        """The g whose g * What comes nearest to the original outputs; 1 where none is known.
+        """The g whose g * What comes nearest to the original outputs; 1 where that is below 0.
 
         Args:
             weight: [N, K] W, any float dtype, of the inputs that M is of.
             rounded: [N, K] What, float32.
-            factor: of the Hessian of the same x' and importance; its damping pulls g towards that
-                of W x' alone, by as little as it is.
+            factor: of the Hessian of the same x' and importance; its damping is taken out again.
         """
         w = weight.float()
-        product = ((w @ self._sum) * rounded).double().sum().item()
-        energy = 0.0
+        # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).
+        trace = (factor.feedback.square() @ factor.curvature).double().sum().item()
+        added = trace / w.shape[1] * factor.damping / (1 + factor.damping)
+        product = ((w @ self._sum - added * w) * rounded).double().sum().item()
+        energy = -added * rounded.double().square().sum().item()
         for start in range(0, w.shape[1], COLUMNS_PER_PANEL):
             stop = min(start + COLUMNS_PER_PANEL, w.shape[1])
             panel = factor.feedback[:stop, start:stop]  # R is upper triangular
@@ -110,4 +104,4 @@ class Drift:
             curvature = factor.curvature[start:stop]
             product += ((w[:, :stop] @ panel) * left * curvature).double().sum().item()
             energy += (left.square() * curvature).double().sum().item()
-        return product / energy if self.tokens and product > 0 and energy > 0 else 1.0
+        return product / energy if product > 0 and energy > 0 else 1.0

@@ -49,6 +49,7 @@ class Hessian:
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         self.features = features
+        self._weight = self._squared_weight = 0.0
         self._upper: Tensor | None = torch.zeros(
             features, features, dtype=torch.float32, device=device
         )
@@ -61,6 +62,9 @@ class Hessian:
             weight: [T], at least 0: the importance of each token, 1 when absent.
         """
         upper = self._matrix()
+        weights = torch.ones(len(x)) if weight is None else weight
+        self._weight += weights.double().sum().item()
+        self._squared_weight += weights.double().square().sum().item()
         for start in range(0, len(x), TOKENS_PER_CHUNK):
             part = x[start : start + TOKENS_PER_CHUNK].detach().to(upper.device, torch.float32)
             if weight is not None:
@@ -74,7 +78,13 @@ class Hessian:
         """The same, to be factored apart."""
         other = Hessian(0, self._matrix().device)
         other.features, other._upper = self.features, self._matrix().clone()
+        other._weight, other._squared_weight = self._weight, self._squared_weight
         return other
+
+    @property
+    def tokens(self) -> float:
+        """How many tokens of equal importance would say as much."""
+        return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
 
     def factor(self, damping: float) -> Factor:
         """The factorisation of the damped Hessian. Uses the Hessian up: nothing can be added after.

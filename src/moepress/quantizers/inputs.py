@@ -18,6 +18,9 @@ from moepress.quantizers.trellis import TrellisMatrix
 Matrix = QuantizedMatrix | TrellisMatrix
 
 
+RIDGE = 0.15  # damping of K inputs over T tokens, at least, of trellis codes (docs/log.md)
+
+
 class Inputs:
     """Hessian and drift of a matrix's inputs.
 
@@ -56,8 +59,16 @@ class Inputs:
         return rotate_back(wanted) if self._rotated else wanted
 
     def factor(self, damping: float) -> Factor:
-        """Of the Hessian, which is used up: nothing can be added after."""
-        return self._hessian.factor(damping)
+        """Of the Hessian, which is used up: nothing can be added after.
+
+        Args:
+            damping: in units of the mean of the diagonal, at least. Trellis codes get more where
+                tokens are few: feedback would follow what is peculiar to them.
+        """
+        hessian = self._hessian
+        if self._rotated and hessian.tokens:
+            damping = max(damping, RIDGE * hessian.features / hessian.tokens)
+        return hessian.factor(damping)
 
     def rescaled(self, rounded: Matrix, weight: Tensor, factor: Factor) -> Matrix:
         """A rounded matrix times what brings it nearest to the outputs of `weight`: `Drift.gain`.
@@ -66,7 +77,7 @@ class Inputs:
             weight: [N, K] as the original has it.
             factor: that of `factor`.
         """
-        if self._drift is None:
+        if self._drift is None or not self._hessian.tokens:
             return rounded
         turned = self._turned(weight.float()), self._turned(rounded.dequantize())
         return rounded.scaled(self._drift.gain(*turned, factor))

@@ -10,8 +10,9 @@ hessian.py and U_BB the square of U on the diagonal at block B,
 so a block is adjusted by sum_(J<B) E_J V_JB: block LDLQ (QuIP#, arXiv:2402.04396). Inside a block
 all errors count alike: rotated inputs have nearly equal energies.
 
-One scale s for each row. It starts at the row's root mean square times START, the best for Gaussian
-weights, and in the end is the best for the codes c that were found, rounded to bfloat16:
+One scale s for each row. It starts at the row's root mean square times START (and FEEDBACK: a block
+gets the errors of those before it, and is wider), and in the end is the best for the codes c that
+were found, rounded to bfloat16:
 
     s = <w, c>_H / <c, c>_H
 """
@@ -32,7 +33,10 @@ from moepress.quantizers.gptq import sweep
 from moepress.quantizers.hessian import Factor
 from moepress.quantizers.viterbi import search
 
-START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}  # deviation of the codes over that of the weights
+# Deviation of the codes over that of the weights, where a search starts: best for Gaussian weights
+# alone, and what feedback changes of it, on the matrices of trained models (docs/log.md).
+START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}
+FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
 COLUMNS_PER_PANEL = 1024  # of products with the factor
 
 
@@ -77,7 +81,8 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
     if not rows.isfinite().all():
         raise NumericalError("The weight holds NaN or infinity.")
     deviation = code_values(codec.bits).double().std(correction=0).item()
-    scale = rows.square().mean(1).sqrt() * (START[codec.bits] / deviation)  # [N]
+    start = START[codec.bits] * (1.0 if factor is None else FEEDBACK[codec.bits])
+    scale = rows.square().mean(1).sqrt() * (start / deviation)  # [N]
     target = F.pad(rows * _inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
     target = target.T.contiguous()  # [K, 64 S], in units of the values
     branches = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
