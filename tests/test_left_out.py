@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
@@ -13,14 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from moepress import kernels
 from moepress.allocate import allocate, tell_of_left_out
 from moepress.budget import budget_range
 from moepress.calibrate import calibration_ids
 from moepress.checkpoint import PLAN, load_json, packed_specs
+from moepress.cli import app
 from moepress.codec import Codec, PackedSpec
 from moepress.compress import compress
+from moepress.drop_costs import DropMeter
 from moepress.errors import BudgetError, CheckpointError, InputError
 from moepress.kernels import cpu
 from moepress.kernels.reference import dequantize
@@ -28,11 +32,16 @@ from moepress.menu import Menu
 from moepress.modules import PackedExperts
 from moepress.plan import BitAllocation
 from moepress.propose import proposal
+from moepress.prune import Pruning, prune
+from moepress.quantize import quantize
 from moepress.recipe import Recipe
-from moepress.report import report
+from moepress.report import expert_values, report
+from moepress.report_sections import SECTIONS
+from moepress.report_subject import Subject
 from moepress.score import score
 from moepress.scores import PARTS, ExpertScores
 from moepress.source import Source
+from moepress.walk import Routed
 
 from .conftest import small_recipe
 from .test_allocate import make_scores, scalar
@@ -172,12 +181,10 @@ def loss_and_sizes(
         if pair == [0, 0]:
             loss += cost[2, 0]
             continue
-        columns = [scores.bits.index(b) for b in pair]
-        loss += (
-            cost[0, columns[0]] + cost[1, columns[1]]
-            if recipe.per_projection
-            else cost[2, columns[0]]
-        )
+        (a, b) = (scores.bits.index(bits) for bits in pair)
+        together = [cost[2, c] / (cost[0, c] + cost[1, c]) for c in (a, b)]
+        summed = cost[0, a] + cost[1, b]
+        loss += summed * np.sqrt(together[0] * together[1]) if recipe.per_projection else cost[2, a]
         for bits, (rows, cols), group in zip(
             pair, (scores.gate_up_shape, scores.down_shape), (128, 32), strict=True
         ):
@@ -216,13 +223,29 @@ def test_an_expert_is_left_out_where_it_costs_nothing_and_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     scores = make_scores(3, experts=4, bits=WIDTHS)
-    scores.cost[:, 1, 2] = 0
-    scores.tokens[1, 2] = 0
+    scores.cost[:, 1, 2, :, 0] = 0
     plan = allocate(scores, scalar(bits=2.0, expert_bits=WIDTHS))
     with caplog.at_level(logging.WARNING):
         tell_of_left_out(scores, plan)
     assert plan.bits[1, 2].tolist() == [0, 0]
-    assert "are left out; 1 of them no calibration token chose" in caplog.text
+    assert "are left out; 0 of them no calibration token chose" in caplog.text
+
+
+@pytest.mark.parametrize("cost", ["error", "paper"])
+@pytest.mark.parametrize("over", ["mean", "worst"])
+def test_an_expert_that_no_token_chose_is_not_the_first_to_go(cost: str, over: str) -> None:
+    """It measures nothing at any width: it goes with the cheapest of its layer, or later."""
+    scores = make_scores(3, experts=6, bits=WIDTHS)
+    for name in ("cost", "squared_error"):
+        getattr(scores, name)[..., 1, 2, :, :] = 0
+    scores.tokens[1, 2] = 0
+    gone = 0
+    for bits in np.linspace(0.3, 3, 28):
+        recipe = scalar(bits=float(bits), expert_bits=WIDTHS, cost=cost, over=over)
+        left_out = allocate(scores, recipe).bits[1, :, 0] == 0
+        gone += int(left_out[2])
+        assert not left_out[2] or left_out.sum() > 1
+    assert gone
 
 
 @pytest.mark.parametrize("per_projection", [True, False])
@@ -244,6 +267,43 @@ def test_every_objective_knows_experts_that_are_left_out(cost: str) -> None:
     assert ((plan.bits[..., 0] == 0) == (plan.bits[..., 1] == 0)).all()
     assert 0 < plan.average_bits < 3
     assert (plan.bits == 0).any() == (cost != "uniform")
+    assert len(proposal(scores, plan.recipe, {}).plans) >= 3
+    subject = Subject("tiny", plan, scores)
+    assert subject.paid.shape == (2, 6)
+    columns = dict(expert_values(subject)["columns"])
+    assert ("cost at 0 bits" in columns) == (cost != "uniform")
+    for _, _, make in SECTIONS[:4]:
+        make(subject)
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, (1, 2, 3)])
+@pytest.mark.parametrize("per_projection", [True, False])
+def test_what_the_report_says_of_a_width_is_what_a_plan_of_it_pays(
+    widths: tuple[int, ...], per_projection: bool
+) -> None:
+    scores = make_scores(7, experts=4, bits=WIDTHS)
+    recipe = scalar(bits=1.5, expert_bits=widths, per_projection=per_projection)
+    plan = allocate(scores, recipe)
+    told = dict(expert_values(Subject("tiny", plan, scores))["columns"])
+    for bits in widths:
+        alike = dataclasses.replace(plan, bits=np.full_like(plan.bits, bits))
+        paid = Subject("tiny", alike, scores).paid
+        np.testing.assert_allclose(told[f"cost at {bits} bits"], paid.ravel(), rtol=6e-3)
+        if not per_projection or widths == WIDTHS:  # what was measured of the whole expert
+            expected = scores.cost[0, :, :, 2, scores.bits.index(bits)]
+            np.testing.assert_allclose(paid, expected)
+
+
+def test_the_last_expert_stays_where_none_would_be_better() -> None:
+    """One bit that costs more than nothing: a budget for one expert a layer still buys some."""
+    scores = make_scores(8, experts=4, bits=WIDTHS)
+    scores.cost[..., 0] = 0.5 * scores.cost[..., 1]
+    for scope in ("model", "layer"):
+        recipe = scalar(expert_bits=WIDTHS, scope=scope)
+        low = budget_range(scores, recipe).bits[0]
+        plan = allocate(scores, recipe, bits=low)
+        assert (plan.bits[..., 0] > 0).sum() == 1
+        assert plan.average_bits <= low
 
 
 def test_every_budget_within_the_range_leaves_experts() -> None:
@@ -286,6 +346,40 @@ def test_a_plan_of_half_an_expert_is_refused(tmp_path: Path) -> None:
         BitAllocation.load(tmp_path / "plan.json")
 
 
+def test_allocate_may_be_told_to_leave_none_out(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    scores = score(Source(model_folder()), small_recipe(text_file, expert_bits=WIDTHS))
+    file, plan = tmp_path / "scores.safetensors", tmp_path / "plan.json"
+    scores.save(file)
+    command = ["allocate", str(file), str(plan), "--bits", "1.2"]
+    for widths in (WIDTHS, (1, 2, 3)):
+        asked = [] if widths == WIDTHS else ["--expert-bits", "3,1,2"]
+        result = CliRunner().invoke(app, [*command, *asked])
+        assert result.exit_code == 0, result.output
+        assert BitAllocation.load(plan).recipe.expert_bits == widths
+
+
+def test_what_dropping_costs_knows_no_choice_of_what_is_not_there(model_folder: Folder) -> None:
+    """As if the router had chosen no expert there; whether it normalises is its own affair."""
+    source = Source(model_folder())
+    torch.manual_seed(0)
+    index = torch.rand(200, 4).topk(2).indices
+    weight = torch.rand(200, 2)
+    weight /= weight.sum(1, keepdim=True)
+    hidden = torch.randn(200, source.hidden)
+    module = source.model.get_submodule(source.experts[0].path)
+    found = []
+    for places, left_out in ((index, (1, 3)), (index.where((index == 0) | (index == 2), 4), ())):
+        meter = DropMeter(Routed(hidden, places, weight), 4, 0, left_out)
+        for expert in (0, 2):
+            meter.add(module, source.expert(0, expert), expert)
+        found.append(meter.result(1.0))
+    for name in ("ratio", "cost", "renormalised_cost"):
+        assert torch.equal(found[0][name], found[1][name]), name
+    assert found[0]["normalised"] and found[0]["ratio"].isfinite().all()
+
+
 # The whole way
 
 
@@ -322,4 +416,39 @@ def test_a_folder_without_some_experts(
         torch.testing.assert_close(packed(ids).logits, original(ids).logits, rtol=1e-3, atol=1e-3)
     assert sum(len(spec.bits) > 1 for spec in specs.values()) == 2 * len(source.experts)
     page = report(out, tmp_path / "page.html").read_text()
-    assert "left out" in page
+    assert "experts are left out: a token that chooses one gets nothing from it" in page
+
+
+def test_a_layer_without_experts_opens_and_goes_on(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    """Two tensors of no bytes; and pruning counts no choice of what is not there."""
+    recipe = small_recipe(text_file, bits=1.0, expert_bits=(0, 2))
+    source = Source(model_folder())
+    scores = score(source, recipe)
+    plan = allocate(scores, recipe)
+    bits = np.array([[[0, 0]] * 4, [[2, 2], [0, 0], [2, 2], [0, 0]]], dtype=np.int8)
+    out = quantize(source, dataclasses.replace(plan, bits=bits), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.model.layers[0].mlp.experts.gate_up_proj.numel() == 0
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with prune(model, 0.2, protect=0.0, count=True) as pruned:
+            model(ids)
+            statistics = pruned.statistics()
+        alone = Pruning({1: (0.0, 1.0)}, False, 0.0)  # all but the first of what is there
+        with prune(model, alone, count=True) as pruned:
+            model(ids)
+            dropped = pruned.statistics().dropped[0]
+    assert plain.isfinite().all()
+    assert statistics.dropped[0] == (0, 0)  # the layer that has none
+    chosen: list[Tensor] = []
+    hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda _, args: chosen.append(args[1])
+    )
+    with torch.inference_mode():
+        model(ids)
+    hook.remove()
+    both = torch.isin(chosen[0], torch.tensor([0, 2])).all(1).sum()
+    assert dropped == (0, int(both))

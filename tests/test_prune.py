@@ -76,8 +76,8 @@ def slow_drop(
     pairs.sort(key=lambda pair: -pair[0])
     largest = pairs[0][0]
     dropped = [
-        not keep and np.float32(w) < np.float32(t) * np.float32(largest)
-        for (w, _), t in zip(pairs, thresholds, strict=True)
+        0 <= e < experts and not keep and np.float32(w) < np.float32(t) * np.float32(largest)
+        for (w, e), t in zip(pairs, thresholds, strict=True)
     ]
     left = sum(w for (w, _), d in zip(pairs, dropped, strict=True) if not d)
     scale = sum(w for w, _ in pairs) / left if renormalise and left > 0 else 1.0

@@ -88,19 +88,16 @@ def allocate(
         if recipe.cost == "uniform"
         else choose(recipe, costs, sizes, capacity)
     )
+    if menu.widths[0] == LEFT_OUT and not choice.any():
+        choice = keep_one(costs, sizes, choice, capacity)
     loss = float(at(costs, choice).sum())
     if recipe.cost != "paper":  # in other units
         loss += float(at(linear_costs(scores, weights), linears).sum())
-    bits = menu.bits(choice)
-    if (bits == LEFT_OUT).all():
-        raise BudgetError(
-            "The budget leaves no expert at all. Raise it, or offer no 0 among expert_bits."
-        )
     expert_bytes = int(at(menu.nbytes, choice).sum())
     total_bytes = scores.fixed_bytes + linear_bytes + expert_bytes
     return BitAllocation(
         layers=scores.layers,
-        bits=bits.astype(np.int8),
+        bits=menu.bits(choice).astype(np.int8),
         linear_bits={
             name: scores.linear_bits[column]
             for name, column in zip(scores.linears, linears.tolist(), strict=True)
@@ -202,13 +199,23 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
             )
 
 
+def keep_one(costs: Floats, sizes: Ints, choice: Ints, capacity: int) -> Ints:
+    """A choice [L, E, P] that leaves every expert out, with the best one there is room for."""
+    fits = np.broadcast_to(sizes, costs.shape) <= capacity
+    fits[..., 0] = False
+    best = np.unravel_index(np.where(fits, costs, np.inf).argmin(), costs.shape)
+    choice = choice.copy()
+    choice[best[:-1]] = best[-1]
+    return choice
+
+
 def tell_of_left_out(scores: ExpertScores, plan: BitAllocation) -> None:
     """Say in the log how many experts a plan leaves out, and how much is known of them."""
     left_out = plan.bits[..., 0] == LEFT_OUT
     if left_out.any():
         logger.warning(
-            "%d of %d experts are left out; %d of them no calibration token chose: text that needs "
-            "them may be missing there",
+            "%d of %d experts are left out; %d of them no calibration token chose: what they are "
+            "for is unknown",
             left_out.sum(), left_out.size, (left_out & (scores.tokens == 0)).sum(),
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from moepress.errors import BudgetError, InputError
 from moepress.knapsack import ROUNDING, Ints, at
-from moepress.menu import Menu
+from moepress.menu import Menu, offered
 from moepress.recipe import Recipe, usual_width
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
     sizes = menu.code_bits if unit == "bits" else menu.nbytes
     if capacity < menu.extremes(sizes, required_columns(recipe, menu.shape[1]))[0]:
         raise BudgetError(
-            f"{unit} {asked} is impossible: with expert_bits {list(recipe.expert_bits)} and group "
+            f"{unit} {asked} is impossible: with expert_bits {list(offered(recipe))} and group "
             f"size {scores.group_size} the smallest is {_up(low)} and the largest {_down(high)}. "
             "Raise the budget, or offer smaller widths."
         )

@@ -153,19 +153,24 @@ def allocate(
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
+    expert_bits: Widths = None,
     over: Over = None,
     recipe: RecipeName = "default",
 ) -> None:
     """Choose the bits of every expert under a budget; seconds, from stored scores.
 
+    Widths, unless given, are all that the scores hold.
+
     Example: moepress allocate scores.safetensors plan.json --size 16GB
     """
     from moepress.allocate import allocate as run
     from moepress.allocate import tell_of_left_out
+    from moepress.recipe import parse_widths
     from moepress.scores import ExpertScores
 
     measured = ExpertScores.load(scores)
-    chosen = measured.recipe_for(recipe_of(recipe, bits, bpw, size, over=over))
+    widths = {"expert_bits": parse_widths(expert_bits)} if expert_bits is not None else {}
+    chosen = measured.recipe_for(recipe_of(recipe, bits, bpw, size, over=over), **widths)
     plan = run(measured, chosen)
     tell_of_left_out(measured, plan)
     plan.save(out)

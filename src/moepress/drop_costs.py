@@ -16,7 +16,7 @@ divided by the mean energy of the residual stream, so that layers can be compare
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,18 @@ class DropMeter:
         routed: what reaches the layer's experts.
         experts: E.
         seed: which tokens are taken.
+        left_out: experts that are not there. Choices of them are none, as while the model runs.
     """
 
-    def __init__(self, routed: Routed, experts: int, seed: int) -> None:
+    def __init__(
+        self, routed: Routed, experts: int, seed: int, left_out: Sequence[int] = ()
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         some = torch.randperm(len(routed.hidden), generator=generator)[:SAMPLE].sort().values
         real = (routed.index[some] >= 0) & (routed.index[some] < experts)
+        self._total = routed.weight[some].masked_fill(~real, 0).sum(1)  # as the router has it
+        absent = torch.tensor(left_out, dtype=torch.int64)
+        real &= ~torch.isin(routed.index[some], absent)
         weight = routed.weight[some].masked_fill(~real, 0)
         self.sample = Routed(routed.hidden[some], routed.index[some], weight)
         self._real = real
@@ -186,7 +192,7 @@ class DropMeter:
         edges = torch.linspace(0, len(ratio), bins + 1).round().long()  # of bins, in tokens
         ratio, by_ratio = ratio.sort(dim=0)
         sizes = edges.diff().tolist()
-        total = weight.sum(1)
+        total = self._total
         return {
             "ratio": ratio[edges.clamp(max=len(ratio) - 1)].T.contiguous(),
             "cost": _bin_means(plain.gather(0, by_ratio), sizes).float(),

@@ -156,6 +156,7 @@ class PackedExperts(nn.Module):
             [gate_up.table(*gate_up_shape), down.table(*down_shape)], device="cpu"
         )
         self._table_here = self._table  # a copy where the last forward ran
+        self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self._table_here.device != hidden_states.device:

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moepress.budget import expert_budget, linear_range
+from moepress.codec import LEFT_OUT
 from moepress.duals import ByOrigin, weighed_sum, worst_case_weights
 from moepress.errors import NumericalError
 from moepress.knapsack import Floats
-from moepress.menu import Menu, by_item, item_of, offered
+from moepress.menu import Menu, cost_by_item, item_of, offered
 from moepress.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
     """c [L, E, P, C]: what each column of each item adds to the predicted loss: `part_costs`."""
-    return by_item(item_of(recipe), part_costs(scores, recipe, weights))
+    return cost_by_item(item_of(recipe), part_costs(scores, recipe, weights))
 
 
 def part_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
@@ -39,13 +40,12 @@ def part_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = No
     Args:
         weights: [D] of the sources of text; None: all alike.
     """
-    columns = offered_columns(scores, recipe)
     if recipe.cost != "paper":
-        errors = scores.cost[..., columns]
+        errors = source_costs(scores, recipe)
         return np.asarray(
             errors.sum(axis=0) if weights is None else np.tensordot(weights, errors, axes=1)
         )
-    squared = scores.squared_error[..., columns]
+    squared = scores.squared_error[..., offered_columns(scores, recipe)]
     phi = scores.tokens / scores.total_tokens  # [L, E]
     w = scores.routing_weight / scores.total_tokens  # [L, E]
     with np.errstate(all="ignore"):  # looked at below
@@ -59,7 +59,30 @@ def part_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = No
             f"{scores.layers[row]} expert {expert} is not finite (phi {phi[row, expert]:.3g}, w "
             f"{w[row, expert]:.3g}). Use exponents of at least 0, and smaller ones."
         )
-    return np.asarray(costs)
+    return unknown_is_not_harmless(np.asarray(costs), scores, recipe)
+
+
+def source_costs(scores: ExpertScores, recipe: Recipe) -> Floats:
+    """[D, L, E, 3, B] the loss on each source of text."""
+    costs = scores.cost[..., offered_columns(scores, recipe)]
+    return unknown_is_not_harmless(costs, scores, recipe)
+
+
+def unknown_is_not_harmless(costs: Floats, scores: ExpertScores, recipe: Recipe) -> Floats:
+    """Costs [..., L, E, 3, B] under which an expert that no token chose is not the first to go.
+
+    It measures zero at every width. Leaving it out is taken to cost what it costs of the expert of
+    its layer that is cheapest to lose.
+    """
+    unseen = scores.tokens == 0
+    if offered(recipe)[0] != LEFT_OUT or not unseen.any():
+        return costs
+    costs = costs.copy()
+    seen = np.where(unseen[:, :, None], np.inf, costs[..., 0])  # [..., L, E, 3]
+    cheapest = seen.min(axis=-2, keepdims=True)
+    cheapest = np.where(np.isfinite(cheapest), cheapest, 0.0)  # a layer that no token reached
+    costs[..., 0] = np.where(unseen[:, :, None], cheapest, costs[..., 0])
+    return costs
 
 
 def offered_columns(scores: ExpertScores, recipe: Recipe) -> list[int]:
@@ -73,7 +96,7 @@ def source_weights(scores: ExpertScores, recipe: Recipe) -> Floats:
         return np.ones(len(scores.cost))
     menu = Menu.of(scores, recipe)
     shares = np.array(scores.source_tokens) / scores.total_tokens  # cost -> per token of the source
-    costs = by_item(menu.item, scores.cost[..., offered_columns(scores, recipe)])
+    costs = cost_by_item(menu.item, source_costs(scores, recipe))
     costs = costs / shares[:, None, None, None, None]
     bits = recipe.bits is not None
     sizes = np.broadcast_to(menu.code_bits if bits else menu.nbytes, costs.shape[1:])

@@ -22,6 +22,7 @@ from moepress.calibrate import TEXT, identity, kept_ids
 from moepress.compress import measure_and_store, stored_scores
 from moepress.errors import BudgetError
 from moepress.layout import check_group_sizes
+from moepress.menu import offered
 from moepress.plan import BitAllocation
 from moepress.quantize import WORK, check_output
 from moepress.recipe import Recipe
@@ -86,7 +87,7 @@ def propose(
 
 def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) -> Proposal:
     """The same from scores at hand."""
-    widths = recipe.expert_bits
+    widths = offered(recipe)
     low, high = budget_range(scores, recipe).bits
     steps = np.arange(np.ceil(low / STEP), np.floor(high / STEP) + 1) * STEP
     bits = sorted({low, high, *steps.tolist()}) if recipe.cost != "uniform" else widths

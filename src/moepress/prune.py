@@ -225,6 +225,7 @@ class _Layer:
         self._experts = experts
         self._pruning = pruning
         self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
+        self._left_out = torch.tensor(getattr(experts, "left_out", ()), dtype=torch.int64)
         self._sink = Sink()
         self._count = count
         self.tokens = 0
@@ -254,6 +255,10 @@ class _Layer:
             )
         if self._thresholds.device != hidden.device:
             self._thresholds = self._thresholds.to(hidden.device)
+            self._left_out = self._left_out.to(hidden.device)
+        if len(self._left_out):  # no choices: they would take the place of experts that cost time
+            absent = torch.isin(index, self._left_out)
+            index = index.masked_fill(absent, self._experts.num_experts)
         protected = protected_tokens(hidden, self._sink, self._pruning.protect)
         index, weights, dropped = kernels.drop(
             index,

@@ -160,12 +160,14 @@ def quantize_layer(
     original = None if passed is None else passed.hidden
     routed = replace(walk.route(layer), original=original)
     output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
-    meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe, layer))
+    widths_of = plan.bits[plan.layers.index(layer)].tolist()
+    left_out = [expert for expert, widths in enumerate(widths_of) if LEFT_OUT in widths]
+    meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe, layer), left_out)
     none = torch.empty(0, dtype=torch.uint8)
     stored = {"gate_up_proj": [none], "down_proj": [none]}  # of experts that are not left out
-    for expert, widths in enumerate(plan.bits[plan.layers.index(layer)].tolist()):
+    for expert, widths in enumerate(widths_of):
         progress.update(layer=layer, expert=expert, experts=experts.experts)
-        if LEFT_OUT in widths:
+        if expert in left_out:
             continue
         weights = source.expert(layer, expert)
         gate_up, down = round_expert(module, weights, routed, layer, expert, plan.recipe, widths)

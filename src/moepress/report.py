@@ -33,6 +33,7 @@ from moepress.checkpoint import (
 )
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
+from moepress.menu import offered
 from moepress.parts import byte_unit, bytes_by_part
 from moepress.picture import Format, Picture
 from moepress.plan import PROJECTIONS, BitAllocation
@@ -202,8 +203,10 @@ def expert_values(subject: Subject) -> dict[str, Any]:
             ("routing weight", _rounded(scores.routing_weight / scores.total_tokens)),
             ("cost at these bits", _rounded(subject.paid)),
         ]
-        for column, bits in enumerate(plan.recipe.expert_bits):
-            columns.append((f"cost at {bits} bits", _rounded(subject.costs[..., column].sum(-1))))
+        columns += [
+            (f"cost at {bits} bits", _rounded(subject.cost_of(np.full_like(plan.bits, bits))))
+            for bits in offered(plan.recipe)
+        ]
     return {"layers": plan.layers, "experts": plan.bits.shape[1], "columns": columns}
 
 

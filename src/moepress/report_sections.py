@@ -16,7 +16,7 @@ import numpy as np
 
 from moepress.checkpoint import EVALUATION
 from moepress.codec import LEFT_OUT
-from moepress.menu import BOTH
+from moepress.menu import BOTH, offered
 from moepress.parts import byte_unit
 from moepress.picture import Picture
 from moepress.plan import PROJECTIONS, BitAllocation
@@ -65,8 +65,24 @@ def _bits(subject: Subject) -> Section:
     head = ("projection", *named, "mean bits")
     return Section(
         ("Each square is one expert of one layer; the darker, the more bits its weights have.",),
+        _left_out(subject),
         pictures=(bit_map(plan),),
         tables=(Table(head, rows), *_other_widths(plan)),
+    )
+
+
+def _left_out(subject: Subject) -> tuple[str, ...]:
+    """What experts of 0 bits mean for the model's use."""
+    left_out = subject.plan.bits[..., 0] == LEFT_OUT
+    if not left_out.any():
+        return ()
+    unseen = ""
+    if subject.scores is not None:
+        count = (left_out & (subject.scores.tokens == 0)).sum()
+        unseen = f" {count:,} of them no calibration token chose: what they are for is unknown."
+    return (
+        f"{left_out.sum():,} of {left_out.size:,} experts are left out: a token that chooses one "
+        f"gets nothing from it.{unseen}",
     )
 
 
@@ -96,8 +112,9 @@ def _coverage(subject: Subject) -> Section:
         return Section((*text, f"Every expert was chosen by at least {floor:,} tokens."))
     warnings = (
         f"{few:,} of {tokens.size:,} experts were chosen by fewer than {floor:,} calibration "
-        f"tokens, {never:,} of them by none: their scores say little, and their rounding borrowed "
-        "tokens of other experts. Calibrate on more text, or on text closer to the model's use.",
+        f"tokens, {never:,} of them by none: their scores say little, and their rounding, if any, "
+        "borrowed tokens of other experts. Calibrate on more text, or on text closer to the "
+        "model's use.",
     )
     order = np.argsort(tokens, axis=None, kind="stable")[: min(few, LISTED)]
     places = [np.unravel_index(flat, tokens.shape) for flat in order]
@@ -269,7 +286,7 @@ def _cost(subject: Subject) -> Section:
     scores = subject.scores
     if scores is None:
         return _no_scores()
-    widths = np.array(subject.plan.recipe.expert_bits)
+    widths = np.array(offered(subject.plan.recipe))
     distance = np.abs(widths - subject.plan.average_bits)
     column = int(np.where(widths == LEFT_OUT, np.inf, distance).argmin())
     known = (scores.tokens > 0)[:, :, None]

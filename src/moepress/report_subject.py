@@ -18,7 +18,7 @@ from moepress.budget import budget_range
 from moepress.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.knapsack import at
-from moepress.menu import Menu, by_item
+from moepress.menu import Menu, cost_by_item
 from moepress.objective import part_costs, source_weights
 from moepress.parts import PartBytes
 from moepress.plan import BitAllocation
@@ -50,9 +50,13 @@ class Subject:
     @cached_property
     def paid(self) -> npt.NDArray[np.float64]:
         """What each expert adds to the predicted loss at the widths it has, [L, E]."""
+        return self.cost_of(self.plan.bits)
+
+    def cost_of(self, bits: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
+        """What each expert adds to the predicted loss at widths [L, E, 2] of gate and up, down."""
         menu = Menu.of(self._scores(), self.plan.recipe)
-        costs = by_item(menu.item, self.costs)
-        return np.asarray(at(costs, menu.columns(self.plan.bits)).sum(axis=-1))
+        costs = cost_by_item(menu.item, self.costs)
+        return np.asarray(at(costs, menu.columns(bits)).sum(axis=-1))
 
     @cached_property
     def frontier(self) -> list[BitAllocation]:

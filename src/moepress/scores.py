@@ -81,10 +81,14 @@ class ExpertScores:
         rest = {k: v for k, v in vars(self).items() if k not in ARRAYS}
         save_tensors(path, arrays, json.dumps({"kind": KIND, **rest}, sort_keys=True))
 
-    def recipe_for(self, recipe: Recipe) -> Recipe:
-        """`recipe` for the allocation, and for all else the recipe these were measured with."""
+    def recipe_for(self, recipe: Recipe, **changes: Any) -> Recipe:
+        """`recipe` for the allocation, and for all else the recipe these were measured with.
+
+        Args:
+            changes: fields to set beside these, such as the widths to choose from.
+        """
         wanted = {k: v for k, v in recipe.to_dict().items() if k in ALLOCATION_FIELDS}
-        return Recipe.from_dict({**self.recipe, **wanted})
+        return Recipe.from_dict({**self.recipe, **wanted, **changes})
 
     @classmethod
     def load(cls, path: Path) -> ExpertScores:

@@ -352,7 +352,7 @@ def drop(
     """Drop a token's choices whose weight is small: the choice of rank r where w_r < t_r * w_1.
 
     Args:
-        index: [T, k] int64; outside 0 .. E-1: no expert, of no weight.
+        index: [T, k] int64; outside 0 .. E-1: no expert, of no weight, and nothing to drop.
         weights: [T, k] routing weights, in any order, any float dtype.
         thresholds: [k] float32, by rank; the first is 0, or a token may lose all.
         renormalise: whether what stays is scaled up to the sum of all.

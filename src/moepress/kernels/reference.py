@@ -233,7 +233,7 @@ def drop(
     """
     none = (index < 0) | (index >= num_experts)
     ranked, order = weights.masked_fill(none, 0).sort(dim=1, descending=True, stable=True)
-    dropped = ranked < thresholds * ranked[:, :1]
+    dropped = (ranked < thresholds * ranked[:, :1]) & ~none.gather(1, order)
     if keep is not None:
         dropped &= ~keep[:, None]
     kept = ranked.masked_fill(dropped, 0)

@@ -24,7 +24,8 @@ void drop_token(const int64_t* index, const float* weight, int64_t k, int64_t ex
     const float first = k > 0 ? kept[0] : 0;
     for (int64_t r = 0; r < k; ++r) {
         all += kept[r];
-        dropped[r] = !keep && kept[r] < thresholds[r] * first;
+        const bool real = ranked[r] >= 0 && ranked[r] < experts;
+        dropped[r] = real && !keep && kept[r] < thresholds[r] * first;
         if (dropped[r]) {
             kept[r] = 0;
             ranked[r] = experts;
