@@ -75,17 +75,19 @@ ABLATION: dict[str, dict[str, Any]] = {
 ABLATION_TARGETS = (2.0, 2.5)
 
 HEAD = (
-    "| bits | method | KL | perplexity ratio | changed top choice "
-    "| KL of `default` at the same bytes | share |\n|---|---|---|---|---|---|---|"
+    "| bits | method | KL | ratio | changed top choice | `default`: KL | ratio | bits "
+    "| KL over KL |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(row: Row, default: Row | None) -> str:
+    """A row and `default` at the same bytes; KL over KL is that of `default` over the row's."""
     cells = f"| {row.bits:.3f} | {row.method} | {row.kl:.4f} | {row.ratio:.4f} "
-    cells += f"| {row.changed_top:.2%} "
+    cells += f"| {row.changed_top * 100:.1f} % "
     if default is None or row.method == DEFAULT:
-        return f"{cells}| | |"
-    return f"{cells}| {default.kl:.4f} ({default.bits:.3f} bits) | {default.kl / row.kl:.2f} |"
+        return f"{cells}| | | | |"
+    beside = f"| {default.kl:.4f} | {default.ratio:.4f} | {default.bits:.3f} "
+    return f"{cells}{beside}| {default.kl / row.kl:.2f} |"
 
 
 def possible(bench: Bench, method: str, recipe: Recipe, bits: float) -> Row | None:
@@ -103,7 +105,7 @@ def lines(bench: Bench, methods: dict[str, Recipe], bits: float) -> Iterator[str
     for method, recipe in methods.items():
         row = possible(bench, method, recipe, bits)
         if row is None:
-            yield f"| {bits:.3f} | {method} | not possible | | | | |"
+            yield f"| {bits:.3f} | {method} | not possible | | | | | | |"
         elif abs(row.bits / bits - 1) <= WITHIN:
             yield line(row, default)
         else:  # whole experts, the same budget in every layer: it cannot use all of it
