@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import logging
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -207,6 +209,22 @@ def test_least_loss_within_the_budget(
     assert plan.average_bits == pytest.approx(code.sum() / weights)
     assert plan.expert_bits_per_weight == pytest.approx(stored.sum() * 8 / weights)
     assert plan.bits_per_weight == pytest.approx(plan.total_bytes * 8 / (weights + 3000))
+
+
+def test_solving_prints_nothing_of_its_own() -> None:
+    """HiGHS does, for a few of these: `--json` must stay JSON."""
+    code = """
+from tests.test_allocate import make_scores, scalar
+from moepress.allocate import allocate
+print("before")
+for seed in range(4):
+    scores = make_scores(seed, layers=tuple(range(12)), experts=32, bits=(0, 1, 2, 3))
+    allocate(scores, scalar(bits=1.3, expert_bits=(0, 1, 2, 3)))
+print("after")
+"""
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.stdout == "before\nafter\n", run.stderr
 
 
 # --- the solver ---------------------------------------------------------------------------------

@@ -27,9 +27,12 @@ layer and for its down projections, each by themselves.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,22 +294,23 @@ def _proven_optimum(loss: Floats, bounds: Bounds, constraints: list[LinearConstr
     """The integers of least loss, where HiGHS's lower bound says so too.
 
     Without presolve first: when HiGHS 1.12 restarts after presolve it can lose its bound and still
-    say "optimal", and writes a stray line to stdout (its issue 2783). Only programs of many equal
-    costs need presolve. The first try is limited in nodes, not seconds: the same on any machine.
+    say "optimal" (its issue 2783). Only programs of many equal costs need presolve. The first try
+    is limited in nodes, not seconds: the same on any machine.
     """
     for presolve, nodes in ((False, FEW_NODES), (True, NO_LIMIT)):
-        result = milp(
-            loss,
-            integrality=np.ones(len(loss), dtype=np.int64),
-            bounds=bounds,
-            constraints=constraints,
-            options={
-                "mip_rel_gap": 0.0,
-                "time_limit": SECONDS,
-                "node_limit": nodes,
-                "presolve": presolve,
-            },
-        )
+        with stdout_on_stderr():
+            result = milp(
+                loss,
+                integrality=np.ones(len(loss), dtype=np.int64),
+                bounds=bounds,
+                constraints=constraints,
+                options={
+                    "mip_rel_gap": 0.0,
+                    "time_limit": SECONDS,
+                    "node_limit": nodes,
+                    "presolve": presolve,
+                },
+            )
         if result.status == 0 and result.x is not None:
             unproven = abs(result.fun - result.mip_dual_bound)
             if unproven <= PROVEN + ROUNDING * abs(result.fun):
@@ -315,6 +319,27 @@ def _proven_optimum(loss: Floats, bounds: Bounds, constraints: list[LinearConstr
         f"HiGHS did not solve the allocation: {len(loss)} variables, at most {SECONDS:.0f} s, says "
         f"'{result.message}' Try a slightly different budget, or scope 'layer'."
     )
+
+
+@contextmanager
+def stdout_on_stderr() -> Iterator[None]:
+    """Within the block, what C code prints goes to stderr: stdout is for results.
+
+    HiGHS 1.12 now and then prints a line of its own, whatever it is told.
+    """
+    try:
+        kept, printed = os.dup(1), ctypes.CDLL(None)  # all that the process has loaded: libc
+    except (OSError, TypeError):  # stdout is closed, or there is no such thing here (Windows)
+        yield
+        return
+    try:
+        printed.fflush(None)
+        os.dup2(2, 1)
+        yield
+    finally:
+        printed.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _ones(rows: Ints, columns: Ints, shape: tuple[int, int]) -> csr_array:
