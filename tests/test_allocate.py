@@ -571,6 +571,10 @@ def test_a_budget_above_the_largest_is_told_once(
         plan = allocate(with_linears(), scalar(**budget))
     assert (plan.bits == 3).all() and set(plan.linear_bits.values()) == {8}
     assert caplog.text.count("above the largest possible") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        allocate(with_linears(), scalar(**budget, over="worst"))
+    assert caplog.text.count("above the largest possible") == 1
 
 
 def test_no_budget() -> None:

@@ -361,7 +361,7 @@ def test_every_knob_bites(
     assert a != b
 
 
-def test_default_beats_random_and_rtn_where_it_counts(
+def test_fast_beats_random_and_rtn_where_it_counts(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
     """On its own calibration text the output of the compressed model is nearer the original's."""

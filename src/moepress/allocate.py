@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepress.budget import expert_budget, linear_range, required_columns, usual_columns
+from moepress.budget import (
+    expert_budget,
+    linear_range,
+    required_columns,
+    tell_of_excess,
+    usual_columns,
+)
 from moepress.codec import LEFT_OUT
 from moepress.draw import draw
 from moepress.duals import Items, price_at
@@ -74,6 +80,7 @@ def allocate(
     """
     recipe = (recipe or Recipe.from_dict(scores.recipe)).with_changes(**changes)
     check_inputs(scores, recipe)
+    tell_of_excess(scores, recipe)
     menu = Menu.of(scores, recipe)
     weights = source_weights(scores, recipe)
     costs = objective(scores, recipe, weights)
@@ -222,12 +229,11 @@ def tell_of_left_out(scores: ExpertScores, plan: BitAllocation) -> None:
 
 def check_linears(scores: ExpertScores) -> None:
     """Raise NumericalError if a linear has no width to take, or a cost that is none."""
-    cost = scores.linear_cost
-    offered = np.isfinite(cost).all(axis=0)
+    cost, is_offered = scores.linear_cost, scores.linear_offered
     no_number = np.isnan(cost).any(axis=0) | (cost < 0).any(axis=0)  # [M, W]
-    no_size = offered & (scores.linear_bytes <= 0)
+    no_size = is_offered & (scores.linear_bytes <= 0)
     bad = (no_number | no_size).sum(axis=1) > 0
-    wrong = np.flatnonzero(bad | (offered.sum(axis=1) == 0))
+    wrong = np.flatnonzero(bad | (is_offered.sum(axis=1) == 0))
     if len(wrong):
         row = int(wrong[0])
         raise NumericalError(

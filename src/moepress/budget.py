@@ -56,21 +56,41 @@ def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
     if recipe.cost != "error":
         usual = int(at(scores.linear_bytes, usual_columns(scores)).sum())
         return usual, usual
-    offered = np.isfinite(scores.linear_cost).all(axis=0)
-    low = np.where(offered, scores.linear_bytes, 2**62).min(axis=1, initial=2**62)
-    high = np.where(offered, scores.linear_bytes, 0).max(axis=1, initial=0)
+    low = np.where(scores.linear_offered, scores.linear_bytes, 2**62).min(axis=1, initial=2**62)
+    high = np.where(scores.linear_offered, scores.linear_bytes, 0).max(axis=1, initial=0)
     return int(low.sum()), int(high.sum())
 
 
 def usual_columns(scores: ExpertScores) -> Ints:
     """[M] the column of the usual width of each linear."""
     bits = scores.linear_bits
-    offered = np.asarray(np.isfinite(scores.linear_cost).all(axis=0))  # [M, W]
     usual = [
         usual_width([b for b, is_offered in zip(bits, row, strict=True) if is_offered])
-        for row in offered.tolist()
+        for row in scores.linear_offered.tolist()
     ]
     return np.array([bits.index(width) for width in usual], dtype=np.int64)
+
+
+def asked_budget(scores: ExpertScores, recipe: Recipe) -> tuple[str, float, float, float]:
+    """Unit and size of the recipe's budget; the smallest and the largest possible.
+
+    Raises:
+        InputError: no budget is set.
+    """
+    possible = budget_range(scores, recipe)._asdict()
+    unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
+    if unit is None:
+        raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
+    return unit, getattr(recipe, unit), *possible[unit]
+
+
+def tell_of_excess(scores: ExpertScores, recipe: Recipe) -> None:
+    """Say in the log that a budget is above the largest possible, which is used."""
+    unit, asked, _, high = asked_budget(scores, recipe)
+    if asked > high:
+        logger.warning(
+            "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
+        )
 
 
 def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
@@ -82,17 +102,8 @@ def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
         InputError: no budget is set.
         BudgetError: it is below the smallest possible.
     """
-    possible = budget_range(scores, recipe)._asdict()
-    unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
-    if unit is None:
-        raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
-    low, high = possible[unit]
-    asked: float = getattr(recipe, unit)
-    if asked > high:
-        logger.warning(
-            "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
-        )
-    budget: float = min(asked, high)
+    unit, asked, low, high = asked_budget(scores, recipe)
+    budget = min(asked, high)
     if unit == "bits":
         capacity = math.floor(budget * menu.total_weights * (1 + ROUNDING))
     elif unit == "bpw":

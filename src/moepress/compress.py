@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moepress.allocate import allocate, tell_of_left_out
-from moepress.budget import expert_budget
+from moepress.budget import expert_budget, tell_of_excess
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
 from moepress.checkpoint import SCORES
 from moepress.errors import InputError
@@ -55,6 +55,7 @@ def compress(
     check_group_sizes(source, recipe)
     sizes = unmeasured(source, recipe)
     expert_budget(sizes, recipe, Menu.of(sizes, recipe))  # refused now, not after hours of scoring
+    tell_of_excess(sizes, recipe)
     ids = kept_ids(out / WORK / TEXT, source, recipe)
     made_of = identity(source, recipe, ids)
     work = made_of | {"full_recipe": recipe.digest()}

@@ -75,6 +75,11 @@ class ExpertScores:
                 f"{self.linear_cost.shape}, expected {linears}."
             )
 
+    @property
+    def linear_offered(self) -> npt.NDArray[np.bool_]:
+        """[M, W] whether a linear is offered a width."""
+        return np.asarray(np.isfinite(self.linear_cost).all(axis=0))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file: arrays as tensors, the rest as JSON in its metadata."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}

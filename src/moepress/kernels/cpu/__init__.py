@@ -7,6 +7,7 @@
     lanes_*.h      what `Lanes` is: AVX-512 with VNNI, AVX2, portable vectors
     viterbi.cpp    the best paths of a trellis code; viterbi_*.h: one step of them
     matrix.cpp     where a packed matrix keeps what (docs/format.md)
+    experts.h      which experts there are, found through their tables
     threads.cpp    torch's OpenMP team, or a pool of our own
     dispatch.cpp   which instruction set runs on this CPU
 

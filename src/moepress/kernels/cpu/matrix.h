@@ -1,19 +1,9 @@
 // A packed matrix of docs/format.md: where its blocks are, whether it fits its bytes, single rows.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace moepress {
-
-// Whether every expert has both of its matrices or, left out, neither.
-template <class M>
-bool both_or_neither(const std::vector<M>& gate_up, const std::vector<M>& down) {
-    for (size_t e = 0; e < gate_up.size(); ++e)
-        if ((gate_up[e].bits == 0) != (down[e].bits == 0)) return false;
-    return true;
-}
 
 struct Matrix {
     const uint8_t* bytes;

@@ -18,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "experts.h"
 #include "isa.h"
 #include "matrix.h"
 #include "moepress.h"
@@ -162,23 +163,18 @@ struct Block {
     std::vector<size_t> part_starts;    // [E + 1], first part of each expert
     int64_t hidden, intermediate;
     int activation, planes;
-
-    // Whether an index is that of an expert that is there.
-    bool runs(int64_t e) const {
-        return e >= 0 && e < int64_t(gate_up.size()) && gate_up[size_t(e)].bits > 0;
-    }
 };
 
 void sort_slots(const int64_t* index, const float* weight, int64_t tokens, int64_t k,
                 int64_t experts, Block& b) {
     b.starts.assign(size_t(experts) + 1, 0);
     for (int64_t i = 0; i < tokens * k; ++i)
-        if (b.runs(index[i])) ++b.starts[size_t(index[i]) + 1];
+        if (runs(b.gate_up, index[i])) ++b.starts[size_t(index[i]) + 1];
     for (size_t e = 0; e < size_t(experts); ++e) b.starts[e + 1] += b.starts[e];
     b.slots.resize(size_t(b.starts.back()));
     std::vector<int64_t> next(b.starts.begin(), b.starts.end() - 1);
     for (int64_t i = 0; i < tokens * k; ++i)
-        if (b.runs(index[i]))
+        if (runs(b.gate_up, index[i]))
             b.slots[size_t(next[size_t(index[i])]++)] = {i / k, weight[i]};
     b.part_starts.assign(1, 0);
     for (int64_t e = 0; e < experts; ++e) {
@@ -290,25 +286,6 @@ void do_experts(const float* x, int64_t tokens, const Block& b, int gate_up_grou
 }
 
 constexpr int64_t kMost = int64_t(1) << 29;  // hidden or intermediate columns
-
-// The matrices that a table lists, or why not. Those of 0 bits have no bytes.
-Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int64_t experts,
-                  int64_t rows, int64_t cols, int group, std::vector<Matrix>& out) {
-    for (int64_t e = 0; e < experts; ++e) {
-        const int64_t offset = table[2 * e], bits = table[2 * e + 1];
-        if (bits < 0 || bits > 8) return kBadCodec;
-        const Matrix matrix{nullptr, rows, cols, int(bits), group};
-        if (bits == 0) {
-            out.push_back(matrix);
-            continue;
-        }
-        if (!matrix.exists()) return kBadCodec;
-        if (offset < 0 || offset > size || matrix.nbytes() > size - offset) return kBadBytes;
-        out.push_back(matrix);
-        out.back().bytes = bytes + offset;
-    }
-    return kOk;
-}
 
 template <class Body>
 int32_t guarded(Body body) {

@@ -14,8 +14,8 @@
 #include <memory>
 #include <vector>
 
+#include "experts.h"
 #include "isa.h"
-#include "matrix.h"
 #include "moepress.h"
 #include "threads.h"
 
@@ -112,8 +112,6 @@ struct Block {
     int activation;
 
     int64_t experts() const { return int64_t(gate_up.size()); }
-    // Whether an index is that of an expert that is there.
-    bool runs(int64_t e) const { return e >= 0 && e < experts() && gate_up[size_t(e)].bits > 0; }
 };
 
 // y [tokens][hidden] += the experts of at most kTokens tokens
@@ -122,7 +120,7 @@ void add_experts(const float* x, int64_t tokens, const int64_t* index, const flo
     const Isa& isa = *isa_in_use();
     std::vector<int64_t> starts(size_t(b.experts()) + 1, 0);  // first slot of each expert
     for (int64_t i = 0; i < tokens * k; ++i)
-        if (b.runs(index[i])) ++starts[size_t(index[i]) + 1];
+        if (runs(b.gate_up, index[i])) ++starts[size_t(index[i]) + 1];
     std::vector<int64_t> used;
     for (size_t e = 0; e + 1 < starts.size(); ++e) {
         if (starts[e + 1] > 0) used.push_back(int64_t(e));
@@ -133,7 +131,7 @@ void add_experts(const float* x, int64_t tokens, const int64_t* index, const flo
     std::vector<Slot> slots(static_cast<size_t>(count));
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
     for (int64_t i = 0; i < tokens * k; ++i)
-        if (b.runs(index[i]))
+        if (runs(b.gate_up, index[i]))
             slots[size_t(next[size_t(index[i])]++)] = {i / k, weight[i]};
 
     const int in_group = b.gate_up.front().group, group = b.down.front().group;
@@ -202,25 +200,6 @@ void add_experts(const float* x, int64_t tokens, const int64_t* index, const flo
                 }
             }
     });
-}
-
-// The matrices that a table lists, or why not. Those of 0 bits have no bytes.
-Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int64_t experts,
-                  int64_t rows, int64_t cols, int group, std::vector<Trellis>& out) {
-    for (int64_t e = 0; e < experts; ++e) {
-        const int64_t offset = table[2 * e], bits = table[2 * e + 1];
-        if (bits < 0 || bits > 4) return kBadCodec;
-        const Trellis matrix{nullptr, rows, cols, int(bits), group};
-        if (bits == 0) {
-            out.push_back(matrix);
-            continue;
-        }
-        if (!matrix.exists()) return kBadCodec;
-        if (offset < 0 || offset > size || matrix.nbytes() > size - offset) return kBadBytes;
-        out.push_back(matrix);
-        out.back().bytes = bytes + offset;
-    }
-    return kOk;
 }
 
 }  // namespace
