@@ -24,14 +24,14 @@ import torch
 
 from measuring import Evaluator, calibration, opened, options
 from moepress.allocate import allocate
-from moepress.checkpoint import folder_bytes
+from moepress.allocation.plan import BitAllocation
+from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
-from moepress.plan import BitAllocation
+from moepress.format.checkpoint import folder_bytes
+from moepress.original.source import Source
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import score
-from moepress.scores import ExpertScores
-from moepress.source import Source
 
 WIDTHS = (1, 2, 3, 4)
 

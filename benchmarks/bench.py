@@ -25,15 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moepress
 from measuring import LENGTH, Comparison, Evaluator, calibration, layer_weights, opened
 from moepress.allocate import allocate
-from moepress.checkpoint import load_json, load_tensors, save_json
+from moepress.allocation.plan import BitAllocation
+from moepress.allocation.tensors import every_name
+from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, MoepressError
-from moepress.layout import every_name
-from moepress.plan import BitAllocation
+from moepress.format.checkpoint import load_json, load_tensors, save_json
+from moepress.original.source import Source, weight_files
 from moepress.quantize import quantize
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.score import score
-from moepress.scores import ExpertScores
-from moepress.source import Source, weight_files
 
 WITHIN = 0.01  # of a budget
 ENDS = {"head_bits": 16, "embedding_bits": 16}  # not counted, so the same for every method

@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import mixtral_shape
 from mixtral_shape import EXPERTS, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, report
-from moepress.checkpoint import folder_bytes
+from moepress.format.checkpoint import folder_bytes
 
 THREADS = len(os.sched_getaffinity(0))
 LAYERS = 4
@@ -72,7 +72,7 @@ def one_token(
     """
     import torch
 
-    from moepress.codec import PackedSpec
+    from moepress.format.codec import PackedSpec
     from moepress.kernels import cpu
 
     spec = PackedSpec((bits,) * experts, 128, family)
@@ -95,7 +95,7 @@ def one_token(
 
 
 def measure_kernels(shape: str, read: Callable[[], float], rounds: int) -> None:
-    from moepress.codec import CODE_BITS
+    from moepress.format.codec import CODE_BITS
 
     cases = {
         (family, bits): one_token(family, bits, *SHAPES[shape])

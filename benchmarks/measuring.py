@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moepress import data, hf
-from moepress.architectures import decoder_layers
-from moepress.checkpoint import is_compressed
+from moepress import hf
 from moepress.demo import MODEL
 from moepress.evaluate import TextResult, compare, summary
-from moepress.modules import set_activation_bits
+from moepress.format.checkpoint import is_compressed
+from moepress.kernels.modules import set_activation_bits
+from moepress.original.architectures import decoder_layers
+from moepress.original.walk import empty
 from moepress.recipe import Recipe
-from moepress.walk import empty
+from moepress.text.windows import evaluation_tokens
 
 LENGTH = 256  # tokens of a window, and of a calibration sequence
 WINDOWS_AT_A_TIME = 16
@@ -110,13 +111,13 @@ class Evaluator:
 
     Args:
         original: folder of the original model.
-        texts: sources as `moepress.data` knows them.
+        texts: sources as `moepress.text.windows` knows them.
         windows: how many windows of each text are looked at.
     """
 
     def __init__(self, original: Path, texts: list[str], windows: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(original)
-        self.tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, LENGTH, windows)
+        self.tokens = evaluation_tokens([(t, 1.0) for t in texts], tokenizer, LENGTH, windows)
         model = opened(original)
         self._reference = empty((*self.tokens.ids.shape, model.config.vocab_size), torch.float32)
         for batch, logits in self._predictions(model):

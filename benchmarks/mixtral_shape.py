@@ -88,8 +88,13 @@ def packed(out: Path, layers: int, bits: float) -> None:
     """
     from transformers import MixtralConfig
 
-    from moepress.checkpoint import finish_folder, quantization_config, save_tensors, shard_name
-    from moepress.codec import PackedSpec
+    from moepress.format.checkpoint import (
+        finish_folder,
+        quantization_config,
+        save_tensors,
+        shard_name,
+    )
+    from moepress.format.codec import PackedSpec
 
     out.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +160,7 @@ def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -
 def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) -> None:
     """Score, allocate and quantize here; load in a fresh process."""
     from moepress.allocate import allocate
-    from moepress.checkpoint import folder_bytes
+    from moepress.format.checkpoint import folder_bytes
     from moepress.quantize import quantize
     from moepress.recipe import Recipe
     from moepress.score import score

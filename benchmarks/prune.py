@@ -38,13 +38,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from measuring import LENGTH, WINDOWS_AT_A_TIME, base_recipe, opened, options
-from moepress import data, importance
-from moepress.architectures import decoder_layers
 from moepress.calibrate import calibrate
 from moepress.compress import compress
-from moepress.drop_costs import DropCosts
+from moepress.costs.drop_costs import DropCosts
+from moepress.original.architectures import decoder_layers
 from moepress.prune import Pruned, Pruning, prune, stored_costs
-from moepress.thresholds import cheapest, quantile
+from moepress.pruning import importance
+from moepress.pruning.thresholds import cheapest, quantile
+from moepress.text.windows import evaluation_tokens
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 Method = Callable[[Any, DropCosts, float], AbstractContextManager[Any]]
@@ -177,7 +178,7 @@ def main() -> None:
     recipe = base_recipe(given)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     texts = [(text, 1.0) for text in given.valid]
-    ids = data.evaluation_tokens(texts, tokenizer, LENGTH, given.windows).ids
+    ids = evaluation_tokens(texts, tokenizer, LENGTH, given.windows).ids
     original = opened(given.model)
     if given.sampling:
         print("| tokens | queries asked | protected tokens found |\n|---|---|---|")

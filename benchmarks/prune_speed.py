@@ -37,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mixtral_shape
 from cpu import LAYERS, timed
 from mixtral_shape import VOCAB, report
-from moepress import importance, kernels
-from moepress.modules import PackedExperts, PackedLinear
+from moepress import kernels
+from moepress.kernels.modules import PackedExperts, PackedLinear
 from moepress.prune import Pruning, prune
+from moepress.pruning import importance
 
 PREFILL, DECODE = 512, 32
 SHARES = (0.15, 0.3)

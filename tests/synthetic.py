@@ -7,10 +7,10 @@ from functools import cache
 import numpy as np
 
 from moepress.allocate import allocate
-from moepress.parts import PartBytes
+from moepress.costs.scores import ExpertScores
+from moepress.original.sizes import PartBytes
+from moepress.page.subject import Subject
 from moepress.recipe import Recipe
-from moepress.report_subject import Subject
-from moepress.scores import ExpertScores
 
 TOKENS = 65_536
 

@@ -22,14 +22,14 @@ from scipy.optimize import OptimizeResult
 
 from moepress import allocate as allocate_from_package
 from moepress.allocate import allocate, pareto
-from moepress.budget import budget_range
-from moepress.codec import Codec
-from moepress.draw import draw
+from moepress.allocation.budget import budget_range
+from moepress.allocation.knapsack import solve
+from moepress.allocation.plan import BitAllocation
+from moepress.allocation.random_plan import draw
+from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
-from moepress.knapsack import solve
-from moepress.plan import BitAllocation
+from moepress.format.codec import Codec
 from moepress.recipe import Recipe
-from moepress.scores import ExpertScores
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -14,8 +14,7 @@ from moepress.chat import HELP, Conversation, chat, set_threads
 from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.evaluate import load_model
-
-from .conftest import small_recipe
+from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
 TEMPLATE = (

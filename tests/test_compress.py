@@ -21,19 +21,18 @@ from transformers import AutoModelForCausalLM
 
 import moepress
 from moepress.allocate import allocate
-from moepress.checkpoint import PLAN, SCORES, folder_bytes, packed_specs, tensor_bytes
+from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
+from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
+from moepress.format.checkpoint import PLAN, SCORES, folder_bytes, packed_specs, tensor_bytes
 from moepress.kernels.reference import dequantize
-from moepress.plan import BitAllocation
+from moepress.original.source import Source
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import score
-from moepress.scores import ExpertScores
-from moepress.source import Source
-
-from .conftest import FAMILIES
-from .conftest import small_recipe as named_recipe
+from tests.conftest import FAMILIES
+from tests.conftest import small_recipe as named_recipe
 
 Folder = Callable[..., Path]
 
@@ -241,7 +240,7 @@ def test_bad_recipes_write_nothing(
 
 
 def test_rows_that_no_group_divides(text_file: Path, tmp_path: Path, model_folder: Folder) -> None:
-    from .conftest import make_model
+    from tests.conftest import make_model
 
     folder = tmp_path / "odd"
     shutil.copytree(model_folder(), folder)
@@ -273,7 +272,7 @@ def test_no_space_left_is_one_error_and_keeps_what_is_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The disk fills while the second layer is written; with space again the run goes on."""
-    module = importlib.import_module("moepress.checkpoint")
+    module = importlib.import_module("moepress.format.checkpoint")
     real = module.save_file
 
     def full(tensors: object, path: Path, metadata: object) -> None:

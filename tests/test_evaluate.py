@@ -12,11 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moepress import evaluate as run_evaluate
-from moepress.checkpoint import folder_bytes
 from moepress.compress import compress
 from moepress.errors import InputError
-
-from .conftest import small_recipe
+from moepress.format.checkpoint import folder_bytes
+from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
 evaluate_module = importlib.import_module("moepress.evaluate")

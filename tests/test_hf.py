@@ -21,15 +21,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralFor
 from transformers.activations import ACT2FN
 
 from moepress import hf
-from moepress.checkpoint import quantization_config
-from moepress.codec import GRID_BITS, PackedSpec
 from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import quantization_config
+from moepress.format.codec import GRID_BITS, PackedSpec
 from moepress.hf import MoePressConfig, MoePressQuantizer, activation_name, pack_modules, register
+from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moepress.kernels.reference import ACTIVATIONS, dequantize
-from moepress.modules import PackedEmbedding, PackedExperts, PackedLinear
-
-from .conftest import COMMON, FAMILIES, make_model
-from .test_kernels import random_packed
+from tests.conftest import COMMON, FAMILIES, make_model
+from tests.kernels.test_kernels import random_packed
 
 ALL = [*FAMILIES, "qwen3_moe"]
 IDS = torch.tensor([[5, 9, 300, 17, 2, 44]])

@@ -98,8 +98,8 @@ for verb in {VERBS}:
 from moepress.score import score_layer
 from moepress import score
 assert score is mp.score and score_layer.__module__ == "moepress.score"
-import moepress.codec
-assert moepress.codec.Codec(2, 128).bits == 2
+import moepress.format.codec
+assert moepress.format.codec.Codec(2, 128).bits == 2
 print("ok")
 """
     assert python(code) == "ok"

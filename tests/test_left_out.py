@@ -18,34 +18,33 @@ from typer.testing import CliRunner
 
 from moepress import kernels
 from moepress.allocate import allocate, tell_of_left_out
-from moepress.budget import budget_range
+from moepress.allocation.budget import budget_range
+from moepress.allocation.choices import Menu
+from moepress.allocation.plan import BitAllocation
 from moepress.calibrate import calibration_ids
-from moepress.checkpoint import PLAN, load_json, packed_specs
 from moepress.cli import app
-from moepress.codec import Codec, PackedSpec
 from moepress.compress import compress
-from moepress.drop_costs import DropMeter
+from moepress.costs.drop_costs import DropMeter
+from moepress.costs.scores import PARTS, ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError
+from moepress.format.checkpoint import PLAN, load_json, packed_specs
+from moepress.format.codec import Codec, PackedSpec
 from moepress.kernels import cpu
+from moepress.kernels.modules import PackedExperts
 from moepress.kernels.reference import dequantize
-from moepress.menu import Menu
-from moepress.modules import PackedExperts
-from moepress.plan import BitAllocation
+from moepress.original.source import Source
+from moepress.original.walk import Routed
+from moepress.page.sections import SECTIONS
+from moepress.page.subject import Subject
 from moepress.propose import proposal
 from moepress.prune import Pruning, prune
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.report import expert_values, report
-from moepress.report_sections import SECTIONS
-from moepress.report_subject import Subject
 from moepress.score import score
-from moepress.scores import PARTS, ExpertScores
-from moepress.source import Source
-from moepress.walk import Routed
-
-from .conftest import small_recipe
-from .test_allocate import make_scores, scalar
-from .test_kernels import random_packed
+from tests.conftest import small_recipe
+from tests.kernels.test_kernels import random_packed
+from tests.test_allocate import make_scores, scalar
 
 Folder = Callable[..., Path]
 WIDTHS = (0, 1, 2, 3)
@@ -82,7 +81,7 @@ def packed_experts(family: str, bits: tuple[int, ...], hidden: int = 64, inner: 
 
 
 def random_trellis(rows: int, cols: int, bits: int, seed: int) -> Tensor:
-    from .test_trellis import random_packed as of_codec
+    from tests.rounding.test_trellis import random_packed as of_codec
 
     return of_codec(rows, cols, Codec(bits, 32, "trellis"), seed)
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 from moepress.allocate import allocate
-from moepress.budget import budget_range
-from moepress.checkpoint import SCORES
+from moepress.allocation.budget import budget_range
+from moepress.cli.tables import proposal_table
 from moepress.compress import compress
 from moepress.errors import InputError
+from moepress.format.checkpoint import SCORES
 from moepress.propose import SHARE, memory, proposal, propose
 from moepress.recipe import Recipe
-from moepress.tables import proposal_table
-
-from . import synthetic
-from .conftest import small_recipe
+from tests import synthetic
+from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
 

@@ -21,15 +21,14 @@ import moepress as mp
 from moepress import kernels
 from moepress.calibrate import calibrate
 from moepress.compress import compress
-from moepress.drop_costs import DropCosts
+from moepress.costs.drop_costs import DropCosts
 from moepress.errors import InputError
 from moepress.evaluate import evaluate
 from moepress.generate import generate
 from moepress.kernels import cpu, reference
 from moepress.prune import ACTIVE, Pruning, parse_strength, prune, set_pruning
-
-from .conftest import VOCAB, make_model, small_recipe
-from .test_kernels import make_case
+from tests.conftest import VOCAB, make_model, small_recipe
+from tests.kernels.test_kernels import make_case
 
 Folder = Callable[..., Path]
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,12 @@ from matplotlib.colors import to_rgb
 
 from moepress import report
 from moepress.allocate import allocate
-from moepress.checkpoint import (
+from moepress.allocation.plan import BitAllocation
+from moepress.compress import compress
+from moepress.costs.scores import ExpertScores
+from moepress.errors import InputError
+from moepress.evaluate import evaluate
+from moepress.format.checkpoint import (
     DROP_COSTS,
     EVALUATION,
     PLAN,
@@ -30,23 +35,17 @@ from moepress.checkpoint import (
     save_json,
     tensor_bytes,
 )
-from moepress.compress import compress
-from moepress.errors import InputError
-from moepress.evaluate import evaluate
-from moepress.parts import ROUTED, bytes_by_part
-from moepress.picture import Panel, Picture
-from moepress.plan import BitAllocation
-from moepress.plot_curves import loss_curve
-from moepress.plot_maps import BIT_COLOURS, LABELLED, bit_map, heat_map
+from moepress.original.sizes import ROUTED, bytes_by_part
+from moepress.page.curves import loss_curve
+from moepress.page.maps import BIT_COLOURS, LABELLED, bit_map, heat_map
+from moepress.page.picture import Panel, Picture
+from moepress.page.sections import SECTIONS, Section, sections
+from moepress.page.subject import NUDGE, Subject
 from moepress.prune import set_pruning
+from moepress.pruning.thresholds import cheapest, medians
 from moepress.report import plot, read_subject
-from moepress.report_sections import SECTIONS, Section, sections
-from moepress.report_subject import NUDGE, Subject
-from moepress.scores import ExpertScores
-from moepress.thresholds import cheapest, medians
-
-from . import synthetic
-from .conftest import small_recipe
+from tests import synthetic
+from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
 

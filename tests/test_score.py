@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from moepress.allocation.tensors import codec_for, linear_codec, packable
 from moepress.calibrate import Calibration, calibrate, calibration_ids, hessian_tokens
-from moepress.checkpoint import save_tensors
+from moepress.costs.scores import PARTS, ExpertScores
+from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity
 from moepress.errors import CheckpointError, InputError
-from moepress.layout import codec_for, linear_codec, packable
-from moepress.quantizers import quantize_matrix
+from moepress.format.checkpoint import save_tensors
+from moepress.original.source import ExpertWeights, Source
+from moepress.original.walk import Routed, Walk, expert_forward
 from moepress.recipe import Recipe
+from moepress.rounding.methods import quantize_matrix
 from moepress.score import score
-from moepress.scores import PARTS, ExpertScores
-from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity
-from moepress.source import ExpertWeights, Source
-from moepress.walk import Routed, Walk, expert_forward
-
-from .conftest import small_recipe
+from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
 

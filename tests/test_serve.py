@@ -20,14 +20,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moepress.checkpoint import load_json, save_json
 from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.evaluate import load_model
+from moepress.format.checkpoint import load_json, save_json
 from moepress.serve import serve
-
-from .conftest import small_recipe
-from .test_chat import TEMPLATE
+from tests.conftest import small_recipe
+from tests.test_chat import TEMPLATE
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -261,7 +260,7 @@ def test_errors_of_any_kind_have_openais_shape() -> None:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
-    from moepress.serve_requests import check_requests
+    from moepress.serve.requests import check_requests
 
     app = FastAPI()
 

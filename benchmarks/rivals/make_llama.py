@@ -33,8 +33,8 @@ from folder import Stored, given, save, text
 from torch import Tensor, nn
 
 from measuring import WINDOWS_AT_A_TIME, layer_weights, opened
-from moepress.architectures import decoder_layers, is_experts
-from moepress.walk import expert_hidden
+from moepress.original.architectures import decoder_layers, is_experts
+from moepress.original.walk import expert_hidden
 
 try:
     import gguf

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moepress.errors import InputError as InputError
     from moepress.errors import MoepressError as MoepressError
     from moepress.evaluate import evaluate as evaluate
-    from moepress.modules import set_activation_bits as set_activation_bits
+    from moepress.kernels.modules import set_activation_bits as set_activation_bits
     from moepress.prune import Pruning as Pruning
     from moepress.prune import prune as prune
     from moepress.quantize import quantize as quantize
@@ -43,7 +43,7 @@ _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
     "MoepressError": "moepress.errors",
     "Pruning": "moepress.prune",
     "Recipe": "moepress.recipe",
-    "set_activation_bits": "moepress.modules",
+    "set_activation_bits": "moepress.kernels.modules",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -24,25 +24,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepress.budget import (
+from moepress.allocation.budget import (
     expert_budget,
     linear_range,
     required_columns,
     tell_of_excess,
     usual_columns,
 )
-from moepress.codec import LEFT_OUT
-from moepress.draw import draw
-from moepress.duals import Items, price_at
+from moepress.allocation.choices import Menu, offered
+from moepress.allocation.knapsack import Floats, Ints, at, solve
+from moepress.allocation.objective import flat, linear_costs, objective, source_weights
+from moepress.allocation.plan import BitAllocation
+from moepress.allocation.prices import Items, price_at
+from moepress.allocation.random_plan import draw
 from moepress.errors import BudgetError, InputError, NumericalError
-from moepress.knapsack import Floats, Ints, at, solve
-from moepress.menu import Menu, offered
-from moepress.objective import flat, linear_costs, objective, source_weights
-from moepress.plan import BitAllocation
+from moepress.format.codec import LEFT_OUT
 from moepress.recipe import Recipe
 
 if TYPE_CHECKING:
-    from moepress.scores import ExpertScores
+    from moepress.costs.scores import ExpertScores
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepress import data
-from moepress.checkpoint import load_tensors, read_about, save_tensors
-from moepress.drop_costs import DropCosts, DropMeter
+from moepress.costs.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError
+from moepress.format.checkpoint import load_tensors, read_about, save_tensors
+from moepress.original.source import Source
+from moepress.original.walk import Routed, Walk
 from moepress.progress import Progress
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
-from moepress.source import Source
-from moepress.walk import Routed, Walk
+from moepress.text import windows
 
 KIND = "moepress calibration"
 ARRAYS = ("tokens", "routing_weight")
@@ -177,7 +177,7 @@ def hessian_tokens(
 
 def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
     """The calibration sequences [S, L] int64 that a recipe asks for."""
-    tokens = data.load_tokens(
+    tokens = windows.load_tokens(
         recipe.calib,
         tokenizer(source),
         recipe.sequences,
@@ -185,7 +185,7 @@ def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
         recipe.seed,
         model=lambda: whole_model(source),
     )
-    data.check_vocab(tokens, source.config.get_text_config().vocab_size)
+    windows.check_vocab(tokens, source.config.get_text_config().vocab_size)
     return tokens.ids
 
 

@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from moepress.allocate import allocate, tell_of_left_out
-from moepress.budget import expert_budget, tell_of_excess
+from moepress.allocation.budget import expert_budget, tell_of_excess
+from moepress.allocation.choices import Menu
+from moepress.allocation.tensors import check_group_sizes
 from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
-from moepress.checkpoint import SCORES
+from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
-from moepress.journal import check_identity
-from moepress.layout import check_group_sizes
-from moepress.menu import Menu
+from moepress.format.checkpoint import SCORES
+from moepress.original.journal import check_identity
+from moepress.original.source import Source
 from moepress.quantize import WORK, claim, quantize
 from moepress.recipe import Recipe
 from moepress.score import score, unmeasured
-from moepress.scores import ExpertScores
-from moepress.source import Source
 
 
 def compress(

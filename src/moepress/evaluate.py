@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress import data
-from moepress.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.errors import InputError
-from moepress.modules import set_activation_bits
-from moepress.parts import PartBytes, bytes_by_part
-from moepress.performance import Performance, forget_peak, measure_performance
+from moepress.evaluation.performance import Performance, forget_peak, measure_performance
+from moepress.evaluation.repetition import Repetition, measure_repetition, prompts_of
+from moepress.evaluation.tasks import find_tasks, run_tasks
+from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
+from moepress.kernels.modules import set_activation_bits
+from moepress.original.sizes import PartBytes, bytes_by_part
+from moepress.original.source import Source, resolve, weight_files
+from moepress.original.walk import Walk, batches, logit_tokens
 from moepress.progress import Progress
 from moepress.prune import Pruning, Strength, count_dropped, prune
-from moepress.repetition import Repetition, measure_repetition, prompts_of
-from moepress.source import Source, resolve, weight_files
-from moepress.tasks import find_tasks, run_tasks
-from moepress.walk import Walk, batches, logit_tokens
+from moepress.text import windows
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def evaluate(
 
     Args:
         model: a folder made by moepress, or an original model (folder or hub id).
-        texts: sources as `data.py` knows them, such as files.
+        texts: sources as `text/documents.py` knows them, such as files.
         against: the original model to compare with.
         length: tokens of a window; windows do not overlap, each is predicted from its second
             token on.
@@ -147,8 +147,8 @@ def evaluate(
             "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = data.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
-    data.check_vocab(tokens, _vocab_size(folder))
+    tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
+    windows.check_vocab(tokens, _vocab_size(folder))
     found = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))

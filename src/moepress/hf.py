@@ -24,12 +24,12 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moepress.architectures import check_supported, is_experts
-from moepress.checkpoint import FORMAT_VERSION, QUANT_METHOD
-from moepress.codec import PackedSpec
 from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import FORMAT_VERSION, QUANT_METHOD
+from moepress.format.codec import PackedSpec
+from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moepress.kernels.reference import ACTIVATIONS
-from moepress.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moepress.original.architectures import check_supported, is_experts
 from moepress.prune import Pruning, prune
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")

@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moepress.allocation.plan import BitAllocation
+from moepress.allocation.tensors import every_name
 from moepress.calibrate import KIND as CALIBRATION
 from moepress.calibrate import Calibration
-from moepress.checkpoint import (
+from moepress.costs.drop_costs import KIND as DROP_COSTS
+from moepress.costs.drop_costs import DropCosts
+from moepress.costs.scores import ExpertScores
+from moepress.errors import InputError
+from moepress.format.checkpoint import (
     PLAN,
     folder_bytes,
     is_compressed,
@@ -21,15 +27,9 @@ from moepress.checkpoint import (
     read_about,
     tensor_bytes,
 )
-from moepress.drop_costs import KIND as DROP_COSTS
-from moepress.drop_costs import DropCosts
-from moepress.errors import InputError
-from moepress.layout import every_name
-from moepress.parts import bytes_by_part
-from moepress.plan import BitAllocation
-from moepress.scores import ExpertScores
-from moepress.source import Source, weight_files
-from moepress.thresholds import cheapest, medians
+from moepress.original.sizes import bytes_by_part
+from moepress.original.source import Source, weight_files
+from moepress.pruning.thresholds import cheapest, medians
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the chosen experts, for which costs are shown
 

@@ -17,17 +17,17 @@ import psutil
 import torch
 
 from moepress.allocate import allocate, frontier
-from moepress.budget import budget_range
+from moepress.allocation.budget import budget_range
+from moepress.allocation.choices import offered
+from moepress.allocation.plan import BitAllocation
+from moepress.allocation.tensors import check_group_sizes
 from moepress.calibrate import TEXT, identity, kept_ids
 from moepress.compress import measure_and_store, stored_scores
+from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
-from moepress.layout import check_group_sizes
-from moepress.menu import offered
-from moepress.plan import BitAllocation
+from moepress.original.source import Source
 from moepress.quantize import WORK, check_output
 from moepress.recipe import Recipe
-from moepress.scores import ExpertScores
-from moepress.source import Source
 
 STEP = 0.25  # bits between the budgets of the table
 SHARE = 0.8  # of a memory that the model may take: the rest is for context and everything else

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from moepress import kernels
-from moepress.architectures import decoder_layers, is_experts
-from moepress.checkpoint import DROP_COSTS, is_compressed, load_json, save_json
 from moepress.errors import InputError
-from moepress.importance import Sink, listen, protected_tokens
-from moepress.modules import PackedExperts
+from moepress.format.checkpoint import DROP_COSTS, is_compressed, load_json, save_json
+from moepress.kernels.modules import PackedExperts
+from moepress.original.architectures import decoder_layers, is_experts
+from moepress.pruning.importance import Sink, listen, protected_tokens
 
 if TYPE_CHECKING:
-    from moepress.drop_costs import DropCosts
+    from moepress.costs.drop_costs import DropCosts
 
 PROTECT = 0.02  # share of a prefill's tokens that keep all experts, as in the paper
 ACTIVE = "_moepress_pruned"  # attribute of a model's decoder: the pruning in force
@@ -86,7 +86,7 @@ class Pruning:
         Raises:
             InputError: a share that cannot be dropped.
         """
-        from moepress.thresholds import cheapest, medians
+        from moepress.pruning.thresholds import cheapest, medians
 
         if strength == "paper":
             ratios, renormalise = medians(costs), True
@@ -354,7 +354,7 @@ def stored_costs(folder: str | Path) -> DropCosts:
     """
     from huggingface_hub import hf_hub_download
 
-    from moepress.drop_costs import DropCosts
+    from moepress.costs.drop_costs import DropCosts
 
     path = Path(folder) / DROP_COSTS
     if folder and not path.is_file() and not Path(folder).exists() and str(folder).count("/") == 1:

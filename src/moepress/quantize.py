@@ -17,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepress.allocation.plan import BitAllocation
+from moepress.allocation.tensors import codec_for, linear_specs
 from moepress.calibrate import TEXT, drop_seed, identity, keep_ids, kept_ids
-from moepress.checkpoint import (
+from moepress.costs.drop_costs import DropCosts, DropMeter
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
     finish_folder,
@@ -29,25 +33,21 @@ from moepress.checkpoint import (
     save_tensors,
     shard_name,
 )
-from moepress.codec import LEFT_OUT, PackedSpec
-from moepress.drop_costs import DropCosts, DropMeter
-from moepress.errors import CheckpointError, InputError
-from moepress.journal import Journal
-from moepress.layout import codec_for, linear_specs
-from moepress.plan import BitAllocation
+from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.original.journal import Journal
+from moepress.original.source import ExpertWeights, Source
+from moepress.original.walk import Routed, Walk, add_expert_output, empty
 from moepress.progress import Progress
-from moepress.quantizers import (
+from moepress.recipe import Recipe
+from moepress.rounding.expert import round_down, round_gate_up
+from moepress.rounding.linear import Shared, linear_inputs, round_linear
+from moepress.rounding.methods import (
     Factor,
     QuantizedMatrix,
     TrellisMatrix,
     needs_hessian,
     quantize_matrix,
 )
-from moepress.recipe import Recipe
-from moepress.round_expert import round_down, round_gate_up
-from moepress.round_linear import Shared, linear_inputs, round_linear
-from moepress.source import ExpertWeights, Source
-from moepress.walk import Routed, Walk, add_expert_output, empty
 
 WORK = ".moepress"  # folder inside the output that holds unfinished work
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moepress.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
 from moepress.errors import InputError
+from moepress.format.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
 CodecFamily = Literal["int", "trellis"]
@@ -45,7 +45,7 @@ class Recipe:
     bpw: float | None = None
     size: int | None = None
 
-    # Calibration data: (source, weight) pairs, see data.py.
+    # Calibration data: (source, weight) pairs, see text/documents.py.
     calib: tuple[tuple[str, float], ...] = (("self", 1.0),)
     sequences: int = 128
     sequence_length: int = 512

@@ -1,8 +1,8 @@
 """One page that shows what happened to a model, and whether to trust it.
 
 `report` writes a single HTML file that works from disk, without network: pictures are SVG inside
-it, and a small script tells the numbers under the pointer or the arrow keys. `report.html` is the
-page's template; what is on it is in `report_sections.py`.
+it, and a small script shows the numbers under the pointer or the arrow keys. `page/report.html` is
+the template; `page/sections.py` says what is on it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from moepress.checkpoint import (
+from moepress.allocation.choices import offered
+from moepress.allocation.plan import PROJECTIONS, BitAllocation
+from moepress.costs.drop_costs import DropCosts
+from moepress.costs.scores import ExpertScores
+from moepress.errors import InputError
+from moepress.format.checkpoint import (
     DROP_COSTS,
     EVALUATION,
     PLAN,
@@ -31,16 +36,11 @@ from moepress.checkpoint import (
     load_json,
     write_atomically,
 )
-from moepress.drop_costs import DropCosts
-from moepress.errors import InputError
-from moepress.menu import offered
-from moepress.parts import byte_unit, bytes_by_part
-from moepress.picture import Format, Picture
-from moepress.plan import PROJECTIONS, BitAllocation
+from moepress.original.sizes import byte_unit, bytes_by_part
+from moepress.page.picture import Format, Picture
+from moepress.page.sections import sections
+from moepress.page.subject import Subject
 from moepress.prune import Pruning
-from moepress.report_sections import sections
-from moepress.report_subject import Subject
-from moepress.scores import ExpertScores
 
 
 def report(
@@ -160,7 +160,7 @@ def render(subject: Subject) -> str:
     )
     environment.filters |= {"cell": _cell, "svg": _data_uri, "panels": _panels, "prose": _prose}
     environment.tests["number"] = lambda value: isinstance(value, int | float)
-    template = environment.from_string((files("moepress") / "report.html").read_text())
+    template = environment.from_string((files("moepress.page") / "report.html").read_text())
     return template.render(
         name=subject.name,
         facts=headline(subject),

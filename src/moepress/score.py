@@ -30,12 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress import data
-from moepress.calibrate import TEXT, identity, keep_ids, kept_ids, routing_statistics
-from moepress.checkpoint import temporary_folder
-from moepress.codec import LEFT_OUT
-from moepress.journal import Journal
-from moepress.layout import (
+from moepress.allocation.tensors import (
     check_group_sizes,
     every_name,
     file_bytes,
@@ -48,16 +43,21 @@ from moepress.layout import (
     packable,
     stored_bytes,
 )
+from moepress.calibrate import TEXT, identity, keep_ids, kept_ids, routing_statistics
+from moepress.costs.embedding_and_head import score_ends
+from moepress.costs.scores import EXPERT_ARRAYS, PARTS, ExpertScores
+from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, sensitivity_of
+from moepress.format.checkpoint import temporary_folder
+from moepress.format.codec import LEFT_OUT
+from moepress.original.journal import Journal
+from moepress.original.source import ExpertWeights, Source
+from moepress.original.walk import Routed, Walk, chunks, empty, expert_hidden
 from moepress.progress import Progress
-from moepress.quantizers import Factor
 from moepress.recipe import END_BITS, Recipe, usual_width
-from moepress.round_expert import round_down, round_gate_up
-from moepress.round_linear import linear_inputs, output_cost, round_linear
-from moepress.score_ends import score_ends
-from moepress.scores import EXPERT_ARRAYS, PARTS, ExpertScores
-from moepress.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, sensitivity_of
-from moepress.source import ExpertWeights, Source
-from moepress.walk import Routed, Walk, chunks, empty, expert_hidden
+from moepress.rounding.expert import round_down, round_gate_up
+from moepress.rounding.linear import linear_inputs, output_cost, round_linear
+from moepress.rounding.methods import Factor
+from moepress.text import windows
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def score_layer(
 
 def origin_of_tokens(ids: Tensor, recipe: Recipe) -> Tensor:
     """The source of calibration text, 0 .. D-1, that each token comes from. [T] int64."""
-    shares = data.divide(len(ids), [weight for _, weight in recipe.calib])
+    shares = windows.divide(len(ids), [weight for _, weight in recipe.calib])
     of_sequence = torch.arange(len(shares)).repeat_interleave(torch.tensor(shares))
     return of_sequence.repeat_interleave(ids.shape[1])
 

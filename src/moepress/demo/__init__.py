@@ -1,8 +1,9 @@
 """The main job on the small model that moepress carries: compress, load, evaluate, generate.
 
-`model/` is a really trained Mixtral of 4 million weights (its README.md is the model card;
-`train_model.py` made it). It calibrates on one part of the Python standard library's text and is
-evaluated on another, both of which every installation has: nothing is downloaded.
+`model/` is a trained Mixtral of 4 million weights (its README.md is the model card;
+`benchmarks/carried_model/train_model.py` trained it). The demo calibrates on one part of the Python
+standard library's text and evaluates on another. Every Python installation has both, so nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moepress.checkpoint import temporary_folder
+from moepress.format.checkpoint import temporary_folder
 
 MODEL = Path(__file__).parent / "model"
 PROMPT = "class Queue:\n    def put(self, item):\n"
@@ -29,12 +30,12 @@ def demo(out: Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
     Returns:
         {"models": one row each of the original and the compressed model, "prompt", "seconds"}.
     """
-    from moepress.checkpoint import PLAN, folder_bytes
+    from moepress.allocation.plan import BitAllocation
     from moepress.compress import compress
     from moepress.evaluate import evaluate
+    from moepress.format.checkpoint import PLAN, folder_bytes
     from moepress.generate import generate
-    from moepress.plan import BitAllocation
-    from moepress.source import Source
+    from moepress.original.source import Source
 
     started = time.monotonic()
     with temporary_folder(out) as folder:

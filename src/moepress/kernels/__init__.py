@@ -24,8 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moepress.codec import Codec
 from moepress.errors import InputError
+from moepress.format.codec import Codec
 from moepress.kernels import cpu, reference
 
 __all__ = [

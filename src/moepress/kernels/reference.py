@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress.codec import LEFT_OUT, ROWS_PER_BLOCK, Codec
 from moepress.errors import InputError
+from moepress.format.codec import LEFT_OUT, ROWS_PER_BLOCK, Codec
 from moepress.kernels import trellis
 
 ACTIVATION_RANGE = {8: 127.0, 16: 128.0 * 127.0}  # bits to the largest code

@@ -10,7 +10,7 @@ before it on the same path.
 Multiplying scatters neighbouring states over the values; a sum of bytes, like any sum, is nearly
 Gaussian, which is what rotated weights are. Two bytes of the product do at 1 and 2 bits; at 3 and
 4, where the tails count more, it takes all four. `docs/log.md` has the search for the multipliers
-and the error of other codes. quantizers/viterbi.py finds the best path.
+and the error of other codes. rounding/methods/viterbi.py finds the best path.
 
 Rotation. Columns are multiplied by fixed random signs and then, in runs of the largest power of
 two that divides their number, by a Hadamard matrix: an orthogonal map Q, applied to a layer's
@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB, Codec
 from moepress.errors import InputError
+from moepress.format.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB, Codec
 
 STATE_BITS = 12
 STATES = 1 << STATE_BITS

@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepress.codec import Codec
 from moepress.errors import InputError, MoepressError
+from moepress.format.codec import Codec
 from moepress.kernels import reference
 
 INTERFACE = 4  # of moepress.h
@@ -256,7 +256,7 @@ def drop(
 
 
 def trellis_search(target: Tensor, bits: int) -> Tensor:
-    """As `quantizers.viterbi.search`."""
+    """As `rounding.methods.viterbi.search`."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
     _call(

@@ -1,0 +1,130 @@
+"""The plan: which expert and which linear gets how many bits, and what that comes to in bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import load_json, save_json
+from moepress.format.codec import GROUP_SIZES, LEFT_OUT
+from moepress.recipe import END_BITS, FAST, Recipe
+
+PROJECTIONS = ("gate_up", "down")
+KIND = "plan"
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """The plan: code bits of both projections of every routed expert. L MoE layers, E experts."""
+
+    layers: tuple[int, ...]  # [L] index of each MoE layer in the model
+    bits: npt.NDArray[np.int8]  # [L, E, 2] gate_up, down
+    linear_bits: dict[str, int]  # of each linear that the recipe leaves open, by parameter name
+    group_size: int
+    predicted_loss: float  # what the objective sums to
+    expert_bytes: int  # stored bytes of all routed experts
+    total_bytes: int  # of all tensors
+    folder_bytes: int  # of all files
+    average_bits: float  # code bits per routed-expert weight, the paper's k
+    expert_bits_per_weight: float  # stored bits per routed-expert weight, side data included
+    bits_per_weight: float  # stored bits per weight of the whole model
+    recipe: Recipe
+    provenance: dict[str, str]
+
+    def __post_init__(self) -> None:
+        bits = np.array(self.bits, dtype=np.int8)  # a copy that nobody else can write to
+        bits.setflags(write=False)
+        object.__setattr__(self, "bits", bits)
+        if wrong := self._contradiction():
+            raise CheckpointError(
+                f"The plan does not fit together: {wrong}. Make it again with `moepress allocate`."
+            )
+
+    def _contradiction(self) -> str | None:
+        """What is wrong with the plan, and what was expected; None if nothing is."""
+        shape, count = self.bits.shape, len(self.layers)
+        if len(shape) != 3 or shape[0] != count or shape[2] != len(PROJECTIONS) or not shape[1]:
+            return f"widths of shape {shape}, expected [L, E, 2] with L = {count} layers"
+        if list(self.layers) != sorted(set(self.layers)) or not count:
+            return f"layers {self.layers}, expected distinct ones in rising order"
+        if not set(np.unique(self.bits)) <= set(self.recipe.expert_bits):
+            return f"widths {np.unique(self.bits)}, expected some of {self.recipe.expert_bits}"
+        left_out = self.bits == LEFT_OUT
+        if (left_out[..., 0] != left_out[..., 1]).any():
+            return "an expert with one projection left out, expected both or neither"
+        widths = {*self.recipe.linear_bits, *END_BITS}
+        if not set(self.linear_bits.values()) <= widths:
+            return f"linears of {set(self.linear_bits.values())}, expected some of {widths}"
+        if self.group_size not in GROUP_SIZES:
+            return f"group size {self.group_size}, expected one of {GROUP_SIZES}"
+        sizes = (self.expert_bytes, self.total_bytes, self.folder_bytes)
+        if not 0 < sizes[0] <= sizes[1] <= sizes[2]:
+            return f"experts, tensors and files of {sizes} bytes, expected rising numbers"
+        rates = (self.average_bits, self.expert_bits_per_weight, self.bits_per_weight)
+        if not all(0 < rate < math.inf for rate in rates) or rates[0] > rates[1]:
+            return f"code bits, stored expert bits and stored bits per weight of {rates}"
+        if not 0 <= self.predicted_loss < math.inf:
+            return f"a predicted loss of {self.predicted_loss}, expected a finite number from 0 up"
+        if not isinstance(self.provenance, dict):
+            return f"provenance {self.provenance!r}, expected names and values"
+        return None
+
+    def digest(self) -> str:
+        """A short hash of all widths."""
+        linears = json.dumps(self.linear_bits, sort_keys=True) if self.linear_bits else ""
+        return hashlib.sha256(self.bits.tobytes() + linears.encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write JSON, atomically; equal plans give equal bytes. One digit per expert.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        rows = [
+            {"layer": layer, **{n: _digits(row[:, p]) for p, n in enumerate(PROJECTIONS)}}
+            for layer, row in zip(self.layers, self.bits, strict=True)
+        ]
+        fields = {k: v for k, v in vars(self).items() if k not in ("layers", "bits")}
+        save_json(path, {"kind": KIND, **fields, "recipe": self.recipe.to_dict(), "layers": rows})
+
+    @classmethod
+    def load(cls, path: Path) -> BitAllocation:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is JSON, but no plan.
+            CheckpointError: missing, damaged, or a plan that contradicts itself.
+        """
+        fields = load_json(path)
+        if not isinstance(fields, dict) or fields.pop("kind", None) != KIND:
+            raise InputError(
+                f"{path} is not a plan. Expected a file made by `moepress allocate`, or "
+                "moepress_plan.json in a compressed folder."
+            )
+        try:
+            rows = fields.pop("layers")
+            bits = [[[int(digit) for digit in row[n]] for n in PROJECTIONS] for row in rows]
+            if "linear_bits" not in fields:  # written when all else was scalar, at fixed widths
+                fields["linear_bits"] = {}
+                fields["recipe"] = FAST.to_dict() | fields["recipe"]
+            return cls(
+                **fields | {"recipe": Recipe.from_dict(fields["recipe"])},
+                layers=tuple(int(row["layer"]) for row in rows),
+                bits=np.array(bits, dtype=np.int8).swapaxes(1, 2),
+            )
+        except (TypeError, KeyError, ValueError, OverflowError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{path} is a damaged plan ({type(error).__name__}: {error}). Make it again with "
+                "`moepress allocate`."
+            ) from error
+
+
+def _digits(bits: npt.NDArray[np.int8]) -> str:
+    return "".join(str(b) for b in bits.tolist())

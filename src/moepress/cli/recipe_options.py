@@ -1,0 +1,75 @@
+"""The options that say how to compress, and the recipe they make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moepress.recipe import Recipe
+
+Bits = Annotated[
+    float | None, typer.Option(help="Budget: average code bits of the routed experts.")
+]
+Bpw = Annotated[float | None, typer.Option(help="Budget: stored bits per weight, everything.")]
+Size = Annotated[str | None, typer.Option(help="Budget: bytes of the folder, such as 16GB.")]
+RecipeName = Annotated[
+    str, typer.Option(help="default, fast, paper, paper-released, or a .toml or .json file.")
+]
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Calibration text as PATH[=WEIGHT]: a text or .jsonl file, a folder, c4, wikitext2, "
+        "math, stdlib, or self (the model's own samples). Repeatable."
+    ),
+]
+Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
+Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens of each.")]
+Widths = Annotated[
+    str | None,
+    typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3; 0: left out."),
+]
+ExpertCodec = Annotated[
+    str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")
+]
+Over = Annotated[
+    str | None,
+    typer.Option(help="Whose loss is kept small: mean (all calibration text) or worst (source)."),
+]
+Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
+
+
+def recipe_of(
+    name: str,
+    bits: float | None,
+    bpw: float | None,
+    size: str | None,
+    calib: list[str] | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    expert_bits: str | None = None,
+    group_size: int | None = None,
+    seed: int | None = None,
+    expert_codec: str | None = None,
+    over: str | None = None,
+) -> Recipe:
+    """The named recipe with what the options change."""
+    from moepress.recipe import Recipe, parse_size, parse_widths
+    from moepress.text.windows import parse_source
+
+    changes: dict[str, Any] = {
+        "bits": bits,
+        "bpw": bpw,
+        "size": parse_size(size) if size is not None else None,
+        "calib": tuple(parse_source(text) for text in calib) if calib else None,
+        "sequences": sequences,
+        "sequence_length": sequence_length,
+        "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,
+        "group_size": group_size,
+        "seed": seed,
+        "expert_codec": expert_codec,
+        "over": over,
+    }
+    return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})

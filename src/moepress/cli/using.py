@@ -1,0 +1,250 @@
+"""Commands that use a compressed folder: judge it, look at it, and let it write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moepress.cli.options import (
+    ActivationBits,
+    AsJson,
+    Device,
+    Prune,
+    checked_device,
+    pruning,
+    show,
+)
+
+Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
+Scores = Annotated[
+    Path | None, typer.Option(help="Scores of its plan, if they are not in the folder.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one for each core.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make the functions of this module commands of the command line."""
+    for command in (evaluate, inspect, prune, generate, chat, serve, report, plot):
+        app.command()(command)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Compressed folder or original model.")],
+    text: Annotated[list[str], typer.Option(help="Text to predict. Repeatable.")],
+    against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    generations: Annotated[
+        int, typer.Option(help="Texts to continue, to see whether the model loops; 0: none.")
+    ] = 16,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second and memory.")] = True,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
+            "eight of arXiv:2410.06270. Repeatable."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own task definitions (.yaml).")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks run code that the model writes.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
+    ] = None,
+    prune: Prune = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
+
+    Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
+    """
+    from moepress.cli.tables import evaluation_table
+    from moepress.evaluate import evaluate as run
+
+    result = run(
+        model,
+        text,
+        against=against,
+        length=length,
+        limit=limit,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        generations=generations,
+        speed=speed,
+        tasks=tasks or (),
+        include_path=include_path,
+        task_limit=task_limit,
+        run_code=run_code,
+        pruning=pruning(prune),
+    )
+    if out is not None:
+        result.save(out)
+    show(result.to_dict(), as_json, evaluation_table)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder or file of ours, or an original model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file or folder holds.
+
+    Example: moepress inspect mixtral-2.5bit --json
+    """
+    from moepress.cli.tables import nested_table
+    from moepress.inspect import inspect as run
+
+    show(run(path), as_json, nested_table)
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(help="Compressed folder, changed in place.")],
+    strength: Annotated[
+        str,
+        typer.Argument(
+            help="Share of the chosen experts to skip (0.15), paper, a .json file, or 0 for none."
+        ),
+    ],
+    protect: Annotated[
+        float | None,
+        typer.Option(help="Share of a prompt's tokens that keep all experts; 0.02 by default."),
+    ] = None,
+) -> None:
+    """Have a compressed folder skip experts whenever it is opened, by any program.
+
+    Example: moepress prune mixtral-2.5bit 0.15
+    """
+    from moepress.prune import parse_strength, set_pruning
+
+    set_pruning(model, parse_strength(strength), protect)
+    typer.echo(model)
+
+
+def generate(
+    model: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    prune: Prune = None,
+) -> None:
+    """Continue a text, greedily.
+
+    Example: moepress generate mixtral-2.5bit "Once upon a time" --tokens 100
+    """
+    from moepress.generate import generate as run
+
+    text = run(
+        model,
+        prompt,
+        tokens=tokens,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
+    )
+    typer.echo(text)
+
+
+def chat(
+    folder: Folder,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue what is typed; for models that do not chat.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest; default: the model's settings.")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    prune: Prune = None,
+) -> None:
+    """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
+
+    Example: moepress chat mixtral-2.5bit --temperature 0.7
+    """
+    from moepress.chat import chat as run
+
+    run(
+        folder,
+        system=system,
+        raw=raw,
+        tokens=tokens,
+        temperature=temperature,
+        threads=threads,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
+    )
+
+
+def serve(
+    folder: Annotated[str, typer.Argument(help="Compressed folder; clients name the model so.")],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: to every network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port.")] = 8000,
+    threads: Threads = None,
+    device: Device = "cpu",
+    activation_bits: ActivationBits = 8,
+    prune: Prune = None,
+) -> None:
+    """Serve a model to any OpenAI client (moepress[serve]): transformers' server, our kernels.
+
+    Example: moepress serve mixtral-2.5bit --port 8000
+    """
+    from moepress.serve import serve as run
+
+    run(
+        folder,
+        host=host,
+        port=port,
+        threads=threads,
+        device=checked_device(device),
+        activation_bits=activation_bits,
+        pruning=pruning(prune),
+    )
+
+
+def report(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: moepress_report.html in it.")
+    ] = None,
+    scores: Scores = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="File of `moepress evaluate --out`, if it is not in the folder."),
+    ] = None,
+) -> None:
+    """Write one page that shows what happened to the model: open it in any browser.
+
+    Example: moepress report mixtral-2.5bit
+    """
+    from moepress.report import report as run
+
+    typer.echo(run(folder, out, scores=scores, evaluation=evaluation))
+
+
+def plot(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
+    form: Annotated[str, typer.Option("--format", help="svg or png.")] = "svg",
+    scores: Scores = None,
+) -> None:
+    """Write the pictures of the report as files.
+
+    Example: moepress plot mixtral-2.5bit pictures/ --format png
+    """
+    from moepress.report import plot as run
+
+    for path in run(folder, out, form=form, scores=scores):
+        typer.echo(path)

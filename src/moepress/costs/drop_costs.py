@@ -1,0 +1,221 @@
+"""What dropping experts from tokens would cost: measured once, so that any strength can be chosen.
+
+A token's chosen experts are ranked by routing weight, w_1 >= ... >= w_k. Online dynamic pruning
+(arXiv:2410.06270, section 3.3) drops rank r where the ratio w_r / w_1 is small. For some tokens of
+each layer this file keeps the distribution of that ratio, rank by rank, and what dropping adds to
+the squared error of the MoE block's output:
+
+    y   = sum over all ranks of w_r f_r                       f_r: output of the expert of rank r
+    y_m = a_m * sum over ranks 1 .. m of w_r f_r              a_m = 1, or (sum of all w) / (sum of
+    D_m = || y - y_m ||^2                                     the m largest w): renormalised
+    cost of rank r = D_(r-1) - D_r                            the ranks behind it dropped already
+
+divided by the mean energy of the residual stream, so that layers can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moepress.errors import CheckpointError
+from moepress.format.checkpoint import load_tensors, read_about, save_tensors
+from moepress.original.source import ExpertWeights
+from moepress.original.walk import Routed, chunks, empty, expert_forward
+
+SAMPLE = 4096  # tokens of a layer: a median is then known to within 0.8 % of the tokens
+BINS = 32  # of equal numbers of tokens, by rising ratio
+KIND = "moepress drop costs"
+ARRAYS = ("ratio", "cost", "renormalised_cost")
+NO_EXPERT = 2.0  # the ratio of a choice that is none: above all others, never dropped
+EVEN_SUM = 0.01  # routing weights whose sums differ by less are normalised; bfloat16 costs 0.004
+
+
+@dataclass(frozen=True)
+class DropCosts:
+    """Distribution of the ratio, and costs, by rank. L MoE layers, k experts a token, Q bins."""
+
+    layers: tuple[int, ...]  # [L] index of each MoE layer in the model
+    ratio: npt.NDArray[np.float32]  # [L, k - 1, Q + 1] quantiles of w_r / w_1 for r = 2 .. k
+    cost: npt.NDArray[np.float32]  # [L, k - 1, Q] mean over the tokens of a bin
+    renormalised_cost: npt.NDArray[np.float32]  # [L, k - 1, Q]
+    normalised: bool  # whether the family makes a token's routing weights sum to a constant
+    provenance: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if wrong := self._contradiction():
+            raise CheckpointError(f"Drop costs do not fit together: {wrong}. Measure them again.")
+
+    def _contradiction(self) -> str | None:
+        """What is wrong, and what was expected; None if nothing is."""
+        arrays = (self.ratio, self.cost, self.renormalised_cost)
+        if self.ratio.ndim != 3 or self.ratio.shape[2] < 2:
+            return f"ratios of shape {self.ratio.shape}, expected [L, k - 1, Q + 1]"
+        count, ranks, edges = self.ratio.shape
+        if {self.cost.shape, self.renormalised_cost.shape} != {(count, ranks, edges - 1)}:
+            return f"ratios {self.ratio.shape}, costs {[a.shape for a in arrays[1:]]}"
+        if any(a.dtype != np.float32 or not np.isfinite(a).all() for a in arrays):
+            return "an array is not of finite float32 numbers"
+        if (np.diff(self.ratio, axis=-1) < 0).any() or (self.ratio < 0).any():
+            return "ratios are negative or not in rising order"
+        layers = self.layers
+        if len(layers) != count or any(type(layer) is not int for layer in layers):
+            return f"layers {layers}, expected {count} numbers"
+        if list(layers) != sorted(set(layers)):
+            return f"layers {layers}, expected distinct ones in rising order"
+        return None
+
+    @property
+    def top_k(self) -> int:
+        """k, experts that each token chooses."""
+        return int(self.ratio.shape[1]) + 1
+
+    @property
+    def largest_share(self) -> float:
+        """Share of all choices that may be dropped: every one but the first of each token."""
+        return 1 - 1 / self.top_k
+
+    def costs(self, renormalise: bool) -> npt.NDArray[np.float64]:
+        """[L, k - 1, Q], with the weights that stay scaled up or left as they are."""
+        return (self.renormalised_cost if renormalise else self.cost).astype(np.float64)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What a safetensors file keeps of it; `rest` is for its metadata."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
+
+    def rest(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ARRAYS}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Tensor], rest: Mapping[str, Any]) -> DropCosts:
+        """Put together again what `arrays` and `rest` gave."""
+        fields: dict[str, Any] = {**rest, **{name: arrays[name].numpy() for name in ARRAYS}}
+        return cls(**fields | {"layers": tuple(fields["layers"])})
+
+    def save(self, path: Path) -> None:
+        about = json.dumps({"kind": KIND, **self.rest()}, sort_keys=True)
+        save_tensors(path, self.arrays(), about)
+
+    @classmethod
+    def load(cls, path: Path) -> DropCosts:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or not drop costs.
+        """
+        arrays = load_tensors(path)
+        try:
+            rest = dict(json.loads(read_about(path) or "{}"))
+            if rest.pop("kind", None) != KIND:
+                raise CheckpointError("it holds something else")
+            return cls.of(arrays, rest)
+        except (CheckpointError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} does not hold drop costs of moepress ({type(error).__name__}: {error}). "
+                "Copy it again, or measure them again."
+            ) from error
+
+    @classmethod
+    def of_layers(
+        cls, results: Mapping[int, Mapping[str, Tensor]], provenance: Mapping[str, str]
+    ) -> DropCosts:
+        """Put the results of `DropMeter` together, by decoder layer."""
+        rows = list(results.values())
+        return cls.of(
+            {name: torch.stack([row[name] for row in rows]) for name in ARRAYS},
+            {
+                "layers": results.keys(),
+                "normalised": all(bool(row["normalised"]) for row in rows),
+                "provenance": dict(provenance),
+            },
+        )
+
+
+class DropMeter:
+    """Gathers, expert by expert, what the choices of some tokens of a layer contribute.
+
+    Args:
+        routed: what reaches the layer's experts.
+        experts: E.
+        seed: which tokens are taken.
+        left_out: experts that are not there. Choices of them are none, as while the model runs.
+    """
+
+    def __init__(
+        self, routed: Routed, experts: int, seed: int, left_out: Sequence[int] = ()
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        some = torch.randperm(len(routed.hidden), generator=generator)[:SAMPLE].sort().values
+        real = (routed.index[some] >= 0) & (routed.index[some] < experts)
+        self._total = routed.weight[some].masked_fill(~real, 0).sum(1)  # as the router has it
+        absent = torch.tensor(left_out, dtype=torch.int64)
+        real &= ~torch.isin(routed.index[some], absent)
+        weight = routed.weight[some].masked_fill(~real, 0)
+        self.sample = Routed(routed.hidden[some], routed.index[some], weight)
+        self._real = real
+        shape = (*weight.shape, routed.hidden.shape[1])
+        self._outputs = empty(shape, torch.float32).zero_()  # [S, k, H], weighted
+
+    @torch.inference_mode()
+    def add(self, module: Any, weights: ExpertWeights, expert: int) -> None:
+        """Run one expert on its tokens of the sample."""
+        token, place = (self.sample.index == expert).nonzero(as_tuple=True)
+        for part in chunks(token):
+            x = self.sample.hidden[token[part]].to(weights.down.device)
+            y = expert_forward(module, weights, x).float().cpu()
+            gate = self.sample.weight[token[part], place[part], None]
+            self._outputs[token[part], place[part]] = y * gate
+
+    @torch.inference_mode()
+    def result(self, energy: float) -> dict[str, Tensor]:
+        """Quantiles and costs of the layer, as fields of `DropCosts`, and whether it normalises.
+
+        Args:
+            energy: mean over tokens of the sum of squares of the layer's output states.
+        """
+        weight, order = self.sample.weight.sort(dim=1, descending=True, stable=True)
+        real = self._real.gather(1, order)
+        ratio = (weight / weight[:, :1]).masked_fill(~real, NO_EXPERT)[:, 1:]
+        plain, renormalised = (
+            torch.cat([c.double() for c in column]) / energy
+            for column in zip(*(self._costs(p, order[p]) for p in chunks(weight)), strict=True)
+        )
+        bins = min(BINS, len(ratio))
+        edges = torch.linspace(0, len(ratio), bins + 1).round().long()  # of bins, in tokens
+        ratio, by_ratio = ratio.sort(dim=0)
+        sizes = edges.diff().tolist()
+        total = self._total
+        return {
+            "ratio": ratio[edges.clamp(max=len(ratio) - 1)].T.contiguous(),
+            "cost": _bin_means(plain.gather(0, by_ratio), sizes).float(),
+            "renormalised_cost": _bin_means(renormalised.gather(0, by_ratio), sizes).float(),
+            "normalised": total.max() - total.min() <= EVEN_SUM * total.max(),
+        }
+
+    def _costs(self, part: slice, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost [s, k - 1] of each rank but the first, plain and renormalised."""
+        weight = self.sample.weight[part].gather(1, order).cumsum(1)  # [s, k], of the m largest
+        outputs = self._outputs[part].gather(1, order[..., None].expand_as(self._outputs[part]))
+        kept = outputs.cumsum(1)  # [s, k, H], y_m for m = 1 .. k
+        scale = weight[:, -1:] / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+        plain = (kept[:, -1:] - kept).square().sum(-1)
+        renormalised = (kept[:, -1:] - scale[..., None] * kept).square().sum(-1)
+        return -plain.diff(dim=1), -renormalised.diff(dim=1)
+
+
+def _bin_means(values: Tensor, sizes: list[int]) -> Tensor:
+    """Means [k - 1, Q] of runs of rows of [S, k - 1]."""
+    return torch.stack([part.mean(0) for part in values.split_with_sizes(sizes)], dim=1)
+
+
+def drop_bytes(top_k: int) -> int:
+    """Bytes of a layer's arrays, k experts a token."""
+    return (top_k - 1) * (BINS + 1 + 2 * BINS) * 4

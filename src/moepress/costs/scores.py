@@ -1,0 +1,116 @@
+"""What giving each expert and linear each width would cost, as `moepress score` measured it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moepress.errors import CheckpointError
+from moepress.format.checkpoint import load_tensors, read_about, save_tensors
+from moepress.recipe import ALLOCATION_FIELDS, Recipe
+
+EXPERT_ARRAYS = (
+    "tokens", "routing_weight", "squared_error", "cost", "output_energy", "residual_energy",
+)  # fmt: skip
+ARRAYS = (*EXPERT_ARRAYS, "linear_bytes", "linear_cost")
+TUPLES = (
+    "layers", "bits", "linears", "source_tokens", "linear_bits", "gate_up_shape", "down_shape",
+)  # fmt: skip
+KIND = "moepress scores"
+PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Routing statistics, errors and costs of every routed expert, and costs of other linears.
+
+    L MoE layers, E experts, B widths, D sources of calibration text; M linears of W widths, none if
+    the recipe fixes them all.
+    """
+
+    layers: tuple[int, ...]  # [L] index of each MoE layer in the model
+    bits: tuple[int, ...]  # [B] widths measured, rising
+    tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
+    routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
+    squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by PARTS
+    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; over D, it sums to all of it
+    linears: tuple[str, ...]  # [M] parameter names; the embedding and the head among them
+    linear_bits: tuple[int, ...]  # [W] widths measured, rising
+    linear_bytes: npt.NDArray[np.int64]  # [M, W] stored; 0 where a width is not offered
+    linear_cost: npt.NDArray[np.float64]  # [D, M, W]; infinite where a width is not offered
+    output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
+    residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
+    total_tokens: int  # N, calibration tokens seen by every layer
+    source_tokens: tuple[int, ...]  # [D] of each source of text
+    gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
+    down_shape: tuple[int, int]
+    fixed_bytes: int  # stored bytes, as compressed, of all tensors that nothing is chosen for
+    fixed_weights: int  # number of weights that are not routed experts
+    file_bytes: int  # tokenizer, JSON files, headers: what the folder holds besides tensors
+    group_size: int
+    provenance: dict[str, str]
+    recipe: dict[str, Any] = field(default_factory=dict)  # of the run that measured them
+
+    def __post_init__(self) -> None:
+        count, experts = self.tokens.shape
+        expected = (count, experts, len(PARTS), len(self.bits))
+        linears = (len(self.linears), len(self.linear_bits))
+        if (
+            len(self.layers) != count
+            or self.squared_error.shape != expected
+            or self.cost.shape[1:] != expected
+            or self.linear_bytes.shape != linears
+            or self.linear_cost.shape != (len(self.cost), *linears)
+        ):
+            raise CheckpointError(
+                f"Scores do not fit together: {len(self.layers)} layers, tokens "
+                f"{self.tokens.shape}, errors {self.squared_error.shape}, costs {self.cost.shape}, "
+                f"expected {expected}; linears {self.linear_bytes.shape} and "
+                f"{self.linear_cost.shape}, expected {linears}."
+            )
+
+    @property
+    def linear_offered(self) -> npt.NDArray[np.bool_]:
+        """[M, W] whether a linear is offered a width."""
+        return np.asarray(np.isfinite(self.linear_cost).all(axis=0))
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file: arrays as tensors, the rest as JSON in its metadata."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
+        rest = {k: v for k, v in vars(self).items() if k not in ARRAYS}
+        save_tensors(path, arrays, json.dumps({"kind": KIND, **rest}, sort_keys=True))
+
+    def recipe_for(self, recipe: Recipe, **changes: Any) -> Recipe:
+        """`recipe` for the allocation, and for all else the recipe these were measured with.
+
+        Args:
+            changes: fields to set beside these, such as the widths to choose from.
+        """
+        wanted = {k: v for k, v in recipe.to_dict().items() if k in ALLOCATION_FIELDS}
+        return Recipe.from_dict({**self.recipe, **wanted, **changes})
+
+    @classmethod
+    def load(cls, path: Path) -> ExpertScores:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or not scores.
+        """
+        arrays = load_tensors(path)
+        rest = json.loads(read_about(path) or "{}")
+        if rest.pop("kind", None) != KIND:
+            raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
+        try:
+            rest |= {name: tuple(rest[name]) for name in TUPLES}
+            rest |= {name: arrays[name].numpy() for name in ARRAYS}
+            return cls(**rest)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} holds scores of another version of moepress ({error}). Score again."
+            ) from error

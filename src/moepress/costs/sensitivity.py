@@ -1,0 +1,235 @@
+"""How much the model's predictions depend on each output: what an error there costs.
+
+An error e_t that rounding makes in an output of token t (of a MoE block's routed experts, or of a
+linear) moves the predictions p of the model. To second order, with g_t the gradient of the log
+likelihood of text drawn from p itself (the Fisher information is the mean of g g^T):
+
+    KL(p || rounded) = 1/2 E (sum_t <g_t, e_t>)^2  ~  1/2 sum_t |g_t|^2 |e_t|^2 / width
+
+where ~ takes errors of different tokens, and the directions of e and g, as independent. So one
+number for each token and output is all that is kept:
+
+    s_t = |g_t|^2 / (2 N width)     N calibration tokens, width of the output
+
+and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weigh errors by s. Hessians that
+weigh tokens by it gain nothing, and keeping g itself predicts no better (docs/log.md).
+
+The states before every layer are on disk, the gradient goes back one layer at a time (backward.py).
+A stopped run goes on at the first unfinished layer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepress.allocation.tensors import packable
+from moepress.calibrate import text_digest
+from moepress.errors import CheckpointError
+from moepress.format.checkpoint import load_tensors, save_tensors
+from moepress.original.backward import BackwardWalk, outputs_as_leaves
+from moepress.original.journal import check_identity
+from moepress.original.source import Source
+from moepress.original.walk import Walk, empty, record_calls
+from moepress.progress import Progress
+from moepress.recipe import Recipe
+
+SENSITIVITY = "sensitivity"  # folder of it, in the one of unfinished scores
+EXPERTS = "experts"  # key of the routed experts' output beside the names of linears
+EMBEDDING = "embedding"  # key of the embedding's output
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """s of every output of a model that an error is weighed at, kept in a folder."""
+
+    folder: Path
+
+    def layer(self, layer: int) -> Mapping[str, Tensor]:
+        """s [T] float32 of a layer's outputs: EXPERTS, linears by name; in the first EMBEDDING."""
+        return load_tensors(_result(self.folder, layer))
+
+
+def sensitivity_of(source: Source, recipe: Recipe, ids: Tensor, folder: Path) -> Sensitivity | None:
+    """What the recipe asks for, if anything: measured, or read if it is in `folder` already."""
+    if recipe.sensitivity == "none":
+        return None
+    made_of = {
+        "model": source.fingerprint,
+        "text": text_digest(ids),
+        "seed": str(recipe.seed),
+        "computed with": str(source.compute_dtype),
+    }
+    return measure_sensitivity(source, ids, folder, made_of, recipe.seed)
+
+
+@torch.inference_mode(False)  # whatever the caller is in
+def measure_sensitivity(
+    source: Source, ids: Tensor, folder: Path, identity: Mapping[str, str], seed: int
+) -> Sensitivity:
+    """Walk through the model forward and back.
+
+    Args:
+        ids: [S, L] calibration sequences.
+        folder: where states, gradients and results are kept; states are L times as many bytes as a
+            forward walk's, deleted as the walk comes back.
+        identity: what the result depends on.
+        seed: of the text that is drawn from the model's predictions.
+
+    Raises:
+        InputError: `folder` holds other work.
+        CheckpointError: the disk is too full.
+        MoepressError: a layer cannot be differentiated.
+    """
+    count = len(source.layers)
+    check_identity(folder / "identity.json", identity)
+    todo = [layer for layer in range(count) if not _result(folder, layer).is_file()]
+    _clear_behind(folder, todo[-1] if todo else -1, count)
+    if not todo:
+        return Sensitivity(folder)
+    walk = Walk(source, ids)
+    check_space(folder, walk, todo[-1])
+    with Progress("sensitivity", total=count + len(todo)) as progress:
+        if not _gradient(folder, todo[-1] + 1).is_file():
+            _forward(walk, folder, progress)
+            save_tensors(_gradient(folder, count), {"gradient": head_gradient(walk, seed)})
+        _backward(walk, folder, todo, progress)
+    return Sensitivity(folder)
+
+
+def _clear_behind(folder: Path, last: int, count: int) -> None:
+    """Delete what only layers after `last` needed: a run may have died before it did."""
+    for layer in range(last + 2, count + 1):
+        _states(folder, layer).unlink(missing_ok=True)
+        _gradient(folder, layer).unlink(missing_ok=True)
+    if last < 0:
+        for path in (_states(folder, 0), _gradient(folder, 0)):
+            path.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, walk: Walk, last: int) -> None:
+    """Raise CheckpointError before the work if the disk cannot hold the states that it keeps.
+
+    Args:
+        last: the last layer that the backward walk has not finished.
+    """
+    missing = 1  # the gradient before a layer is written while that behind it is there
+    if not _gradient(folder, last + 1).is_file():
+        missing += 1 + sum(not _states(folder, layer).is_file() for layer in range(last + 2))
+    need = missing * walk.states.nbytes
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"No space left for {folder}: the states of all layers, kept for the backward walk, "
+            f"need about {need:,} bytes more, {free:,} are free. Free some and run the same "
+            "command again, give fewer --sequences, or use the recipe 'fast'."
+        )
+
+
+def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
+    """Write the states before every layer; leave the walk behind the last one."""
+    source = walk.source
+    for layer in range(len(source.layers)):
+        progress.update(layer=layer, note="forward")
+        if _states(folder, layer + 1).is_file():
+            progress.advance()
+            continue
+        if layer == 0:
+            save_tensors(_states(folder, 0), {"states": walk.states})
+        else:
+            walk.states.copy_(load_tensors(_states(folder, layer))["states"])
+        with source.loaded(source.layer_path(layer)):
+            walk.pass_layer(layer)
+        save_tensors(_states(folder, layer + 1), {"states": walk.states})
+        progress.advance()
+    walk.states.copy_(load_tensors(_states(folder, len(source.layers)))["states"])
+
+
+def head_gradient(walk: Walk, seed: int) -> Tensor:
+    """Gradient [S, L, H] of the log likelihood of drawn next tokens, at the last layer's states.
+
+    A part of one sequence at a time: logits of a large vocabulary are the largest thing there is.
+    """
+    source = walk.source
+    generator = torch.Generator(device=source.device).manual_seed(seed)
+    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    with source.loaded(None):
+        for number in range(len(walk.ids)):
+            part = slice(number, number + 1)
+            states = walk.states[part].to(source.device).requires_grad_()
+            for positions in walk.positions():
+                with torch.enable_grad():
+                    logits = walk.head(part, states, positions).float().log_softmax(-1)
+                    with torch.no_grad():
+                        drawn = torch.multinomial(logits[0].exp(), 1, generator=generator)
+                    likelihood = logits[0].gather(-1, drawn).sum()
+                (found,) = torch.autograd.grad(likelihood, states)
+                gradient[part, positions] = found[:, positions].to(gradient)
+    return gradient
+
+
+def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> None:
+    source = walk.source
+    first = todo[-1]  # layers are finished from the last one down
+    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    gradient.copy_(load_tensors(_gradient(folder, first + 1))["gradient"])
+    walk_back = BackwardWalk(walk, gradient)
+    for layer in reversed(todo):
+        progress.update(layer=layer, note="backward")
+        walk.states.copy_(load_tensors(_states(folder, layer))["states"])
+        with source.loaded(source.layer_path(layer)):
+            modules = packable(source, layer)
+            at_experts, norms = walk_back.back(layer, modules)
+        tokens = walk.ids.numel()
+        result = {
+            name: norm / (2 * tokens * modules[name].out_features) for name, norm in norms.items()
+        }
+        if at_experts is not None:
+            result[EXPERTS] = at_experts / (2 * tokens * source.hidden)
+        if layer == 0:
+            result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
+        else:
+            save_tensors(_gradient(folder, layer), {"gradient": walk_back.gradient})
+        save_tensors(_result(folder, layer), result)
+        _gradient(folder, layer + 1).unlink(missing_ok=True)
+        _states(folder, layer + 1).unlink(missing_ok=True)
+        progress.advance()
+    _states(folder, 0).unlink(missing_ok=True)
+
+
+def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
+    """Squared norms [T] float32 of the gradient at the embedding's own output.
+
+    Some families scale that, or add to it, before the first layer.
+
+    Args:
+        gradient: [S, L, H] at the first layer's input.
+    """
+    source = walk.source
+    norms = []
+    with source.loaded(None), torch.enable_grad():
+        for batch in walk.batches:
+            leaves: list[Tensor] = []
+            embedding = source.model.get_input_embeddings()
+            with outputs_as_leaves(embedding, leaves):
+                hidden = record_calls(source, walk.ids[batch])[0].hidden
+            (found,) = torch.autograd.grad(hidden, leaves, gradient[batch].to(hidden))
+            norms.append(found.float().square().sum(-1).flatten().cpu())
+    return torch.cat(norms)
+
+
+def _states(folder: Path, layer: int) -> Path:
+    return folder / f"states-{layer:04d}.safetensors"
+
+
+def _gradient(folder: Path, layer: int) -> Path:
+    return folder / f"gradient-{layer:04d}.safetensors"
+
+
+def _result(folder: Path, layer: int) -> Path:
+    return folder / f"sensitivity-{layer:04d}.safetensors"

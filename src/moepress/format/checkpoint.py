@@ -1,0 +1,220 @@
+"""Files on disk: written whole or not at all, checked when opened. `docs/format.md` has the bytes.
+
+A compressed folder is a transformers folder: `config.json` with a `quantization_config`, one shard
+of safetensors per decoder layer and one for the rest, an index, the tokenizer's files, and beside
+them the plan and the scores it was made from. `config.json` is written last: a folder that has one
+is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moepress.errors import CheckpointError, InputError
+from moepress.format.codec import LEFT_OUT, PackedSpec
+
+FORMAT_VERSION = 3  # the highest known; folders get the lowest that has what they hold
+QUANT_METHOD = "moepress"
+PLAN = "moepress_plan.json"
+SCORES = "moepress_scores.safetensors"
+DROP_COSTS = "moepress_drop_costs.safetensors"
+EVALUATION = "moepress_evaluation.json"  # these two may be added later: no part of the model
+REPORT = "moepress_report.html"
+INDEX = "model.safetensors.index.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, make it durable, then give it its name.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~current_umask())  # safetensors makes files private
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(
+                f"No space left while writing {path}. Everything finished before is kept: free "
+                "some space and run the same command again to go on."
+            ) from error
+        raise CheckpointError(f"Cannot write {path}: {error}.") from error
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = None) -> None:
+    """Write a safetensors file atomically; equal tensors give equal bytes.
+
+    Args:
+        about: text kept in the file's metadata, for `read_about`. One entry only: safetensors
+            writes several in an order that differs from run to run.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    metadata = {"format": "pt"} if about is None else {"moepress": about}
+    write_atomically(path, lambda to: save_file(whole, to, metadata=metadata))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of ours.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+    try:
+        return load_file(path)  # type: ignore[no-any-return]  # safetensors is untyped
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def read_about(path: Path) -> str | None:
+    """What `save_tensors` was told about a file's tensors; None if nothing."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("moepress")
+
+
+@contextmanager
+def temporary_folder(folder: Path | None) -> Iterator[Path]:
+    """`folder`, made if missing; or, for None, one that is gone after the block."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="moepress-") as temporary:
+        yield Path(temporary)
+
+
+def save_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda to: _write_text(to, text))
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+def shard_name(layer: int | None) -> str:
+    """File of a decoder layer's tensors, or of all that is outside the layers."""
+    return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
+
+
+def format_version(packed: Collection[PackedSpec]) -> int:
+    """The lowest that has what these tensors need."""
+    if any(LEFT_OUT in spec.bits for spec in packed):
+        return 3
+    return 2 if any(spec.family != "int" for spec in packed) else 1
+
+
+def quantization_config(
+    packed: Mapping[str, PackedSpec], provenance: Mapping[str, str]
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": format_version(packed.values()),
+        "modules": {name: spec.to_json() for name, spec in packed.items()},
+        "provenance": dict(provenance),
+    }
+
+
+def finish_folder(
+    out: Path,
+    source_config: Path,
+    companions: Iterable[Path],
+    quantization: Mapping[str, Any],
+    shards: Iterable[Path],
+) -> None:
+    """Write index, companion files and, last of all, config.json."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in sorted(shards):
+        with safe_open(path, framework="pt") as file:
+            weight_map.update(dict.fromkeys(file.keys(), path.name))
+        total += tensor_bytes(path)
+    save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path in companions:
+        write_atomically(out / path.name, partial(_copy, path))
+    config = load_json(source_config)
+    save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file, its header left out."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of a model's files; hidden ones, folders inside, evaluation and report left out."""
+    return sum(
+        p.stat().st_size
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.name not in (EVALUATION, REPORT)
+    )
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder is a complete model of ours."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    method = (load_json(config).get("quantization_config") or {}).get("quant_method")
+    return bool(method == QUANT_METHOD)
+
+
+def packed_specs(folder: Path) -> dict[str, PackedSpec]:
+    """The packed tensors of a folder of ours, by parameter name."""
+    if not is_compressed(folder):
+        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
+    config = load_json(folder / "config.json")["quantization_config"]
+    if config["format_version"] > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has format version {config['format_version']}; this moepress reads up to "
+            f"{FORMAT_VERSION}. Upgrade moepress."
+        )
+    return {name: PackedSpec.from_json(fields) for name, fields in config["modules"].items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

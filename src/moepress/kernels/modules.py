@@ -1,0 +1,220 @@
+"""Modules whose weights stay packed in memory.
+
+Each takes the place of a module of a transformers model and keeps its parameter names on purpose:
+`weight`, `gate_up_proj`, `down_proj` are now one-dimensional uint8. A checkpoint of ours that is
+opened without moepress then fails on the sizes instead of loading random weights.
+
+Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, they need no gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from moepress import kernels
+from moepress.errors import InputError
+from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
+from moepress.kernels.reference import activation_function, check_activation_bits
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight.
+
+    Args:
+        in_features: K; the codec's group size must divide it.
+        out_features: N.
+        codec: how the weight [N, K] is stored.
+        bias: whether there is a bias [N], of the default dtype.
+    """
+
+    activation_bits = 8  # see set_activation_bits
+
+    def __init__(
+        self, in_features: int, out_features: int, codec: Codec, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.codec = codec
+        self.weight = _packed(codec.nbytes(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        codec = self.codec
+        y: Tensor = kernels.linear(
+            x,
+            self.weight,
+            self.bias,
+            self.out_features,
+            codec.bits,
+            codec.group_size,
+            self.activation_bits,
+            codec.family,
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self.codec.name}, {self.weight.numel():,} bytes"
+        )
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed table; only the rows that are asked for are unpacked.
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: length of a row; the codec's group size must divide it.
+        codec: how the table is stored.
+
+    Rows come out in the dtype of the buffer `like`, which follows `.to(dtype)` as weights would.
+    """
+
+    like: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, codec: Codec) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.codec = codec
+        self.weight = _packed(codec.nbytes(num_embeddings, embedding_dim))
+        self.register_buffer("like", torch.zeros(1), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, cols, codec = self.num_embeddings, self.embedding_dim, self.codec
+        y: Tensor = kernels.embedding(
+            ids, self.weight, rows, cols, codec.bits, codec.group_size, self.like.dtype
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, {self.codec.name}, "
+            f"{self.weight.numel():,} bytes"
+        )
+
+
+class PackedExperts(nn.Module):
+    """The routed experts of one layer, each matrix at a width of its own.
+
+    Called as transformers calls its experts: hidden_states [T, H], top_k_index [T, k] int64,
+    top_k_weights [T, k]; returns [T, H]. An index outside 0 .. E-1 contributes nothing, nor does
+    that of an expert that is left out: one with 0 bits in both projections.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        gate_up: widths of the E matrices [2I, H], gate rows first.
+        down: widths of the E matrices [H, I].
+        activation: name of the gate's activation, as in transformers.
+    """
+
+    activation_bits = 8  # see set_activation_bits
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_up: PackedSpec,
+        down: PackedSpec,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        activation_function(activation)  # refuses unknown names
+        for name, spec in (("gate_up_proj", gate_up), ("down_proj", down)):
+            if len(spec.bits) != num_experts:
+                raise InputError(
+                    f"{name} has {num_experts} experts, but {len(spec.bits)} widths are given. "
+                    "Expected one digit per expert."
+                )
+        for expert, pair in enumerate(zip(gate_up.bits, down.bits, strict=True)):
+            if LEFT_OUT in pair and pair != (LEFT_OUT, LEFT_OUT):
+                raise InputError(
+                    f"Expert {expert} has {pair[0]} and {pair[1]} bits. Expected 0 in both "
+                    "projections, or in neither: an expert is left out whole."
+                )
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+        gate_up_shape = 2 * intermediate_size, hidden_size
+        down_shape = hidden_size, intermediate_size
+        self.gate_up_proj = _packed(gate_up.nbytes(*gate_up_shape))
+        self.down_proj = _packed(down.nbytes(*down_shape))
+        # Where each expert's bytes start: [2, E, 2] int64, (offset, bits) of gate_up and of down.
+        # Not a buffer: transformers fills non-persistent buffers with garbage after loading, and
+        # accelerate may page them out. The master stays on the CPU, even in a model built on meta.
+        self._table = torch.tensor(
+            [gate_up.table(*gate_up_shape), down.table(*down_shape)], device="cpu"
+        )
+        self._table_here = self._table  # a copy where the last forward ran
+        self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self._table_here.device != hidden_states.device:
+            self._table_here = self._table.to(hidden_states.device)
+        y: Tensor = kernels.experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            self._table_here[0],
+            self._table_here[1],
+            self.intermediate_size,
+            self.gate_up.group_size,
+            self.down.group_size,
+            self.activation,
+            self.activation_bits,
+            self.gate_up.family,
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        size = self.gate_up_proj.numel() + self.down_proj.numel()
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation}, "
+            f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes"
+        )
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """How precise activations stay inside the packed products of a model: 8 (default) or 16 bits.
+
+    Kernels that multiply integers round activations, one scale per group of columns. At 16 bits
+    they keep 15, more than bfloat16 has, and take up to twice the arithmetic.
+
+    Raises:
+        InputError: other bits, or nothing in the model is packed.
+    """
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
+    check_activation_bits(bits)
+    if not packed:
+        raise InputError(
+            f"{type(model).__name__} has no packed weights. Expected a model that was loaded from "
+            "a compressed folder."
+        )
+    for module in packed:
+        module.activation_bits = bits
+
+
+def _packed(nbytes: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
+
+
+def _summary(spec: PackedSpec) -> str:
+    counts = sorted(Counter(spec.bits).items())
+    widths = "+".join(
+        f"{count} left out" if bits == LEFT_OUT else f"{count}x{bits}-bit" for bits, count in counts
+    )
+    family = "" if spec.family == "int" else f" {spec.family}"
+    return f"{widths}{family} g{spec.group_size}"

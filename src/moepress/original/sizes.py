@@ -1,0 +1,129 @@
+"""How many bytes each part of a model takes, and what it took before it was compressed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from moepress.allocation.tensors import every_name
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import is_compressed, packed_specs
+from moepress.original.architectures import decoder_layers, find_experts, linear_role
+from moepress.original.source import Source, skeleton, weight_files
+
+ROUTED = "routed experts"
+ENDS = "embedding and head"
+REST = "routers, norms, other"
+# By the role of a linear, see architectures.ROLES.
+BY_ROLE = {
+    "attention": "attention",
+    "shared_expert": "shared experts",
+    "dense_mlp": "dense MLPs",
+    None: REST,
+}
+PARTS = (ROUTED, *(part for part in BY_ROLE.values() if part != REST), ENDS, REST)
+ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """Bytes of a part's tensors, in the original model's dtype and as they are stored."""
+
+    original: int
+    stored: int
+
+
+def bytes_by_part(folder: Path) -> dict[str, PartBytes]:
+    """Bytes of the tensors of a model folder, ours or an original, by `PARTS`; empty ones left out.
+
+    What a packed tensor took in the original is counted in the dtype of config.json.
+
+    Raises:
+        InputError, CheckpointError: the folder is no such model, or a file is damaged.
+    """
+    found = _compressed(folder) if is_compressed(folder) else _original(Source(folder))
+    sums = dict.fromkeys(PARTS, PartBytes(0, 0))
+    for part, before, after in found:
+        sums[part] = PartBytes(sums[part].original + before, sums[part].stored + after)
+    return {part: bytes_ for part, bytes_ in sums.items() if bytes_.stored}
+
+
+def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """(part, original bytes, stored bytes) of every tensor of a folder of ours."""
+    specs = packed_specs(folder)
+    model = _skeleton(folder)
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    itemsize = model.dtype.itemsize
+    parts = _parts(model)
+    for shard in weight_files(folder):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                stored = _nbytes(file.get_slice(name))
+                if name in specs and name not in sizes:
+                    raise CheckpointError(
+                        f"{shard} holds {name}, which {type(model).__name__} has not. The files "
+                        "and config.json do not belong together: copy the folder again."
+                    )
+                before = sizes[name] * itemsize if name in specs else stored
+                yield parts.get(name, REST), before, stored
+
+
+def _original(source: Source) -> Iterator[tuple[str, int, int]]:
+    """The same of an original model, whose tensors may have other names on disk."""
+    parts = _parts(source.model)
+    for name in every_name(source):
+        size = source.shape(name).numel() * source.stored_dtype(name).itemsize
+        yield parts.get(name, REST), size, size
+    for experts in source.experts.values():
+        size = 3 * experts.experts * experts.hidden * experts.intermediate * source.dtype.itemsize
+        yield ROUTED, size, size
+
+
+def _skeleton(folder: Path) -> Any:
+    """The original model that a folder of ours was made from, without weights."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+    del config.quantization_config
+    return skeleton(config, config.dtype)
+
+
+def _parts(model: Any) -> dict[str, str]:
+    """The part that each parameter of a model belongs to, by name."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    experts = find_experts(model)
+    found = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                part = BY_ROLE[linear_role(path, index in experts)]
+                for name, _ in module.named_parameters(recurse=False):
+                    found[f"{paths[id(module)]}.{name}"] = part
+    for one in experts.values():
+        found |= {f"{one.path}.{name}": ROUTED for name in ("gate_up_proj", "down_proj")}
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        found[f"{paths[id(end)]}.weight"] = ENDS
+    return found
+
+
+def _nbytes(part: Any) -> int:
+    """Bytes of a safetensors slice, unread."""
+    count = 1
+    for extent in part.get_shape():
+        count *= extent
+    return count * ITEM_BYTES[part.get_dtype()]
+
+
+def byte_unit(most: float) -> tuple[float, str]:
+    """A unit in which `most` bytes is a handy number, and its name."""
+    power = min(4, max(0, int(math.log10(max(most, 1)) // 3)))
+    return 1000.0**power, ("bytes", "kB", "MB", "GB", "TB")[power]

@@ -1,0 +1,105 @@
+"""How a weight matrix is rounded to codes. One file per method, one table of names.
+
+| name | rounds to | needs a Hessian | where |
+|---|---|---|---|
+| `gptq` | the nearest code after error feedback, searched grid | yes | gptq.py |
+| `gptq-released` | the same as MC published it: for comparison | yes | gptq.py |
+| `rtn` | the nearest code, searched grid | no | rtn.py |
+| `sign` | the sign, 1 bit only | no | sign.py |
+
+Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; the same
+input gives the same bytes. With a codec of the trellis family `gptq` and `rtn` say whether there is
+feedback, and trellis.py rounds. To add one, write its file and add a line to a table below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from moepress.errors import InputError
+from moepress.format.codec import Codec
+from moepress.rounding.correction import Drift
+from moepress.rounding.hessian import Factor, Hessian
+from moepress.rounding.inputs import Inputs
+from moepress.rounding.methods.gptq import quantize_gptq, quantize_gptq_released
+from moepress.rounding.methods.grid import QuantizedMatrix
+from moepress.rounding.methods.rtn import quantize_rtn
+from moepress.rounding.methods.sign import quantize_sign
+from moepress.rounding.methods.trellis import TrellisMatrix, quantize_trellis
+
+__all__ = [
+    "QUANTIZERS",
+    "Drift",
+    "Factor",
+    "Hessian",
+    "Inputs",
+    "QuantizedMatrix",
+    "Quantizer",
+    "TrellisMatrix",
+    "needs_hessian",
+    "quantize_matrix",
+]
+
+Quantizer = (
+    Callable[[Tensor, Codec], QuantizedMatrix] | Callable[[Tensor, Codec, Factor], QuantizedMatrix]
+)
+WITHOUT_HESSIAN: Mapping[str, Callable[[Tensor, Codec], QuantizedMatrix]] = {
+    "rtn": quantize_rtn,
+    "sign": quantize_sign,
+}
+WITH_HESSIAN: Mapping[str, Callable[[Tensor, Codec, Factor], QuantizedMatrix]] = {
+    "gptq": quantize_gptq,
+    "gptq-released": quantize_gptq_released,
+}
+QUANTIZERS: Mapping[str, Quantizer] = {**WITH_HESSIAN, **WITHOUT_HESSIAN}
+
+
+def needs_hessian(name: str) -> bool:
+    """Whether the quantizer of that name rounds with calibration data."""
+    _known(name)
+    return name in WITH_HESSIAN
+
+
+def quantize_matrix(
+    name: str, weight: Tensor, codec: Codec, factor: Factor | None = None
+) -> QuantizedMatrix | TrellisMatrix:
+    """Rounds a weight matrix to codes.
+
+    Args:
+        name: one of `QUANTIZERS`.
+        weight: [N, K], any float dtype; not changed.
+        codec: its group size must divide K.
+        factor: of the Hessian of the matrix's inputs, on the weight's device; for a trellis codec,
+            of its rotated inputs. Quantizers that need none ignore it.
+
+    Raises:
+        InputError: no such quantizer, a shape or width it does not take, or no factor.
+        NumericalError: the weight holds NaN or infinity, or a scale overflows.
+    """
+    _known(name)
+    trellis = codec.family == "trellis"
+    if trellis and name not in ("gptq", "rtn"):
+        raise InputError(f"Quantizer '{name}' makes scalar codes only. Use gptq or rtn.")
+    if trellis and name == "rtn":
+        return quantize_trellis(weight, codec, None)
+    if name in WITHOUT_HESSIAN:
+        return WITHOUT_HESSIAN[name](weight, codec)
+    if factor is None:
+        raise InputError(
+            f"Quantizer '{name}' needs the factor of a Hessian, got none. Calibrate, or use rtn."
+        )
+    if weight.shape[1:] != factor.curvature.shape:
+        raise InputError(
+            f"The Hessian is of {len(factor.curvature)} inputs, but the weight has shape "
+            f"{list(weight.shape)}. Give the Hessian of this matrix's own inputs."
+        )
+    if trellis:
+        return quantize_trellis(weight, codec, factor)
+    return WITH_HESSIAN[name](weight, codec, factor)
+
+
+def _known(name: str) -> None:
+    if name not in QUANTIZERS:
+        raise InputError(f"No quantizer '{name}'. Expected one of {list(QUANTIZERS)}.")

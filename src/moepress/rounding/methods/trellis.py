@@ -1,0 +1,143 @@
+"""Rounding to trellis codes: eight columns at a time, making up for the errors of those before.
+
+The rows are rotated (kernels/trellis.py), and the Hessian is that of the rotated inputs. As in
+gptq.py the loss is a sum over columns of what is left after feedback, but here eight columns are
+rounded together, by one search for the best paths through all rows. With R = U D^(-1/2) of
+hessian.py and U_BB the square of U on the diagonal at block B,
+
+    trace(E H E^T) = sum_B || (E V)_B U_BB ||^2,     V_JB = R_JB R_BB^(-1),  V_BB = I,
+
+so a block is adjusted by sum_(J<B) E_J V_JB: block LDLQ (QuIP#, arXiv:2402.04396). Inside a block
+all errors count alike: rotated inputs have nearly equal energies.
+
+One scale s for each row. It starts at the row's root mean square times START (and FEEDBACK: a block
+gets the errors of those before it, and is wider), and in the end is the best for the codes c that
+were found, rounded to bfloat16:
+
+    s = <w, c>_H / <c, c>_H
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.errors import InputError, NumericalError
+from moepress.format.codec import ROWS_PER_SLAB, Codec
+from moepress.kernels import trellis
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate, rotate_back
+from moepress.rounding.hessian import Factor
+from moepress.rounding.methods.gptq import sweep
+from moepress.rounding.methods.viterbi import search
+
+# Deviation of the codes over that of the weights, where a search starts: best for Gaussian weights
+# alone, and what feedback changes of it, on the matrices of trained models (docs/log.md).
+START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}
+FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
+COLUMNS_PER_PANEL = 1024  # of products with the factor
+
+
+@dataclass(frozen=True)
+class TrellisMatrix:
+    """A weight matrix as branches of trellis paths and one scale for each row."""
+
+    branches: Tensor  # [64 S, K] uint8, S = N / 64 rounded up
+    scales: Tensor  # [N] bfloat16
+    codec: Codec
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights that the codes stand for, [N, K]: rotated back, in float32, cast."""
+        codes = code_matrix(self.branches, self.codec.bits)[: len(self.scales)]
+        return rotate_back(codes * self.scales.float()[:, None]).to(dtype)
+
+    def scaled(self, gain: float) -> TrellisMatrix:
+        """All weights times a number above 0: its scales, rounded again."""
+        return replace(self, scales=(self.scales.float() * gain).bfloat16())
+
+    def pack(self) -> Tensor:
+        """The stored bytes, docs/format.md."""
+        return trellis.pack(self.branches, self.scales, self.codec)
+
+
+def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> TrellisMatrix:
+    """Rounds a weight matrix to trellis codes.
+
+    Args:
+        weight: [N, K], any float dtype; not changed.
+        codec: of the trellis family.
+        factor: of the Hessian of the *rotated* inputs; None: no feedback.
+
+    Raises:
+        InputError: K is no multiple of the group size.
+        NumericalError: the weight holds NaN or infinity.
+    """
+    if weight.dim() != 2:
+        raise InputError(f"weight must be [N, K], got {list(weight.shape)}.")
+    codec.groups(weight.shape[1])
+    rows = rotate(weight.float())
+    if not rows.isfinite().all():
+        raise NumericalError("The weight holds NaN or infinity.")
+    deviation = code_values(codec.bits).double().std(correction=0).item()
+    start = START[codec.bits] * (1.0 if factor is None else FEEDBACK[codec.bits])
+    scale = rows.square().mean(1).sqrt() * (start / deviation)  # [N]
+    target = F.pad(rows * _inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
+    target = target.T.contiguous()  # [K, 64 S], in units of the values
+    branches = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    buffer = torch.zeros_like(target)  # feedback until a block is rounded, then its errors
+
+    def round_block(start: int, stop: int) -> None:
+        found = search(target[start:stop] + buffer[start:stop], codec.bits)
+        branches[start:stop] = found
+        torch.sub(
+            target[start:stop], code_matrix(found.T.contiguous(), codec.bits).T,
+            out=buffer[start:stop],
+        )  # fmt: skip
+
+    if factor is None:
+        for start in range(0, len(target), TILE_COLUMNS):
+            round_block(start, start + TILE_COLUMNS)
+    else:
+        sweep(buffer, block_feedback(factor.feedback), 0, len(target), TILE_COLUMNS, round_block)
+    found = branches.T.contiguous()
+    return TrellisMatrix(found, refit(rows, found, scale, factor, codec).bfloat16(), codec)
+
+
+def block_feedback(feedback: Tensor) -> Tensor:
+    """V of R: unit block upper triangular. [K, K] float32."""
+    size = TILE_COLUMNS
+    result = torch.empty_like(feedback)
+    for start in range(0, len(feedback), size):
+        block = slice(start, start + size)
+        result[:, block] = torch.linalg.solve_triangular(
+            feedback[block, block], feedback[:, block], upper=True, left=False, unitriangular=True
+        )
+    return result
+
+
+def refit(
+    rows: Tensor, branches: Tensor, scale: Tensor, factor: Factor | None, codec: Codec
+) -> Tensor:
+    """The scale of each row that is best for its codes, [N] float32; `scale` where codes are 0.
+
+    Args:
+        rows: [N, K] float32, rotated weights.
+    """
+    codes = code_matrix(branches, codec.bits)[: len(rows)]
+    product, energy = torch.zeros_like(scale), torch.zeros_like(scale)
+    for start in range(0, rows.shape[1], COLUMNS_PER_PANEL):
+        stop = min(start + COLUMNS_PER_PANEL, rows.shape[1])
+        w, c = rows[:, start:stop], codes[:, start:stop]
+        if factor is not None:  # R is upper triangular
+            panel = factor.feedback[:stop, start:stop] * factor.curvature[start:stop].sqrt()
+            w, c = rows[:, :stop] @ panel, codes[:, :stop] @ panel
+        product += (w * c).sum(1)
+        energy += c.square().sum(1)
+    return torch.where((scale > 0) & (energy > 0), product / energy, scale)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, or 0 where the scale is 0."""
+    return torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0.0)

@@ -1,0 +1,273 @@
+"""The command line: the right function with the right arguments, exit codes, streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moepress import cli
+from moepress.cli.recipe_options import recipe_of
+from moepress.cli.tables import table
+from moepress.compress import compress
+from moepress.format.checkpoint import DROP_COSTS
+from moepress.recipe import Recipe
+from tests.conftest import small_recipe
+
+Folder = Callable[..., Path]
+SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["moepress", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_stages_then_inspect_evaluate_generate(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    model, scores, plan, out = (
+        model_folder(), tmp_path / "s.safetensors", tmp_path / "p.json", tmp_path / "out",
+    )  # fmt: skip
+
+    def ok(*arguments: object) -> str:
+        code, text, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return text
+
+    calib = ["--calib", f"{text_file}=1"]
+    assert ok("score", model, scores, *calib, *SMALL).splitlines()[-1] == str(scores)
+    assert not scores.with_name("s.safetensors.work").exists()
+    assert ok("allocate", scores, plan, "--bits", 2.5).splitlines()[-1] == str(plan)
+    assert ok("quantize", model, plan, out).splitlines()[-1] == str(out)
+    whole = tmp_path / "whole"
+    ok("compress", model, whole, "--bits", 2.5, *calib, *SMALL)
+    for shard in out.glob("model-*.safetensors"):
+        assert shard.read_bytes() == (whole / shard.name).read_bytes()
+
+    described = json.loads(ok("inspect", whole, "--json"))
+    assert described["kind"] == "compressed model" and described["average_bits"] <= 2.5
+    assert sum(described["bytes_by_part"].values()) == described["tensor_bytes"]
+    for path, kind in ((scores, "scores"), (plan, "plan"), (model, "original model")):
+        assert json.loads(ok("inspect", path, "--json"))["kind"] == kind
+    assert "average_bits" in ok("inspect", whole)
+
+    arguments = ["evaluate", whole, "--against", model, "--text", text_file, "--limit", 3]
+    result = json.loads(ok(*arguments, "--length", 64, "--json"))
+    assert result["texts"][0]["tokens"] == 3 * 63 and result["kl"] > 0
+    assert "perplexity" in ok(*arguments)
+    finer = json.loads(ok(*arguments, "--length", 64, "--json", "--activation-bits", 16))
+    assert finer["kl"] != result["kl"] and abs(finer["kl"] - result["kl"]) < 0.1 * result["kl"]
+    for bits in (8, 16):
+        arguments = ["generate", whole, "def f1(x):", "--tokens", 3, "--activation-bits", bits]
+        assert ok(*arguments).startswith("def f1(x):")
+
+    arguments = ["evaluate", whole, "--text", text_file, "--limit", 3, "--length", 64, "--json"]
+    pruned = json.loads(ok(*arguments, "--prune", 0.3))["pruning"]
+    assert sum(pruned["tokens"]) == 2 * 3 * 64 and pruned["share"] == pytest.approx(0.3, abs=0.1)
+    assert json.loads(ok(*arguments))["pruning"] is None
+    assert ok("prune", whole, "paper", "--protect", 0).splitlines()[-1] == str(whole)
+    assert json.loads(ok(*arguments))["pruning"]["protected"] == [0, 0]
+    assert json.loads(ok("inspect", whole, "--json"))["pruning"]["renormalise"] is True
+    assert "of the chosen experts skipped" in ok(*arguments[:-1])
+    assert json.loads(ok(*arguments, "--prune", 0))["pruning"] is None
+    ok("prune", whole, 0)
+    assert json.loads(ok("inspect", whole / DROP_COSTS, "--json"))["kind"] == "drop costs"
+
+    code, _, err = run(monkeypatch, capsys, "generate", whole, "x", "--activation-bits", 4)
+    assert code == 2 and "activation_bits is 4. Expected one of [8, 16]" in err
+
+
+def test_calibrate_writes_what_inspect_reads(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "routing.safetensors"
+    arguments = ["calibrate", model_folder(), out, "--calib", text_file]
+    code, text, _ = run(monkeypatch, capsys, *arguments, "--sequences", 6, "--sequence-length", 32)
+    assert code == 0 and text.splitlines()[-1] == str(out)
+    code, text, _ = run(monkeypatch, capsys, "inspect", out, "--json")
+    described = json.loads(text)
+    assert described["calibration_tokens"] == 6 * 32
+    costs = described["pruning"]["predicted_cost_by_share_dropped"]
+    assert list(costs.values()) == sorted(costs.values()) and costs["0.05"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compress", "no/such", "out", "--bits", "2"], "folder"),
+        (["compress", "no/such", "out"], "folder"),
+        (["compress", "MODEL", "out", "--calib", "missing.txt"], "missing.txt"),
+        (["compress", "MODEL", "out", "--bits", "2", "--size", "1GB"], "More than one budget"),
+        (["compress", "MODEL", "out", "--size", "much"], "'much' is not understood"),
+        (["compress", "MODEL", "out", "--bits", "2", "--recipe", "secret"], "No recipe 'secret'"),
+        (["compress", "MODEL", "out", "--bits", "2", "--calib", "missing.txt"], "missing.txt"),
+        (["compress", "MODEL", "out", "--bits", "2", "--expert-bits", "2,x"], "not understood"),
+        (["compress", "MODEL", "out", "--bits", "2", "--device", "cuda:9"], "not available"),
+        (["inspect", "nothing-here"], "Cannot inspect"),
+        (["generate", "MODEL", ""], "prompt"),
+        (["generate", "MODEL", "x", "--prune", "0.15"], "has no moepress_drop_costs"),
+        (["generate", "MODEL", "x", "--prune", "some"], "Pruning 'some' is not understood"),
+        (["prune", "MODEL", "0.15"], "not a folder made by moepress"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    tmp_path: Path,
+    arguments: Sequence[str],
+    says: str,
+) -> None:
+    given = [str(model_folder()) if a == "MODEL" else a for a in arguments]
+    given = [str(tmp_path / "out") if a == "out" else a for a in given]
+    code, out, err = run(monkeypatch, capsys, *given)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("moepress: ")]
+    assert len(lines) == 1 and says in lines[0] and out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('quantizer = "rtn"\nexpert_bits = [2, 3]\n')
+    recipe = recipe_of(str(file), None, 3.5, None, [f"{text_file}=2"], 7, 64, "1,4", 64, 5)
+    assert recipe == Recipe(
+        bpw=3.5, calib=((str(text_file), 2.0),), sequences=7, sequence_length=64,
+        expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",
+    )  # fmt: skip
+
+
+def test_help_needs_no_torch_and_every_command_has_an_example() -> None:
+    code = (
+        "import sys; sys.argv = ['moepress', '--help']\n"
+        "from moepress.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__name__ in done.stdout
+        assert "Example: moepress" in (command.callback.__doc__ or "")
+
+
+def test_results_on_stdout_progress_on_stderr(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "moepress.cli", "compress", str(model_folder()), str(out)]
+    options = ["--bits", "2", "--calib", str(text_file), *SMALL]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(out)
+    assert "quantize: 2/2" in done.stderr
+
+
+def test_without_a_budget_all_are_shown_and_scores_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    command = ["compress", model_folder(), tmp_path / "out", "--calib", text_file, *SMALL]
+    code, text, err = run(monkeypatch, capsys, *command)
+    assert code == 0 and "score: 2/2" in err
+    assert "predicted loss" in text and "the best that fits is --bits 4" in text
+    code, text, err = run(monkeypatch, capsys, *command, "--json")
+    assert code == 0 and "score:" not in err
+    budgets = json.loads(text)["budgets"]
+    assert [b["bits"] for b in budgets] == pytest.approx(np.arange(1, 4.1, 0.25), abs=0.03)
+    code, text, err = run(monkeypatch, capsys, *command, "--bits", 2)
+    assert code == 0 and text.splitlines()[-1] == str(tmp_path / "out") and "score:" not in err
+
+
+def test_tables_are_plain_in_a_pipe_and_drawn_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, rows = ("name", "count", "share"), [("a" * 150, 1234, 0.5), ("b", None, True)]
+    lines = table(head, rows).splitlines()
+    assert len(lines) == 3 and all(line.isascii() for line in lines)
+    assert lines[1].split() == ["a" * 150, "1,234", "0.5000"]
+    assert lines[2].split() == ["b", "-", "True"]
+    assert len(set(map(len, lines))) == 1  # the last column ends in one place
+    assert "\x1b[" not in table(head, rows)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    drawn = table(head, rows)
+    assert "\x1b[" in drawn and "\N{BOX DRAWINGS LIGHT HORIZONTAL}" in drawn
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
+    assert max(map(len, plain.splitlines())) <= 60 and "1,234" in plain
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        variables = {"_MOEPRESS_COMPLETE": "complete_bash", "COMP_WORDS": f"moepress {words}"}
+        variables["COMP_CWORD"] = str(len(words.split(" ")))
+        code = "import sys; sys.argv = ['moepress']; from moepress.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert completed("re") == ["report"]
+    assert "--activation-bits" in completed("chat --")
+
+
+def test_doctor_speaks_both_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0 and "torch" in text
+    code, text, _ = run(monkeypatch, capsys, "doctor", "--json")
+    assert code == 0 and json.loads(text)["checks"]
+
+
+def test_evaluate_report_plot(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    made = compress(model_folder(), tmp_path / "made", small_recipe(text_file, bits=2))
+    result, page = tmp_path / "e.json", tmp_path / "page.html"
+    arguments = ["--text", text_file, "--limit", 2, "--length", 32, "--out", result, "--json"]
+    code, text, _ = run(monkeypatch, capsys, "evaluate", made, *arguments)
+    assert code == 0 and json.loads(text) == json.loads(result.read_text())
+    arguments = ["--out", page, "--evaluation", result]
+    code, text, _ = run(monkeypatch, capsys, "report", made, *arguments)
+    assert code == 0 and text.splitlines()[-1] == str(page)
+    perplexity = json.loads(result.read_text())["texts"][0]["perplexity"]
+    assert f"{perplexity:.4g}" in page.read_text()
+    code, text, _ = run(monkeypatch, capsys, "plot", made, tmp_path / "p", "--format", "png")
+    assert code == 0 and all(Path(line).suffix == ".png" for line in text.splitlines())
+    code, _, err = run(monkeypatch, capsys, "report", model_folder())
+    assert code == 2 and "not a folder made by moepress" in err

@@ -1,0 +1,217 @@
+"""What dropping costs is what it costs the block; thresholds are the best that there are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moepress.calibrate import calibrate, calibration_ids
+from moepress.compress import compress
+from moepress.costs import drop_costs
+from moepress.costs.drop_costs import DropCosts
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
+from moepress.original.source import Source
+from moepress.pruning.thresholds import cheapest, medians, quantile
+from tests.conftest import small_recipe
+
+Folder = Callable[..., Path]
+
+
+def some_costs(layers: int = 2, ranks: int = 2, bins: int = 4, seed: int = 0) -> DropCosts:
+    rng = np.random.default_rng(seed)
+    ratio = np.sort(rng.random((layers, ranks, bins + 1), dtype=np.float32), axis=-1)
+    cost = rng.random((layers, ranks, bins), dtype=np.float32)
+    return DropCosts(tuple(range(layers)), ratio, cost, 2 * cost, True, {"model": "made up"})
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_costs_are_what_dropping_does_to_the_block(
+    model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The oracle: transformers' own block, its routing cut off behind each rank."""
+    monkeypatch.setattr(drop_costs, "BINS", 5)
+    folder, recipe = model_folder(family), small_recipe(text_file)
+    source = Source(folder)
+    costs = calibrate(source, recipe).drop_costs
+    assert costs.normalised == (family == "mixtral")
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    experts = model.get_submodule(source.experts[0].path)
+    calls = []
+    handle = experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.inference_mode():
+        ids = calibration_ids(source, recipe)
+        states = model.model(ids, output_hidden_states=True).hidden_states
+        handle.remove()
+        energy = states[1].double().square().sum(-1).mean().item()
+        ((hidden, index, weight),) = calls
+        weight, order = weight.float().sort(dim=1, descending=True, stable=True)
+        index = index.gather(1, order)
+        full = experts(hidden, index, weight).double()
+        top_k = weight.shape[1]
+        errors = {True: [], False: []}
+        for renormalise, kept in itertools.product((False, True), range(1, top_k + 1)):
+            cut = weight.clone()
+            cut[:, kept:] = 0
+            if renormalise:
+                cut *= weight.sum(1, keepdim=True) / cut.sum(1, keepdim=True)
+            errors[renormalise].append(
+                (experts(hidden, index, cut).double() - full).square().sum(-1) / energy
+            )
+    assert costs.top_k == top_k
+    for rank in range(1, top_k):
+        ratio = weight[:, rank] / weight[:, 0]
+        by_ratio = ratio.argsort(stable=True)
+        edges = np.linspace(0, len(ratio), 6).round().astype(int)
+        expected = ratio[by_ratio][np.minimum(edges, len(ratio) - 1)]
+        assert costs.ratio[0, rank - 1] == pytest.approx(expected.numpy(), rel=1e-5)
+        for renormalise, found in ((False, costs.cost), (True, costs.renormalised_cost)):
+            each = (errors[renormalise][rank - 1] - errors[renormalise][rank])[by_ratio]
+            for q, (first, last) in enumerate(itertools.pairwise(edges)):
+                mean = each[first:last].mean().item()
+                assert found[0, rank - 1, q] == pytest.approx(mean, rel=1e-3, abs=1e-6)
+
+
+def test_a_sample_of_the_tokens_is_taken(
+    model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(text_file)
+    whole = calibrate(model_folder(), recipe).drop_costs
+    monkeypatch.setattr(drop_costs, "SAMPLE", 64)
+    part = calibrate(model_folder(), recipe).drop_costs
+    again = calibrate(model_folder(), recipe).drop_costs
+    other = calibrate(model_folder(), recipe.with_changes(seed=1)).drop_costs
+    assert np.array_equal(part.cost, again.cost) and not np.array_equal(part.cost, whole.cost)
+    assert not np.array_equal(part.cost, other.cost)
+    assert part.cost.sum() == pytest.approx(whole.cost.sum(), rel=0.5)
+
+
+def test_a_compressed_folder_carries_the_costs_of_its_own_weights(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(text_file, expert_bits=(1, 8), attention_bits=16)
+    fine, coarse = (
+        DropCosts.load(compress(model_folder(), tmp_path / str(b), recipe, bits=b) / DROP_COSTS)
+        for b in (8, 1)
+    )
+    original = calibrate(model_folder(), recipe).drop_costs
+    assert fine.layers == original.layers == (0, 1)
+    assert fine.ratio == pytest.approx(original.ratio, abs=0.02)
+    near, far = (np.abs(c.cost - original.cost).sum() for c in (fine, coarse))
+    # A bin holds six tokens here: a little noise in a ratio moves some to the next one.
+    assert near < 0.05 * original.cost.sum() < far
+
+
+def test_round_trip_and_damage(tmp_path: Path) -> None:
+    costs = some_costs()
+    costs.save(tmp_path / "c.safetensors")
+    loaded = DropCosts.load(tmp_path / "c.safetensors")
+    for name, value in vars(costs).items():
+        assert np.array_equal(value, getattr(loaded, name)), name
+    (tmp_path / "c.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        DropCosts.load(tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        DropCosts((0,), costs.ratio, costs.cost, costs.cost, True, {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ratio": lambda a: a[0]},
+        {"ratio": lambda a: -a},
+        {"ratio": lambda a: a.flip(-1)},
+        {"cost": lambda a: a * torch.nan},
+        {"cost": lambda a: a.bfloat16()},
+        {"cost": lambda a: a[..., 1:]},
+        {"renormalised_cost": lambda a: None},
+        {"about": lambda about: "{"},
+        {"about": lambda about: "[]"},
+        {"about": lambda about: about.replace("drop costs", "scores")},
+        {"about": lambda about: about.replace('"layers": [0, 1]', '"layers": [0, 0]')},
+        {"about": lambda about: about.replace('"layers": [0, 1]', '"layers": ["a", "b"]')},
+        {"about": lambda about: about.replace('"layers": [0, 1]', '"layers": 3')},
+        {"about": lambda about: about.replace('"normalised"', '"normal"')},
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Callable[..., Any]]) -> None:
+    path = tmp_path / "c.safetensors"
+    some_costs().save(path)
+    arrays, about = load_tensors(path), read_about(path)
+    for name, damage in change.items():
+        if name == "about":
+            about = damage(about)
+        elif (damaged := damage(arrays[name])) is None:
+            del arrays[name]
+        else:
+            arrays[name] = damaged
+    save_tensors(path, arrays, about)
+    with pytest.raises(CheckpointError, match="does not hold drop costs"):
+        DropCosts.load(path)
+
+
+def test_medians_are_the_papers_mu() -> None:
+    costs = some_costs()
+    thresholds = medians(costs)
+    assert thresholds.shape == (2, 3) and (thresholds[:, 0] == 0).all()
+    assert thresholds[:, 1:] == pytest.approx(costs.ratio[:, :, 2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bins_taken", range(9))
+def test_cheapest_is_the_best_of_all_thresholds(seed: int, bins_taken: int) -> None:
+    """The oracle tries every number of bins for every layer and rank."""
+    costs = some_costs(2, 1, 4, seed)
+    rising = DropCosts(
+        costs.layers, costs.ratio, np.sort(costs.cost, axis=-1), costs.cost, True, {}
+    )
+    share = bins_taken / (2 * 2 * 4)
+    thresholds, predicted = cheapest(rising, share, renormalise=False)
+    best = min(
+        (sum(rising.cost[layer, 0, :n].sum() for layer, n in enumerate(taken)) / 4, taken)
+        for taken in itertools.product(range(5), repeat=2)
+        if sum(taken) == bins_taken
+    )
+    assert predicted == pytest.approx(best[0], rel=1e-5)
+    for layer, n in enumerate(best[1]):
+        expected = rising.ratio[layer, 0, n] if n else 0
+        assert thresholds[layer, 1] == pytest.approx(expected)
+
+
+def test_thresholds_drop_from_the_smallest_ratio_even_where_costs_fall() -> None:
+    """A dip in the measured costs is not jumped into: its bins come as one with those before."""
+    ratio = np.linspace(0, 1, 5, dtype=np.float32)[None, None]
+    cost = np.array([[[4.0, 0.0, 2.0, 9.0]]], dtype=np.float32)
+    costs = DropCosts((0,), ratio, cost, cost, True, {})
+    thresholds, predicted = cheapest(costs, 3 / 8, False)
+    assert thresholds.tolist() == [[0, 0.75]] and predicted == pytest.approx(6 / 4)
+    thresholds, predicted = cheapest(costs, 1.5 / 8, False)  # half of a bin is interpolated
+    assert thresholds.tolist() == [[0, 0.375]] and predicted == pytest.approx(4 / 4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_token_loses_its_last_choices_never_one_before_them(seed: int) -> None:
+    thresholds, _ = cheapest(some_costs(3, 3, 8, seed), 0.6, False)
+    assert (np.diff(thresholds, axis=1) >= 0).all() and thresholds.max() > 0
+
+
+def test_quantiles() -> None:
+    costs = some_costs()
+    for share, column in ((0.25, 1), (1.0, 4)):
+        assert quantile(costs, np.full((2, 2), share)) == pytest.approx(costs.ratio[:, :, column])
+    assert (quantile(costs, np.zeros((2, 2))) == 0).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.67, 2.0, float("nan")])
+def test_impossible_shares_are_refused(share: float) -> None:
+    with pytest.raises(InputError, match=r"keeps its first. Give a share from 0 to 0.667"):
+        cheapest(some_costs(), share, False)

@@ -1,0 +1,112 @@
+"""Costs of the ends against the predictions that a rounded embedding or head really gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from moepress.allocate import allocate
+from moepress.allocation.tensors import free_widths, stored_bytes
+from moepress.calibrate import calibration_ids
+from moepress.compress import compress
+from moepress.costs.scores import ExpertScores
+from moepress.costs.sensitivity import EMBEDDING, SENSITIVITY, Sensitivity
+from moepress.format.checkpoint import packed_specs
+from moepress.format.codec import Codec
+from moepress.original import walk as walk_module
+from moepress.original.source import Source
+from moepress.recipe import END_BITS
+from moepress.rounding.methods import quantize_matrix
+from moepress.score import score
+from tests.conftest import small_recipe
+
+Folder = Callable[..., Path]
+
+
+def costs_of_ends(scores: ExpertScores) -> dict[str, list[float]]:
+    columns = [scores.linear_bits.index(bits) for bits in END_BITS]
+    return {
+        name: scores.linear_cost.sum(axis=0)[row, columns].tolist()
+        for row, name in enumerate(scores.linears)
+        if "layers" not in name
+    }
+
+
+# The second ties its ends, the third scales what both of them give.
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe"])
+def test_costs_of_the_ends(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(walk_module, "LOGIT_TOKENS", 13)  # uneven parts of 32
+    folder = model_folder(family)
+    source = Source(folder)
+    recipe = small_recipe(text_file, "default", measure="rtn", expert_bits=(2,))
+    found = costs_of_ends(score(source, recipe, work=tmp_path))
+    assert found.keys() == source.ends.keys() and len(found) == (1 if family == "qwen2_moe" else 2)
+    ids = calibration_ids(source, recipe)
+    s = Sensitivity(tmp_path / SENSITIVITY).layer(0)[EMBEDDING]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    states: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.inference_mode():
+        model(ids)
+    scaling = getattr(model.config, "logits_scaling", 1.0)
+
+    def predictions(head: torch.Tensor) -> torch.Tensor:  # KL of 8 bits is below float32's noise
+        return (states[0].double() @ head.double().T / scaling).log_softmax(-1)
+
+    exact = predictions(model.get_output_embeddings().weight.detach())
+    for name, roles in source.ends.items():
+        weight = source.tensor(name)
+        for column, bits in enumerate((4, 8)):
+            rounded = quantize_matrix("rtn", weight, Codec(bits, 32)).dequantize()
+            expected = 0.0
+            if "embedding" in roles:
+                rows = (rounded - weight)[ids.flatten()]
+                expected += float((s * rows.square().sum(1)).sum())
+            if "head" in roles:  # the KL itself, not its second order
+                moved = predictions(rounded)
+                expected += (
+                    float(F.kl_div(moved, exact, reduction="none", log_target=True).sum())
+                    / ids.numel()
+                )
+            assert found[name][column] == pytest.approx(expected, rel=0.25 if bits == 4 else 0.05)
+        assert found[name][2] == 0
+
+
+def test_ends_are_rounded_when_bytes_are_dear(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    source = Source(model_folder())
+    recipe = small_recipe(text_file, "default")
+    scores = score(source, recipe)
+    sizes = []
+    for bits in (1.1, 2.0, 3.9):
+        plan = allocate(scores, recipe.with_changes(bits=bits))
+        widths = {name: plan.linear_bits[name] for name in source.ends}
+        sizes.append(sum(stored_bytes(source, recipe, n, b) for n, b in widths.items()))
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    out = compress(source.folder, tmp_path / "out", recipe.with_changes(bits=1.1))
+    specs = packed_specs(out)
+    plan = allocate(scores, recipe.with_changes(bits=1.1))
+    for name in source.ends:
+        assert (name in specs) == (plan.linear_bits[name] != 16)
+        assert name not in specs or specs[name].bits == (plan.linear_bits[name],)
+    AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None])
+
+
+def test_ends_that_the_recipe_fixes_are_not_offered(model_folder: Folder, text_file: Path) -> None:
+    source = Source(model_folder())
+    recipe = small_recipe(text_file, "default", head_bits=16, embedding_bits=8)
+    assert not free_widths(source, recipe).keys() & source.ends.keys()
+    only = free_widths(source, recipe.with_changes(head_bits=None))
+    assert only["lm_head.weight"] == END_BITS

@@ -1,0 +1,208 @@
+"""A backward walk gives what autograd gives on the whole model, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moepress.costs.sensitivity import EMBEDDING, EXPERTS, head_gradient, measure_sensitivity
+from moepress.errors import CheckpointError, InputError, MoepressError
+from moepress.original import walk as walk_module
+from moepress.original.source import Source
+from moepress.original.walk import Walk
+from tests.conftest import FAMILIES
+from tests.original.test_walk import some_ids
+
+Folder = Callable[..., Path]
+MADE_OF = {"work": "1"}
+TOKENS = 5 * 24
+
+
+def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The next tokens [S, L] that `head_gradient` draws, and the gradient [S, L, H] it returns."""
+    drawn = []
+    real = torch.multinomial
+
+    def record(*args: object, **kwargs: object) -> Tensor:
+        drawn.append(real(*args, **kwargs))  # type: ignore[arg-type]
+        return drawn[-1]
+
+    walk = Walk(source, ids)
+    for layer in range(len(source.layers)):
+        with source.loaded(source.layer_path(layer)):
+            routed = walk.route(layer) if layer in source.experts else None
+            walk.advance(layer, routed and walk.experts_output(layer, routed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", record)
+        gradient = head_gradient(walk, seed)
+    return torch.cat(drawn).view(ids.shape), gradient
+
+
+@contextmanager
+def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Gradients at the outputs of modules in one backward pass of the whole model."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def forward(module: nn.Module, args: object, out: Tensor) -> None:
+            out.register_hook(lambda gradient: found.__setitem__(name, gradient))
+
+        return forward
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+# granitemoe scales what the embedding gives, and what the head gives.
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])
+@pytest.mark.parametrize(  # uneven last batches, and all in one
+    ("batch_tokens", "logit_tokens"), [(48, 10), (4096, 4096)]
+)
+def test_it_is_the_gradient_of_the_whole_model(
+    model_folder: Folder,
+    family: str,
+    batch_tokens: int,
+    logit_tokens: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(walk_module, "LOGIT_TOKENS", logit_tokens)
+    folder, ids = model_folder(family), some_ids()
+    source = Source(folder)
+    found = measure_sensitivity(source, ids, tmp_path, MADE_OF, seed=3)
+    drawn, _ = drawn_tokens(source, ids, seed=3)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    modules = {EMBEDDING: model.get_input_embeddings()}
+    for layer in range(len(source.layers)):
+        for name in found.layer(layer):
+            path = source.experts[layer].path if name == EXPERTS else name.removesuffix(".weight")
+            if name != EMBEDDING:
+                modules[f"{layer} {name}"] = model.get_submodule(path)
+    with gradients_at(modules) as gradients:
+        likelihood = model(ids).logits.log_softmax(-1).gather(-1, drawn[..., None]).sum()
+        likelihood.backward()
+    assert len(gradients) > 6
+    for key, gradient in gradients.items():
+        layer, _, name = key.rpartition(" ")
+        width = gradient.shape[-1]
+        expected = gradient.reshape(-1, width).square().sum(1) / (2 * TOKENS * width)
+        measured = found.layer(int(layer or 0))[name]
+        largest = expected.max().item()
+        torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-5 * largest, msg=key)
+
+
+def test_drawn_text_follows_the_seed(model_folder: Folder) -> None:
+    source, ids = Source(model_folder()), some_ids()
+    one, two, other = (drawn_tokens(source, ids, seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dies_after", range(1, 12))
+def test_it_goes_on_where_it_stopped(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_after: int
+) -> None:
+    """Killed at any of its writes, it ends with the same bytes."""
+    module = importlib.import_module("moepress.costs.sensitivity")
+    source, ids = Source(model_folder("deepseek_v3")), some_ids()
+    measure_sensitivity(source, ids, tmp_path / "whole", MADE_OF, seed=0)
+    writes = 0
+    real = module.save_tensors
+
+    def dies(*args: object) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == dies_after:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(module, "save_tensors", dies)
+    try:
+        measure_sensitivity(source, ids, tmp_path / "cut", MADE_OF, seed=0)
+    except KeyboardInterrupt:
+        pass
+    else:
+        assert dies_after > writes
+    monkeypatch.setattr(module, "save_tensors", real)
+    measure_sensitivity(source, ids, tmp_path / "cut", MADE_OF, seed=0)
+    whole, cut = (
+        {p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "cut")
+    )
+    assert whole == cut
+    assert sorted(whole) == [
+        "identity.json", "sensitivity-0000.safetensors", "sensitivity-0001.safetensors",
+    ]  # fmt: skip
+
+
+def test_other_work_is_refused(model_folder: Folder, tmp_path: Path) -> None:
+    source, ids = Source(model_folder()), some_ids()
+    measure_sensitivity(source, ids, tmp_path, MADE_OF, seed=0)
+    with pytest.raises(InputError, match="differs in: work"):
+        measure_sensitivity(source, ids, tmp_path, {"work": "2"}, seed=0)
+
+
+def test_a_layer_without_a_gradient_is_named(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Walk.run
+    monkeypatch.setattr(Walk, "run", lambda *args: run(*args).detach())
+    with pytest.raises(MoepressError, match=r"Layer 1 cannot be differentiated.*'fast'"):
+        measure_sensitivity(Source(model_folder()), some_ids(), tmp_path, MADE_OF, seed=0)
+
+
+def test_a_full_disk_is_told_before_the_work(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("moepress.costs.sensitivity")
+    states = 4 * 5 * 24 * 64  # float32, [S, L, H]
+    source = Source(model_folder())
+
+    def leaves_free(free: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+
+    # Three states, of two layers; the gradient behind a layer and that before it.
+    leaves_free(5 * states - 1)
+    with pytest.raises(CheckpointError, match=r"states of all layers.*--sequences"):
+        measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["identity.json"]
+    leaves_free(5 * states)
+    most = 0
+    real = module.save_tensors
+
+    def measured(path: Path, tensors: dict[str, Tensor]) -> None:
+        nonlocal most
+        if path.name.startswith("sensitivity-0000"):
+            raise KeyboardInterrupt
+        real(path, tensors)
+        kept = [p.stat().st_size // states for p in tmp_path.glob("[sg]*-*.safetensors")]
+        most = max(most, sum(kept))
+
+    monkeypatch.setattr(module, "save_tensors", measured)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    assert most == 5
+    monkeypatch.setattr(module, "save_tensors", real)
+    leaves_free(states)  # nothing large is written any more
+    measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+
+
+def test_what_a_dead_run_did_not_delete_is_deleted(model_folder: Folder, tmp_path: Path) -> None:
+    source = Source(model_folder())
+    measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    done = {p.name for p in tmp_path.iterdir()}
+    for name in ("states-0000", "states-0001", "states-0002", "gradient-0001", "gradient-0002"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
+    assert {p.name for p in tmp_path.iterdir()} == done

@@ -1,0 +1,98 @@
+"""Files are written whole or not at all, and the same tensors give the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import (
+    folder_bytes,
+    load_json,
+    load_tensors,
+    packed_specs,
+    read_about,
+    save_json,
+    save_tensors,
+    tensor_bytes,
+    write_atomically,
+)
+from moepress.format.codec import Codec, PackedSpec, fitting_group_size
+
+FILE = "x.safetensors"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fails(to: Path) -> None:
+        to.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_atomically(path, fails)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_real_full_disk(tmp_path: Path) -> None:
+    """/dev/full takes opening and refuses writing, as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has /dev/full")
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_atomically(tmp_path / "a", lambda _: _fill())
+    assert not list(tmp_path.iterdir())
+
+
+def _fill() -> None:
+    with Path("/dev/full").open("w") as file:
+        file.write("x" * 100_000)
+
+
+def test_tensors_round_trip_in_equal_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(5), "a": torch.ones(2, 3, dtype=torch.bfloat16).T}
+    save_tensors(tmp_path / FILE, tensors, "words")
+    first = (tmp_path / FILE).read_bytes()
+    save_tensors(tmp_path / FILE, dict(reversed(tensors.items())), "words")
+    assert (tmp_path / FILE).read_bytes() == first
+    loaded = load_tensors(tmp_path / FILE)
+    assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+    assert read_about(tmp_path / FILE) == "words"
+    assert tensor_bytes(tmp_path / FILE) == 5 * 8 + 6 * 2
+
+
+def test_damaged_files_are_one_error(tmp_path: Path) -> None:
+    save_tensors(tmp_path / FILE, {"a": torch.ones(100)})
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        load_tensors(tmp_path / FILE)
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"x\.json"):
+        load_json(tmp_path / "x.json")
+
+
+def test_folder_bytes_counts_files_that_show(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / ".hidden").write_bytes(b"123")
+    (tmp_path / "sub").mkdir()
+    assert folder_bytes(tmp_path) == 3
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "moepress", "format_version": 99}}
+    save_json(tmp_path / "config.json", config)
+    with pytest.raises(InputError, match="format version 99"):
+        packed_specs(tmp_path)
+
+
+def test_byte_accounting() -> None:
+    assert Codec(2, 128).nbytes(16, 128) == 576  # 512 of codes, 32 of scales, 16 of zeros, 16 pad
+    assert Codec(1, 32).nbytes(1, 32) == 128  # a block of 16 rows: 64 codes, 32 scales, 32 pad
+    spec = PackedSpec((2, 3, 2), 128)
+    assert spec.offsets(16, 128) == (0, 576, 576 + 832, 2 * 576 + 832)
+    assert PackedSpec.from_json(spec.to_json()) == spec
+    assert fitting_group_size(704, 128) == 64 and fitting_group_size(72, 128) is None
+    with pytest.raises(InputError, match="does not divide a row of 96"):
+        Codec(2, 64).nbytes(4, 96)

@@ -1,0 +1,122 @@
+"""The C++ kernels of trellis codes, each instruction set of this machine, against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepress import kernels
+from moepress.errors import InputError
+from moepress.format.codec import TRELLIS_BITS, PackedSpec
+from moepress.kernels import cpu, reference, trellis
+from tests.kernels.test_kernels import within_twice_plain
+from tests.rounding.test_trellis import codec_of, random_packed
+
+MISSING = cpu.missing()
+
+
+@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if MISSING:
+        pytest.skip(f"the library {MISSING}")
+    cpu.use(request.param)
+    yield request.param
+    cpu.use(cpu.instruction_sets()[0])
+
+
+def experts_args(
+    tokens: int, hidden: int, inner: int, group: int, activation: str = "silu"
+) -> tuple[object, ...]:
+    generator = torch.Generator().manual_seed(tokens)
+    specs = PackedSpec((1, 2, 4, 3), group, "trellis"), PackedSpec((3, 2, 1, 4), group, "trellis")
+    shapes = (2 * inner, hidden), (hidden, inner)
+    packed = [
+        torch.cat([random_packed(*shape, c, seed) for seed, c in enumerate(spec.codecs)])
+        for spec, shape in zip(specs, shapes, strict=True)
+    ]
+    tables = [torch.tensor(s.table(*shape)) for s, shape in zip(specs, shapes, strict=True)]
+    index = torch.randint(-1, 5, (tokens, 2), generator=generator)  # -1 and 4 add nothing
+    x = torch.randn(tokens, hidden, generator=generator)
+    share = torch.rand(tokens, 2, generator=generator)
+    return x, index, share, *packed, *tables, inner, group, group, activation, 8, "trellis"
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+@pytest.mark.parametrize(
+    "rows, cols, group, tokens", [(64, 32, 32, 1), (70, 384, 128, 3), (200, 64, 64, 300)]
+)
+def test_linear(isa: str, bits: int, rows: int, cols: int, group: int, tokens: int) -> None:
+    codec = codec_of(bits, group)
+    generator = torch.Generator().manual_seed(0)
+    packed = random_packed(rows, cols, codec)
+    x, bias = (torch.randn(*s, generator=generator) for s in ((tokens, cols), (rows,)))
+    y = cpu.linear(x, packed, bias, rows, codec, 8)
+    rotated = torch.cat([w for _, w in trellis.strips(packed, rows, cols, codec)])
+    codes = reference.round_activations(trellis.rotate(x), group, 16)
+    exact = codes.double() @ rotated.double().T + bias.double()
+    within_twice_plain(y, codes @ rotated.T + bias, exact)
+    oracle = reference.linear(x, packed, bias, rows, codec, rounded=True)
+    torch.testing.assert_close(y, oracle, rtol=1e-5, atol=1e-5 * float(oracle.abs().max()))
+
+
+@pytest.mark.parametrize("tokens, hidden, inner, group", [(1, 64, 32, 32), (5, 96, 160, 32)])
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_experts(
+    isa: str, tokens: int, hidden: int, inner: int, group: int, activation: str
+) -> None:
+    args = experts_args(tokens, hidden, inner, group, activation)
+    y = cpu.experts(*args)  # type: ignore[arg-type]
+    oracle = reference.experts(*args, rounded=True)  # type: ignore[arg-type]
+    exact = reference.experts(*(a.double() if i in (0, 2) else a for i, a in enumerate(args)))  # type: ignore
+    # Half a code of 2 * 16256 in the range of each of two products; float32 is far finer.
+    assert (y.double() - exact).norm() < 1e-3 * exact.norm()
+    torch.testing.assert_close(y, oracle, rtol=1e-3, atol=1e-4 * float(oracle.abs().max()))
+
+
+def test_a_token_depends_on_nothing_else(isa: str) -> None:
+    args = experts_args(300, 64, 64, 32)
+    together = cpu.experts(*args)  # type: ignore[arg-type]
+    for t in (0, 255, 256, 299):
+        alone = cpu.experts(*(a[t : t + 1] for a in args[:3]), *args[3:])  # type: ignore
+        assert torch.equal(alone[0], together[t])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(cpu.experts(*args), together)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_opcheck() -> None:
+    packed = random_packed(10, 64, codec_of(3))
+    linear_args = torch.randn(2, 64), packed, torch.randn(10), 10, 3, 32, 8, "trellis"
+    torch.library.opcheck(kernels.linear, linear_args)
+    torch.library.opcheck(kernels.experts, experts_args(3, 64, 32, 32))
+
+
+def test_numbers_that_are_none_stay_with_their_token(isa: str) -> None:
+    codec = codec_of(2)
+    packed = random_packed(64, 64, codec)
+    x = torch.ones(3, 64)
+    x[0, 5], x[1] = torch.nan, 0.0
+    y = cpu.linear(x, packed, None, 64, codec, 8)
+    assert y[0].isnan().all() and y[1].eq(0).all() and y[2].isfinite().all()
+
+
+def test_wrong_bytes_are_refused(isa: str) -> None:
+    codec = codec_of(2)
+    packed = random_packed(64, 64, codec)
+    x = torch.ones(1, 64)
+    with pytest.raises(InputError, match="outside its packed bytes"):
+        cpu.linear(x, packed[:-1], None, 64, codec, 8)
+    args = list(experts_args(2, 64, 32, 32))
+    table: Tensor = args[5].clone()  # type: ignore[attr-defined]
+    table[3, 0] += 64
+    with pytest.raises(InputError, match="outside its packed bytes"):
+        cpu.experts(*args[:5], table, *args[6:])  # type: ignore[arg-type]
+    table[3] = torch.tensor([0, 8])
+    with pytest.raises(InputError, match="no codec"):
+        cpu.experts(*args[:5], table, *args[6:])  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""A walk gives what the model's own forward gives, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moepress.errors import CheckpointError, InputError
+from moepress.original import walk as walk_module
+from moepress.original.journal import Journal
+from moepress.original.source import Source
+from moepress.original.walk import Walk, chunks, empty
+from moepress.progress import Progress
+from tests.conftest import FAMILIES, VOCAB
+
+Folder = Callable[..., Path]
+
+
+def some_ids(sequences: int = 5, length: int = 24, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (sequences, length), generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_tokens", [48, 4096])  # uneven last batch, and all in one
+def test_a_walk_is_the_models_forward(
+    model_folder: Folder, family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(walk_module, "LOGITS", VOCAB * batch_tokens // 2)
+    folder = model_folder(family)
+    ids = some_ids()
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    walk = Walk(Source(folder), ids)
+    with Progress("test", total=2) as progress:
+        walk.finish(progress)
+    seen = 0
+    for batch, logits in walk.logits():
+        torch.testing.assert_close(logits, expected[batch], rtol=1e-4, atol=1e-4)
+        assert len(logits) == (1 if batch_tokens == 48 else len(ids))
+        seen += len(logits)
+    assert seen == len(ids)
+
+
+def test_routing_is_the_models_own(model_folder: Folder) -> None:
+    folder = model_folder("mixtral")
+    ids = some_ids()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    seen = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.inference_mode():
+        model(ids)
+    source = Source(folder)
+    walk = Walk(source, ids)
+    with source.loaded(source.layer_path(0)):
+        routed = walk.route(0)
+    ((hidden, index, weight),) = seen
+    torch.testing.assert_close(routed.hidden, hidden)
+    assert torch.equal(routed.index, index)
+    torch.testing.assert_close(routed.weight, weight)
+    for expert in range(4):
+        tokens, gate = routed.of(expert)
+        assert tokens.tolist() == [t for t in range(ids.numel()) if expert in index[t]]
+        assert torch.equal(gate, routed.weight[routed.index == expert])
+
+
+def test_journal_goes_on_where_it_stopped(model_folder: Folder, tmp_path: Path) -> None:
+    source = Source(model_folder())
+    ids = some_ids()
+    whole = Walk(source, ids)
+    assert _run(Journal(tmp_path / "a", {"work": "1"}), whole) == [0, 1]
+    journal = Journal(tmp_path / "b", {"work": "1"})
+    first = Walk(source, ids)
+    for layer in journal.remaining(first):
+        first.advance(layer, first.experts_output(layer, first.route(layer)))
+        journal.commit(first, layer, {"x": torch.ones(1) * layer})
+        break
+    second = Walk(source, ids)
+    assert _run(journal, second) == [1]
+    assert torch.equal(second.states, whole.states)
+    assert journal.result(0)["x"] == 0 and journal.result(1)["x"] == 1
+
+
+def _run(journal: Journal, walk: Walk) -> list[int]:
+    done = []
+    for layer in journal.remaining(walk):
+        walk.advance(layer, walk.experts_output(layer, walk.route(layer)))
+        journal.commit(walk, layer, {"x": torch.ones(1) * layer})
+        done.append(layer)
+    return done
+
+
+def test_journal_refuses_other_work(tmp_path: Path) -> None:
+    Journal(tmp_path, {"model": "a", "recipe": "r"})
+    Journal(tmp_path, {"model": "a", "recipe": "r"})
+    with pytest.raises(InputError, match="differs in: model"):
+        Journal(tmp_path, {"model": "b", "recipe": "r"})
+
+
+def test_journal_says_when_states_are_lost(model_folder: Folder, tmp_path: Path) -> None:
+    source = Source(model_folder())
+    journal = Journal(tmp_path, {"work": "1"})
+    walk = Walk(source, some_ids())
+    journal.commit(walk, 0, {"x": torch.ones(1)})
+    next(tmp_path.glob("states-*")).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        next(journal.remaining(walk))
+
+
+def test_large_arrays_are_mapped_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "IN_MEMORY", 100)
+    mapped = empty((7, 11), torch.bfloat16)
+    mapped.copy_(torch.arange(77).view(7, 11))
+    assert mapped.float().sum() == sum(range(77))
+
+
+def test_chunks_cover_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", 4)
+    rows = torch.arange(10)
+    assert torch.equal(torch.cat([rows[part] for part in chunks(rows)]), rows)
+    assert list(chunks(rows[:0])) == []

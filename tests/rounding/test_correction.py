@@ -1,0 +1,276 @@
+"""Corrections for errors of the layers before, against least squares in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepress.format.codec import Codec
+from moepress.original import walk as walk_module
+from moepress.original.source import Source
+from moepress.original.walk import Routed, Walk, expert_hidden
+from moepress.rounding import correction as correction_module
+from moepress.rounding.expert import round_down, round_gate_up
+from moepress.rounding.linear import linear_inputs
+from moepress.rounding.methods import Drift, Hessian, Inputs, quantize_matrix
+from tests.conftest import FAMILIES, small_recipe
+from tests.original.test_walk import some_ids
+
+Folder = Callable[..., Path]
+DAMPING = 0.01
+
+
+def drifted_inputs(tokens: int = 400, features: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs now and in the original model [T, K], and what each token counts [T]."""
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(tokens, features, generator=generator)
+    mixed = original @ torch.randn(features, features, generator=generator)
+    noise = torch.randn(tokens, features, generator=generator)
+    return original + 0.05 * mixed + 0.2 * noise, original, torch.rand(tokens, generator=generator)
+
+
+def random_weight(rows: int = 24, cols: int = 32) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens: int) -> None:
+    """Of what the original outputs have more, on the inputs as they are, solved as one system."""
+    now, original, count = drifted_inputs(tokens)
+    w = random_weight()
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    for part in (slice(0, 15), slice(15, None)):
+        each = count[part] if weighted else None
+        drift.add(now[part], original[part], each)
+        hessian.add(now[part], each)
+    got = drift.corrected(w, hessian.copy(), DAMPING, strength)
+
+    weight = (count if weighted else torch.ones_like(count)).double()
+    root = weight.sqrt()[:, None]
+    x, wide = now.double() * root, w.double()
+    effective = weight.sum() ** 2 / weight.square().sum()
+    damping = max(DAMPING, 32 / effective)
+    ridge = (damping * x.square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
+    lacking = (original.double() - now.double()) * root @ wide.T
+    system, goal = torch.cat([x, ridge]), torch.cat([lacking, torch.zeros(32, 24)])
+    expected = wide + strength * torch.linalg.lstsq(system, goal).solution.T
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    if strength == 0:
+        assert torch.equal(got, w)
+    hessian.factor(DAMPING)  # a copy was used up, not this one
+
+
+def test_nothing_known_or_moved_nothing_corrected() -> None:
+    now, _, count = drifted_inputs()
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    w = random_weight()
+    assert torch.equal(drift.corrected(w, hessian.copy(), DAMPING, 1.0), w)
+    drift.add(now, now, count)
+    hessian.add(now, count)
+    assert torch.equal(drift.corrected(w, hessian, DAMPING, 1.0), w)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("damping", [1e-6, 0.5])
+def test_gain_is_least_squares(
+    weighted: bool, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One factor for all outputs, token by token in float64, whatever the damping is."""
+    monkeypatch.setattr(correction_module, "COLUMNS_PER_PANEL", 12)
+    now, original, count = drifted_inputs()
+    w = random_weight()
+    rounded = w.round()
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    each = count if weighted else None
+    drift.add(now, original, each)
+    hessian.add(now, each)
+    got = drift.gain(w, rounded, hessian.factor(damping))
+
+    root = (count if weighted else torch.ones_like(count)).double().sqrt()[:, None]
+    x, before = now.double() * root, original.double() * root
+    wanted, output = before @ w.double().T, x @ rounded.double().T
+    expected = float((wanted * output).sum() / output.square().sum())
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert abs(got - 1) > 0.01
+
+
+def test_no_gain_where_nothing_is_known() -> None:
+    w = random_weight()
+    matrix = quantize_matrix("rtn", w, Codec(2, 32))
+    for drifts in (False, True):
+        inputs = Inputs(32, "cpu", "int", drifts)
+        assert inputs.rescaled(matrix, w, inputs.factor(DAMPING)) is matrix
+    now, original, _ = drifted_inputs()
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    drift.add(now, original)
+    hessian.add(now)
+    assert drift.gain(w, torch.zeros_like(w), hessian.factor(DAMPING)) == 1
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_few_tokens_damp_trellis_codes(family: str) -> None:
+    """As many as count: 100 tokens, half of them of no importance, are 50."""
+    x = drifted_inputs(100)[0]
+    count = torch.arange(100).remainder(2).float()
+    inputs = Inputs(32, "cpu", family, False)
+    inputs.add(x[:60], None, count[:60])
+    inputs.add(x[60:], None, count[60:])
+    expected = DAMPING if family == "int" else 0.15 * 32 / 50
+    assert inputs.factor(DAMPING).damping == pytest.approx(expected)
+    plenty = Inputs(32, "cpu", family, False)
+    plenty.add(drifted_inputs(4000)[0], None)
+    assert plenty.factor(DAMPING).damping == DAMPING
+
+
+def test_chance_is_not_taken_for_drift() -> None:
+    """Inputs that differ by noise alone: what is fitted to few tokens must not hurt on others."""
+    now, _, _ = drifted_inputs(4064)
+    original = now + torch.randn(now.shape, generator=torch.Generator().manual_seed(3))
+    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    drift.add(now[:48], original[:48])
+    hessian.add(now[:48])
+    w = random_weight()
+    change = drift.corrected(w, hessian, DAMPING, 0.5) - w
+    lacking = (original - now)[48:] @ w.T
+    assert (lacking - now[48:] @ change.T).norm() < 1.1 * lacking.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("codec", ["int", "trellis"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_linears_are_corrected_for_their_own_inputs(
+    model_folder: Folder,
+    family: str,
+    codec: str,
+    twice: bool,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each linear of a layer, experts left out, on both walks: as from inputs kept whole.
+
+    With rotated inputs too, and where a layer calls a linear more than once.
+    """
+    monkeypatch.setattr(walk_module, "BATCH_TOKENS", 48)
+    source = Source(model_folder(family))
+    # Well conditioned, so that only the order of sums differs.
+    recipe = small_recipe(text_file, damping=0.9, correction=1.0, linear_codec=codec)
+    walk = Walk(source, some_ids())
+    twin = walk.twin()
+    walk.states += 0.1 * torch.randn(walk.states.shape, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(twin.states, walk.states)
+    with source.loaded(source.layer_path(0)), torch.inference_mode():
+        named = source.layers[0].named_modules()
+        modules = {n: m for n, m in named if type(m) is torch.nn.Linear}
+        if twice:
+            first, forward = next(iter(modules.values())), source.layers[0].forward
+
+            def again(states: Tensor, *args: object, **kwargs: object) -> object:
+                first(2 * states.flip(1))
+                return forward(states, *args, **kwargs)
+
+            monkeypatch.setattr(source.layers[0], "forward", again)
+        groups = linear_inputs(walk, 0, modules, recipe, twin)
+        assert sorted(n for names, _ in groups for n in names) == sorted(modules)
+        assert len(groups) < len(modules)  # some have the same inputs
+        wanted = {
+            name: inputs.corrected(modules[name].weight, 0.9, 1.0)
+            for names, inputs in groups
+            for name in names
+        }
+        now, original = (inputs_of(w, modules) for w in (walk, twin))
+        for name, module in modules.items():
+            drift = Drift(module.in_features, "cpu")
+            hessian = Hessian(module.in_features, "cpu")
+            drift.add(now[name], original[name])
+            hessian.add(now[name])
+            expected = drift.corrected(module.weight, hessian, 0.9, 1.0)
+            assert not torch.equal(expected, module.weight)
+            torch.testing.assert_close(wanted[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def inputs_of(walk: Walk, modules: dict[str, torch.nn.Linear]) -> dict[str, Tensor]:
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: kept[n].append(args[0].flatten(0, -2)))
+        for n, m in modules.items()
+    ]
+    walk.run_only(0)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def test_a_twin_goes_its_own_way(model_folder: Folder) -> None:
+    """What reaches the experts, and the states behind the layer, are the original model's."""
+    source = Source(model_folder())
+    alone, walk = Walk(source, some_ids()), Walk(source, some_ids())
+    twin = walk.twin()
+    with source.loaded(source.layer_path(0)), torch.inference_mode():
+        routed = alone.route(0)
+        alone.advance(0, alone.experts_output(0, routed))
+        walk.states += 1
+        passed = twin.pass_layer(0)
+    assert passed is not None and torch.equal(passed.hidden, routed.hidden)
+    assert torch.equal(twin.states, alone.states)
+
+
+@pytest.mark.parametrize("codec", ["int", "trellis"])
+def test_rounded_experts_are_nearer_to_the_original_outputs(
+    model_folder: Folder, text_file: Path, codec: str
+) -> None:
+    """At 4 bits, behind inputs that moved, correction takes most of the difference away."""
+    source = Source(model_folder())
+    weights = source.expert(0, 0)
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(600, source.hidden, generator=generator)
+    moved = original + 0.3 * original.roll(1, dims=1)
+    index, weight = torch.zeros(600, 1, dtype=torch.int64), torch.ones(600, 1)
+    module = source.model.get_submodule(source.experts[0].path)
+    wanted = expert_hidden(module, weights.gate_up, original) @ weights.down.T
+    error = {}
+    for strength in (0.0, 1.0):
+        recipe = small_recipe(
+            text_file, expert_codec=codec, expert_bits=(4,), correction=strength, damping=1e-3
+        )
+        routed = Routed(moved, index, weight, original=original)
+        where = (routed, 0, 0, recipe, "gptq", (4,))
+        (gate_up,) = round_gate_up(weights.gate_up, *where)
+        rounded = gate_up.dequantize()
+        (down,) = round_down(weights.down, rounded, module, *where, weights.gate_up)
+        output = expert_hidden(module, rounded, moved) @ down.dequantize().T
+        error[strength] = float((output - wanted).norm() / wanted.norm())
+    assert error[1.0] < 0.7 * error[0.0]
+
+
+@pytest.mark.parametrize("codec", ["int", "trellis"])
+def test_down_has_the_size_of_the_original_outputs(
+    model_folder: Folder, text_file: Path, codec: str
+) -> None:
+    """No factor of a rounded expert's outputs brings them nearer to the original's."""
+    source = Source(model_folder())
+    weights = source.expert(0, 0)
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.randn(600, source.hidden, generator=generator)
+    original = 1.2 * moved
+    index, weight = torch.zeros(600, 1, dtype=torch.int64), torch.ones(600, 1)
+    module = source.model.get_submodule(source.experts[0].path)
+    wanted = expert_hidden(module, weights.gate_up, original) @ weights.down.T
+    recipe = small_recipe(text_file, expert_codec=codec, damping=1e-3)
+    factors = []
+    for states in (original, None):
+        where = (Routed(moved, index, weight, original=states), 0, 0, recipe, "gptq")
+        (gate_up,) = round_gate_up(weights.gate_up, *where, (2,))
+        rounded = gate_up.dequantize()
+        hidden = expert_hidden(module, rounded, moved)
+        downs = round_down(weights.down, rounded, module, *where, (1, 2), weights.gate_up)
+        outputs = [hidden @ down.dequantize().T for down in downs]
+        factors.append([float((wanted * y).sum() / y.square().sum()) for y in outputs])
+    known, unknown = factors
+    assert known == pytest.approx([1, 1], abs=2**-8)  # scales are bfloat16: 2**-9
+    assert all(abs(factor - 1) > 0.1 for factor in unknown), unknown
