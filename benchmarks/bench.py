@@ -26,11 +26,11 @@ import moepress
 from measuring import LENGTH, Comparison, Evaluator, calibration, layer_weights, opened
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
-from moepress.allocation.tensors import every_name
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import load_json, load_tensors, save_json
-from moepress.original.source import Source, weight_files
+from moepress.original.folder import weight_files
+from moepress.original.source import Source
 from moepress.quantize import quantize
 from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.score import score
@@ -243,7 +243,7 @@ class Bench:
         Tensors beside the original's own (side data of a packed one) count too.
         """
         layers = tuple(f"{self.source.layer_path(i)}." for i in range(len(self.source.layers)))
-        vectors = {name for name in every_name(self.source) if name not in self.weights}
+        vectors = {name for name in self.source.all_names if name not in self.weights}
         return sum(
             tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize)
             for path in weight_files(folder)
@@ -258,7 +258,7 @@ class Bench:
         where the original was copied to float32.
         """
         total = 0
-        for name in every_name(self.source):
+        for name in self.source.all_names:
             size = self.source.shape(name).numel() * self.source.stored_dtype(name).itemsize
             if name not in self.weights:
                 total += size

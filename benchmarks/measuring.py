@@ -23,7 +23,7 @@ from moepress.evaluate import TextResult, compare, summary
 from moepress.format.checkpoint import is_compressed
 from moepress.kernels.modules import set_activation_bits
 from moepress.original.architectures import decoder_layers
-from moepress.original.walk import empty
+from moepress.original.batches import empty
 from moepress.recipe import Recipe
 from moepress.text.windows import evaluation_tokens
 

@@ -80,7 +80,7 @@ def costs_of(fields: dict[str, Any]) -> dict[str, Any]:
         cost = fields["squared_error"] / residual
     return {
         "cost": cost[None],
-        "source_tokens": (fields["total_tokens"],),
+        "text_tokens": (fields["total_tokens"],),
         "linears": (),
         "linear_bits": (),
         "linear_bytes": np.zeros((0, 0), dtype=np.int64),
@@ -715,7 +715,7 @@ def with_linears(seed: int = 0, sources: int = 1, **changes: Any) -> ExpertScore
     linear_mix = rng.dirichlet(np.ones(sources), (3, 3)).transpose(2, 0, 1)
     fields = {
         "cost": plain.cost * mix,
-        "source_tokens": (1000 // sources,) * sources,
+        "text_tokens": (1000 // sources,) * sources,
         "linears": ("a.weight", "b.weight", "c.weight"),
         "linear_bits": (2, 4, 8),
         "linear_bytes": np.array([[512, 1024, 2048], [64, 128, 256], [2048, 4096, 8192]]),

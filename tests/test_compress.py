@@ -364,7 +364,7 @@ def test_fast_beats_random_and_rtn_where_it_counts(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
     """On its own calibration text the output of the compressed model is nearer the original's."""
-    from moepress.calibrate import calibration_ids
+    from moepress.work import calibration_ids
 
     folder = model_folder()
     recipe = small_recipe(text_file, bits=2.0, sequences=12)

@@ -17,23 +17,22 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moepress import kernels
-from moepress.allocate import allocate, tell_of_left_out
+from moepress.allocate import allocate, warn_of_left_out
 from moepress.allocation.budget import budget_range
-from moepress.allocation.choices import Menu
+from moepress.allocation.choices import Choices
 from moepress.allocation.plan import BitAllocation
-from moepress.calibrate import calibration_ids
 from moepress.cli import app
 from moepress.compress import compress
 from moepress.costs.drop_costs import DropMeter
-from moepress.costs.scores import PARTS, ExpertScores
+from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError
 from moepress.format.checkpoint import PLAN, load_json, packed_specs
 from moepress.format.codec import Codec, PackedSpec
 from moepress.kernels import cpu
 from moepress.kernels.modules import PackedExperts
 from moepress.kernels.reference import dequantize
+from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.source import Source
-from moepress.original.walk import Routed
 from moepress.page.sections import SECTIONS
 from moepress.page.subject import Subject
 from moepress.propose import proposal
@@ -42,6 +41,7 @@ from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.report import expert_values, report
 from moepress.score import score
+from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 from tests.kernels.test_kernels import random_packed
 from tests.test_allocate import make_scores, scalar
@@ -153,7 +153,7 @@ def test_leaving_an_expert_out_costs_its_output(model_folder: Folder, text_file:
             experts.down_proj[expert] = 0
             expected = (experts(*calls[0]).double() - exact).square().sum().item()
             experts.down_proj[expert] = kept
-            for part in range(len(PARTS)):
+            for part in range(len(ROUNDED)):
                 assert scores.squared_error[row, expert, part, 0] == pytest.approx(expected, 1e-4)
     assert scores.bits == (0, 2)
 
@@ -225,7 +225,7 @@ def test_an_expert_is_left_out_where_it_costs_nothing_and_is_said(
     scores.cost[:, 1, 2, :, 0] = 0
     plan = allocate(scores, scalar(bits=2.0, expert_bits=WIDTHS))
     with caplog.at_level(logging.WARNING):
-        tell_of_left_out(scores, plan)
+        warn_of_left_out(scores, plan)
     assert plan.bits[1, 2].tolist() == [0, 0]
     assert "are left out; 0 of them no calibration token chose" in caplog.text
 
@@ -251,12 +251,12 @@ def test_an_expert_that_no_token_chose_is_not_the_first_to_go(cost: str, over: s
 def test_columns_and_bits_undo_each_other(per_projection: bool) -> None:
     scores = make_scores(bits=WIDTHS)
     recipe = scalar(bits=2.0, expert_bits=WIDTHS, per_projection=per_projection)
-    menu = Menu.of(scores, recipe)
-    choice = np.random.default_rng(0).integers(0, menu.nbytes.shape[1], menu.shape)
-    bits = menu.bits(choice)
+    choices = Choices.of(scores, recipe)
+    choice = np.random.default_rng(0).integers(0, choices.nbytes.shape[1], choices.shape)
+    bits = choices.bits(choice)
     assert bits.shape == (2, 2, 2) and ((bits[..., 0] == 0) == (bits[..., 1] == 0)).all()
-    assert (menu.columns(bits.astype(np.int8)) == choice).all()
-    assert menu.nbytes.argmin() == 0 and menu.nbytes.argmax() == menu.nbytes.size - 1
+    assert (choices.options(bits.astype(np.int8)) == choice).all()
+    assert choices.nbytes.argmin() == 0 and choices.nbytes.argmax() == choices.nbytes.size - 1
 
 
 @pytest.mark.parametrize("cost", ["random", "uniform", "paper"])
@@ -370,9 +370,10 @@ def test_what_dropping_costs_knows_no_choice_of_what_is_not_there(model_folder: 
     module = source.model.get_submodule(source.experts[0].path)
     found = []
     for places, left_out in ((index, (1, 3)), (index.where((index == 0) | (index == 2), 4), ())):
-        meter = DropMeter(Routed(hidden, places, weight), 4, 0, left_out)
+        routed = Routed(hidden, places, weight)
+        meter = DropMeter(routed, 4, 0, left_out)
         for expert in (0, 2):
-            meter.add(module, source.expert(0, expert), expert)
+            meter.add(RoutedExpert(0, expert, module, source.expert(0, expert), routed))
         found.append(meter.result(1.0))
     for name in ("ratio", "cost", "renormalised_cost"):
         assert torch.equal(found[0][name], found[1][name]), name

@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from moepress.allocation.tensors import codec_for, linear_codec, packable
-from moepress.calibrate import Calibration, calibrate, calibration_ids, hessian_tokens
-from moepress.costs.scores import PARTS, ExpertScores
+from moepress.calibrate import Calibration, calibrate
+from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import save_tensors
-from moepress.original.source import ExpertWeights, Source
-from moepress.original.walk import Routed, Walk, expert_forward
+from moepress.format.codec import codec_for
+from moepress.original.experts import ExpertWeights, Routed, expert_forward
+from moepress.original.source import Source
+from moepress.original.walk import Walk
 from moepress.recipe import Recipe
 from moepress.rounding.methods import quantize_matrix
+from moepress.rounding.options import Rounding
+from moepress.rounding.tokens import TokenPolicy, hessian_tokens
 from moepress.score import score
+from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -60,7 +64,7 @@ def test_epsilon_is_what_swapping_the_expert_costs_the_block(
                         for w in originals
                     )
                 )
-                for part, name in enumerate(PARTS):
+                for part, name in enumerate(ROUNDED):
                     if name in ("gate_up", "both"):
                         experts.gate_up_proj[expert] = rounded.gate_up
                     if name in ("down", "both"):
@@ -87,26 +91,26 @@ def test_costs_are_errors_weighed_by_sensitivity(
     scores = score(source, recipe, work=tmp_path / "work")
     ids = calibration_ids(source, recipe)
     origin = torch.tensor([0, 0, 1, 1, 1, 1]).repeat_interleave(32)  # a third, two thirds
-    assert scores.source_tokens == (64, 128)
+    assert scores.text_tokens == (64, 128)
     walk = Walk(source, ids)
     known = Sensitivity(tmp_path / "work" / SENSITIVITY)
     linears = iter(range(len(scores.linears)))
     for layer in range(len(source.layers)):
         with source.loaded(source.layer_path(layer)), torch.inference_mode():
             s = known.layer(layer)
-            for name, module in packable(source, layer).items():
+            for name, module in source.packable[layer].items():
                 m = next(linears)
                 assert scores.linears[m] == name
                 inputs: list[torch.Tensor] = []
                 handle = module.register_forward_pre_hook(
                     lambda _, args, to=inputs: to.append(args[0].flatten(0, -2))
                 )
-                walk.run_only(layer)
+                walk.run_for_hooks(layer)
                 handle.remove()
                 x, weight = torch.cat(inputs), source.current(name)
                 for bits in (3, 8):
                     column = scores.linear_bits.index(bits)
-                    codec = linear_codec(bits, weight.shape[1], recipe)
+                    codec = Rounding.of_linears(recipe, "rtn").codec(bits, weight.shape[1])
                     assert codec.family == ("trellis" if bits == 3 else "int")
                     rounded = quantize_matrix("rtn", weight, codec).dequantize()
                     error = (x @ (weight - rounded).T).square().sum(1).mean()
@@ -122,7 +126,8 @@ def test_costs_are_errors_weighed_by_sensitivity(
             module = walk.experts_module(layer)
             row = scores.layers.index(layer)
             for expert in range(source.experts[layer].experts):
-                tokens, gate = routed.of(expert)
+                tokens, places = routed.of(expert)
+                gate = routed.weight[tokens, places]
                 weights = source.expert(layer, expert)
                 rounded = ExpertWeights(*(
                     quantize_matrix(
@@ -134,7 +139,7 @@ def test_costs_are_errors_weighed_by_sensitivity(
                 cost = (error * gate[:, None]).square().sum(1) * s[EXPERTS][tokens]
                 for d in (0, 1):
                     expected = float(cost[origin[tokens] == d].sum())
-                    measured = scores.cost[d, row, expert, PARTS.index("both"), 0]
+                    measured = scores.cost[d, row, expert, ROUNDED.index("both"), 0]
                     assert measured == pytest.approx(expected, rel=1e-3, abs=1e-12)
             walk.advance(layer, walk.experts_output(layer, routed))
 
@@ -250,27 +255,29 @@ def routed_example() -> Routed:
 
 def test_an_expert_with_few_tokens_borrows_others() -> None:
     routed = routed_example()
-    recipe = Recipe(token_floor=6)
-    own, counts = hessian_tokens(routed, 0, 0, recipe)
+    policy = TokenPolicy(by_routing_weight=True, floor=6, seed=0)
+    own, counts = hessian_tokens(routed, 0, 0, policy)
     assert own.tolist() == [*range(10), *range(12, 20)] and (counts == 0.25).all()
-    tokens, counts = hessian_tokens(routed, 0, 2, recipe)
+    tokens, counts = hessian_tokens(routed, 0, 2, policy)
     assert tokens[:2].tolist() == [10, 11] and len(set(tokens.tolist())) == 6
     assert torch.allclose(counts, torch.tensor([0.25, 0.25] + [0.025] * 4))
-    never, _ = hessian_tokens(routed, 0, 3, recipe)
+    never, _ = hessian_tokens(routed, 0, 3, policy)
     assert len(never) == 6
-    again, _ = hessian_tokens(routed, 0, 3, recipe)
+    again, _ = hessian_tokens(routed, 0, 3, policy)
     assert torch.equal(never, again)
-    other_layer, _ = hessian_tokens(routed, 1, 3, recipe)
+    other_layer, _ = hessian_tokens(routed, 1, 3, policy)
     assert not torch.equal(never, other_layer)
 
 
 def test_hessian_weight_and_floor_bite() -> None:
     routed = routed_example()
-    _, plain = hessian_tokens(routed, 0, 0, Recipe(hessian_weight="none", token_floor=0))
+    _, plain = hessian_tokens(routed, 0, 0, TokenPolicy(by_routing_weight=False, floor=0, seed=0))
     assert (plain == 1).all()
-    few, _ = hessian_tokens(routed, 0, 2, Recipe(token_floor=0))
+    few, _ = hessian_tokens(routed, 0, 2, TokenPolicy(by_routing_weight=True, floor=0, seed=0))
     assert len(few) == 2
-    all_of_them, _ = hessian_tokens(routed, 0, 2, Recipe(token_floor=1000))
+    all_of_them, _ = hessian_tokens(
+        routed, 0, 2, TokenPolicy(by_routing_weight=True, floor=1000, seed=0)
+    )
     assert len(all_of_them) == 20
 
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from measuring import base_recipe, layer_weights, opened, options
-from moepress.calibrate import calibration_ids
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import load_json, load_tensors, save_json, save_tensors
 from moepress.original.architectures import linear_role
 from moepress.original.source import Source
+from moepress.work import calibration_ids
 
 WEIGHTS, ABOUT = "weights.safetensors", "about.json"
 ATTENTION_BITS = 4  # where a method has no mix of its own, as in our recipes `paper` and `fast`

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from measuring import WINDOWS_AT_A_TIME, layer_weights, opened
 from moepress.original.architectures import decoder_layers, is_experts
-from moepress.original.walk import expert_hidden
+from moepress.original.experts import expert_hidden
 
 try:
     import gguf

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moepress.allocate import allocate, tell_of_left_out
-from moepress.allocation.budget import expert_budget, tell_of_excess
-from moepress.allocation.choices import Menu
-from moepress.allocation.tensors import check_group_sizes
-from moepress.calibrate import TEXT, identity, keep_ids, kept_ids
+from moepress.allocate import allocate, warn_of_left_out
+from moepress.allocation.budget import Budget
+from moepress.allocation.choices import Choices
+from moepress.allocation.tensors import ModelTensors, check_group_sizes
 from moepress.costs.scores import ExpertScores
-from moepress.errors import InputError
 from moepress.format.checkpoint import SCORES
-from moepress.original.journal import check_identity
+from moepress.format.journal import check_identity
 from moepress.original.source import Source
-from moepress.quantize import WORK, claim, quantize
+from moepress.quantize import quantize_tensors
 from moepress.recipe import Recipe
-from moepress.score import score, unmeasured
+from moepress.score import score_tensors, unmeasured
+from moepress.work import WORK, claim, identity, keep_ids, kept_ids, stored_scores
 
 
 def compress(
@@ -53,52 +51,33 @@ def compress(
     recipe = recipe.with_changes(**changes)
     source = Source(model, device)
     check_group_sizes(source, recipe)
-    sizes = unmeasured(source, recipe)
-    expert_budget(sizes, recipe, Menu.of(sizes, recipe))  # refused now, not after hours of scoring
-    tell_of_excess(sizes, recipe)
-    ids = kept_ids(out / WORK / TEXT, source, recipe)
+    tensors = ModelTensors.of(source, recipe)
+    sizes = unmeasured(source, recipe, tensors)
+    # An impossible budget is refused now, not after hours of scoring.
+    Budget.of(sizes, recipe, Choices.of(sizes, recipe)).warn_of_excess()
+    ids = kept_ids(out / WORK, source, recipe)
     made_of = identity(source, recipe, ids)
     work = made_of | {"full_recipe": recipe.digest()}
     if claim(out, work):
         return out
-    stored = stored_scores(out, made_of)  # refuses those of other work before writing anything
-    keep_ids(out / WORK / TEXT, ids)
+    stored = stored_scores(out, made_of)  # refuses those of other work before anything is written
+    keep_ids(out / WORK, ids)
     check_identity(out / WORK / "compress.json", work)
-    scores = stored or measure_and_store(source, recipe, out, ids)
+    scores = stored or score_and_store(source, recipe, tensors, ids, out)
     plan = allocate(scores, recipe)
-    tell_of_left_out(scores, plan)
-    return quantize(source, plan, out, ids=ids)
+    warn_of_left_out(scores, plan)
+    return quantize_tensors(source, plan, tensors, ids, out)
 
 
-def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
-    """The scores that are in `out` already.
-
-    Args:
-        made_of: what scores depend on, `calibrate.identity`.
-
-    Raises:
-        InputError: they are of another model, text or recipe.
-    """
-    path = out / SCORES
-    if not path.is_file():
-        return None
-    scores = ExpertScores.load(path)
-    differs = sorted(k for k, v in made_of.items() if scores.provenance.get(k) != v)
-    if differs:
-        raise InputError(
-            f"{path} holds scores that differ in: {', '.join(differs)}. Give the model, text and "
-            "options they were made with, choose another output, or delete that folder."
-        )
-    return scores
-
-
-def measure_and_store(source: Source, recipe: Recipe, out: Path, ids: Tensor) -> ExpertScores:
-    """Score, resumably, and keep the scores in `out`.
+def score_and_store(
+    source: Source, recipe: Recipe, tensors: ModelTensors, ids: Tensor, out: Path
+) -> ExpertScores:
+    """Score, resumably, and keep the scores in the output folder.
 
     Args:
         ids: [S, L] calibration sequences.
     """
-    keep_ids(out / WORK / TEXT, ids)
-    scores = score(source, recipe, work=out / WORK / "score", ids=ids)
+    keep_ids(out / WORK, ids)
+    scores = score_tensors(source, recipe, tensors, ids, out / WORK / "score")
     scores.save(out / SCORES)
     return scores

@@ -27,9 +27,11 @@ from moepress.evaluation.repetition import Repetition, measure_repetition, promp
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.kernels.modules import set_activation_bits
+from moepress.original.batches import batches, logit_tokens
+from moepress.original.folder import resolve, weight_files
 from moepress.original.sizes import PartBytes, bytes_by_part
-from moepress.original.source import Source, resolve, weight_files
-from moepress.original.walk import Walk, batches, logit_tokens
+from moepress.original.source import Source
+from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.prune import Pruning, Strength, count_dropped, prune
 from moepress.text import windows

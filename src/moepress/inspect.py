@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moepress.allocation.plan import BitAllocation
-from moepress.allocation.tensors import every_name
 from moepress.calibrate import KIND as CALIBRATION
 from moepress.calibrate import Calibration
 from moepress.costs.drop_costs import KIND as DROP_COSTS
@@ -27,8 +26,9 @@ from moepress.format.checkpoint import (
     read_about,
     tensor_bytes,
 )
+from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
-from moepress.original.source import Source, weight_files
+from moepress.original.source import Source
 from moepress.pruning.thresholds import cheapest, medians
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the chosen experts, for which costs are shown
@@ -95,9 +95,9 @@ def _folder(folder: Path) -> dict[str, Any]:
 def _original(folder: Path) -> dict[str, Any]:
     """A model that could be compressed."""
     source = Source(folder)
-    one = next(iter(source.experts.values()))
-    expert_weights = sum(e.experts * 3 * e.hidden * e.intermediate for e in source.experts.values())
-    other_weights = sum(source.shape(name).numel() for name in every_name(source))
+    one = source.one_layer_of_experts
+    expert_weights = sum(experts.weights for experts in source.experts.values())
+    other_weights = sum(source.shape(name).numel() for name in source.all_names)
     return {
         "kind": "original model",
         "architecture": type(source.model).__name__,

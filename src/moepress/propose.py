@@ -1,7 +1,7 @@
 """Which budget? What each one costs in predicted loss and bytes, and what fits in this machine.
 
-Scoring is the long part of a compression and needs no budget. Here it is done first and kept where
-`compress` goes on from it, so that the same command with a budget takes only the rest.
+Scoring takes most of the time of a compression and needs no budget. `propose` scores and keeps the
+scores where `compress` finds them, so that the same command with a budget only does the rest.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from moepress.allocate import allocate, frontier
 from moepress.allocation.budget import budget_range
 from moepress.allocation.choices import offered
 from moepress.allocation.plan import BitAllocation
-from moepress.allocation.tensors import check_group_sizes
-from moepress.calibrate import TEXT, identity, kept_ids
-from moepress.compress import measure_and_store, stored_scores
+from moepress.allocation.tensors import ModelTensors, check_group_sizes
+from moepress.compress import score_and_store
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
 from moepress.original.source import Source
-from moepress.quantize import WORK, check_output
 from moepress.recipe import Recipe
+from moepress.work import WORK, check_output, identity, kept_ids, stored_scores
 
 STEP = 0.25  # bits between the budgets of the table
-SHARE = 0.8  # of a memory that the model may take: the rest is for context and everything else
+SHARE = 0.8  # of a memory that the model may take; context and everything else need the rest
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Proposal:
         }
 
     def _budget(self, plan: BitAllocation) -> float:
-        """A short number of bits that gives this plan or one that is barely smaller."""
+        """A number of bits with two decimals that gives this plan, or one barely smaller."""
         short = math.floor(plan.average_bits * 100) / 100
         return short if short >= self.plans[0].average_bits else plan.average_bits
 
@@ -62,12 +61,12 @@ class Proposal:
 def propose(
     model: str | Path, out: str | Path, recipe: Recipe | None = None, *, device: str = "cpu"
 ) -> Proposal:
-    """Score a model, and look at every budget.
+    """Score a model, and make the plan of every budget.
 
     Args:
         model: folder of the original model, or its hub id.
         out: the folder that `compress` is to make; scores are kept there.
-        recipe: as for `compress`; its budget is not looked at.
+        recipe: as for `compress`; its budget is ignored.
         device: "cpu" or "cuda".
 
     Raises:
@@ -79,14 +78,16 @@ def propose(
     source = Source(model, device)
     check_group_sizes(source, recipe)
     check_output(out)
-    ids = kept_ids(out / WORK / TEXT, source, recipe)
-    stored = stored_scores(out, identity(source, recipe, ids))
-    scores = stored or measure_and_store(source, recipe, out, ids)
+    ids = kept_ids(out / WORK, source, recipe)
+    scores = stored_scores(out, identity(source, recipe, ids))
+    if scores is None:
+        tensors = ModelTensors.of(source, recipe)
+        scores = score_and_store(source, recipe, tensors, ids, out)
     return proposal(scores, recipe, memory())
 
 
 def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) -> Proposal:
-    """The same from scores at hand."""
+    """`propose` from scores at hand."""
     widths = offered(recipe)
     low, high = budget_range(scores, recipe).bits
     steps = np.arange(np.ceil(low / STEP), np.floor(high / STEP) + 1) * STEP
@@ -99,7 +100,7 @@ def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) ->
 
 
 def memory() -> dict[str, int]:
-    """The memories that a model can run in here, in bytes."""
+    """The memories of this machine that a model can run in, in bytes."""
     found = {"RAM": int(psutil.virtual_memory().total)}
     if torch.cuda.is_available():
         found["GPU"] = int(torch.cuda.get_device_properties(0).total_memory)

@@ -1,7 +1,7 @@
 """Every choice a user can make, in one frozen object that can be written to a file and read back.
 
-The budget is the dial; everything else has a default that `docs/log.md` gives the reasons for.
-`Recipe.load("paper")` and the like give the named recipes; `Recipe.load("my.toml")` reads a file.
+The budget is the one choice a user must make; `docs/log.md` gives the reasons for all defaults.
+`Recipe.load("paper")` returns a named recipe, `Recipe.load("my.toml")` reads a file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SensitivityName = Literal["gradient", "none"]
 Over = Literal["mean", "worst"]
 HessianWeight = Literal["routing", "none"]
 UNQUANTIZED = 16  # the value of a *_bits field that leaves those weights as they are
-END_BITS = (4, 8, UNQUANTIZED)  # widths of the embedding and the head
-USUAL_LINEAR_BITS = 4
+TABLE_BITS = (4, 8, UNQUANTIZED)  # widths of the embedding and of the head
+FALLBACK_BITS = 4  # of linears whose cost is unknown
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Recipe:
     bpw: float | None = None
     size: int | None = None
 
-    # Calibration data: (source, weight) pairs, see text/documents.py.
+    # Calibration text: (text, weight) pairs, see text/windows.py.
     calib: tuple[tuple[str, float], ...] = (("self", 1.0),)
     sequences: int = 128
     sequence_length: int = 512
     seed: int = 0
 
-    # What may be chosen for a routed expert, and for every other linear. A number for a kind of
-    # linear (for head or embedding: 4, 8 or 16) fixes its width; None: chosen for each of them by
-    # what a byte is worth to the experts. With 0 among expert_bits an expert may be left out.
-    expert_codec: CodecFamily = "trellis"  # of all routed experts: scalar grids, or trellis codes
+    # Widths offered to routed experts and to all other linears. attention_bits to embedding_bits
+    # each fix the width of one kind of tensor; with None the allocator chooses the width of each
+    # tensor of that kind. With 0 among expert_bits, experts may be left out.
+    expert_codec: CodecFamily = "trellis"  # of all routed experts: scalar grids or trellis codes
     expert_bits: tuple[int, ...] = (1, 2, 3, 4)
     group_size: int = 128
-    linear_codec: CodecFamily = "trellis"  # of all other linears; widths it has not are scalar
+    linear_codec: CodecFamily = "trellis"  # of all other linears; widths it lacks are scalar
     linear_bits: tuple[int, ...] = (2, 3, 4, 8)
     attention_bits: int | None = None
     shared_expert_bits: int | None = None
@@ -69,14 +69,14 @@ class Recipe:
     quantizer: QuantizerName = "gptq"
     damping: float = 0.01  # of the mean of the Hessian's diagonal
     hessian_weight: HessianWeight = "routing"
-    sensitivity: SensitivityName = "gradient"  # what an error of each token costs, sensitivity.py
-    token_floor: int = 256  # an expert with fewer tokens borrows others of its layer up to here
-    correction: float = 0.5  # share of the errors of layers before that weights make up for
+    sensitivity: SensitivityName = "gradient"  # what each token's error costs, costs/sensitivity.py
+    token_floor: int = 256  # an expert with fewer tokens borrows some, rounding/tokens.py
+    correction: float = 0.5  # share of earlier layers' errors that weights make up for
 
-    # What an expert's cost is, and how bits are bought with it.
+    # What an expert's cost is, and how the allocator uses it.
     measure: QuantizerName = "gptq"  # the quantizer whose error is epsilon
     cost: Cost = "error"
-    over: Over = "mean"  # the loss is that of all calibration text, or of its worst source
+    over: Over = "mean"  # minimise the mean loss over all calibration text, or the worst text's
     scope: Scope = "model"  # one budget for the model, or the same for every layer
     per_projection: bool = True  # gate/up and down may differ
     alpha: float = 1.0  # exponents of phi, w and epsilon in cost "paper"
@@ -130,7 +130,7 @@ class Recipe:
         for name in LINEAR_ROLES:
             _one_of(name, getattr(self, name), (None, *GRID_BITS, UNQUANTIZED))
         for name in ("head_bits", "embedding_bits"):
-            _one_of(name, getattr(self, name), (None, *END_BITS))
+            _one_of(name, getattr(self, name), (None, *TABLE_BITS))
         if self.at_least_one and self.per_projection and LEFT_OUT in self.expert_bits:
             raise InputError(
                 f"at_least_one {list(self.at_least_one)} asks for widths of projections, but with "
@@ -151,7 +151,7 @@ class Recipe:
         if not 0 <= self.correction <= 1:
             raise InputError(f"correction must lie between 0 and 1, got {self.correction}.")
         if not self.calib or any(weight <= 0 for _, weight in self.calib):
-            raise InputError("calib needs at least one source, each with a weight above 0.")
+            raise InputError("calib needs at least one text, each with a weight above 0.")
         if "trellis" in (self.expert_codec, self.linear_codec):
             for name in ("quantizer", "measure"):
                 if getattr(self, name) not in ("gptq", "rtn"):
@@ -204,7 +204,7 @@ class Recipe:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The expert_bits that an expert can be rounded to: all but LEFT_OUT."""
+        """The expert_bits without LEFT_OUT: widths that an expert can be rounded to."""
         return tuple(bits for bits in self.expert_bits if bits != LEFT_OUT)
 
     @property
@@ -222,11 +222,11 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise InputError(f"{name} is {value!r}. Expected one of {list(allowed)}.")
 
 
-def usual_width(offered: Sequence[int]) -> int:
-    """The width of a linear that nothing is known to choose by: none at all, or the next to 4."""
+def fallback_width(offered: Sequence[int]) -> int:
+    """Fallback width when no cost is known: 16 if offered, else the nearest to 4."""
     if UNQUANTIZED in offered:
         return UNQUANTIZED
-    return min(offered, key=lambda bits: abs(bits - USUAL_LINEAR_BITS))
+    return min(offered, key=lambda bits: abs(bits - FALLBACK_BITS))
 
 
 def parse_size(text: str) -> int:
@@ -249,21 +249,21 @@ def parse_widths(text: str) -> tuple[int, ...]:
         raise InputError(f"Widths {text!r} are not understood. Expected e.g. 1,2,3.") from error
 
 
-# Fields that change nothing before allocation: scores made under one value serve all others.
+# Fields that only the allocation and later stages read: scores serve all values of them.
 ALLOCATION_FIELDS = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
     "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction", "over",
 )  # fmt: skip
 LINEAR_ROLES = ("attention_bits", "shared_expert_bits", "dense_mlp_bits")
 
-# No backward walk, no search for trellis paths.
+# No backward walk, no trellis search.
 FAST = Recipe(
     expert_codec="int",
     linear_codec="int",
     sensitivity="none",
-    attention_bits=USUAL_LINEAR_BITS,
-    shared_expert_bits=USUAL_LINEAR_BITS,
-    dense_mlp_bits=USUAL_LINEAR_BITS,
+    attention_bits=FALLBACK_BITS,
+    shared_expert_bits=FALLBACK_BITS,
+    dense_mlp_bits=FALLBACK_BITS,
     head_bits=UNQUANTIZED,
     embedding_bits=UNQUANTIZED,
 )
@@ -284,7 +284,7 @@ NAMED = {
     "default": Recipe(),
     "fast": FAST,
     "paper": PAPER,
-    # As published: exponents as in the released code, whose GPTQ has no feedback inside a block of
-    # 128 columns at 3 bits and below and takes min-max grids. Kept for comparison only.
+    # As in MC's released code: its exponents, and its GPTQ, which uses min-max grids and at 3 bits
+    # and below no feedback inside a block of 128 columns. For comparison only.
     "paper-released": dataclasses.replace(PAPER, quantizer="gptq-released", beta=1.5, gamma=1.0),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepress.allocation.knapsack import at
-from moepress.allocation.prices import ByOrigin, Items, price_at, worst_case_weights
+from moepress.allocation.prices import Items, ItemsByText, price_at, worst_case_weights
 
 
 def items(seed: int, count: int = 5, columns: int = 3) -> Items:
@@ -51,11 +51,11 @@ def test_the_worst_source_is_helped_most() -> None:
     mine[0] *= 5  # the first source loses more
     mine[0, :20] *= 3
     mine[1, 20:] *= 3
-    group = ByOrigin(mine, np.tile([1, 2, 3], (40, 1)))
+    group = ItemsByText(mine, np.tile([1, 2, 3], (40, 1)))
     capacity = 80
 
     def losses(weights: np.ndarray) -> np.ndarray:
-        flat = group.weighed(weights)
+        flat = group.weighted(weights)
         choice = flat.cheapest(price_at([flat], capacity))
         return np.array([at(costs, choice).sum() for costs in mine])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moepress.calibrate import calibrate, calibration_ids
+from moepress.calibrate import calibrate
 from moepress.compress import compress
 from moepress.costs import drop_costs
 from moepress.costs.drop_costs import DropCosts
@@ -19,6 +19,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
 from moepress.original.source import Source
 from moepress.pruning.thresholds import cheapest, medians, quantile
+from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]

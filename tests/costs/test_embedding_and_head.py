@@ -11,25 +11,25 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moepress.allocate import allocate
-from moepress.allocation.tensors import free_widths, stored_bytes
-from moepress.calibrate import calibration_ids
+from moepress.allocation.tensors import ModelTensors
 from moepress.compress import compress
 from moepress.costs.scores import ExpertScores
 from moepress.costs.sensitivity import EMBEDDING, SENSITIVITY, Sensitivity
 from moepress.format.checkpoint import packed_specs
 from moepress.format.codec import Codec
-from moepress.original import walk as walk_module
+from moepress.original import batches as batch_sizes
 from moepress.original.source import Source
-from moepress.recipe import END_BITS
+from moepress.recipe import TABLE_BITS
 from moepress.rounding.methods import quantize_matrix
 from moepress.score import score
+from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
 
 
 def costs_of_ends(scores: ExpertScores) -> dict[str, list[float]]:
-    columns = [scores.linear_bits.index(bits) for bits in END_BITS]
+    columns = [scores.linear_bits.index(bits) for bits in TABLE_BITS]
     return {
         name: scores.linear_cost.sum(axis=0)[row, columns].tolist()
         for row, name in enumerate(scores.linears)
@@ -46,12 +46,14 @@ def test_costs_of_the_ends(
     family: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(walk_module, "LOGIT_TOKENS", 13)  # uneven parts of 32
+    monkeypatch.setattr(batch_sizes, "LOGIT_TOKENS", 13)  # uneven parts of 32
     folder = model_folder(family)
     source = Source(folder)
     recipe = small_recipe(text_file, "default", measure="rtn", expert_bits=(2,))
     found = costs_of_ends(score(source, recipe, work=tmp_path))
-    assert found.keys() == source.ends.keys() and len(found) == (1 if family == "qwen2_moe" else 2)
+    assert found.keys() == source.embedding_and_head.keys() and len(found) == (
+        1 if family == "qwen2_moe" else 2
+    )
     ids = calibration_ids(source, recipe)
     s = Sensitivity(tmp_path / SENSITIVITY).layer(0)[EMBEDDING]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -65,7 +67,7 @@ def test_costs_of_the_ends(
         return (states[0].double() @ head.double().T / scaling).log_softmax(-1)
 
     exact = predictions(model.get_output_embeddings().weight.detach())
-    for name, roles in source.ends.items():
+    for name, roles in source.embedding_and_head.items():
         weight = source.tensor(name)
         for column, bits in enumerate((4, 8)):
             rounded = quantize_matrix("rtn", weight, Codec(bits, 32)).dequantize()
@@ -92,13 +94,13 @@ def test_ends_are_rounded_when_bytes_are_dear(
     sizes = []
     for bits in (1.1, 2.0, 3.9):
         plan = allocate(scores, recipe.with_changes(bits=bits))
-        widths = {name: plan.linear_bits[name] for name in source.ends}
-        sizes.append(sum(stored_bytes(source, recipe, n, b) for n, b in widths.items()))
+        widths = {name: plan.linear_bits[name] for name in source.embedding_and_head}
+        sizes.append(sum(ModelTensors.of(source, recipe).nbytes(n, b) for n, b in widths.items()))
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     out = compress(source.folder, tmp_path / "out", recipe.with_changes(bits=1.1))
     specs = packed_specs(out)
     plan = allocate(scores, recipe.with_changes(bits=1.1))
-    for name in source.ends:
+    for name in source.embedding_and_head:
         assert (name in specs) == (plan.linear_bits[name] != 16)
         assert name not in specs or specs[name].bits == (plan.linear_bits[name],)
     AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None])
@@ -107,6 +109,6 @@ def test_ends_are_rounded_when_bytes_are_dear(
 def test_ends_that_the_recipe_fixes_are_not_offered(model_folder: Folder, text_file: Path) -> None:
     source = Source(model_folder())
     recipe = small_recipe(text_file, "default", head_bits=16, embedding_bits=8)
-    assert not free_widths(source, recipe).keys() & source.ends.keys()
-    only = free_widths(source, recipe.with_changes(head_bits=None))
-    assert only["lm_head.weight"] == END_BITS
+    assert not ModelTensors.of(source, recipe).open.keys() & source.embedding_and_head.keys()
+    only = ModelTensors.of(source, recipe.with_changes(head_bits=None)).open
+    assert only["lm_head.weight"] == TABLE_BITS

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moepress.costs.sensitivity import EMBEDDING, EXPERTS, head_gradient, measure_sensitivity
 from moepress.errors import CheckpointError, InputError, MoepressError
-from moepress.original import walk as walk_module
+from moepress.original import batches as batch_sizes
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from tests.conftest import FAMILIES
@@ -76,8 +76,8 @@ def test_it_is_the_gradient_of_the_whole_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(walk_module, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(walk_module, "LOGIT_TOKENS", logit_tokens)
+    monkeypatch.setattr(batch_sizes, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(batch_sizes, "LOGIT_TOKENS", logit_tokens)
     folder, ids = model_folder(family), some_ids()
     source = Source(folder)
     found = measure_sensitivity(source, ids, tmp_path, MADE_OF, seed=3)

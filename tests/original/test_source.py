@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moepress.allocation.tensors import every_name
 from moepress.compress import compress
 from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.original.source import Source, compute_dtype
@@ -200,5 +199,5 @@ def test_what_is_stored_is_of_the_models_dtype_whatever_is_computed_with(
     out = compress(source.folder, tmp_path / "out", recipe)
     stored = {k: v for p in out.glob("model-*.safetensors") for k, v in load_file(p).items()}
     assert {v.dtype for v in stored.values()} == {torch.uint8, torch.bfloat16}
-    for name in (n for n in every_name(source) if stored[n].dtype != torch.uint8):
+    for name in (n for n in source.all_names if stored[n].dtype != torch.uint8):
         assert torch.equal(stored[name], source.tensor(name)), name

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moepress.errors import CheckpointError, InputError
-from moepress.original import walk as walk_module
-from moepress.original.journal import Journal
+from moepress.format.journal import Journal
+from moepress.original import batches as batch_sizes
+from moepress.original.batches import chunks, empty
 from moepress.original.source import Source
-from moepress.original.walk import Walk, chunks, empty
+from moepress.original.walk import Walk
 from moepress.progress import Progress
 from tests.conftest import FAMILIES, VOCAB
 
@@ -30,8 +31,8 @@ def some_ids(sequences: int = 5, length: int = 24, seed: int = 0) -> torch.Tenso
 def test_a_walk_is_the_models_forward(
     model_folder: Folder, family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk_module, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(walk_module, "LOGITS", VOCAB * batch_tokens // 2)
+    monkeypatch.setattr(batch_sizes, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(batch_sizes, "LOGITS", VOCAB * batch_tokens // 2)
     folder = model_folder(family)
     ids = some_ids()
     with torch.inference_mode():
@@ -65,22 +66,19 @@ def test_routing_is_the_models_own(model_folder: Folder) -> None:
     assert torch.equal(routed.index, index)
     torch.testing.assert_close(routed.weight, weight)
     for expert in range(4):
-        tokens, gate = routed.of(expert)
+        tokens, places = routed.of(expert)
         assert tokens.tolist() == [t for t in range(ids.numel()) if expert in index[t]]
-        assert torch.equal(gate, routed.weight[routed.index == expert])
+        assert torch.equal(routed.weight[tokens, places], routed.weight[routed.index == expert])
 
 
 def test_journal_goes_on_where_it_stopped(model_folder: Folder, tmp_path: Path) -> None:
     source = Source(model_folder())
     ids = some_ids()
     whole = Walk(source, ids)
-    assert _run(Journal(tmp_path / "a", {"work": "1"}), whole) == [0, 1]
-    journal = Journal(tmp_path / "b", {"work": "1"})
+    assert _run(Journal(tmp_path / "a", {"work": "1"}, 2), whole) == [0, 1]
+    journal = Journal(tmp_path / "b", {"work": "1"}, 2)
     first = Walk(source, ids)
-    for layer in journal.remaining(first):
-        first.advance(layer, first.experts_output(layer, first.route(layer)))
-        journal.commit(first, layer, {"x": torch.ones(1) * layer})
-        break
+    _step(journal, first, next(journal.remaining({"states": first.states})))
     second = Walk(source, ids)
     assert _run(journal, second) == [1]
     assert torch.equal(second.states, whole.states)
@@ -89,39 +87,44 @@ def test_journal_goes_on_where_it_stopped(model_folder: Folder, tmp_path: Path) 
 
 def _run(journal: Journal, walk: Walk) -> list[int]:
     done = []
-    for layer in journal.remaining(walk):
-        walk.advance(layer, walk.experts_output(layer, walk.route(layer)))
-        journal.commit(walk, layer, {"x": torch.ones(1) * layer})
+    for layer in journal.remaining({"states": walk.states}):
+        _step(journal, walk, layer)
         done.append(layer)
     return done
 
 
+def _step(journal: Journal, walk: Walk, layer: int) -> None:
+    with walk.source.layer_loaded(layer):
+        walk.advance(layer, walk.experts_output(layer, walk.route(layer)))
+    journal.commit(layer, {"x": torch.ones(1) * layer}, {"states": walk.states})
+
+
 def test_journal_refuses_other_work(tmp_path: Path) -> None:
-    Journal(tmp_path, {"model": "a", "recipe": "r"})
-    Journal(tmp_path, {"model": "a", "recipe": "r"})
+    Journal(tmp_path, {"model": "a", "recipe": "r"}, 2)
+    Journal(tmp_path, {"model": "a", "recipe": "r"}, 2)
     with pytest.raises(InputError, match="differs in: model"):
-        Journal(tmp_path, {"model": "b", "recipe": "r"})
+        Journal(tmp_path, {"model": "b", "recipe": "r"}, 2)
 
 
 def test_journal_says_when_states_are_lost(model_folder: Folder, tmp_path: Path) -> None:
     source = Source(model_folder())
-    journal = Journal(tmp_path, {"work": "1"})
+    journal = Journal(tmp_path, {"work": "1"}, 2)
     walk = Walk(source, some_ids())
-    journal.commit(walk, 0, {"x": torch.ones(1)})
+    journal.commit(0, {"x": torch.ones(1)}, {"states": walk.states})
     next(tmp_path.glob("states-*")).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        next(journal.remaining(walk))
+        next(journal.remaining({"states": walk.states}))
 
 
 def test_large_arrays_are_mapped_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk_module, "IN_MEMORY", 100)
+    monkeypatch.setattr(batch_sizes, "IN_MEMORY", 100)
     mapped = empty((7, 11), torch.bfloat16)
     mapped.copy_(torch.arange(77).view(7, 11))
     assert mapped.float().sum() == sum(range(77))
 
 
 def test_chunks_cover_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk_module, "BATCH_TOKENS", 4)
+    monkeypatch.setattr(batch_sizes, "BATCH_TOKENS", 4)
     rows = torch.arange(10)
     assert torch.equal(torch.cat([rows[part] for part in chunks(rows)]), rows)
     assert list(chunks(rows[:0])) == []

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from moepress.format.codec import Codec
-from moepress.original import walk as walk_module
+from moepress.original import batches as batch_sizes
+from moepress.original.experts import Routed, RoutedExpert, expert_hidden
 from moepress.original.source import Source
-from moepress.original.walk import Routed, Walk, expert_hidden
+from moepress.original.walk import Walk
 from moepress.rounding import correction as correction_module
+from moepress.rounding.correction import Correction
 from moepress.rounding.expert import round_down, round_gate_up
+from moepress.rounding.hessian import Hessian
+from moepress.rounding.inputs import Inputs
 from moepress.rounding.linear import linear_inputs
-from moepress.rounding.methods import Drift, Hessian, Inputs, quantize_matrix
+from moepress.rounding.methods import quantize_matrix
+from moepress.rounding.options import Rounding
 from tests.conftest import FAMILIES, small_recipe
 from tests.original.test_walk import some_ids
 
@@ -24,7 +29,7 @@ Folder = Callable[..., Path]
 DAMPING = 0.01
 
 
-def drifted_inputs(tokens: int = 400, features: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+def moved_inputs(tokens: int = 400, features: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs now and in the original model [T, K], and what each token counts [T]."""
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(tokens, features, generator=generator)
@@ -42,14 +47,14 @@ def random_weight(rows: int = 24, cols: int = 32) -> Tensor:
 @pytest.mark.parametrize("tokens", [40, 400])
 def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens: int) -> None:
     """Of what the original outputs have more, on the inputs as they are, solved as one system."""
-    now, original, count = drifted_inputs(tokens)
+    now, original, count = moved_inputs(tokens)
     w = random_weight()
-    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
     for part in (slice(0, 15), slice(15, None)):
         each = count[part] if weighted else None
-        drift.add(now[part], original[part], each)
+        correction.add(now[part], original[part], each)
         hessian.add(now[part], each)
-    got = drift.corrected(w, hessian.copy(), DAMPING, strength)
+    got = correction.corrected(w, hessian.copy(), DAMPING, strength)
 
     weight = (count if weighted else torch.ones_like(count)).double()
     root = weight.sqrt()[:, None]
@@ -67,13 +72,13 @@ def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens
 
 
 def test_nothing_known_or_moved_nothing_corrected() -> None:
-    now, _, count = drifted_inputs()
-    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    now, _, count = moved_inputs()
+    correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
     w = random_weight()
-    assert torch.equal(drift.corrected(w, hessian.copy(), DAMPING, 1.0), w)
-    drift.add(now, now, count)
+    assert torch.equal(correction.corrected(w, hessian.copy(), DAMPING, 1.0), w)
+    correction.add(now, now, count)
     hessian.add(now, count)
-    assert torch.equal(drift.corrected(w, hessian, DAMPING, 1.0), w)
+    assert torch.equal(correction.corrected(w, hessian, DAMPING, 1.0), w)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -83,14 +88,14 @@ def test_gain_is_least_squares(
 ) -> None:
     """One factor for all outputs, token by token in float64, whatever the damping is."""
     monkeypatch.setattr(correction_module, "COLUMNS_PER_PANEL", 12)
-    now, original, count = drifted_inputs()
+    now, original, count = moved_inputs()
     w = random_weight()
     rounded = w.round()
-    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
+    correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
     each = count if weighted else None
-    drift.add(now, original, each)
+    correction.add(now, original, each)
     hessian.add(now, each)
-    got = drift.gain(w, rounded, hessian.factor(damping))
+    got = correction.gain(w, rounded, hessian.factor(damping))
 
     root = (count if weighted else torch.ones_like(count)).double().sqrt()[:, None]
     x, before = now.double() * root, original.double() * root
@@ -106,17 +111,17 @@ def test_no_gain_where_nothing_is_known() -> None:
     for drifts in (False, True):
         inputs = Inputs(32, "cpu", "int", drifts)
         assert inputs.rescaled(matrix, w, inputs.factor(DAMPING)) is matrix
-    now, original, _ = drifted_inputs()
-    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
-    drift.add(now, original)
+    now, original, _ = moved_inputs()
+    correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
+    correction.add(now, original)
     hessian.add(now)
-    assert drift.gain(w, torch.zeros_like(w), hessian.factor(DAMPING)) == 1
+    assert correction.gain(w, torch.zeros_like(w), hessian.factor(DAMPING)) == 1
 
 
 @pytest.mark.parametrize("family", ["int", "trellis"])
 def test_few_tokens_damp_trellis_codes(family: str) -> None:
     """As many as count: 100 tokens, half of them of no importance, are 50."""
-    x = drifted_inputs(100)[0]
+    x = moved_inputs(100)[0]
     count = torch.arange(100).remainder(2).float()
     inputs = Inputs(32, "cpu", family, False)
     inputs.add(x[:60], None, count[:60])
@@ -124,19 +129,19 @@ def test_few_tokens_damp_trellis_codes(family: str) -> None:
     expected = DAMPING if family == "int" else 0.15 * 32 / 50
     assert inputs.factor(DAMPING).damping == pytest.approx(expected)
     plenty = Inputs(32, "cpu", family, False)
-    plenty.add(drifted_inputs(4000)[0], None)
+    plenty.add(moved_inputs(4000)[0], None)
     assert plenty.factor(DAMPING).damping == DAMPING
 
 
 def test_chance_is_not_taken_for_drift() -> None:
     """Inputs that differ by noise alone: what is fitted to few tokens must not hurt on others."""
-    now, _, _ = drifted_inputs(4064)
+    now, _, _ = moved_inputs(4064)
     original = now + torch.randn(now.shape, generator=torch.Generator().manual_seed(3))
-    drift, hessian = Drift(32, "cpu"), Hessian(32, "cpu")
-    drift.add(now[:48], original[:48])
+    correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
+    correction.add(now[:48], original[:48])
     hessian.add(now[:48])
     w = random_weight()
-    change = drift.corrected(w, hessian, DAMPING, 0.5) - w
+    change = correction.corrected(w, hessian, DAMPING, 0.5) - w
     lacking = (original - now)[48:] @ w.T
     assert (lacking - now[48:] @ change.T).norm() < 1.1 * lacking.norm()
 
@@ -156,12 +161,10 @@ def test_linears_are_corrected_for_their_own_inputs(
 
     With rotated inputs too, and where a layer calls a linear more than once.
     """
-    monkeypatch.setattr(walk_module, "BATCH_TOKENS", 48)
+    monkeypatch.setattr(batch_sizes, "BATCH_TOKENS", 48)
     source = Source(model_folder(family))
-    # Well conditioned, so that only the order of sums differs.
-    recipe = small_recipe(text_file, damping=0.9, correction=1.0, linear_codec=codec)
     walk = Walk(source, some_ids())
-    twin = walk.twin()
+    twin = walk.fork()
     walk.states += 0.1 * torch.randn(walk.states.shape, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(twin.states, walk.states)
     with source.loaded(source.layer_path(0)), torch.inference_mode():
@@ -175,7 +178,7 @@ def test_linears_are_corrected_for_their_own_inputs(
                 return forward(states, *args, **kwargs)
 
             monkeypatch.setattr(source.layers[0], "forward", again)
-        groups = linear_inputs(walk, 0, modules, recipe, twin)
+        groups = linear_inputs(walk, 0, modules, codec, twin)
         assert sorted(n for names, _ in groups for n in names) == sorted(modules)
         assert len(groups) < len(modules)  # some have the same inputs
         wanted = {
@@ -185,11 +188,12 @@ def test_linears_are_corrected_for_their_own_inputs(
         }
         now, original = (inputs_of(w, modules) for w in (walk, twin))
         for name, module in modules.items():
-            drift = Drift(module.in_features, "cpu")
+            correction = Correction(module.in_features, "cpu")
             hessian = Hessian(module.in_features, "cpu")
-            drift.add(now[name], original[name])
+            correction.add(now[name], original[name])
             hessian.add(now[name])
-            expected = drift.corrected(module.weight, hessian, 0.9, 1.0)
+            # Strong damping makes this well conditioned: only the order of sums differs.
+            expected = correction.corrected(module.weight, hessian, 0.9, 1.0)
             assert not torch.equal(expected, module.weight)
             torch.testing.assert_close(wanted[name], expected, rtol=1e-4, atol=1e-5)
 
@@ -200,7 +204,7 @@ def inputs_of(walk: Walk, modules: dict[str, torch.nn.Linear]) -> dict[str, Tens
         m.register_forward_pre_hook(lambda _, args, n=n: kept[n].append(args[0].flatten(0, -2)))
         for n, m in modules.items()
     ]
-    walk.run_only(0)
+    walk.run_for_hooks(0)
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in kept.items()}
@@ -210,7 +214,7 @@ def test_a_twin_goes_its_own_way(model_folder: Folder) -> None:
     """What reaches the experts, and the states behind the layer, are the original model's."""
     source = Source(model_folder())
     alone, walk = Walk(source, some_ids()), Walk(source, some_ids())
-    twin = walk.twin()
+    twin = walk.fork()
     with source.loaded(source.layer_path(0)), torch.inference_mode():
         routed = alone.route(0)
         alone.advance(0, alone.experts_output(0, routed))
@@ -239,10 +243,11 @@ def test_rounded_experts_are_nearer_to_the_original_outputs(
             text_file, expert_codec=codec, expert_bits=(4,), correction=strength, damping=1e-3
         )
         routed = Routed(moved, index, weight, original=original)
-        where = (routed, 0, 0, recipe, "gptq", (4,))
-        (gate_up,) = round_gate_up(weights.gate_up, *where)
+        expert = RoutedExpert(0, 0, module, weights, routed)
+        rounding = Rounding.of_experts(recipe, "gptq")
+        (gate_up,) = round_gate_up(expert, rounding, (4,))
         rounded = gate_up.dequantize()
-        (down,) = round_down(weights.down, rounded, module, *where, weights.gate_up)
+        (down,) = round_down(expert, rounded, rounding, (4,))
         output = expert_hidden(module, rounded, moved) @ down.dequantize().T
         error[strength] = float((output - wanted).norm() / wanted.norm())
     assert error[1.0] < 0.7 * error[0.0]
@@ -264,11 +269,13 @@ def test_down_has_the_size_of_the_original_outputs(
     recipe = small_recipe(text_file, expert_codec=codec, damping=1e-3)
     factors = []
     for states in (original, None):
-        where = (Routed(moved, index, weight, original=states), 0, 0, recipe, "gptq")
-        (gate_up,) = round_gate_up(weights.gate_up, *where, (2,))
+        routed = Routed(moved, index, weight, original=states)
+        expert = RoutedExpert(0, 0, module, weights, routed)
+        rounding = Rounding.of_experts(recipe, "gptq")
+        (gate_up,) = round_gate_up(expert, rounding, (2,))
         rounded = gate_up.dequantize()
         hidden = expert_hidden(module, rounded, moved)
-        downs = round_down(weights.down, rounded, module, *where, (1, 2), weights.gate_up)
+        downs = round_down(expert, rounded, rounding, (1, 2))
         outputs = [hidden @ down.dequantize().T for down in downs]
         factors.append([float((wanted * y).sum() / y.square().sum()) for y in outputs])
     known, unknown = factors

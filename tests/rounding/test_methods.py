@@ -10,13 +10,12 @@ from torch import Tensor
 
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import GRID_BITS, Codec
+from moepress.rounding import hessian
+from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.methods import (
     QUANTIZERS,
-    Factor,
-    Hessian,
     QuantizedMatrix,
     grid,
-    hessian,
     needs_hessian,
     quantize_matrix,
 )

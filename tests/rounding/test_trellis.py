@@ -23,7 +23,8 @@ from moepress.format.codec import TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import cpu, reference, trellis
 from moepress.original.source import Source
 from moepress.recipe import Recipe
-from moepress.rounding.methods import Hessian, quantize_matrix, viterbi
+from moepress.rounding.hessian import Hessian
+from moepress.rounding.methods import quantize_matrix, viterbi
 from moepress.rounding.methods.trellis import block_feedback, quantize_trellis
 from tests.conftest import small_recipe
 

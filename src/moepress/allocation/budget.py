@@ -1,7 +1,7 @@
-"""What a budget is, and what fits into it: sizes of every choice, in code bits and in stored bytes.
+"""What a budget is, and what it leaves for the experts.
 
 Three units say the same: average code bits of the routed experts (the paper's k), stored bits per
-weight of the whole model, bytes of the folder. The first counts the experts alone; under the others
+weight of the whole model, bytes of the folder. The first counts only the experts; under the others
 all tensors compete.
 """
 
@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from moepress.allocation.choices import Menu, offered
+from moepress.allocation.choices import Choices, offered
 from moepress.allocation.knapsack import ROUNDING, Ints, at
+from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, InputError
-from moepress.recipe import Recipe, usual_width
-
-if TYPE_CHECKING:
-    from moepress.costs.scores import ExpertScores
+from moepress.recipe import Recipe, fallback_width
 
 logger = logging.getLogger(__name__)
 
@@ -32,99 +31,117 @@ class BudgetRange(NamedTuple):
     size: tuple[int, int]  # bytes of the folder
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The budget of a recipe for one model. P items per expert, C options each."""
+
+    unit: str  # "bits", "bpw" or "size"
+    asked: float
+    smallest: float  # possible, in `unit`
+    largest: float
+    capacity: int  # of the experts, with the open tensors as small as possible, in units of `sizes`
+    sizes: Ints  # [P, C] of each option: code bits under "bits", else stored bytes
+    required: tuple[int, ...]  # options that every layer uses at least once
+    open_bytes: tuple[int, int]  # smallest and largest stored bytes of all open tensors together
+
+    @classmethod
+    def of(cls, scores: ExpertScores, recipe: Recipe, choices: Choices) -> Budget:
+        """The recipe's budget.
+
+        Raises:
+            InputError: no budget is set.
+            BudgetError: it is below the smallest possible.
+        """
+        possible = budget_range(scores, recipe)._asdict()
+        unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
+        if unit is None:
+            raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
+        asked, (smallest, largest) = getattr(recipe, unit), possible[unit]
+        used = min(asked, largest)
+        open_bytes = open_range(scores, recipe)
+        if unit == "bits":
+            capacity = math.floor(used * choices.total_weights * (1 + ROUNDING))
+        elif unit == "bpw":
+            weights = scores.fixed_weights + choices.total_weights
+            total = math.floor(used * weights / 8 * (1 + ROUNDING))
+            capacity = total - scores.fixed_bytes - open_bytes[0]
+        else:
+            rest = scores.fixed_bytes + scores.file_bytes + open_bytes[0]
+            capacity = math.floor(used) - rest
+        sizes = choices.code_bits if unit == "bits" else choices.nbytes
+        required = required_options(recipe, choices.shape[1])
+        if capacity < choices.extremes(sizes, required)[0]:
+            raise BudgetError(
+                f"{unit} {asked} is impossible: with expert_bits {list(offered(recipe))} and group "
+                f"size {scores.group_size} the smallest is {_up(smallest)} and the largest "
+                f"{_down(largest)}. Raise the budget, or offer smaller widths."
+            )
+        return cls(unit, asked, smallest, largest, capacity, sizes, required, open_bytes)
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether experts and open tensors compete for the same bytes."""
+        return self.unit != "bits"
+
+    @property
+    def shared_capacity(self) -> int:
+        """Bytes for the experts and the open tensors together, where they compete."""
+        return self.capacity + self.open_bytes[0]
+
+    def warn_of_excess(self) -> None:
+        """Log a warning if the budget is above the largest possible, which is then used."""
+        if self.asked > self.largest:
+            logger.warning(
+                "%s %g is above the largest possible, %s: that is used",
+                self.unit, self.asked, _down(self.largest),
+            )  # fmt: skip
+
+
 def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
-    """The smallest and the largest allocation that the recipe admits, in each unit of a budget."""
-    menu = Menu.of(scores, recipe)
-    required = required_columns(recipe, menu.shape[1])
-    low_bits, high_bits = menu.extremes(menu.code_bits, required)
+    """The smallest and the largest plan that the recipe admits, in each unit of a budget."""
+    choices = Choices.of(scores, recipe)
+    required = required_options(recipe, choices.shape[1])
+    low_bits, high_bits = choices.extremes(choices.code_bits, required)
     low, high = (
         scores.fixed_bytes + linears + experts
         for linears, experts in zip(
-            linear_range(scores, recipe), menu.extremes(menu.nbytes, required), strict=True
+            open_range(scores, recipe), choices.extremes(choices.nbytes, required), strict=True
         )
     )
-    weights = scores.fixed_weights + menu.total_weights
+    weights = scores.fixed_weights + choices.total_weights
     return BudgetRange(
-        bits=(low_bits / menu.total_weights, high_bits / menu.total_weights),
+        bits=(low_bits / choices.total_weights, high_bits / choices.total_weights),
         bpw=(low * 8 / weights, high * 8 / weights),
         size=(scores.file_bytes + low, scores.file_bytes + high),
     )
 
 
-def linear_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
-    """Smallest and largest stored bytes of all tensors left open but the experts."""
+def open_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
+    """Smallest and largest stored bytes of all open tensors but the experts."""
     if recipe.cost != "error":
-        usual = int(at(scores.linear_bytes, usual_columns(scores)).sum())
-        return usual, usual
+        fallback = int(at(scores.linear_bytes, fallback_options(scores)).sum())
+        return fallback, fallback
     low = np.where(scores.linear_offered, scores.linear_bytes, 2**62).min(axis=1, initial=2**62)
     high = np.where(scores.linear_offered, scores.linear_bytes, 0).max(axis=1, initial=0)
     return int(low.sum()), int(high.sum())
 
 
-def usual_columns(scores: ExpertScores) -> Ints:
-    """[M] the column of the usual width of each linear."""
+def fallback_options(scores: ExpertScores) -> Ints:
+    """[M] index of the fallback width of each open tensor."""
     bits = scores.linear_bits
-    usual = [
-        usual_width([b for b, is_offered in zip(bits, row, strict=True) if is_offered])
+    widths = [
+        fallback_width([b for b, is_offered in zip(bits, row, strict=True) if is_offered])
         for row in scores.linear_offered.tolist()
     ]
-    return np.array([bits.index(width) for width in usual], dtype=np.int64)
+    return np.array([bits.index(width) for width in widths], dtype=np.int64)
 
 
-def asked_budget(scores: ExpertScores, recipe: Recipe) -> tuple[str, float, float, float]:
-    """Unit and size of the recipe's budget; the smallest and the largest possible.
-
-    Raises:
-        InputError: no budget is set.
-    """
-    possible = budget_range(scores, recipe)._asdict()
-    unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
-    if unit is None:
-        raise InputError("No budget. Set one of bits (say 2.5), bpw, or size.")
-    return unit, getattr(recipe, unit), *possible[unit]
-
-
-def tell_of_excess(scores: ExpertScores, recipe: Recipe) -> None:
-    """Say in the log that a budget is above the largest possible, which is used."""
-    unit, asked, _, high = asked_budget(scores, recipe)
-    if asked > high:
-        logger.warning(
-            "%s %g is above the largest possible, %s: that is used", unit, asked, _down(high)
-        )
-
-
-def expert_budget(scores: ExpertScores, recipe: Recipe, menu: Menu) -> int:
-    """What routed experts may use: code bits under a budget of `bits`, bytes under the others.
-
-    Tensors left open beside them are counted as small as possible.
+def required_options(recipe: Recipe, experts: int) -> tuple[int, ...]:
+    """Options that every layer must use (`at_least_one`); none for a uniform plan.
 
     Raises:
-        InputError: no budget is set.
-        BudgetError: it is below the smallest possible.
+        InputError: a layer has fewer experts.
     """
-    unit, asked, low, high = asked_budget(scores, recipe)
-    budget = min(asked, high)
-    if unit == "bits":
-        capacity = math.floor(budget * menu.total_weights * (1 + ROUNDING))
-    elif unit == "bpw":
-        weights = scores.fixed_weights + menu.total_weights
-        capacity = math.floor(budget * weights / 8 * (1 + ROUNDING)) - scores.fixed_bytes
-    else:
-        capacity = math.floor(budget) - scores.fixed_bytes - scores.file_bytes
-    if unit != "bits":
-        capacity -= linear_range(scores, recipe)[0]
-    sizes = menu.code_bits if unit == "bits" else menu.nbytes
-    if capacity < menu.extremes(sizes, required_columns(recipe, menu.shape[1]))[0]:
-        raise BudgetError(
-            f"{unit} {asked} is impossible: with expert_bits {list(offered(recipe))} and group "
-            f"size {scores.group_size} the smallest is {_up(low)} and the largest {_down(high)}. "
-            "Raise the budget, or offer smaller widths."
-        )
-    return capacity
-
-
-def required_columns(recipe: Recipe, experts: int) -> tuple[int, ...]:
-    """Columns of the widths that every layer must use; none where all experts are to be alike."""
     required = tuple(recipe.expert_bits.index(b) for b in sorted(set(recipe.at_least_one)))
     if recipe.cost == "uniform":
         return ()
@@ -137,7 +154,7 @@ def required_columns(recipe: Recipe, experts: int) -> tuple[int, ...]:
 
 
 def _up(number: float) -> str:
-    """Rounded so that the number named is itself possible."""
+    """Rounded up, so that a budget of the printed number is possible."""
     return str(number) if isinstance(number, int) else f"{math.ceil(number * 1e4) / 1e4:.4f}"
 
 

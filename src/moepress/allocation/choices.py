@@ -1,38 +1,34 @@
 """What may be chosen for the experts, and what each choice takes of a budget.
 
-Items take columns. The columns of a projection, or of an expert as one item, are the offered
-widths. Where experts may be left out and projections may differ, an expert is one item, and its
-columns are "left out" and every pair of the other widths.
+The allocator picks one option for each item. An item is a projection, or a whole expert, and its
+options are the offered widths. Where experts may be left out and projections may differ, an expert
+is one item, and its options are "left out" and every pair of the other widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from moepress.allocation.knapsack import Ints
-from moepress.allocation.tensors import codec_for
-from moepress.format.codec import LEFT_OUT
+from moepress.costs.scores import BOTH, ExpertScores
+from moepress.format.codec import LEFT_OUT, codec_for
 from moepress.recipe import Recipe
 
-if TYPE_CHECKING:
-    from moepress.costs.scores import ExpertScores
-
 Item = Literal["projection", "expert", "pair"]
-BOTH = 2  # index in scores.PARTS of an expert quantized whole
 
 
 def offered(recipe: Recipe) -> tuple[int, ...]:
-    """[B] widths that experts may take. A uniform plan leaves none of them out."""
+    """[B] widths that experts may take. A uniform plan leaves no expert out."""
     return recipe.widths if recipe.cost == "uniform" else recipe.expert_bits
 
 
 def item_of(recipe: Recipe) -> Item:
-    """What takes a column of its own. A random plan that may leave experts out draws whole ones."""
+    """What an item is. A random plan that may leave experts out draws widths of whole experts."""
     drops = LEFT_OUT in offered(recipe)
     if not recipe.per_projection or (drops and recipe.cost == "random"):
         return "expert"
@@ -40,16 +36,16 @@ def item_of(recipe: Recipe) -> Item:
 
 
 def pairs(widths: int) -> Ints:
-    """[2, C] the first width for both projections, then every pair of the others."""
+    """[2, C] indices of widths: the first for both projections, then all pairs of the others."""
     others = np.indices((widths - 1, widths - 1)).reshape(2, -1) + 1
     return np.concatenate([np.zeros((2, 1), dtype=np.int64), others], axis=1)
 
 
-def by_item(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[..., P, C] what columns take, from what widths take of parts of an expert, [..., 3, B].
+def by_option(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sizes of options [..., P, C] from the sizes of widths [..., 3, B].
 
-    Parts as in scores.PARTS: gate and up alone, down alone, both. A pair of widths takes what both
-    projections do; what being left out takes is that of the whole.
+    The axis of 3 is scores.ROUNDED: gate and up, down, both. A pair of widths takes the sum of both
+    projections; leaving an expert out takes what the whole expert takes at width 0.
     """
     if item == "projection":
         return table[..., :BOTH, :]
@@ -61,14 +57,15 @@ def by_item(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.asarray(summed[..., None, :])
 
 
-def cost_by_item(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same for costs, whose parts do not just add up.
+def cost_by_option(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Costs of options [..., P, C] from the costs of widths [..., 3, B], which do not just add up.
 
-    Errors of both projections together are less than their sum, by a tenth at 1 bit. Beside an
-    expert that is left out, whose cost is exact, that counts: pairs of a width have the cost that
-    was measured of both, others the sum times the mean (geometric) of what it is of the sum there.
+    Rounding both projections costs less than the sum of rounding each, by a tenth at 1 bit. Beside
+    the exact cost of leaving an expert out, that difference counts. So a pair of equal widths has
+    the measured cost of both; a pair of different widths has the sum times the geometric mean of
+    the ratios (measured cost of both) / (sum) at its two widths.
     """
-    costs = by_item(item, table)
+    costs = by_option(item, table)
     if item != "pair":
         return costs
     summed = table[..., 0, :] + table[..., 1, :]
@@ -78,16 +75,16 @@ def cost_by_item(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return costs
 
 
-def _stored(scores: ExpertScores, recipe: Recipe, bits: int, rows: int, cols: int) -> int:
-    """Bytes of an expert's matrix."""
+def _nbytes(scores: ExpertScores, recipe: Recipe, bits: int, rows: int, cols: int) -> int:
+    """Stored bytes of an expert's matrix [rows, cols]."""
     if bits == LEFT_OUT:
         return 0
     return codec_for(bits, cols, scores.group_size, recipe.expert_codec).nbytes(rows, cols)
 
 
 @dataclass(frozen=True)
-class Menu:
-    """P items per expert, each of C columns: the first is the smallest, the last the largest."""
+class Choices:
+    """P items per expert, each with C options: the first is the smallest, the last the largest."""
 
     shape: tuple[int, int, int]  # L, E, P
     item: Item
@@ -97,47 +94,47 @@ class Menu:
     total_weights: int  # of all routed experts
 
     @classmethod
-    def of(cls, scores: ExpertScores, recipe: Recipe) -> Menu:
+    def of(cls, scores: ExpertScores, recipe: Recipe) -> Choices:
         matrices = (scores.gate_up_shape, scores.down_shape)
         widths, item = offered(recipe), item_of(recipe)
         code_bits = [[rows * cols * bits for bits in widths] for rows, cols in matrices]
-        nbytes = [[_stored(scores, recipe, bits, *m) for bits in widths] for m in matrices]
+        nbytes = [[_nbytes(scores, recipe, bits, *m) for bits in widths] for m in matrices]
         count, experts = scores.tokens.shape
         return cls(
             shape=(count, experts, 2 if item == "projection" else 1),
             item=item,
             widths=widths,
-            code_bits=by_item(item, np.array([*code_bits, np.sum(code_bits, axis=0)])),
-            nbytes=by_item(item, np.array([*nbytes, np.sum(nbytes, axis=0)])),
+            code_bits=by_option(item, np.array([*code_bits, np.sum(code_bits, axis=0)])),
+            nbytes=by_option(item, np.array([*nbytes, np.sum(nbytes, axis=0)])),
             total_weights=count * experts * sum(rows * cols for rows, cols in matrices),
         )
 
-    def bits(self, choice: Ints) -> Ints:
-        """[L, E, 2] widths of gate and up and of down, for chosen columns [L, E, P]."""
-        both = np.broadcast_to(choice, (*choice.shape[:2], 2))
-        return np.asarray(np.array(self.widths)[self._parts()[[0, 1], both]])
+    def bits(self, chosen: Ints) -> Ints:
+        """[L, E, 2] widths of gate and up and of down, for chosen options [L, E, P]."""
+        both = np.broadcast_to(chosen, (*chosen.shape[:2], 2))
+        return np.asarray(np.array(self.widths)[self._width_indices()[[0, 1], both]])
 
-    def columns(self, bits: npt.NDArray[np.int8]) -> Ints:
-        """[L, E, P] the columns that have these bits [L, E, 2]; undoes `bits`."""
-        parts = np.searchsorted(self.widths, bits)
+    def options(self, bits: npt.NDArray[np.int8]) -> Ints:
+        """[L, E, P] the options that have these widths [L, E, 2]; the inverse of `bits`."""
+        indices = np.searchsorted(self.widths, bits)
         if self.item != "pair":
-            return parts[..., : self.shape[2]]
-        same = (parts[..., None] == self._parts()).all(axis=-2)  # [L, E, C]
+            return indices[..., : self.shape[2]]
+        same = (indices[..., None] == self._width_indices()).all(axis=-2)  # [L, E, C]
         return np.asarray(same.argmax(axis=-1)[..., None])
 
-    def _parts(self) -> Ints:
-        """[2, C] columns of gate and up, and of down, in a table of widths."""
+    def _width_indices(self) -> Ints:
+        """[2, C] index of the width of gate and up, and of down, of each option."""
         count = len(self.widths)
         return pairs(count) if self.item == "pair" else np.array([range(count)] * 2)
 
     def extremes(self, sizes: Ints, required: Sequence[int]) -> tuple[int, int]:
-        """Smallest and largest sum of `sizes` [P, C], with each column of `required` in use.
+        """Smallest and largest sum of `sizes` [P, C], with each option of `required` in use.
 
-        Where experts may be left out, the smallest keeps one in every layer.
+        Where experts may be left out, the smallest sum keeps one expert in every layer.
         """
         count, experts, _ = self.shape
         held = sizes[:, list(required)].sum()
         free = experts - len(required)
-        low, high = (held + free * sizes[:, column].sum() for column in (0, -1))
+        low, high = (held + free * sizes[:, option].sum() for option in (0, -1))
         one = sizes[:, int(self.widths[0] == LEFT_OUT)].sum()
         return int(count * max(low, one)), int(count * high)

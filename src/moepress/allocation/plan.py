@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import load_json, save_json
 from moepress.format.codec import GROUP_SIZES, LEFT_OUT
-from moepress.recipe import END_BITS, FAST, Recipe
+from moepress.recipe import FAST, TABLE_BITS, Recipe
 
 PROJECTIONS = ("gate_up", "down")
 KIND = "plan"
@@ -59,7 +59,7 @@ class BitAllocation:
         left_out = self.bits == LEFT_OUT
         if (left_out[..., 0] != left_out[..., 1]).any():
             return "an expert with one projection left out, expected both or neither"
-        widths = {*self.recipe.linear_bits, *END_BITS}
+        widths = {*self.recipe.linear_bits, *TABLE_BITS}
         if not set(self.linear_bits.values()) <= widths:
             return f"linears of {set(self.linear_bits.values())}, expected some of {widths}"
         if self.group_size not in GROUP_SIZES:

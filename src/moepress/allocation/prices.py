@@ -1,15 +1,15 @@
-"""Prices and weights that turn one hard program into easy ones: its dual variables.
+"""Prices and weights that split one hard program into easy ones: its dual variables.
 
-Price. If a byte costs p, items are independent: each takes the column of least cost + p * size. The
-price at which all of them together just fit the budget is what a byte is worth there: attention,
-shared experts and dense MLPs, few and large beside the routed experts, are bought at it.
+Price. If a byte costs p, items are independent: each takes the option of least cost + p * size. The
+price at which all of them together just fit the budget is the value of a byte there. Attention,
+shared experts and dense MLPs, few and large beside the routed experts, take their widths at it.
 
-Weights. To minimise the loss of the worst source of text,
+Weights. To minimise the loss on the worst text,
 
     min over plans of max_d loss_d  =  max over weights >= 0 of sum 1 of  min over plans of
-                                       sum_d weight_d loss_d       (up to the gap of whole numbers)
+                                       sum_d weight_d loss_d       (up to the integrality gap)
 
-multiplicative weights find the outer maximum: a source that does badly counts more next time.
+multiplicative weights find the outer maximum: a text with a large loss weighs more next round.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import numpy as np
 
 from moepress.allocation.knapsack import Floats, Ints, at
 
-SMALLEST = 1e-200  # price at which only the smallest of equal costs are preferred
-HALVINGS = 200  # of an interval of prices: far below what float64 can tell apart
-ROUNDS = 40  # of multiplicative weights: worst losses then differ by a per cent or so
-STEP = 1.0  # a source worse than the mean by as much as the mean: counts e times as much at first
+SMALLEST = 1e-200  # a price so low that it only breaks ties between equal costs
+HALVINGS = 200  # of an interval of prices: finer than float64 can resolve
+ROUNDS = 40  # of multiplicative weights: the worst loss then varies by about 1 %
+STEP = 1.0  # first step: a text with twice the mean loss weighs e times as much
 
 
 class Items(NamedTuple):
-    """Items that each take one column."""
+    """Items that each take one of C options."""
 
-    costs: Floats  # [I, B]
-    sizes: Ints  # [I, B]
+    costs: Floats  # [I, C]
+    sizes: Ints  # [I, C]
 
     def cheapest(self, price: float) -> Ints:
-        """[I] column of least cost + price * size."""
-        choice: Ints = (self.costs + price * self.sizes).argmin(axis=1)
-        return choice
+        """[I] option of least cost + price * size."""
+        chosen: Ints = (self.costs + price * self.sizes).argmin(axis=1)
+        return chosen
 
-    def size(self, choice: Ints) -> int:
-        return int(at(self.sizes, choice).sum())
+    def size(self, chosen: Ints) -> int:
+        return int(at(self.sizes, chosen).sum())
 
 
 def price_at(groups: Sequence[Items], capacity: int) -> float:
-    """The lowest price, to a rounding, at which all items together fit into `capacity`.
+    """The lowest price, up to rounding, at which all items together fit into `capacity`.
 
     Args:
-        groups: at the price of infinity they must fit.
+        groups: their smallest options together must fit.
     """
 
     def fits(price: float) -> bool:
@@ -67,37 +67,37 @@ def price_at(groups: Sequence[Items], capacity: int) -> float:
 
 
 @dataclass(frozen=True)
-class ByOrigin:
-    """The same items with a cost for each source of text."""
+class ItemsByText:
+    """Items with a cost on each of D texts."""
 
-    costs: Floats  # [D, I, B] loss of the source's tokens, per token of the source
-    sizes: Ints  # [I, B]
+    costs: Floats  # [D, I, C] loss on the text's tokens, per token of the text
+    sizes: Ints  # [I, C]
 
-    def weighed(self, weights: Floats) -> Items:
-        return Items(weighed_sum(weights, self.costs), self.sizes)
+    def weighted(self, weights: Floats) -> Items:
+        return Items(weighted_sum(weights, self.costs), self.sizes)
 
 
-def weighed_sum(weights: Floats, costs: Floats) -> Floats:
-    """Sum over the first axis; infinite (not offered) stays so whatever the weights are."""
+def weighted_sum(weights: Floats, costs: Floats) -> Floats:
+    """Sum of costs [D, ...] over the first axis. Infinite costs (not offered) stay infinite."""
     offered = np.isfinite(costs).all(axis=0)
     total = np.tensordot(weights, np.where(offered, costs, 0.0), axes=1)
     return np.asarray(np.where(offered, total, np.inf))
 
 
-def worst_case_weights(groups: Sequence[ByOrigin], capacity: int) -> Floats:
-    """[D] weights of sum 1 under which the plan of least weighed loss has the least worst loss."""
-    sources = len(groups[0].costs)
-    logs = np.zeros(sources)
-    best, best_loss = np.full(sources, 1 / sources), np.inf
+def worst_case_weights(groups: Sequence[ItemsByText], capacity: int) -> Floats:
+    """[D] weights of sum 1 whose plan of least weighted loss has the least worst loss."""
+    texts = len(groups[0].costs)
+    logs = np.zeros(texts)
+    best, best_loss = np.full(texts, 1 / texts), np.inf
     for turn in range(ROUNDS):
         weights = np.exp(logs - logs.max())
         weights /= weights.sum()
-        items = [group.weighed(weights) for group in groups]
+        items = [group.weighted(weights) for group in groups]
         price = price_at(items, capacity)
-        losses = np.zeros(sources)
+        losses = np.zeros(texts)
         for group, flat in zip(groups, items, strict=True):
-            choice = flat.cheapest(price)
-            losses += np.array([at(costs, choice).sum() for costs in group.costs])
+            chosen = flat.cheapest(price)
+            losses += np.array([at(costs, chosen).sum() for costs in group.costs])
         if losses.max() < best_loss:
             best, best_loss = weights, losses.max()
         logs += STEP / np.sqrt(turn + 1) * (losses / (losses.mean() or 1.0) - 1)

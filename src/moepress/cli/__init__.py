@@ -164,7 +164,7 @@ def allocate(
     Example: moepress allocate scores.safetensors plan.json --size 16GB
     """
     from moepress.allocate import allocate as run
-    from moepress.allocate import tell_of_left_out
+    from moepress.allocate import warn_of_left_out
     from moepress.costs.scores import ExpertScores
     from moepress.recipe import parse_widths
 
@@ -172,7 +172,7 @@ def allocate(
     widths = {"expert_bits": parse_widths(expert_bits)} if expert_bits is not None else {}
     chosen = measured.recipe_for(recipe_of(recipe, bits, bpw, size, over=over), **widths)
     plan = run(measured, chosen)
-    tell_of_left_out(measured, plan)
+    warn_of_left_out(measured, plan)
     plan.save(out)
     typer.echo(out)
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import load_tensors, read_about, save_tensors
-from moepress.original.source import ExpertWeights
-from moepress.original.walk import Routed, chunks, empty, expert_forward
+from moepress.original.batches import chunks, empty
+from moepress.original.experts import Routed, RoutedExpert, expert_forward
 
 SAMPLE = 4096  # tokens of a layer: a median is then known to within 0.8 % of the tokens
 BINS = 32  # of equal numbers of tokens, by rising ratio
@@ -165,12 +165,12 @@ class DropMeter:
         self._outputs = empty(shape, torch.float32).zero_()  # [S, k, H], weighted
 
     @torch.inference_mode()
-    def add(self, module: Any, weights: ExpertWeights, expert: int) -> None:
+    def add(self, expert: RoutedExpert) -> None:
         """Run one expert on its tokens of the sample."""
-        token, place = (self.sample.index == expert).nonzero(as_tuple=True)
+        token, place = self.sample.of(expert.number)
         for part in chunks(token):
-            x = self.sample.hidden[token[part]].to(weights.down.device)
-            y = expert_forward(module, weights, x).float().cpu()
+            x = self.sample.hidden[token[part]].to(expert.weights.down.device)
+            y = expert_forward(expert.module, expert.weights, x).float().cpu()
             gate = self.sample.weight[token[part], place[part], None]
             self._outputs[token[part], place[part]] = y * gate
 
@@ -214,6 +214,11 @@ class DropMeter:
 def _bin_means(values: Tensor, sizes: list[int]) -> Tensor:
     """Means [k - 1, Q] of runs of rows of [S, k - 1]."""
     return torch.stack([part.mean(0) for part in values.split_with_sizes(sizes)], dim=1)
+
+
+def drop_seed(seed: int, layer: int) -> int:
+    """Seed of the sample of a layer's tokens on which dropping experts is measured."""
+    return seed * 1_000_003 + layer
 
 
 def drop_bytes(top_k: int) -> int:

@@ -1,4 +1,4 @@
-"""What giving each expert and linear each width would cost, as `moepress score` measured it."""
+"""What each width of each expert and linear costs, as `moepress score` measured it."""
 
 from __future__ import annotations
 
@@ -20,46 +20,48 @@ EXPERT_ARRAYS = (
 )  # fmt: skip
 ARRAYS = (*EXPERT_ARRAYS, "linear_bytes", "linear_cost")
 TUPLES = (
-    "layers", "bits", "linears", "source_tokens", "linear_bits", "gate_up_shape", "down_shape",
+    "layers", "bits", "linears", "text_tokens", "linear_bits", "gate_up_shape", "down_shape",
 )  # fmt: skip
 KIND = "moepress scores"
-PARTS = ("gate_up", "down", "both")  # what of the expert is quantized when an error is measured
+ROUNDED = ("gate_up", "down", "both")  # the projections that are rounded when an error is measured
+BOTH = 2  # index in ROUNDED of an expert rounded whole
+STORED_AS = {"text_tokens": "source_tokens"}  # fields that the file has under another name
 
 
 @dataclass(frozen=True)
 class ExpertScores:
     """Routing statistics, errors and costs of every routed expert, and costs of other linears.
 
-    L MoE layers, E experts, B widths, D sources of calibration text; M linears of W widths, none if
-    the recipe fixes them all.
+    L MoE layers, E experts, B widths, D calibration texts; M open linears (the embedding and the
+    head among them) of W widths, none if the recipe fixes them all.
     """
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
     bits: tuple[int, ...]  # [B] widths measured, rising
     tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
-    squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by PARTS
-    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; over D, it sums to all of it
-    linears: tuple[str, ...]  # [M] parameter names; the embedding and the head among them
+    squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by ROUNDED
+    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; its sum over D is the total
+    linears: tuple[str, ...]  # [M] parameter names
     linear_bits: tuple[int, ...]  # [W] widths measured, rising
     linear_bytes: npt.NDArray[np.int64]  # [M, W] stored; 0 where a width is not offered
     linear_cost: npt.NDArray[np.float64]  # [D, M, W]; infinite where a width is not offered
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
     total_tokens: int  # N, calibration tokens seen by every layer
-    source_tokens: tuple[int, ...]  # [D] of each source of text
+    text_tokens: tuple[int, ...]  # [D] of each text
     gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
     down_shape: tuple[int, int]
-    fixed_bytes: int  # stored bytes, as compressed, of all tensors that nothing is chosen for
-    fixed_weights: int  # number of weights that are not routed experts
-    file_bytes: int  # tokenizer, JSON files, headers: what the folder holds besides tensors
+    fixed_bytes: int  # stored bytes, as compressed, of all fixed tensors
+    fixed_weights: int  # weights outside the routed experts
+    file_bytes: int  # of the folder besides tensors: tokenizer, JSON files, headers
     group_size: int
     provenance: dict[str, str]
-    recipe: dict[str, Any] = field(default_factory=dict)  # of the run that measured them
+    recipe: dict[str, Any] = field(default_factory=dict)  # that they were measured with
 
     def __post_init__(self) -> None:
         count, experts = self.tokens.shape
-        expected = (count, experts, len(PARTS), len(self.bits))
+        expected = (count, experts, len(ROUNDED), len(self.bits))
         linears = (len(self.linears), len(self.linear_bits))
         if (
             len(self.layers) != count
@@ -83,14 +85,14 @@ class ExpertScores:
     def save(self, path: Path) -> None:
         """Write one safetensors file: arrays as tensors, the rest as JSON in its metadata."""
         arrays = {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
-        rest = {k: v for k, v in vars(self).items() if k not in ARRAYS}
+        rest = {STORED_AS.get(k, k): v for k, v in vars(self).items() if k not in ARRAYS}
         save_tensors(path, arrays, json.dumps({"kind": KIND, **rest}, sort_keys=True))
 
     def recipe_for(self, recipe: Recipe, **changes: Any) -> Recipe:
-        """`recipe` for the allocation, and for all else the recipe these were measured with.
+        """The recipe these scores were measured with, and the allocation fields of `recipe`.
 
         Args:
-            changes: fields to set beside these, such as the widths to choose from.
+            changes: more fields to set, such as the widths to choose from.
         """
         wanted = {k: v for k, v in recipe.to_dict().items() if k in ALLOCATION_FIELDS}
         return Recipe.from_dict({**self.recipe, **wanted, **changes})
@@ -107,6 +109,7 @@ class ExpertScores:
         if rest.pop("kind", None) != KIND:
             raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
         try:
+            rest |= {name: rest.pop(stored) for name, stored in STORED_AS.items()}
             rest |= {name: tuple(rest[name]) for name in TUPLES}
             rest |= {name: arrays[name].numpy() for name in ARRAYS}
             return cls(**rest)

@@ -1,4 +1,4 @@
-"""How much the model's predictions depend on each output: what an error there costs.
+"""Sensitivity: what an error at each output costs, measured by the gradient of the predictions.
 
 An error e_t that rounding makes in an output of token t (of a MoE block's routed experts, or of a
 linear) moves the predictions p of the model. To second order, with g_t the gradient of the log
@@ -6,16 +6,17 @@ likelihood of text drawn from p itself (the Fisher information is the mean of g 
 
     KL(p || rounded) = 1/2 E (sum_t <g_t, e_t>)^2  ~  1/2 sum_t |g_t|^2 |e_t|^2 / width
 
-where ~ takes errors of different tokens, and the directions of e and g, as independent. So one
-number for each token and output is all that is kept:
+The approximation takes errors of different tokens as independent, and the directions of e and g
+too. So one number is kept for each token and output,
 
     s_t = |g_t|^2 / (2 N width)     N calibration tokens, width of the output
 
-and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weigh errors by s. Hessians that
-weigh tokens by it gain nothing, and keeping g itself predicts no better (docs/log.md).
+and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weight errors by s. Hessians
+weighted by s gain nothing (docs/log.md#gradient-hessians), and keeping g itself predicts no better
+(docs/log.md#gradient-costs).
 
-The states before every layer are on disk, the gradient goes back one layer at a time (backward.py).
-A stopped run goes on at the first unfinished layer.
+The states before every layer are kept on disk while the gradient comes back one layer at a time
+(original/backward.py). A stopped run continues at the first unfinished layer.
 """
 
 from __future__ import annotations
@@ -28,44 +29,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepress.allocation.tensors import packable
-from moepress.calibrate import text_digest
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import load_tensors, save_tensors
+from moepress.format.journal import check_identity
 from moepress.original.backward import BackwardWalk, outputs_as_leaves
-from moepress.original.journal import check_identity
+from moepress.original.batches import empty, position_chunks
+from moepress.original.calls import record_calls
 from moepress.original.source import Source
-from moepress.original.walk import Walk, empty, record_calls
+from moepress.original.walk import Walk
 from moepress.progress import Progress
-from moepress.recipe import Recipe
 
-SENSITIVITY = "sensitivity"  # folder of it, in the one of unfinished scores
-EXPERTS = "experts"  # key of the routed experts' output beside the names of linears
+SENSITIVITY = "sensitivity"  # its folder, in the work folder of scoring
+EXPERTS = "experts"  # key of the routed experts' output, beside the names of linears
 EMBEDDING = "embedding"  # key of the embedding's output
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """s of every output of a model that an error is weighed at, kept in a folder."""
+    """s of all outputs of a model, kept in a folder."""
 
     folder: Path
 
     def layer(self, layer: int) -> Mapping[str, Tensor]:
-        """s [T] float32 of a layer's outputs: EXPERTS, linears by name; in the first EMBEDDING."""
+        """s [T] float32 by output: EXPERTS, linears by name, and EMBEDDING in the first layer."""
         return load_tensors(_result(self.folder, layer))
-
-
-def sensitivity_of(source: Source, recipe: Recipe, ids: Tensor, folder: Path) -> Sensitivity | None:
-    """What the recipe asks for, if anything: measured, or read if it is in `folder` already."""
-    if recipe.sensitivity == "none":
-        return None
-    made_of = {
-        "model": source.fingerprint,
-        "text": text_digest(ids),
-        "seed": str(recipe.seed),
-        "computed with": str(source.compute_dtype),
-    }
-    return measure_sensitivity(source, ids, folder, made_of, recipe.seed)
 
 
 @torch.inference_mode(False)  # whatever the caller is in
@@ -76,10 +63,11 @@ def measure_sensitivity(
 
     Args:
         ids: [S, L] calibration sequences.
-        folder: where states, gradients and results are kept; states are L times as many bytes as a
-            forward walk's, deleted as the walk comes back.
+        folder: where states, gradients and results are kept. The states of all layers take as many
+            times the bytes of a forward walk's as there are layers; they are deleted as the walk
+            comes back.
         identity: what the result depends on.
-        seed: of the text that is drawn from the model's predictions.
+        seed: of the text drawn from the model's predictions.
 
     Raises:
         InputError: `folder` holds other work.
@@ -103,7 +91,7 @@ def measure_sensitivity(
 
 
 def _clear_behind(folder: Path, last: int, count: int) -> None:
-    """Delete what only layers after `last` needed: a run may have died before it did."""
+    """Delete what only layers after `last` needed, in case a run died before it did."""
     for layer in range(last + 2, count + 1):
         _states(folder, layer).unlink(missing_ok=True)
         _gradient(folder, layer).unlink(missing_ok=True)
@@ -113,12 +101,12 @@ def _clear_behind(folder: Path, last: int, count: int) -> None:
 
 
 def check_space(folder: Path, walk: Walk, last: int) -> None:
-    """Raise CheckpointError before the work if the disk cannot hold the states that it keeps.
+    """Raise CheckpointError if the disk cannot hold the states of the walk.
 
     Args:
         last: the last layer that the backward walk has not finished.
     """
-    missing = 1  # the gradient before a layer is written while that behind it is there
+    missing = 1  # the gradient before a layer is written while the one behind it still exists
     if not _gradient(folder, last + 1).is_file():
         missing += 1 + sum(not _states(folder, layer).is_file() for layer in range(last + 2))
     need = missing * walk.states.nbytes
@@ -132,7 +120,7 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
 
 
 def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
-    """Write the states before every layer; leave the walk behind the last one."""
+    """Write the states before every layer; leave the walk after the last one."""
     source = walk.source
     for layer in range(len(source.layers)):
         progress.update(layer=layer, note="forward")
@@ -143,7 +131,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
             save_tensors(_states(folder, 0), {"states": walk.states})
         else:
             walk.states.copy_(load_tensors(_states(folder, layer))["states"])
-        with source.loaded(source.layer_path(layer)):
+        with source.layer_loaded(layer):
             walk.pass_layer(layer)
         save_tensors(_states(folder, layer + 1), {"states": walk.states})
         progress.advance()
@@ -153,23 +141,24 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
 def head_gradient(walk: Walk, seed: int) -> Tensor:
     """Gradient [S, L, H] of the log likelihood of drawn next tokens, at the last layer's states.
 
-    A part of one sequence at a time: logits of a large vocabulary are the largest thing there is.
+    Works on a few positions of one sequence at a time, because the logits of a large vocabulary are
+    the largest arrays of all.
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
     gradient = empty(tuple(walk.states.shape), source.compute_dtype)
     with source.loaded(None):
         for number in range(len(walk.ids)):
-            part = slice(number, number + 1)
-            states = walk.states[part].to(source.device).requires_grad_()
-            for positions in walk.positions():
+            one = slice(number, number + 1)
+            states = walk.states[one].to(source.device).requires_grad_()
+            for positions in position_chunks(walk.ids.shape[1]):
                 with torch.enable_grad():
-                    logits = walk.head(part, states, positions).float().log_softmax(-1)
+                    logits = walk.head(one, states, positions).float().log_softmax(-1)
                     with torch.no_grad():
                         drawn = torch.multinomial(logits[0].exp(), 1, generator=generator)
                     likelihood = logits[0].gather(-1, drawn).sum()
                 (found,) = torch.autograd.grad(likelihood, states)
-                gradient[part, positions] = found[:, positions].to(gradient)
+                gradient[one, positions] = found[:, positions].to(gradient)
     return gradient
 
 
@@ -182,8 +171,8 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     for layer in reversed(todo):
         progress.update(layer=layer, note="backward")
         walk.states.copy_(load_tensors(_states(folder, layer))["states"])
-        with source.loaded(source.layer_path(layer)):
-            modules = packable(source, layer)
+        with source.layer_loaded(layer):
+            modules = source.packable[layer]
             at_experts, norms = walk_back.back(layer, modules)
         tokens = walk.ids.numel()
         result = {
@@ -205,7 +194,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
 def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
     """Squared norms [T] float32 of the gradient at the embedding's own output.
 
-    Some families scale that, or add to it, before the first layer.
+    Some families scale that output, or add to it, before the first layer.
 
     Args:
         gradient: [S, L, H] at the first layer's input.

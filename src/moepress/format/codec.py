@@ -164,3 +164,18 @@ class PackedSpec:
 def fitting_group_size(cols: int, group_size: int) -> int | None:
     """The largest group size offered, at most `group_size`, that divides `cols`; or None."""
     return next((g for g in GROUP_SIZES if g <= group_size and cols % g == 0), None)
+
+
+def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Codec:
+    """The codec of `bits` for rows of `cols` weights: the asked group size or a smaller one.
+
+    Raises:
+        InputError: no group size divides the row.
+    """
+    group = fitting_group_size(cols, group_size)
+    if group is None:
+        raise InputError(
+            f"No group size up to {group_size} divides a row of {cols} weights. Expected rows of "
+            "a multiple of 32 weights: this model's experts cannot be packed."
+        )
+    return Codec(bits, group, family)

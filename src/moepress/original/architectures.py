@@ -42,6 +42,16 @@ class Experts:
     intermediate: int  # I
 
     @property
+    def parameters(self) -> tuple[str, str]:
+        """Names of the two fused parameters: gate and up [E, 2I, H], down [E, H, I]."""
+        return f"{self.path}.gate_up_proj", f"{self.path}.down_proj"
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all experts of the layer."""
+        return 3 * self.experts * self.hidden * self.intermediate
+
+    @property
     def gate_up_shape(self) -> tuple[int, int]:
         return 2 * self.intermediate, self.hidden
 

@@ -1,18 +1,19 @@
 """Bring the gradient of the loss back through the layers, one at a time, in bounded memory.
 
-walk.py brings states forward; this brings back d = dloss / d(states after a layer). A layer is run
-by the model's own code and differentiated by autograd; only its routed experts are taken out, as in
-the forward walk, so that one expert is in memory at a time. For a layer y = experts(h, w), out =
-rest(x, y), with h the experts' input and w the routing weights, both made of the layer's input x:
+walk.py brings states forward. This file brings back d = dloss / d(states after a layer). The
+model's own code runs a layer and autograd differentiates it; only its routed experts are taken out,
+as in the forward walk, so that one expert is in memory at a time. For a layer y = experts(h, w),
+out = rest(x, y), where h is the experts' input and w are the routing weights, both functions of the
+layer's input x:
 
     1. run the layer with y as a leaf                        dy = d * d(out)/dy
-    2. each expert on its tokens, y = sum_e w_e f_e(h)       dh = sum_e w_e dy * df_e/dh
+    2. run each expert on its tokens, y = sum_e w_e f_e(h)   dh = sum_e w_e dy * df_e/dh
                                                              dw_e = <dy, f_e(h)>
-    3. run it again with y as a constant, and give out, h    dx = d * d(out)/dx + dh * dh/dx
-       and w their gradients                                      + dw * dw/dx
+    3. run the layer again with y as a constant;             dx = d * d(out)/dx + dh * dh/dx
+       backpropagate from out, h and w                            + dw * dw/dx
 
-Which experts are chosen is no function that has a gradient; where a router's weights have none
-(some families cut them off on purpose), neither has step 3.
+The choice of experts has no gradient. Some families detach the routing weights on purpose; step 3
+then leaves w out.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import MoepressError
-from moepress.original.walk import Routed, Walk, chunks, empty, expert_forward, replaced_forward
+from moepress.original.batches import chunks, empty
+from moepress.original.calls import replaced_forward
+from moepress.original.experts import Routed, expert_forward
+from moepress.original.walk import Walk
 
 
 class _Run(NamedTuple):
-    """One batch through a layer, with its graph; h, w and y are None in a layer without experts."""
+    """One batch through a layer, with its graph. y, h and w are None in a layer without experts."""
 
     tokens: slice
     x: Tensor  # [b, L, H] states before the layer
@@ -41,10 +45,10 @@ class _Run(NamedTuple):
 
 
 class BackwardWalk:
-    """The gradient at the states that a forward walk is at.
+    """The gradient at the current states of a forward walk.
 
     Args:
-        walk: stands before the layer that `back` is called for next.
+        walk: its states are those before the layer that `back` is called for next.
         gradient: [S, L, H] at the states after that layer; changed in place.
     """
 
@@ -55,14 +59,14 @@ class BackwardWalk:
     def back(
         self, layer: int, linears: Mapping[str, nn.Module]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Bring the gradient to the input of a layer whose weights, experts left out, are loaded.
+        """Bring the gradient to the input of a layer whose weights, experts apart, are loaded.
 
         Args:
             linears: modules of the layer, by name.
 
         Returns:
-            The squared norms [T] float32 of the gradient at each token's output of the routed
-            experts (None: the layer has none) and of each linear, in the order of its calls.
+            Squared norms [T] float32 of the gradient at each token's output of the routed experts
+            (None: the layer has none), and at the output of each linear, in the order of its calls.
         """
         if layer not in self.walk.source.experts:
             return None, self._to_input(layer, None, None, linears)
@@ -70,11 +74,11 @@ class BackwardWalk:
         output = self.walk.experts_output(layer, routed)
         at_output = self._at_experts_output(layer, output)
         inside = self._through_experts(layer, routed, at_output)
-        norms = torch.cat([at_output[p].square().sum(1) for p in chunks(at_output)])
+        norms = torch.cat([at_output[chunk].square().sum(1) for chunk in chunks(at_output)])
         return norms, self._to_input(layer, output, inside, linears)
 
     def _at_experts_output(self, layer: int, output: Tensor) -> Tensor:
-        """dy [T, H] float32."""
+        """Step 1: dy [T, H] float32."""
         gradient = empty(tuple(output.shape), torch.float32)
         for run in self._runs(layer, output, to_experts=True):
             assert run.y is not None
@@ -85,22 +89,17 @@ class BackwardWalk:
     def _through_experts(
         self, layer: int, routed: Routed, at_output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """dh [T, H] float32 and dw [T, k] float32, one expert in memory at a time."""
-        module = self.walk.experts_module(layer)
+        """Step 2: dh [T, H] float32 and dw [T, k] float32, one expert in memory at a time."""
         at_hidden = empty(tuple(at_output.shape), torch.float32).zero_()
         at_weight = torch.zeros_like(routed.weight)
-        for expert in range(self.walk.source.experts[layer].experts):
-            tokens, places = (routed.index == expert).nonzero(as_tuple=True)
-            if not len(tokens):
-                continue
-            weights = self.walk.source.expert(layer, expert)
-            device = weights.down.device
-            for part in chunks(tokens):
-                token, place = tokens[part], places[part]
+        for expert in self.walk.chosen_experts(layer, routed):
+            device = expert.weights.down.device
+            for chunk in chunks(expert.tokens):
+                token, place = expert.tokens[chunk], expert.places[chunk]
                 x = routed.hidden[token].to(device).requires_grad_()
-                gate = routed.weight[token, place, None].to(device)
+                gate = expert.gate[chunk, None].to(device)
                 dy = at_output[token].to(device)
-                y = expert_forward(module, weights, x)
+                y = expert_forward(expert.module, expert.weights, x)
                 (found,) = _gradients([y], [x], [(dy * gate).to(y)], layer)
                 at_hidden.index_add_(0, token, found.float().cpu())
                 at_weight[token, place] = (dy * y.detach().float()).sum(1).cpu()
@@ -113,28 +112,31 @@ class BackwardWalk:
         inside: tuple[Tensor, Tensor] | None,
         linears: Mapping[str, nn.Module],
     ) -> dict[str, Tensor]:
-        """Overwrite the gradient by that at the layer's input; squared norms at linears' outputs.
+        """Step 3: overwrite the gradient by the one at the layer's input.
 
         Args:
             output: [T, H] of the experts; None: the layer has none.
             inside: dh and dw.
+
+        Returns:
+            Squared norms of the gradient at the outputs of `linears`.
         """
         with output_norms(linears) as norms:
             for run in self._runs(layer, output, to_experts=False):
-                ends, at_ends = [run.out], [run.at_out]
-                for end, at_end in zip((run.h, run.w), inside or (), strict=False):
-                    if end is not None and end.requires_grad:
-                        ends.append(end)
-                        at_ends.append(at_end[run.tokens].to(end).view_as(end))
-                (found,) = _gradients(ends, [run.x], at_ends, layer)
+                outputs, at_outputs = [run.out], [run.at_out]
+                for tensor, at_tensor in zip((run.h, run.w), inside or (), strict=False):
+                    if tensor is not None and tensor.requires_grad:
+                        outputs.append(tensor)
+                        at_outputs.append(at_tensor[run.tokens].to(tensor).view_as(tensor))
+                (found,) = _gradients(outputs, [run.x], at_outputs, layer)
                 self.gradient.view(-1, found.shape[-1])[run.tokens] = found.flatten(0, 1).cpu()
         return {name: torch.cat(found) for name, found in norms.items() if found}
 
     def _runs(self, layer: int, output: Tensor | None, to_experts: bool) -> Iterator[_Run]:
-        """Run a layer batch by batch, its experts replaced by their output.
+        """Run a layer batch by batch, with the experts' output in place of the experts.
 
         Args:
-            to_experts: whether to differentiate to the experts' output, or else to the input.
+            to_experts: differentiate with respect to the experts' output, or else to the input.
         """
         walk = self.walk
         experts = walk.experts_module(layer) if output is not None else None
@@ -149,7 +151,7 @@ class BackwardWalk:
                 assert output is not None  # replaced only where there are experts
                 y = output[tokens].to(h, copy=True).requires_grad_(to_experts)
                 seen.extend((y, h, w))
-                return y * 1  # the layer may change it in place, a leaf may not be
+                return y * 1  # the layer may change it in place, which a leaf does not allow
 
             x = walk.states[batch].to(walk.source.device).requires_grad_(not to_experts)
             with torch.enable_grad(), replaced_forward(experts, give), differentiating(layer):
@@ -159,15 +161,15 @@ class BackwardWalk:
 
 
 def _gradients(
-    ends: list[Tensor], starts: list[Tensor], given: list[Tensor], layer: int
+    outputs: list[Tensor], inputs: list[Tensor], at_outputs: list[Tensor], layer: int
 ) -> tuple[Tensor, ...]:
-    """Gradients at `starts` of what `ends` have the gradients `given` of.
+    """Backpropagate `at_outputs`, the gradients at `outputs`, to `inputs`.
 
     Raises:
         MoepressError: the layer's code cannot be differentiated, or gives NaN or infinity.
     """
     with differentiating(layer):
-        found = torch.autograd.grad(ends, starts, given)
+        found = torch.autograd.grad(outputs, inputs, at_outputs)
     if not all(torch.isfinite(f).all() for f in found):
         raise MoepressError(
             f"The gradient of layer {layer} is NaN or infinite on the calibration text. A float16 "
@@ -178,7 +180,7 @@ def _gradients(
 
 @contextmanager
 def differentiating(layer: int) -> Iterator[None]:
-    """Within the block, PyTorch's errors say which layer they are of, and what to do.
+    """Within the block, an error of PyTorch becomes one that names the layer and the way out.
 
     Raises:
         MoepressError: the layer's code cannot be differentiated.
@@ -194,7 +196,7 @@ def differentiating(layer: int) -> Iterator[None]:
 
 @contextmanager
 def outputs_as_leaves(module: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
-    """Within the block, what a module gives starts a new graph; its outputs are put in `leaves`."""
+    """Within the block, each output of a module is detached, starts a new graph, and is listed."""
 
     def cut(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         leaves.append(out.detach().requires_grad_())
@@ -214,12 +216,12 @@ def output_norms(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Te
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def forward(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            place = len(norms[name])  # of this call, whichever order gradients come in
+            call = len(norms[name])  # autograd may visit the calls in another order
             rows = out.numel() // out.shape[-1]
             norms[name].append(torch.zeros(rows))
 
             def keep(gradient: Tensor) -> None:
-                norms[name][place] = gradient.float().square().sum(-1).flatten().cpu()
+                norms[name][call] = gradient.float().square().sum(-1).flatten().cpu()
 
             if out.requires_grad:
                 out.register_hook(keep)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""How many bytes each part of a model takes, and what it took before it was compressed."""
+"""Bytes of each part of a model, before and after compression."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from moepress.allocation.tensors import every_name
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import is_compressed, packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
-from moepress.original.source import Source, skeleton, weight_files
+from moepress.original.folder import weight_files
+from moepress.original.source import Source, skeleton
 
 ROUTED = "routed experts"
-ENDS = "embedding and head"
+EMBEDDING_AND_HEAD = "embedding and head"
 REST = "routers, norms, other"
 # By the role of a linear, see architectures.ROLES.
 BY_ROLE = {
@@ -27,7 +27,7 @@ BY_ROLE = {
     "dense_mlp": "dense MLPs",
     None: REST,
 }
-PARTS = (ROUTED, *(part for part in BY_ROLE.values() if part != REST), ENDS, REST)
+PARTS = (ROUTED, *(part for part in BY_ROLE.values() if part != REST), EMBEDDING_AND_HEAD, REST)
 ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
 
 
@@ -40,12 +40,14 @@ class PartBytes:
 
 
 def bytes_by_part(folder: Path) -> dict[str, PartBytes]:
-    """Bytes of the tensors of a model folder, ours or an original, by `PARTS`; empty ones left out.
+    """Bytes of the tensors of a model folder, compressed or original, by `PARTS`.
 
-    What a packed tensor took in the original is counted in the dtype of config.json.
+    Parts without tensors are left out. The original bytes of a packed tensor are counted in the
+    dtype of config.json.
 
     Raises:
-        InputError, CheckpointError: the folder is no such model, or a file is damaged.
+        InputError: transformers cannot read the config.
+        CheckpointError: a file is damaged, or does not belong to the config.
     """
     found = _compressed(folder) if is_compressed(folder) else _original(Source(folder))
     sums = dict.fromkeys(PARTS, PartBytes(0, 0))
@@ -55,7 +57,7 @@ def bytes_by_part(folder: Path) -> dict[str, PartBytes]:
 
 
 def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """(part, original bytes, stored bytes) of every tensor of a folder of ours."""
+    """(part, original bytes, stored bytes) of every tensor of a compressed folder."""
     specs = packed_specs(folder)
     model = _skeleton(folder)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
@@ -77,16 +79,15 @@ def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
 def _original(source: Source) -> Iterator[tuple[str, int, int]]:
     """The same of an original model, whose tensors may have other names on disk."""
     parts = _parts(source.model)
-    for name in every_name(source):
-        size = source.shape(name).numel() * source.stored_dtype(name).itemsize
-        yield parts.get(name, REST), size, size
+    for name in source.all_names:
+        yield parts.get(name, REST), source.nbytes(name), source.nbytes(name)
     for experts in source.experts.values():
-        size = 3 * experts.experts * experts.hidden * experts.intermediate * source.dtype.itemsize
+        size = experts.weights * source.dtype.itemsize
         yield ROUTED, size, size
 
 
 def _skeleton(folder: Path) -> Any:
-    """The original model that a folder of ours was made from, without weights."""
+    """The class that a compressed folder was made from, without weights."""
     from transformers import AutoConfig
 
     try:
@@ -109,21 +110,19 @@ def _parts(model: Any) -> dict[str, str]:
                 for name, _ in module.named_parameters(recurse=False):
                     found[f"{paths[id(module)]}.{name}"] = part
     for one in experts.values():
-        found |= {f"{one.path}.{name}": ROUTED for name in ("gate_up_proj", "down_proj")}
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        found[f"{paths[id(end)]}.weight"] = ENDS
+        found |= dict.fromkeys(one.parameters, ROUTED)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD
     return found
 
 
-def _nbytes(part: Any) -> int:
-    """Bytes of a safetensors slice, unread."""
-    count = 1
-    for extent in part.get_shape():
-        count *= extent
-    return count * ITEM_BYTES[part.get_dtype()]
+def _nbytes(tensor: Any) -> int:
+    """Bytes of a safetensors slice, without reading it."""
+    count: int = math.prod(tensor.get_shape())
+    return count * ITEM_BYTES[tensor.get_dtype()]
 
 
 def byte_unit(most: float) -> tuple[float, str]:
-    """A unit in which `most` bytes is a handy number, and its name."""
+    """The unit in which `most` bytes is a number of 1 to 999, and its name."""
     power = min(4, max(0, int(math.log10(max(most, 1)) // 3)))
     return 1000.0**power, ("bytes", "kB", "MB", "GB", "TB")[power]

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from moepress.allocation.choices import BOTH, offered
+from moepress.allocation.choices import offered
 from moepress.allocation.plan import PROJECTIONS, BitAllocation
 from moepress.cli.tables import evaluation_tables
+from moepress.costs.scores import BOTH
 from moepress.format.checkpoint import EVALUATION
 from moepress.format.codec import LEFT_OUT
 from moepress.original.sizes import byte_unit

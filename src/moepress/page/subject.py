@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moepress.allocate import frontier
-from moepress.allocation.budget import budget_range
-from moepress.allocation.choices import Menu, cost_by_item
+from moepress.allocation.budget import Budget, budget_range
+from moepress.allocation.choices import Choices, cost_by_option
 from moepress.allocation.knapsack import at
-from moepress.allocation.objective import part_costs, source_weights
+from moepress.allocation.objective import text_weights, width_costs
 from moepress.allocation.plan import BitAllocation
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import ExpertScores
@@ -45,7 +45,9 @@ class Subject:
     def costs(self) -> npt.NDArray[np.float64]:
         """What each width of each part of an expert adds to the predicted loss, [L, E, 3, B]."""
         scores, recipe = self._scores(), self.plan.recipe
-        return part_costs(scores, recipe, source_weights(scores, recipe))
+        choices = Choices.of(scores, recipe)
+        budget = Budget.of(scores, recipe, choices)
+        return width_costs(scores, recipe, text_weights(scores, recipe, choices, budget))
 
     @cached_property
     def paid(self) -> npt.NDArray[np.float64]:
@@ -54,9 +56,9 @@ class Subject:
 
     def cost_of(self, bits: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
         """What each expert adds to the predicted loss at widths [L, E, 2] of gate and up, down."""
-        menu = Menu.of(self._scores(), self.plan.recipe)
-        costs = cost_by_item(menu.item, self.costs)
-        return np.asarray(at(costs, menu.columns(bits)).sum(axis=-1))
+        choices = Choices.of(self._scores(), self.plan.recipe)
+        costs = cost_by_option(choices.item, self.costs)
+        return np.asarray(at(costs, choices.options(bits)).sum(axis=-1))
 
     @cached_property
     def frontier(self) -> list[BitAllocation]:

@@ -1,29 +1,29 @@
-"""Weights that make up for the errors of the layers before them.
+"""Weights that make up for the rounding errors of earlier layers.
 
 A layer is rounded behind layers that are rounded already, so its inputs x'_t are not the x_t that
 the original model has for the same tokens. Rounding W as it is keeps W x'_t, but W x_t is wanted.
-The linear map of x'_t that comes nearest to it (least squares, importance c_t) is
+The linear map of x'_t that comes nearest to it (least squares, token weights c_t) is
 
     W* = W + W M H^-1,     M = sum_t c_t (x_t - x'_t) x'_t^T,     H = sum_t c_t x'_t x'_t^T
 
-and sum_t c_t || W x_t - What x'_t ||^2 = trace((W* - What) H (W* - What)^T) + what no What changes:
-rounding W* with the Hessian of x' is all there is to do. Corrections of this kind: GPTAQ
+and sum_t c_t || W x_t - What x'_t ||^2 = trace((W* - What) H (W* - What)^T) + a term without What.
+So it suffices to round W* with the Hessian of x'. Corrections of this kind: GPTAQ
 (arXiv:2504.02692), QEP (arXiv:2504.09629).
 
-M also holds what is peculiar to the T tokens that it was measured on, and each of K inputs lets W*
-fit some of that. So H is damped by K / T of its mean diagonal where that is more than the damping
-it has anyway (a ridge regression of signal and noise alike in size), and only a part of the way is
-gone: W + strength * W M H^-1 (docs/log.md).
+M also holds what is peculiar to the T tokens it was measured on, and each of K inputs lets W* fit
+some of that. Therefore H is damped by K / T of its mean diagonal where that is more than its other
+damping (ridge regression with signal and noise of equal size), and only a share of the correction
+is applied: W + strength * W M H^-1 (docs/log.md#correction).
 
-With H = R D R^T (hessian.py) two triangular systems give W M H^-1.
+With H = R D R^T (hessian.py), two triangular solves give W M H^-1.
 
-One number for a whole matrix cannot over-fit, so that part goes all the way. What is multiplied by
+A single gain for the whole matrix cannot over-fit, so it is applied in full. What is multiplied by
 
     g = sum_t c_t <W x_t, What x'_t> / sum_t c_t || What x'_t ||^2
       = (<W, What>_H + <W M, What>) / <What, What>_H,          <A, B>_H = trace(A H B^T) .
 
-It is above 1 for `down`: rounding to the least squared error takes energy away, from gate and from
-up, and what they give is a product of the two.
+It is above 1 for `down`: rounding to the least squared error takes energy from gate and from up,
+and the input of `down` is a product of the two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from moepress.rounding.hessian import COLUMNS_PER_PANEL, TOKENS_PER_CHUNK, Factor, Hessian
 
 
-class Drift:
+class Correction:
     """Accumulates M = sum_t weight_t (x_t - x'_t) x'_t^T in float32. Holds one [K, K] matrix."""
 
     def __init__(self, features: int, device: torch.device | str) -> None:
@@ -44,28 +44,28 @@ class Drift:
         """Adds T tokens.
 
         Args:
-            x: [T, K], any float dtype: the layer's inputs as they are now.
+            x: [T, K], any float dtype: the layer's inputs now, x'.
             original: [T, K], its inputs in the original model, token by token.
-            weight: [T], at least 0: the importance of each token, 1 when absent.
+            weight: [T], at least 0: weight of each token; None: 1.
         """
         weight = torch.ones(len(x)) if weight is None else weight
         for start in range(0, len(x), TOKENS_PER_CHUNK):
-            part = slice(start, start + TOKENS_PER_CHUNK)
-            now = x[part].detach().to(self._sum)
-            moved = original[part].detach().to(self._sum) - now
-            moved *= weight[part].to(moved)[:, None]
+            chunk = slice(start, start + TOKENS_PER_CHUNK)
+            now = x[chunk].detach().to(self._sum)
+            moved = original[chunk].detach().to(self._sum) - now
+            moved *= weight[chunk].to(moved)[:, None]
             self._sum.addmm_(moved.T, now)
 
     def corrected(
         self, weight: Tensor, hessian: Hessian, damping: float, strength: float
     ) -> Tensor:
-        """W + strength * W M H^-1, [N, K] float32; W if no token was seen.
+        """W + strength * W M H^-1, [N, K] float32; W if no token was added.
 
         Args:
-            weight: [N, K], any float dtype, of the inputs that M is of.
-            hessian: of the same x' and importance. It is used up.
+            weight: [N, K], any float dtype.
+            hessian: of the same x' and token weights. It is used up.
             damping: of the Hessian, at least.
-            strength: 0 (W as it is) to 1 (all the way to the original outputs).
+            strength: 0 (W as it is) to 1 (the full correction).
 
         Raises:
             NumericalError: the Hessian holds NaN or infinity.
@@ -84,12 +84,12 @@ class Drift:
         return w.add(y, alpha=strength)
 
     def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
-        """The g whose g * What comes nearest to the original outputs; 1 where that is below 0.
+        """The g whose g * What comes nearest to the original outputs; 1 if that is not above 0.
 
         Args:
-            weight: [N, K] W, any float dtype, of the inputs that M is of.
+            weight: [N, K] W, any float dtype.
             rounded: [N, K] What, float32.
-            factor: of the Hessian of the same x' and importance; its damping is taken out again.
+            factor: of the Hessian of the same x' and token weights; its damping is taken out again.
         """
         w = weight.float()
         # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).

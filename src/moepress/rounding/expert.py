@@ -1,118 +1,115 @@
-"""Round the two projections of one expert: Hessians from its own tokens, then a quantizer.
+"""Round the two projections of one expert: Hessians of its own tokens, then a quantizer.
 
-Shared by scoring, which tries every width, and by quantizing, which takes the plan's.
+Scoring rounds at every width, quantizing at the widths of the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from moepress.allocation.tensors import codec_for
-from moepress.calibrate import hessian_tokens
-from moepress.original.walk import Routed, chunks, expert_hidden
-from moepress.recipe import Recipe
-from moepress.rounding.methods import (
-    Factor,
-    Inputs,
-    QuantizedMatrix,
-    TrellisMatrix,
-    needs_hessian,
-    quantize_matrix,
-)
+from moepress.original.batches import chunks
+from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
+from moepress.rounding.hessian import Factor
+from moepress.rounding.inputs import Inputs
+from moepress.rounding.methods import Matrix, quantize_matrix
+from moepress.rounding.options import Rounding
+from moepress.rounding.tokens import hessian_tokens
+
+Projection = Callable[[Tensor], Tensor]  # of the expert's inputs [T, H] to a matrix's inputs [T, K]
 
 
-def round_gate_up(
-    weight: Tensor,
-    routed: Routed,
-    layer: int,
-    expert: int,
-    recipe: Recipe,
-    quantizer: str,
-    widths: Sequence[int],
-) -> list[QuantizedMatrix | TrellisMatrix]:
-    """The fused gate and up projection [2I, H] at each width; one factorisation serves all.
+def round_expert(
+    expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]
+) -> tuple[Matrix, Matrix]:
+    """Gate and up at the first width, then down at the second, on the inputs it then has."""
+    (gate_up,) = round_gate_up(expert, rounding, widths[:1])
+    rounded = gate_up.dequantize(expert.weights.gate_up.dtype)
+    (down,) = round_down(expert, rounded, rounding, widths[1:])
+    return gate_up, down
 
-    Where `routed` has the original model's inputs, both projections make up for a part of the
-    difference (rounding/correction.py).
+
+def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]) -> list[Matrix]:
+    """The fused gate and up projection [2I, H] at each width; one factorization serves all.
+
+    Where the original model's inputs are known, both projections make up for a share of the
+    difference (correction.py).
     """
-    if not needs_hessian(quantizer):
-        return _round(weight, None, recipe, quantizer, widths)
-    wanted, factor, _ = _prepared(weight, routed, layer, expert, recipe, lambda x: x, lambda x: x)
-    return _round(wanted, factor, recipe, quantizer, widths)
+    weight = expert.weights.gate_up
+    if not rounding.needs_hessian:
+        return _round(weight, None, rounding, widths)
+    inputs = _gathered(weight, expert, rounding, _unchanged, _unchanged)
+    target, factor = _target(weight, inputs, rounding)
+    return _round(target, factor, rounding, widths)
 
 
 def round_down(
-    weight: Tensor,
-    gate_up: Tensor,
-    module: Any,
-    routed: Routed,
-    layer: int,
-    expert: int,
-    recipe: Recipe,
-    quantizer: str,
-    widths: Sequence[int],
-    original_gate_up: Tensor | None = None,
-) -> list[QuantizedMatrix | TrellisMatrix]:
+    expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, widths: Sequence[int]
+) -> list[Matrix]:
     """The down projection [H, I] at each width.
 
-    Where `routed` has the original model's inputs, it makes up for a part of the difference, and
-    its scales for what that leaves of a common factor.
+    Where the original model's inputs are known, it makes up for a share of the difference, and its
+    scales for the gain that is left.
 
     Args:
-        gate_up: [2I, H] weights that make its input: the original when one projection is scored
-            alone, the rounded one when both are applied.
-        module: the skeleton's experts module, for its gate function.
-        original_gate_up: of the original model; None: `gate_up` is.
+        gate_up: [2I, H] weights that make its input: the original ones when one projection is
+            scored alone, the rounded ones when both are applied.
     """
-    if not needs_hessian(quantizer):
-        return _round(weight, None, recipe, quantizer, widths)
-    inputs = partial(expert_hidden, module, gate_up)
-    original = gate_up if original_gate_up is None else original_gate_up
-    original_inputs = partial(expert_hidden, module, original)
-    wanted, factor, known = _prepared(
-        weight, routed, layer, expert, recipe, inputs, original_inputs
-    )
-    return [
-        known.rescaled(matrix, weight, factor)
-        for matrix in _round(wanted, factor, recipe, quantizer, widths)
-    ]
+    weight = expert.weights.down
+    if not rounding.needs_hessian:
+        return _round(weight, None, rounding, widths)
+    now = partial(expert_hidden, expert.module, gate_up)
+    original = partial(expert_hidden, expert.module, expert.weights.gate_up)
+    inputs = _gathered(weight, expert, rounding, now, original)
+    target, factor = _target(weight, inputs, rounding)
+    matrices = _round(target, factor, rounding, widths)
+    return [inputs.rescaled(matrix, weight, factor) for matrix in matrices]
 
 
-def _prepared(
+def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:
+    """Two rounded projections as weights of the dtype of `like`."""
+    return ExpertWeights(gate_up.dequantize(like.gate_up.dtype), down.dequantize(like.down.dtype))
+
+
+def _gathered(
     weight: Tensor,
-    routed: Routed,
-    layer: int,
-    expert: int,
-    recipe: Recipe,
-    inputs: Callable[[Tensor], Tensor],
-    original_inputs: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Factor, Inputs]:
-    """The weight to round, corrected if the original's inputs are known; factored Hessian; inputs.
+    expert: RoutedExpert,
+    rounding: Rounding,
+    now: Projection,
+    original: Projection,
+) -> Inputs:
+    """Statistics of a matrix's inputs on the tokens of the expert's Hessian.
 
     Args:
-        inputs, original_inputs: make the projection's inputs from the expert's, now and in the
-            original model.
+        now, original: make the matrix's inputs from the expert's, as they are now and as the
+            original model has them.
     """
-    tokens, counts = hessian_tokens(routed, layer, expert, recipe)
-    device, original = weight.device, routed.original
-    known = Inputs(weight.shape[1], device, recipe.expert_codec, original is not None)
-    for part in chunks(tokens):
-        some, count = tokens[part], counts[part].to(device)
-        x = inputs(routed.hidden[some].to(device))
-        was = None if original is None else original_inputs(original[some].to(device))
-        known.add(x, was, count)
-    wanted = known.corrected(weight, recipe.damping, recipe.correction)
-    return wanted, known.factor(recipe.damping), known
+    routed = expert.routed
+    tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
+    device = weight.device
+    inputs = Inputs(weight.shape[1], device, rounding.family, routed.original is not None)
+    for chunk in chunks(tokens):
+        some = tokens[chunk]
+        x = now(routed.hidden[some].to(device))
+        before = None if routed.original is None else original(routed.original[some].to(device))
+        inputs.add(x, before, weights[chunk].to(device))
+    return inputs
+
+
+def _target(weight: Tensor, inputs: Inputs, rounding: Rounding) -> tuple[Tensor, Factor]:
+    """The weight to round, corrected if the original's inputs are known, and its factor."""
+    target = inputs.corrected(weight, rounding.damping, rounding.correction)
+    return target, inputs.factor(rounding.damping)
 
 
 def _round(
-    weight: Tensor, factor: Factor | None, recipe: Recipe, quantizer: str, widths: Sequence[int]
-) -> list[QuantizedMatrix | TrellisMatrix]:
-    codecs = [
-        codec_for(bits, weight.shape[1], recipe.group_size, recipe.expert_codec) for bits in widths
-    ]
-    return [quantize_matrix(quantizer, weight, codec, factor) for codec in codecs]
+    weight: Tensor, factor: Factor | None, rounding: Rounding, widths: Sequence[int]
+) -> list[Matrix]:
+    codecs = [rounding.codec(bits, weight.shape[1]) for bits in widths]
+    return [quantize_matrix(rounding.quantizer, weight, codec, factor) for codec in codecs]
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

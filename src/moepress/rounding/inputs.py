@@ -1,7 +1,8 @@
-"""What rounding a matrix needs to know of its inputs, gathered token by token.
+"""Statistics of a matrix's inputs that rounding needs, gathered token by token.
 
-The Hessian says which errors cost (hessian.py), the drift what the original's inputs were
-(drift.py). Trellis codes are of rotated weights, so their inputs are rotated before they are added.
+The Hessian says which errors cost (hessian.py); the correction, how the inputs differ from the
+original model's (correction.py). Trellis codes store rotated weights, so for them inputs are
+rotated before they are added.
 """
 
 from __future__ import annotations
@@ -10,77 +11,74 @@ import torch
 from torch import Tensor
 
 from moepress.kernels.trellis import rotate, rotate_back
-from moepress.rounding.correction import Drift
+from moepress.rounding.correction import Correction
 from moepress.rounding.hessian import Factor, Hessian
-from moepress.rounding.methods.grid import QuantizedMatrix
-from moepress.rounding.methods.trellis import TrellisMatrix
+from moepress.rounding.methods import Matrix
 
-Matrix = QuantizedMatrix | TrellisMatrix
-
-
-RIDGE = 0.15  # damping of K inputs over T tokens, at least, of trellis codes (docs/log.md)
+RIDGE = 0.15  # damping of trellis Hessians is at least this times K inputs over T tokens
+# (docs/log.md#damping-by-tokens)
 
 
 class Inputs:
-    """Hessian and drift of a matrix's inputs.
+    """Hessian and correction of a matrix's inputs.
 
     Args:
         features: K.
         family: of the codec that the matrix is rounded to.
-        drifts: whether the original's inputs will be given.
+        corrects: whether the original model's inputs will be given.
     """
 
     def __init__(
-        self, features: int, device: torch.device | str, family: str, drifts: bool
+        self, features: int, device: torch.device | str, family: str, corrects: bool
     ) -> None:
-        self._rotated = family == "trellis"
+        self._rotates = family == "trellis"
         self._hessian = Hessian(features, device)
-        self._drift = Drift(features, device) if drifts else None
+        self._correction = Correction(features, device) if corrects else None
 
     def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
         """Adds T tokens.
 
         Args:
-            x: [T, K], any float dtype: inputs as they are now.
-            original: [T, K], those of the original model, token by token; None: not known.
-            weight: [T], at least 0: the importance of each token, 1 when absent.
+            x: [T, K], any float dtype: the inputs now.
+            original: [T, K], the inputs in the original model, token by token; None: unknown.
+            weight: [T], at least 0: weight of each token; None: 1.
         """
-        x = self._turned(x)
+        x = self._rotated(x)
         self._hessian.add(x, weight)
-        if self._drift is not None and original is not None:
-            self._drift.add(x, self._turned(original), weight)
+        if self._correction is not None and original is not None:
+            self._correction.add(x, self._rotated(original), weight)
 
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
-        """Weights [N, K] to round in place of these, see `Drift.corrected`. Before `factor`."""
-        if self._drift is None:
+        """The weights [N, K] to round instead, see `Correction.corrected`. Call before `factor`."""
+        if self._correction is None:
             return weight
-        turned = self._turned(weight.float())
-        wanted = self._drift.corrected(turned, self._hessian.copy(), damping, strength)
-        return rotate_back(wanted) if self._rotated else wanted
+        rotated = self._rotated(weight.float())
+        target = self._correction.corrected(rotated, self._hessian.copy(), damping, strength)
+        return rotate_back(target) if self._rotates else target
 
     def factor(self, damping: float) -> Factor:
-        """Of the Hessian, which is used up: nothing can be added after.
+        """Factor of the Hessian. This uses the Hessian up: nothing can be added afterwards.
 
         Args:
-            damping: in units of the mean of the diagonal, at least. Trellis codes get more where
-                tokens are few: feedback would follow what is peculiar to them.
+            damping: the least, in units of the mean of the diagonal. Trellis codes get more where
+                tokens are few, because feedback would fit what is peculiar to those tokens.
         """
         hessian = self._hessian
-        if self._rotated and hessian.tokens:
+        if self._rotates and hessian.tokens:
             damping = max(damping, RIDGE * hessian.features / hessian.tokens)
         return hessian.factor(damping)
 
     def rescaled(self, rounded: Matrix, weight: Tensor, factor: Factor) -> Matrix:
-        """A rounded matrix times what brings it nearest to the outputs of `weight`: `Drift.gain`.
+        """A rounded matrix times the gain that brings its outputs nearest to the original ones.
 
         Args:
-            weight: [N, K] as the original has it.
-            factor: that of `factor`.
+            weight: [N, K] of the original model.
+            factor: what `factor` returned.
         """
-        if self._drift is None or not self._hessian.tokens:
+        if self._correction is None or not self._hessian.tokens:
             return rounded
-        turned = self._turned(weight.float()), self._turned(rounded.dequantize())
-        return rounded.scaled(self._drift.gain(*turned, factor))
+        rotated = self._rotated(weight.float()), self._rotated(rounded.dequantize())
+        return rounded.scaled(self._correction.gain(*rotated, factor))
 
-    def _turned(self, x: Tensor) -> Tensor:
-        return rotate(x) if self._rotated else x
+    def _rotated(self, x: Tensor) -> Tensor:
+        return rotate(x) if self._rotates else x

@@ -1,6 +1,6 @@
 """Round the linears that are not routed experts: attention, shared experts, dense MLPs.
 
-Shared by scoring, which tries every width, and by quantizing, which takes the plan's.
+Scoring rounds at every width, quantizing at the width of the plan.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ from moepress.errors import MoepressError
 from moepress.format.codec import Codec
 from moepress.kernels.trellis import rotate
 from moepress.original.walk import Walk
-from moepress.recipe import Recipe
-from moepress.rounding.methods import (
-    Factor,
-    Inputs,
-    QuantizedMatrix,
-    TrellisMatrix,
-    needs_hessian,
-    quantize_matrix,
-)
+from moepress.rounding.hessian import Factor
+from moepress.rounding.inputs import Inputs
+from moepress.rounding.methods import Matrix, quantize_matrix
+from moepress.rounding.options import Rounding
 
 
-class Shared(NamedTuple):
-    """Linears, by the names of their weights, and the inputs that all of them have."""
+class SharedInputs(NamedTuple):
+    """Linears that have the same inputs (q, k and v), and the statistics of those inputs."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the linears' weights
     inputs: Inputs
 
 
@@ -37,97 +32,98 @@ def linear_inputs(
     walk: Walk,
     layer: int,
     modules: Mapping[str, nn.Module],
-    recipe: Recipe,
-    twin: Walk | None = None,
-) -> list[Shared]:
-    """What linears of a loaded layer get as inputs now; nothing of it is rounded yet.
+    family: str,
+    original: Walk | None = None,
+) -> list[SharedInputs]:
+    """Statistics of the inputs of a loaded layer's linears, before any of them is rounded.
 
-    Linears with the same input (q, k and v) share what is gathered. They are known by it in the
-    first batch, by identity: those inputs are held until it is over, so that no address is used
+    Linears share their inputs if they get the same tensor in the first batch. Tensors are compared
+    by identity: all inputs of a batch are held until the batch is over, so that no address is used
     twice.
 
     Args:
         modules: by the name of their weight.
-        twin: the original model's walk, before the same layer; None: its inputs are not wanted.
+        family: of the codecs that they are rounded to.
+        original: the original model's walk, before the same layer; None: inputs of the original
+            model are not wanted.
 
     Raises:
-        MoepressError: a linear is not called.
+        MoepressError: the layer never calls one of the linears.
     """
     gathered: dict[str, Inputs] = {}
     owners: set[str] = set()
     seen: list[tuple[Tensor, Inputs]] = []
     originals: dict[str, list[Tensor]] = {name: [] for name in modules}  # of a batch, by call
-    twins_turn = False
+    original_runs = False
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            if twins_turn:
+            if original_runs:
                 originals[name].append(x)
                 return
-            original = originals[name].pop(0) if twin is not None else None
+            before = originals[name].pop(0) if original is not None else None
             if name in gathered:
                 seen.clear()
             else:
-                known = next((inputs for other, inputs in seen if other is x), None)
-                if known is None:
+                shared = next((inputs for other, inputs in seen if other is x), None)
+                if shared is None:
                     owners.add(name)
-                    drifts = twin is not None
-                    known = Inputs(x.shape[-1], x.device, recipe.linear_codec, drifts)
-                gathered[name] = known
-                seen.append((x, known))
+                    shared = Inputs(x.shape[-1], x.device, family, original is not None)
+                gathered[name] = shared
+                seen.append((x, shared))
             if name in owners:
-                rows = None if original is None else original.flatten(0, -2)
+                rows = None if before is None else before.flatten(0, -2)
                 gathered[name].add(x.flatten(0, -2), rows)
 
         return see
 
-    def run_twin(batch: int) -> None:
-        nonlocal twins_turn
-        if twin is not None:
-            twins_turn = True
-            twin.run_batch(layer, batch)
-            twins_turn = False
+    def run_original(batch: int) -> None:
+        nonlocal original_runs
+        if original is not None:
+            original_runs = True
+            original.run_batch(layer, batch)
+            original_runs = False
 
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         if modules:
-            walk.run_only(layer, run_twin)
-    if silent := sorted(modules.keys() - gathered.keys()):
+            walk.run_for_hooks(layer, run_original)
+    if never_called := sorted(modules.keys() - gathered.keys()):
         raise MoepressError(
-            f"{silent[0]} is a linear that its layer never calls, so how to round it is unknown. "
-            "Say so in architectures.ROLES (docs/add-a-family.md), with None."
+            f"{never_called[0]} is a linear that its layer never calls, so how to round it is "
+            "unknown. Say so in architectures.ROLES (docs/add-a-family.md), with None."
         )
     return [
-        Shared(tuple(n for n in modules if gathered[n] is gathered[owner]), gathered[owner])
+        SharedInputs(tuple(n for n in modules if gathered[n] is gathered[owner]), gathered[owner])
         for owner in modules
         if owner in owners
     ]
 
 
-def round_linear(
-    weight: Tensor, codec: Codec, factor: Factor | None, recipe: Recipe, quantizer: str
-) -> QuantizedMatrix | TrellisMatrix:
+def round_linear(weight: Tensor, codec: Codec, factor: Factor | None, rounding: Rounding) -> Matrix:
     """A linear's weight [N, K] at one codec.
 
-    A codec that is not of the recipe's family (8 bits beside trellis codes) is rounded to nearest:
-    the factor is of rotated inputs, and at 8 bits feedback gains nothing.
+    A codec of another family (8 bits beside trellis codes) is rounded to nearest: the factor is of
+    rotated inputs, and at 8 bits feedback gains nothing.
     """
-    if codec.family != recipe.linear_codec:
+    if codec.family != rounding.family:
         return quantize_matrix("rtn", weight, codec, None)
-    return quantize_matrix(quantizer, weight, codec, factor if needs_hessian(quantizer) else None)
+    return quantize_matrix(
+        rounding.quantizer, weight, codec, factor if rounding.needs_hessian else None
+    )
 
 
-def output_cost(weight: Tensor, rounded: Tensor, factor: Factor, recipe: Recipe) -> float:
+def output_cost(weight: Tensor, rounded: Tensor, factor: Factor, family: str) -> float:
     """trace(E H E^T) of the damped Hessian: the squared error of a linear's outputs, all tokens.
 
     Args:
         weight, rounded: [N, K].
-        factor: of the inputs, rotated if the recipe's linears are trellis codes.
+        factor: of the inputs, rotated if `family` is trellis.
     """
     error = weight.float() - rounded.float()
-    if recipe.linear_codec == "trellis":
+    if family == "trellis":
         error = rotate(error)
     left = error @ factor.feedback
     return float((left.square() @ factor.curvature).double().sum())

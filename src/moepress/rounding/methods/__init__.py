@@ -7,9 +7,10 @@
 | `rtn` | the nearest code, searched grid | no | rtn.py |
 | `sign` | the sign, 1 bit only | no | sign.py |
 
-Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; the same
-input gives the same bytes. With a codec of the trellis family `gptq` and `rtn` say whether there is
-feedback, and trellis.py rounds. To add one, write its file and add a line to a table below.
+Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; equal
+input gives equal bytes. With a codec of the trellis family, `gptq` and `rtn` say whether there is
+feedback, and trellis.py rounds and returns a `TrellisMatrix`. To add a quantizer, write its file
+and add a line to a table below.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec
-from moepress.rounding.correction import Drift
-from moepress.rounding.hessian import Factor, Hessian
-from moepress.rounding.inputs import Inputs
+from moepress.rounding.hessian import Factor
 from moepress.rounding.methods.gptq import quantize_gptq, quantize_gptq_released
 from moepress.rounding.methods.grid import QuantizedMatrix
 from moepress.rounding.methods.rtn import quantize_rtn
@@ -31,10 +30,7 @@ from moepress.rounding.methods.trellis import TrellisMatrix, quantize_trellis
 
 __all__ = [
     "QUANTIZERS",
-    "Drift",
-    "Factor",
-    "Hessian",
-    "Inputs",
+    "Matrix",
     "QuantizedMatrix",
     "Quantizer",
     "TrellisMatrix",
@@ -42,6 +38,7 @@ __all__ = [
     "quantize_matrix",
 ]
 
+Matrix = QuantizedMatrix | TrellisMatrix
 Quantizer = (
     Callable[[Tensor, Codec], QuantizedMatrix] | Callable[[Tensor, Codec, Factor], QuantizedMatrix]
 )
@@ -57,14 +54,18 @@ QUANTIZERS: Mapping[str, Quantizer] = {**WITH_HESSIAN, **WITHOUT_HESSIAN}
 
 
 def needs_hessian(name: str) -> bool:
-    """Whether the quantizer of that name rounds with calibration data."""
-    _known(name)
+    """Whether the quantizer of that name rounds with calibration data.
+
+    Raises:
+        InputError: no such quantizer.
+    """
+    _check_name(name)
     return name in WITH_HESSIAN
 
 
 def quantize_matrix(
     name: str, weight: Tensor, codec: Codec, factor: Factor | None = None
-) -> QuantizedMatrix | TrellisMatrix:
+) -> Matrix:
     """Rounds a weight matrix to codes.
 
     Args:
@@ -78,7 +79,7 @@ def quantize_matrix(
         InputError: no such quantizer, a shape or width it does not take, or no factor.
         NumericalError: the weight holds NaN or infinity, or a scale overflows.
     """
-    _known(name)
+    _check_name(name)
     trellis = codec.family == "trellis"
     if trellis and name not in ("gptq", "rtn"):
         raise InputError(f"Quantizer '{name}' makes scalar codes only. Use gptq or rtn.")
@@ -100,6 +101,6 @@ def quantize_matrix(
     return WITH_HESSIAN[name](weight, codec, factor)
 
 
-def _known(name: str) -> None:
+def _check_name(name: str) -> None:
     if name not in QUANTIZERS:
         raise InputError(f"No quantizer '{name}'. Expected one of {list(QUANTIZERS)}.")

@@ -1,4 +1,8 @@
-"""What a walk has finished, on disk: a killed run goes on at the first unfinished layer."""
+"""The finished layers of a run, on disk: a killed run continues at the first unfinished one.
+
+One file holds the result of one decoder layer. The identity of the work (model, text, recipe) is
+stored beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,63 +13,70 @@ from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import load_json, load_tensors, save_json, save_tensors
-from moepress.original.walk import Walk
 
 
 class Journal:
-    """What a walk has finished, in a folder: one file per layer, and the states to go on from.
+    """The finished layers of a walk, one file each, and the states to continue from.
 
-    A layer counts as finished when its file has its name; the states that follow it are durable
-    before that. So a process may die at any moment.
+    A layer is finished once its file has its final name. The states after it are on disk before
+    that, so the process may die at any moment.
 
     Args:
         folder: made if missing.
-        identity: what the work depends on (model, recipe, text). Other work in the same folder is
-            refused rather than mixed.
-        file: where the result of a layer goes; None: into `folder`.
+        identity: what the work depends on (model, recipe, text).
+        layers: number of decoder layers.
+        file: path of a layer's result; None: a file in `folder`.
+
+    Raises:
+        InputError: `folder` holds other work.
     """
 
     def __init__(
         self,
         folder: Path,
         identity: Mapping[str, str],
+        layers: int,
         file: Callable[[int], Path] | None = None,
     ) -> None:
         self.folder = folder
+        self.layers = range(layers)
         self._file = file or (lambda layer: folder / f"layer-{layer:04d}.safetensors")
         check_identity(folder / "identity.json", identity)
 
     def done(self, layer: int) -> bool:
         return self._file(layer).is_file()
 
-    def remaining(self, walk: Walk, twin: Walk | None = None) -> Iterator[int]:
-        """The layers still to do, each loaded (experts left out), the states brought up to it.
+    @property
+    def todo(self) -> list[int]:
+        """The unfinished layers."""
+        return [layer for layer in self.layers if not self.done(layer)]
+
+    def remaining(self, states: Mapping[str, Tensor]) -> Iterator[int]:
+        """Every layer from the first unfinished one on.
 
         Args:
-            twin: a second walk whose states are kept too.
+            states: by name; overwritten with the committed states before the first of the layers.
         """
-        count = len(walk.source.layers)
-        first = next((i for i in range(count) if not self.done(i)), count)
-        if first < count:
-            self.restore(walk, first, twin)
-        for layer in range(first, count):
-            with walk.source.loaded(walk.source.layer_path(layer)):
-                yield layer
+        todo = self.todo
+        first = todo[0] if todo else len(self.layers)
+        if 0 < first < len(self.layers):
+            self._restore(first, states)
+        yield from range(first, len(self.layers))
 
     def commit(
-        self, walk: Walk, layer: int, result: Mapping[str, Tensor], twin: Walk | None = None
+        self, layer: int, result: Mapping[str, Tensor], states: Mapping[str, Tensor]
     ) -> None:
-        """Record a layer's result; the states of the walks are those after the layer."""
-        if layer + 1 < len(walk.source.layers):
-            states = {"states": walk.states} | ({"twin": twin.states} if twin else {})
+        """Record a layer's result, and the states after the layer."""
+        if layer + 1 < len(self.layers):
             save_tensors(self._states(layer + 1), states)
         save_tensors(self._file(layer), result)
         self._states(layer).unlink(missing_ok=True)
 
-    def restore(self, walk: Walk, layer: int, twin: Walk | None = None) -> None:
-        """Give walks the states before `layer`, as committed by the layer before it."""
-        if layer == 0:
-            return
+    def result(self, layer: int) -> dict[str, Tensor]:
+        """What `commit` recorded."""
+        return load_tensors(self._file(layer))
+
+    def _restore(self, layer: int, states: Mapping[str, Tensor]) -> None:
         path = self._states(layer)
         if not path.is_file():
             raise CheckpointError(
@@ -73,19 +84,15 @@ class Journal:
                 "to start over."
             )
         kept = load_tensors(path)
-        walk.states.copy_(kept["states"])
-        if twin is not None:
-            twin.states.copy_(kept["twin"])
-
-    def result(self, layer: int) -> dict[str, Tensor]:
-        return load_tensors(self._file(layer))
+        for name, tensor in states.items():
+            tensor.copy_(kept[name])
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"
 
 
 def check_identity(path: Path, identity: Mapping[str, str]) -> None:
-    """Write down what work is done beside it; refuse if other work is already there.
+    """Write to `path` what the work beside it depends on; refuse if it names other work.
 
     Raises:
         InputError: the file names other work.

@@ -1,0 +1,87 @@
+"""What an expert costs at each width: the error of its output, measured on its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.costs.scores import ROUNDED
+from moepress.costs.texts import Texts
+from moepress.format.codec import LEFT_OUT
+from moepress.original.batches import chunks
+from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
+from moepress.rounding.expert import dequantized, round_down, round_gate_up
+from moepress.rounding.options import Rounding
+
+
+def rounded_weights(
+    expert: RoutedExpert, rounding: Rounding, expert_bits: Sequence[int]
+) -> list[ExpertWeights | None]:
+    """The expert at every offered width, dequantized; None where it is left out.
+
+    Each projection is rounded for the inputs that it has beside the original other one.
+    """
+    widths = [bits for bits in expert_bits if bits != LEFT_OUT]
+    gate_ups = round_gate_up(expert, rounding, widths)
+    downs = round_down(expert, expert.weights.gate_up, rounding, widths)
+    rounded = [
+        dequantized(gate_up, down, expert.weights)
+        for gate_up, down in zip(gate_ups, downs, strict=True)
+    ]
+    return [None] * (LEFT_OUT in expert_bits) + rounded
+
+
+def measure(
+    expert: RoutedExpert, offered: Sequence[ExpertWeights | None], texts: Texts, output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared error of an expert's output, and its cost, at every offered width.
+
+    Args:
+        expert: with its original weights.
+        offered: the expert at each width, None where it is left out.
+        output: [T, H] float32; the expert's exact output is added.
+
+    Returns:
+        [3, B] float64 squared errors by ROUNDED: gate_up alone, down alone, both rounded. And
+        [D, 3, B] float64, the same with each token weighted by its sensitivity, text by text.
+    """
+    errors = torch.zeros(len(ROUNDED), len(offered), dtype=torch.float64)
+    costs = torch.zeros(texts.count, len(ROUNDED), len(offered), dtype=torch.float64)
+    routed, weights = expert.routed, expert.weights
+    for chunk in chunks(expert.tokens):
+        token = expert.tokens[chunk]
+        x = routed.hidden[token].to(weights.down.device)
+        g = expert.gate[chunk, None].to(x.device)
+        hidden = expert_hidden(expert.module, weights.gate_up, x)
+        exact = F.linear(hidden, weights.down).float() * g
+        output.index_add_(0, token, exact.cpu())
+        for option, candidate in enumerate(offered):
+            for row, y in enumerate(_outputs(expert, candidate, hidden, x)):
+                error = exact if y is None else y.float() * g - exact
+                squared = error.square().sum(1).double().cpu()
+                errors[row, option] += squared.sum()
+                if routed.sensitivity is not None:
+                    squared *= routed.sensitivity[token]
+                costs[:, row, option] += texts.sums(squared, token)
+    return errors, costs
+
+
+def _outputs(
+    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, x: Tensor
+) -> Iterator[Tensor | None]:
+    """The expert's outputs with each of ROUNDED; None where the expert is left out.
+
+    Args:
+        candidate: the rounded weights.
+        hidden: [t, I] what the original gate and up make of the inputs x [t, H].
+    """
+    if candidate is None:
+        yield from (None,) * len(ROUNDED)
+        return
+    changed = expert_hidden(expert.module, candidate.gate_up, x)
+    yield F.linear(changed, expert.weights.down)
+    yield F.linear(hidden, candidate.down)
+    yield F.linear(changed, candidate.down)

@@ -1,0 +1,67 @@
+"""What each linear beside the routed experts costs at each width, from its Hessian: trace(E H E^T).
+
+One Hessian serves all tokens: each token is taken to have its share of the squared error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moepress.costs.texts import Texts
+from moepress.original.walk import Walk
+from moepress.recipe import fallback_width
+from moepress.rounding.hessian import Factor
+from moepress.rounding.linear import linear_inputs, output_cost, round_linear
+from moepress.rounding.options import Rounding
+
+logger = logging.getLogger(__name__)
+
+
+def score_linears(
+    walk: Walk,
+    layer: int,
+    modules: Mapping[str, nn.Linear],
+    widths: Sequence[int],
+    rounding: Rounding,
+    sensitivity: Mapping[str, Tensor],
+    texts: Texts,
+) -> Tensor:
+    """Cost [M, D, W] float64 of each open linear of a layer on each text, at each width.
+
+    Args:
+        modules: the open linears, by parameter name.
+        sensitivity: [T] by parameter name.
+    """
+    factors: dict[str, Factor] = {}
+    for names, inputs in linear_inputs(walk, layer, modules, rounding.family):
+        factors |= dict.fromkeys(names, inputs.factor(rounding.damping))
+    costs = torch.zeros(len(modules), texts.count, len(widths), dtype=torch.float64)
+    for row, (name, module) in enumerate(modules.items()):
+        s = sensitivity.get(name, torch.zeros(0)).double()
+        if len(s) != len(texts.of_token) or not s.sum() > 0:
+            costs[row] = _fallback_only(name, widths)
+            continue
+        weight = walk.source.current(name)
+        by_text = texts.sums(s) / len(texts.of_token)
+        for option, bits in enumerate(widths):
+            codec = rounding.codec(bits, module.in_features)
+            rounded = round_linear(weight, codec, factors[name], rounding).dequantize(weight.dtype)
+            cost = output_cost(weight, rounded, factors[name], rounding.family)
+            costs[row, :, option] = by_text * cost
+    return costs
+
+
+def _fallback_only(name: str, widths: Sequence[int]) -> Tensor:
+    """Costs [W] float64 that leave only the fallback width: an unknown cost is not a zero cost."""
+    fallback = fallback_width(widths)
+    logger.warning(
+        "no gradient of the loss reaches every token of %s: its cost is unknown, it gets %d bits",
+        name, fallback,
+    )  # fmt: skip
+    costs = torch.full((len(widths),), torch.inf, dtype=torch.float64)
+    costs[list(widths).index(fallback)] = 0
+    return costs

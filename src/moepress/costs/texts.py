@@ -1,0 +1,39 @@
+"""Which calibration text each token comes from: costs are kept text by text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepress.text.windows import divide
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The D texts of a calibration set, and the text of each token."""
+
+    count: int  # D
+    of_token: Tensor  # [T] int64, 0 .. D - 1
+
+    @classmethod
+    def of(cls, ids: Tensor, weights: Sequence[float]) -> Texts:
+        """The texts of sequences [S, L], drawn in the proportion of `weights` [D]."""
+        sequences = torch.tensor(divide(len(ids), weights))
+        of_sequence = torch.arange(len(weights)).repeat_interleave(sequences)
+        return cls(len(weights), of_sequence.repeat_interleave(ids.shape[1]))
+
+    def sums(self, values: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """[D] sums over each text of values of all tokens [T], or of `tokens` [t] alone."""
+        of_token = self.of_token if tokens is None else self.of_token[tokens]
+        return torch.bincount(of_token, values, minlength=self.count)
+
+    def tokens(self) -> Tensor:
+        """[D] int64 number of tokens of each text."""
+        return torch.bincount(self.of_token, minlength=self.count)
+
+    def shares(self) -> Tensor:
+        """[D] float64 share of the tokens that each text has."""
+        return self.tokens().double() / len(self.of_token)

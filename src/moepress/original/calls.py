@@ -1,0 +1,84 @@
+"""How a model calls its decoder layers, recorded and replayed with other code in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from moepress.original.source import Source
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a decoder layer by its model."""
+
+    hidden: Tensor  # [b, L, H] states before the layer; emptied once the call is recorded
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def without_hidden(self, like: Call) -> Call:
+        """The call without its states, sharing every argument that equals the one of `like`."""
+        args = tuple(_shared(a, b) for a, b in zip(self.args, like.args, strict=True))
+        kwargs = {k: _shared(v, like.kwargs.get(k)) for k, v in self.kwargs.items()}
+        return Call(self.hidden[:0], args, kwargs)
+
+
+def _shared(value: Any, like: Any) -> Any:
+    """`like` if it equals `value`, so that equal masks of many batches are kept once."""
+    if isinstance(value, Tensor) and isinstance(like, Tensor):
+        return like if value.shape == like.shape and torch.equal(value, like) else value
+    if isinstance(value, tuple) and isinstance(like, tuple) and len(value) == len(like):
+        return tuple(_shared(v, k) for v, k in zip(value, like, strict=True))
+    return value
+
+
+def record_calls(source: Source, ids: Tensor) -> list[Call]:
+    """The calls of all layers on a batch of sequences [b, L]; no layer is run."""
+    calls: list[Call] = []
+    with replaced_forwards(source.layers, lambda _: calls.append):
+        source.model.get_decoder()(input_ids=ids.to(source.device), use_cache=False)
+    return calls
+
+
+@contextmanager
+def replaced_forward(module: nn.Module | None, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calling `module` calls `forward`. None: nothing is replaced."""
+    if module is None:
+        yield
+        return
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # uncovers the method of the class
+
+
+@contextmanager
+def replaced_forwards(
+    layers: nn.ModuleList, make: Callable[[int], Callable[[Call], Tensor | None]]
+) -> Iterator[None]:
+    """Within the block, layer i passes its call to `make(i)`, which returns the layer's output.
+
+    A returned None stands for the unchanged states.
+    """
+
+    def stand_in(handle: Callable[[Call], Tensor | None]) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = handle(Call(hidden_states, args, kwargs))
+            return hidden_states if out is None else out
+
+        return forward
+
+    for number, layer in enumerate(layers):
+        layer.forward = stand_in(make(number))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

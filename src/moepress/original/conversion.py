@@ -1,0 +1,153 @@
+"""From the tensors of a checkpoint to the parameters of transformers' model class.
+
+Checkpoints name and cut their tensors in many ways: Mixtral's keep w1, w2 and w3 of each expert
+apart, transformers 5 computes with all experts of a layer fused in one tensor. transformers' own
+conversion mapping says how to get from one to the other. It is run here for one parameter, or for
+one expert of a parameter, at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moepress.errors import CheckpointError
+from moepress.original.architectures import Experts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the checkpoint that goes into a parameter of the model."""
+
+    key: str
+    pattern: str | None  # source pattern of the converter that takes it; None: only renamed
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Which tensors of a checkpoint each parameter of a model is made of, and how."""
+
+    model: Any  # the skeleton
+    folder: Path  # named in errors
+    pieces: Mapping[str, list[Piece]]  # by parameter
+    converters: Mapping[str, Any]  # by source pattern
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        folder: Path,
+        keys: Collection[str],
+        needed: Collection[str],
+        experts: Collection[Experts],
+    ) -> Conversion:
+        """Plan the conversion by transformers' mapping for the class of `model`.
+
+        Args:
+            keys: names of all tensors of the checkpoint.
+            needed: names of all parameters and buffers that the checkpoint must provide.
+            experts: the routed experts of each layer.
+
+        Raises:
+            CheckpointError: a parameter gets no tensor, or an expert is missing.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(model) or []
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        listed = [m for m in mapping if isinstance(m, WeightConverter)]
+        state = model.state_dict()
+        pieces: dict[str, list[Piece]] = defaultdict(list)
+        for key in sorted(keys, key=dot_natural_key):
+            name, pattern = rename_source_key(
+                key, renamings, listed, model.base_model_prefix, state
+            )
+            if name not in state and key in state:
+                name, pattern = key, None
+            if name in state:
+                pieces[name].append(Piece(key, pattern))
+        converters = {p: c for c in listed for p in c.source_patterns}
+        conversion = cls(model, folder, pieces, converters)
+        conversion._check_complete(needed)
+        for one in experts:
+            conversion._check_experts(one)
+        return conversion
+
+    def convert(
+        self, name: str, expert: int | None, read: Callable[[str, int | None], Tensor]
+    ) -> dict[str, Tensor]:
+        """Make the parameter `name`, and whatever else its converter makes with it.
+
+        Args:
+            expert: make only this expert's row, [1, ...]; None: all of the parameter.
+            read: returns a tensor of the checkpoint by its key, or only row `expert` of it.
+        """
+        pieces = self.pieces.get(name) or self.pieces[self._first_target(name)]
+        pattern = pieces[0].pattern
+        if pattern is None:
+            return {name: read(pieces[0].key, expert)}
+        converter = deepcopy(self.converters[pattern])
+        by_pattern: dict[str | None, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            by_pattern[piece.pattern].append(piece)
+        for source_pattern, parts in by_pattern.items():
+            if expert is not None and "*" in str(source_pattern):
+                parts = [parts[expert]]  # the checkpoint has one tensor for each expert
+                values = [read(parts[0].key, None)]
+            else:
+                values = [read(p.key, expert) for p in parts]
+            for part, value in zip(parts, values, strict=True):
+                converter.add_tensor(name, part.key, source_pattern, lambda value=value: value)
+        made = converter.convert(name, model=self.model, config=self.model.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def _check_complete(self, needed: Collection[str]) -> None:
+        """Raise CheckpointError if a needed parameter gets no tensor of the checkpoint."""
+        made = set(self.pieces)
+        for name, parts in self.pieces.items():  # one converter may fill several parameters
+            if parts[0].pattern is not None:
+                targets = self.converters[parts[0].pattern].target_patterns
+                made |= {name.replace(targets[0], target) for target in targets}
+        missing = [n for n in needed if n not in made]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} has no tensor for {len(missing)} parameters of "
+                f"{type(self.model).__name__}, the first {missing[0]}. A shard is missing or the "
+                "config is another model's: fetch the model again."
+            )
+
+    def _check_experts(self, experts: Experts) -> None:
+        """Raise CheckpointError if experts that are apart on disk are not all there."""
+        for name in experts.parameters:
+            patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
+            for pattern in set(patterns):
+                if patterns.count(pattern) != experts.experts:
+                    raise CheckpointError(
+                        f"{self.folder} has {patterns.count(pattern)} of {experts.experts} "
+                        f"experts' {pattern} for {name}. Fetch the model again."
+                    )
+
+    def _first_target(self, name: str) -> str:
+        """The first target of the converter that also makes `name`.
+
+        Raises:
+            CheckpointError: no converter makes it.
+        """
+        for first, pieces in self.pieces.items():
+            if pieces[0].pattern is not None:
+                targets = self.converters[pieces[0].pattern].target_patterns
+                if name in {first.replace(targets[0], target) for target in targets[1:]}:
+                    return first
+        raise CheckpointError(f"{self.folder} has no tensor for {name}. Fetch the model again.")

@@ -1,0 +1,101 @@
+"""Routed experts on their way through a walk: the tokens that reach them, and their products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.original.batches import chunks
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of one expert, in the dtype of the computation."""
+
+    gate_up: Tensor  # [2I, H], gate rows first
+    down: Tensor  # [H, I]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What reaches the routed experts of one layer. T tokens of all sequences, k chosen each."""
+
+    hidden: Tensor  # [T, H] model dtype, input of the experts
+    index: Tensor  # [T, k] int64 chosen experts; an index of E or above means no expert
+    weight: Tensor  # [T, k] float32 routing weights
+    sensitivity: Tensor | None = None  # [T] float32, costs/sensitivity.py; None: all tokens alike
+    original: Tensor | None = None  # [T, H] `hidden` in the original model, where it is known
+
+    def with_sensitivity(self, sensitivity: Tensor | None) -> Routed:
+        return replace(self, sensitivity=sensitivity)
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Tokens of an expert [T_e] int64, rising, and their ranks [T_e] int64 in `index`."""
+        token, place = (self.index == expert).nonzero(as_tuple=True)
+        return token, place
+
+    def statistics(self, experts: int) -> tuple[Tensor, Tensor]:
+        """Tokens [E] int64 and summed routing weight [E] float64 of each expert."""
+        chosen = self.index.flatten()
+        real = chosen < experts
+        weight = self.weight.flatten().double()[real]
+        tokens = torch.bincount(chosen[real], minlength=experts)
+        sums = torch.zeros(experts, dtype=torch.float64)
+        return tokens, sums.index_add_(0, chosen[real], weight)
+
+
+@dataclass(frozen=True)
+class RoutedExpert:
+    """One routed expert: its weights, and the tokens of its layer that chose it."""
+
+    layer: int  # index of the decoder layer
+    number: int  # of the expert in its layer
+    module: Any  # the skeleton's experts module, for its gate function
+    weights: ExpertWeights  # original or rounded
+    routed: Routed
+
+    @cached_property
+    def _choices(self) -> tuple[Tensor, Tensor]:
+        return self.routed.of(self.number)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[T_e] int64 tokens that chose this expert, rising."""
+        return self._choices[0]
+
+    @property
+    def places(self) -> Tensor:
+        """[T_e] int64 where in the token's k choices this expert stands."""
+        return self._choices[1]
+
+    @cached_property
+    def gate(self) -> Tensor:
+        """[T_e] float32 routing weights of `tokens`."""
+        return self.routed.weight[self.tokens, self.places]
+
+    def with_weights(self, weights: ExpertWeights) -> RoutedExpert:
+        """The same expert with other weights, on the same tokens."""
+        return replace(self, weights=weights)
+
+    def add_output(self, output: Tensor) -> None:
+        """Add the weighted output of this expert on its tokens to `output` [T, H] float32."""
+        for chunk in chunks(self.tokens):
+            tokens = self.tokens[chunk]
+            x = self.routed.hidden[tokens].to(self.weights.down.device)
+            y = expert_forward(self.module, self.weights, x).float().cpu() * self.gate[chunk, None]
+            output.index_add_(0, tokens, y)
+
+
+def expert_hidden(module: Any, gate_up: Tensor, x: Tensor) -> Tensor:
+    """Input of an expert's down projection: act(gate x) * up x  # [T, I]."""
+    hidden: Tensor = module._apply_gate(F.linear(x, gate_up))
+    return hidden
+
+
+def expert_forward(module: Any, weights: ExpertWeights, x: Tensor) -> Tensor:
+    """Output of one expert on tokens [T, H] -> [T, H], before its routing weight."""
+    return F.linear(expert_hidden(module, weights.gate_up, x), weights.down)

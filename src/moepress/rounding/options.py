@@ -1,0 +1,50 @@
+"""What rounding needs to know of the user's choices, for experts or for the other linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moepress.format.codec import CODE_BITS, Codec, codec_for
+from moepress.recipe import Recipe
+from moepress.rounding.methods import needs_hessian
+from moepress.rounding.tokens import TokenPolicy
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How all matrices of one kind are rounded."""
+
+    quantizer: str  # a name of rounding/methods
+    family: str  # of codecs; widths that the family lacks are scalar
+    group_size: int  # the largest; rows that it does not divide take a smaller one
+    damping: float  # of the Hessian, in units of the mean of its diagonal
+    correction: float  # share of the errors of earlier layers that the weights make up for
+    tokens: TokenPolicy  # which tokens make the Hessian of a routed expert
+
+    @classmethod
+    def of_experts(cls, recipe: Recipe, quantizer: str) -> Rounding:
+        return cls._of(recipe, quantizer, recipe.expert_codec)
+
+    @classmethod
+    def of_linears(cls, recipe: Recipe, quantizer: str) -> Rounding:
+        """All linears but the routed experts."""
+        return cls._of(recipe, quantizer, recipe.linear_codec)
+
+    @classmethod
+    def _of(cls, recipe: Recipe, quantizer: str, family: str) -> Rounding:
+        policy = TokenPolicy(recipe.hessian_weight == "routing", recipe.token_floor, recipe.seed)
+        return cls(quantizer, family, recipe.group_size, recipe.damping, recipe.correction, policy)
+
+    def codec(self, bits: int, cols: int) -> Codec:
+        """The codec of a matrix [N, cols] at a width."""
+        family = self.family if bits in CODE_BITS[self.family] else "int"
+        return codec_for(bits, cols, self.group_size, family)
+
+    @property
+    def needs_hessian(self) -> bool:
+        return needs_hessian(self.quantizer)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether weights make up for errors of earlier layers."""
+        return self.correction > 0 and self.needs_hessian

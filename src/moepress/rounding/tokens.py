@@ -1,0 +1,55 @@
+"""Which tokens make the Hessian of a routed expert, and with what weight.
+
+An expert's own tokens do. Where they are few, others of its layer are added, so that rounding
+cannot treat any direction of its input as free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepress.original.experts import Routed
+
+# Weight of a borrowed token, relative to the mean of the expert's own. The expert will hardly see
+# such tokens; they only have to keep unseen directions from costing nothing.
+BORROWED_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class TokenPolicy:
+    """How the tokens of an expert's Hessian are chosen and weighted."""
+
+    by_routing_weight: bool  # g^2; else all own tokens weigh 1, as in the paper
+    floor: int  # an expert with fewer tokens borrows others of its layer, up to this many
+    seed: int  # of the choice of borrowed tokens
+
+
+def hessian_tokens(
+    routed: Routed, layer: int, expert: int, policy: TokenPolicy
+) -> tuple[Tensor, Tensor]:
+    """The tokens of an expert's Hessian, and their weights.
+
+    H = sum_t c_t x_t x_t^T with c = g^2, where g is the routing weight: the error of the block's
+    output is g (f(x) - f_b(x)), and rounding should keep its square small. Without
+    `by_routing_weight` it is the plain H of the paper. Borrowed tokens are random, and each weighs
+    a tenth of the mean of the expert's own.
+
+    Returns:
+        Tokens [T_h] int64 and weights c [T_h] float32.
+    """
+    tokens, places = routed.of(expert)
+    gate = routed.weight[tokens, places]
+    weights = gate.square() if policy.by_routing_weight else torch.ones_like(gate)
+    missing = min(policy.floor, len(routed.hidden)) - len(tokens)
+    if missing <= 0:
+        return tokens, weights
+    free = torch.ones(len(routed.hidden), dtype=torch.bool)
+    free[tokens] = False
+    others = free.nonzero().flatten()
+    generator = torch.Generator().manual_seed(policy.seed * 1_000_003 + layer * 10_007 + expert)
+    borrowed = others[torch.randperm(len(others), generator=generator)[:missing]]
+    each = BORROWED_WEIGHT * (weights.mean() if len(tokens) else torch.tensor(1.0))
+    return torch.cat([tokens, borrowed]), torch.cat([weights, each.expand(len(borrowed))])

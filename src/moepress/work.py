@@ -1,0 +1,161 @@
+"""The folder of a run: who owns it, what its work depends on, and which text it calibrates on.
+
+While a run is unfinished, its output folder has a folder `.moepress` inside: the work folder. It
+holds the calibration sequences and, for each stage, the results of the finished layers
+(format/journal.py). Every piece of work on disk names what it depends on (model, text, recipe), so
+that other work is refused rather than mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from moepress.costs.scores import ExpertScores
+from moepress.errors import InputError
+from moepress.format.checkpoint import (
+    SCORES,
+    is_compressed,
+    load_json,
+    load_tensors,
+    save_tensors,
+)
+from moepress.original.source import Source
+from moepress.recipe import ALLOCATION_FIELDS, Recipe
+from moepress.text import windows
+
+WORK = ".moepress"  # the work folder inside the output
+TEXT = "text.safetensors"  # the calibration sequences, in the work folder
+
+
+# What the work depends on
+
+
+def identity(source: Source, recipe: Recipe, ids: Tensor) -> dict[str, str]:
+    """What scores depend on: model, text, and the fields of the recipe that matter to them."""
+    from moepress import __version__
+
+    return {
+        "model": Path(source.name).name,
+        "model_fingerprint": source.fingerprint,
+        "text": text_digest(ids),
+        "recipe": recipe.digest(*ALLOCATION_FIELDS),
+        "moepress": __version__,
+    }
+
+
+def text_digest(ids: Tensor) -> str:
+    """A short hash of calibration sequences."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+
+
+# The calibration sequences
+
+
+def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
+    """The calibration sequences [S, L] int64 that a recipe asks for."""
+    tokens = windows.load_tokens(
+        recipe.calib,
+        _tokenizer(source),
+        recipe.sequences,
+        recipe.sequence_length,
+        recipe.seed,
+        model=lambda: _whole_model(source),
+    )
+    windows.check_vocab(tokens, source.config.get_text_config().vocab_size)
+    return tokens.ids
+
+
+def kept_ids(folder: Path, source: Source, recipe: Recipe) -> Tensor:
+    """The sequences that a stopped run kept in its work folder, or else those of the recipe.
+
+    Text that the model writes itself may differ with the number of threads, so a continued run must
+    use the sequences it began with.
+    """
+    path = folder / TEXT
+    return load_tensors(path)["ids"] if path.is_file() else calibration_ids(source, recipe)
+
+
+def keep_ids(folder: Path, ids: Tensor) -> None:
+    """Store the sequences in a work folder, unless it has some."""
+    if not (folder / TEXT).is_file():
+        save_tensors(folder / TEXT, {"ids": ids})
+
+
+def _tokenizer(source: Source) -> object:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source.folder)
+
+
+def _whole_model(source: Source) -> object:
+    """The original model in memory, to sample text from it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
+    return model.to(source.device)
+
+
+# The output folder
+
+
+def check_output(out: Path) -> None:
+    """Raise InputError if `out` is neither new, nor empty, nor a folder of moepress."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file. Expected a folder that is new, empty or ours.")
+    if out.exists() and any(out.iterdir()) and not ((out / WORK).is_dir() or is_compressed(out)):
+        raise InputError(
+            f"{out} is not empty and was not made by moepress. Choose another output folder."
+        )
+
+
+def claim(out: Path, work: Mapping[str, str]) -> bool:
+    """Take the folder `out` for this work.
+
+    Returns:
+        Whether the finished work is there already.
+
+    Raises:
+        InputError: `out` holds other work, or files that are not of moepress.
+    """
+    if not out.exists():
+        out.mkdir(parents=True)
+        return False
+    if out.is_dir() and is_compressed(out):
+        made = load_json(out / "config.json")["quantization_config"].get("provenance", {})
+        differs = sorted(key for key, value in work.items() if made.get(key) != value)
+        if differs:
+            raise InputError(
+                f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
+                "Choose another output or delete that folder."
+            )
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return True
+    check_output(out)
+    return False
+
+
+def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
+    """The scores in an output folder; None: it has none.
+
+    Args:
+        made_of: what scores depend on, `identity`.
+
+    Raises:
+        InputError: they are of another model, text or recipe.
+    """
+    path = out / SCORES
+    if not path.is_file():
+        return None
+    scores = ExpertScores.load(path)
+    differs = sorted(k for k, v in made_of.items() if scores.provenance.get(k) != v)
+    if differs:
+        raise InputError(
+            f"{path} holds scores that differ in: {', '.join(differs)}. Give the model, text and "
+            "options they were made with, choose another output, or delete that folder."
+        )
+    return scores
