@@ -123,7 +123,7 @@ class Model(NamedTuple):
     weights: int
     cache: int  # bytes of the KV cache of TOKENS tokens
     folders: tuple[int, ...]  # bytes, for each of BUDGETS
-    refused: str  # why it cannot be compressed today; "": it can
+    refused: str  # why it cannot be compressed yet; "": it can
 
     def memory(self, folder: int) -> float:
         """Bytes of memory that a folder of this model needs to run."""
@@ -217,7 +217,7 @@ def smallest(sizes: tuple[int, ...], needed: float) -> str:
 def table(models: Sequence[Model], sizes: tuple[int, ...], memory: str) -> str:
     """The Markdown table."""
     head = " | ".join(f"{bits} bits | {memory}" for bits in BUDGETS)
-    lines = [f"| model | bfloat16 | {head} | today |", "|---" * (3 + 2 * len(BUDGETS)) + "|"]
+    lines = [f"| model | bfloat16 | {head} | supported |", "|---" * (3 + 2 * len(BUDGETS)) + "|"]
     for model in models:
         cells = [model.name, f"{2 * model.weights / GB:.0f} GB"]
         for folder in model.folders:
@@ -231,7 +231,8 @@ def caption(models: Sequence[Model], sizes: tuple[int, ...], memory: str, option
     """How the table was computed."""
     caches = [model.cache / GB for model in models]
     return (
-        f"Computed, not measured: `python benchmarks/sizes.py{option}`. Size of the folder, and "
+        f"Computed, not measured: `python benchmarks/sizes.py{option}`. By average code bits of "
+        "the routed experts: size of the folder, and "
         f"the smallest {memory} of {', '.join(map(str, sizes))} GB that holds it: the folder, "
         f"{OVERHEAD / GB} GB and the KV cache of {TOKENS} tokens ({min(caches):.1f} to "
         f"{max(caches):.1f} GB) take at most {SHARE * 100:.0f} % of it. Assumed: attention, shared "
