@@ -1,0 +1,256 @@
+"""How large the default recipe makes published models, and in which memory they run: computed.
+
+    python benchmarks/sizes.py             # Markdown, RAM
+    python benchmarks/sizes.py --cards     # the same for memories of GPU cards
+
+Nothing is downloaded. `shapes/NAME.json` holds the fields of a model's config.json that decide its
+shape; transformers builds the model from it on the meta device, and the package counts bytes as
+`moepress compress` does before it reads a weight. Total weights are checked against the published
+number.
+
+Assumed, since widths other than those of the experts come from measured costs: attention, shared
+experts and dense MLPs 4 bits, embedding and head 8 bits. On the reference models the allocator
+chose 3 and 4 bits for most of these linears at 2.0 and 2.5 bits (docs/log.md, 2026-11-25).
+
+Not counted: the tokenizer (2 to 20 MB).
+
+Memory to run: the folder, plus OVERHEAD (peak RSS less the folder's size, measured while a model of
+4 layers of Mixtral-8x7B's shape generated; benchmarks/results.md, 2026-11-23), plus the KV cache of
+TOKENS tokens in bfloat16, as transformers stores it (DeepSeek-V3: the latents; gpt-oss: sliding
+windows in every second layer). A memory fits if that is at most SHARE of it, the share that
+`moepress compress` without a budget uses. GB are 1000^3 bytes.
+
+Sources of the shapes (read 2026-11-26). Where a model's own page was not at hand, a fine-tune's,
+which has the same shape:
+    Mixtral-8x7B-v0.1   huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1, config.json
+    Mixtral-8x22B-v0.1  huggingface.co/mistral-community/Mixtral-8x22B-v0.1, config.json
+    Qwen3-30B-A3B       huggingface.co/RTP-LLM/Qwen3-Coder-30B-A3B-Instruct-RTPurbo, config.json;
+                        gitcode.com/Ascend/MindSpeed-RL, configs/model/qwen3_30b_a3b.yaml
+    Qwen3-235B-A22B     gitcode.com/Ascend/MindSpeed-RL, configs/model/qwen3_235b_a22b.yaml
+    GLM-4.5-Air         huggingface.co/PrimeIntellect/INTELLECT-3-Base, config.json
+    gpt-oss-120b        transformers 5.24, GptOssConfig; docs.nvidia.com, Megatron Bridge, GPT OSS
+    DeepSeek-V3         transformers 5.24, DeepseekV3Config
+Published numbers of weights: the models' cards. GLM-4.5-Air's and DeepSeek-V3's leave out the layer
+that predicts a second token, and so does this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moepress.allocate import allocate
+from moepress.allocation.plan import BitAllocation
+from moepress.costs.scores import PARTS, ExpertScores
+from moepress.errors import InputError
+from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
+from moepress.original.source import Source, read_config, skeleton
+from moepress.propose import SHARE
+from moepress.recipe import Recipe
+from moepress.score import unmeasured
+
+SHAPES = Path(__file__).parent / "shapes"
+PUBLISHED = {  # billions of weights
+    "Qwen3-30B-A3B": 30.5,
+    "Mixtral-8x7B-v0.1": 46.7,
+    "GLM-4.5-Air": 106.0,
+    "gpt-oss-120b": 117.0,
+    "Mixtral-8x22B-v0.1": 141.0,
+    "Qwen3-235B-A22B": 235.0,
+    "DeepSeek-V3": 671.0,
+}
+TOLERANCE = 0.01  # of a published number, which is rounded
+
+BUDGETS = (2.0, 2.5, 3.0)  # average code bits of the routed experts
+LINEARS = {"attention_bits": 4, "shared_expert_bits": 4, "dense_mlp_bits": 4}
+EMBEDDING_AND_HEAD = {"embedding_bits": 8, "head_bits": 8}
+DEFAULT = Recipe(**LINEARS, **EMBEDDING_AND_HEAD)
+
+GB = 1e9
+OVERHEAD = 0.15 * GB
+TOKENS = 4096
+RAM = (16, 24, 32, 64, 96, 128, 192, 256, 512)  # GB
+CARDS = (24, 48, 80)
+
+
+class Shape(Source):
+    """A Source with a configuration and no weights: enough for all that counts bytes."""
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        self.name, self.folder = folder.name, folder
+        self.config, self.dtype = config, config.dtype
+        self.model = skeleton(config, config.dtype)
+        self.layers = decoder_layers(self.model)
+        try:
+            self.experts = find_experts(self.model)
+            self.refused = ""
+        except InputError as error:
+            self.experts = experts_of_any_form(self.model)
+            self.refused = str(error)
+        self._expert_names = {
+            f"{e.path}.{name}" for e in self.experts.values() for name in FUSED_PARAMETERS
+        }
+
+
+FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
+
+
+def experts_of_any_form(model: Any) -> dict[int, Experts]:
+    """Experts that `find_experts` refuses, as if they had the common layout."""
+    found = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for path, module in layer.named_modules():
+            if is_experts(module):
+                count, rows, cols = module.gate_up_proj.shape
+                rows, cols = (cols, rows) if module.is_transposed else (rows, cols)
+                where = f"model.layers.{index}.{path}"
+                found[index] = Experts(index, where, count, cols, rows // 2)
+    return found
+
+
+class Model(NamedTuple):
+    """What the table says of one model."""
+
+    name: str
+    weights: int
+    cache: int  # bytes of the KV cache of TOKENS tokens
+    folders: tuple[int, ...]  # bytes, for each of BUDGETS
+    refused: str  # why it cannot be compressed yet; "": it can
+
+    def memory(self, folder: int) -> float:
+        """Bytes of memory that a folder of this model needs to run."""
+        return folder + OVERHEAD + self.cache
+
+
+def describe(name: str) -> Model:
+    """Build a model from its shape and count.
+
+    Raises:
+        ValueError: the number of weights is not the published one.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name
+        folder.mkdir()
+        shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
+        config, reasons = original_config(folder)
+        source = Shape(folder, config)
+        if source.refused:
+            reasons.append("experts of another form")
+        scores = assumed_costs(unmeasured(source, DEFAULT))
+        plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
+    weights = sum(p.numel() for p in source.model.parameters())
+    if abs(weights / PUBLISHED[name] / 1e9 - 1) > TOLERANCE:
+        raise ValueError(f"{name} has {weights:,} weights, published are {PUBLISHED[name]}e9.")
+    check_plans(plans)
+    return Model(
+        name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans), "; ".join(reasons)
+    )
+
+
+def original_config(folder: Path) -> tuple[Any, list[str]]:
+    """The configuration as if the weights were published in 16 bits, and why they cannot be read.
+
+    `read_config` decides whether they can.
+    """
+    try:
+        return read_config(folder), []
+    except InputError:
+        fields = json.loads((folder / "config.json").read_text())
+        method = fields.pop("quantization_config")["quant_method"]
+        (folder / "config.json").write_text(json.dumps(fields))
+        return read_config(folder), [f"published in {method.upper()} only"]
+
+
+def assumed_costs(scores: ExpertScores) -> ExpertScores:
+    """Scores in which all experts are alike, and an error falls fourfold with each bit."""
+    bits = 4.0 ** -np.array(scores.bits)
+    parts = np.array([2.0, 1.0, 3.0])  # gate and up, down, both: by their weights
+    assert len(parts) == len(PARTS)
+    cost = np.broadcast_to(parts[:, None] * bits, scores.cost.shape).copy()
+    return dataclasses.replace(
+        scores,
+        tokens=np.ones_like(scores.tokens),
+        total_tokens=1,
+        cost=cost,
+        squared_error=cost[0],
+        residual_energy=np.ones_like(scores.residual_energy),
+    )
+
+
+def check_plans(plans: list[BitAllocation]) -> None:
+    """Raise ValueError where a plan misses its budget by more than a hundredth of a bit."""
+    for bits, plan in zip(BUDGETS, plans, strict=True):
+        if not 0 <= bits - plan.average_bits < 0.01:
+            raise ValueError(f"A plan has {plan.average_bits} bits, asked were {bits}.")
+
+
+def cache_bytes(config: Any) -> int:
+    """Bytes of the KV cache of TOKENS tokens, in bfloat16."""
+    if getattr(config, "kv_lora_rank", None):
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        head = getattr(config, "head_dim", None) or hidden // heads
+        width = 2 * config.num_key_value_heads * head
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    kept = sum(
+        min(TOKENS, config.sliding_window) if kind == "sliding_attention" else TOKENS
+        for kind in kinds
+    )
+    return 2 * width * kept
+
+
+def smallest(sizes: tuple[int, ...], needed: float) -> str:
+    """The smallest memory that `needed` bytes fit in."""
+    return next((f"{size} GB" for size in sizes if needed <= SHARE * size * GB), "none of these")
+
+
+def table(models: Sequence[Model], sizes: tuple[int, ...], memory: str) -> str:
+    """The Markdown table."""
+    head = " | ".join(f"{bits} bits | {memory}" for bits in BUDGETS)
+    lines = [f"| model | bfloat16 | {head} | supported |", "|---" * (3 + 2 * len(BUDGETS)) + "|"]
+    for model in models:
+        cells = [model.name, f"{2 * model.weights / GB:.0f} GB"]
+        for folder in model.folders:
+            cells += [f"{folder / GB:.1f} GB", smallest(sizes, model.memory(folder))]
+        cells.append(f"not yet: {model.refused}" if model.refused else "yes")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def caption(models: Sequence[Model], sizes: tuple[int, ...], memory: str, option: str) -> str:
+    """How the table was computed."""
+    caches = [model.cache / GB for model in models]
+    return (
+        f"Computed, not measured: `python benchmarks/sizes.py{option}`. By average code bits of "
+        "the routed experts: size of the folder, and "
+        f"the smallest {memory} of {', '.join(map(str, sizes))} GB that holds it: the folder, "
+        f"{OVERHEAD / GB} GB and the KV cache of {TOKENS} tokens ({min(caches):.1f} to "
+        f"{max(caches):.1f} GB) take at most {SHARE * 100:.0f} % of it. Assumed: attention, shared "
+        "experts and dense MLPs at 4 bits, embedding and head at 8; a real run chooses these "
+        "widths by measured costs."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cards", action="store_true", help="memories of GPU cards, not RAM")
+    cards = parser.parse_args().cards
+    models = [describe(name) for name in PUBLISHED]
+    sizes, memory, option = (CARDS, "card", " --cards") if cards else (RAM, "RAM", "")
+    print(table(models, sizes, memory), caption(models, sizes, memory, option), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
