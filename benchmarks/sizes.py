@@ -49,10 +49,12 @@ import numpy as np
 
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
-from moepress.costs.scores import PARTS, ExpertScores
+from moepress.allocation.tensors import ModelTensors
+from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.errors import InputError
 from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
-from moepress.original.source import Source, read_config, skeleton
+from moepress.original.folder import read_config
+from moepress.original.source import Source, skeleton
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
@@ -95,12 +97,6 @@ class Shape(Source):
         except InputError as error:
             self.experts = experts_of_any_form(self.model)
             self.refused = str(error)
-        self._expert_names = {
-            f"{e.path}.{name}" for e in self.experts.values() for name in FUSED_PARAMETERS
-        }
-
-
-FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 def experts_of_any_form(model: Any) -> dict[int, Experts]:
@@ -144,7 +140,7 @@ def describe(name: str) -> Model:
         source = Shape(folder, config)
         if source.refused:
             reasons.append("experts of another form")
-        scores = assumed_costs(unmeasured(source, DEFAULT))
+        scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
         plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
     weights = sum(p.numel() for p in source.model.parameters())
     if abs(weights / PUBLISHED[name] / 1e9 - 1) > TOLERANCE:
@@ -172,9 +168,9 @@ def original_config(folder: Path) -> tuple[Any, list[str]]:
 def assumed_costs(scores: ExpertScores) -> ExpertScores:
     """Scores in which all experts are alike, and an error falls fourfold with each bit."""
     bits = 4.0 ** -np.array(scores.bits)
-    parts = np.array([2.0, 1.0, 3.0])  # gate and up, down, both: by their weights
-    assert len(parts) == len(PARTS)
-    cost = np.broadcast_to(parts[:, None] * bits, scores.cost.shape).copy()
+    weights = np.array([2.0, 1.0, 3.0])  # gate and up, down, both: by their weights
+    assert len(weights) == len(ROUNDED)
+    cost = np.broadcast_to(weights[:, None] * bits, scores.cost.shape).copy()
     return dataclasses.replace(
         scores,
         tokens=np.ones_like(scores.tokens),

@@ -9,7 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from moepress.original.source import Source, read_config
+from moepress.allocation.tensors import ModelTensors
+from moepress.costs.scores import ExpertScores
+from moepress.original.folder import read_config
+from moepress.original.source import Source
 from moepress.score import unmeasured
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +36,11 @@ def test_a_shape_counts_like_the_model(
 ) -> None:
     folder = model_folder(family)
     recipe = sizes.DEFAULT.with_changes(group_size=32)
-    shape = unmeasured(sizes.Shape(folder, read_config(folder)), recipe)
-    model = unmeasured(Source(folder), recipe)
+
+    def counted(source: Source) -> ExpertScores:
+        return unmeasured(source, recipe, ModelTensors.of(source, recipe))
+
+    shape, model = counted(sizes.Shape(folder, read_config(folder))), counted(Source(folder))
     for name in ("fixed_bytes", "fixed_weights", "file_bytes", "gate_up_shape", "down_shape"):
         assert getattr(shape, name) == getattr(model, name), name
     assert shape.tokens.shape == model.tokens.shape
