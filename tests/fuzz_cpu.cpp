@@ -80,7 +80,7 @@ void linear() {
     const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
     Buffer<uint8_t> packed = random_bytes(given);
     Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
-    const int32_t result = moepress_linear(
+    const int32_t result = moepress_scalar_linear(
         x.get(), tokens, cols, packed.get(), given, rows, bits, group,
         pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), y.get());
     expect(result == (given == right ? kOk : kBadBytes), "linear: wrong result");
@@ -98,7 +98,7 @@ void embedding() {
         good = good && ids.at[size_t(i)] >= 0 && ids.at[size_t(i)] < rows;
     }
     Buffer<float> y(n * cols);
-    const int32_t result = moepress_embedding(ids.get(), n, packed.get(), size, rows, cols, bits,
+    const int32_t result = moepress_scalar_embedding(ids.get(), n, packed.get(), size, rows, cols, bits,
                                               group, y.get());
     expect(result == (good ? kOk : kBadId), "embedding: wrong result");
 }
@@ -126,7 +126,7 @@ void experts() {
     for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
     Buffer<float> x = random_floats(tokens * hidden), weight = random_floats(tokens * k);
     Buffer<float> y(tokens * hidden);
-    const int32_t result = moepress_experts(
+    const int32_t result = moepress_scalar_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
         groups[1], count, inner, int(pick(0, 9)), one_of({8, 16}), int(pick(1, 3)), y.get());

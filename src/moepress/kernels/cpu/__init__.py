@@ -34,7 +34,7 @@ from moepress.codec import Codec
 from moepress.errors import InputError, MoepressError
 from moepress.kernels import reference
 
-INTERFACE = 4  # of moepress.h
+INTERFACE = 5  # of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -52,16 +52,16 @@ RESULTS = {
 }
 
 _SIGNATURES = {
-    "moepress_linear": (
+    "moepress_scalar_linear": (
         c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
         c_int32, c_int32, c_void_p,
     ),
-    "moepress_experts": (
+    "moepress_scalar_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
         c_int32, c_void_p,
     ),
-    "moepress_embedding": (
+    "moepress_scalar_embedding": (
         c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
     ),
     "moepress_drop": (
@@ -133,7 +133,7 @@ def linear(
     out = rows.new_empty(len(rows), out_features)
     trellis = codec.family == "trellis"  # always of 16-bit activations
     _call(
-        "moepress_trellis_linear" if trellis else "moepress_linear",
+        "moepress_trellis_linear" if trellis else "moepress_scalar_linear",
         rows.data_ptr(),
         *rows.shape,
         packed.data_ptr(),
@@ -181,7 +181,7 @@ def experts(
     out = torch.empty_like(x)
     trellis = family == "trellis"  # always of 16-bit activations
     _call(
-        "moepress_trellis_experts" if trellis else "moepress_experts",
+        "moepress_trellis_experts" if trellis else "moepress_scalar_experts",
         x.data_ptr(),
         *x.shape,
         index.data_ptr(),
@@ -212,7 +212,7 @@ def embedding(
     wanted = ids.long().contiguous()
     out = wanted.new_empty((*ids.shape, cols), dtype=torch.float32)
     _call(
-        "moepress_embedding",
+        "moepress_scalar_embedding",
         wanted.data_ptr(),
         wanted.numel(),
         packed.data_ptr(),
