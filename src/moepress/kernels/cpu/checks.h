@@ -12,7 +12,8 @@
 
 namespace moepress {
 
-// The result of body(), or kNoMemory if it throws: std::bad_alloc, or std::length_error of a vector.
+// The result of body(), or kNoMemory if it throws: std::bad_alloc, or std::length_error of a
+// vector.
 template <class Body>
 int32_t guarded(Body body) {
     try {

@@ -1,11 +1,11 @@
-// What the driver (linear.h, experts.h) needs from a codec. ScalarCodec and TrellisCodec are two types
-// with these members; the driver is a template over them.
+// What the driver (linear.h, experts.h) needs from a codec. ScalarCodec and TrellisCodec are two
+// types with these members; the driver is a template over them.
 //
 //     Matrix                     ScalarMatrix, TrellisMatrix
-//     kStripRows                 A strip is what one call of a product kernel multiplies: a block of 16
-//                                rows of a scalar matrix, a slab of 64 rows of a trellis matrix.
-//     kMixesColumns              Whether preparing activations mixes the columns of a token. If not,
-//                                each group of columns can be prepared as soon as it is known.
+//     kStripRows                 A strip is what one call of a product kernel multiplies: a block of
+//                                16 rows of a scalar matrix, a slab of 64 rows of a trellis matrix.
+//     kMixesColumns              Whether preparing activations mixes the columns of a token. If
+//                                not, a group of columns can be prepared as soon as it is known.
 //     kChunkTokens               Most tokens that the driver takes at a time.
 //     kProductTokens             Tokens for which `multiply` needs room in `out`.
 //     panel_tokens()             Most tokens of a panel (routing.h).
@@ -17,15 +17,15 @@
 //     glu(activation, gate, up, n)      gate <- act(gate) * up
 //     Activations                The prepared activations of all panels of a routing:
 //         Activations(codec, routing, cols, group, of)     allocates
-//         items(), fill(item, x)        prepare x [tokens][cols], in items() independent items of work
+//         items(), fill(item, x)        prepare x [tokens][cols] in items() items of work
 //         fill_group(i, t, j, h)        unless kMixesColumns: group j of token t of panel i
 //         fill_row(pair, row)           if kMixesColumns: all columns of a pair; overwrites row
 #pragma once
 
 namespace moepress {
 
-// Whose activations: of tokens, the same for all experts that a token chose (the input of gate and up),
-// or of pairs (the input of down).
+// Whose activations: of tokens, the same for all experts that a token chose (the input of gate and
+// up), or of pairs (the input of down).
 enum class Of { kTokens, kPairs };
 
 }  // namespace moepress

@@ -1,4 +1,5 @@
-// Which instruction set runs: the best that was compiled and that this CPU has, or the one asked for.
+// Which instruction set runs: the best that was compiled and that this CPU has, or the one asked
+// for.
 
 #include <atomic>
 #include <cstring>

@@ -1,5 +1,6 @@
-// Online dynamic pruning: drop those of a token's chosen experts that are not worth running. This takes
-// some nanoseconds for a token; as a dozen tensor operations it would take longer than a small layer.
+// Online dynamic pruning: drop those of a token's chosen experts that are not worth running. This
+// takes some nanoseconds for a token; as a dozen tensor operations it would take longer than a
+// small layer.
 
 #include <cstdint>
 
@@ -7,7 +8,8 @@
 
 namespace {
 
-// One token: sort its choices by falling weight, equal ones in their order, and drop the small ones.
+// One token: sort its choices by falling weight, equal ones in their order, and drop the small
+// ones.
 void drop_token(const int64_t* index, const float* weight, int64_t k, int64_t experts,
                 const float* thresholds, bool renormalise, bool keep, int64_t* ranked,
                 float* kept, uint8_t* dropped) {

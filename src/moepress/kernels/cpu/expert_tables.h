@@ -1,4 +1,5 @@
-// The matrices of a layer's experts, found through their tables. M is ScalarMatrix or TrellisMatrix.
+// The matrices of a layer's experts, found through their tables. M is ScalarMatrix or
+// TrellisMatrix.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,9 @@
 
 namespace moepress {
 
-// Append to `out` the matrices that `table` [experts][2] lists: first byte, code bits. A matrix of 0
-// bits has no bytes. Fails where there is no such codec, or where a matrix reaches outside `bytes`.
+// Append to `out` the matrices that `table` [experts][2] lists: first byte, code bits. A matrix of
+// 0 bits has no bytes. Fails where there is no such codec, or where a matrix reaches outside
+// `bytes`.
 template <class M>
 Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int64_t experts,
                   int64_t rows, int64_t cols, int group, std::vector<M>& out) {

@@ -2,12 +2,12 @@
 //
 //     y_t = sum over k of  weight[t][k] * down_e(act(gate_e x_t) * up_e x_t),   e = index[t][k]
 //
-//     1. sort the chosen (token, expert) pairs by expert and cut each expert's into panels (routing.h)
+//     1. sort the chosen (token, expert) pairs by expert, cut each expert's into panels (routing.h)
 //     2. prepare the tokens, in panels
 //     3. gate and up, activation, preparation for down (gate_up.h)
-//     4. an item of work is a strip of output rows: down of all experts, weighted, summed in the order
-//        of the experts. Two threads never write the same output, so that results do not depend on the
-//        number of threads.
+//     4. an item of work is a strip of output rows: down of all experts, weighted, summed in the
+//        order of the experts. Two threads never write the same output, so that results do not
+//        depend on the number of threads.
 #pragma once
 
 #include <algorithm>

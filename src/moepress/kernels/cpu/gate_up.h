@@ -1,6 +1,6 @@
-// The first half of the experts: for each pair, h = act(gate x) * up x, prepared for the product with
-// down. There are two ways, because a codec that mixes columns can prepare h only when all of it is
-// known. `GateUp` is the one that a codec takes.
+// The first half of the experts: for each pair, h = act(gate x) * up x, prepared for the product
+// with down. There are two ways, because a codec that mixes columns can prepare h only when all of
+// it is known. `GateUp` is the one that a codec takes.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,9 @@ class GateUpByGroup {
         alignas(64) float gate[Codec::kRunWidth * kMaxGroup];  // [panels][panel_tokens][group]
         alignas(64) float up[Codec::kRunWidth * kMaxGroup];
         Products<Codec> products;
-        const auto start = [&](size_t i) { return (i - item.first) * size_t(panel_tokens * group); };
+        const auto start = [&](size_t i) {
+            return (i - item.first) * size_t(panel_tokens * group);
+        };
         for (int strip = 0; strip < group / Codec::kStripRows; ++strip)
             for (size_t i = item.first; i < item.last; ++i)
                 for (float* side : {gate, up}) {
@@ -94,8 +96,8 @@ class GateUpByGroup {
     std::vector<Item> items_;
 };
 
-// Row by row. An item of work is first an expert and a strip of gate and up, whose products are kept;
-// then a pair: activation, preparation.
+// Row by row. An item of work is first an expert and a strip of gate and up, whose products are
+// kept; then a pair: activation, preparation.
 template <class Codec>
 class GateUpByRow {
   public:

@@ -1,6 +1,6 @@
-// What an instruction set provides (`Isa`): a table of functions that each do a small piece of work.
-// The functions are compiled once for each instruction set, by avx512.cpp, avx2.cpp and portable.cpp.
-// dispatch.cpp picks the table that runs.
+// What an instruction set provides (`Isa`): a table of functions that each do a small piece of
+// work. The functions are compiled once for each instruction set, by avx512.cpp, avx2.cpp and
+// portable.cpp. dispatch.cpp picks the table that runs.
 #pragma once
 
 #include <cstdint>
@@ -72,9 +72,9 @@ using TrellisRotate = void (*)(float* x, int64_t cols);
 using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
                               int64_t place);
 
-// One step of Viterbi's algorithm (viterbi.cpp): the costs of all states to `next`, and to `origin`,
-// for each group of states with the same older bits, [2^(12 - bits)], which predecessor was best.
-// `values` [4096] and `target` are in steps of 1 / kUnit.
+// One step of Viterbi's algorithm (viterbi.cpp): the costs of all states to `next`, and to
+// `origin`, for each group of states with the same older bits, [2^(12 - bits)], which predecessor
+// was best. `values` [4096] and `target` are in steps of 1 / kUnit.
 using ViterbiStep = void (*)(const uint16_t* costs, const int16_t* values, int16_t target,
                              uint16_t* next, uint8_t* origin);
 

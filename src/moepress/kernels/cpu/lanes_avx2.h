@@ -22,9 +22,9 @@ struct Avx2Lanes {
     };
 
     // vpmaddubsw adds two products into 16 bits and saturates. A product is at most 127 * (2^bits -
-    // 1) and a quad adds two of them to a sum, so 2^14 / (127 * (2^bits - 1)) quads fit: 128, 43, 18, 8
-    // at 1, 2, 3, 4 bits. After eight quads, `carry` moves the sums into 32 bits. 8-bit codes are split
-    // into two nibbles, which are summed separately.
+    // 1) and a quad adds two of them to a sum, so 2^14 / (127 * (2^bits - 1)) quads fit: 128, 43,
+    // 18, 8 at 1, 2, 3, 4 bits. After eight quads, `carry` moves the sums into 32 bits. 8-bit codes
+    // are split into two nibbles, which are summed separately.
     template <int bits>
     struct Dot {
         __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};      // [8] int32

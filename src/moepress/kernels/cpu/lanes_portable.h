@@ -1,12 +1,12 @@
 // `Lanes` for every machine: sixteen rows in four vectors of 16 bytes, which GCC and Clang lower to
 // what the machine has: NEON on ARM, SSE2 on old x86, plain integers elsewhere.
 //
-// This is the plainest of the lanes_*.h, so it says what `Lanes` means to its users. A `Lanes` computes
-// 16 rows of a matrix side by side.
+// This is the plainest of the lanes_*.h, so it says what `Lanes` means to its users. A `Lanes`
+// computes 16 rows of a matrix side by side.
 //
 //     max_width       most tokens of a scalar panel: their sums must fit the registers
-//     sums_any_byte   whether Dot<8>, without carrying, can sum codes of any 8 bits: then codes may stay
-//                     where they are in their bytes (scalar_product.h, kInPlace)
+//     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits may
+//                     stay where they are in their bytes (scalar_product.h, kInPlace)
 //     sums            sums that one token should have, to hide the latency of an addition
 //
 //     Codes           [16 rows][4 columns] uint8: a quad of scalar codes
@@ -149,7 +149,8 @@ struct PortableLanes {
     static Float bfloat16(const uint8_t* at) {  // [16] bfloat16, little endian
         Float out;
         uint32_t bits[16];
-        for (int r = 0; r < 16; ++r) bits[r] = uint32_t(at[2 * r]) << 16 | uint32_t(at[2 * r + 1]) << 24;
+        for (int r = 0; r < 16; ++r)
+            bits[r] = uint32_t(at[2 * r]) << 16 | uint32_t(at[2 * r + 1]) << 24;
         std::memcpy(&out, bits, 64);
         return out;
     }
@@ -218,7 +219,8 @@ struct PortableLanes {
         }
         Float value(int32_t less) const {
             Float out;
-            for (int i = 0; i < 4; ++i) out.part[i] = __builtin_convertvector(sum[i] - less, Float4);
+            for (int i = 0; i < 4; ++i)
+                out.part[i] = __builtin_convertvector(sum[i] - less, Float4);
             return out;
         }
     };

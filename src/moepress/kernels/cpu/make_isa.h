@@ -1,13 +1,14 @@
 // Makes the table of an instruction set (isa.h) from its types.
 //
 // To add an instruction set: write lanes_NAME.h, with a struct `NameLanes` that has the members of
-// `PortableLanes` (lanes_portable.h); write NAME.cpp like avx2.cpp; add its flags to CMakeLists.txt,
-// and its table and the test for it to dispatch.cpp. `Search` is the type with the steps of Viterbi's
-// algorithm: viterbi_avx2.h or viterbi_portable.h.
+// `PortableLanes` (lanes_portable.h); write NAME.cpp like avx2.cpp; add its flags to
+// CMakeLists.txt, and its table and the test for it to dispatch.cpp. `Search` is the type with the
+// steps of Viterbi's algorithm: viterbi_avx2.h or viterbi_portable.h.
 //
-// Everything that this file includes is compiled once for each instruction set. So all of it must have
-// internal linkage (an unnamed namespace; a template over such a type has it too): of two functions
-// with the same name the linker would keep one, and CPUs without its instructions would fail.
+// Everything that this file includes is compiled once for each instruction set. So all of it must
+// have internal linkage (an unnamed namespace; a template over such a type has it too): of two
+// functions with the same name the linker would keep one, and CPUs without its instructions would
+// fail.
 #pragma once
 
 #include <cstddef>

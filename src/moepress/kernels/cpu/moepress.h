@@ -75,17 +75,17 @@ MOEPRESS_API int32_t moepress_trellis_experts(
     int32_t down_group, int64_t experts, int64_t intermediate, int32_t activation, int32_t threads,
     float* y);
 
-// branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in units
-// of code values (quantizers/viterbi.py). viterbi.cpp.
+// branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in
+// units of code values (quantizers/viterbi.py). viterbi.cpp.
 MOEPRESS_API int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
                                              int32_t threads, uint8_t* branches);
 
 // ---- Online pruning (drop.cpp) ------------------------------------------------------------------
 
-// Rank a token's choices by falling weight. A choice whose weight is below thresholds[rank] times the
-// largest is dropped: its index becomes `experts`, its weight 0. With `renormalise` the remaining
-// weights are scaled to the sum of all. Tokens whose `keep` is not 0 keep all; keep may be null. All
-// arrays are [tokens][k], except thresholds [k] and keep [tokens].
+// Rank a token's choices by falling weight. A choice whose weight is below thresholds[rank] times
+// the largest is dropped: its index becomes `experts`, its weight 0. With `renormalise` the
+// remaining weights are scaled to the sum of all. Tokens whose `keep` is not 0 keep all; keep may
+// be null. All arrays are [tokens][k], except thresholds [k] and keep [tokens].
 MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, int64_t tokens,
                                    int64_t k, int64_t experts, const float* thresholds,
                                    int32_t renormalise, const uint8_t* keep, int64_t* ranked,

@@ -36,8 +36,8 @@ inline GroupScale group_scale(const float* x, int n, float range) {
     }
     float amax;
     std::memcpy(&amax, &largest, 4);
-    // A group below 2^-100 counts as 0, since its inverse would overflow. Infinity and NaN must reach
-    // the output, so the scale is then NaN.
+    // A group below 2^-100 counts as 0, since its inverse would overflow. Infinity and NaN must
+    // reach the output, so the scale is then NaN.
     const bool counts = amax >= 0x1p-100f && largest < infinity;
     float scale = counts ? amax / range : 0.0f;
     if (largest >= infinity) std::memcpy(&scale, "\0\0\xC0\x7F", 4);

@@ -37,7 +37,8 @@ struct Routing {
 };
 
 // Sort the choices index, weight [tokens][k] into pairs and cut them into panels of at most
-// `panel_tokens`. An index that is no expert makes no pair; nor does an expert that is not `present`.
+// `panel_tokens`. An index that is no expert makes no pair; nor does an expert that is not
+// `present`.
 Routing route(const int64_t* index, const float* weight, int64_t tokens, int64_t k,
               const std::vector<bool>& present, int panel_tokens);
 

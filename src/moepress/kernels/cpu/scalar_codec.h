@@ -1,8 +1,8 @@
 // The codec of scalar matrices, for the driver (codec.h says what the members mean).
 //
-// Each panel of tokens has rounded activations of its own, interleaved as the kernel reads them (isa.h,
-// ScalarPanel). With activation bits 16 a token takes two columns of its panel, the high and the low
-// parts of its codes (two planes), whose products `multiply` adds.
+// Each panel of tokens has rounded activations of its own, interleaved as the kernel reads them
+// (isa.h, ScalarPanel). With activation bits 16 a token takes two columns of its panel, the high
+// and the low parts of its codes (two planes), whose products `multiply` adds.
 #pragma once
 
 #include <algorithm>
@@ -48,11 +48,15 @@ class ScalarCodec {
         isa_.glu(activation, gate, up, n);
     }
 
-    static int64_t linear_grain(int64_t blocks, int threads) { return grain_for(blocks, threads, 8); }
-    static int64_t gate_up_grain(int64_t items, int threads) { return grain_for(items, threads, 4); }
+    static int64_t linear_grain(int64_t blocks, int threads) {
+        return grain_for(blocks, threads, 8);
+    }
+    static int64_t gate_up_grain(int64_t items, int threads) {
+        return grain_for(items, threads, 4);
+    }
 
-    // With few tokens, reading the weights is the cost. Then a thread takes runs of some 100 KB, since
-    // a run starts without what is prefetched later; but 8 runs for each thread are enough.
+    // With few tokens, reading the weights is the cost. Then a thread takes runs of some 100 KB,
+    // since a run starts without what is prefetched later; but 8 runs for each thread are enough.
     static int64_t down_grain(const Matrix& w, int64_t tokens, int threads) {
         const int64_t blocks = w.blocks();
         if (tokens > kMaxWidth) return grain_for(blocks, threads, 4);
@@ -61,8 +65,9 @@ class ScalarCodec {
         return (blocks + threads * runs - 1) / (threads * runs);
     }
 
-    // Panels of an expert that one item of work multiplies with gate and up: their kRunWidth columns
-    // bound the buffers of an item. Their activations and one block's codes fit the second-level cache.
+    // Panels of an expert that one item of work multiplies with gate and up: their kRunWidth
+    // columns bound the buffers of an item. Their activations and one block's codes fit the
+    // second-level cache.
     static constexpr int kRunWidth = 64;
     size_t panels_per_run() const { return size_t(kRunWidth / isa_.max_width); }
 
@@ -147,8 +152,11 @@ inline void ScalarCodec::multiply(const Matrix& w, int64_t block, const Activati
     isa_.scalar_dot[w.bits][__builtin_ctz(unsigned(x.width))](w.block(block), w.cols, w.group, x,
                                                               out);
     if (planes_ == 1) return;
-    for (int t = 0; t < panel.count; ++t)  // high plane + low plane
-        for (int r = 0; r < kBlockRows; ++r) out[16 * t + r] = out[32 * t + r] + out[32 * t + 16 + r];
+    for (int t = 0; t < panel.count; ++t) {
+        const float* high = out + 2 * kBlockRows * t;
+        const float* low = high + kBlockRows;
+        for (int r = 0; r < kBlockRows; ++r) out[kBlockRows * t + r] = high[r] + low[r];
+    }
 }
 
 }  // namespace moepress

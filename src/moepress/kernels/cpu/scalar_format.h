@@ -1,5 +1,5 @@
-// Sizes in the layout of scalar matrices (docs/format.md, "Blocks"). Internal linkage: files that are
-// compiled for different instruction sets must not share a function.
+// Sizes in the layout of scalar matrices (docs/format.md, "Blocks"). Internal linkage: files that
+// are compiled for different instruction sets must not share a function.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// A scalar matrix in its packed bytes (docs/format.md): blocks of 16 rows. Where they are, and single
-// rows of weights.
+// A scalar matrix in its packed bytes (docs/format.md): blocks of 16 rows. Where they are, and
+// single rows of weights.
 #pragma once
 
 #include <cstdint>

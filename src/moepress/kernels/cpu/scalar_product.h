@@ -1,7 +1,9 @@
 // The product of a block, 16 rows of a scalar matrix, and a panel of tokens. Written once over
-// `Lanes` (lanes_portable.h lists what it has to provide) and instantiated for each instruction set.
+// `Lanes` (lanes_portable.h lists what it has to provide) and instantiated for each instruction
+// set.
 //
-// With the codes c, scale s and zero z of a row in a group, and activations x = a q in 8-bit codes q:
+// With the codes c, scale s and zero z of a row in a group, and activations x = a q in 8-bit codes
+// q:
 //
 //     y = sum over groups of  s (a sum(c q) - z a sum(q))
 //
@@ -14,8 +16,8 @@
 //     unit    32 columns of 16 rows: 8 quads of 4 columns, 64 * bits bytes
 //     quad    4 columns of 16 rows, one byte for each code: one register, [16 rows][4 columns]
 //
-// `codes_of` decodes a quad (docs/format.md, "Tiles"). It is then multiplied with every token of the
-// panel, so that decoding costs one or two instructions for `width` dot products.
+// `codes_of` decodes a quad (docs/format.md, "Tiles"). It is then multiplied with every token of
+// the panel, so that decoding costs one or two instructions for `width` dot products.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +36,9 @@ template <class Lanes, int bits, int width>
 constexpr bool kInPlace = Lanes::sums_any_byte && width == 1 &&
                           (bits == 1 || bits == 2 || bits == 4);
 
-// Decode quad `quad`, 0 to 7, of a unit: the codes of 16 rows and 4 columns. `plane` holds the unit's
-// codes, 8 / bits quads in each run of 64 bytes; at 3 bits their low two bits, and `high` the third.
+// Decode quad `quad`, 0 to 7, of a unit: the codes of 16 rows and 4 columns. `plane` holds the
+// unit's codes, 8 / bits quads in each run of 64 bytes; at 3 bits their low two bits, and `high`
+// the third.
 template <class Lanes, int bits, int quad, bool in_place>
 [[gnu::always_inline]] inline typename Lanes::Codes codes_of(const uint8_t* plane,
                                                              const uint8_t* high) {
@@ -47,8 +50,8 @@ template <class Lanes, int bits, int quad, bool in_place>
     return low;
 }
 
-// Add the products of quads `quad` to 7 of a unit with all tokens. A token has `ways` sums in `dot`,
-// used in turn, since consecutive additions to one sum would wait for each other.
+// Add the products of quads `quad` to 7 of a unit with all tokens. A token has `ways` sums in
+// `dot`, used in turn, since consecutive additions to one sum would wait for each other.
 template <class Lanes, int bits, int width, int ways, int quad = 0>
 [[gnu::always_inline]] inline void add_quads(const uint8_t* plane, const uint8_t* high,
                                              const int8_t* x,
@@ -66,12 +69,12 @@ template <class Lanes, int bits, int width, int ways, int quad = 0>
 }
 
 // Products with one or two tokens are bound by memory. Hardware prefetching alone leaves a third of
-// the bandwidth unused: it stops at every page, and a block is three streams (codes, scales, zeros).
-// So codes are prefetched this many bytes ahead, scales and zeros one block ahead. The target is the
-// second-level cache: the first level has too few buffers for misses to cover the latency. Measured
-// on Zen 4 with 2-bit codes and one thread, where a plain read gets 26 GB/s: 11 GB/s without
-// prefetching, 15 into the first level, 23 into the second. 4 KB ahead is too few; 8 to 12 KB make no
-// difference.
+// the bandwidth unused: it stops at every page, and a block is three streams (codes, scales,
+// zeros). So codes are prefetched this many bytes ahead, scales and zeros one block ahead. The
+// target is the second-level cache: the first level has too few buffers for misses to cover the
+// latency. Measured on Zen 4 with 2-bit codes and one thread, where a plain read gets 26 GB/s: 11
+// GB/s without prefetching, 15 into the first level, 23 into the second. 4 KB ahead is too few; 8
+// to 12 KB make no difference.
 constexpr int kCodesAhead = 8192;
 
 template <class Lanes, int bits, int width>

@@ -1,5 +1,5 @@
-// One strip of a matrix (codec.h) times one panel, for each user of the products: linear.h, gate_up.h
-// and experts.h.
+// One strip of a matrix (codec.h) times one panel, for each user of the products: linear.h,
+// gate_up.h and experts.h.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,8 @@ struct Products {
     alignas(64) float at[Codec::kProductTokens * Codec::kStripRows];
 };
 
-// Multiply a strip of `w` with panel number `i` and hand on the products of each token:
-// take(t, row, rows, values): values [rows] are rows row .. row + rows - 1 of w times token t of the
-// panel.
+// Multiply a strip of `w` with panel number `i` and hand on the products of each token: take(t,
+// row, rows, values): values [rows] are rows row .. row + rows - 1 of w times token t of the panel.
 template <class Codec, class Take>
 void multiply_strip(const Codec& codec, const typename Codec::Matrix& w, int64_t strip,
                     const typename Codec::Activations& activations, size_t i, const Panel& panel,

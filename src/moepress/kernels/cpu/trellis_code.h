@@ -16,7 +16,7 @@ constexpr int kSteps = 16;  // weights that a path has in a tile
 constexpr int kPaths = 32;  // through a tile: 16 lanes, 2 parities
 
 // The sum of the lowest 2 or 4 bytes of state * multiplier, minus the center.
-constexpr int code_value(int state, int bits) {
+static constexpr int code_value(int state, int bits) {
     const uint32_t product = uint32_t(state) * uint32_t(kMultiplier[bits]);
     int sum = int(product & 255) + int(product >> 8 & 255);
     if (bits > 2) sum += int(product >> 16 & 255) + int(product >> 24);

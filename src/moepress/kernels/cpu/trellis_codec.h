@@ -1,7 +1,7 @@
 // The codec of trellis matrices, for the driver (codec.h says what the members mean).
 //
-// The activations of a token are rotated, which mixes its columns, and rounded to 15 bits. All tokens
-// lie in one array; a panel lists which of them it takes (isa.h, TrellisPanel).
+// The activations of a token are rotated, which mixes its columns, and rounded to 15 bits. All
+// tokens lie in one array; a panel lists which of them it takes (isa.h, TrellisPanel).
 #pragma once
 
 #include <cstddef>
@@ -43,8 +43,12 @@ class TrellisCodec {
         isa_.glu(activation, gate, up, n);
     }
 
-    static int64_t linear_grain(int64_t slabs, int threads) { return grain_for(slabs, threads, 16); }
-    static int64_t gate_up_grain(int64_t items, int threads) { return grain_for(items, threads, 16); }
+    static int64_t linear_grain(int64_t slabs, int threads) {
+        return grain_for(slabs, threads, 16);
+    }
+    static int64_t gate_up_grain(int64_t items, int threads) {
+        return grain_for(items, threads, 16);
+    }
     static int64_t down_grain(const Matrix& w, int64_t, int threads) {
         return grain_for(w.slabs(), threads, 16);
     }

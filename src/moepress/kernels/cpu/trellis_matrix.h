@@ -1,4 +1,5 @@
-// A trellis matrix in its packed bytes (docs/format.md): slabs of 64 rows, then the scales of all rows.
+// A trellis matrix in its packed bytes (docs/format.md): slabs of 64 rows, then the scales of all
+// rows.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
 // The product of a slab, 64 rows of a trellis matrix, and a panel of tokens. Written once over
-// `Lanes` (lanes_portable.h lists what it has to provide) and instantiated for each instruction set.
+// `Lanes` (lanes_portable.h lists what it has to provide) and instantiated for each instruction
+// set.
 //
-// A weight's value is a sum t of bytes of state * multiplier, minus a center z. With the scale s of a
-// row, and activations x = a q in 15-bit codes q:
+// A weight's value is a sum t of bytes of state * multiplier, minus a center z. With the scale s of
+// a row, and activations x = a q in 15-bit codes q:
 //
 //     y = s sum over groups of  a (sum(t q) - z sum(q))
 //
@@ -11,16 +12,15 @@
 //     slab     K / 8 tiles
 //     tile     64 rows x 8 columns: `bits` words for each of 32 paths; word j of all paths is one
 //              register, [16 lanes][2 parities] of 16 bits
-//     window   the 16 bits of a path that end at some bit of a word: the end of the word before, then
-//              the start of this word; its low 12 bits, shifted, are the state of a weight
-//     step i   the states of weight i of all paths: rows 16 (i div 4) + lane, columns 2 (i mod 4) and
-//              one more
+//     window   the 16 bits of a path that end at some bit of a word: the end of the word before,
+//              then the start of this word. Shifted and masked to 12 bits: the state of a weight.
+//     step i   weight i of all paths: row 16 (i div 4) + lane, column 2 (i mod 4) + parity
 //
 // `sums_at` decodes a step. A step is multiplied with the activations of its two columns: a dot
-// product of pairs, summed in 32 bits. Before word 0 comes the last word of the tile one slab above;
-// it was read for that slab and is still in the cache. At 2 bits a step takes 7 instructions, for a
-// register of 32 weights, of 512 bits; for two registers of 256 bits it takes 7 each. docs/log.md has
-// the speed.
+// product of pairs, summed in 32 bits. Before word 0 comes the last word of the tile one slab
+// above; it was read for that slab and is still in the cache. At 2 bits a step takes 7
+// instructions, for a register of 32 weights, of 512 bits; for two registers of 256 bits it takes 7
+// each. docs/log.md has the speed.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,8 @@
 #include "isa.h"
 #include "trellis_code.h"
 
-// Steps are unrolled by templates. With sanitizers they are not inlined: compiling would take minutes.
+// Steps are unrolled by templates. With sanitizers they are not inlined: compiling would take
+// minutes.
 #if defined(__SANITIZE_ADDRESS__)
 #define MOEPRESS_INLINE inline
 #else
@@ -61,8 +62,8 @@ MOEPRESS_INLINE typename Lanes::Words window(const Tile<Lanes, bits>& tile) {
     return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
 }
 
-// Decode step i of a tile: the sums of bytes of 32 weights. A window of 16 bits holds the 12 bits of
-// every state that ends in its last 4 bits. So four windows for each word serve all steps; the
+// Decode step i of a tile: the sums of bytes of 32 weights. A window of 16 bits holds the 12 bits
+// of every state that ends in its last 4 bits. So four windows for each word serve all steps; the
 // compiler computes each once.
 template <class Lanes, int bits, int i>
 MOEPRESS_INLINE typename Lanes::Words sums_at(const Tile<Lanes, bits>& tile) {
@@ -109,7 +110,8 @@ constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead i
 
 template <class Lanes, int bits>
 void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
-                 const TrellisPanel& x, const uint8_t* scales, float* out) {
+                 const TrellisPanel& panel, const uint8_t* scales, float* out) {
+    const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
     constexpr int tile_bytes = 64 * bits;
     constexpr int center = kCenter[bits];
     const int tiles = group / kTileColumns;

@@ -1,6 +1,6 @@
 // The best paths of a trellis code through eight columns of a matrix. quantizers/viterbi.py is the
-// definition and the oracle. A thread searches one of the 32 paths at a time: its two arrays of costs
-// take 16 KB and stay in the first-level cache.
+// definition and the oracle. A thread searches one of the 32 paths at a time: its two arrays of
+// costs take 16 KB and stay in the first-level cache.
 
 #include <algorithm>
 #include <cmath>

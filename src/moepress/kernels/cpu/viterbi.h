@@ -1,5 +1,6 @@
-// What the search for the best paths (viterbi.cpp) does with costs between its steps. The steps are in
-// viterbi_avx2.h and viterbi_portable.h. Internal linkage: each instruction set compiles its own copy.
+// What the search for the best paths (viterbi.cpp) does with costs between its steps. The steps are
+// in viterbi_avx2.h and viterbi_portable.h. Internal linkage: each instruction set compiles its own
+// copy.
 #pragma once
 
 #include <cstdint>

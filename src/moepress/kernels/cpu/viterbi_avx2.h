@@ -1,7 +1,7 @@
-// One step of Viterbi's algorithm, sixteen states at a time. Costs are unsigned 16-bit integers: sums
-// saturate (vpaddusw), a rounded square is one instruction (vpmulhrsw: the square of -2^15 comes out as
-// 2^15, read as unsigned), and the distance to a target saturates as quantizers/viterbi.py requires
-// (vpsubsw).
+// One step of Viterbi's algorithm, sixteen states at a time. Costs are unsigned 16-bit integers:
+// sums saturate (vpaddusw), a rounded square is one instruction (vpmulhrsw: the square of -2^15
+// comes out as 2^15, read as unsigned), and the distance to a target saturates as
+// quantizers/viterbi.py requires (vpsubsw).
 //
 // Speed, AMD EPYC (Zen 3), one thread: docs/log.md.
 #pragma once
@@ -15,9 +15,9 @@
 namespace moepress {
 namespace {
 
-// Each of the 16 costs of `best` goes to 2^bits successor states: each cost repeated 2^bits times, of
-// which this returns the `o`-th 16. First the right 64 bits go to both halves, then words move within
-// a half.
+// Each of the 16 costs of `best` goes to 2^bits successor states: each cost repeated 2^bits times,
+// of which this returns the `o`-th 16. First the right 64 bits go to both halves, then words move
+// within a half.
 template <int bits, int o>
 [[gnu::always_inline]] inline __m256i successors(__m256i best) {
     constexpr int words = 16 >> bits;  // costs needed for 16 successors
