@@ -1,5 +1,6 @@
-// Calls the C interface with random shapes, bytes, tables and indices, under sanitizers. Every buffer
-// is a heap allocation of exactly its size, so that an access of one byte outside ends the process.
+// Calls the C interface with random shapes, bytes, tables and indices, under sanitizers. Every
+// buffer is a heap allocation of exactly its size, so that an access of one byte outside ends the
+// process.
 //
 //     fuzz_cpu ROUNDS
 

@@ -2,10 +2,11 @@
 // types with these members; the driver is a template over them.
 //
 //     Matrix                     ScalarMatrix, TrellisMatrix
-//     kStripRows                 A strip is what one call of a product kernel multiplies: a block of
-//                                16 rows of a scalar matrix, a slab of 64 rows of a trellis matrix.
+//     kStripRows                 A strip is what one call of a product kernel multiplies: a block
+//                                of a scalar matrix (16 rows), a slab of a trellis matrix (64 rows).
 //     kMixesColumns              Whether preparing activations mixes the columns of a token. If
 //                                not, a group of columns can be prepared as soon as it is known.
+//     kRunWidth, panels_per_run()      Unless kMixesColumns: bounds of an item of gate_up.h.
 //     kChunkTokens               Most tokens that the driver takes at a time.
 //     kProductTokens             Tokens for which `multiply` needs room in `out`.
 //     panel_tokens()             Most tokens of a panel (routing.h).

@@ -5,8 +5,8 @@
 // computes 16 rows of a matrix side by side.
 //
 //     max_width       most tokens of a scalar panel: their sums must fit the registers
-//     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits may
-//                     stay where they are in their bytes (scalar_product.h, kInPlace)
+//     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits
+//                     may stay where they are in their bytes (scalar_product.h, kInPlace)
 //     sums            sums that one token should have, to hide the latency of an addition
 //
 //     Codes           [16 rows][4 columns] uint8: a quad of scalar codes
