@@ -1,5 +1,6 @@
-// Random shapes, bytes, tables and indices through the C interface, for sanitizers to watch. Every
-// buffer is a heap block of exactly its size: one byte outside ends the process.
+// Calls the C interface with random shapes, bytes, tables and indices, under sanitizers. Every
+// buffer is a heap allocation of exactly its size, so that an access of one byte outside ends the
+// process.
 //
 //     fuzz_cpu ROUNDS
 
@@ -54,11 +55,12 @@ Buffer<float> random_floats(int64_t n) {
 
 int64_t nbytes(int64_t rows, int64_t cols, int bits, int group) {  // docs/format.md
     const int64_t groups = cols / group;
-    const int64_t block = 2 * cols * bits + 32 * groups + (bits >= 2 && bits <= 4 ? 16 * groups : 0);
+    const int64_t zeros = bits >= 2 && bits <= 4 ? 16 * groups : 0;
+    const int64_t block = 2 * cols * bits + 32 * groups + zeros;
     return ((rows + 15) / 16 * block + 63) / 64 * 64;
 }
 
-// Mostly as it should be, sometimes anything.
+// Mostly `right`, sometimes a number near it, sometimes any number.
 int64_t perhaps(int64_t right) {
     const int64_t kind = pick(0, 19);
     if (kind == 0) return int64_t(engine());
@@ -72,7 +74,7 @@ void expect(bool good, const char* what) {
     std::exit(1);
 }
 
-void linear() {
+void scalar_linear() {
     const int bits = one_of({1, 2, 3, 4, 8}), group = one_of({32, 64, 128});
     const int64_t tokens = one_of<int64_t>({0, 1, 2, 3, 5, 8, 17, 40});
     const int64_t rows = pick(1, 70), cols = group * pick(1, 3);
@@ -80,13 +82,13 @@ void linear() {
     const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
     Buffer<uint8_t> packed = random_bytes(given);
     Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
-    const int32_t result = moepress_linear(
+    const int32_t result = moepress_scalar_linear(
         x.get(), tokens, cols, packed.get(), given, rows, bits, group,
         pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), y.get());
     expect(result == (given == right ? kOk : kBadBytes), "linear: wrong result");
 }
 
-void embedding() {
+void scalar_embedding() {
     const int bits = one_of({1, 2, 3, 4, 8}), group = one_of({32, 64, 128});
     const int64_t rows = pick(1, 70), cols = group * pick(1, 3), n = pick(0, 5);
     const int64_t size = nbytes(rows, cols, bits, group);
@@ -98,12 +100,12 @@ void embedding() {
         good = good && ids.at[size_t(i)] >= 0 && ids.at[size_t(i)] < rows;
     }
     Buffer<float> y(n * cols);
-    const int32_t result = moepress_embedding(ids.get(), n, packed.get(), size, rows, cols, bits,
-                                              group, y.get());
+    const int32_t result = moepress_scalar_embedding(ids.get(), n, packed.get(), size, rows, cols,
+                                                     bits, group, y.get());
     expect(result == (good ? kOk : kBadId), "embedding: wrong result");
 }
 
-void experts() {
+void scalar_experts() {
     const int groups[2] = {one_of({32, 64, 128}), one_of({32, 64, 128})};
     const int64_t tokens = one_of<int64_t>({0, 1, 2, 3, 9, 40, 200}), k = pick(0, 4);
     const int64_t count = pick(0, 5);
@@ -126,7 +128,7 @@ void experts() {
     for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
     Buffer<float> x = random_floats(tokens * hidden), weight = random_floats(tokens * k);
     Buffer<float> y(tokens * hidden);
-    const int32_t result = moepress_experts(
+    const int32_t result = moepress_scalar_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
         groups[1], count, inner, int(pick(0, 9)), one_of({8, 16}), int(pick(1, 3)), y.get());
@@ -204,7 +206,7 @@ void trellis_search() {
                                                    branches.get());
     expect(result == kOk, "trellis search: wrong result");
     for (int64_t i = 0; i < branches.size; ++i)
-        expect(branches.at[size_t(i)] < 1 << bits, "trellis search: a branch that is none");
+        expect(branches.at[size_t(i)] < 1 << bits, "trellis search: a branch out of range");
 }
 
 }  // namespace
@@ -216,9 +218,9 @@ int main(int, char** arguments) {
     for (std::string name; names >> name; done = 0) {
         expect(moepress_use(name.c_str()) == 1, "an instruction set cannot be used");
         for (; done < rounds; ++done) {
-            linear();
-            embedding();
-            experts();
+            scalar_linear();
+            scalar_embedding();
+            scalar_experts();
             drop();
             trellis_linear();
             trellis_experts();

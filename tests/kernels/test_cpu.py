@@ -350,6 +350,14 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
+def test_every_header_compiles_on_its_own(tmp_path: Path) -> None:
+    """The target `headers` of CMakeLists.txt: a header includes everything that it uses."""
+    for command in (("-S", str(SOURCES), "-B", "."), ("--build", ".", "--target", "headers")):
+        done = subprocess.run(("cmake", *command), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
 def test_no_byte_outside_is_touched(tmp_path: Path) -> None:
     """tests/kernels/fuzz_cpu.cpp with the address and undefined behaviour sanitizers."""
     options = ["-DMOEPRESS_SANITIZE=ON", f"-DMOEPRESS_FUZZ={Path(__file__).parent}/fuzz_cpu.cpp"]

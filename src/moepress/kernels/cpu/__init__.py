@@ -1,23 +1,35 @@
 """The operations on CPUs: C++ in this folder, compiled when moepress is installed.
 
-    trellis.cpp    linears and experts of trellis codes; slabs.h: 64 rows of them
-    products.cpp   the products: panels of tokens, items of work, who does what
-    drop.cpp       which chosen experts are not worth running
-    blocks.h       the arithmetic of 16 rows, written once over `Lanes`
-    lanes_*.h      what `Lanes` is: AVX-512 with VNNI, AVX2, portable vectors
-    viterbi.cpp    the best paths of a trellis code; viterbi_*.h: one step of them
-    matrix.cpp     where a packed matrix keeps what (docs/format.md)
-    experts.h      which experts there are, found through their tables
-    threads.cpp    torch's OpenMP team, or a pool of our own
-    dispatch.cpp   which instruction set runs on this CPU
-
-Activations are rounded to 8-bit integers (or to 15-bit ones, taken as two of 8), one scale per
-group of columns, and multiplied with the codes as they are: `u8 x s8` dot products, exact in 32
-bits. The oracle of that arithmetic is `reference.linear(..., rounded=True)`. A token's result
+Activations are rounded to integer codes, one scale for each group of columns, and multiplied with
+the packed codes as they are: integer dot products, exact in 32 bits. Scalar matrices take
+activations of 8 bits, or of 15 bits split into two of 8; trellis matrices take rotated ones of 15
+bits. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's result
 depends neither on the other tokens of the call nor on the number of threads.
 
-The library is called through its C interface (moepress.h), so one build serves every Python and
-every torch. ctypes gives up the interpreter lock while it runs.
+From the C interface (moepress.h) down:
+
+    scalar.cpp, trellis.cpp   the C functions; checks.h: what they check
+    linear.h, experts.h       the driver: threads, items of work, weighting; gate_up.h: the first
+                              half of the experts; strip.h: a product of few rows
+    routing.h                 (token, expert) pairs sorted by expert and cut into panels of tokens
+    codec.h                   what the driver needs from a codec: *_codec.h
+    *_matrix.h                where a packed matrix keeps what (docs/format.md); scalar_format.h and
+                              trellis_code.h: sizes and constants
+    isa.h                     the functions that an instruction set provides:
+      scalar_product.h        16 rows of a scalar matrix times a panel; `codes_of` decodes them
+      trellis_product.h       64 rows of a trellis matrix times a panel; `sums_at` decodes them
+      *_activations.h         rounding and rotating activations; rounding.h: what they share
+      activation_functions.h  gelu, silu and others
+      viterbi*.h              one step of the search for trellis codes (viterbi.cpp)
+    lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, AVX2, portable vectors
+    avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
+    dispatch.cpp              which instruction set runs on this CPU
+    expert_tables.h           which experts there are, found through their tables
+    drop.cpp                  online pruning: which choices of a token are dropped
+    threads.h                 torch's OpenMP team, or a pool of our own
+
+One build serves every Python and every torch, since the library is called through C. ctypes
+releases the interpreter lock while it runs.
 """
 
 from __future__ import annotations
@@ -34,7 +46,7 @@ from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec
 from moepress.kernels import reference
 
-INTERFACE = 4  # of moepress.h
+INTERFACE = 5  # version of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -52,16 +64,16 @@ RESULTS = {
 }
 
 _SIGNATURES = {
-    "moepress_linear": (
+    "moepress_scalar_linear": (
         c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
         c_int32, c_int32, c_void_p,
     ),
-    "moepress_experts": (
+    "moepress_scalar_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
         c_int32, c_void_p,
     ),
-    "moepress_embedding": (
+    "moepress_scalar_embedding": (
         c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
     ),
     "moepress_drop": (
@@ -81,7 +93,7 @@ _SIGNATURES = {
 
 
 def missing() -> str | None:
-    """Why the library cannot run; None: it can."""
+    """The reason why the library cannot run, or None if it can."""
     try:
         _library()
     except MoepressError as error:
@@ -90,7 +102,7 @@ def missing() -> str | None:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that were compiled and that this CPU has, best first. The first one runs.
+    """Instruction sets that were compiled and that this CPU has, best first. The first one runs.
 
     Raises:
         MoepressError: the library cannot run.
@@ -100,7 +112,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def uses_openmp() -> bool:
-    """Whether threads come from torch's OpenMP runtime, not from a pool of the library's own."""
+    """Whether threads come from torch's OpenMP runtime, instead of the library's own pool."""
     return _openmp_team() is not None
 
 
@@ -108,7 +120,7 @@ def use(instruction_set: str) -> None:
     """Run on another instruction set from now on: for tests and comparisons.
 
     Raises:
-        InputError: it is not one of `instruction_sets()`.
+        InputError: `instruction_set` is not one of `instruction_sets()`.
     """
     if not _library().moepress_use(instruction_set.encode()):
         raise InputError(
@@ -125,15 +137,15 @@ def linear(
     codec: Codec,
     activation_bits: int,
 ) -> Tensor:
-    """As the op `moepress::linear`. Sums are in float32; float64 is left to the reference."""
+    """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
     if x.dtype == torch.float64:
         return reference.linear(x, packed, bias, out_features, codec)
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = rows.new_empty(len(rows), out_features)
-    trellis = codec.family == "trellis"  # always of 16-bit activations
+    trellis = codec.family == "trellis"  # activations always have 16 bits
     _call(
-        "moepress_trellis_linear" if trellis else "moepress_linear",
+        "moepress_trellis_linear" if trellis else "moepress_scalar_linear",
         rows.data_ptr(),
         *rows.shape,
         packed.data_ptr(),
@@ -164,7 +176,7 @@ def experts(
     activation_bits: int,
     family: str = "int",
 ) -> Tensor:
-    """As the op `moepress::experts`. Sums are in float32; float64 is left to the reference."""
+    """The op `moepress::experts`. Sums are in float32; float64 inputs go to the reference."""
     if hidden.dtype == torch.float64:
         return reference.experts(
             hidden, top_k_index, top_k_weights, gate_up, down, gate_up_table, down_table,
@@ -179,9 +191,9 @@ def experts(
     index, weights = top_k_index.long().contiguous(), top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
     out = torch.empty_like(x)
-    trellis = family == "trellis"  # always of 16-bit activations
+    trellis = family == "trellis"  # activations always have 16 bits
     _call(
-        "moepress_trellis_experts" if trellis else "moepress_experts",
+        "moepress_trellis_experts" if trellis else "moepress_scalar_experts",
         x.data_ptr(),
         *x.shape,
         index.data_ptr(),
@@ -208,11 +220,11 @@ def experts(
 def embedding(
     ids: Tensor, packed: Tensor, rows: int, cols: int, codec: Codec, dtype: torch.dtype
 ) -> Tensor:
-    """As the op `moepress::embedding`."""
+    """The op `moepress::embedding`."""
     wanted = ids.long().contiguous()
     out = wanted.new_empty((*ids.shape, cols), dtype=torch.float32)
     _call(
-        "moepress_embedding",
+        "moepress_scalar_embedding",
         wanted.data_ptr(),
         wanted.numel(),
         packed.data_ptr(),
@@ -234,7 +246,7 @@ def drop(
     keep: Tensor | None,
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the op `moepress::drop`. Weights are compared and scaled in float32."""
+    """The op `moepress::drop`. Weights are compared and scaled in float32."""
     chosen, given = index.long().contiguous(), weights.float().contiguous()
     thresholds, keep = thresholds.contiguous(), None if keep is None else keep.contiguous()
     ranked, kept = torch.empty_like(chosen), torch.empty_like(given)
@@ -256,7 +268,7 @@ def drop(
 
 
 def trellis_search(target: Tensor, bits: int) -> Tensor:
-    """As `rounding.methods.viterbi.search`."""
+    """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
     _call(
@@ -301,9 +313,9 @@ def _library() -> CDLL:
 
 
 def _openmp_team() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, if it has one.
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; None without one.
 
-    A symbol of a library is looked for in the libraries it needs, too.
+    Symbols are looked up in libtorch_cpu and in the libraries that it needs.
     """
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         try:

@@ -1,14 +1,14 @@
+// The table of the instruction set avx512, compiled with its flags (CMakeLists.txt).
+
 #include "isa.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "lanes_avx512.h"
+#include "make_isa.h"
 #include "viterbi_avx2.h"
 
-#include "blocks.h"
-#include "slabs.h"
-
 namespace moepress {
-static const Isa isa = MOEPRESS_ISA("avx512");
+static constexpr Isa isa = make_isa<Avx512Lanes, Avx2Search>("avx512");
 const Isa* const kAvx512 = &isa;
 }  // namespace moepress
 #else

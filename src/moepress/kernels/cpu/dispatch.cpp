@@ -1,4 +1,5 @@
-// Which instruction set runs: the best that was compiled and that this CPU has, or the one asked for.
+// Which instruction set runs: the best that was compiled and that this CPU has, or the one asked
+// for.
 
 #include <atomic>
 #include <cstring>
@@ -13,7 +14,7 @@ namespace moepress {
 namespace {
 
 #if defined(__x86_64__) || defined(__i386__)
-// Both ask the operating system too: registers that it does not save may not be used.
+// Both ask the operating system too: registers that it does not save must not be used.
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -24,13 +25,20 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 bool has_avx512() { return false; }
 bool has_avx2() { return false; }
 #endif
+bool has_any() { return true; }
+
+// All instruction sets, best first, and whether this CPU has them.
+struct Candidate {
+    const Isa* isa;  // null: not compiled
+    bool (*on_this_cpu)();
+};
 
 const std::vector<const Isa*>& available() {
     static const std::vector<const Isa*> list = [] {
         std::vector<const Isa*> found;
-        if (kAvx512 != nullptr && has_avx512()) found.push_back(kAvx512);
-        if (kAvx2 != nullptr && has_avx2()) found.push_back(kAvx2);
-        found.push_back(kPortable);
+        for (const Candidate& candidate :
+             {Candidate{kAvx512, has_avx512}, {kAvx2, has_avx2}, {kPortable, has_any}})
+            if (candidate.isa != nullptr && candidate.on_this_cpu()) found.push_back(candidate.isa);
         return found;
     }();
     return list;
@@ -47,7 +55,7 @@ const Isa* isa_in_use() { return in_use().load(std::memory_order_relaxed); }
 
 }  // namespace moepress
 
-int32_t moepress_interface() { return 4; }
+int32_t moepress_interface() { return 5; }
 
 const char* moepress_instruction_sets() {
     static const std::string names = [] {

@@ -1,11 +1,15 @@
-// Online pruning: which of a token's chosen experts are worth running. The work is nothing, some
-// nanoseconds a token; as a dozen tensor operations it would take longer than a small layer.
+// Online dynamic pruning: drop those of a token's chosen experts that are not worth running. This
+// takes some nanoseconds for a token; as a dozen tensor operations it would take longer than a
+// small layer.
+
+#include <cstdint>
 
 #include "moepress.h"
 
 namespace {
 
-// One token: its choices by falling weight (equal ones in their order), small ones dropped.
+// One token: sort its choices by falling weight, equal ones in their order, and drop the small
+// ones.
 void drop_token(const int64_t* index, const float* weight, int64_t k, int64_t experts,
                 const float* thresholds, bool renormalise, bool keep, int64_t* ranked,
                 float* kept, uint8_t* dropped) {

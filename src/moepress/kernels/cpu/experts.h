@@ -1,44 +1,86 @@
-// The matrices of a layer's experts, found through their tables; the same for both families of codes.
+// The routed experts of a layer, for either codec:
+//
+//     y_t = sum over k of  weight[t][k] * down_e(act(gate_e x_t) * up_e x_t),   e = index[t][k]
+//
+//     1. sort the chosen (token, expert) pairs by expert, cut each expert's into panels (routing.h)
+//     2. prepare the tokens, in panels
+//     3. gate and up, activation, preparation for down (gate_up.h)
+//     4. an item of work is a strip of output rows: down of all experts, weighted, summed in the
+//        order of the experts. Two threads never write the same output, so that results do not
+//        depend on the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
-#include "moepress.h"
+#include "codec.h"
+#include "gate_up.h"
+#include "routing.h"
+#include "strip.h"
+#include "threads.h"
 
 namespace moepress {
 
-// The matrices that a table lists, or why not. Those of 0 bits have no bytes.
-template <class M>
-Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int64_t experts,
-                  int64_t rows, int64_t cols, int group, std::vector<M>& out) {
-    for (int64_t e = 0; e < experts; ++e) {
-        const int64_t offset = table[2 * e], bits = table[2 * e + 1];
-        if (bits < 0 || bits > 8) return kBadCodec;
-        M matrix{nullptr, rows, cols, int(bits), group};
-        if (bits > 0) {
-            if (!matrix.exists()) return kBadCodec;
-            if (offset < 0 || offset > size || matrix.nbytes() > size - offset) return kBadBytes;
-            matrix.bytes = bytes + offset;
+// y [tokens][hidden] += weight * (down h), over all pairs.
+template <class Codec>
+void add_down(const Codec& codec, const Experts<Codec>& experts, const Routing& routing,
+              const typename Codec::Activations& h, int threads, float* y) {
+    const auto& some = experts.down[routing.experts.front().expert];
+    const int64_t grain = codec.down_grain(some, routing.tokens, threads);
+    parallel(threads, codec.strips(some), grain, [&](int64_t begin, int64_t end) {
+        Products<Codec> products;
+        for (size_t i = 0; i < routing.panels.size(); ++i) {
+            const Panel& panel = routing.panels[i];
+            for (int64_t strip = begin; strip < end; ++strip)
+                multiply_strip(codec, experts.down[panel.expert], strip, h, i, panel, products,
+                               [&](int t, int64_t row, int64_t rows, const float* values) {
+                                   const size_t pair = size_t(panel.first + t);
+                                   const float weight = routing.weight[pair];
+                                   float* to = y + routing.token[pair] * experts.hidden + row;
+                                   for (int64_t r = 0; r < rows; ++r) to[r] += weight * values[r];
+                               });
         }
-        out.push_back(matrix);
+    });
+}
+
+// y [tokens][hidden]; x [tokens][hidden]; index, weight [tokens][k]. At most kChunkTokens tokens.
+// Memory is allocated before y is written.
+template <class Codec>
+void experts_chunk(const Codec& codec, const float* x, int64_t tokens, const int64_t* index,
+                   const float* weight, int64_t k, const Experts<Codec>& experts,
+                   const std::vector<bool>& present, int threads, float* y) {
+    const size_t y_bytes = size_t(tokens * experts.hidden) * sizeof(float);
+    const Routing routing = route(index, weight, tokens, k, present, codec.panel_tokens());
+    if (routing.panels.empty()) return void(std::memset(y, 0, y_bytes));
+    typename Codec::Activations in(codec, routing, experts.hidden, experts.gate_up_group,
+                                   Of::kTokens);
+    typename Codec::Activations h(codec, routing, experts.intermediate, experts.down_group,
+                                  Of::kPairs);
+    const GateUp<Codec> gate_up(codec, experts, routing);
+    std::memset(y, 0, y_bytes);
+    parallel(threads, in.items(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) in.fill(item, x);
+    });
+    gate_up.run(in, h, threads);
+    add_down(codec, experts, routing, h, threads, y);
+}
+
+template <class Codec>
+void run_experts(const Codec& codec, const float* x, int64_t tokens, const int64_t* index,
+                 const float* weight, int64_t k, const Experts<Codec>& experts, int threads,
+                 float* y) {
+    std::vector<bool> present;
+    for (const auto& matrix : experts.gate_up) present.push_back(matrix.bits > 0);
+    for (int64_t first = 0; first < tokens;) {
+        const int64_t count = std::min(tokens - first, Codec::kChunkTokens);
+        experts_chunk(codec, x + first * experts.hidden, count, index + first * k,
+                      weight + first * k, k, experts, present, threads,
+                      y + first * experts.hidden);
+        first += count;
     }
-    return kOk;
-}
-
-// Whether every expert has both of its matrices or, left out, neither.
-template <class M>
-bool both_or_neither(const std::vector<M>& gate_up, const std::vector<M>& down) {
-    for (size_t e = 0; e < gate_up.size(); ++e)
-        if ((gate_up[e].bits == 0) != (down[e].bits == 0)) return false;
-    return true;
-}
-
-// Whether an index is that of an expert that is there.
-template <class M>
-bool runs(const std::vector<M>& gate_up, int64_t e) {
-    return e >= 0 && e < int64_t(gate_up.size()) && gate_up[size_t(e)].bits > 0;
 }
 
 }  // namespace moepress

@@ -1,80 +1,105 @@
-// What each instruction set provides: three functions on small pieces of a matrix product.
+// What an instruction set provides (`Isa`): a table of functions that each do a small piece of
+// work. The functions are compiled once for each instruction set, by avx512.cpp, avx2.cpp and
+// portable.cpp. dispatch.cpp picks the table that runs.
 #pragma once
 
 #include <cstdint>
 
-#include "trellis.h"
-
 namespace moepress {
 
-// Activations of `width` tokens over all K columns, in 8-bit codes: x = scale * code, one scale for
-// each group of columns. Four columns of all tokens lie together: the broadcast operands of the
-// u8 x s8 dot product, in the order in which they are used.
-struct Panel {
-    int8_t* codes;  // [K / 4][width][4], -127 .. 127
-    float* scale;   // [G][width]
-    float* sum;     // [G][width], scale * sum of the codes of the group
-    int width;      // one of kWidths
-};
+constexpr int kLaneRows = 16;   // rows that `Lanes` (lanes_*.h) computes side by side
+constexpr int kMaxGroup = 128;  // largest group size: columns that share one activation scale
 
-constexpr int kBits[] = {1, 2, 3, 4, 8};
-constexpr int kWidths[] = {1, 2, 4, 8, 16};
-constexpr int kMaxWidth = 16;   // some instruction sets have registers for fewer
-constexpr int kRows = 16;       // rows of a block
-constexpr int kMaxGroup = 128;  // largest group size
-
-// docs/format.md. Static: each file compiles its own copy, with its own instruction set.
-static constexpr bool has_zero(int bits) { return bits >= 2 && bits <= 4; }
-static constexpr int64_t block_bytes(int64_t cols, int bits, int group) {
-    return 2 * cols * bits + (has_zero(bits) ? 48 : 32) * (cols / group);
-}
-
-enum Activation {  // in the order of `ACTIVATIONS` in __init__.py
+// Activation functions, in the order of ACTIVATIONS in __init__.py.
+enum Activation {
     kGelu, kGeluTanh, kHardswish, kMish, kQuickGelu, kRelu, kRelu2, kSigmoid, kSilu, kTanh,
     kActivations
 };
 
-// out[p][r] = sum over k of w[r][k] * x[p][k], for the 16 rows of one block. `out` is [width][16].
-using BlockDot = void (*)(const uint8_t* block, int64_t cols, int group, const Panel& x, float* out);
+// gate[i] = act(gate[i]) * up[i], for i = 0 .. n - 1.
+using Glu = void (*)(int activation, float* gate, const float* up, int n);
 
-// Quantize one token: x [cols] to column `place` of a panel whose groups have `group` columns.
-// With 16 bits, the codes 128 * high + low take two columns, `place` and `place + 1`.
-using Quantize = void (*)(const float* x, int64_t cols, int group, int bits, const Panel& panel,
-                          int place);
+// ---- Scalar matrices -------------------------------------------------------------------------
 
-// Rotated activations of some tokens in 15-bit codes: x = scale * code, one scale for each group.
-struct Rounded {
-    int16_t* codes;  // [tokens][K]
-    float* scale;    // [tokens][G]
-    int32_t* sum;    // [tokens][G], of the codes of a group
+// Activations of up to `width` tokens over all K columns, G groups of columns, rounded to 8-bit
+// codes: x = scale * code. Four columns of all tokens lie together: these are the operands of the
+// u8 x s8 dot product, in the order in which it reads them.
+struct ScalarPanel {
+    int8_t* codes;  // [K / 4][width][4], from -127 to 127
+    float* scale;   // [G][width]
+    float* sum;     // [G][width]: scale * (sum of the codes of the group)
+    int width;      // one of kWidths
 };
 
-// out [tokens][64] = the 64 rows of a slab of trellis codes times tokens first .. first + tokens - 1.
-// `above` is the slab above, of the same path; `scales` are those of the 64 rows.
-using SlabDot = void (*)(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
-                         const Rounded& x, int64_t first, int64_t tokens, const uint8_t* scales,
-                         float* out);
+constexpr int kWidths[] = {1, 2, 4, 8, 16};  // 2^i at place i
+constexpr int kWidthCount = 5;
+constexpr int kMaxWidth = 16;
 
-// Round the rotated x [cols] to place `at`.
-using RoundToken = void (*)(const float* x, int64_t cols, int group, const Rounded& out, int64_t at);
+// out [width][16] = (the 16 rows of a block) times (the tokens of a panel).
+using ScalarDot = void (*)(const uint8_t* block, int64_t cols, int group, const ScalarPanel& x,
+                           float* out);
 
-// gate[i] = act(gate[i]) * up[i], n values
-using Glu = void (*)(int activation, float* gate, const float* up, int n);
+// Round one token, x [cols], into column `place` of a panel. With activation bits 16 a code of 15
+// bits is 128 * high + low: the high parts go to column `place`, the low parts to `place + 1`.
+using ScalarRound = void (*)(const float* x, int64_t cols, int group, int activation_bits,
+                             const ScalarPanel& panel, int place);
+
+// ---- Trellis matrices ------------------------------------------------------------------------
+
+// Rotated activations of some tokens, rounded to 15-bit codes: x = scale * code.
+struct TrellisTokens {
+    int16_t* codes;  // [tokens][K], from -16256 to 16256
+    float* scale;    // [tokens][G]
+    int32_t* sum;    // [tokens][G]: sum of the codes of the group
+};
+
+// Some of those tokens, by their places in `all`.
+struct TrellisPanel {
+    TrellisTokens all;
+    const int64_t* places;  // [count]
+    int64_t count;
+};
+
+// out [count][64] = (the 64 rows of a slab) times (the tokens of a panel). `above` is the slab that
+// precedes this one on the paths. `scales` are the bfloat16 scales of the 64 rows.
+using TrellisDot = void (*)(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
+                            const TrellisPanel& x, const uint8_t* scales, float* out);
+
+// Rotate one token, x [cols], in place: x <- Q x (docs/format.md).
+using TrellisRotate = void (*)(float* x, int64_t cols);
+
+// Round one rotated token, x [cols], to place `place` of `out`.
+using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
+                              int64_t place);
+
+// One step of Viterbi's algorithm (viterbi.cpp): the costs of all states to `next`, and to
+// `origin`, for each group of states with the same older bits, [2^(12 - bits)], which predecessor
+// was best. `values` [4096] and `target` are in steps of 1 / kUnit.
+using ViterbiStep = void (*)(const uint16_t* costs, const int16_t* values, int16_t target,
+                             uint16_t* next, uint8_t* origin);
+
+// Subtract the least cost from all costs [4096].
+using SubtractLeast = void (*)(uint16_t* costs);
+
+// ---- The table -------------------------------------------------------------------------------
 
 struct Isa {
     const char* name;
-    int max_width;       // of a panel
-    BlockDot dot[5][5];  // by place in kBits, kWidths; null above max_width
-    Quantize quantize;
     Glu glu;
-    ViterbiStep viterbi_step[4];  // by code bits, 1 to 4
-    void (*subtract_least)(uint16_t* costs);
-    SlabDot slab_dot[4];  // by code bits, 1 to 4
-    void (*rotate)(float* x, int64_t cols);
-    RoundToken round_token;
+
+    int max_width;                         // of a panel: how many sums the registers hold
+    ScalarDot scalar_dot[9][kWidthCount];  // by code bits (1, 2, 3, 4, 8) and place in kWidths;
+                                           // null where the width is above max_width
+    ScalarRound scalar_round;
+
+    TrellisDot trellis_dot[5];  // by code bits, 1 to 4
+    TrellisRotate trellis_rotate;
+    TrellisRound trellis_round;
+    ViterbiStep viterbi_step[5];  // by code bits, 1 to 4
+    SubtractLeast subtract_least;
 };
 
-// Compiled with flags of their own; null where the compiler could not.
+// One for each instruction set; null where the compiler does not have it.
 extern const Isa* const kAvx512;
 extern const Isa* const kAvx2;
 extern const Isa* const kPortable;

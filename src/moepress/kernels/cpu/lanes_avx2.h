@@ -1,14 +1,16 @@
-// Sixteen rows in two 256-bit registers: AVX2 and FMA (x86 since 2013).
+// `Lanes` for AVX2 and FMA (x86 since 2013): sixteen rows in two 256-bit registers. The members are
+// explained in lanes_portable.h.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
+namespace moepress {
 namespace {
 
-struct Lanes {
-    static constexpr int max_width = 4;  // 8 integer sums of 16 registers
+struct Avx2Lanes {
+    static constexpr int max_width = 4;  // 8 of 16 registers hold integer sums
     static constexpr bool sums_any_byte = false;  // 16 bits are too few
     static constexpr int sums = 2;
 
@@ -20,9 +22,9 @@ struct Lanes {
     };
 
     // vpmaddubsw adds two products into 16 bits and saturates. A product is at most 127 * (2^bits -
-    // 1), a lane gets two for each quad, so 2^14 / (127 * (2^bits - 1)) quads fit: 128, 43, 18, 8 at
-    // 1, 2, 3, 4 bits. Eight quads are added, then carried into 32 bits. 8-bit codes are split into
-    // two nibbles, each carried for itself.
+    // 1) and a quad adds two of them to a sum, so 2^14 / (127 * (2^bits - 1)) quads fit: 128, 43,
+    // 18, 8 at 1, 2, 3, 4 bits. After eight quads, `carry` moves the sums into 32 bits. 8-bit codes
+    // are split into two nibbles, which are summed separately.
     template <int bits>
     struct Dot {
         __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};      // [8] int32
@@ -34,7 +36,7 @@ struct Lanes {
             add_half(0, codes.low, x);
             add_half(1, codes.high, x);
         }
-        void carry() {  // after 8 quads
+        void carry() {
             const __m256i ones = _mm256_set1_epi16(1);
             for (int i = 0; i < 2; ++i) {
                 sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(part[i], ones));
@@ -68,7 +70,7 @@ struct Lanes {
                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk + 32))};
     }
 
-    // `bits` bits at `shift` of each byte
+    // Bits `shift` to `shift + bits - 1` of each byte, moved to bit 0. Never in place here.
     template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
         static_assert(!in_place);
@@ -78,7 +80,7 @@ struct Lanes {
                 _mm256_and_si256(_mm256_srli_epi32(chunk.high, shift), mask)};
     }
 
-    // low | bit `shift` of each byte of `high`, moved to bit 2
+    // `low`, with bit `shift` of each byte of `high` as bit 2.
     template <int shift>
     static Codes with_high(Codes low, Codes high) {
         const Codes bit = field<1, shift>(high);
@@ -117,25 +119,24 @@ struct Lanes {
         return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
     }
 
-    // Trellis codes (slabs.h): 16-bit words of two columns, [16 rows][2].
+    // Trellis matrices (trellis_product.h).
+
     using Words = Codes;
     static Words words(const uint8_t* at) { return load(at); }
-    template <int n>
-    static Words shift_left(Words a) {
-        return {_mm256_slli_epi16(a.low, n), _mm256_slli_epi16(a.high, n)};
+    // Of each word: the low 16 - end bits of `before`, then the high `end` bits of `word`.
+    template <int end>
+    static Words window(Words before, Words word) {
+        return {half_window<end>(before.low, word.low), half_window<end>(before.high, word.high)};
     }
     template <int n>
     static Words shift_right(Words a) {
         return {_mm256_srli_epi16(a.low, n), _mm256_srli_epi16(a.high, n)};
     }
-    static Words either(Words a, Words b) {
-        return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
-    }
     static Words masked(Words a, int mask) {
         const __m256i all = _mm256_set1_epi16(int16_t(mask));
         return {_mm256_and_si256(a.low, all), _mm256_and_si256(a.high, all)};
     }
-    // The sum of the low two bytes of each product, or of all four.
+    // Of each word * multiplier, 32 bits: the sum of the low two bytes, or of all four.
     template <bool four>
     static Words byte_sums(Words a, int multiplier) {
         const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
@@ -156,6 +157,10 @@ struct Lanes {
     };
 
   private:
+    template <int end>
+    static __m256i half_window(__m256i before, __m256i word) {
+        return _mm256_or_si256(_mm256_srli_epi16(word, 16 - end), _mm256_slli_epi16(before, end));
+    }
     template <bool four>
     static __m256i half_sums(__m256i a, __m256i m) {
         const __m256i ones = _mm256_set1_epi8(1);
@@ -171,3 +176,4 @@ struct Lanes {
 };
 
 }  // namespace
+}  // namespace moepress

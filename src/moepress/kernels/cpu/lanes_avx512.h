@@ -1,22 +1,24 @@
-// Sixteen rows in one 512-bit register: AVX-512 with VNNI (Intel Ice Lake, AMD Zen 4 and later).
+// `Lanes` for AVX-512 with VNNI (Intel Ice Lake, AMD Zen 4 and later): sixteen rows in one 512-bit
+// register. The members are explained in lanes_portable.h.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
+namespace moepress {
 namespace {
 
-struct Lanes {
-    static constexpr int max_width = 16;  // 16 integer and 16 float sums: 32 registers
+struct Avx512Lanes {
+    static constexpr int max_width = 16;  // 32 registers: 16 integer and 16 float sums
     static constexpr bool sums_any_byte = true;
-    static constexpr int sums = 4;  // vpdpbusd: a result after 4 cycles, one every cycle
+    static constexpr int sums = 4;  // vpdpbusd takes 4 cycles, and one starts every cycle
 
     using Codes = __m512i;  // [16 rows][4 columns] uint8
     using Int = __m512i;    // [16] int32
     using Float = __m512;   // [16] float
 
-    // Sums of `bits`-bit codes need no help here: vpdpbusd adds into 32 bits and never saturates.
+    // vpdpbusd adds four products into 32 bits without saturating, so nothing needs to be carried.
     template <int bits>
     struct Dot {
         Int sum = _mm512_setzero_si512();
@@ -32,7 +34,7 @@ struct Lanes {
 
     static Codes load(const uint8_t* chunk) { return _mm512_loadu_si512(chunk); }
 
-    // `bits` bits at `shift` of each byte; in place: left there, 2^shift times as large.
+    // Bits `shift` to `shift + bits - 1` of each byte, moved to bit 0; in place: not moved.
     template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
         if constexpr (bits == 8) return chunk;
@@ -41,7 +43,7 @@ struct Lanes {
         return _mm512_and_si512(chunk, _mm512_set1_epi8(int8_t(mask)));
     }
 
-    // low | bit `shift` of each byte of `high`, moved to bit 2
+    // `low`, with bit `shift` of each byte of `high` as bit 2.
     template <int shift>
     static Codes with_high(Codes low, Codes high) {
         if constexpr (shift > 2) high = _mm512_srli_epi32(high, shift - 2);
@@ -70,22 +72,23 @@ struct Lanes {
     }
     static Float load_floats(const float* at) { return _mm512_loadu_ps(at); }
 
-    // Trellis codes (slabs.h): 16-bit words of two columns, [16 rows][2].
+    // Trellis matrices (trellis_product.h).
+
     using Words = __m512i;
     static Words words(const uint8_t* at) { return load(at); }
-    template <int n>
-    static Words shift_left(Words a) {
-        return _mm512_slli_epi16(a, n);
+    // Of each word: the low 16 - end bits of `before`, then the high `end` bits of `word`.
+    template <int end>
+    static Words window(Words before, Words word) {
+        return _mm512_or_si512(shift_right<16 - end>(word), _mm512_slli_epi16(before, end));
     }
     template <int n>
     static Words shift_right(Words a) {
         return _mm512_srli_epi16(a, n);
     }
-    static Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
     static Words masked(Words a, int mask) {
         return _mm512_and_si512(a, _mm512_set1_epi16(int16_t(mask)));
     }
-    // The sum of the low two bytes of each product, or of all four.
+    // Of each word * multiplier, 32 bits: the sum of the low two bytes, or of all four.
     template <bool four>
     static Words byte_sums(Words a, int multiplier) {
         const __m512i m = _mm512_set1_epi16(int16_t(multiplier)), ones = _mm512_set1_epi8(1);
@@ -106,3 +109,4 @@ struct Lanes {
 };
 
 }  // namespace
+}  // namespace moepress

@@ -1,13 +1,42 @@
-// Sixteen rows in four vectors of 16 bytes, which GCC and Clang lower to whatever the machine has:
-// NEON on ARM, SSE2 on old x86, plain integers elsewhere.
+// `Lanes` for every machine: sixteen rows in four vectors of 16 bytes, which GCC and Clang lower to
+// what the machine has: NEON on ARM, SSE2 on old x86, plain integers elsewhere.
+//
+// This is the plainest of the lanes_*.h, so it says what `Lanes` means to its users. A `Lanes`
+// computes 16 rows of a matrix side by side.
+//
+//     max_width       most tokens of a scalar panel: their sums must fit the registers
+//     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits
+//                     may stay where they are in their bytes (scalar_product.h, kInPlace)
+//     sums            sums that one token should have, to hide the latency of an addition
+//
+//     Codes           [16 rows][4 columns] uint8: a quad of scalar codes
+//     load            64 bytes of packed codes
+//     field           bits of each byte; with_high: a third bit from another plane
+//     Dot<bits>       [16 rows] int32, a sum of products of `bits`-bit codes and 8-bit activations.
+//       add           a quad times the activations of its 4 columns, 4 int8 in an int32
+//       carry         called after 8 quads
+//       join          add another sum, shifted right by `shift` where codes were left in place
+//       value         the sum as floats
+//
+//     Words           [16 rows][2 columns] uint16: a word of the 32 paths of a trellis tile
+//     words, window, shift_right, masked, byte_sums     trellis_product.h
+//     Pairs           [16 rows] int32, a sum over pairs of columns
+//       add           words times the activations of their 2 columns, 2 int16 in an int32
+//       value         (sum - less) as floats
+//
+//     Float           [16 rows] float
+//     zero, splat, load_floats, store, mul, mul_add, mul_sub
+//     bfloat16, bytes      16 numbers of that type as floats
+//     prefetch             into the second-level cache
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+namespace moepress {
 namespace {
 
-struct Lanes {
+struct PortableLanes {
     static constexpr int max_width = 4;
     static constexpr bool sums_any_byte = false;  // 16 bits are too few
     static constexpr int sums = 1;
@@ -24,10 +53,10 @@ struct Lanes {
         Float4 part[4];
     };
 
-    // Products are taken in 16 bits, where every machine multiplies: of the even columns of a quad,
-    // then of the odd ones. A product is at most 127 * 15, a lane gets two for each quad: eight
-    // quads stay below 2^15 and are then carried into 32 bits. 8-bit codes are split into two
-    // nibbles, each carried for itself.
+    // Products are taken in 16 bits, which every machine multiplies: first the even columns of a
+    // quad, then the odd ones. A product is at most 127 * 15, and a quad adds two of them to a sum:
+    // eight quads stay below 2^15. `carry` then moves them into 32 bits. 8-bit codes are split into
+    // two nibbles, which are summed separately.
     template <int bits>
     struct Dot {
         Int4 sum[4] = {};
@@ -79,7 +108,7 @@ struct Lanes {
         return out;
     }
 
-    // `bits` bits at `shift` of each byte
+    // Bits `shift` to `shift + bits - 1` of each byte, moved to bit 0. Never in place here.
     template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
         static_assert(!in_place);
@@ -88,7 +117,7 @@ struct Lanes {
         return chunk;
     }
 
-    // low | bit `shift` of each byte of `high`, moved to bit 2
+    // `low`, with bit `shift` of each byte of `high` as bit 2.
     template <int shift>
     static Codes with_high(Codes low, const Codes& high) {
         const Codes bit = field<1, shift>(high);
@@ -120,8 +149,14 @@ struct Lanes {
     static Float bfloat16(const uint8_t* at) {  // [16] bfloat16, little endian
         Float out;
         uint32_t bits[16];
-        for (int r = 0; r < 16; ++r) bits[r] = uint32_t(at[2 * r]) << 16 | uint32_t(at[2 * r + 1]) << 24;
+        for (int r = 0; r < 16; ++r)
+            bits[r] = uint32_t(at[2 * r]) << 16 | uint32_t(at[2 * r + 1]) << 24;
         std::memcpy(&out, bits, 64);
+        return out;
+    }
+    static Float bytes(const uint8_t* at) {  // [16] uint8
+        Float out;
+        for (int r = 0; r < 16; ++r) out.part[r / 4][r % 4] = at[r];
         return out;
     }
     static Float load_floats(const float* at) {
@@ -130,7 +165,8 @@ struct Lanes {
         return out;
     }
 
-    // Trellis codes (slabs.h): 16-bit words of two columns, [16 rows][2].
+    // Trellis matrices (trellis_product.h).
+
     typedef uint16_t Word8 __attribute__((vector_size(16)));
     struct Words {
         Word8 part[4];
@@ -140,25 +176,23 @@ struct Lanes {
         std::memcpy(&out, at, 64);
         return out;
     }
-    template <int n>
-    static Words shift_left(Words a) {
-        for (Word8& part : a.part) part = part << n;
-        return a;
+    // Of each word: the low 16 - end bits of `before`, then the high `end` bits of `word`.
+    template <int end>
+    static Words window(const Words& before, Words word) {
+        for (int i = 0; i < 4; ++i)
+            word.part[i] = word.part[i] >> (16 - end) | before.part[i] << end;
+        return word;
     }
     template <int n>
     static Words shift_right(Words a) {
         for (Word8& part : a.part) part = part >> n;
         return a;
     }
-    static Words either(Words a, const Words& b) {
-        for (int i = 0; i < 4; ++i) a.part[i] |= b.part[i];
-        return a;
-    }
     static Words masked(Words a, int mask) {
         for (Word8& part : a.part) part &= uint16_t(mask);
         return a;
     }
-    // The sum of the low two bytes of each product, or of all four.
+    // Of each word * multiplier, 32 bits: the sum of the low two bytes, or of all four.
     template <bool four>
     static Words byte_sums(Words a, int multiplier) {
         for (Word8& part : a.part) {
@@ -185,15 +219,12 @@ struct Lanes {
         }
         Float value(int32_t less) const {
             Float out;
-            for (int i = 0; i < 4; ++i) out.part[i] = __builtin_convertvector(sum[i] - less, Float4);
+            for (int i = 0; i < 4; ++i)
+                out.part[i] = __builtin_convertvector(sum[i] - less, Float4);
             return out;
         }
     };
-    static Float bytes(const uint8_t* at) {  // [16] uint8
-        Float out;
-        for (int r = 0; r < 16; ++r) out.part[r / 4][r % 4] = at[r];
-        return out;
-    }
 };
 
 }  // namespace
+}  // namespace moepress

@@ -1,3 +1,5 @@
+// Threads: the lent OpenMP team, or a pool of sleeping workers.
+
 #include "threads.h"
 
 #include <algorithm>
@@ -27,6 +29,7 @@ int process_id() {
 
 std::atomic<Team> lent_team{nullptr};
 
+// Work in ranges of `grain` items. Every thread that calls `run` takes ranges until none is left.
 struct Job {
     const std::function<void(int64_t, int64_t)>& body;
     int64_t items, grain;
@@ -41,8 +44,8 @@ struct Job {
     }
 };
 
-// Sleeping workers that join a job when one is posted. One job at a time: a second caller, from
-// another thread, does its job alone.
+// Sleeping workers that join a job when one is posted. There is one job at a time: a second caller,
+// from another thread, runs its job alone.
 class Pool {
   public:
     void run(int threads, Job& job) {
@@ -54,7 +57,7 @@ class Pool {
                 while (int(workers_.size()) < threads - 1)
                     workers_.emplace_back([this, me = int(workers_.size())] { work(me); });
             } catch (const std::exception&) {
-                // No more threads to be had: those that there are do the work.
+                // The system gives no more threads: the existing ones do the work.
             }
             job_ = &job;
             helpers_ = threads - 1;
@@ -63,7 +66,7 @@ class Pool {
         wake_.notify_all();
         job.run();
         std::unique_lock<std::mutex> lock(mutex_);
-        job_ = nullptr;  // who has not joined yet finds nothing
+        job_ = nullptr;  // workers that wake up late find no job
         done_.wait(lock, [this] { return busy_ == 0; });
     }
 
@@ -92,8 +95,8 @@ class Pool {
     uint64_t posted_ = 0;
 };
 
-// Never destroyed: threads may not be joined while a process ends. A forked child has none of its
-// parent's threads and takes a new pool.
+// Never destroyed, since threads may not be joined while a process ends. A forked child has none of
+// the threads of its parent, so it gets a new pool.
 Pool& pool() {
     static std::mutex mutex;
     static Pool* pool = nullptr;
@@ -120,6 +123,10 @@ void parallel(int threads, int64_t items, int64_t grain,
         team([](void* data) { static_cast<Job*>(data)->run(); }, &job, unsigned(threads), 0);
     else
         pool().run(threads, job);
+}
+
+int64_t grain_for(int64_t items, int threads, int64_t most) {
+    return std::clamp<int64_t>(items / (8 * int64_t(threads)), 1, most);
 }
 
 }  // namespace moepress

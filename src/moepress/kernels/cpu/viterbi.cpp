@@ -1,29 +1,31 @@
-// The best paths of a trellis code through eight columns of a matrix (quantizers/viterbi.py is the
-// definition and the oracle). A thread takes one of the 32 paths at a time: its two arrays of costs
-// have 16 KB and stay in the first-level cache.
+// The best paths of a trellis code through eight columns of a matrix. rounding/methods/viterbi.py is the
+// definition and the oracle. A thread searches one of the 32 paths at a time: its two arrays of
+// costs take 16 KB and stay in the first-level cache.
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <exception>
 #include <memory>
 
 #include "isa.h"
 #include "moepress.h"
 #include "threads.h"
+#include "trellis_code.h"
 
 namespace moepress {
 namespace {
 
-constexpr int kRun = 1024;   // steps decided together; a multiple of kSteps
-constexpr int kWindow = 64;  // on both sides of the seam of a path
+constexpr int kRun = 1024;   // steps that are decided together; a multiple of kSteps
+constexpr int kWindow = 64;  // steps on each side of the place where a path's end meets its start
 
 struct Workspace {
     uint16_t costs[2][kStates];
     int16_t target[kRun];
-    uint8_t origin[kRun * kStates / 2];  // [steps][2^(12 - bits)]: as few cache lines as may be
+    uint8_t origin[kRun * kStates / 2];  // [steps][2^(12 - bits)], dense to save cache lines
 };
 
-// Where weight `step` of a path lies.
+// The row and column, of the eight, of weight `step` of a path.
 struct Place {
     int64_t row;
     int column;
@@ -33,21 +35,22 @@ Place place_of(int path, int64_t step) {
     return {step / kSteps * kSlabRows + i / 4 * 16 + path / 2, i % 4 * 2 + path % 2};
 }
 
+// A target in steps of 1 / unit, saturated. NaN counts as 0.
 int16_t in_steps(float target, int unit) {
     const float scaled = target * float(unit);
-    const float least = scaled < -32767.0f ? -32767.0f : scaled > 32767.0f ? 32767.0f : scaled;
-    return scaled == scaled ? int16_t(std::nearbyintf(least)) : int16_t(0);  // a NaN counts as 0
+    const float inside = scaled < -32767.0f ? -32767.0f : scaled > 32767.0f ? 32767.0f : scaled;
+    return scaled == scaled ? int16_t(std::nearbyintf(inside)) : int16_t(0);
 }
 
-// The best path from `work.costs[0]` through `steps` targets to state `end`, or for -1 to the best
-// state; its states.
+// Find the best path that starts with the costs `work.costs[0]`, passes `steps` targets and ends in
+// state `end`, or, for -1, in the best state. Writes its states [steps].
 void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int end,
                Workspace& work, uint16_t* states) {
     uint16_t* costs = work.costs[0];
     uint16_t* next = work.costs[1];
     const int groups = kStates >> bits;
     for (int t = 0; t < steps; ++t) {
-        isa.viterbi_step[bits - 1](costs, values, work.target[t], next, work.origin + t * groups);
+        isa.viterbi_step[bits](costs, values, work.target[t], next, work.origin + t * groups);
         std::swap(costs, next);
         if (t % kSteps == kSteps - 1) isa.subtract_least(costs);
     }
@@ -59,6 +62,8 @@ void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int e
     }
 }
 
+// Write the branches of one path. It starts and ends in the same state, which the best path around
+// the seam chooses (rounding/methods/viterbi.py).
 void find_branches(const Isa& isa, const int16_t* values, int bits, const float* target,
                    int64_t rows, int path, Workspace& work, uint8_t* branches) {
     uint16_t states[kRun];
@@ -101,12 +106,12 @@ int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
         const Isa& isa = *isa_in_use();
         int16_t values[kStates];
         for (int s = 0; s < kStates; ++s) values[s] = int16_t(code_value(s, bits) * kUnit[bits]);
-        const int parts = std::min<int>(threads, kPaths);
-        const std::unique_ptr<Workspace[]> works(new Workspace[size_t(parts)]);
-        parallel(parts, parts, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t part = begin; part < end; ++part)
-                for (int path = int(part); path < kPaths; path += parts)
-                    find_branches(isa, values, bits, target, rows, path, works[part], branches);
+        const int workers = std::min<int>(threads, kPaths);  // with a workspace each
+        const std::unique_ptr<Workspace[]> works(new Workspace[size_t(workers)]);
+        parallel(workers, workers, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t worker = begin; worker < end; ++worker)
+                for (int path = int(worker); path < kPaths; path += workers)
+                    find_branches(isa, values, bits, target, rows, path, works[worker], branches);
         });
         return kOk;
     } catch (const std::exception&) {

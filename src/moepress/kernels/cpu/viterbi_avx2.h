@@ -1,21 +1,26 @@
-// A step of Viterbi's algorithm, sixteen states at a time. Costs are unsigned 16-bit integers: the
-// sums saturate (vpaddusw), a rounded square is one instruction (vpmulhrsw: -2^15 squared is 2^15 as
-// an unsigned number), and a target's distance saturates as it should (vpsubsw).
+// One step of Viterbi's algorithm, sixteen states at a time. Costs are unsigned 16-bit integers:
+// sums saturate (vpaddusw), a rounded square is one instruction (vpmulhrsw: the square of -2^15
+// comes out as 2^15, read as unsigned), and the distance to a target saturates as
+// rounding/methods/viterbi.py requires (vpsubsw).
 //
 // Speed, AMD EPYC (Zen 3), one thread: docs/log.md.
 #pragma once
 
 #include <immintrin.h>
 
-#include "trellis.h"
+#include <cstdint>
 
+#include "trellis_code.h"
+
+namespace moepress {
 namespace {
 
-// Of the 16 costs of `best`, those that the `o`-th 16 of their 16 * 2^bits successors take: each
-// repeated 2^bits times. First the right 64 bits to both halves, then words within them.
+// Each of the 16 costs of `best` goes to 2^bits successor states: each cost repeated 2^bits times,
+// of which this returns the `o`-th 16. First the right 64 bits go to both halves, then words move
+// within a half.
 template <int bits, int o>
 [[gnu::always_inline]] inline __m256i successors(__m256i best) {
-    constexpr int words = 16 >> bits;  // that are needed
+    constexpr int words = 16 >> bits;  // costs needed for 16 successors
     constexpr int first = o * words;
     constexpr int quarters[] = {first / 4, first / 4, (first + words / 2) / 4,
                                 (first + words / 2) / 4};
@@ -35,6 +40,8 @@ template <int bits, int o>
     return _mm256_shuffle_epi8(near, _mm256_load_si256(reinterpret_cast<const __m256i*>(index.at)));
 }
 
+// The costs of successors 16 o and later: that of the predecessor, plus the rounded square of the
+// distance between target and value.
 template <int bits, int o = 0>
 [[gnu::always_inline]] inline void add_squares(__m256i best, __m256i target, const int16_t* values,
                                                uint16_t* next) {
@@ -46,27 +53,30 @@ template <int bits, int o = 0>
     if constexpr (o + 1 < 1 << bits) add_squares<bits, o + 1>(best, target, values, next);
 }
 
-template <int bits>
-void viterbi_step(const uint16_t* costs, const int16_t* values, int16_t target, uint16_t* next,
-                  uint8_t* origin) {
-    constexpr int groups = moepress::kStates >> bits, branches = 1 << bits;
-    const __m256i all = _mm256_set1_epi16(target);
-    for (int g = 0; g < groups; g += 16) {
-        __m256i best = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(costs + g));
-        __m256i from = _mm256_setzero_si256();
+struct Avx2Search {
+    template <int bits>
+    static void step(const uint16_t* costs, const int16_t* values, int16_t target, uint16_t* next,
+                     uint8_t* origin) {
+        constexpr int groups = kStates >> bits, branches = 1 << bits;
+        const __m256i all = _mm256_set1_epi16(target);
+        for (int g = 0; g < groups; g += 16) {
+            __m256i best = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(costs + g));
+            __m256i from = _mm256_setzero_si256();
 #pragma GCC unroll 16
-        for (int j = 1; j < branches; ++j) {
-            const __m256i cost =
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(costs + j * groups + g));
-            const __m256i least = _mm256_min_epu16(best, cost);
-            const __m256i stays = _mm256_cmpeq_epi16(least, best);
-            from = _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(j)), from, stays);
-            best = least;
+            for (int j = 1; j < branches; ++j) {
+                const __m256i cost =
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(costs + j * groups + g));
+                const __m256i least = _mm256_min_epu16(best, cost);
+                const __m256i stays = _mm256_cmpeq_epi16(least, best);
+                from = _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(j)), from, stays);
+                best = least;
+            }
+            const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(from, from), 0x08);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(origin + g), _mm256_castsi256_si128(bytes));
+            add_squares<bits>(best, all, values + g * branches, next + g * branches);
         }
-        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(from, from), 0x08);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(origin + g), _mm256_castsi256_si128(bytes));
-        add_squares<bits>(best, all, values + g * branches, next + g * branches);
     }
-}
+};
 
 }  // namespace
+}  // namespace moepress

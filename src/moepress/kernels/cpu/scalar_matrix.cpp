@@ -1,15 +1,16 @@
-#include "matrix.h"
+// Sizes of a scalar matrix, and the decoding of single rows, for embeddings: the definition in
+// docs/format.md, "Where to find w[n, k]", without regard to speed.
+
+#include "scalar_matrix.h"
 
 #include <cstring>
-
-#include "isa.h"
 
 namespace moepress {
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 31;  // rows or columns: products below stay under 2^63
+constexpr int64_t kMost = int64_t(1) << 31;  // rows or columns: sizes in bytes stay below 2^63
 
-// The value of `bits` bits of row r and column c of a plane (docs/format.md, "Where to find w").
+// The value of row r and column c of a plane of `bits` bits.
 unsigned plane_value(const uint8_t* plane, int bits, int r, int c) {
     const int per_chunk = 32 / bits;  // columns
     const uint8_t byte = plane[c / per_chunk * 64 + r * 4 + c % 4];
@@ -18,20 +19,18 @@ unsigned plane_value(const uint8_t* plane, int bits, int r, int c) {
 
 }  // namespace
 
-bool Matrix::exists() const {
+bool ScalarMatrix::exists() const {
     return (bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8) &&
            (group == 32 || group == 64 || group == 128) && rows > 0 && rows < kMost && cols > 0 &&
            cols < kMost && cols % group == 0;
 }
 
-int64_t Matrix::block_bytes() const { return moepress::block_bytes(cols, bits, group); }
+int64_t ScalarMatrix::nbytes() const { return (blocks() * bytes_per_block() + 63) / 64 * 64; }
 
-int64_t Matrix::nbytes() const { return (blocks() * block_bytes() + 63) / 64 * 64; }
-
-void Matrix::row(int64_t n, float* weights) const {
-    const int r = int(n % 16);
+void ScalarMatrix::decode_row(int64_t n, float* weights) const {
+    const int r = int(n % kBlockRows);
     const int64_t groups = cols / group;
-    const uint8_t* start = block(n / 16);
+    const uint8_t* start = block(n / kBlockRows);
     const uint8_t* scales = start + 2 * cols * bits;
     const uint8_t* zeros = scales + 32 * groups;
     const float levels = float((1 << bits) - 1);

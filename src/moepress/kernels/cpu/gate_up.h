@@ -1,0 +1,156 @@
+// The first half of the experts: for each pair, h = act(gate x) * up x, prepared for the product
+// with down. There are two ways, because a codec that mixes columns can prepare h only when all of
+// it is known. `GateUp` is the one that a codec takes.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "codec.h"
+#include "isa.h"
+#include "routing.h"
+#include "strip.h"
+#include "threads.h"
+
+namespace moepress {
+
+// The experts of a layer.
+template <class Codec>
+struct Experts {
+    std::vector<typename Codec::Matrix> gate_up, down;  // by expert; 0 bits: left out
+    int64_t hidden, intermediate;
+    int gate_up_group, down_group;
+    int activation;
+};
+
+// Group by group. An item of work is an expert, some of its panels, and a group of intermediate
+// columns: the strips of gate and of up that make them, activation, preparation.
+template <class Codec>
+class GateUpByGroup {
+  public:
+    GateUpByGroup(const Codec& codec, const Experts<Codec>& experts, const Routing& routing)
+        : codec_(codec), experts_(experts), routing_(routing) {
+        for (const ExpertPanels& e : routing.experts)
+            for (size_t first = e.first; first < e.last;) {
+                const size_t last = std::min(first + codec.panels_per_run(), e.last);
+                for (int64_t j = 0; j < experts.intermediate / experts.down_group; ++j)
+                    items_.push_back({j, first, last});
+                first = last;
+            }
+    }
+
+    void run(const typename Codec::Activations& in, typename Codec::Activations& out,
+             int threads) const {
+        const int64_t count = int64_t(items_.size());
+        const int64_t grain = codec_.gate_up_grain(count, threads);
+        parallel(threads, count, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item) do_item(items_[size_t(item)], in, out);
+        });
+    }
+
+  private:
+    struct Item {
+        int64_t group;
+        size_t first, last;  // panels first .. last - 1 of one expert
+    };
+
+    void do_item(const Item& item, const typename Codec::Activations& in,
+                 typename Codec::Activations& out) const {
+        const auto& w = experts_.gate_up[routing_.panels[item.first].expert];
+        const int group = experts_.down_group, panel_tokens = codec_.panel_tokens();
+        const int64_t column = item.group * group;
+        alignas(64) float gate[Codec::kRunWidth * kMaxGroup];  // [panels][panel_tokens][group]
+        alignas(64) float up[Codec::kRunWidth * kMaxGroup];
+        Products<Codec> products;
+        const auto start = [&](size_t i) {
+            return (i - item.first) * size_t(panel_tokens * group);
+        };
+        for (int strip = 0; strip < group / Codec::kStripRows; ++strip)
+            for (size_t i = item.first; i < item.last; ++i)
+                for (float* side : {gate, up}) {
+                    const int64_t row = (side == gate ? 0 : experts_.intermediate) + column;
+                    float* to = side + start(i) + strip * Codec::kStripRows;
+                    multiply_strip(codec_, w, row / Codec::kStripRows + strip, in, i,
+                                   routing_.panels[i], products,
+                                   [&](int t, int64_t, int64_t, const float* values) {
+                                       std::memcpy(to + t * group, values,
+                                                   Codec::kStripRows * sizeof(float));
+                                   });
+                }
+        for (size_t i = item.first; i < item.last; ++i)
+            for (int t = 0; t < routing_.panels[i].count; ++t) {
+                float* h = gate + start(i) + t * group;
+                codec_.glu(experts_.activation, h, up + start(i) + t * group, group);
+                out.fill_group(i, t, item.group, h);
+            }
+    }
+
+    const Codec& codec_;
+    const Experts<Codec>& experts_;
+    const Routing& routing_;
+    std::vector<Item> items_;
+};
+
+// Row by row. An item of work is first an expert and a strip of gate and up, whose products are
+// kept; then a pair: activation, preparation.
+template <class Codec>
+class GateUpByRow {
+  public:
+    GateUpByRow(const Codec& codec, const Experts<Codec>& experts, const Routing& routing)
+        : codec_(codec), experts_(experts), routing_(routing),
+          products_(new float[size_t(routing.pairs() * 2 * experts.intermediate)]) {}
+
+    void run(const typename Codec::Activations& in, typename Codec::Activations& out,
+             int threads) const {
+        const size_t some = routing_.experts.front().expert;
+        const int64_t strips = codec_.strips(experts_.gate_up[some]);
+        const int64_t items = strips * int64_t(routing_.experts.size());
+        const int64_t grain = codec_.gate_up_grain(items, threads);
+        parallel(threads, items, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item)
+                do_strip(routing_.experts[size_t(item / strips)], item % strips, in);
+        });
+        parallel(threads, routing_.pairs(), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t pair = begin; pair < end; ++pair) {
+                float* gate = products_of(pair);
+                codec_.glu(experts_.activation, gate, gate + experts_.intermediate,
+                           int(experts_.intermediate));
+                out.fill_row(pair, gate);
+            }
+        });
+    }
+
+  private:
+    float* products_of(int64_t pair) const {
+        return products_.get() + pair * 2 * experts_.intermediate;
+    }
+
+    void do_strip(const ExpertPanels& e, int64_t strip,
+                  const typename Codec::Activations& in) const {
+        Products<Codec> products;
+        for (size_t i = e.first; i < e.last; ++i) {
+            const Panel& panel = routing_.panels[i];
+            multiply_strip(codec_, experts_.gate_up[e.expert], strip, in, i, panel, products,
+                           [&](int t, int64_t row, int64_t rows, const float* values) {
+                               std::memcpy(products_of(panel.first + t) + row, values,
+                                           size_t(rows) * sizeof(float));
+                           });
+        }
+    }
+
+    const Codec& codec_;
+    const Experts<Codec>& experts_;
+    const Routing& routing_;
+    std::unique_ptr<float[]> products_;  // [pairs][2 * intermediate]: gate x, then up x
+};
+
+template <class Codec>
+using GateUp =
+    std::conditional_t<Codec::kMixesColumns, GateUpByRow<Codec>, GateUpByGroup<Codec>>;
+
+}  // namespace moepress

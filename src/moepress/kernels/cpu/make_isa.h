@@ -1,0 +1,73 @@
+// Makes the table of an instruction set (isa.h) from its types.
+//
+// To add an instruction set: write lanes_NAME.h, with a struct `NameLanes` that has the members of
+// `PortableLanes` (lanes_portable.h); write NAME.cpp like avx2.cpp; add its flags to
+// CMakeLists.txt, and its table and the test for it to dispatch.cpp. `Search` is the type with the
+// steps of Viterbi's algorithm: viterbi_avx2.h or viterbi_portable.h.
+//
+// Everything that this file includes is compiled once for each instruction set. So all of it must
+// have internal linkage (an unnamed namespace; a template over such a type has it too): of two
+// functions with the same name the linker would keep one, and CPUs without its instructions would
+// fail.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+
+#include "activation_functions.h"
+#include "isa.h"
+#include "scalar_activations.h"
+#include "scalar_product.h"
+#include "trellis_activations.h"
+#include "trellis_product.h"
+#include "viterbi.h"
+
+namespace moepress {
+namespace {
+
+template <class Lanes, int bits, int width>
+constexpr ScalarDot scalar_dot_or_null() {
+    if constexpr (width <= Lanes::max_width) return scalar_dot<Lanes, bits, width>;
+    return nullptr;
+}
+
+template <class Lanes, int bits, size_t... i>
+constexpr void set_scalar_dots(Isa& isa, std::index_sequence<i...>) {
+    ((isa.scalar_dot[bits][i] = scalar_dot_or_null<Lanes, bits, kWidths[i]>()), ...);
+}
+
+template <class Lanes, int bits>
+constexpr void set_scalar(Isa& isa) {
+    set_scalar_dots<Lanes, bits>(isa, std::make_index_sequence<kWidthCount>());
+}
+
+template <class Lanes, class Search, int bits>
+constexpr void set_trellis(Isa& isa) {
+    isa.trellis_dot[bits] = trellis_dot<Lanes, bits>;
+    isa.viterbi_step[bits] = Search::template step<bits>;
+}
+
+template <class Lanes, class Search>
+constexpr Isa make_isa(const char* name) {
+    Isa isa{};
+    isa.name = name;
+    isa.glu = glu;
+    isa.max_width = Lanes::max_width;
+    set_scalar<Lanes, 1>(isa);
+    set_scalar<Lanes, 2>(isa);
+    set_scalar<Lanes, 3>(isa);
+    set_scalar<Lanes, 4>(isa);
+    set_scalar<Lanes, 8>(isa);
+    isa.scalar_round = scalar_round;
+    set_trellis<Lanes, Search, 1>(isa);
+    set_trellis<Lanes, Search, 2>(isa);
+    set_trellis<Lanes, Search, 3>(isa);
+    set_trellis<Lanes, Search, 4>(isa);
+    isa.trellis_rotate = trellis_rotate;
+    isa.trellis_round = trellis_round;
+    isa.subtract_least = subtract_least;
+    return isa;
+}
+
+}  // namespace
+}  // namespace moepress
