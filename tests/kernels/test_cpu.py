@@ -1,4 +1,4 @@
-"""The C++ kernels on each instruction set of this machine, against an oracle of their sums."""
+"""C++ kernels on each instruction set of this machine, against an oracle of their arithmetic."""
 
 from __future__ import annotations
 
