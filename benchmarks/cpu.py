@@ -73,7 +73,7 @@ def one_token(
     import torch
 
     from moepress.format.codec import PackedSpec
-    from moepress.kernels import cpu
+    from moepress.kernels import ExpertsCall, cpu
 
     spec = PackedSpec((bits,) * experts, 128, family)
     shapes = ((2 * inner, hidden), (hidden, inner))
@@ -89,7 +89,10 @@ def one_token(
         n = next(turn)
         index = (torch.arange(k)[None] + n * k) % experts
         gate_up, down = (side[n % copies] for side in layers)
-        cpu.experts(x, index, weights, gate_up, down, *tables, inner, 128, 128, "silu", 8, family)
+        routing = x, index, weights
+        cpu.experts(
+            ExpertsCall(*routing, gate_up, down, *tables, inner, 128, 128, "silu", family=family)
+        )
 
     return call, k * sum(spec.codecs[0].nbytes(*s) for s in shapes)
 

@@ -121,9 +121,9 @@ def test_an_expert_is_left_out_whole() -> None:
 @pytest.mark.parametrize("family", ["int", "trellis"])
 def test_kernels_refuse_half_an_expert(backend: str, family: str) -> None:
     module = packed_experts(family, (2, 2))
-    table = module._table.clone()
-    table[1, 1, 1] = 0
-    module._table_here = table
+    gate_up_table, down_table = (table.clone() for table in module._tables)
+    down_table[1, 1] = 0
+    module._tables_here = gate_up_table, down_table
     with pytest.raises(InputError, match=r"no codec has those code bits|0-bit codes do not exist"):
         module(torch.randn(3, 64), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1))
 

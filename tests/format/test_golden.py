@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec
 from moepress.kernels import trellis
-from moepress.kernels.reference import dequantize, pack, unpack
+from moepress.kernels.reference import dequantize
+from moepress.kernels.scalar import pack, unpack
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "format-1.safetensors"

@@ -1,4 +1,4 @@
-"""The C++ kernels, each instruction set of this machine, against the oracle of their arithmetic."""
+"""C++ kernels on each instruction set of this machine, against an oracle of their arithmetic."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import GRID_BITS, Codec
-from moepress.kernels import cpu, reference
+from moepress.kernels import backends, cpu, reference
 from moepress.kernels.reference import ACTIVATIONS, dequantize, round_activations
 from tests.kernels.test_kernels import (
     CODECS,
     Case,
     make_case,
+    op_arguments,
     op_calls,
     random_packed,
     within_twice_plain,
@@ -35,7 +36,7 @@ SOURCES = Path(__file__).parents[2] / "src/moepress/kernels/cpu"
 MISSING = cpu.missing()
 
 
-def test_the_library_is_there_where_a_compiler_is() -> None:
+def test_the_library_exists_where_a_compiler_does() -> None:
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     assert MISSING is None
@@ -68,9 +69,9 @@ def test_rounded_activations_are_the_formula(bits: int) -> None:
     assert ((got - groups).abs() <= step * 0.5001).all()
     codes = (got / step)[1:]
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=0.01)
-    # Coarser than bfloat16 at 8 bits, finer at 16: the error of a whole group counts.
-    theirs = (groups.bfloat16().float() - groups)[1:].norm()
-    assert ((got - groups)[1:].norm() < theirs) == (bits == 16)
+    # Over a whole group, 8 bits are coarser than bfloat16 and 16 bits finer.
+    of_bfloat16 = (groups.bfloat16().float() - groups)[1:].norm()
+    assert ((got - groups)[1:].norm() < of_bfloat16) == (bits == 16)
     bad = round_activations(torch.tensor([[1.0] * 31 + [torch.inf], [torch.nan] * 32]), 32, bits)
     assert bad.isnan().all()
 
@@ -78,7 +79,7 @@ def test_rounded_activations_are_the_formula(bits: int) -> None:
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
 def test_linear(isa: str, codec: Codec, bits: int) -> None:
-    """All panel widths, rows that fill no block, a single group."""
+    """All panel widths, a last block that is not full, a single group."""
     torch.manual_seed(1)
     for tokens, rows, groups in ((1, 1, 1), (2, 37, 3), (3, 16, 2), (5, 33, 1), (37, 50, 2)):
         cols = groups * codec.group_size
@@ -111,16 +112,16 @@ def test_float64_is_left_to_the_reference(isa: str) -> None:
 
 
 def oracle(case: Case, bits: int, dtype: torch.dtype) -> Tensor:
-    hidden = case.hidden.to(dtype)
-    return reference.experts(hidden, *case.args[1:], bits, rounded=True)
+    call = dataclasses.replace(case.call(bits), hidden=case.hidden.to(dtype))
+    return reference.experts(call, rounded=True)
 
 
 def check(case: Case, bits: int) -> None:
-    y = cpu.experts(*case.args, bits)
+    y = cpu.experts(case.call(bits))
     plain, exact = (oracle(case, bits, d) for d in (torch.float32, torch.float64))
     if bits == 8:
-        # A value between two codes may fall to either side, in plain PyTorch as here: one such
-        # value weighs more than all rounding of floats. At 16 bits it weighs 128 times less.
+        # An activation halfway between two codes may be rounded to either, here and in PyTorch.
+        # One such activation outweighs all rounding of floats. At 16 bits it weighs 128 times less.
         assert (y - exact).norm() <= 2 * (plain - exact).norm() + 2e-3 * exact.norm()
     else:
         slack = 2e-5 * exact.norm()
@@ -149,14 +150,14 @@ def test_an_index_that_is_no_expert_contributes_nothing(isa: str, sentinel: int)
     case = make_case()
     case.index[0] = sentinel
     case.index[1, 0] = sentinel
-    assert cpu.experts(*case.args, 8)[0].eq(0).all()
+    assert cpu.experts(case.call(8))[0].eq(0).all()
     check(case, 16)
     case.index[:] = sentinel
-    assert cpu.experts(*case.args, 8).eq(0).all()
+    assert cpu.experts(case.call(8)).eq(0).all()
     one = dataclasses.replace(
         case, hidden=case.hidden[:1], index=case.index[:1], weights=case.weights[:1]
     )
-    assert cpu.experts(*one.args, 8).eq(0).all()
+    assert cpu.experts(one.call(8)).eq(0).all()
 
 
 def test_an_expert_chosen_twice_counts_twice(isa: str) -> None:
@@ -181,13 +182,13 @@ def test_one_token_that_chooses_some_experts_more_often_than_others(isa: str) ->
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) -> None:
     case = make_case(tokens=40)
-    whole = cpu.experts(*case.args, bits)
+    whole = cpu.experts(case.call(bits))
     for t in (0, 7, 39):
         at = slice(t, t + 1)
         alone = dataclasses.replace(
             case, hidden=case.hidden[at], index=case.index[at], weights=case.weights[at]
         )
-        assert torch.equal(cpu.experts(*alone.args, bits)[0], whole[t])
+        assert torch.equal(cpu.experts(alone.call(bits))[0], whole[t])
     codec, x = Codec(3, 64), case.hidden
     packed = random_packed(37, 64, codec)
     y = cpu.linear(x, packed, None, 37, codec, bits)
@@ -203,7 +204,7 @@ def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
     try:
         for threads in (1, 2, 5, 3):
             torch.set_num_threads(threads)
-            results.append(cpu.experts(*case.args, 8))
+            results.append(cpu.experts(case.call(8)))
     finally:
         torch.set_num_threads(before)
         library.moepress_lend_team(cpu._openmp_team())
@@ -211,7 +212,7 @@ def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
 
 
 def test_a_forked_process_has_a_pool_of_its_own(isa: str) -> None:
-    """The child wants more threads than the parent had started, and gets the same result."""
+    """The child asks for more threads than the parent had started and gets the same result."""
     code = """
 import os, torch
 from moepress.kernels import cpu
@@ -220,10 +221,10 @@ from tests.kernels.test_kernels import make_case
 case = make_case(tokens=40)
 cpu._library().moepress_lend_team(None)
 torch.set_num_threads(2)
-y = cpu.experts(*case.args, 8)
+y = cpu.experts(case.call(8))
 child = os.fork()
 torch.set_num_threads(5)
-same = torch.equal(cpu.experts(*case.args, 8), y)
+same = torch.equal(cpu.experts(case.call(8)), y)
 if not child:
     os._exit(0 if same else 1)
 assert os.waitpid(child, 0)[1] == 0 and same
@@ -236,18 +237,18 @@ def test_several_python_threads_at_once(isa: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     case = make_case(tokens=40)
-    expected = cpu.experts(*case.args, 8)
+    expected = cpu.experts(case.call(8))
     with ThreadPoolExecutor(4) as pool:
-        for y in pool.map(lambda _: cpu.experts(*case.args, 8), range(40)):
+        for y in pool.map(lambda _: cpu.experts(case.call(8)), range(40)):
             assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_token_that_is_not_finite_spoils_itself_alone(isa: str, bad: float) -> None:
+def test_a_token_that_is_not_finite_spoils_no_other_token(isa: str, bad: float) -> None:
     case = make_case(tokens=20)
-    clean = cpu.experts(*case.args, 8)
+    clean = cpu.experts(case.call(8))
     case.hidden[3, 5] = bad
-    y = cpu.experts(*case.args, 8)
+    y = cpu.experts(case.call(8))
     assert y[3].isnan().all()
     others = torch.arange(20) != 3
     assert torch.equal(y[others], clean[others])
@@ -263,7 +264,7 @@ def test_views_and_bytes_at_odd_addresses(isa: str) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
-def test_embedding_is_the_reference_to_the_last_bit(isa: str, codec: Codec) -> None:
+def test_embedding_equals_the_reference_bit_by_bit(isa: str, codec: Codec) -> None:
     rows, cols = 53, 2 * codec.group_size
     packed = random_packed(rows, cols, codec)
     for ids in (torch.tensor([[3, 52, 3], [0, 17, 16]]), torch.tensor(5), torch.empty(0).long()):
@@ -276,7 +277,7 @@ def test_embedding_is_the_reference_to_the_last_bit(isa: str, codec: Codec) -> N
 
 
 @pytest.mark.parametrize("call", range(4))
-def test_as_torch_operators(isa: str, call: int) -> None:
+def test_as_torch_ops(isa: str, call: int) -> None:
     op, args = op_calls()[call]
     torch.library.opcheck(op, args)
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
@@ -292,36 +293,37 @@ def test_as_torch_operators(isa: str, call: int) -> None:
         st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-300, 40000)),
         st.one_of(st.integers(-(2**63), 2**63 - 1), st.sampled_from(GRID_BITS)),
     ),
-    which=st.sampled_from((5, 6)),
+    which=st.sampled_from(("gate_up", "down")),
     expert=st.integers(0, 4),
     cut=st.integers(0, 2000),
 )
 @settings(max_examples=200, deadline=None)
 @pytest.mark.skipif(MISSING is not None, reason=f"the library {MISSING}")
 def test_damaged_tables_are_refused_or_lead_to_bytes_inside(
-    entry: tuple[int, int], which: int, expert: int, cut: int
+    entry: tuple[int, int], which: str, expert: int, cut: int
 ) -> None:
-    args = list(make_case().args)
-    args[which] = args[which].clone()
-    args[which][expert] = torch.tensor(entry)
-    args[which - 2] = args[which - 2][: len(args[which - 2]) - cut]
+    call = make_case().call()
+    packed, table = getattr(call, which), getattr(call, f"{which}_table").clone()
+    table[expert] = torch.tensor(entry)
+    damaged = {which: packed[: len(packed) - cut], f"{which}_table": table}
     try:
-        y = cpu.experts(*args, 8)
+        y = cpu.experts(dataclasses.replace(call, **damaged))
     except InputError:
         return
     assert y.shape == (7, 64)
 
 
 def test_refusals_say_what_is_wrong(isa: str) -> None:
-    args = list(make_case().args)
+    call = make_case().call()
     with pytest.raises(InputError, match=r"'swoosh' is not supported.*silu"):
-        cpu.experts(*args[:-1], "swoosh", 8)
+        cpu.experts(dataclasses.replace(call, activation="swoosh"))
+    four_bits = dataclasses.replace(call, activation_bits=4)
     with pytest.raises(InputError, match="activation bits are 8 or 16"):
-        cpu.experts(*args, 4)
+        cpu.experts(four_bits)
     with pytest.raises(InputError, match=r"activation_bits is 4. Expected one of \[8, 16\]"):
-        kernels.experts(*args, 4)
+        kernels.experts(*op_arguments(four_bits))
     with pytest.raises(InputError, match="gate_up_table has 5 experts, down_table 4"):
-        cpu.experts(*args[:6], args[6][:4], *args[7:], 8)
+        cpu.experts(dataclasses.replace(call, down_table=call.down_table[:4]))
     with pytest.raises(InputError, match="outside its packed bytes"):
         cpu.linear(torch.randn(1, 64), torch.zeros(63, dtype=torch.uint8), None, 1, Codec(2, 32), 8)
     with pytest.raises(InputError, match=r"'vliw' is not here.*portable"):
@@ -333,7 +335,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
 ) -> None:
     monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
     cpu._library.cache_clear()
-    kernels._choose.cache_clear()
+    backends._choose.cache_clear()
     try:
         for _ in range(2):
             kernels.linear(torch.randn(1, 64), random_packed(8, 64, Codec(2, 32)), None, 8, 2, 32)
@@ -345,7 +347,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     finally:
         monkeypatch.undo()
         cpu._library.cache_clear()
-        kernels._choose.cache_clear()
+        backends._choose.cache_clear()
     assert cpu.missing() == MISSING
 
 
@@ -359,7 +361,7 @@ def test_every_header_compiles_on_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
 def test_no_byte_outside_is_touched(tmp_path: Path) -> None:
-    """tests/kernels/fuzz_cpu.cpp with the address and undefined behaviour sanitizers."""
+    """Run tests/kernels/fuzz_cpu.cpp with the address and undefined behaviour sanitizers."""
     options = ["-DMOEPRESS_SANITIZE=ON", f"-DMOEPRESS_FUZZ={Path(__file__).parent}/fuzz_cpu.cpp"]
     run = lambda *command: subprocess.run(  # noqa: E731
         command, capture_output=True, text=True, timeout=600

@@ -1,4 +1,4 @@
-"""Packing against the format's own text, operations against float64 loops."""
+"""Packing against an oracle written from docs/format.md, ops against float64 loops."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from torch.nn import functional as F
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import GRID_BITS, GROUP_SIZES, Codec, PackedSpec
-from moepress.kernels import reference
-from moepress.kernels.reference import ACTIVATIONS, dequantize, pack, unpack
+from moepress.kernels import reference, scalar
+from moepress.kernels.checks import check_one_device
+from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.reference import ACTIVATIONS, dequantize
+from moepress.kernels.scalar import pack, unpack
 
-pytestmark = pytest.mark.usefixtures("reference_backend")  # the others: test_cpu.py
+pytestmark = pytest.mark.usefixtures("reference_backend")  # test_cpu.py tests the other backend
 
 CODECS = [Codec(bits, group) for bits in GRID_BITS for group in GROUP_SIZES]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def random_parts(
+def random_fields(
     rows: int, cols: int, codec: Codec, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zeros of a matrix whose weights have a standard deviation near 0.1."""
@@ -39,11 +42,11 @@ def random_parts(
 
 
 def random_packed(rows: int, cols: int, codec: Codec, seed: int = 0) -> Tensor:
-    return pack(*random_parts(rows, cols, codec, seed), codec)
+    return pack(*random_fields(rows, cols, codec, seed), codec)
 
 
 def oracle_bytes(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) -> bytes:
-    """docs/format.md, 'Where to find w[n, k]', one value at a time."""
+    """The formulas of docs/format.md, 'Where to find w[n, k]', one value at a time."""
     (N, K), b, g = codes.shape, codec.bits, codec.group_size
     G = K // g
     S = 2 * K * b + 32 * G + (16 * G if b in (2, 3, 4) else 0)
@@ -87,11 +90,11 @@ def oracle_weights(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: C
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
 @pytest.mark.parametrize("rows, groups", [(1, 1), (16, 1), (21, 2), (33, 1)])
 def test_bytes_are_those_of_the_format(codec: Codec, rows: int, groups: int) -> None:
-    parts = random_parts(rows, groups * codec.group_size, codec)
-    packed = pack(*parts, codec)
+    fields = random_fields(rows, groups * codec.group_size, codec)
+    packed = pack(*fields, codec)
     assert packed.dtype == torch.uint8
     assert packed.shape == (codec.nbytes(rows, groups * codec.group_size),)
-    assert bytes(packed.tolist()) == oracle_bytes(*parts, codec)
+    assert bytes(packed.tolist()) == oracle_bytes(*fields, codec)
 
 
 def test_bytes_never_change() -> None:
@@ -117,28 +120,28 @@ def test_bytes_never_change() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_unpack_gives_back_what_was_packed(codec: Codec, rows: int, groups: int, seed: int) -> None:
-    parts = random_parts(rows, groups * codec.group_size, codec, seed)
-    back = unpack(pack(*parts, codec), rows, groups * codec.group_size, codec)
-    for there, here in zip(parts, back, strict=True):
-        assert (there is None and here is None) or torch.equal(there, here)
+    fields = random_fields(rows, groups * codec.group_size, codec, seed)
+    back = unpack(pack(*fields, codec), rows, groups * codec.group_size, codec)
+    for before, after in zip(fields, back, strict=True):
+        assert (before is None and after is None) or torch.equal(before, after)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
 def test_dequantize_is_the_formula_to_the_last_bit(codec: Codec) -> None:
     rows, cols = 19, 2 * codec.group_size
-    parts = random_parts(rows, cols, codec)
-    packed = pack(*parts, codec)
-    expected = torch.from_numpy(oracle_weights(*parts, codec))
+    fields = random_fields(rows, cols, codec)
+    packed = pack(*fields, codec)
+    expected = torch.from_numpy(oracle_weights(*fields, codec))
     assert torch.equal(dequantize(packed, rows, cols, codec), expected)
     half = dequantize(packed, rows, cols, codec, torch.bfloat16)
     assert torch.equal(half, expected.bfloat16())
 
 
-def test_long_matrices_are_done_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_matrices_are_unpacked_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     codec, rows, cols = Codec(3, 64), 100, 128
     packed, x = random_packed(rows, cols, codec), torch.randn(3, cols)
     whole, y = dequantize(packed, rows, cols, codec), reference.linear(x, packed, None, rows, codec)
-    monkeypatch.setattr(reference, "STRIP_WEIGHTS", 2 * 16 * cols)
+    monkeypatch.setattr(scalar, "STRIP_WEIGHTS", 2 * 16 * cols)
     assert torch.equal(dequantize(packed, rows, cols, codec), whole)
     torch.testing.assert_close(reference.linear(x, packed, None, rows, codec), y)
 
@@ -153,7 +156,7 @@ def test_a_matrix_may_start_at_any_byte_of_memory() -> None:
 
 def test_pack_refuses_what_does_not_fit() -> None:
     codec = Codec(2, 32)
-    codes, scales, zeros = random_parts(4, 64, codec)
+    codes, scales, zeros = random_fields(4, 64, codec)
     for wrong in (
         (codes + 4, scales, zeros),
         (codes.int(), scales, zeros),
@@ -171,7 +174,7 @@ def test_pack_refuses_what_does_not_fit() -> None:
         unpack(pack(codes, scales, zeros, codec)[:-1], 4, 64, codec)
 
 
-# Operations
+# Ops
 
 
 def within_twice_plain(result: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -197,6 +200,11 @@ def test_linear(codec: Codec, dtype: torch.dtype, rows: int, shape: tuple[int, .
     within_twice_plain(no_bias, F.linear(x, weight.to(dtype)), exact - bias.double())
 
 
+def op_arguments(call: ExpertsCall) -> tuple[object, ...]:
+    """The arguments of `kernels.experts`, in order."""
+    return tuple(getattr(call, field.name) for field in dataclasses.fields(call))
+
+
 @dataclasses.dataclass
 class Case:
     """Experts of mixed widths and the routing of a few tokens to them."""
@@ -209,15 +217,26 @@ class Case:
     intermediate: int
     activation: str = "silu"
 
+    def call(self, activation_bits: int = 8) -> ExpertsCall:
+        tables = [
+            torch.tensor(spec.table(*shape))
+            for spec, shape in zip(self.specs, self.shapes, strict=True)
+        ]
+        return ExpertsCall(
+            self.hidden,
+            self.index,
+            self.weights,
+            *self.packed,
+            *tables,
+            self.intermediate,
+            *(spec.group_size for spec in self.specs),
+            self.activation,
+            activation_bits,
+        )
+
     @property
     def args(self) -> tuple[object, ...]:
-        shapes = self.shapes
-        tables = [
-            torch.tensor(spec.table(*shape)) for spec, shape in zip(self.specs, shapes, strict=True)
-        ]
-        groups = [spec.group_size for spec in self.specs]
-        routing = self.hidden, self.index, self.weights
-        return (*routing, *self.packed, *tables, self.intermediate, *groups, self.activation)
+        return op_arguments(self.call())
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -230,7 +249,7 @@ class Case:
         return dequantize(self.packed[which][first:end], *shape, spec.codecs[expert])
 
     def loop(self, dtype: torch.dtype) -> Tensor:
-        """One token, one slot, one expert at a time, in `dtype`."""
+        """The result in `dtype`, computed for one token and one of its choices at a time."""
         out = torch.zeros(self.hidden.shape, dtype=torch.promote_types(dtype, torch.float32))
         act, inner = ACTIVATIONS[self.activation], self.intermediate
         count = len(self.specs[0].bits)
@@ -315,7 +334,7 @@ def test_only_experts_in_use_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_float32_weights_are_summed_in_float32() -> None:
-    """256 slots of weight 1 in bfloat16: a bfloat16 sum would stop growing."""
+    """512 choices of weight 1 / 512: a sum in bfloat16 would stop growing."""
     case = make_case(torch.bfloat16, tokens=1)
     case.index = torch.full((1, 512), 2)
     case.weights = torch.full((1, 512), 1 / 512)
@@ -342,7 +361,7 @@ def test_embedding(codec: Codec) -> None:
             )
 
 
-def test_operations_refuse_arguments_that_do_not_fit() -> None:
+def test_ops_refuse_arguments_that_do_not_fit() -> None:
     case = make_case()
     packed = random_packed(8, 64, Codec(2, 32))
     with pytest.raises(InputError, match="uint8, contiguous"):
@@ -351,18 +370,22 @@ def test_operations_refuse_arguments_that_do_not_fit() -> None:
         kernels.linear(torch.randn(2, 65), packed, None, 8, 2, 32)
     with pytest.raises(InputError, match=r"bias must be \[8\], got \[1\]"):
         kernels.linear(torch.randn(2, 64), packed, torch.zeros(1), 8, 2, 32)
-    # Through the operators a meta tensor leads to the fake, and no other device is here.
+    # Not through the op: with a meta tensor it runs its fake, and there is no other device here.
     with pytest.raises(InputError, match="weight is on meta, the input on cpu"):
-        kernels._check_device(case.hidden, bias=None, weight=packed.to("meta"))
-    args = list(case.args)
-    for place, wrong in ((0, case.hidden[0]), (1, case.index[:3]), (5, args[5].int())):
+        check_one_device(case.hidden, bias=None, weight=packed.to("meta"))
+    call = case.call()
+    for wrong in (
+        {"hidden": case.hidden[0]},
+        {"top_k_index": case.index[:3]},
+        {"gate_up_table": call.gate_up_table.int()},
+    ):
         with pytest.raises(InputError, match=r"xpected|must be"):
-            kernels.experts(*args[:place], wrong, *args[place + 1 :])
+            kernels.experts(*op_arguments(dataclasses.replace(call, **wrong)))
     with pytest.raises(InputError, match=r"'swoosh' is not supported.*silu"):
-        kernels.experts(*args[:-1], "swoosh")
+        kernels.experts(*op_arguments(dataclasses.replace(call, activation="swoosh")))
 
 
-# As torch.library operators
+# As torch.library ops
 
 
 def op_calls() -> list[tuple[object, tuple[object, ...]]]:
@@ -406,7 +429,7 @@ def fake_backend(name: str, rank: int, refusal: str | None, types: tuple[str, ..
 
 @pytest.fixture
 def table() -> Iterator[None]:
-    """The backend table, restored afterwards."""
+    """Restores the backend table afterwards."""
     before = dict(kernels.BACKENDS)
     yield
     kernels.BACKENDS.clear()
@@ -414,7 +437,7 @@ def table() -> Iterator[None]:
         kernels.register_backend(backend)
 
 
-def test_the_reference_runs_everywhere_without_a_word(
+def test_the_reference_runs_everywhere_without_a_warning(
     table: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels.register_backend(fake_backend("other-device", 9, "never asked", ("cuda",)))
@@ -423,7 +446,7 @@ def test_the_reference_runs_everywhere_without_a_word(
     assert not caplog.records
 
 
-def test_the_best_backend_runs_and_a_refusal_is_told_once(
+def test_the_best_backend_runs_and_a_refusal_is_logged_once(
     table: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     args = torch.randn(1, 64), random_packed(10, 64, Codec(3, 32)), None, 10, 3, 32

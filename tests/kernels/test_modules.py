@@ -1,4 +1,4 @@
-"""Packed modules: the same numbers as the modules they replace, and bytes that nothing disturbs."""
+"""Packed modules give the results of the modules they replace, and their bytes stay intact."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fill(module: PackedExperts) -> None:
 
 
 @pytest.mark.usefixtures("reference_backend")
-def test_linear_is_the_linear_it_stands_for() -> None:
+def test_linear_equals_the_linear_it_replaces() -> None:
     module = packed_linear(bias=True)
     nn.init.normal_(module.bias)
     plain = nn.Linear(64, 20)
@@ -54,7 +54,7 @@ def test_linear_is_the_linear_it_stands_for() -> None:
     assert set(module.state_dict()) == {"weight", "bias"}
 
 
-def test_embedding_is_the_table_it_stands_for_in_the_dtype_of_the_model() -> None:
+def test_embedding_equals_the_table_it_replaces_in_the_dtype_of_the_model() -> None:
     module = PackedEmbedding(20, 64, CODEC)
     module.weight.copy_(random_packed(20, 64, CODEC))
     table = dequantize(module.weight, 20, 64, CODEC)
@@ -65,7 +65,7 @@ def test_embedding_is_the_table_it_stands_for_in_the_dtype_of_the_model() -> Non
 
 
 @pytest.mark.usefixtures("reference_backend")
-def test_experts_are_the_op_with_their_table() -> None:
+def test_experts_equal_a_loop_over_their_matrices() -> None:
     module, args = packed_experts()
     exact = make_case().loop(torch.float64)
     torch.testing.assert_close(module(*args).double(), exact, rtol=1e-5, atol=1e-6)
@@ -75,7 +75,7 @@ def test_experts_are_the_op_with_their_table() -> None:
 
 
 @pytest.mark.parametrize("change", ["deepcopy", "pickle", "meta", "to_empty", "meta forward"])
-def test_the_expert_table_survives(change: str) -> None:
+def test_the_expert_tables_survive(change: str) -> None:
     module, args = packed_experts()
     expected = module(*args)
     if change == "deepcopy":
@@ -85,7 +85,7 @@ def test_the_expert_table_survives(change: str) -> None:
         torch.save(module, buffer)
         buffer.seek(0)
         module = torch.load(buffer, weights_only=False)
-    elif change == "meta":  # as from_pretrained builds it: meta, then one parameter after another
+    elif change == "meta":  # as from_pretrained builds it: on meta, then parameter by parameter
         with torch.device("meta"):
             empty = PackedExperts(5, 64, 96, module.gate_up, module.down, "silu")
         assert empty.gate_up_proj.is_meta
@@ -121,7 +121,7 @@ def test_experts_compile_to_one_graph_for_decoding() -> None:
     torch._dynamo.reset()
 
 
-def test_modules_say_what_they_are() -> None:
+def test_modules_describe_themselves() -> None:
     assert "int3-g32" in repr(packed_linear())
     text = repr(packed_experts()[0])
     assert "1x1-bit+2x2-bit+1x3-bit+1x8-bit g32" in text
@@ -129,7 +129,7 @@ def test_modules_say_what_they_are() -> None:
     assert "num_experts=5" in text
 
 
-def test_experts_refuse_what_they_cannot_be() -> None:
+def test_experts_refuse_what_does_not_fit() -> None:
     spec = PackedSpec((2, 2), 32)
     with pytest.raises(InputError, match="3 experts, but 2 widths"):
         PackedExperts(3, 64, 96, spec, spec, "silu")
@@ -140,7 +140,7 @@ def test_experts_refuse_what_they_cannot_be() -> None:
 
 
 @pytest.mark.skipif(cpu.missing() is not None, reason="the reference does not round activations")
-def test_activation_bits_are_set_everywhere_and_bite() -> None:
+def test_activation_bits_are_set_everywhere_and_take_effect() -> None:
     experts, args = packed_experts()
     linear, x = packed_linear(), torch.randn(3, 64)
     model = nn.ModuleList([experts, linear, nn.Linear(2, 2)])

@@ -1,18 +1,19 @@
-"""The C++ kernels of trellis codes, each instruction set of this machine, against the oracle."""
+"""The C++ kernels of trellis codes on every instruction set of this machine, against an oracle."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import TRELLIS_BITS, PackedSpec
 from moepress.kernels import cpu, reference, trellis
-from tests.kernels.test_kernels import within_twice_plain
+from moepress.kernels.experts_call import ExpertsCall
+from tests.kernels.test_kernels import op_arguments, within_twice_plain
 from tests.rounding.test_trellis import codec_of, random_packed
 
 MISSING = cpu.missing()
@@ -27,9 +28,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(cpu.instruction_sets()[0])
 
 
-def experts_args(
+def experts_call(
     tokens: int, hidden: int, inner: int, group: int, activation: str = "silu"
-) -> tuple[object, ...]:
+) -> ExpertsCall:
     generator = torch.Generator().manual_seed(tokens)
     specs = PackedSpec((1, 2, 4, 3), group, "trellis"), PackedSpec((3, 2, 1, 4), group, "trellis")
     shapes = (2 * inner, hidden), (hidden, inner)
@@ -41,7 +42,9 @@ def experts_args(
     index = torch.randint(-1, 5, (tokens, 2), generator=generator)  # -1 and 4 add nothing
     x = torch.randn(tokens, hidden, generator=generator)
     share = torch.rand(tokens, 2, generator=generator)
-    return x, index, share, *packed, *tables, inner, group, group, activation, 8, "trellis"
+    return ExpertsCall(
+        x, index, share, *packed, *tables, inner, group, group, activation, family="trellis"
+    )
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
@@ -67,25 +70,28 @@ def test_linear(isa: str, bits: int, rows: int, cols: int, group: int, tokens: i
 def test_experts(
     isa: str, tokens: int, hidden: int, inner: int, group: int, activation: str
 ) -> None:
-    args = experts_args(tokens, hidden, inner, group, activation)
-    y = cpu.experts(*args)  # type: ignore[arg-type]
-    oracle = reference.experts(*args, rounded=True)  # type: ignore[arg-type]
-    exact = reference.experts(*(a.double() if i in (0, 2) else a for i, a in enumerate(args)))  # type: ignore
-    # Half a code of 2 * 16256 in the range of each of two products; float32 is far finer.
+    call = experts_call(tokens, hidden, inner, group, activation)
+    y = cpu.experts(call)
+    oracle = reference.experts(call, rounded=True)
+    in_double = {"hidden": call.hidden.double(), "top_k_weights": call.top_k_weights.double()}
+    exact = reference.experts(dataclasses.replace(call, **in_double))
+    # Each of the two products rounds activations by up to half a code, of 2 * 16256 in the range;
+    # float32 is far finer.
     assert (y.double() - exact).norm() < 1e-3 * exact.norm()
     torch.testing.assert_close(y, oracle, rtol=1e-3, atol=1e-4 * float(oracle.abs().max()))
 
 
 def test_a_token_depends_on_nothing_else(isa: str) -> None:
-    args = experts_args(300, 64, 64, 32)
-    together = cpu.experts(*args)  # type: ignore[arg-type]
+    call = experts_call(300, 64, 64, 32)
+    together = cpu.experts(call)
     for t in (0, 255, 256, 299):
-        alone = cpu.experts(*(a[t : t + 1] for a in args[:3]), *args[3:])  # type: ignore
-        assert torch.equal(alone[0], together[t])
+        names = "hidden", "top_k_index", "top_k_weights"
+        token = {name: getattr(call, name)[t : t + 1] for name in names}
+        assert torch.equal(cpu.experts(dataclasses.replace(call, **token))[0], together[t])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert torch.equal(cpu.experts(*args), together)  # type: ignore[arg-type]
+        assert torch.equal(cpu.experts(call), together)
     finally:
         torch.set_num_threads(threads)
 
@@ -94,10 +100,10 @@ def test_opcheck() -> None:
     packed = random_packed(10, 64, codec_of(3))
     linear_args = torch.randn(2, 64), packed, torch.randn(10), 10, 3, 32, 8, "trellis"
     torch.library.opcheck(kernels.linear, linear_args)
-    torch.library.opcheck(kernels.experts, experts_args(3, 64, 32, 32))
+    torch.library.opcheck(kernels.experts, op_arguments(experts_call(3, 64, 32, 32)))
 
 
-def test_numbers_that_are_none_stay_with_their_token(isa: str) -> None:
+def test_a_token_that_is_not_finite_spoils_no_other_token(isa: str) -> None:
     codec = codec_of(2)
     packed = random_packed(64, 64, codec)
     x = torch.ones(3, 64)
@@ -112,11 +118,11 @@ def test_wrong_bytes_are_refused(isa: str) -> None:
     x = torch.ones(1, 64)
     with pytest.raises(InputError, match="outside its packed bytes"):
         cpu.linear(x, packed[:-1], None, 64, codec, 8)
-    args = list(experts_args(2, 64, 32, 32))
-    table: Tensor = args[5].clone()  # type: ignore[attr-defined]
-    table[3, 0] += 64
+    call = experts_call(2, 64, 32, 32)
+    damaged = dataclasses.replace(call, gate_up_table=call.gate_up_table.clone())
+    damaged.gate_up_table[3, 0] += 64
     with pytest.raises(InputError, match="outside its packed bytes"):
-        cpu.experts(*args[:5], table, *args[6:])  # type: ignore[arg-type]
-    table[3] = torch.tensor([0, 8])
+        cpu.experts(damaged)
+    damaged.gate_up_table[3] = torch.tensor([0, 8])
     with pytest.raises(InputError, match="no codec"):
-        cpu.experts(*args[:5], table, *args[6:])  # type: ignore[arg-type]
+        cpu.experts(damaged)

@@ -20,7 +20,7 @@ from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, NumericalError
 from moepress.format.checkpoint import load_json, packed_specs
 from moepress.format.codec import TRELLIS_BITS, Codec, PackedSpec
-from moepress.kernels import cpu, reference, trellis
+from moepress.kernels import cpu, reference, scalar, trellis
 from moepress.original.source import Source
 from moepress.recipe import Recipe
 from moepress.rounding.hessian import Hessian
@@ -119,9 +119,9 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
 def test_the_scalar_packer_takes_no_trellis() -> None:
     branches, scales = random_branches(64, 32, 2)
     with pytest.raises(InputError, match="is no scalar code"):
-        reference.pack(branches, scales[:, None], None, codec_of(2))
+        scalar.pack(branches, scales[:, None], None, codec_of(2))
     with pytest.raises(InputError, match="is no scalar code"):
-        reference.unpack(random_packed(64, 32, codec_of(2)), 64, 32, codec_of(2))
+        scalar.unpack(random_packed(64, 32, codec_of(2)), 64, 32, codec_of(2))
 
 
 def test_the_spec_names_its_family_only_where_it_must() -> None:

@@ -1,7 +1,7 @@
-"""What a codec is: how a weight matrix becomes bytes, and how many.
+"""Codecs: how a weight matrix becomes bytes, and how many.
 
-The scalar family stores every weight as an integer code on a uniform grid, one grid for each group
-of `group_size` consecutive weights of a row:
+The scalar family (`int`) stores every weight as an integer code on a uniform grid. Each group of
+`group_size` consecutive weights of a row has its own grid:
 
     w = scale * (code - zero),   code in 0 .. 2**bits - 1
 
@@ -9,15 +9,17 @@ of `group_size` consecutive weights of a row:
 anywhere inside the grid in steps of 1/255 of the grid's width. 1-bit (sign) and 8-bit grids are
 symmetric, zero = (2**bits - 1) / 2, and store no zero.
 
-The trellis family stores every weight as `bits` bits that, with those of the weights before it on
-its path, choose one of 2**12 fixed values; one scale for each row:
+The trellis family stores `bits` bits for every weight. Together with the bits of the weights before
+it on its path they choose one of 2**12 fixed values. Each row has one scale:
 
-    w' = scale * value(state),   w' a row of the matrix after its inputs were rotated
+    w' = scale * value(state),   w' a weight of the rotated matrix
 
-`kernels/trellis.py` says what path, value and rotation are. `group_size` is then the number of
-columns whose activations share a scale where a kernel rounds them: it changes no stored byte.
+`kernels/trellis.py` defines paths, values and the rotation. The `group_size` of a trellis codec
+changes no stored byte: it is the number of columns whose activations share a scale in kernels that
+round activations.
 
-The byte layout of a matrix is in `docs/format.md`; `kernels/reference.py` packs and unpacks it.
+`docs/format.md` specifies the bytes of a matrix. `kernels/scalar.py` and `kernels/trellis.py` pack
+and unpack them.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ FAMILIES = ("int", "trellis")
 GRID_BITS = (1, 2, 3, 4, 8)
 TRELLIS_BITS = (1, 2, 3, 4)
 CODE_BITS = {"int": GRID_BITS, "trellis": TRELLIS_BITS}
-GROUP_SIZES = (128, 64, 32)  # tried in this order when the asked one does not divide a row
-ROWS_PER_BLOCK = 16  # rows of a tile: the int32 lanes of a 512-bit register
-ROWS_PER_SLAB = 64  # rows that a trellis matrix is padded to
+GROUP_SIZES = (128, 64, 32)  # tried in this order if the requested one does not divide a row
+ROWS_PER_BLOCK = 16  # one row for each int32 lane of a 512-bit register
+ROWS_PER_SLAB = 64  # the rows of a trellis matrix are padded to a multiple of this
 ALIGNMENT = 64  # every matrix starts at a multiple of this many bytes: one cache line
-LEFT_OUT = 0  # code bits of an expert that is left out: no bytes, and no output
+LEFT_OUT = 0  # code bits of an expert that is left out: it has no bytes and no output
 
 
 @dataclass(frozen=True, order=True)
@@ -70,20 +72,25 @@ class Codec:
 
     @property
     def has_zero(self) -> bool:
-        """Whether a zero is stored; sign and 8-bit grids and trellis codes are symmetric."""
+        """Whether zeros are stored. Sign grids, 8-bit grids and trellis codes are symmetric."""
         return self.family == "int" and self.bits not in (1, 8)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales and zeros included, row and byte padding left out.
+        """Stored bits per weight, with scales and zeros, without padding.
 
-        Of a trellis without its one scale for each row.
+        For trellis codes also without the one scale of each row.
         """
         if self.family == "trellis":
             return self.bits
         return self.bits + (16 + 8 * self.has_zero) / self.group_size
 
     def groups(self, cols: int) -> int:
+        """Groups of a row.
+
+        Raises:
+            InputError: the group size does not divide `cols`.
+        """
         if cols % self.group_size:
             raise InputError(
                 f"group size {self.group_size} does not divide a row of {cols} weights. "
@@ -92,12 +99,12 @@ class Codec:
         return cols // self.group_size
 
     def block_bytes(self, cols: int) -> int:
-        """Bytes of a block of 16 rows of the scalar family."""
+        """Bytes of a block: 16 rows of a scalar matrix."""
         side = 2 + self.has_zero  # bf16 scale, uint8 zero
         return ROWS_PER_BLOCK * (cols * self.bits // 8 + self.groups(cols) * side)
 
     def slab_bytes(self, cols: int) -> int:
-        """Bytes of the codes of 64 rows of the trellis family."""
+        """Bytes of the codes of a slab: 64 rows of a trellis matrix."""
         return ROWS_PER_SLAB // 8 * self.groups(cols) * self.group_size * self.bits
 
     def nbytes(self, rows: int, cols: int) -> int:
@@ -110,13 +117,13 @@ class Codec:
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """How one packed tensor is stored: the code bits of each of its matrices, in order.
+    """How one packed tensor (docs/format.md) is stored: the code bits of its matrices, in order.
 
-    A linear is one matrix; a fused expert parameter is one matrix per expert, laid end to end,
-    each starting at a multiple of 64 bytes. `docs/format.md` calls this a packed tensor.
+    A linear is one matrix. A fused expert parameter is one matrix per expert, one after another,
+    each starting at a multiple of 64 bytes.
     """
 
-    bits: tuple[int, ...]  # one per matrix; LEFT_OUT: there is none
+    bits: tuple[int, ...]  # one per matrix; LEFT_OUT: the matrix does not exist
     group_size: int
     family: str = "int"
 
@@ -124,28 +131,32 @@ class PackedSpec:
         if not self.bits:
             raise InputError("A packed tensor needs at least one matrix, got no code bits.")
         for bits in set(self.bits) - {LEFT_OUT}:
-            self._codec(bits)  # refuses widths that do not exist
+            self._codec(bits)  # raises InputError if the width does not exist
 
     def _codec(self, bits: int) -> Codec:
         return Codec(bits, self.group_size, self.family)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """Of each matrix; none may be left out."""
+        """The codec of each matrix.
+
+        Raises:
+            InputError: a matrix is left out.
+        """
         return tuple(map(self._codec, self.bits))
 
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
-        """First byte of each [rows, cols] matrix, and the total as a last entry."""
+        """First byte of each [rows, cols] matrix, then the total number of bytes."""
         sizes = {b: self._codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
         return (0, *accumulate(sizes.get(bits, 0) for bits in self.bits))
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
         """(first byte, code bits) of each [rows, cols] matrix."""
-        return list(
-            zip(self.offsets(rows, cols), self.bits, strict=False)
-        )  # offsets: the total too
+        offsets = self.offsets(rows, cols)[:-1]
+        return list(zip(offsets, self.bits, strict=True))
 
     def nbytes(self, rows: int, cols: int) -> int:
+        """Stored bytes of all matrices, each [rows, cols]."""
         return self.offsets(rows, cols)[-1]
 
     def to_json(self) -> dict[str, str | int]:
@@ -162,7 +173,7 @@ class PackedSpec:
 
 
 def fitting_group_size(cols: int, group_size: int) -> int | None:
-    """The largest group size offered, at most `group_size`, that divides `cols`; or None."""
+    """The largest offered group size up to `group_size` that divides `cols`; None if none does."""
     return next((g for g in GROUP_SIZES if g <= group_size and cols % g == 0), None)
 
 

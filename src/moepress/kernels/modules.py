@@ -1,10 +1,11 @@
 """Modules whose weights stay packed in memory.
 
-Each takes the place of a module of a transformers model and keeps its parameter names on purpose:
-`weight`, `gate_up_proj`, `down_proj` are now one-dimensional uint8. A checkpoint of ours that is
-opened without moepress then fails on the sizes instead of loading random weights.
+Each replaces a module of a transformers model and keeps its parameter names on purpose: `weight`,
+`gate_up_proj`, `down_proj` are now one-dimensional uint8. A compressed checkpoint that is opened
+without moepress then fails on the sizes instead of running with random weights.
 
-Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, they need no gradient.
+Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, and they need no
+gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class PackedLinear(nn.Module):
         in_features: K; the codec's group size must divide it.
         out_features: N.
         codec: how the weight [N, K] is stored.
-        bias: whether there is a bias [N], of the default dtype.
+        bias: whether there is a bias [N], in torch's default dtype.
     """
 
     activation_bits = 8  # see set_activation_bits
@@ -64,14 +65,14 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """`nn.Embedding` with a packed table; only the rows that are asked for are unpacked.
+    """`nn.Embedding` with a packed table; each call unpacks only the rows it needs.
+
+    The result has the dtype of the buffer `like`, which follows `.to(dtype)` as weights would.
 
     Args:
         num_embeddings: rows of the table.
         embedding_dim: length of a row; the codec's group size must divide it.
         codec: how the table is stored.
-
-    Rows come out in the dtype of the buffer `like`, which follows `.to(dtype)` as weights would.
     """
 
     like: Tensor
@@ -99,11 +100,11 @@ class PackedEmbedding(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """The routed experts of one layer, each matrix at a width of its own.
+    """The routed experts of one layer, each matrix with its own width.
 
     Called as transformers calls its experts: hidden_states [T, H], top_k_index [T, k] int64,
-    top_k_weights [T, k]; returns [T, H]. An index outside 0 .. E-1 contributes nothing, nor does
-    that of an expert that is left out: one with 0 bits in both projections.
+    top_k_weights [T, k]; returns [T, H]. Two kinds of index contribute nothing: those outside
+    0 .. E-1, and experts that are left out, which have 0 bits in both projections.
 
     Args:
         num_experts: E.
@@ -111,7 +112,11 @@ class PackedExperts(nn.Module):
         intermediate_size: I.
         gate_up: widths of the E matrices [2I, H], gate rows first.
         down: widths of the E matrices [H, I].
-        activation: name of the gate's activation, as in transformers.
+        activation: name of the gate's activation function, as in transformers.
+
+    Raises:
+        InputError: the activation function is not supported, the widths are not those of E experts,
+            or only one projection of an expert has 0 bits.
     """
 
     activation_bits = 8  # see set_activation_bits
@@ -126,7 +131,7 @@ class PackedExperts(nn.Module):
         activation: str,
     ) -> None:
         super().__init__()
-        activation_function(activation)  # refuses unknown names
+        activation_function(activation)  # raises InputError for an unknown name
         for name, spec in (("gate_up_proj", gate_up), ("down_proj", down)):
             if len(spec.bits) != num_experts:
                 raise InputError(
@@ -136,8 +141,8 @@ class PackedExperts(nn.Module):
         for expert, pair in enumerate(zip(gate_up.bits, down.bits, strict=True)):
             if LEFT_OUT in pair and pair != (LEFT_OUT, LEFT_OUT):
                 raise InputError(
-                    f"Expert {expert} has {pair[0]} and {pair[1]} bits. Expected 0 in both "
-                    "projections, or in neither: an expert is left out whole."
+                    f"Expert {expert} has {pair[0]} and {pair[1]} bits in gate_up_proj and "
+                    "down_proj. Expected 0 in both or in neither: an expert is left out whole."
                 )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -149,26 +154,28 @@ class PackedExperts(nn.Module):
         down_shape = hidden_size, intermediate_size
         self.gate_up_proj = _packed(gate_up.nbytes(*gate_up_shape))
         self.down_proj = _packed(down.nbytes(*down_shape))
-        # Where each expert's bytes start: [2, E, 2] int64, (offset, bits) of gate_up and of down.
-        # Not a buffer: transformers fills non-persistent buffers with garbage after loading, and
-        # accelerate may page them out. The master stays on the CPU, even in a model built on meta.
-        self._table = torch.tensor(
-            [gate_up.table(*gate_up_shape), down.table(*down_shape)], device="cpu"
+        # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
+        # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
+        # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
+        self._tables = (
+            torch.tensor(gate_up.table(*gate_up_shape), device="cpu"),
+            torch.tensor(down.table(*down_shape), device="cpu"),
         )
-        self._table_here = self._table  # a copy where the last forward ran
+        self._tables_here = self._tables  # copies on the device of the last forward
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if self._table_here.device != hidden_states.device:
-            self._table_here = self._table.to(hidden_states.device)
-        y: Tensor = kernels.experts(
+        if self._tables_here[0].device != hidden_states.device:
+            gate_up_table, down_table = self._tables
+            device = hidden_states.device
+            self._tables_here = gate_up_table.to(device), down_table.to(device)
+        y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,
             top_k_index,
             top_k_weights,
             self.gate_up_proj,
             self.down_proj,
-            self._table_here[0],
-            self._table_here[1],
+            *self._tables_here,
             self.intermediate_size,
             self.gate_up.group_size,
             self.down.group_size,
@@ -188,13 +195,13 @@ class PackedExperts(nn.Module):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """How precise activations stay inside the packed products of a model: 8 (default) or 16 bits.
+    """Set the precision of activations inside the packed products of a model: 8 (default) or 16.
 
     Kernels that multiply integers round activations, one scale per group of columns. At 16 bits
-    they keep 15, more than bfloat16 has, and take up to twice the arithmetic.
+    they keep 15 bits, more than bfloat16 has, and take up to twice the arithmetic.
 
     Raises:
-        InputError: other bits, or nothing in the model is packed.
+        InputError: other bits, or the model has no packed weights.
     """
     packed = [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
     check_activation_bits(bits)

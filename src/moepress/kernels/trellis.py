@@ -1,34 +1,36 @@
 """The trellis code in plain PyTorch: values, paths, bytes, rotation. The definition of correct.
 
 A trellis code (QTIP, arXiv:2406.11235) spends k bits on a weight and still chooses among 2**12
-values: those k bits are the newest of a state of 12, and the older ones belong to the weights
-before it on the same path.
+values. The values are indexed by a state of 12 bits. Its k newest bits, the branch, belong to the
+weight; the older bits belong to the weights before it on the same path.
 
     state_t = (state_(t-1) * 2**k + branch_t) mod 2**12,   branch_t in 0 .. 2**k - 1
-    value_t = (the sum of the bytes of  state_t * MULTIPLIERS[k]) - CENTERS[k]
+    value_t = (sum of the low bytes of  state_t * MULTIPLIERS[k]) - CENTERS[k]
 
-Multiplying scatters neighbouring states over the values; a sum of bytes, like any sum, is nearly
-Gaussian, which is what rotated weights are. Two bytes of the product do at 1 and 2 bits; at 3 and
-4, where the tails count more, it takes all four. `docs/log.md` has the search for the multipliers
-and the error of other codes. rounding/methods/viterbi.py finds the best path.
+The multiplication scatters neighbouring states over the values. A sum of bytes, like any sum, is
+nearly Gaussian, and so are rotated weights. At 1 and 2 bits the sum takes two bytes of the product;
+at 3 and 4 bits, where the tails matter more, it takes all four. `docs/log.md` has the search for
+the multipliers and the error of other codes. rounding/methods/viterbi.py finds the best path.
 
-Rotation. Columns are multiplied by fixed random signs and then, in runs of the largest power of
-two that divides their number, by a Hadamard matrix: an orthogonal map Q, applied to a layer's
-inputs too: W x = (W Q^T)(Q x). Rows of W Q^T are nearly Gaussian, whatever those of W were.
+Rotation. An orthogonal map Q multiplies columns by fixed random signs, cuts them into runs whose
+length is the largest power of two that divides K, and multiplies each run by a Hadamard matrix. The
+same map is applied to the inputs of a layer: W x = (W Q^T)(Q x). The rows of W Q^T are nearly
+Gaussian, whatever the distribution of W.
 
-A path runs down the rows, through every sixteenth row of four columns, so that columns are done
-eight at a time and errors of those before can be made up for. Tiles have 64 rows and 8 columns:
+Paths. A path runs down the rows and takes every sixteenth row of four columns. Rounding therefore
+finishes eight columns at a time, and later columns can compensate for the errors of earlier ones.
+Tiles have 64 rows and 8 columns:
 
     16 lanes x 2 parities = 32 paths, of 16 weights in a tile; weight i of path (lane, parity) is
         row 16 * (i div 4) + lane,  column 2 * (i mod 4) + parity
 
-and goes on in the tile below, from the last tile in the first (tail-biting: no path has a beginning
-that must be stored). Its k bits follow those of weight i - 1 in k 16-bit words, highest bit first.
-Word j of all 32 paths is one 512-bit register: [16 lanes][2 parities].
+A path continues in the tile below. The last tile continues in the first one (tail-biting), so no
+start state is stored. The k bits of weight i follow those of weight i - 1 in k 16-bit words,
+highest bit first. Word j of all 32 paths is one 512-bit register: [16 lanes][2 parities].
 
-So a register holds two neighbouring columns of 16 rows in 16 32-bit lanes, a shift of it the next
-step's states, and pairs of 16-bit values are the operand of `vpmaddwd`: nothing moves between
-lanes.
+A register thus holds two neighbouring columns of 16 rows in 16 32-bit lanes. Shifting it gives the
+states of the next step, and pairs of 16-bit values are operands of `vpmaddwd`: no value moves
+between lanes.
 """
 
 from __future__ import annotations
@@ -46,11 +48,11 @@ from moepress.format.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB, Codec
 STATE_BITS = 12
 STATES = 1 << STATE_BITS
 MULTIPLIERS = {1: 47255, 2: 54641, 3: 44529, 4: 15601}
-BYTES_SUMMED = {1: 2, 2: 2, 3: 4, 4: 4}  # of the product, from the lowest
-CENTERS = {1: 255, 2: 255, 3: 386, 4: 379}  # mean of those sums over all states, rounded
+BYTES_SUMMED = {1: 2, 2: 2, 3: 4, 4: 4}  # how many bytes of the product, from the lowest
+CENTERS = {1: 255, 2: 255, 3: 386, 4: 379}  # mean of the sum over all states, rounded
 TILE_COLUMNS = 8
 STEPS = 16  # weights of a path in a tile
-STRIP_WEIGHTS = 1 << 21  # decoded at a time
+STRIP_WEIGHTS = 1 << 21  # weights decoded at a time: 8 MB in float32
 
 
 def code_values(bits: int) -> Tensor:
@@ -87,11 +89,13 @@ def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
             f"branches must be [{rows}, K] uint8, got {list(branches.shape)} {branches.dtype}."
         )
     if branches.numel() and int(branches.max()) > codec.levels:
-        raise InputError(f"{codec.name} has 0 to {codec.levels}, got {int(branches.max())}.")
-    codec.groups(branches.shape[1])  # refuses rows that no codec has
+        raise InputError(
+            f"{codec.name} has branches 0 to {codec.levels}, got {int(branches.max())}."
+        )
+    codec.groups(branches.shape[1])  # raises InputError if the group size does not divide K
     paths = to_paths(branches)  # [slabs, tiles, 16, 2, STEPS]
-    places = torch.arange(codec.bits - 1, -1, -1, device=branches.device)
-    bits = (paths[..., None] >> places & 1).flatten(-2)  # highest first
+    positions = torch.arange(codec.bits - 1, -1, -1, device=branches.device)
+    bits = (paths[..., None] >> positions & 1).flatten(-2)  # highest first
     words = torch.unflatten(bits, -1, (codec.bits, 2, 8)).int()  # [..., words, high and low, 8]
     powers = 1 << torch.arange(7, -1, -1, device=branches.device, dtype=torch.int32)
     octets = (words * powers).sum(-1).flip(-1).to(torch.uint8)  # low byte first
@@ -100,12 +104,16 @@ def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
 
 
 def unpack(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
-    """The parts that `pack` was given: branches [64 S, K] uint8 and scales [N] bfloat16.
+    """The arguments of `pack`: branches [64 S, K] uint8 and scales [N] bfloat16.
+
+    Args:
+        packed: [codec.nbytes(rows, cols)] uint8.
+        rows, cols: N, K.
 
     Raises:
         InputError: the number of bytes is not that of such a matrix.
     """
-    codes, scales = _parts(packed, rows, cols, codec)
+    codes, scales = _split(packed, rows, cols, codec)
     return _branches(codes, cols, codec), scales[:rows]
 
 
@@ -123,14 +131,17 @@ def from_paths(paths: Tensor) -> Tensor:
 
 
 def states(branches: Tensor, bits: int) -> Tensor:
-    """States [..., T] int32 of whole paths: branches [..., T]; the last come before the first."""
+    """The states of whole paths, [..., T] int32, from their branches [..., T].
+
+    Paths are tail-biting: the last branches precede the first.
+    """
     ages = range(-(-STATE_BITS // bits))
-    parts = (branches.int().roll(age, dims=-1) << (bits * age) for age in ages)
-    return reduce(torch.bitwise_or, parts) & (STATES - 1)
+    shifted = (branches.int().roll(age, dims=-1) << (bits * age) for age in ages)
+    return reduce(torch.bitwise_or, shifted) & (STATES - 1)
 
 
 def code_matrix(branches: Tensor, bits: int) -> Tensor:
-    """The values that branches [64 S, K] choose, float32, in the units of `code_values`."""
+    """The values that branches [64 S, K] choose: [64 S, K] float32, as in `code_values`."""
     paths = to_paths(branches)
     runs = paths.permute(1, 2, 3, 0, 4)  # [tiles, 16, 2, slabs, STEPS]
     chosen = _values(bits, branches.device)[states(runs.flatten(-2), bits)]
@@ -140,40 +151,42 @@ def code_matrix(branches: Tensor, bits: int) -> Tensor:
 def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
     """The rotated weights W Q^T of a packed matrix by strips of rows: (first row, [n, K] float32).
 
-    Each is scale * value, one float32 product.
+    Each weight is scale * value, one float32 product.
     """
-    codes, scales = _parts(packed, rows, cols, codec)
+    codes, scales = _split(packed, rows, cols, codec)
     step = max(1, STRIP_WEIGHTS // (ROWS_PER_SLAB * cols))
     for first in range(0, len(codes), step):
-        # States reach into the slab above and not further, 12 bits of its 16 or more.
+        # A path has 16 branches in a slab, 16 bits or more. A state spans 12 bits, so it reaches
+        # into the slab above and no further.
         slabs = torch.cat(
             [codes[first - 1, None] if first else codes[-1:], codes[first : first + step]]
         )
-        values = code_matrix(_branches(slabs, cols, codec), codec.bits)[ROWS_PER_SLAB:]
         start = first * ROWS_PER_SLAB
+        values = code_matrix(_branches(slabs, cols, codec), codec.bits)[ROWS_PER_SLAB:]
         values = values[: rows - start]
         yield start, values * scales[start : start + len(values), None].float()
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Q x: inputs [..., K] of a layer, in their dtype, as the rotated weights take them.
+    """Q x, the inputs that rotated weights take: [..., K] to [..., K] in the dtype of x.
 
-    Computed in float32 at least.
+    Computed in float32 or wider.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return hadamard(wide * signs(x.shape[-1]).to(wide)).to(x.dtype)
 
 
 def rotate_back(weight: Tensor) -> Tensor:
-    """W of W Q^T: [..., K]."""
+    """W from W Q^T, both [..., K]."""
     return hadamard(weight) * signs(weight.shape[-1]).to(weight)
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Runs of the largest power of two that divides K, by the orthonormal Hadamard matrix.
+    """Multiply runs of columns by the orthonormal Hadamard matrix: [..., K] to [..., K].
 
-    It is Sylvester's, H_2n = [[H_n, H_n], [H_n, -H_n]], over the square root of its size; its own
-    inverse. In log2 steps of sums and differences.
+    A run is as long as the largest power of two n that divides K. The matrix is Sylvester's,
+    H_2n = [[H_n, H_n], [H_n, -H_n]], over sqrt(n); it is its own inverse. It takes log2(n) steps of
+    sums and differences.
     """
     size = run_length(x.shape[-1])
     y = x
@@ -188,13 +201,13 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def run_length(cols: int) -> int:
-    """The largest power of two that divides a number of columns."""
+    """The largest power of two that divides `cols`."""
     return cols & -cols
 
 
 @lru_cache(maxsize=32)
 def signs(cols: int) -> Tensor:
-    """+1 or -1 for each column, [K] float32: the lowest bit of a hash of its number."""
+    """+1 or -1 for each column, [K] float32: the lowest bit of a hash of the column's index."""
     h = torch.arange(cols, dtype=torch.int64)
     h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -202,7 +215,7 @@ def signs(cols: int) -> Tensor:
     return (1 - 2 * (h & 1)).float()
 
 
-def _parts(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
+def _split(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
     """Codes [slabs, slab bytes] uint8 and scales [64 slabs] bfloat16, views of the packed bytes."""
     expected = codec.nbytes(rows, cols)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):
@@ -218,8 +231,8 @@ def _parts(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, 
 def _branches(codes: Tensor, cols: int, codec: Codec) -> Tensor:
     """Bytes of slabs [S, slab bytes] to branches [64 S, K] uint8."""
     octets = codes.view(len(codes), -1, codec.bits, ROWS_PER_BLOCK, 2, 2).permute(0, 1, 3, 4, 2, 5)
-    places = torch.arange(7, -1, -1, device=codes.device)
-    bits = (octets.flip(-1)[..., None] >> places & 1).flatten(-3)  # [slabs, tiles, 16, 2, 16 k]
+    positions = torch.arange(7, -1, -1, device=codes.device)
+    bits = (octets.flip(-1)[..., None] >> positions & 1).flatten(-3)  # [slabs, tiles, 16, 2, 16 k]
     steps = torch.unflatten(bits, -1, (STEPS, codec.bits)).int()
     powers = 1 << torch.arange(codec.bits - 1, -1, -1, device=codes.device, dtype=torch.int32)
     return from_paths((steps * powers).sum(-1).to(torch.uint8))

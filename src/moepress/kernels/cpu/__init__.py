@@ -45,6 +45,7 @@ from torch import Tensor
 from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec
 from moepress.kernels import reference
+from moepress.kernels.experts_call import ExpertsCall
 
 INTERFACE = 5  # version of moepress.h
 
@@ -161,37 +162,21 @@ def linear(
     return out.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
-def experts(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_table: Tensor,
-    down_table: Tensor,
-    intermediate_size: int,
-    gate_up_group: int,
-    down_group: int,
-    activation: str,
-    activation_bits: int,
-    family: str = "int",
-) -> Tensor:
+def experts(call: ExpertsCall) -> Tensor:
     """The op `moepress::experts`. Sums are in float32; float64 inputs go to the reference."""
+    hidden, gate_up_table, down_table = call.hidden, call.gate_up_table, call.down_table
     if hidden.dtype == torch.float64:
-        return reference.experts(
-            hidden, top_k_index, top_k_weights, gate_up, down, gate_up_table, down_table,
-            intermediate_size, gate_up_group, down_group, activation, 16, family,
-        )  # fmt: skip
-    reference.activation_function(activation)  # refuses unknown names
+        return reference.experts(call)
+    reference.activation_function(call.activation)  # refuses unknown names
     if len(gate_up_table) != len(down_table):
         raise InputError(
             f"gate_up_table has {len(gate_up_table)} experts, down_table {len(down_table)}."
         )
     x = hidden.float().contiguous()
-    index, weights = top_k_index.long().contiguous(), top_k_weights.float().contiguous()
+    index, weights = call.top_k_index.long().contiguous(), call.top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
     out = torch.empty_like(x)
-    trellis = family == "trellis"  # activations always have 16 bits
+    trellis = call.family == "trellis"  # activations always have 16 bits
     _call(
         "moepress_trellis_experts" if trellis else "moepress_scalar_experts",
         x.data_ptr(),
@@ -199,18 +184,18 @@ def experts(
         index.data_ptr(),
         weights.data_ptr(),
         index.shape[1],
-        gate_up.data_ptr(),
-        gate_up.numel(),
+        call.gate_up.data_ptr(),
+        call.gate_up.numel(),
         tables[0].data_ptr(),
-        gate_up_group,
-        down.data_ptr(),
-        down.numel(),
+        call.gate_up_group,
+        call.down.data_ptr(),
+        call.down.numel(),
         tables[1].data_ptr(),
-        down_group,
+        call.down_group,
         len(gate_up_table),
-        intermediate_size,
-        ACTIVATIONS.index(activation),
-        *(() if trellis else (activation_bits,)),
+        call.intermediate_size,
+        ACTIVATIONS.index(call.activation),
+        *(() if trellis else (call.activation_bits,)),
         torch.get_num_threads(),
         out.data_ptr(),
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import Codec
-from moepress.kernels.reference import pack
+from moepress.kernels.scalar import pack
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it 1 / scale overflows
 ROWS_PER_CHUNK = {"cpu": 4096}  # 4096 rows x 128 columns x 4 bytes: the L2 caches of two cores

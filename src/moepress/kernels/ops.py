@@ -1,0 +1,232 @@
+"""The operations on packed weights and on routing, as torch.library ops.
+
+    moepress::linear     x W^T + bias, W packed
+    moepress::experts    the routed experts of one layer, each with its own code widths
+    moepress::embedding  rows of a packed table
+    moepress::drop       remove choices of small routing weight
+
+torch.compile, torch.export and CUDA graphs see each op as one node with a known result shape,
+whichever backend runs it (backends.py). torch.library reads the schema of an op from the
+annotations of its function, so the ops take flat arguments. The fakes compute result shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moepress.errors import InputError
+from moepress.format.codec import Codec
+from moepress.kernels.backends import backend_for
+from moepress.kernels.checks import check_bytes, check_one_device
+from moepress.kernels.experts_call import ExpertsCall, check_experts_call
+from moepress.kernels.reference import check_activation_bits
+
+
+@torch.library.custom_op("moepress::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    activation_bits: int = 8,
+    family: str = "int",
+) -> Tensor:
+    """x W^T + bias.
+
+    Args:
+        x: [..., K], a float dtype.
+        packed: [Codec(bits, group_size, family).nbytes(N, K)] uint8, docs/format.md.
+        bias: [N] in the dtype of x, or None.
+        out_features: N.
+        bits, group_size, family: the codec of W.
+        activation_bits: the least precision of activations. 8: a backend may round them to 8-bit
+            codes, one scale per group of columns. 16: to 15-bit codes, finer than bfloat16.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, or the codec does not exist.
+    """
+    codec = Codec(bits, group_size, family)
+    check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
+    check_one_device(x, weight=packed, bias=bias)
+    check_activation_bits(activation_bits)
+    if bias is not None and bias.shape != (out_features,):
+        raise InputError(f"bias must be [{out_features}], got {list(bias.shape)}.")
+    return backend_for(x.device).linear(x, packed, bias, out_features, codec, activation_bits)
+
+
+@linear.register_fake
+def _(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *_: object, **__: object
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("moepress::experts", mutates_args=())
+def experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_table: Tensor,
+    down_table: Tensor,
+    intermediate_size: int,
+    gate_up_group: int,
+    down_group: int,
+    activation: str,
+    activation_bits: int = 8,
+    family: str = "int",
+) -> Tensor:
+    """y_t = sum_k w_tk down_e(act(gate_e x_t) * up_e x_t), with e = index_tk.
+
+    Args: the fields of `ExpertsCall`, described there.
+
+    Returns:
+        [T, H] in the dtype of `hidden`.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, a codec does not exist, a matrix reaches
+            outside its packed bytes, or the activation function is not supported.
+    """
+    call = ExpertsCall(
+        hidden,
+        top_k_index,
+        top_k_weights,
+        gate_up,
+        down,
+        gate_up_table,
+        down_table,
+        intermediate_size,
+        gate_up_group,
+        down_group,
+        activation,
+        activation_bits,
+        family,
+    )
+    check_experts_call(call)
+    check_activation_bits(activation_bits)
+    return backend_for(hidden.device).experts(call)
+
+
+@experts.register_fake
+def _(hidden: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("moepress::embedding", mutates_args=())
+def embedding(
+    ids: Tensor,
+    packed: Tensor,
+    rows: int,
+    cols: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a packed matrix of scalar codes.
+
+    Args:
+        ids: [...] int64, each in 0 .. rows - 1.
+        packed: [Codec(bits, group_size).nbytes(rows, cols)] uint8, docs/format.md.
+        rows, cols: shape of the matrix.
+        bits, group_size: the codec of the matrix.
+        dtype: that of the result.
+
+    Returns:
+        [..., cols] of `dtype`.
+
+    Raises:
+        InputError: a size or device does not fit, the codec does not exist, or an id is outside.
+    """
+    codec = Codec(bits, group_size)
+    check_bytes("weight", packed, codec.nbytes(rows, cols))
+    check_one_device(ids, weight=packed)
+    return backend_for(ids.device).embedding(ids, packed, rows, cols, codec, dtype)
+
+
+@embedding.register_fake
+def _(
+    ids: Tensor,
+    packed: Tensor,
+    rows: int,
+    cols: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((*ids.shape, cols), dtype=dtype)
+
+
+def drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop choices of small routing weight: the choice of rank r where w_r < t_r * w_1.
+
+    Args:
+        index: [T, k] int64. An index outside 0 .. E-1 is no expert: its weight counts as 0, and it
+            is never dropped.
+        weights: [T, k], any float dtype, routing weights in any order.
+        thresholds: [k] float32, t_r by rank. The first is 0, or a token may lose all its choices.
+        renormalise: whether to scale the remaining weights up to the sum of all.
+        keep: [T] bool, protected tokens, which keep all choices; None: no token is protected.
+        num_experts: E. A dropped choice gets the index E and the weight 0.
+
+    Returns:
+        index [T, k] int64 and weights [T, k], both by falling weight, and dropped [T, k] bool.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+    """
+    # For one token the dispatcher takes longer than the work; a compiler needs to see the op.
+    run = _drop_op if torch.compiler.is_compiling() else _drop
+    return run(index, weights, thresholds, renormalise, keep, num_experts)
+
+
+def _drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, k = index.shape
+    if (
+        weights.shape != index.shape
+        or thresholds.shape != (k,)
+        or thresholds.dtype != torch.float32
+    ):
+        raise InputError(
+            "Expected top_k_index and top_k_weights [T, k] and thresholds [k] float32; got "
+            f"{list(index.shape)}, {list(weights.shape)} and {list(thresholds.shape)} "
+            f"{thresholds.dtype}."
+        )
+    if keep is not None and (keep.shape != (tokens,) or keep.dtype != torch.bool):
+        raise InputError(f"keep must be [{tokens}] bool, got {list(keep.shape)} {keep.dtype}.")
+    check_one_device(index, weights=weights, thresholds=thresholds, keep=keep)
+    backend = backend_for(index.device)
+    return backend.drop(index, weights, thresholds, renormalise, keep, num_experts)
+
+
+_drop_op = torch.library.custom_op("moepress::drop", _drop, mutates_args=())
+
+
+@_drop_op.register_fake
+def _(index: Tensor, weights: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
+    shape = index.shape
+    return (
+        index.new_empty(shape),
+        weights.new_empty(shape),
+        index.new_empty(shape, dtype=torch.bool),
+    )
