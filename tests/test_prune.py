@@ -148,7 +148,7 @@ def test_the_op_refuses_what_does_not_fit() -> None:
         kernels.drop(index, weights, torch.zeros(2), True, torch.ones(2, dtype=torch.bool), 4)
 
 
-# Skipped is not computed
+# Dropped choices are not computed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
