@@ -56,7 +56,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def opened(
     request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Subject, Path]:
-    """The browser at the report of a synthetic plan."""
+    """The browser showing the report of a synthetic plan."""
     subject = synthetic.subject(*request.param)
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render(subject))

@@ -1,4 +1,4 @@
-"""Column means beside fast attention are those of eager attention, however tokens come in."""
+"""Captured column means equal those of eager attention for any chunks, padding and caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conftest import VOCAB, make_model
 
 @dataclass(frozen=True)
 class Way:
-    """How tokens reach a model: chunks of a prompt of 24 tokens, a padding, a cache."""
+    """How 24 tokens of a prompt reach a model: in which chunks, with what padding and cache."""
 
     family: str = "mixtral"
     changes: dict[str, Any] = field(default_factory=dict)
@@ -85,14 +85,14 @@ def forward(model: Any, way: Way, each: Any) -> None:
 
 
 def slow_means(weights: Tensor, first: int, way: Way) -> tuple[Tensor, Tensor]:
-    """By loops: mean over heads and over the real queries that see a key, of its column.
+    """By loops: the mean of each key's column over heads and the real queries that see the key.
 
     Args:
         weights: [B, heads, Q, K] of eager attention, for tokens first .. first + Q - 1.
     """
     batch, heads, queries, keys = weights.shape
-    # A window's cache may have let go of early keys; the tokens at hand are the last ones, or, in a
-    # static cache that is not full, lie at their own positions.
+    # The cache of a window may have dropped early keys. The call's own tokens are the last ones or,
+    # in a static cache that is not full, at their own positions.
     static = way.cache == "static" and keys > first + queries
     start = first if static else keys - queries
     if way.cache == "static" and way.window is not None and first + queries <= way.window:
@@ -147,7 +147,7 @@ def test_column_means_are_those_of_eager_attention(name: str, implementation: st
 
 
 def test_rows_sum_to_one_and_columns_do_not() -> None:
-    """What MC's released code sums says nothing of attention."""
+    """Row sums, which MC's released code uses, carry no information about attention."""
     query, key = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     mean, _ = column_means(query, key, None)
     visible = torch.arange(9, 0, -1)  # queries that see each key
@@ -200,7 +200,7 @@ def test_added_masks_and_biases() -> None:
 
 
 def hidden_of_norms(norms: list[list[float]]) -> Tensor:
-    """[B * Q, 4] with those L1 norms."""
+    """Hidden states [B * Q, 4] with the given L1 norms."""
     return torch.tensor(norms).flatten()[:, None].expand(-1, 4) / 4
 
 
@@ -221,7 +221,7 @@ def test_the_most_important_are_protected_in_every_sequence() -> None:
     assert everything is not None and torch.equal(everything.view(2, 4), real)
 
 
-def test_without_attention_the_norm_decides_and_it_is_said(
+def test_without_attention_the_norm_decides_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     importance._warn_of_norms_alone.cache_clear()
@@ -279,7 +279,7 @@ def test_capturing_can_be_undone_and_others_are_left_alone() -> None:
 
 
 def test_padding_is_left_out_of_the_sample() -> None:
-    """Each sequence is judged as it would be alone, above the number of queries that are asked."""
+    """With more tokens than sampled queries, each sequence has the means that it has alone."""
     torch.manual_seed(0)
     query, key = torch.randn(3, 4, 40, 8), torch.randn(3, 2, 40, 8)
     front, behind = [0, 25, 0], [0, 0, 30]
@@ -327,7 +327,7 @@ def hybrid_model() -> nn.Module:
     return make_model("qwen3_next", **hybrid, **sizes)
 
 
-def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
+def test_layers_without_softmax_attention_use_the_norm_alone() -> None:
     model = hybrid_model()
     linear, softmax = records_of(model)
     mask = torch.ones(2, 24, dtype=torch.long)
@@ -336,6 +336,6 @@ def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
         model(ids(), attention_mask=mask, use_cache=False)
     assert linear.columns is None and linear.shape == (2, 24)
     assert softmax.columns is not None
-    chosen = protected_tokens(torch.ones(48, 8), linear, 0.5)  # padding is known all the same
+    chosen = protected_tokens(torch.ones(48, 8), linear, 0.5)  # padding is recorded nevertheless
     assert chosen is not None and chosen.view(2, 24).sum(1).tolist() == [7, 12]
     assert not chosen.view(2, 24)[0, :9].any()

@@ -1,4 +1,4 @@
-"""A tokenizer and a text for the tests of text, and what they compare with."""
+"""Tokenizers and a text for the tests of text, and the streams they should give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files, folders and named texts hold; each bad input has its one clear error."""
+"""Documents of files, folders and named texts; each bad input has its own clear error."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_stdlib_keeps_calibration_and_evaluation_apart(tokenizer: Any) -> None:
 def fake_datasets(
     monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Put a module in the place of `datasets`; returns the calls made to it."""
+    """Replace the module `datasets`; returns the list of calls made to it."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def load_dataset(*args: Any, **options: Any) -> Any:
@@ -184,7 +184,7 @@ def fake_datasets(
 def test_c4_streams_the_start_of_one_file(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **options: Any) -> Any:
         assert options["streaming"]
-        return ({"text": f"{options['split']} {i}\n"} for i in iter(int, 1))  # has no end
+        return ({"text": f"{options['split']} {i}\n"} for i in iter(int, 1))  # endless
 
     monkeypatch.setattr(named, "C4_DOCUMENTS", 40)
     calls = fake_datasets(monkeypatch, load)

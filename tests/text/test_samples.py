@@ -1,4 +1,4 @@
-"""Text that the model writes: its first tokens likely, the rest sampled, the seed decides."""
+"""Text that the model writes: most likely tokens first, then sampled ones; the seed decides."""
 
 from __future__ import annotations
 

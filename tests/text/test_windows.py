@@ -71,7 +71,7 @@ def test_divide_gives_every_text_its_share(case: tuple[list[float], int]) -> Non
     quotas = [total * weight / sum(weights) for weight in weights]
     assert sum(shares) == total
     assert min(shares) >= 1
-    if min(quotas) >= 1:  # then nothing stands in the way of largest remainder
+    if min(quotas) >= 1:  # then it is the plain largest remainder
         assert all(abs(s - q) < 1 + 1e-9 for s, q in zip(shares, quotas, strict=True))
         remainders = sorted((q - math.floor(q) for q in quotas), reverse=True)
         given_up = [q - math.floor(q) for s, q in zip(shares, quotas, strict=True) if s > q]
@@ -100,7 +100,7 @@ def test_windows_are_contiguous_and_do_not_overlap(tokenizer: Any, text: Path) -
     assert tokens.ids.shape == (7, 33)
     assert tokens.ids.dtype == torch.int64
     assert tokens.texts == (str(text),) * 7
-    # A part holds 528 bytes here, so windows come from a sample of parts, with EOS between them.
+    # A chunk has 528 bytes here: windows come from a sample of chunks, with EOS between them.
     decoded = [tokenizer.decode(row) for row in tokens.ids]
     assert len(set(decoded)) == 7
     for piece in "</s>".join(decoded).split("</s>"):
@@ -111,7 +111,7 @@ def test_windows_of_a_small_text_lie_in_its_token_stream(tokenizer: Any, tmp_pat
     path = tmp_path / "small.txt"
     path.write_text(LINES[:1500])
     stream = encode(tokenizer, LINES[:1500])
-    length = 100  # a part is larger than the file
+    length = 100  # a chunk is larger than the file
     at = places(load_tokens([(str(path), 1.0)], tokenizer, 4, length, seed=3).ids, stream)
     assert all(b - a >= length for a, b in pairwise(at))
     assert at != places(load_tokens([(str(path), 1.0)], tokenizer, 4, length, seed=4).ids, stream)
