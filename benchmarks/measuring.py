@@ -111,7 +111,7 @@ class Evaluator:
 
     Args:
         original: folder of the original model.
-        texts: sources as `moepress.text.windows` knows them.
+        texts: as `moepress.text.windows` names them.
         windows: how many windows of each text are looked at.
     """
 

@@ -44,6 +44,7 @@ from moepress.costs.drop_costs import DropCosts
 from moepress.original.architectures import decoder_layers
 from moepress.prune import Pruned, Pruning, prune, stored_costs
 from moepress.pruning import importance
+from moepress.pruning.capture import capture_attention
 from moepress.pruning.thresholds import cheapest, quantile
 from moepress.text.windows import evaluation_tokens
 
@@ -155,11 +156,11 @@ def protected(model: Any, texts: Tensor, queries: int) -> list[Tensor]:
     importance.SAMPLED_QUERIES = queries
     chosen, undo = [], []
     for layer in decoder_layers(model):
-        sink = importance.Sink()
-        undo += importance.listen(layer, sink)
+        record = importance.AttentionRecord()
+        undo += capture_attention(layer, record)
 
-        def choose(_: Any, args: tuple[Tensor, ...], sink: importance.Sink = sink) -> None:
-            chosen.append(importance.protected_tokens(args[0], sink, 0.02))
+        def choose(_: Any, args: tuple[Tensor, ...], record: Any = record) -> None:
+            chosen.append(importance.protected_tokens(args[0], record, 0.02))
 
         undo.append(layer.mlp.experts.register_forward_pre_hook(choose).remove)
     for text in texts:

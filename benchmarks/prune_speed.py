@@ -40,7 +40,7 @@ from mixtral_shape import VOCAB, report
 from moepress import kernels
 from moepress.kernels.modules import PackedExperts, PackedLinear
 from moepress.prune import Pruning, prune
-from moepress.pruning import importance
+from moepress.pruning import importance, layer
 
 PREFILL, DECODE = 512, 32
 SHARES = (0.15, 0.3)
@@ -89,7 +89,7 @@ def part_of_pruning(run: Callable[[], Any]) -> float:
     """The part of a run's time that importance, protection and the rule itself take."""
     places = [
         (importance, "column_means"),
-        (sys.modules["moepress.prune"], "protected_tokens"),
+        (layer, "protected_tokens"),
         (kernels, "drop"),
     ]
     spent = [0.0]

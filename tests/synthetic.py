@@ -1,4 +1,4 @@
-"""Plans of any size, with scores such as real models have, made in a second."""
+"""Plans of any size from synthetic scores like those of real models, made in a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = 65_536
 
 
 def scores(layers: int, experts: int, seed: int = 0) -> ExpertScores:
-    """Experts of unequal use, a few of them without any, in all but the first decoder layer."""
+    """Scores of experts in all but the first decoder layer, unequally used, a few not at all."""
     rng = np.random.default_rng(seed)
     share = rng.lognormal(0, 1.2, (layers, experts))
     share = np.minimum(2 * share / share.sum(1, keepdims=True), 1)
@@ -54,7 +54,7 @@ def scores(layers: int, experts: int, seed: int = 0) -> ExpertScores:
 
 @cache
 def subject(layers: int, experts: int) -> Subject:
-    """What a report is made of."""
+    """The subject of a report."""
     measured = scores(layers, experts)
     plan = allocate(measured)
     parts = {

@@ -1,4 +1,4 @@
-"""Online pruning: what is dropped, what is not computed, and that everything else stays."""
+"""Online pruning: which choices are dropped and not computed, and that all else is unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(model: Any, ids: Tensor = IDS, **more: Any) -> Tensor:
 
 
 def everything(layers: int = 2, top_k: int = 2, **more: Any) -> Pruning:
-    """Only a token's first expert stays."""
+    """Pruning that leaves a token only its first expert."""
     ratios = (0.0, *[1.0] * (top_k - 1))
     return Pruning(
         dict.fromkeys(range(layers), ratios), **{"renormalise": True, "protect": 0.0} | more
@@ -57,7 +57,7 @@ def folder(model_folder: Folder, text_file: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def mine(folder: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy that a test may change."""
     import shutil
 
     return Path(shutil.copytree(folder, tmp_path / "mine"))
@@ -70,7 +70,7 @@ def slow_drop(
     index: list[int], weights: list[float], thresholds: list[float], renormalise: bool, keep: bool,
     experts: int,
 ) -> tuple[list[int], list[float], list[bool]]:  # fmt: skip
-    """One token, by loops."""
+    """The rule for one token, by loops."""
     pairs = [(w if 0 <= e < experts else 0.0, e) for e, w in zip(index, weights, strict=True)]
     pairs.sort(key=lambda pair: -pair[0])
     largest = pairs[0][0]
@@ -148,15 +148,15 @@ def test_the_op_refuses_what_does_not_fit() -> None:
         kernels.drop(index, weights, torch.zeros(2), True, torch.ones(2, dtype=torch.bool), 4)
 
 
-# Skipped is not computed
+# Dropped choices are not computed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropped_experts_are_not_computed_by_packed_kernels(backend: str) -> None:
-    """All bytes of every expert but the first are 255, scales of NaN: times zero they stay NaN."""
+    """All bytes of every expert but the first are 255: their scales are NaN, also times 0."""
     case = make_case()
     args = list(case.args)
-    for place in (3, 4):  # gate_up and down, their tables two places on
+    for place in (3, 4):  # gate_up and down; each one's table is two places behind it
         args[place] = args[place].clone()
         args[place][int(args[place + 2][1, 0]) :] = 255
     index = torch.full_like(case.index, 5)
@@ -208,7 +208,7 @@ def test_no_pruning_is_bit_identical(model_folder: Folder, text_file: Path, fami
 def test_a_pruned_model_is_the_model_with_its_routing_cut(
     model_folder: Folder, text_file: Path, family: str
 ) -> None:
-    """The oracle: hooks that zero the weights of the same choices, by loops."""
+    """Oracle: hooks that set the weights of the same choices to zero, by loops."""
     model = AutoModelForCausalLM.from_pretrained(model_folder(family))
     costs = calibrate(model_folder(family), small_recipe(text_file)).drop_costs
     pruning = Pruning.of(costs, 0.25, protect=0.0)
@@ -307,7 +307,7 @@ def test_the_innermost_pruning_counts_and_all_end() -> None:
     assert torch.equal(logits(model), hard)
     with prune(model, everything(renormalise=False)):
         soft = logits(model)
-        outer.remove()  # out of turn: the inner one stays, and does not bring it back
+        outer.remove()  # before the inner one, which stays and must not restore it
         outer.remove()
         assert torch.equal(logits(model), soft)
     assert torch.equal(logits(model), plain)
@@ -424,8 +424,8 @@ def test_a_model_and_its_decoder_are_pruned_as_one() -> None:
     assert torch.equal(logits(model), plain)
 
 
-def test_guesses_are_verified_as_they_would_be_made() -> None:
-    """Assisted decoding runs a few tokens at a time: none of them may be protected for that."""
+def test_speculated_tokens_are_verified_as_if_decoded() -> None:
+    """Assisted decoding runs a few tokens per call: none of them may be protected."""
     model = make_model("mixtral")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     prompt = IDS[:1, :6].repeat(1, 4)
@@ -445,7 +445,7 @@ def test_thresholds_of_another_model_are_refused() -> None:
     pruned.remove()
 
 
-def test_what_is_not_there_is_said(model_folder: Folder, folder: Path) -> None:
+def test_what_is_missing_is_named(model_folder: Folder, folder: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(model_folder())
     with pytest.raises(InputError, match=r"has no moepress_drop_costs.safetensors"):
         prune(original, 0.15)

@@ -1,4 +1,4 @@
-"""The report says what is in the folder; its pictures show it where they say; all is inside."""
+"""The report says what is in the folder, its panels lie on what is drawn, and it is one file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """Addresses, text, and the numbers that the script reads."""
+    """The addresses, text, panels and script data of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def test_an_evaluation_is_shown_and_must_be_of_this_model(
         report(folder, tmp_path / "page.html", evaluation=file)
 
 
-def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_files_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a folder made by moepress"):
         report(tmp_path)
     with pytest.raises(InputError, match="No file"):
@@ -278,7 +278,7 @@ def test_a_uniform_plan_is_compared_with_what_scores_would_choose() -> None:
     assert uniform.paid.sum() == pytest.approx(plan.predicted_loss)
 
 
-# --- pictures: what a panel says is at a place is what is drawn there ---------------------------
+# Pictures: at each place of a panel is drawn what the panel says.
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -353,29 +353,29 @@ def test_every_section_is_made_of_known_parts() -> None:
             assert all(len(row) == len(table.head) for row in table.rows)
 
 
-def test_what_skipping_experts_costs_is_shown(folder: Path, tmp_path: Path) -> None:
+def test_the_cost_of_dropping_experts_is_shown(folder: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
     subject = read_subject(mine)
     assert subject.drop_costs is not None and subject.pruning is None
     section = section_of(subject, "pruning")
-    assert "skips no experts" in section.text[0]
+    assert "drops none" in section.text[0]
     (picture,), (table,) = section.pictures, section.tables
     assert [row[0] for row in table.rows] == list(subject.drop_costs.layers)
     assert [row[1:] for row in table.rows] == [
         tuple(row[1:]) for row in medians(subject.drop_costs).round(4).tolist()
     ]
-    told = [lines for panel in picture.panels for *_, lines in panel.points]
+    shown = [lines for panel in picture.panels for *_, lines in panel.points]
     most = cheapest(subject.drop_costs, 0.5, renormalise=False)[1]
-    assert ("50% skipped, weights as they are", f"cost {most:.3g}") in told
+    assert ("50% dropped, weights as they are", f"cost {most:.3g}") in shown
     set_pruning(mine, 0.2, 0.05)
     text = section_of(read_subject(mine), "pruning").text[0]
-    assert "skips experts in 2 layers, and protects 5.0%" in text
+    assert "drops experts in 2 layers, and protects 5.0%" in text
     (mine / DROP_COSTS).unlink()
     assert "was not measured" in section_of(read_subject(mine), "pruning").text[0]
 
 
-def test_widths_of_other_tensors_are_told(folder: Path) -> None:
-    """Counts by kind, as the plan has them; and what a predicted loss is."""
+def test_widths_of_other_tensors_are_shown(folder: Path) -> None:
+    """Counts by kind as in the plan, and the unit of a predicted loss."""
     subject = read_subject(folder)
     found = [section for _, _, section in sections(subject)]
     (table,) = [t for s in found for t in s.tables if t.head[0] == "other tensors"]

@@ -175,8 +175,8 @@ def evaluate(
     measured = [compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
     columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
-    for name in dict.fromkeys(tokens.sources):
-        rows = torch.tensor([source == name for source in tokens.sources])
+    for name in dict.fromkeys(tokens.texts):
+        rows = torch.tensor([text == name for text in tokens.texts])
         results.append(summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
     return Evaluation(
         model=folder.name,

@@ -1,56 +1,49 @@
-"""Online dynamic pruning: skip experts that a token does not need (arXiv:2410.06270, section 3.3).
+"""Online dynamic pruning: drop experts that a token does not need (arXiv:2410.06270, section 3.3).
 
     with mp.prune(model, 0.15) as pruned:      # 15 % of the chosen experts, where it costs least
         model.generate(...)
 
 A token's chosen experts are ranked by routing weight. Rank r is dropped where w_r / w_1 is below
-the layer's threshold for that rank; the first is never dropped, and the most important tokens of a
-prefill keep all (importance.py). A dropped choice gets the index that transformers gives to "no
-expert": our kernels, and transformers' `eager` and `grouped_mm` experts, skip it; nothing is
-multiplied by zero.
+the layer's threshold for that rank. The first rank is never dropped, and the most important tokens
+of a prefill keep all ranks (pruning/importance.py). A dropped choice gets the index that
+transformers gives to "no expert". Our kernels, and transformers' `eager` and `grouped_mm` experts,
+compute nothing for it; nothing is multiplied by zero.
 
-It works on packed models and on originals of every family that has transformers' experts interface,
-by hooks in front of the experts. Thresholds come from `DropCosts`, which every compressed folder
-carries (drop_costs.py, thresholds.py).
+Pruning works on packed models and on originals of every family that has transformers' experts
+interface, by hooks in front of the experts (pruning/layer.py). Thresholds come from `DropCosts`,
+which every compressed folder carries (costs/drop_costs.py, pruning/thresholds.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.checkpoint import DROP_COSTS, is_compressed, load_json, save_json
-from moepress.kernels.modules import PackedExperts
-from moepress.original.architectures import decoder_layers, is_experts
-from moepress.pruning.importance import Sink, listen, protected_tokens
+from moepress.pruning.layer import pruned_layers
+from moepress.pruning.stored import stored_costs as stored_costs
 
 if TYPE_CHECKING:
     from moepress.costs.drop_costs import DropCosts
 
 PROTECT = 0.02  # share of a prefill's tokens that keep all experts, as in the paper
 ACTIVE = "_moepress_pruned"  # attribute of a model's decoder: the pruning in force
-# An attribute of transformers' own experts: whether choices of "no expert" occur and are skipped.
-SKIPS = "_is_expert_parallel"
 
 Strength = float | Literal["paper"]
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is dropped: ratios to a token's largest routing weight, by layer and rank."""
+    """Which choices are dropped: thresholds for w_r / w_1, by layer and rank."""
 
-    thresholds: Mapping[int, tuple[float, ...]]  # decoder layer: [k], rising rank; the first is 0
-    renormalise: bool  # the weights that stay are scaled up to the sum of all
-    protect: float = PROTECT  # share of each sequence's tokens that keep all experts in a prefill
+    thresholds: Mapping[int, tuple[float, ...]]  # decoder layer: [k] by rank; first 0
+    renormalise: bool  # whether kept weights are scaled up to the sum of all
+    protect: float = PROTECT  # share of a sequence's tokens that keep all experts in a prefill
 
     def __post_init__(self) -> None:
         if not isinstance(self.thresholds, Mapping) or not isinstance(self.renormalise, bool):
@@ -71,20 +64,22 @@ class Pruning:
 
     @property
     def drops(self) -> bool:
+        """Whether any choice can be dropped."""
         return any(any(ratios) for ratios in self.thresholds.values())
 
     @classmethod
     def of(cls, costs: DropCosts, strength: Strength, protect: float = PROTECT) -> Pruning:
-        """Thresholds for a strength, from what was measured.
+        """Thresholds for a strength, from measured costs.
 
         Args:
             costs: of the model.
             strength: "paper": each layer's median ratio of every rank, weights renormalised. A
-                number: this share of all chosen experts, dropped where it costs least.
-            protect: share of a prefill's tokens that keep all experts; their share is not counted.
+                number: this share of all choices of experts, dropped where it costs least.
+            protect: share of a prefill's tokens that keep all experts. Thresholds do not make up
+                for them: the dropped share comes out smaller.
 
         Raises:
-            InputError: a share that cannot be dropped.
+            InputError: the share cannot be dropped.
         """
         from moepress.pruning.thresholds import cheapest, medians
 
@@ -107,10 +102,10 @@ class Pruning:
 
     @classmethod
     def from_json(cls, fields: Any) -> Pruning:
-        """Read what `to_json` gave.
+        """The inverse of `to_json`.
 
         Raises:
-            InputError: it is something else.
+            InputError: the fields are not of a `Pruning`.
         """
         try:
             thresholds = {int(n): tuple(ratios) for n, ratios in fields["thresholds"].items()}
@@ -131,12 +126,12 @@ def _is_share(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class PruningStatistics:
-    """What was dropped since pruning began. L pruned layers, k experts a token."""
+    """What was dropped since pruning began. L pruned layers, k experts per token."""
 
     layers: tuple[int, ...]  # [L]
-    tokens: tuple[int, ...]  # [L] that came by, padding too; each made k choices
+    tokens: tuple[int, ...]  # [L] that passed the layer, padding included; each made k choices
     dropped: tuple[tuple[int, ...], ...]  # [L][k] choices, by rank
-    protected: tuple[int, ...]  # [L] tokens that kept all experts, whatever their ratios
+    protected: tuple[int, ...]  # [L] tokens that kept all experts whatever their ratios
 
     @property
     def share(self) -> float:
@@ -149,9 +144,9 @@ class PruningStatistics:
 
 
 class Pruned:
-    """Pruning in force on a model, until it is removed or its `with` block ends.
+    """Pruning in force on a model, until `remove` or the end of its `with` block.
 
-    Another one on the same model takes its place while it lasts.
+    A later one on the same model replaces it until the later one is removed.
     """
 
     def __init__(self, model: Any, pruning: Pruning, *, count: bool = False) -> None:
@@ -160,9 +155,9 @@ class Pruned:
                 f"Cannot prune a {type(model).__name__}. Expected a transformers model."
             )
         self.pruning = pruning
-        self._model = model.get_decoder()  # a model with its head and without are pruned as one
+        self._model = model.get_decoder()  # the same with the head and without it
         self._count = count
-        self._layers = _layers(model, pruning, count)
+        self._layers = pruned_layers(model, pruning, count)
         self._undo: list[Callable[[], None]] = []
         self._before: Pruned | None = getattr(self._model, ACTIVE, None)
         if self._before is not None:
@@ -177,7 +172,7 @@ class Pruned:
         self.remove()
 
     def remove(self) -> None:
-        """Stop pruning; what was in force before is in force again. Safe to repeat."""
+        """Stop pruning and restore the pruning that was in force before. Safe to repeat."""
         active: Pruned | None = getattr(self._model, ACTIVE, None)
         if active is self:
             self._detach()
@@ -187,14 +182,14 @@ class Pruned:
             return
         while active is not None and active._before is not self:
             active = active._before
-        if active is not None:  # a later one is in force: it shall not bring this one back
+        if active is not None:  # a later one is in force: it must not restore this one
             active._before = self._before
 
     def statistics(self) -> PruningStatistics:
-        """What was dropped so far.
+        """Counts so far.
 
         Raises:
-            InputError: nothing was counted.
+            InputError: pruning was started without `count=True`.
         """
         if not self._count:
             raise InputError("Nothing was counted. Expected mp.prune(model, ..., count=True).")
@@ -214,87 +209,6 @@ class Pruned:
             self._undo.pop()()
 
 
-class _Layer:
-    """A pruned decoder layer: the hook before its experts, and its counts."""
-
-    def __init__(
-        self, number: int, layer: nn.Module, experts: Any, pruning: Pruning, count: bool
-    ) -> None:
-        self.number = number
-        self._layer = layer
-        self._experts = experts
-        self._pruning = pruning
-        self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
-        self._left_out = torch.tensor(getattr(experts, "left_out", ()), dtype=torch.int64)
-        self._sink = Sink()
-        self._count = count
-        self.tokens = 0
-        self.dropped = torch.zeros(len(self._thresholds), dtype=torch.int64)
-        self.protected = torch.zeros((), dtype=torch.int64)
-
-    def attach(self) -> list[Callable[[], None]]:
-        """Prune from now on. Returns calls that undo it."""
-        undo: list[Callable[[], None]] = [
-            self._experts.register_forward_pre_hook(self._before_experts).remove
-        ]
-        if self._pruning.protect > 0:
-            undo += listen(self._layer, self._sink)
-        if hasattr(self._experts, SKIPS):
-            undo.append(partial(setattr, self._experts, SKIPS, getattr(self._experts, SKIPS)))
-            setattr(self._experts, SKIPS, True)
-        return undo
-
-    def _before_experts(
-        self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, index, weights = args
-        if index.shape[1] != len(self._thresholds):
-            raise InputError(
-                f"Layer {self.number} chooses {index.shape[1]} experts for a token, but the "
-                f"pruning has {len(self._thresholds)} thresholds. It was made for another model."
-            )
-        if self._thresholds.device != hidden.device:
-            self._thresholds = self._thresholds.to(hidden.device)
-            self._left_out = self._left_out.to(hidden.device)
-        if len(self._left_out):  # no choices: they would take the place of experts that cost time
-            absent = torch.isin(index, self._left_out)
-            index = index.masked_fill(absent, self._experts.num_experts)
-        protected = protected_tokens(hidden, self._sink, self._pruning.protect)
-        index, weights, dropped = kernels.drop(
-            index,
-            weights,
-            self._thresholds,
-            self._pruning.renormalise,
-            protected,
-            self._experts.num_experts,
-        )
-        if self._count:
-            self.tokens += len(hidden)
-            self.dropped += dropped.sum(0).cpu()
-            self.protected += 0 if protected is None else protected.sum().cpu()
-        return hidden, index, weights
-
-
-def _layers(model: nn.Module, pruning: Pruning, count: bool) -> list[_Layer]:
-    """The layers of a model that a pruning is about."""
-    found = {}
-    for number, layer in enumerate(decoder_layers(model)):
-        for module in layer.modules():
-            if isinstance(module, PackedExperts) or is_experts(module):
-                found[number] = layer, module
-    strangers = sorted(pruning.thresholds.keys() - found.keys())
-    if strangers:
-        raise InputError(
-            f"The pruning has thresholds for layers {strangers}, but {type(model).__name__} has "
-            f"routed experts in layers {sorted(found)}. It was made for another model."
-        )
-    return [
-        _Layer(number, *found[number], pruning, count)
-        for number, ratios in sorted(pruning.thresholds.items())
-        if any(ratios) or count
-    ]
-
-
 def prune(
     model: Any,
     strength: Strength | Pruning = "paper",
@@ -303,20 +217,21 @@ def prune(
     costs: DropCosts | None = None,
     count: bool = False,
 ) -> Pruned:
-    """Skip experts that tokens do not need, from now on or inside a `with` block.
+    """Drop experts that tokens do not need, from now on or inside a `with` block.
 
     Args:
         model: a transformers causal LM, packed or not.
-        strength: a share of all chosen experts, dropped where it costs least; "paper": the median
-            of every layer, weights renormalised; or a `Pruning` with thresholds of your own.
-            0 drops nothing, even if the model's folder says otherwise.
-        protect: share of each sequence's tokens that keep all experts during a prefill; None: of
-            the `Pruning`, else 0.02.
-        costs: measured on this model; None: as its folder has them.
+        strength: a share of all choices of experts, dropped where it costs least; "paper": the
+            median ratios of every layer, weights renormalised; or a `Pruning` with thresholds of
+            your own. 0 drops nothing, even if the model's folder says otherwise.
+        protect: share of each sequence's tokens that keep all experts during a prefill; None: that
+            of the `Pruning`, else 0.02.
+        costs: measured on this model; None: those in its folder.
         count: keep statistics.
 
     Raises:
-        InputError: a share that cannot be dropped, no costs, or thresholds of another model.
+        InputError: the share cannot be dropped, there are no costs, or the thresholds are for
+            another model.
     """
     pruning = _resolved(strength, protect, lambda: costs or stored_costs(model.name_or_path))
     return Pruned(model, pruning, count=count)
@@ -339,59 +254,31 @@ def _resolved(
 
 
 def count_dropped(model: Any) -> Pruned | None:
-    """Keep statistics of the pruning in force from now on; None: nothing is dropped."""
+    """Count what the pruning in force drops from now on. Returns None if nothing is dropped."""
     active: Pruned | None = getattr(model.get_decoder(), ACTIVE, None)
     if active is None or not active.pruning.drops:
         return None
     return Pruned(model, active.pruning, count=True)
 
 
-def stored_costs(folder: str | Path) -> DropCosts:
-    """The drop costs that a compressed folder, or a hub id of one, carries.
-
-    Raises:
-        InputError: it carries none.
-    """
-    from huggingface_hub import hf_hub_download
-
-    from moepress.costs.drop_costs import DropCosts
-
-    path = Path(folder) / DROP_COSTS
-    if folder and not path.is_file() and not Path(folder).exists() and str(folder).count("/") == 1:
-        try:
-            path = Path(hf_hub_download(str(folder), DROP_COSTS))
-        except Exception as error:  # the hub client raises many kinds: all mean it is not to be had
-            raise InputError(
-                f"{folder} is neither a local folder nor a model on the hub with {DROP_COSTS} "
-                f"({type(error).__name__}). Give costs of `moepress calibrate`."
-            ) from error
-    if not folder or not path.is_file():
-        raise InputError(
-            f"{folder or 'The model'} has no {DROP_COSTS}, which says what dropping experts costs. "
-            "Compress the model with this version, copy that file from the folder it came from, or "
-            "give costs of `moepress calibrate`."
-        )
-    return DropCosts.load(path)
-
-
 def set_pruning(
     folder: str | Path, strength: Strength | Pruning, protect: float | None = None
 ) -> None:
-    """Have a compressed folder prune whenever it is opened, servers included; 0: no more.
+    """Make a compressed folder prune whenever it is opened, also by servers; 0 undoes it.
 
     Args:
         folder: its config.json is changed.
         strength, protect: as of `prune`.
 
     Raises:
-        InputError: not a folder of ours, or as of `prune`.
+        InputError: the folder was not made by moepress, or as of `prune`.
     """
     folder = Path(folder)
     if not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one to prune.")
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
-        check_fits(pruning, stored_costs(folder))
+        _check_fits(pruning, stored_costs(folder))
     config = load_json(folder / "config.json")
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
@@ -399,8 +286,8 @@ def set_pruning(
     save_json(folder / "config.json", config)
 
 
-def check_fits(pruning: Pruning, costs: DropCosts) -> None:
-    """Raise InputError if thresholds are for other layers, or another number of chosen experts."""
+def _check_fits(pruning: Pruning, costs: DropCosts) -> None:
+    """Raise InputError where the thresholds are for other layers or another number of choices."""
     strangers = sorted(pruning.thresholds.keys() - set(costs.layers))
     sizes = {len(ratios) for ratios in pruning.thresholds.values()} - {costs.top_k}
     if strangers or sizes:
@@ -412,7 +299,10 @@ def check_fits(pruning: Pruning, costs: DropCosts) -> None:
 
 
 def parse_strength(text: str) -> Strength | Pruning:
-    """What a command line says: "paper", a share such as 0.15, or a JSON file of a `Pruning`.
+    """The strength that a command line asks for.
+
+    Args:
+        text: "paper", a share such as 0.15, or the path of a JSON file of a `Pruning`.
 
     Raises:
         InputError: it is none of them.

@@ -1,8 +1,8 @@
-"""One page that shows what happened to a model, and whether to trust it.
+"""One page that shows what compression did to a model, and whether to trust the result.
 
-`report` writes a single HTML file that works from disk, without network: pictures are SVG inside
-it, and a small script shows the numbers under the pointer or the arrow keys. `page/report.html` is
-the template; `page/sections.py` says what is on it.
+`report` writes a single HTML file that works from disk, without network: it contains its pictures
+as SVG, and a small script shows the numbers under the pointer or the arrow keys. The template is
+`page/report.html`, the content `page/sections`.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def report(
     Args:
         folder: a folder made by moepress.
         out: HTML file to write; None: inside the folder.
-        scores: the scores of its plan; None: those in the folder, if any.
-        evaluation: what `moepress evaluate --out` wrote; None: that in the folder, if any.
+        scores: the file of the scores of its plan; None: that in the folder, if any.
+        evaluation: a file of `moepress evaluate --out`; None: that in the folder, if any.
 
     Returns:
         The file.
 
     Raises:
-        InputError: no folder of ours, or scores or evaluation of another model.
+        InputError: not a folder made by moepress, or scores or evaluation of another model.
         CheckpointError: a file is damaged, or cannot be written.
     """
     subject = read_subject(folder, scores, evaluation)
@@ -79,13 +79,20 @@ def plot(
     form: str = "svg",
     scores: str | Path | None = None,
 ) -> list[Path]:
-    """Write the pictures of the report as files of their own.
+    """Write every picture of the report to a file.
 
     Args:
         folder: a folder made by moepress.
         out: folder to write to; made if missing.
         form: "svg" or "png".
         scores: as for `report`.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: as for `report`, or another format.
+        CheckpointError: as for `report`.
     """
     if form not in get_args(Format):
         raise InputError(f"Pictures in format {form!r} are not made. Expected svg or png.")
@@ -104,7 +111,10 @@ def read_subject(
     scores: str | Path | None = None,
     evaluation: str | Path | None = None,
 ) -> Subject:
-    """What a folder tells about itself, checked to belong together."""
+    """Read what a folder tells about its model, and check that it belongs together.
+
+    Arguments and errors are those of `report`.
+    """
     folder = Path(folder)
     if not folder.is_dir() or not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
@@ -131,7 +141,7 @@ def read_subject(
 
 
 def check_scores(scores: ExpertScores, plan: BitAllocation, where: str) -> None:
-    """Raise InputError where a plan was not made from these scores."""
+    """Raise InputError if the plan was not made from these scores."""
     if scores.provenance != plan.provenance or scores.layers != plan.layers:
         raise InputError(
             f"{where} holds scores of {scores.provenance}, the plan was made from those of "
@@ -140,7 +150,12 @@ def check_scores(scores: ExpertScores, plan: BitAllocation, where: str) -> None:
 
 
 def check_evaluation(evaluation: Any, made: Mapping[str, str], where: str) -> None:
-    """Raise InputError where a file is no evaluation, or one of another model."""
+    """Raise InputError if this is no evaluation, or that of another model.
+
+    Args:
+        made: provenance of the compressed folder.
+        where: the file of the evaluation.
+    """
     if not isinstance(evaluation, Mapping) or evaluation.get("kind") != "evaluation":
         raise InputError(
             f"{where} is not an evaluation. Expected a file of `moepress evaluate --out`."
@@ -154,7 +169,7 @@ def check_evaluation(evaluation: Any, made: Mapping[str, str], where: str) -> No
 
 
 def render(subject: Subject) -> str:
-    """The page as text; equal subjects give equal pages."""
+    """The page as HTML; equal subjects give equal pages."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -170,7 +185,7 @@ def render(subject: Subject) -> str:
 
 
 def headline(subject: Subject) -> list[tuple[str, str, str]]:
-    """(number, unit, what it is) of the figures on top of the page."""
+    """(number, unit, label) of the figures on top of the page."""
     plan, parts = subject.plan, subject.parts
     facts = [
         (f"{plan.average_bits:.2f}", "bits", "code bits per expert weight"),
@@ -190,7 +205,7 @@ def headline(subject: Subject) -> list[tuple[str, str, str]]:
 
 
 def expert_values(subject: Subject) -> dict[str, Any]:
-    """What is told about an expert under the pointer: columns of [L x E] values."""
+    """The numbers that the page shows for an expert: named columns of L x E values."""
     plan, scores = subject.plan, subject.scores
     columns: list[tuple[str, list[Any]]] = [
         (f"{name}_proj bits", plan.bits[:, :, column].ravel().tolist())
@@ -211,12 +226,12 @@ def expert_values(subject: Subject) -> dict[str, Any]:
 
 
 def _rounded(values: npt.NDArray[np.float64]) -> list[float]:
-    """Three digits: what a reader can use, and a fourth of the bytes."""
+    """Values with three digits: enough for a reader, and a quarter of the bytes."""
     return [float(f"{value:.3g}") for value in values.ravel().tolist()]
 
 
 def _prose(sentence: str) -> Markup:
-    """A sentence as HTML, its `commands` set apart."""
+    """A sentence as HTML, with its `commands` as code."""
     return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(sentence))))
 
 
@@ -237,7 +252,7 @@ def _cell(value: Any) -> str:
 
 
 def _given(asked: str | Path | None, usual: Path) -> Path | None:
-    """The file asked for, or the usual one if it is there."""
+    """The file asked for, or the usual one if it exists."""
     if asked is not None:
         if not Path(asked).is_file():
             raise InputError(f"No file {asked}. Expected one that moepress wrote.")

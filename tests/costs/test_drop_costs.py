@@ -1,4 +1,4 @@
-"""What dropping costs is what it costs the block; thresholds are the best that there are."""
+"""Drop costs are what the MoE block loses; no thresholds are better than the solved ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def some_costs(layers: int = 2, ranks: int = 2, bins: int = 4, seed: int = 0) ->
 def test_costs_are_what_dropping_does_to_the_block(
     model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """The oracle: transformers' own block, its routing cut off behind each rank."""
+    """Oracle: transformers' own block, with its routing cut off behind each rank."""
     monkeypatch.setattr(drop_costs, "BINS", 5)
     folder, recipe = model_folder(family), small_recipe(text_file)
     source = Source(folder)
@@ -170,7 +170,7 @@ def test_medians_are_the_papers_mu() -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("bins_taken", range(9))
 def test_cheapest_is_the_best_of_all_thresholds(seed: int, bins_taken: int) -> None:
-    """The oracle tries every number of bins for every layer and rank."""
+    """Oracle: every number of bins for every layer and rank."""
     costs = some_costs(2, 1, 4, seed)
     rising = DropCosts(
         costs.layers, costs.ratio, np.sort(costs.cost, axis=-1), costs.cost, True, {}
@@ -189,7 +189,7 @@ def test_cheapest_is_the_best_of_all_thresholds(seed: int, bins_taken: int) -> N
 
 
 def test_thresholds_drop_from_the_smallest_ratio_even_where_costs_fall() -> None:
-    """A dip in the measured costs is not jumped into: its bins come as one with those before."""
+    """Where measured costs fall, the cheaper bins are pooled with those before them."""
     ratio = np.linspace(0, 1, 5, dtype=np.float32)[None, None]
     cost = np.array([[[4.0, 0.0, 2.0, 9.0]]], dtype=np.float32)
     costs = DropCosts((0,), ratio, cost, cost, True, {})

@@ -1,4 +1,4 @@
-"""The report in a real browser, from disk: drawn, silent, and answering to mouse and keyboard."""
+"""The report in a real browser, from disk: drawn without errors, usable by mouse and keyboard."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ SWITCHES = (
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on this machine"
 )
-# Whether what is told hides the place it tells about.
+# Whether the tooltip covers the marked place.
 HIDDEN = """
 const mark = arguments[0].querySelector(".cursor").getBoundingClientRect();
-const told = document.getElementById("told").getBoundingClientRect();
-return mark.bottom > told.top && mark.top < told.bottom;
+const tooltip = document.getElementById("tooltip").getBoundingClientRect();
+return mark.bottom > tooltip.top && mark.top < tooltip.bottom;
 """
 SIZES = [(4, 8), (48, 256)]
 
@@ -56,7 +56,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def opened(
     request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Subject, Path]:
-    """The browser at the report of a synthetic plan."""
+    """The browser showing the report of a synthetic plan."""
     subject = synthetic.subject(*request.param)
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render(subject))
@@ -64,8 +64,8 @@ def opened(
     return browser, subject, path
 
 
-def told(browser: Any) -> str:
-    return str(browser.find_element(By.ID, "told").text)
+def tooltip(browser: Any) -> str:
+    return str(browser.find_element(By.ID, "tooltip").text)
 
 
 def panel(browser: Any, label: str) -> Any:
@@ -73,7 +73,7 @@ def panel(browser: Any, label: str) -> Any:
 
 
 def about(subject: Subject, row: int, expert: int) -> list[str]:
-    """What must be told about an expert."""
+    """What the tooltip must say about an expert."""
     scores = subject.scores
     assert scores is not None
     gate_up, down = subject.plan.bits[row, expert]
@@ -94,7 +94,7 @@ def middle_of(browser: Any, element: Any, row: int, column: int, subject: Subjec
     return ActionChains(browser, duration=0).move_to_element_with_offset(element, x, y)
 
 
-def test_drawn_whole_small_and_silent(opened: tuple[Any, Subject, Path]) -> None:
+def test_drawn_whole_small_and_without_errors(opened: tuple[Any, Subject, Path]) -> None:
     browser, subject, path = opened
     assert browser.find_element(By.TAG_NAME, "h1").text == subject.name  # "<" in it, escaped
     assert path.stat().st_size < 5e6
@@ -112,7 +112,7 @@ def test_drawn_whole_small_and_silent(opened: tuple[Any, Subject, Path]) -> None
     )
 
 
-def test_the_mouse_tells_and_marks_the_expert(opened: tuple[Any, Subject, Path]) -> None:
+def test_the_mouse_shows_and_marks_the_expert(opened: tuple[Any, Subject, Path]) -> None:
     browser, subject, _ = opened
     layers, experts, _ = subject.plan.bits.shape
     for label in ("gate_up_proj:", "down_proj:", "frequency", "routing weight", "both"):
@@ -121,7 +121,7 @@ def test_the_mouse_tells_and_marks_the_expert(opened: tuple[Any, Subject, Path])
         for row, expert in ((0, 0), (layers - 1, experts - 1), (layers // 2, experts // 3)):
             middle_of(browser, element, row, expert, subject).perform()
             for line in about(subject, row, expert):
-                assert line in told(browser)
+                assert line in tooltip(browser)
             mark = element.find_element(By.CLASS_NAME, "cursor").rect
             box = element.rect
             left, top = (
@@ -134,7 +134,7 @@ def test_the_mouse_tells_and_marks_the_expert(opened: tuple[Any, Subject, Path])
     ActionChains(browser, duration=0).move_to_element(
         browser.find_element(By.TAG_NAME, "h1")
     ).perform()
-    assert told(browser) == ""
+    assert tooltip(browser) == ""
 
 
 def test_the_keyboard_reaches_every_panel_and_every_expert(
@@ -170,26 +170,26 @@ def test_the_keyboard_reaches_every_panel_and_every_expert(
     for keys, (row, expert) in places:
         ActionChains(browser, duration=0).send_keys(*keys).perform() if keys else None
         for line in about(subject, row, expert):
-            assert line in told(browser), keys
+            assert line in tooltip(browser), keys
     ActionChains(browser, duration=0).send_keys(Keys.ESCAPE).perform()
-    assert told(browser) == ""
+    assert tooltip(browser) == ""
 
 
-def test_points_of_the_curve_and_bars_answer_too(opened: tuple[Any, Subject, Path]) -> None:
+def test_points_of_the_curve_and_bars_react_too(opened: tuple[Any, Subject, Path]) -> None:
     browser, subject, _ = opened
     curve = panel(browser, "Predicted loss")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", curve)
     curve.click()
-    first = told(browser)
+    first = tooltip(browser)
     assert "predicted loss" in first
     ActionChains(browser, duration=0).send_keys(Keys.HOME).perform()
-    assert f"{subject.frontier[0].average_bits:.2f} code bits" in told(browser)
+    assert f"{subject.frontier[0].average_bits:.2f} code bits" in tooltip(browser)
     bars = panel(browser, "Bytes by part")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", bars)
     bars.click()
     ActionChains(browser, duration=0).send_keys(Keys.HOME).perform()
     assert subject.parts is not None
-    assert f"{subject.parts['routed experts'].original:,} bytes" in told(browser)
+    assert f"{subject.parts['routed experts'].original:,} bytes" in tooltip(browser)
 
 
 def test_it_prints_and_fits_a_telephone(opened: tuple[Any, Subject, Path]) -> None:

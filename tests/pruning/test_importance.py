@@ -1,4 +1,4 @@
-"""Column means beside fast attention are those of eager attention, however tokens come in."""
+"""Captured column means equal those of eager attention for any chunks, padding and caches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from moepress.original.architectures import decoder_layers
-from moepress.pruning import importance
+from moepress.pruning import capture, importance
+from moepress.pruning.capture import capture_attention
 from moepress.pruning.importance import (
-    Sink,
+    AttentionRecord,
     column_means,
-    listen,
     protected_tokens,
     sampled_queries,
 )
@@ -24,7 +24,7 @@ from tests.conftest import VOCAB, make_model
 
 @dataclass(frozen=True)
 class Way:
-    """How tokens reach a model: chunks of a prompt of 24 tokens, a padding, a cache."""
+    """How 24 tokens of a prompt reach a model: in which chunks, with what padding and cache."""
 
     family: str = "mixtral"
     changes: dict[str, Any] = field(default_factory=dict)
@@ -85,14 +85,14 @@ def forward(model: Any, way: Way, each: Any) -> None:
 
 
 def slow_means(weights: Tensor, first: int, way: Way) -> tuple[Tensor, Tensor]:
-    """By loops: mean over heads and over the real queries that see a key, of its column.
+    """By loops: the mean of each key's column over heads and the real queries that see the key.
 
     Args:
         weights: [B, heads, Q, K] of eager attention, for tokens first .. first + Q - 1.
     """
     batch, heads, queries, keys = weights.shape
-    # A window's cache may have let go of early keys; the tokens at hand are the last ones, or, in a
-    # static cache that is not full, lie at their own positions.
+    # The cache of a window may have dropped early keys. The call's own tokens are the last ones or,
+    # in a static cache that is not full, at their own positions.
     static = way.cache == "static" and keys > first + queries
     start = first if static else keys - queries
     if way.cache == "static" and way.window is not None and first + queries <= way.window:
@@ -112,12 +112,12 @@ def slow_means(weights: Tensor, first: int, way: Way) -> tuple[Tensor, Tensor]:
     return means, real
 
 
-def sinks_of(model: nn.Module) -> list[Sink]:
-    sinks = []
+def records_of(model: nn.Module) -> list[AttentionRecord]:
+    records = []
     for layer in decoder_layers(model):
-        sinks.append(Sink())
-        listen(layer, sinks[-1])
-    return sinks
+        records.append(AttentionRecord())
+        capture_attention(layer, records[-1])
+    return records
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -134,20 +134,20 @@ def test_column_means_are_those_of_eager_attention(name: str, implementation: st
     )
     model = make_model(way.family, **way.changes)
     model.set_attn_implementation(implementation)
-    sinks = sinks_of(model)
+    records = records_of(model)
 
     def compare(first: int, out: Any) -> None:
-        for sink, (mean, real) in zip(sinks, expected.pop(0), strict=True):
-            assert sink.columns is not None
-            assert torch.equal(sink.columns[1], real)
-            torch.testing.assert_close(sink.columns[0][real], mean[real], rtol=1e-5, atol=1e-6)
+        for record, (mean, real) in zip(records, expected.pop(0), strict=True):
+            assert record.columns is not None
+            assert torch.equal(record.columns[1], real)
+            torch.testing.assert_close(record.columns[0][real], mean[real], rtol=1e-5, atol=1e-6)
 
     forward(model, way, compare)
     assert not expected
 
 
 def test_rows_sum_to_one_and_columns_do_not() -> None:
-    """What MC's released code sums says nothing of attention."""
+    """Row sums, which MC's released code uses, carry no information about attention."""
     query, key = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     mean, _ = column_means(query, key, None)
     visible = torch.arange(9, 0, -1)  # queries that see each key
@@ -200,86 +200,86 @@ def test_added_masks_and_biases() -> None:
 
 
 def hidden_of_norms(norms: list[list[float]]) -> Tensor:
-    """[B * Q, 4] with those L1 norms."""
+    """Hidden states [B * Q, 4] with the given L1 norms."""
     return torch.tensor(norms).flatten()[:, None].expand(-1, 4) / 4
 
 
 def test_the_most_important_are_protected_in_every_sequence() -> None:
     mean = torch.tensor([[1.0, 0.5, 0.1, 0.1], [9.0, 0.1, 0.1, 0.2]])
     real = torch.tensor([[True] * 4, [False, True, True, True]])
-    sink = Sink((2, 4), columns=(mean, real))
+    record = AttentionRecord((2, 4), columns=(mean, real))
     hidden = hidden_of_norms(
         [[1, 3, 1, 1], [9, 2, 1, 1]]
     )  # importance 1, 1.5, .1, .1; -, .2, .1, .2
-    one = protected_tokens(hidden, sink, 0.25)  # 1 of 4 tokens; 0.75 of 3, rounded down
+    one = protected_tokens(hidden, record, 0.25)  # 1 of 4 tokens; 0.75 of 3, rounded down
     assert one is not None
     assert one.view(2, 4).int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
-    most = protected_tokens(hidden, sink, 0.7)  # 2.8 of 4, 2.1 of 3
+    most = protected_tokens(hidden, record, 0.7)  # 2.8 of 4, 2.1 of 3
     assert most is not None
     assert most.view(2, 4).int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1]]  # ties: the earlier one
-    everything = protected_tokens(hidden, sink, 1.0)
+    everything = protected_tokens(hidden, record, 1.0)
     assert everything is not None and torch.equal(everything.view(2, 4), real)
 
 
-def test_without_attention_the_norm_decides_and_it_is_said(
+def test_without_attention_the_norm_decides_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    importance._say_that_norms_decide.cache_clear()
+    importance._warn_of_norms_alone.cache_clear()
     hidden = hidden_of_norms([[1, 3, 2, 1]])
     for _ in range(2):
-        chosen = protected_tokens(hidden, Sink((1, 4)), 0.5)
+        chosen = protected_tokens(hidden, AttentionRecord((1, 4)), 0.5)
         assert chosen is not None and chosen.tolist() == [False, True, True, False]
     assert caplog.text.count("is decided by their norm alone") == 1
 
 
 @pytest.mark.parametrize(
-    ("sink", "share"),
+    ("record", "share"),
     [
-        (Sink((4, 1)), 0.5),  # decoding
-        (Sink((1, 4), packed=True), 0.5),  # continuous batching
-        (Sink((1, 4)), 0.0),
-        (Sink((1, 4)), 0.2),  # not one token
-        (Sink((2, 4)), 0.5),  # experts that see other tokens than their layer
+        (AttentionRecord((4, 1)), 0.5),  # decoding
+        (AttentionRecord((1, 4), packed=True), 0.5),  # continuous batching
+        (AttentionRecord((1, 4)), 0.0),
+        (AttentionRecord((1, 4)), 0.2),  # not one token
+        (AttentionRecord((2, 4)), 0.5),  # experts that see other tokens than their layer
     ],
 )
-def test_where_no_token_is_protected(sink: Sink, share: float) -> None:
-    assert protected_tokens(torch.ones(4, 8), sink, share) is None
+def test_where_no_token_is_protected(record: AttentionRecord, share: float) -> None:
+    assert protected_tokens(torch.ones(4, 8), record, share) is None
 
 
 def test_decoding_and_packed_sequences_leave_nothing_behind() -> None:
     model = make_model("mixtral")
-    sinks = sinks_of(model)
+    records = records_of(model)
     with torch.inference_mode():
         cache = model(ids(), use_cache=True).past_key_values
-        assert all(sink.columns is not None for sink in sinks)
+        assert all(record.columns is not None for record in records)
         model(ids(length=1), past_key_values=cache, use_cache=True)
-        assert all(sink.columns is None and sink.shape == (2, 1) for sink in sinks)
+        assert all(record.columns is None and record.shape == (2, 1) for record in records)
         lengths = torch.tensor([0, 10, 24], dtype=torch.int32)
         model(ids(1), cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
-    assert all(sink.packed for sink in sinks)
+    assert all(record.packed for record in records)
 
 
-def test_what_listens_can_be_undone_and_others_are_left_alone() -> None:
+def test_capturing_can_be_undone_and_others_are_left_alone() -> None:
     model, other = make_model("mixtral"), make_model("mixtral")
-    sink = Sink()
-    undo = listen(decoder_layers(model)[0], sink)
+    record = AttentionRecord()
+    undo = capture_attention(decoder_layers(model)[0], record)
     with torch.inference_mode():
         other(ids())
-        assert sink.columns is None
+        assert record.columns is None
         model(ids())
-        assert sink.columns is not None
+        assert record.columns is not None
         while undo:
             undo.pop()()
-        sink.columns = None
+        record.columns = None
         model(ids())
-    assert sink.columns is None
+    assert record.columns is None
     layer = decoder_layers(model)[0]
     assert not layer._forward_pre_hooks
-    assert not any(hasattr(m, importance.SINK) or m._forward_hooks for m in layer.modules())
+    assert not any(hasattr(m, capture.RECORD) or m._forward_hooks for m in layer.modules())
 
 
 def test_padding_is_left_out_of_the_sample() -> None:
-    """Each sequence is judged as it would be alone, above the number of queries that are asked."""
+    """With more tokens than sampled queries, each sequence has the means that it has alone."""
     torch.manual_seed(0)
     query, key = torch.randn(3, 4, 40, 8), torch.randn(3, 2, 40, 8)
     front, behind = [0, 25, 0], [0, 0, 30]
@@ -299,14 +299,14 @@ def test_padding_is_left_out_of_the_sample() -> None:
 
 def test_attention_may_be_changed_afterwards() -> None:
     model = make_model("mixtral")
-    sinks = sinks_of(model)
+    records = records_of(model)
     found = []
     for implementation in ("sdpa", "eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with torch.inference_mode():
             model(ids())
-        assert sinks[0].columns is not None
-        found.append(sinks[0].columns[0])
+        assert records[0].columns is not None
+        found.append(records[0].columns[0])
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
 
@@ -327,15 +327,15 @@ def hybrid_model() -> nn.Module:
     return make_model("qwen3_next", **hybrid, **sizes)
 
 
-def test_layers_without_softmax_attention_leave_it_to_the_norm() -> None:
+def test_layers_without_softmax_attention_use_the_norm_alone() -> None:
     model = hybrid_model()
-    linear, softmax = sinks_of(model)
+    linear, softmax = records_of(model)
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[0, :9] = 0
     with torch.inference_mode():
         model(ids(), attention_mask=mask, use_cache=False)
     assert linear.columns is None and linear.shape == (2, 24)
     assert softmax.columns is not None
-    chosen = protected_tokens(torch.ones(48, 8), linear, 0.5)  # padding is known all the same
+    chosen = protected_tokens(torch.ones(48, 8), linear, 0.5)  # padding is recorded nevertheless
     assert chosen is not None and chosen.view(2, 24).sum(1).tolist() == [7, 12]
     assert not chosen.view(2, 24)[0, :9].any()

@@ -57,13 +57,13 @@ def recipe_of(
 ) -> Recipe:
     """The named recipe with what the options change."""
     from moepress.recipe import Recipe, parse_size, parse_widths
-    from moepress.text.windows import parse_source
+    from moepress.text.windows import parse_text
 
     changes: dict[str, Any] = {
         "bits": bits,
         "bpw": bpw,
         "size": parse_size(size) if size is not None else None,
-        "calib": tuple(parse_source(text) for text in calib) if calib else None,
+        "calib": tuple(parse_text(text) for text in calib) if calib else None,
         "sequences": sequences,
         "sequence_length": sequence_length,
         "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,

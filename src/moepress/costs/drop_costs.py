@@ -1,14 +1,14 @@
-"""What dropping experts from tokens would cost: measured once, so that any strength can be chosen.
+"""Drop costs: what dropping choices of experts adds to the error, measured once for any strength.
 
 A token's chosen experts are ranked by routing weight, w_1 >= ... >= w_k. Online dynamic pruning
-(arXiv:2410.06270, section 3.3) drops rank r where the ratio w_r / w_1 is small. For some tokens of
-each layer this file keeps the distribution of that ratio, rank by rank, and what dropping adds to
-the squared error of the MoE block's output:
+(arXiv:2410.06270, section 3.3) drops rank r where the ratio w_r / w_1 is small. For a sample of
+tokens of each layer, `DropCosts` has the distribution of that ratio by rank, and what dropping the
+rank adds to the squared error of the MoE block's output:
 
     y   = sum over all ranks of w_r f_r                       f_r: output of the expert of rank r
     y_m = a_m * sum over ranks 1 .. m of w_r f_r              a_m = 1, or (sum of all w) / (sum of
     D_m = || y - y_m ||^2                                     the m largest w): renormalised
-    cost of rank r = D_(r-1) - D_r                            the ranks behind it dropped already
+    cost of rank r = D_(r-1) - D_r                            the ranks behind it already dropped
 
 divided by the mean energy of the residual stream, so that layers can be compared.
 """
@@ -31,23 +31,23 @@ from moepress.format.checkpoint import load_tensors, read_about, save_tensors
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import Routed, RoutedExpert, expert_forward
 
-SAMPLE = 4096  # tokens of a layer: a median is then known to within 0.8 % of the tokens
-BINS = 32  # of equal numbers of tokens, by rising ratio
+SAMPLE = 4096  # tokens of a layer: standard error of a median 0.8 % of the tokens
+BINS = 32  # of equally many tokens, by rising ratio
 KIND = "moepress drop costs"
 ARRAYS = ("ratio", "cost", "renormalised_cost")
-NO_EXPERT = 2.0  # the ratio of a choice that is none: above all others, never dropped
+NO_EXPERT = 2.0  # ratio of a choice of no expert: above all others, so never dropped
 EVEN_SUM = 0.01  # routing weights whose sums differ by less are normalised; bfloat16 costs 0.004
 
 
 @dataclass(frozen=True)
 class DropCosts:
-    """Distribution of the ratio, and costs, by rank. L MoE layers, k experts a token, Q bins."""
+    """Distribution of w_r / w_1, and costs, by rank. L MoE layers, k experts per token, Q bins."""
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
     ratio: npt.NDArray[np.float32]  # [L, k - 1, Q + 1] quantiles of w_r / w_1 for r = 2 .. k
     cost: npt.NDArray[np.float32]  # [L, k - 1, Q] mean over the tokens of a bin
     renormalised_cost: npt.NDArray[np.float32]  # [L, k - 1, Q]
-    normalised: bool  # whether the family makes a token's routing weights sum to a constant
+    normalised: bool  # whether a token's routing weights sum to a constant
     provenance: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class DropCosts:
             raise CheckpointError(f"Drop costs do not fit together: {wrong}. Measure them again.")
 
     def _contradiction(self) -> str | None:
-        """What is wrong, and what was expected; None if nothing is."""
+        """What does not fit, and what was expected; None if all fits."""
         arrays = (self.ratio, self.cost, self.renormalised_cost)
         if self.ratio.ndim != 3 or self.ratio.shape[2] < 2:
             return f"ratios of shape {self.ratio.shape}, expected [L, k - 1, Q + 1]"
@@ -75,28 +75,29 @@ class DropCosts:
 
     @property
     def top_k(self) -> int:
-        """k, experts that each token chooses."""
+        """k, the experts that each token chooses."""
         return int(self.ratio.shape[1]) + 1
 
     @property
     def largest_share(self) -> float:
-        """Share of all choices that may be dropped: every one but the first of each token."""
+        """Largest share of all choices that may be dropped: all but the first of each token."""
         return 1 - 1 / self.top_k
 
     def costs(self, renormalise: bool) -> npt.NDArray[np.float64]:
-        """[L, k - 1, Q], with the weights that stay scaled up or left as they are."""
+        """Costs [L, k - 1, Q], with the kept weights scaled up or left as they are."""
         return (self.renormalised_cost if renormalise else self.cost).astype(np.float64)
 
     def arrays(self) -> dict[str, Tensor]:
-        """What a safetensors file keeps of it; `rest` is for its metadata."""
+        """The fields that are stored as tensors; `rest` has the others, for the metadata."""
         return {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
 
     def rest(self) -> dict[str, Any]:
+        """The fields that are stored as metadata."""
         return {k: v for k, v in vars(self).items() if k not in ARRAYS}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor], rest: Mapping[str, Any]) -> DropCosts:
-        """Put together again what `arrays` and `rest` gave."""
+        """The inverse of `arrays` and `rest`."""
         fields: dict[str, Any] = {**rest, **{name: arrays[name].numpy() for name in ARRAYS}}
         return cls(**fields | {"layers": tuple(fields["layers"])})
 
@@ -106,7 +107,7 @@ class DropCosts:
 
     @classmethod
     def load(cls, path: Path) -> DropCosts:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             CheckpointError: missing, damaged, or not drop costs.
@@ -127,7 +128,7 @@ class DropCosts:
     def of_layers(
         cls, results: Mapping[int, Mapping[str, Tensor]], provenance: Mapping[str, str]
     ) -> DropCosts:
-        """Put the results of `DropMeter` together, by decoder layer."""
+        """Combine the results of a `DropMeter` for each decoder layer."""
         rows = list(results.values())
         return cls.of(
             {name: torch.stack([row[name] for row in rows]) for name in ARRAYS},
@@ -140,13 +141,14 @@ class DropCosts:
 
 
 class DropMeter:
-    """Gathers, expert by expert, what the choices of some tokens of a layer contribute.
+    """Measures the drop costs of a layer, expert by expert, on a sample of its tokens.
 
     Args:
-        routed: what reaches the layer's experts.
-        experts: E.
-        seed: which tokens are taken.
-        left_out: experts that are not there. Choices of them are none, as while the model runs.
+        routed: the tokens that reach the layer's experts, and their choices.
+        experts: E, the number of experts.
+        seed: of the sample.
+        left_out: experts that are left out. Choices of them count as choices of no expert, as they
+            do while the model runs.
     """
 
     def __init__(
@@ -155,9 +157,8 @@ class DropMeter:
         generator = torch.Generator().manual_seed(seed)
         some = torch.randperm(len(routed.hidden), generator=generator)[:SAMPLE].sort().values
         real = (routed.index[some] >= 0) & (routed.index[some] < experts)
-        self._total = routed.weight[some].masked_fill(~real, 0).sum(1)  # as the router has it
-        absent = torch.tensor(left_out, dtype=torch.int64)
-        real &= ~torch.isin(routed.index[some], absent)
+        self._total = routed.weight[some].masked_fill(~real, 0).sum(1)  # [S] as routed
+        real &= ~torch.isin(routed.index[some], torch.tensor(left_out, dtype=torch.int64))
         weight = routed.weight[some].masked_fill(~real, 0)
         self.sample = Routed(routed.hidden[some], routed.index[some], weight)
         self._real = real
@@ -168,15 +169,15 @@ class DropMeter:
     def add(self, expert: RoutedExpert) -> None:
         """Run one expert on its tokens of the sample."""
         token, place = self.sample.of(expert.number)
-        for part in chunks(token):
-            x = self.sample.hidden[token[part]].to(expert.weights.down.device)
+        for chunk in chunks(token):
+            x = self.sample.hidden[token[chunk]].to(expert.weights.down.device)
             y = expert_forward(expert.module, expert.weights, x).float().cpu()
-            gate = self.sample.weight[token[part], place[part], None]
-            self._outputs[token[part], place[part]] = y * gate
+            gate = self.sample.weight[token[chunk], place[chunk], None]
+            self._outputs[token[chunk], place[chunk]] = y * gate
 
     @torch.inference_mode()
     def result(self, energy: float) -> dict[str, Tensor]:
-        """Quantiles and costs of the layer, as fields of `DropCosts`, and whether it normalises.
+        """The layer's rows of the fields of `DropCosts`, and whether it normalises routing weights.
 
         Args:
             energy: mean over tokens of the sum of squares of the layer's output states.
@@ -186,7 +187,9 @@ class DropMeter:
         ratio = (weight / weight[:, :1]).masked_fill(~real, NO_EXPERT)[:, 1:]
         plain, renormalised = (
             torch.cat([c.double() for c in column]) / energy
-            for column in zip(*(self._costs(p, order[p]) for p in chunks(weight)), strict=True)
+            for column in zip(
+                *(self._costs(chunk, order[chunk]) for chunk in chunks(weight)), strict=True
+            )
         )
         bins = min(BINS, len(ratio))
         edges = torch.linspace(0, len(ratio), bins + 1).round().long()  # of bins, in tokens
@@ -200,10 +203,15 @@ class DropMeter:
             "normalised": total.max() - total.min() <= EVEN_SUM * total.max(),
         }
 
-    def _costs(self, part: slice, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Cost [s, k - 1] of each rank but the first, plain and renormalised."""
-        weight = self.sample.weight[part].gather(1, order).cumsum(1)  # [s, k], of the m largest
-        outputs = self._outputs[part].gather(1, order[..., None].expand_as(self._outputs[part]))
+    def _costs(self, chunk: slice, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost [s, k - 1] of each rank but the first, plain and renormalised.
+
+        Args:
+            chunk: tokens of the sample.
+            order: [s, k], their choices by falling weight.
+        """
+        weight = self.sample.weight[chunk].gather(1, order).cumsum(1)  # [s, k] sum of the m largest
+        outputs = self._outputs[chunk].gather(1, order[..., None].expand_as(self._outputs[chunk]))
         kept = outputs.cumsum(1)  # [s, k, H], y_m for m = 1 .. k
         scale = weight[:, -1:] / weight.clamp(min=torch.finfo(weight.dtype).tiny)
         plain = (kept[:, -1:] - kept).square().sum(-1)
@@ -212,8 +220,8 @@ class DropMeter:
 
 
 def _bin_means(values: Tensor, sizes: list[int]) -> Tensor:
-    """Means [k - 1, Q] of runs of rows of [S, k - 1]."""
-    return torch.stack([part.mean(0) for part in values.split_with_sizes(sizes)], dim=1)
+    """Means [k - 1, Q] of consecutive rows of [S, k - 1], `sizes` rows a bin."""
+    return torch.stack([rows.mean(0) for rows in values.split_with_sizes(sizes)], dim=1)
 
 
 def drop_seed(seed: int, layer: int) -> int:
@@ -222,5 +230,5 @@ def drop_seed(seed: int, layer: int) -> int:
 
 
 def drop_bytes(top_k: int) -> int:
-    """Bytes of a layer's arrays, k experts a token."""
+    """Bytes of a layer's arrays in a file."""
     return (top_k - 1) * (BINS + 1 + 2 * BINS) * 4

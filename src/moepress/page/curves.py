@@ -1,4 +1,4 @@
-"""Curves and bars: predicted loss against budget, what skipping experts costs, bytes by part."""
+"""Curves and bars: predicted loss against budget, cost of dropping experts, bytes by part."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moepress.original.sizes import PartBytes, byte_unit
 from moepress.page.picture import STYLE, WIDTH, Picture, panel_of, plain_numbers, transformed
 
 LOSS = "Predicted loss against budget"
-DROPS = "What skipping experts costs"
+DROPS = "Cost of dropping experts"
 BYTES = "Bytes by part, before and after"
 
 
 def loss_curve(plans: Sequence[BitAllocation], here: BitAllocation) -> Picture:
-    """Predicted loss against the budget, and where this model stands on it.
+    """Predicted loss against the budget, with this model marked.
 
     Args:
         plans: in rising order of bits.
@@ -59,11 +59,11 @@ def loss_curve(plans: Sequence[BitAllocation], here: BitAllocation) -> Picture:
 
 
 def drop_curve(ways: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
-    """What skipping experts costs against how many are skipped.
+    """Cost of dropping experts against the share that is dropped.
 
     Args:
         ways: (share of the chosen experts, predicted cost) from share 0 up, by what is done with
-            the weights of those that stay.
+            the kept routing weights.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
@@ -71,15 +71,15 @@ def drop_curve(ways: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
         ax = figure.subplots()
         for (name, points), color in zip(ways.items(), ("#21918c", "#440154"), strict=False):
             ax.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=name)
-        ax.set_xlabel("share of the chosen experts that is skipped")
+        ax.set_xlabel("share of the chosen experts that is dropped")
         ax.set_ylabel("squared error / energy")
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)
-        told = [(x, y, name) for name, points in ways.items() for x, y in points]
-        shares = transformed(figure, ax, [(x, y) for x, y, _ in told])
+        marks = [(x, y, name) for name, points in ways.items() for x, y in points]
+        shares = transformed(figure, ax, [(x, y) for x, y, _ in marks])
         lines = tuple(
-            (left, top, (f"{x:.0%} skipped, {name}", f"cost {y:.3g}"))
-            for (left, top), (x, y, name) in zip(shares, told, strict=True)
+            (left, top, (f"{x:.0%} dropped, {name}", f"cost {y:.3g}"))
+            for (left, top), (x, y, name) in zip(shares, marks, strict=True)
         )
         panel = panel_of(figure, ax, DROPS, points=lines)
     most = {name: points[-1] for name, points in ways.items()}
@@ -90,7 +90,7 @@ def drop_curve(ways: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
 
 
 def part_bars(parts: Mapping[str, PartBytes]) -> Picture:
-    """Bytes of every part of the model, before and after."""
+    """Bytes of every part of the model, before and after compression."""
     unit, name = byte_unit(max(size.original for size in parts.values()))
     names = list(parts)
     with rc_context(STYLE):

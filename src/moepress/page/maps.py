@@ -1,9 +1,9 @@
-"""Maps of layers x experts: the bit map of a model, and heat maps of what was measured.
+"""Maps of layers x experts: the bit map of a model, and heat maps of measured values.
 
     rows: MoE layers, the first on top        columns: experts
 
-Colours come from viridis and cividis, which differ in lightness as well as hue: they survive colour
-blindness and a black-and-white printer.
+Colours come from viridis and cividis, which differ in lightness as well as hue: they stay apart for
+colour-blind readers and in black and white.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from moepress.page.picture import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABELLED = 512  # experts of a map up to which each cell has its value written in it
-LINE = 128  # characters that fit side by side into a picture
-LOG_SPREAD = 20  # most over least from which colours are spread by the logarithm
-NEVER = "#d9d9d9"  # an expert without a value
-# Fewer bits, lighter; one colour for each width, so that maps of different models can be compared.
+LABELLED = 512  # largest number of cells whose values are written into them
+LINE = 128  # characters that fit into the width of a picture
+LOG_SPREAD = 20  # largest over smallest value above which the colour scale is logarithmic
+NO_VALUE = "#d9d9d9"
+# Lighter for fewer bits. A width has the same colour in every map, so that models can be compared.
 BIT_COLOURS = {
     LEFT_OUT: "#ffffff", 1: "#fde725", 2: "#5ec962", 3: "#21918c", 4: "#3b528b", 8: "#440154",
 }  # fmt: skip
@@ -47,7 +47,7 @@ BIT_MAP = "Code bits of every expert"
 
 
 def bit_map(plan: BitAllocation) -> Picture:
-    """Layers x experts, coloured by code bits: gate and up, and down."""
+    """Code bits of every expert: a map of gate and up, and one of down."""
     widths = sorted({*np.unique(plan.bits).tolist()})
     colours = ListedColormap([BIT_COLOURS[bits] for bits in widths])
     norm = BoundaryNorm([bits - 0.5 for bits in widths] + [widths[-1] + 0.5], len(widths))
@@ -59,7 +59,7 @@ def bit_map(plan: BitAllocation) -> Picture:
         figure, axes = _grids(maps, plan.layers, colours, norm, 1, extra=0.4)
         figure.suptitle(BIT_MAP)
         handles = [
-            Patch(facecolor=colour, edgecolor=NEVER, label=f"{_width(bits)} ({share:.1%})")
+            Patch(facecolor=colour, edgecolor=NO_VALUE, label=f"{_width(bits)} ({share:.1%})")
             for bits in widths
             for colour, share in [(BIT_COLOURS[bits], (plan.bits == bits).mean())]
         ]
@@ -80,16 +80,16 @@ def _width(bits: int) -> str:
 def heat_map(
     name: str, title: str, maps: Mapping[str, Floats], layers: Sequence[int], unit: str
 ) -> Picture:
-    """One or two maps of layers x experts that share a scale of colours.
+    """One or two maps of layers x experts with a common colour scale.
 
     Args:
         maps: [L, E] by title; NaN where there is no value.
-        unit: what the colours count.
+        unit: label of the colour scale.
     """
-    maps, times = _handy(maps)
+    maps, times = _scaled(maps)
     values = np.concatenate([grid.ravel() for grid in maps.values()])
     norm, scale = _norm(values)
-    colours = colormaps["cividis"].with_extremes(bad=NEVER)
+    colours = colormaps["cividis"].with_extremes(bad=NO_VALUE)
     with rc_context(STYLE):
         figure, axes = _grids(maps, layers, colours, norm, 4, extra=0.6)
         figure.suptitle(title)
@@ -99,18 +99,18 @@ def heat_map(
             plain_numbers(bar.ax.xaxis, values[values > 0])
         bar.set_label(f"{unit}{times}{scale}")
         if np.isnan(values).any():
-            missing = Patch(facecolor=NEVER, label="never chosen by the calibration text")
+            missing = Patch(facecolor=NO_VALUE, label="never chosen by the calibration text")
             figure.legend(handles=[missing], loc="outside lower center", frameon=False)
         panels = _grid_panels(figure, axes, maps)
-    known = values[~np.isnan(values)]
+    present = values[~np.isnan(values)]
     about = f"{title}: {unit}{times}"
-    if known.size:
-        about += f", from {known.min():.3g} to {known.max():.3g}"
+    if present.size:
+        about += f", from {present.min():.3g} to {present.max():.3g}"
     return Picture(name, title, about, figure, panels)
 
 
-def _handy(maps: Mapping[str, Floats]) -> tuple[Mapping[str, Floats], str]:
-    """Small values as multiples of a thousandth, a millionth and so on, and which."""
+def _scaled(maps: Mapping[str, Floats]) -> tuple[Mapping[str, Floats], str]:
+    """Small values as multiples of 10^-3, 10^-6, ...; and the label of that multiple."""
     most = max((float(np.nanmax(v)) for v in maps.values() if not np.isnan(v).all()), default=0.0)
     power = 3 * math.floor(math.log10(most) / 3) if 0 < most < 0.03 else 0
     if not power:
@@ -122,7 +122,7 @@ def _handy(maps: Mapping[str, Floats]) -> tuple[Mapping[str, Floats], str]:
 
 
 def _norm(values: Floats) -> tuple[Normalize, str]:
-    """How values become colours: by their logarithm where they span much, and then says so."""
+    """The colour scale, logarithmic where values span much, and a label that then says so."""
     positive = values[values > 0]  # NaN compares as false
     if positive.size and positive.max() > LOG_SPREAD * positive.min():
         return LogNorm(positive.min(), positive.max(), clip=True), ", logarithmic"
@@ -138,10 +138,10 @@ def _grids(
     characters: int,
     extra: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with one grid of layers x experts for each map, beside or above each other.
+    """A figure with one grid of layers x experts per map, side by side where they fit.
 
     Args:
-        characters: that a value takes at most, written out.
+        characters: the most that a written value takes.
     """
     rows, experts = next(iter(maps.values())).shape
     labelled = rows * experts <= LABELLED and experts * characters <= LINE
@@ -193,7 +193,7 @@ def _grids(
 
 
 def _short(value: float) -> str:
-    """Two digits or more of a number below 1000, in at most four characters."""
+    """A number below 1000 with two digits or more, in at most four characters."""
     if value == int(value) or value >= 10:
         return f"{value:.0f}"
     if value >= 0.995:
@@ -202,7 +202,7 @@ def _short(value: float) -> str:
 
 
 def _layer_name(layers: Sequence[int]) -> Any:
-    return lambda place, _: str(layers[round(place)]) if 0 <= round(place) < len(layers) else ""
+    return lambda row, _: str(layers[round(row)]) if 0 <= round(row) < len(layers) else ""
 
 
 def _grid_panels(

@@ -1,7 +1,7 @@
-"""What a picture is: a figure of matplotlib and its panels, and what all pictures have in common.
+"""A picture of the report: a matplotlib figure, its panels, and the style of all pictures.
 
-Panels say where on a picture each grid of experts or row of points lies, so that a page can tell
-what is under the pointer.
+A panel says where on the picture a grid of experts, or a set of points, lies. The page uses it to
+show the numbers under the pointer.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Floats = npt.NDArray[np.float64]
 
 WIDTH = 10.0  # inches
 DPI = 200  # of a PNG
-FEW_DECADES = 1000  # most over least up to which a logarithmic axis says 1, 2, 5, 10, ...
+FEW_DECADES = 1000  # largest over smallest up to which a log axis has ticks at 1, 2, 5, 10, ...
 STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "moepress",  # equal pictures, equal bytes
+    "svg.hashsalt": "moepress",  # fixed ids: equal pictures have equal bytes
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -41,26 +41,26 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """An area of a picture that answers to the pointer, as shares of the picture's size."""
+    """An area of a picture that reacts to the pointer; lengths are shares of the picture's size."""
 
     label: str
     left: float
     top: float
     width: float
     height: float
-    # A grid of experts: rows and columns. Otherwise points, at shares of the panel from its top
-    # left corner, each with the lines that tell about it.
+    # Either a grid of experts, (rows, columns), or points (x, y, lines of text); x and y are shares
+    # of the panel from its top left corner.
     grid: tuple[int, int] | None = None
     points: tuple[tuple[float, float, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure."""
+    """A drawn figure with its panels."""
 
-    name: str  # of its file
+    name: str  # of its file, without extension
     title: str
-    about: str  # what it shows, for those who cannot see it
+    about: str  # a description in words, the alt text
     figure: Figure = field(repr=False)
     panels: tuple[Panel, ...]
 
@@ -68,7 +68,7 @@ class Picture:
         """The picture as a file's bytes; equal pictures give equal bytes."""
         buffer = io.BytesIO()
         self.figure.set_dpi(DPI)
-        # `savefig` would draw twice: once only to lay out anew what is settled.
+        # `savefig` would draw twice, first only to compute a layout that is settled already.
         with rc_context(STYLE):
             svg: Any = FigureCanvasSVG  # its methods are untyped
             png: Any = FigureCanvasAgg
@@ -80,7 +80,7 @@ class Picture:
 
 
 def plain_numbers(axis: Axis, values: Floats) -> None:
-    """A logarithmic axis with numbers as people write them, and enough of them."""
+    """Give a logarithmic axis enough ticks, labelled with plain numbers."""
     steps = (1.0,) if values.max() > FEW_DECADES * values.min() else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -88,7 +88,7 @@ def plain_numbers(axis: Axis, values: Floats) -> None:
 
 
 def settle(figure: Figure) -> None:
-    """Compute limits and layout once; every later drawing keeps them."""
+    """Compute limits and layout; later drawings keep them."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -96,7 +96,7 @@ def settle(figure: Figure) -> None:
 
 
 def panel_of(figure: Figure, ax: Axes, label: str, **content: Any) -> Panel:
-    """The area of the axes; their place must be settled."""
+    """The panel of the axes; `settle` must have run before."""
     box = ax.get_position()
     return Panel(label, box.x0, 1 - box.y1, box.width, box.height, **content)
 

@@ -1,6 +1,6 @@
-"""What a report is about: a plan, and what is known beside it.
+"""The subject of a report: a plan, and everything else that a folder tells.
 
-All that the report computes from scores and plans is computed here, from their public fields.
+Everything that the report computes from scores and plans is computed here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from moepress.original.sizes import PartBytes
 from moepress.prune import Pruning
 
 STEPS = 16  # budgets at which the loss curve is computed
-NUDGE = 0.1  # bits more and less whose price is told
+NUDGE = 0.1  # bits more and less whose effect is reported
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about: a plan, and what is known beside it."""
+    """A plan, and what is available beside it; None: not available."""
 
     name: str
     plan: BitAllocation
@@ -39,11 +39,11 @@ class Subject:
     parts: Mapping[str, PartBytes] | None = None
     evaluation: Mapping[str, Any] | None = None
     drop_costs: DropCosts | None = None
-    pruning: Pruning | None = None  # what the folder skips whenever it is opened
+    pruning: Pruning | None = None  # in force whenever the folder is opened
 
     @cached_property
     def costs(self) -> npt.NDArray[np.float64]:
-        """What each width of each part of an expert adds to the predicted loss, [L, E, 3, B]."""
+        """Cost of each width of gate and up, down, and both, [L, E, 3, B]."""
         scores, recipe = self._scores(), self.plan.recipe
         choices = Choices.of(scores, recipe)
         budget = Budget.of(scores, recipe, choices)
@@ -51,20 +51,21 @@ class Subject:
 
     @cached_property
     def paid(self) -> npt.NDArray[np.float64]:
-        """What each expert adds to the predicted loss at the widths it has, [L, E]."""
+        """Cost of each expert at the widths of the plan, [L, E]."""
         return self.cost_of(self.plan.bits)
 
     def cost_of(self, bits: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
-        """What each expert adds to the predicted loss at widths [L, E, 2] of gate and up, down."""
+        """Cost [L, E] of each expert at widths [L, E, 2] of gate and up, and down."""
         choices = Choices.of(self._scores(), self.plan.recipe)
         costs = cost_by_option(choices.item, self.costs)
         return np.asarray(at(costs, choices.options(bits)).sum(axis=-1))
 
     @cached_property
     def frontier(self) -> list[BitAllocation]:
-        """The best plan at each of a row of budgets, this model's and its neighbours' among them.
+        """The best plan at each of several budgets, by rising bits.
 
-        A random or uniform plan is compared with what the scores would choose.
+        This model's budget and budgets `NUDGE` above and below are among them. For a random or
+        uniform plan, these are the plans that the scores would choose.
         """
         recipe, scores = self.plan.recipe, self._scores()
         if recipe.cost in ("random", "uniform"):
@@ -76,5 +77,7 @@ class Subject:
 
     def _scores(self) -> ExpertScores:
         if self.scores is None:
-            raise InputError("No scores are at hand. Give the file of `moepress score`.")
+            raise InputError(
+                "This needs scores, and there are none. Give the file of `moepress score`."
+            )
         return self.scores

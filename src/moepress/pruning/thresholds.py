@@ -1,7 +1,7 @@
-"""Below which ratio to the token's largest routing weight an expert is dropped, by layer and rank.
+"""Thresholds for w_r / w_1, a routing weight over the token's largest one, by layer and rank.
 
-Thresholds are solved from stored `DropCosts`, in no time, for any strength. Rank 1 is never
-dropped: its threshold is 0.
+An expert is dropped where the ratio is below its threshold. Thresholds for any strength are solved
+from stored `DropCosts` in negligible time. Rank 1 is never dropped: its threshold is 0.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ Floats = npt.NDArray[np.float64]
 
 
 def medians(costs: DropCosts) -> Floats:
-    """The paper's mu: the median of w_r / w_1 (arXiv:2410.06270, section 3.3), for every rank r.
+    """The paper's mu: the median of w_r / w_1 for every rank r (arXiv:2410.06270, section 3.3).
 
     Returns:
-        [L, k].
+        [L, k], 0 for the first rank.
     """
     half = np.full(costs.ratio.shape[:2], 0.5)
     return _with_first(quantile(costs, half))
 
 
 def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats, float]:
-    """Drop a share of all choices of experts where it costs least.
+    """Thresholds that drop a share of all choices of experts where it costs least.
 
-    Choices are dropped from the smallest ratio up. Their costs are first made to rise with the
-    ratio (isotonic regression, which pools bins where they fall); then the cheapest bins of all
-    layers and ranks are taken until the share is reached. Wherever that does not end inside a pool,
-    no other thresholds have a smaller sum.
+    A threshold drops choices from the smallest ratio up. Isotonic regression first makes the costs
+    rise with the ratio: it pools bins whose costs fall. Then the cheapest bins of all layers and
+    ranks are taken until the share is reached. Where that does not end inside a pool, no other
+    thresholds have a smaller sum of costs.
 
-    Costs are of a rank dropped with all behind it, so a threshold is lowered to those of the ranks
-    behind where it lies above them: a token then loses its last choices, never one before them. The
-    share that is dropped comes out smaller by that little.
+    The cost of a rank is measured with all ranks behind it dropped. A threshold is therefore
+    lowered to the smallest one of the ranks behind it: a token then loses its last choices, never
+    one before them. The dropped share comes out slightly smaller.
 
     Args:
         share: of all T * k choices of every layer, 0 .. 1 - 1 / k.
-        renormalise: whether the weights that stay are scaled up.
+        renormalise: whether kept weights are scaled up.
 
     Returns:
-        Thresholds [L, k], and the predicted cost: squared error that a token meets, over the energy
-        of the residual stream, summed over layers.
+        Thresholds [L, k], and the predicted cost: mean squared error of a token over the energy of
+        the residual stream, summed over layers.
 
     Raises:
         InputError: the share is out of range.
@@ -53,17 +53,24 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     measured = costs.costs(renormalise)  # [L, k - 1, Q]
     layers, _, bins = measured.shape
     rising = np.array([isotonic_regression(row).x for row in measured.reshape(-1, bins)])
-    wanted = share * layers * costs.top_k * bins  # bins, of T / Q choices each
+    wanted = share * layers * costs.top_k * bins  # in bins of T / Q choices
     order = np.argsort(rising, axis=None, kind="stable")
     taken = np.empty_like(measured)
-    taken.flat[order] = np.clip(wanted - np.arange(measured.size), 0, 1)  # of the last one, a part
+    taken.flat[order] = np.clip(wanted - np.arange(measured.size), 0, 1)  # a fraction of the last
     ratios = quantile(costs, taken.sum(axis=-1) / bins)
     thresholds = _with_first(np.minimum.accumulate(ratios[:, ::-1], axis=1)[:, ::-1])
     return thresholds, float((taken * measured).sum() / bins)
 
 
 def quantile(costs: DropCosts, share: Floats) -> Floats:
-    """The ratio below which a share [L, k - 1] of the tokens lies, of each layer and rank."""
+    """Quantiles of w_r / w_1: the ratio below which a share of the tokens lies.
+
+    Args:
+        share: [L, k - 1], of each layer and rank but the first.
+
+    Returns:
+        [L, k - 1], linear between the edges of the bins; 0 for a share of 0.
+    """
     bins = costs.ratio.shape[-1] - 1
     place = np.clip(share, 0, 1) * bins
     below = np.minimum(place.astype(np.int64), bins - 1)[..., None]
@@ -85,5 +92,5 @@ def check_share(costs: DropCosts, share: float) -> None:
 
 
 def _with_first(thresholds: Floats) -> Floats:
-    """[L, k - 1] to [L, k]: the first rank is never dropped."""
+    """[L, k - 1] to [L, k]: 0 for the first rank, which is never dropped."""
     return np.pad(thresholds, ((0, 0), (1, 0)))

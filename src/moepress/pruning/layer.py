@@ -1,0 +1,119 @@
+"""The hook in front of a decoder layer's experts that drops choices, and its counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moepress import kernels
+from moepress.errors import InputError
+from moepress.kernels.modules import PackedExperts
+from moepress.original.architectures import decoder_layers, is_experts
+from moepress.pruning.capture import capture_attention
+from moepress.pruning.importance import AttentionRecord, protected_tokens
+
+if TYPE_CHECKING:
+    from moepress.prune import Pruning
+
+# An attribute of transformers' own experts: true makes them ignore choices of "no expert".
+IGNORES_NO_EXPERT = "_is_expert_parallel"
+
+
+def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[PrunedLayer]:
+    """The layers of a model in which choices are dropped or, with `count`, counted.
+
+    Raises:
+        InputError: the pruning has thresholds for a layer without routed experts.
+    """
+    found = {}
+    for number, layer in enumerate(decoder_layers(model)):
+        for module in layer.modules():
+            if isinstance(module, PackedExperts) or is_experts(module):
+                found[number] = layer, module
+    strangers = sorted(pruning.thresholds.keys() - found.keys())
+    if strangers:
+        raise InputError(
+            f"The pruning has thresholds for layers {strangers}, but {type(model).__name__} has "
+            f"routed experts in layers {sorted(found)}. It was made for another model."
+        )
+    return [
+        PrunedLayer(number, *found[number], pruning, count)
+        for number, ratios in sorted(pruning.thresholds.items())
+        if any(ratios) or count
+    ]
+
+
+class PrunedLayer:
+    """A decoder layer whose choices of experts are dropped by thresholds, and counted.
+
+    Args:
+        number: of the decoder layer, for messages and thresholds.
+        layer: the decoder layer.
+        experts: the module of its routed experts.
+        pruning: has thresholds for the layer.
+        count: whether to count.
+    """
+
+    def __init__(
+        self, number: int, layer: nn.Module, experts: Any, pruning: Pruning, count: bool
+    ) -> None:
+        self.number = number
+        self._layer = layer
+        self._experts = experts
+        self._pruning = pruning
+        self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
+        self._left_out = torch.tensor(getattr(experts, "left_out", ()), dtype=torch.int64)
+        self._record = AttentionRecord()
+        self._count = count
+        self.tokens = 0
+        self.dropped = torch.zeros(len(self._thresholds), dtype=torch.int64)  # [k] by rank
+        self.protected = torch.zeros((), dtype=torch.int64)
+
+    def attach(self) -> list[Callable[[], None]]:
+        """Prune from now on. Returns calls that undo it."""
+        undo: list[Callable[[], None]] = [
+            self._experts.register_forward_pre_hook(self._before_experts).remove
+        ]
+        if self._pruning.protect > 0:
+            undo += capture_attention(self._layer, self._record)
+        if hasattr(self._experts, IGNORES_NO_EXPERT):
+            before = getattr(self._experts, IGNORES_NO_EXPERT)
+            undo.append(partial(setattr, self._experts, IGNORES_NO_EXPERT, before))
+            setattr(self._experts, IGNORES_NO_EXPERT, True)
+        return undo
+
+    def _before_experts(
+        self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, index, weights = args
+        if index.shape[1] != len(self._thresholds):
+            raise InputError(
+                f"Layer {self.number} chooses {index.shape[1]} experts for a token, but the "
+                f"pruning has {len(self._thresholds)} thresholds. It was made for another model."
+            )
+        if self._thresholds.device != hidden.device:
+            self._thresholds = self._thresholds.to(hidden.device)
+            self._left_out = self._left_out.to(hidden.device)
+        # Choices of experts that are left out cost no time: they must not use up the ranks, and
+        # the dropped share, of experts that do.
+        if len(self._left_out):
+            left_out = torch.isin(index, self._left_out)
+            index = index.masked_fill(left_out, self._experts.num_experts)
+        protected = protected_tokens(hidden, self._record, self._pruning.protect)
+        index, weights, dropped = kernels.drop(
+            index,
+            weights,
+            self._thresholds,
+            self._pruning.renormalise,
+            protected,
+            self._experts.num_experts,
+        )
+        if self._count:
+            self.tokens += len(hidden)
+            self.dropped += dropped.sum(0).cpu()
+            self.protected += 0 if protected is None else protected.sum().cpu()
+        return hidden, index, weights

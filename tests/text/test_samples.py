@@ -1,0 +1,72 @@
+"""Text that the model writes: most likely tokens first, then sampled ones; the seed decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from moepress.errors import InputError
+from moepress.text import samples
+from moepress.text.windows import load_tokens
+from tests.conftest import make_model
+
+
+def test_own_samples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "BATCH", 3)  # batches that do not divide the count
+    model = make_model("mixtral")
+    model.generation_config.top_k = 1  # the model's own settings must not matter
+    model.generation_config.eos_token_id = list(range(2, 384))
+    made: list[str] = []
+
+    def give() -> Any:
+        made.append("once")
+        return model
+
+    before = torch.get_rng_state()
+    tokens = load_tokens([("self", 1.0)], tokenizer, 4, 12, seed=0, model=give)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert made == ["once"]
+    assert tokens.ids.shape == (4, 12)
+    assert tokens.texts == ("self",) * 4
+    assert not set(tokens.ids[:, 0].tolist()) & set(tokenizer.all_special_ids)
+    assert len(set(tokens.ids[:, 0].tolist())) > 1
+    with torch.inference_mode():
+        likely = model(input_ids=tokens.ids).logits.argmax(-1)[:, :-1]
+    follows = likely == tokens.ids[:, 1:]
+    assert follows[:, : samples.GREEDY_TOKENS].all()
+    assert not follows[:, samples.GREEDY_TOKENS :].all(dim=1).any()  # the rest is sampled
+    again = load_tokens([("self", 1.0)], tokenizer, 4, 12, seed=0, model=give)
+    assert torch.equal(again.ids, tokens.ids)
+    other = load_tokens([("self", 1.0)], tokenizer, 4, 12, seed=1, model=give)
+    assert not torch.equal(other.ids, tokens.ids)
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_own_samples_may_be_short(tokenizer: Any, length: int) -> None:
+    model = make_model("mixtral")
+    tokens = load_tokens([("self", 1.0)], tokenizer, 2, length, seed=0, model=lambda: model)
+    assert tokens.ids.shape == (2, length)
+
+
+def test_own_samples_begin_as_the_tokenizer_begins_texts(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    beginning = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    model = make_model("mixtral")
+    for length in (2, 9):
+        tokens = load_tokens([("self", 1.0)], beginning, 2, length, 0, model=lambda: model)
+        assert tokens.ids.shape == (2, length)
+        assert tokens.ids[:, 0].tolist() == [0, 0]
+
+
+def test_own_samples_need_the_model(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"must fit in memory.*'stdlib'"):
+        load_tokens([("self", 1.0)], tokenizer, 2, 8, 0)
