@@ -46,7 +46,7 @@ def test_one_line_per_check() -> None:
     assert len(format_report(doctor()).split("\n")) == len(doctor().checks)
 
 
-def test_every_probe_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> NoReturn:
         raise OSError("a library\nis gone")
 

@@ -28,7 +28,7 @@ SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
+    """Run a command in this process; return its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["moepress", *map(str, arguments)])
     code = 0
     try:
@@ -178,7 +178,9 @@ def test_help_needs_no_torch_and_every_command_has_an_example() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         assert command.callback.__name__ in done.stdout
-        assert "Example: moepress" in (command.callback.__doc__ or "")
+        text = command.callback.__doc__ or ""
+        assert "Example: moepress" in text
+        assert not re.search(r"\[[a-z]", text)  # rich would take it for markup and hide it
 
 
 @pytest.mark.parametrize("module", ["moepress", "moepress.cli"])

@@ -19,7 +19,7 @@ def demo(
     bits: Annotated[float, typer.Option(help="Average code bits of the routed experts.")] = 2.5,
     as_json: AsJson = False,
 ) -> None:
-    """Compress, evaluate and run the small model that comes with moepress. Takes minutes.
+    """Compress, evaluate and run the small model that comes with moepress, in a minute or two.
 
     Example: moepress demo
     """

@@ -39,7 +39,7 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
+            help="Zero-shot tasks of lm-eval (pip extra: eval), such as piqa,gsm8k, or paper: the "
             "eight of arXiv:2410.06270. Repeatable."
         ),
     ] = None,
@@ -197,7 +197,7 @@ def serve(
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
 ) -> None:
-    """Serve a model to any OpenAI client, with transformers' server (moepress[serve]).
+    """Serve a model to any OpenAI client, with transformers' server (pip extra: serve).
 
     Example: moepress serve mixtral-2.5bit --port 8000
     """
