@@ -1,4 +1,4 @@
-"""Chat: what the model reads is what was said, and what is written is what it answered."""
+"""Chat: the model gets the conversation through its template, and its answer is printed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moepress.chat import HELP, Conversation, chat, set_threads
+from moepress.chat import HELP, Conversation, chat
 from moepress.compress import compress
 from moepress.errors import InputError
-from moepress.evaluate import load_model
+from moepress.hf import load_model
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -129,14 +129,3 @@ def test_what_cannot_be_is_refused_before_loading(folder: Path, model_folder: Fo
         chat(folder / "missing", turns=[])
     with pytest.raises(InputError, match="threads is 0"):
         chat(folder, threads=0, turns=[])
-
-
-def test_threads_are_set() -> None:
-    before = torch.get_num_threads()
-    set_threads(1)
-    try:
-        assert torch.get_num_threads() == 1
-        set_threads(None)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Documentation that is made from the code is up to date, and names what exists."""
+"""Generated documentation is up to date, and the README names commands that exist."""
 
 from __future__ import annotations
 

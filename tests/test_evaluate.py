@@ -1,4 +1,4 @@
-"""Evaluation against a plain computation of perplexity and KL divergence."""
+"""Evaluation, compared with a direct computation of perplexity and KL divergence."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_both_models_write_and_ours_is_timed(
     options = {"length": 32, "limit": 4, "against": model_folder()}
     result = run_evaluate(out, [str(text_file)], **options, generations=3, speed=True)
     plain = run_evaluate(out, [str(text_file)], **options)
-    assert result.texts == plain.texts  # whether the original is loaded or streamed
+    assert result.texts == plain.texts  # the same whether the original is loaded or streamed
     assert result.repetition is not None and result.original_repetition is not None
     assert result.repetition.generations == result.original_repetition.generations == 3
     assert result.performance is not None and result.performance.decode_tokens_per_second > 0
@@ -96,7 +96,7 @@ def test_an_original_that_does_not_fit_is_still_compared(
         folder, [str(text_file)], against=folder, length=32, limit=2, generations=2, speed=True
     )
     assert result.kl == 0 and result.repetition is None and result.performance is None
-    assert "1,000 are free" in caplog.text
+    assert "1,000 are free: skipping generation, timing and tasks" in caplog.text
 
 
 def test_no_text_is_refused(model_folder: Folder) -> None:

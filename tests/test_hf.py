@@ -1,4 +1,4 @@
-"""Packed folders through transformers: loading, running, saving, and refusing what is wrong."""
+"""Packed folders in transformers: loading, running, saving, and refusing damaged ones."""
 
 from __future__ import annotations
 
@@ -15,16 +15,26 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralForCausalLM
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
-from moepress import hf
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import quantization_config
 from moepress.format.codec import GRID_BITS, PackedSpec
-from moepress.hf import MoePressConfig, MoePressQuantizer, activation_name, pack_modules, register
+from moepress.hf import (
+    MoePressConfig,
+    MoePressQuantizer,
+    files,
+    load_model,
+    no_progress_bars,
+    register,
+    set_threads,
+)
+from moepress.hf.packing import activation_name, pack_modules
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moepress.kernels.reference import ACTIVATIONS, dequantize
 from tests.conftest import COMMON, FAMILIES, make_model
@@ -36,7 +46,7 @@ IDS = torch.tensor([[5, 9, 300, 17, 2, 44]])
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed folder and the plain model it stands for."""
+    """A packed folder, and the same model unpacked."""
 
     folder: Path
     oracle: nn.Module  # float32, weights dequantized
@@ -53,7 +63,7 @@ def tiny(family: str) -> nn.Module:
 
 
 def choose_specs(model: nn.Module) -> dict[str, PackedSpec]:
-    """Every width somewhere: mixed experts, linears of the layers, and tied embeddings."""
+    """Specs with every width: mixed experts, linears of the layers, and tied embeddings."""
     specs = {}
     for path, module in model.named_modules():
         if hasattr(module, "has_gate"):
@@ -69,7 +79,7 @@ def choose_specs(model: nn.Module) -> dict[str, PackedSpec]:
 
 
 def pack_model(model: nn.Module, folder: Path, specs: dict[str, PackedSpec]) -> None:
-    """Write `model` with random codes in place of the weights in `specs`, and give it the same."""
+    """Replace the weights in `specs` by random codes, packed in `folder` and plain in `model`."""
     state: dict[str, Tensor] = {}
     tied = model.all_tied_weights_keys
     for seed, (name, weight) in enumerate(model.state_dict().items()):
@@ -78,11 +88,11 @@ def pack_model(model: nn.Module, folder: Path, specs: dict[str, PackedSpec]) -> 
         state[name] = weight.clone()
         if name in specs:
             matrices = weight if weight.dim() == 3 else weight[None]
-            parts = []
+            packed = []
             for matrix, codec in zip(matrices, specs[name].codecs, strict=True):
-                parts.append(random_packed(*matrix.shape, codec, seed + len(parts)))
-                matrix.copy_(dequantize(parts[-1], *matrix.shape, codec))
-            state[name] = torch.cat(parts)
+                packed.append(random_packed(*matrix.shape, codec, seed + len(packed)))
+                matrix.copy_(dequantize(packed[-1], *matrix.shape, codec))
+            state[name] = torch.cat(packed)
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
@@ -92,7 +102,7 @@ def pack_model(model: nn.Module, folder: Path, specs: dict[str, PackedSpec]) -> 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Packed]:
-    """The packed folder of a family; made once."""
+    """Makes the packed folder of a family, once."""
     made: dict[str, Packed] = {}
 
     def make(family: str = "mixtral") -> Packed:
@@ -108,17 +118,17 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Packed]:
 
 @pytest.fixture
 def broken(packed: Callable[..., Packed], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the Mixtral folder with its config or its tensors changed."""
+    """Makes a copy of the Mixtral folder with its config or tensors changed."""
 
     def change(
         config: Callable[[dict[str, Any]], object] = lambda quantization: None,
         tensors: Callable[[dict[str, Tensor]], object] = lambda state: None,
     ) -> Path:
-        source = packed().folder
-        fields = json.loads((source / "config.json").read_text())
+        intact = packed().folder
+        fields = json.loads((intact / "config.json").read_text())
         config(fields["quantization_config"])
         (tmp_path / "config.json").write_text(json.dumps(fields))
-        state = load_file(source / "model.safetensors")
+        state = load_file(intact / "model.safetensors")
         tensors(state)
         save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
         return tmp_path
@@ -229,8 +239,8 @@ def test_device_maps(
     packed: Callable[..., Packed], tmp_path: Path, where: str, offload_buffers: bool
 ) -> None:
     this = packed("qwen2_moe")
-    parts = ("embed_tokens", "norm", "rotary_emb", "layers.0")
-    split = {f"model.{part}": "cpu" for part in parts} | {
+    names = ("embed_tokens", "norm", "rotary_emb", "layers.0")
+    split = {f"model.{name}": "cpu" for name in names} | {
         "lm_head": "cpu",
         "model.layers.1": "disk",
     }
@@ -338,7 +348,7 @@ def test_tied_tensors_may_be_named_twice_but_not_packed_differently(
 
 
 class ScaledEmbedding(nn.Embedding):
-    """As Gemma's: computes something other than a row of the table."""
+    """Like Gemma's: returns something other than a row of the table."""
 
 
 @pytest.mark.parametrize("module", [ScaledEmbedding(8, 32), nn.Conv1d(32, 8, 1)])
@@ -395,15 +405,15 @@ def test_what_transformers_asks_of_a_quantizer() -> None:
 def test_files_are_read_ahead_if_they_fit_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [tmp_path / name for name in ("a", "b", "gone", "after")]
-    for file in files:
-        file.write_bytes(bytes(9_000_000))
-    read = dict.fromkeys(files, 0)
+    paths = [tmp_path / name for name in ("a", "b", "gone", "after")]
+    for path in paths:
+        path.write_bytes(bytes(9_000_000))
+    read = dict.fromkeys(paths, 0)
     opened = Path.open
 
     def watched(path: Path, *args: object, **options: object) -> object:
         file = opened(path, *args, **options)
-        files[2].unlink(missing_ok=True)  # while it reads: nobody is told
+        paths[2].unlink(missing_ok=True)  # a file that vanishes meanwhile is no error
         return SimpleNamespace(readinto=lambda buffer: count(path, file.readinto(buffer)))
 
     def count(path: Path, size: int) -> int:
@@ -411,10 +421,49 @@ def test_files_are_read_ahead_if_they_fit_in_memory(
         return size
 
     monkeypatch.setattr(Path, "open", lambda *a, **k: nullcontext(watched(*a, **k)))
-    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=39e6))
-    assert hf.read_ahead(map(str, files)) is None  # 36 MB of 39
-    monkeypatch.setattr(hf.psutil, "virtual_memory", lambda: SimpleNamespace(available=41e6))
-    thread = hf.read_ahead(map(str, files))
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=39e6))
+    assert files.read_ahead(map(str, paths)) is None  # 36 MB of 39
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=41e6))
+    thread = files.read_ahead(map(str, paths))
     assert thread is not None
     thread.join()
     assert list(read.values()) == [9_000_000, 9_000_000, 0, 0]
+
+
+def test_our_loading_is_silent_and_others_keep_their_progress_bars(
+    packed: Callable[..., Packed], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = packed().folder
+    made: list[str] = []
+
+    def theirs(factory: Any, arguments: Any, options: Any) -> Any:
+        made.append(options["desc"])
+        return factory(*arguments, **options)
+
+    shown, hub = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    load_model(folder)
+    assert "Loading weights" not in capfd.readouterr().err
+    load(folder)
+    assert ("Loading weights" in capfd.readouterr().err) == shown
+    previous = logging.set_tqdm_hook(theirs)
+    try:
+        load_model(folder)
+        with pytest.raises(KeyError), no_progress_bars():
+            raise KeyError
+        assert made == []
+        load(folder)
+        assert made == ["Loading weights"]
+    finally:
+        assert logging.set_tqdm_hook(previous) is theirs
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == (shown, hub)
+
+
+def test_threads_are_set() -> None:
+    before = torch.get_num_threads()
+    set_threads(1)
+    try:
+        assert torch.get_num_threads() == 1
+        set_threads(None)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

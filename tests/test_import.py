@@ -1,16 +1,21 @@
-"""`import moepress` is cheap, quiet, and enough for transformers to open our folders."""
+"""`import moepress` is cheap and quiet, registers with transformers, and offers every verb."""
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 VERBS = (
-    "allocate", "calibrate", "compress", "evaluate", "prune", "quantize", "report", "score",
+    "allocate", "calibrate", "chat", "compress", "demo", "doctor", "evaluate", "generate",
+    "inspect", "plot", "propose", "prune", "quantize", "report", "score", "serve",
 )  # fmt: skip
 REGISTERED = "from transformers.quantizers import auto; print(auto.REGISTERED)"
 STAND_IN = """
@@ -86,23 +91,63 @@ print("ok")
     assert python(code) == "ok"
 
 
-def test_a_verb_is_its_function_even_after_its_module_was_imported() -> None:
-    code = f"""
-import importlib, types
-import moepress as mp
-for verb in {VERBS}:
-    module = importlib.import_module("moepress." + verb)
-    assert isinstance(module, types.ModuleType), verb
-    assert getattr(mp, verb) is getattr(module, verb), verb
-    assert isinstance(getattr(mp, verb), types.FunctionType), verb
-from moepress.score import score_layer
-from moepress import score
-assert score is mp.score and score_layer.__module__ == "moepress.score"
-import moepress.format.codec
-assert moepress.format.codec.Codec(2, 128).bits == 2
+ORDERS = (
+    "pass",
+    *(f"import moepress.{verb}" for verb in VERBS if verb != "plot"),
+    "from moepress.inspect import inspect; from moepress.chat import Conversation",
+    "from moepress import chat, doctor as probe; import moepress.chat, moepress.doctor",
+    "import moepress.evaluation.tasks, moepress.demo.corpus, moepress.cli.using, moepress.hf",
+    "import transformers.quantizers.auto; import moepress.generate",
+    "import moepress as mp; mp.score; mp.report; import moepress.score, moepress.report",
+    "import importlib; importlib.import_module('moepress.serve')",
+    "import moepress.chat, importlib; importlib.reload(moepress); import moepress.chat",
+    "import moepress.chat, importlib, sys; importlib.reload(sys.modules['moepress.chat'])",
+    "import moepress.chat, sys; del sys.modules['moepress.chat']; import moepress.chat",
+    "from moepress import *; assert compress.__module__ == 'moepress.compress'",
+)
+IN_EVERY_ORDER = f"""
+import os, sys, types
+import torch, transformers.core_model_loading, scipy.optimize, matplotlib.figure  # once, for speed
+assert "transformers.quantizers.auto" not in sys.modules
+for order in {{orders}}:
+    if os.fork():
+        assert os.wait()[1] == 0, order
+        continue
+    exec(order, {{{{}}}})
+    import moepress as mp
+    for verb in {VERBS}:
+        function = getattr(mp, verb)
+        assert isinstance(function, types.FunctionType) and function.__name__ == verb, verb
+        module = sys.modules[function.__module__]
+        assert isinstance(module, types.ModuleType) and getattr(module, verb) is function, verb
+    os._exit(0)
 print("ok")
 """
-    assert python(code) == "ok"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_verb_is_its_function_whatever_is_imported_first() -> None:
+    served = ("import moepress.serve.requests", "from moepress.serve.requests import refusal")
+    orders = ORDERS + (served if find_spec("fastapi") else ())
+    assert python(IN_EVERY_ORDER.format(orders=orders)) == "ok"
+
+
+def test_public_functions_can_be_pickled() -> None:
+    import moepress as mp
+
+    for verb in VERBS:
+        function = getattr(mp, verb)
+        assert pickle.loads(pickle.dumps(function)) is function
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    ours = Path(__file__).parents[1] / "src/moepress/__init__.py"
+    (block,) = re.findall(r"if TYPE_CHECKING:\n((?:    .*\n)+)", ours.read_text())
+    typed = re.findall(r"import (\w+) as \1$", block, re.MULTILINE)
+    import moepress as mp
+
+    assert {*typed, "__version__"} == set(mp.__all__)
+    assert ours.with_name("py.typed").is_file()
 
 
 def test_public_names() -> None:
@@ -115,8 +160,17 @@ def test_public_names() -> None:
     }  # fmt: skip
     assert {*VERBS, *others} == set(mp.__all__)
     assert set(mp.__all__) <= set(dir(mp))
+    assert all(getattr(mp, name) is not None for name in mp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'comprss'"):
         _ = mp.comprss
+
+
+def test_every_command_is_a_function() -> None:
+    import moepress as mp
+    from moepress.cli import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    assert commands <= set(mp.__all__)
 
 
 def test_version_is_that_of_the_project() -> None:

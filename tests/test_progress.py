@@ -1,4 +1,4 @@
-"""Progress goes to stderr, in lines or as a bar, and nowhere when it is not wanted."""
+"""Progress goes to stderr, as lines or as a bar; "quiet" hides it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_time_left_counts_experts_and_leaves_out_earlier_runs(clock: Clock) -> N
     steps.skip(6)
     assert "left" not in steps.describe()
     clock.now += 30
-    steps.update(layer=6, expert=4, experts=8)  # half a layer took 30 s: 3.5 are left
+    steps.update(layer=6, expert=4, experts=8)  # half a layer took 30 s: 3.5 layers are left
     assert "0:00:30 elapsed, 0:03:30 left" in steps.describe()
     steps.advance()
     assert steps.describe().startswith("7/10, 0:00:30 elapsed, 0:01:30 left")
@@ -109,7 +109,7 @@ def test_a_terminal_gets_a_bar_that_is_taken_down(
         thread.join(timeout=10)
         assert not thread.is_alive()
     assert "2/3, expert 3/8" in terminal.getvalue()
-    assert terminal.getvalue().count("\n") == 1  # it stays on its line, however narrow
+    assert terminal.getvalue().count("\n") == 1  # it stays on one line, however narrow
     assert capsys.readouterr().out == "a result\n"
 
 

@@ -1,4 +1,4 @@
-"""The server, as a process of its own, with the official client of OpenAI."""
+"""The server, in its own process, with OpenAI's official client."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 
 from moepress.compress import compress
 from moepress.errors import InputError
-from moepress.evaluate import load_model
 from moepress.format.checkpoint import load_json, save_json
+from moepress.hf import load_model
 from moepress.serve import serve
 from tests.conftest import small_recipe
 from tests.test_chat import TEMPLATE
@@ -44,6 +44,7 @@ class Served:
     model: str
     client: Any
     process: subprocess.Popen[bytes]
+    log: Path
     expected: Writer
 
 
@@ -57,25 +58,25 @@ def served(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = (folder.parent / "log").open("wb")
-    command = [sys.executable, "-m", "moepress.cli", "serve", str(folder), "--port", str(port)]
+    log = folder.parent / "log"
+    command = [sys.executable, "-m", "moepress", "serve", str(folder), "--port", str(port)]
     command += ["--threads", "1", "--prune", str(PRUNE), "--activation-bits", str(BITS)]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + START_SECONDS
     while not alive(url):
-        assert process.poll() is None, (folder.parent / "log").read_text()
-        assert time.monotonic() < deadline, (folder.parent / "log").read_text()
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    yield Served(url, str(folder), client, process, writer(folder, BITS, PRUNE))
+    yield Served(url, str(folder), client, process, log, writer(folder, BITS, PRUNE))
     process.terminate()
     process.wait(30)
-    log.close()
 
 
 def writer(folder: str | Path, bits: int = 8, share: float | None = None) -> Writer:
-    """What a model writes in this process, greedily, after a prompt."""
+    """A function that continues a prompt greedily, with the model loaded in this process."""
     model = load_model(Path(folder), "cpu", bits, share)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -91,7 +92,7 @@ def writer(folder: str | Path, bits: int = 8, share: float | None = None) -> Wri
 
 
 def whole(text: str) -> str:
-    """Without bytes at its end that are no character yet: a stream waits for the rest of them."""
+    """Strip incomplete characters from the end: a stream waits for their remaining bytes."""
     return text.rstrip("\ufffd")
 
 
@@ -152,13 +153,14 @@ def test_it_runs_pruned_and_at_the_precision_asked_for(served: Served) -> None:
     for bits, share in ((8, None), (BITS, None), (8, PRUNE)):
         other = writer(served.model, bits, share)
         assert before != [other(prompt, 80) for prompt in prompts]
-    # Any client can have the model put away; the next one loads it again.
+    # Any client can have the model unloaded; the next request loads it again.
     urllib.request.urlopen(urllib.request.Request(f"{served.url}/reset", b""), timeout=60)
     assert [complete(served, prompt, 80) for prompt in prompts] == before
+    assert "Loading weights" not in served.log.read_text()
 
 
 def refused(served: Served, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    """Status and error of a request that is not answered."""
+    """Status and error of a refused request."""
     request = urllib.request.Request(
         f"{served.url}{path}", body, {"Content-Type": "application/json"}
     )
@@ -204,8 +206,8 @@ def test_malformed_requests_are_refused_and_the_server_lives_on(served: Served) 
     assert complete(served, "def f1(x):") == served.expected("def f1(x):", 12)
 
 
-def test_requests_are_not_refused_for_what_a_server_can_read(served: Served) -> None:
-    """Fields at their edges, content in parts, and null for what is not said."""
+def test_requests_that_the_server_can_answer_are_not_refused(served: Served) -> None:
+    """Fields at the ends of their ranges, content as a list, null for an unset field."""
     answer = served.client.chat.completions.create(
         model=served.model,
         messages=[{"role": "user", "content": [{"type": "text", "text": "def f2(x):"}]}],

@@ -1,8 +1,9 @@
-"""Makes transformers know our folders, whichever of the two packages is imported first.
+"""Register moepress with transformers, whichever of the two packages is imported first.
 
-transformers finds a quantization method in a table of `transformers.quantizers.auto` and discovers
-no plugins. Importing that module takes seconds, so `import moepress` does not; it leaves a finder
-that waits for someone else to import it, registers then, and takes itself off the import path.
+transformers looks quantization methods up in a table of `transformers.quantizers.auto` and has no
+plugin discovery. Importing that module takes seconds, so `import moepress` does not import it.
+Instead it installs an import hook that registers moepress when that module is first imported, and
+then removes itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OURS = "moepress.hf"
 
 
 def install() -> None:
-    """Register with transformers now if it is loaded, else as soon as it is. Safe to repeat."""
+    """Register with transformers now if it is loaded, else when it is. Safe to repeat."""
     if AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -29,21 +30,21 @@ def install() -> None:
 def _register() -> None:
     hf = sys.modules.get(OURS)
     if hf is not None and not hasattr(hf, "register"):
-        return  # moepress.hf is what imports transformers: it registers itself when it is done
+        return  # moepress.hf is importing transformers: it registers itself at its end
     from moepress.hf import register
 
     register()
 
 
 class _Finder(MetaPathFinder):
-    """Finds `AWAITED` through the other finders, and has its loader register afterwards."""
+    """Find `AWAITED` through the other finders, and wrap its loader to register afterwards."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != AWAITED:
             return None
-        sys.meta_path.remove(self)  # done once; and the next line must not come back here
+        sys.meta_path.remove(self)  # its work is done, and the next line must not recurse
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -51,7 +52,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The loader it is given, and then `_register`."""
+    """Load with another loader, then `_register`."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -61,6 +62,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader  # for tracebacks, resources
+            # Tracebacks and resource readers need the real loader.
+            module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _register()

@@ -2,12 +2,12 @@
 
     $ moepress chat mixtral-2.5bit
     > Why is the sky blue?
-    ...                                  words appear as they are written; Ctrl-C stops them
+    ...                                  words appear as they are generated; Ctrl-C stops
     (42 tokens, 6.1 tokens/s)            on stderr
-    > /reset                             forget what was said
+    > /reset                             forgets the conversation
 
-The model's own chat template says how turns become text. A model that has none was never taught to
-answer: `raw` lets it continue what is typed instead.
+The model's own chat template turns the conversation into text. A model without one was not trained
+to chat: with `raw` it continues what is typed instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from moepress.errors import InputError
-from moepress.evaluate import load_model
+from moepress.hf import load_model, set_threads
 from moepress.prune import Pruning, Strength
 
 HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."
@@ -33,26 +33,26 @@ PROMPT = "> "
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered."""
+    """An answer of a model."""
 
     text: str
     tokens: int
-    tokens_per_second: float | None  # after the first one; None: there was no second
-    stopped: bool  # by the user, before its end
+    tokens_per_second: float | None  # without the first token; None: fewer than two tokens
+    stopped: bool  # interrupted by the user
 
 
 class Conversation:
-    """Turns of a user and a model, and the model itself.
+    """A conversation between a user and a model.
 
     Args:
         model, tokenizer: of transformers, loaded.
-        system: what the model is told before the first turn.
+        system: system message; None: none.
         raw: continue the user's text, without a chat template.
-        tokens: of an answer at most.
-        temperature: 0 for the most likely token always; None: as the model's own settings say.
+        tokens: most tokens of an answer.
+        temperature: 0: greedy; None: the model's own generation settings.
 
     Raises:
-        InputError: the model has no chat template, or an option makes no sense.
+        InputError: the model has no chat template, or an option is out of range.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything said so far."""
-        self.text = ""  # of a raw conversation
+        """Forget the conversation so far."""
+        self.text = ""  # all that was said, for `raw`
         self.messages: list[dict[str, str]] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
 
     def say(self, text: str, write: Callable[[str], None]) -> Reply:
-        """Answer a turn, handing over every piece of the answer as soon as it is there.
+        """Answer a turn, passing each piece of the answer to `write` as soon as it is generated.
 
         Raises:
-            InputError: the conversation is longer than the model can read; this turn is forgotten.
+            InputError: the conversation exceeds the model's context; this turn is not kept.
         """
         ids = self._ids(text)
         room = self._room(len(ids[0]))
@@ -111,7 +111,7 @@ class Conversation:
         return Reply(streamer.text, streamer.tokens, streamer.tokens_per_second, stopped)
 
     def _ids(self, text: str) -> torch.Tensor:
-        """Everything said so far and this turn, as the model reads it. [1, T] int64."""
+        """Token ids [1, T] int64 of the conversation so far and this turn."""
         if self.raw:
             found = self.tokenizer(self.text + text, return_tensors="pt")
         else:
@@ -125,13 +125,13 @@ class Conversation:
         return ids
 
     def _room(self, used: int) -> int:
-        """Tokens that the model can still write after `used` ones."""
+        """Tokens left in the model's context after `used` ones."""
         config = self.model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None) or sys.maxsize
         if used >= most:
             raise InputError(
                 f"The conversation has {used:,} tokens, the model reads {most:,}. /reset forgets "
-                "what was said."
+                "the conversation."
             )
         return int(most - used)
 
@@ -146,7 +146,7 @@ class Conversation:
 def check_options(
     tokenizer: Any, system: str | None, raw: bool, tokens: int, temperature: float | None
 ) -> None:
-    """Raise InputError for what a `Conversation` cannot be made of: before a model is loaded."""
+    """Raise InputError for options that `Conversation` refuses, before a model is loaded."""
     if tokens < 1 or (temperature is not None and temperature < 0):
         raise InputError(
             f"tokens is {tokens} and temperature {temperature}. Expected at least 1 token and a "
@@ -154,21 +154,21 @@ def check_options(
         )
     if not raw and not tokenizer.chat_template:
         raise InputError(
-            "This model has no chat template: it was not taught to answer. Let it continue what "
-            "you type with --raw, or add a chat_template.jinja to its folder."
+            "This model has no chat template: it was not trained to chat. Use --raw to have it "
+            "continue what you type, or add a chat_template.jinja to its folder."
         )
     if raw and system is not None:
         raise InputError("A system message needs a chat template. Leave out --raw or --system.")
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Hands over text as soon as its words are whole, counts tokens and takes the time."""
+    """Pass text to `write` as soon as its words are complete; count and time tokens."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.text = ""
-        self.tokens = -1  # the first call brings the prompt
+        self.tokens = -1  # the first `put` gets the prompt
         self.first = self.last = 0.0
 
     @property
@@ -200,18 +200,19 @@ def chat(
     pruning: Strength | Pruning | None = None,
     turns: Iterable[str] | None = None,
 ) -> None:
-    """Read turns and write answers to stdout until the turns end; the rest goes to stderr.
+    """Answer turns on stdout until they end; notes such as the speed go to stderr.
 
     Args:
-        folder: a folder made by moepress, or an original that fits in memory.
+        folder: a folder made by moepress, or an original model that fits in memory.
         system, raw, tokens, temperature: see `Conversation`.
-        threads: CPU threads; None: as torch has it.
-        activation_bits: of a compressed model, see `modules.set_activation_bits`.
-        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
-        turns: what the user says; None: what is typed.
+        threads: CPU threads; None: torch's setting.
+        device: "cpu" or "cuda".
+        activation_bits: for a compressed model, see `set_activation_bits`.
+        pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        turns: what the user says; None: lines of stdin.
 
     Raises:
-        InputError: no such folder, or no chat template.
+        InputError: no such folder, no chat template, or an option is out of range.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -229,7 +230,7 @@ def chat(
             return
         if command == "/reset":
             conversation.reset()
-            _say("(nothing was said yet)")
+            _say("(conversation forgotten)")
         elif command.startswith("/"):
             _say(HELP)
         elif command:
@@ -239,7 +240,7 @@ def chat(
 def _answer(conversation: Conversation, text: str) -> None:
     try:
         reply = conversation.say(text, lambda piece: print(piece, end="", flush=True))
-    except InputError as error:  # too long: the conversation stays as it was
+    except InputError as error:  # too long: the conversation is unchanged
         _say(str(error))
         return
     print(flush=True)
@@ -249,7 +250,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Lines of stdin; with a prompt and line editing at a terminal."""
+    """Lines of stdin; on a terminal, with a prompt and line editing."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
@@ -262,19 +263,6 @@ def _typed() -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             _say("")
             return
-
-
-def set_threads(threads: int | None) -> None:
-    """Use so many CPU threads from now on.
-
-    Raises:
-        InputError: fewer than one.
-    """
-    if threads is None:
-        return
-    if threads < 1:
-        raise InputError(f"threads is {threads}. Expected at least 1.")
-    torch.set_num_threads(threads)
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,7 @@
-"""What runs on this machine, and why not the rest.
+"""Report what runs on this machine, what does not, and why.
 
-Each probe answers one question in one or more lines. A probe that fails says so in its own line:
-the doctor comes when something is broken, so nothing that is broken may stop it.
+Each probe answers one question with one or more checks. A probe that raises is reported as failed:
+the doctor is called when something is broken, so nothing broken may stop it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 State = Literal["ok", "missing", "failed"]
 
-PYTHONS = ((3, 11), (3, 13))  # oldest and newest that are tested
+PYTHONS = ((3, 11), (3, 13))  # oldest and newest tested
 OLDEST = {"torch": (2, 11), "transformers": (5, 16)}
 NEEDED = (
     "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "typer",
     "rich", "psutil", "matplotlib", "jinja2",
 )  # fmt: skip
-EXTRAS = {  # by package: the extra that installs it, and what for
+EXTRAS = {  # package: (extra that installs it, purpose)
     "datasets": ("datasets", "for the data sets c4, wikitext2 and math"),
     "lm-eval": ("eval", "for moepress evaluate --tasks"),
     "fastapi": ("serve", "for moepress serve"),
@@ -35,7 +35,7 @@ ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked for, what is there, and what to do if that is too little."""
+    """One line of the report: what was checked, what was found, and what to do about it."""
 
     name: str
     state: State
@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What a machine offers, in the order in which one would look for a fault."""
+    """All checks, in the order in which one would look for a fault."""
 
     checks: tuple[Check, ...]
 
@@ -54,12 +54,12 @@ class Report:
 
 
 def doctor() -> Report:
-    """Probe this machine. Never raises: a probe that fails is reported as failed."""
+    """Probe this machine. Never raises: a probe that raises is reported as failed."""
     return Report(tuple(check for name, probe in PROBES.items() for check in _ask(name, probe)))
 
 
 def format_report(report: Report) -> str:
-    """One line per check: state, name, what was found, and what to do."""
+    """One line per check: state, name, finding, and what to do."""
     width = max((len(check.name) for check in report.checks), default=0)
     return "\n".join(
         f"{check.state:<8} {check.name:<{width}}  {check.found}"
@@ -71,7 +71,7 @@ def format_report(report: Report) -> str:
 def _ask(name: str, probe: Callable[[], Iterable[Check]]) -> list[Check]:
     try:
         return list(probe())
-    except Exception as error:  # a broken installation raises anything; that is the finding
+    except Exception as error:  # a broken installation may raise anything
         return [Check(name, "failed", f"{type(error).__name__}: {error}".split("\n")[0])]
 
 
@@ -119,7 +119,7 @@ def _cpu() -> Iterable[Check]:
     there = set(flags[1].split())
     has = [flag for flag in CPU_FLAGS if flag in there]
     lacks = [flag for flag in CPU_FLAGS if flag not in there]
-    found = " ".join(has) or "none of those that kernels use"
+    found = " ".join(has) or "none that the kernels use"
     yield Check("cpu flags", "ok", found + (f" (not {' '.join(lacks)})" if lacks else ""))
 
 
@@ -139,7 +139,7 @@ def _disk() -> Iterable[Check]:
 
 
 def _torch() -> Iterable[Check]:
-    """That torch can be imported, which its version in the package list does not prove."""
+    """Check that torch can be imported: an installed version does not prove it."""
     import torch
 
     widest = torch.backends.cpu.get_cpu_capability()
@@ -152,7 +152,7 @@ def _cuda() -> Iterable[Check]:
 
     if torch.version.cuda is None:
         do = "for a GPU, install a torch build with CUDA"
-        yield Check("cuda", "missing", f"torch {torch.__version__} is built without it", do)
+        yield Check("cuda", "missing", f"torch {torch.__version__} is built without CUDA", do)
         return
     if not torch.cuda.is_available():
         do = "for a GPU, check that `nvidia-smi` lists it"
@@ -180,11 +180,11 @@ def _kernels() -> Iterable[Check]:
 def _cpu_kernels() -> Iterable[Check]:
     from moepress.kernels import cpu
 
-    if cpu.missing() is None:  # the kernels' own line says why not
-        runs, *others = cpu.instruction_sets()
-        team = "torch's OpenMP" if cpu.uses_openmp() else "a pool of their own"
-        also = f" (also here: {' '.join(others)})" if others else ""
-        yield Check("cpu kernels", "ok", f"{runs}{also}, threads of {team}")
+    if cpu.missing() is None:  # if it is missing, the line of `_kernels` says why
+        used, *others = cpu.instruction_sets()
+        threads = "torch's OpenMP threads" if cpu.uses_openmp() else "their own thread pool"
+        also = f" (also available: {' '.join(others)})" if others else ""
+        yield Check("cpu kernels", "ok", f"{used}{also}, {threads}")
 
 
 def _extras() -> Iterable[Check]:
@@ -193,11 +193,11 @@ def _extras() -> Iterable[Check]:
 
 
 def _allocator() -> Iterable[Check]:
-    """Which malloc this process runs on: glibc's gives large buffers back at once, and every later
-    use of them faults its pages in again."""
+    """Find the malloc of this process. glibc's returns large buffers to the system at once, so that
+    each new use of one faults its pages in again."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
-        yield Check("malloc", "ok", f"the one of {platform.system()}")
+        yield Check("malloc", "ok", f"the default of {platform.system()}")
         return
     text = maps.read_text()
     found = [name for name in ALLOCATORS if name in text]

@@ -1,8 +1,8 @@
-"""Every error that moepress raises on purpose.
+"""The errors that moepress raises on purpose.
 
-The command line maps `InputError` (something the user gave is wrong: fix it and run again) to exit
-code 2 and every other `MoepressError` (the work itself failed) to exit code 1. A message says what
-is wrong, what was found, what was expected, and what to do.
+The command line turns `InputError` (the user's input is wrong: correct it and run again) into exit
+code 2, and every other `MoepressError` (the work itself failed) into exit code 1. A message says
+what is wrong, what was got, what was expected, and what to do.
 """
 
 
@@ -15,12 +15,12 @@ class InputError(MoepressError, ValueError):
 
 
 class BudgetError(InputError):
-    """No allocation meets the budget; the message names the smallest and largest possible."""
+    """No allocation meets the budget; the message gives the smallest and largest possible one."""
 
 
 class CheckpointError(MoepressError):
-    """A file on disk is missing, truncated, corrupt, or belongs to other work."""
+    """A file is missing, truncated or corrupt, belongs to other work, or cannot be written."""
 
 
 class NumericalError(MoepressError):
-    """A computation met NaN or infinity, or a matrix that stays singular."""
+    """A computation gave NaN or infinity, or a matrix stays singular despite damping."""

@@ -1,9 +1,9 @@
-"""How good a model is: perplexity, and how far its predictions moved from the original's.
+"""Evaluate a model: perplexity, and the KL divergence of its predictions from the original's.
 
-Also, where asked: whether its generations loop, zero-shot tasks, speed and memory.
+Optional: repetition in its generations, zero-shot tasks, speed and memory.
 
-A compressed folder is loaded as it is, packed. An original is streamed layer by layer, so it need
-not fit in memory. Both see the same tokens, in the same batches.
+A compressed folder is loaded packed. An original is streamed layer by layer, so it need not fit in
+memory. Both models get the same tokens in the same batches.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from moepress.evaluation.performance import Performance, forget_peak, measure_pe
 from moepress.evaluation.repetition import Repetition, measure_repetition, prompts_of
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
-from moepress.kernels.modules import set_activation_bits
+from moepress.hf import load_model
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve, weight_files
 from moepress.original.sizes import PartBytes, bytes_by_part
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
-from moepress.prune import Pruning, Strength, count_dropped, prune
+from moepress.prune import Pruning, Strength, count_dropped
 from moepress.text import windows
 
 logger = logging.getLogger(__name__)
 
-FITS = 0.8  # of the free memory that an original may take to be loaded whole
-ROWS = 512  # tokens whose float32 predictions are in memory together
+FITS = 0.8  # share of the free memory that an original may take to be loaded whole
+ROWS = 512  # tokens whose float32 logits are in memory at once
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """One text. Where there is an original: KL(original || model) per token, in nats."""
+    """Results on one text. KL is KL(original || model) per token, in nats.
+
+    The fields that need an original are None without one.
+    """
 
     text: str
     tokens: int  # predicted tokens
@@ -64,7 +67,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by text, and what is needed to run them again."""
+    """Results by text, and what is needed to reproduce them."""
 
     model: str
     original: str | None
@@ -77,8 +80,8 @@ class Evaluation:
     repetition: Repetition | None = None
     original_repetition: Repetition | None = None
     performance: Performance | None = None
-    tasks: Mapping[str, Mapping[str, float]] | None = None  # figures by task, named by lm-eval
-    pruning: Mapping[str, Any] | None = None  # PruningStatistics, if experts were skipped
+    tasks: Mapping[str, Mapping[str, float]] | None = None  # by task, then lm-eval's metric name
+    pruning: Mapping[str, Any] | None = None  # PruningStatistics, if the model is pruned
 
     @property
     def kl(self) -> float | None:
@@ -117,21 +120,22 @@ def evaluate(
     run_code: bool = False,
     pruning: Strength | Pruning | None = None,
 ) -> Evaluation:
-    """Perplexity of a model on texts, and its divergence from another.
+    """Measure a model's perplexity on texts, and its KL divergence from the original.
 
     Args:
         model: a folder made by moepress, or an original model (folder or hub id).
-        texts: sources as `text/documents.py` knows them, such as files.
+        texts: names of texts, such as files (text/documents.py lists what is accepted).
         against: the original model to compare with.
-        length: tokens of a window; windows do not overlap, each is predicted from its second
-            token on.
+        length: tokens per window. Windows do not overlap; all tokens of a window but the first are
+            predicted.
         limit: windows per text; None: the whole text.
-        activation_bits: of a compressed model, see `modules.set_activation_bits`.
-        generations: how many beginnings of the texts to continue, to see whether the model loops;
-            the original does the same if it fits in memory.
+        device: "cpu" or "cuda".
+        activation_bits: for a compressed model, see `set_activation_bits`.
+        generations: how many beginnings of the texts the model continues, to count how often it
+            loops. The original does the same if it fits in memory.
         speed: whether to measure tokens per second and memory.
-        tasks, include_path, task_limit, run_code: zero-shot tasks by name, see `tasks.py`.
-        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
+        tasks, include_path, task_limit, run_code: zero-shot tasks, see evaluation/tasks.py.
+        pruning: for a compressed model, see `prune`; None: as stored in the folder.
 
     Raises:
         InputError: a model, text or task cannot be used.
@@ -141,7 +145,7 @@ def evaluate(
 
     started = time.monotonic()
     if not texts:
-        raise InputError("No text to evaluate on. Give at least one file or text source.")
+        raise InputError("No text to evaluate on. Give at least one, such as a file.")
     folder = resolve(model)
     if pruning is not None and not is_compressed(folder):
         raise InputError(
@@ -151,18 +155,18 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     windows.check_vocab(tokens, _vocab_size(folder))
-    found = find_tasks(tasks, include_path) if tasks else None
+    selected = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))
     whole = bool(generations or speed or tasks)
     loaded = _loaded(folder, device, activation_bits, pruning, whole=whole)
-    performance = repetition = original_repetition = figures = None
+    performance = repetition = original_repetition = metrics = None
     if loaded is not None and speed:
         performance = measure_performance(loaded, tokens.ids[0])
     if loaded is not None and prompts is not None:
         repetition = measure_repetition(loaded, prompts)
-    if loaded is not None and found is not None:
-        figures = run_tasks(loaded, tokenizer, found, limit=task_limit, run_code=run_code)
+    if loaded is not None and selected is not None:
+        metrics = run_tasks(loaded, tokenizer, selected, limit=task_limit, run_code=run_code)
     pruned = count_dropped(loaded) if is_compressed(folder) else None
     predictions = _predictions(folder, loaded, tokens.ids, device)
     reference = None
@@ -190,7 +194,7 @@ def evaluate(
         repetition=repetition,
         original_repetition=original_repetition,
         performance=performance,
-        tasks=figures,
+        tasks=metrics,
         pruning=None if pruned is None else pruned.statistics().to_dict(),
     )
 
@@ -203,7 +207,11 @@ def _loaded(
     *,
     whole: bool = False,
 ) -> Any | None:
-    """A model in memory: a compressed one always, an original where `whole` asks and it fits."""
+    """Load a compressed folder; an original only if `whole` is set and it fits in memory.
+
+    Returns:
+        The model; None for an original that is to be streamed.
+    """
     if is_compressed(folder):
         return load_model(folder, device, activation_bits, pruning)
     if not whole:
@@ -211,7 +219,7 @@ def _loaded(
     need, free = sum(path.stat().st_size for path in weight_files(folder)), free_bytes(device)
     if need > FITS * free:
         logger.warning(
-            "%s takes %s bytes and %s are free: it is not let write, timed, or given tasks.",
+            "%s takes %s bytes and %s are free: skipping generation, timing and tasks.",
             folder.name, f"{need:,}", f"{free:,}",
         )  # fmt: skip
         return None
@@ -221,10 +229,10 @@ def _loaded(
 def _predictions(
     folder: Path, model: Any | None, ids: Tensor, device: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(batch, logits [b, L, V]) of a model for every batch of sequences, in order.
+    """Yield (batch, logits [b, L, V]) for every batch of the sequences `ids` [S, L], in order.
 
     Args:
-        model: the model if it is in memory; None: it is streamed from the folder.
+        model: the loaded model; None: stream it from the folder. Originals are always streamed.
     """
     if model is None or not is_compressed(folder):
         walk = Walk(Source(folder, device), ids)
@@ -232,67 +240,49 @@ def _predictions(
             walk.finish(progress)
         yield from walk.logits()
         return
-    parts = batches(ids, logit_tokens(_vocab_size(folder)))
-    with Progress("packed", total=len(parts)) as progress:
-        for batch in parts:
-            with torch.inference_mode():  # left before yielding, see Walk.logits
+    slices = batches(ids, logit_tokens(_vocab_size(folder)))
+    with Progress("packed", total=len(slices)) as progress:
+        for batch in slices:
+            with torch.inference_mode():  # ends before the yield, see Walk.logits
                 logits = model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             yield batch, logits
             progress.advance()
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free for a model, on the GPU or in the machine."""
+    """Free memory in bytes, of the GPU or of the machine."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def load_model(
-    folder: Path,
-    device: str = "cpu",
-    activation_bits: int = 8,
-    pruning: Strength | Pruning | None = None,
-) -> Any:
-    """A folder as a transformers model; a compressed one stays packed in memory.
-
-    Args:
-        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from moepress import hf
-
-    hf.register()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-    if is_compressed(folder):
-        set_activation_bits(model, activation_bits)
-    if pruning is not None:
-        prune(model, pruning)
-    return model
 
 
 def _paired(
     predictions: Iterator[tuple[slice, Tensor]],
     reference: Iterator[tuple[slice, Tensor]] | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield (batch, logits, original's logits) for every batch."""
     if reference is None:
         for batch, logits in predictions:
             yield batch, logits, None
         return
     for (batch, original), (same, logits) in zip(reference, predictions, strict=True):
         if batch != same:
-            raise InputError("The two models cut the text differently.")
+            raise InputError("The two models cut the text into different batches.")
         yield batch, logits, original
 
 
 def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, Tensor]:
-    """Per predicted token [b, L - 1] float32: loss, and what moved from the original."""
+    """Compare logits [b, L, V] of a model with the original's, token by token.
+
+    Returns:
+        "loss", and with an original "original_loss", "kl" and "changed" (1 where the most likely
+        token differs): each [b, L - 1] float32, in nats, one value per predicted token.
+    """
     shape = ids[:, 1:].shape
     target = ids[:, 1:].flatten().to(logits.device)
     flat = logits[:, :-1].flatten(0, 1)
     other = original[:, :-1].flatten(0, 1) if original is not None else None
-    parts: dict[str, list[Tensor]] = {}
+    columns: dict[str, list[Tensor]] = {}
     for start in range(0, len(flat), ROWS):
         rows = slice(start, start + ROWS)
         log_p = F.log_softmax(flat[rows].float(), dim=-1)
@@ -303,12 +293,12 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
             values["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
             values["changed"] = (log_p.argmax(-1) != log_q.argmax(-1)).float()
         for name, value in values.items():
-            parts.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(value).view(shape) for name, value in parts.items()}
+            columns.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(chunks).view(shape) for name, chunks in columns.items()}
 
 
 def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
-    """Averages of one text's tokens."""
+    """Average the values of one text's tokens (see `compare`)."""
     result = TextResult(text, values["loss"].numel(), _perplexity(values["loss"]))
     if "kl" not in values:
         return result

@@ -1,4 +1,4 @@
-"""Continue a text with a model: the shortest use of a compressed folder."""
+"""Continue a text with a model: the simplest use of a compressed folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moepress.errors import InputError
-from moepress.evaluate import load_model
+from moepress.hf import load_model
 from moepress.prune import Pruning, Strength
 
 
@@ -20,14 +20,21 @@ def generate(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
 ) -> str:
-    """The prompt and its greedy continuation.
+    """Continue a prompt greedily.
 
     Args:
-        folder: a folder made by moepress, or an original that fits in memory.
+        folder: a folder made by moepress, or an original model that fits in memory.
         prompt: any text, not empty.
-        tokens: new tokens at most.
-        activation_bits: of a compressed model, see `modules.set_activation_bits`.
-        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
+        tokens: most new tokens.
+        device: "cpu" or "cuda".
+        activation_bits: for a compressed model, see `set_activation_bits`.
+        pruning: for a compressed model, see `prune`; None: as stored in the folder.
+
+    Returns:
+        The prompt and its continuation.
+
+    Raises:
+        InputError: the prompt is empty, or `tokens` is below 1.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What is in a file or folder of ours, or in a model we could compress: `moepress inspect`."""
+"""Describe a file or folder made by moepress, or a model that it can compress."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.pruning.thresholds import cheapest, medians
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the chosen experts, for which costs are shown
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """Describe a compressed folder, an original model, or a file of scores, plan or calibration.
 
     Returns:
-        A dict that JSON can hold; "kind" says which of these it is.
+        A dict that can be written as JSON; its "kind" says what `path` is.
 
     Raises:
-        InputError: `path` is none of them.
+        InputError: `path` is something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,7 +57,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    """A file of arrays: what it says of itself tells which."""
+    """A .safetensors file; its metadata tells which kind."""
     kind = json.loads(read_about(path) or "{}").get("kind")
     if kind == CALIBRATION:
         return _calibration(Calibration.load(path))
@@ -67,7 +67,7 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    """A compressed model: bytes by part, and the widths of its experts."""
+    """A compressed model: bytes by part, widths of the experts, averages, pruning."""
     specs = packed_specs(folder)
     widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for name, spec in specs.items():
@@ -93,7 +93,7 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 
 def _original(folder: Path) -> dict[str, Any]:
-    """A model that could be compressed."""
+    """An original model: its sizes."""
     source = Source(folder)
     one = source.one_layer_of_experts
     expert_weights = sum(experts.weights for experts in source.experts.values())
@@ -115,7 +115,7 @@ def _original(folder: Path) -> dict[str, Any]:
 
 
 def _scores(scores: ExpertScores) -> dict[str, Any]:
-    """Scores: what was measured, and how even the experts are used."""
+    """Scores: what was measured, and how evenly experts are used."""
     layers, experts = scores.tokens.shape
     return {
         "kind": "scores",
@@ -136,7 +136,7 @@ def _scores(scores: ExpertScores) -> dict[str, Any]:
 
 
 def _drop_costs(costs: DropCosts) -> dict[str, Any]:
-    """What dropping experts from tokens would cost; `median_ratio` is the paper's mu."""
+    """Cost of dropping experts; "median_ratio" is the paper's mu, by layer and rank."""
     return {
         "experts_per_token": costs.top_k,
         "routing_weights_normalised": costs.normalised,
@@ -150,7 +150,7 @@ def _drop_costs(costs: DropCosts) -> dict[str, Any]:
 
 
 def _calibration(calibration: Calibration) -> dict[str, Any]:
-    """Routing statistics and coverage."""
+    """Calibration: how often experts are chosen, and which fall below the token floor."""
     layers, experts = calibration.tokens.shape
     below = calibration.below_floor()
     return {

@@ -1,11 +1,11 @@
-"""How far a stage is, on stderr: a live bar on a terminal, a line now and then elsewhere.
+"""Progress of a stage, on stderr: a live bar on a terminal, an occasional line elsewhere.
 
     with Progress("score", total=layers) as progress:
-        progress.update(layer=3, expert=17, experts=128)  # at work on
+        progress.update(layer=3, expert=17, experts=128)  # working on this
         progress.advance()  # the layer is done
 
-`update` only writes down numbers, so inner loops may call it freely; what is shown is computed when
-it is shown, twice a second at most. Nothing is ever written to stdout: that is for results.
+`update` only stores numbers, so inner loops may call it freely: the text is made when it is shown,
+at most twice a second. Nothing is written to stdout, which is for results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _verbosity: Verbosity = "normal"
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
-    """Show the progress of stages that start from now on ("normal"), or not ("quiet")."""
+    """Show progress of the stages that start after this call ("normal"), or hide it ("quiet")."""
     if verbosity not in get_args(Verbosity):
         raise InputError(f"Verbosity {verbosity!r}: expected one of {list(get_args(Verbosity))}.")
     global _verbosity
@@ -40,11 +40,11 @@ def set_verbosity(verbosity: Verbosity) -> None:
 
 
 class Progress:
-    """Shows stage, layer, expert, time spent and left, and resident memory.
+    """Show stage, layer, expert, elapsed and remaining time, and resident memory.
 
     Args:
-        stage: what is being done, in a word.
-        total: steps of the stage: layers, or batches where `update` is given no layer.
+        stage: name of the stage, one word.
+        total: steps of the stage: layers, or batches if `update` is never given a layer.
     """
 
     def __init__(self, stage: str, total: int) -> None:
@@ -84,7 +84,7 @@ class Progress:
             self._live.stop()
 
     def skip(self, count: int) -> None:
-        """Count steps as done by an earlier run: they say nothing about the speed of this one."""
+        """Count steps done by an earlier run; they do not enter the estimate of remaining time."""
         self.done += count
         self._skipped += count
 
@@ -96,11 +96,11 @@ class Progress:
         experts: int | None = None,
         note: str = "",
     ) -> None:
-        """Say what is being worked on, counted from 0; what is left out is no longer shown."""
+        """Set what is being worked on, counted from 0. Omitted values are no longer shown."""
         self._layer, self._expert, self._experts, self._note = layer, expert, experts, note
 
     def advance(self) -> None:
-        """Count a step as done."""
+        """Count one step as done."""
         self.done += 1
         self.update()
         if self._console is None or self._live is not None:
@@ -111,22 +111,22 @@ class Progress:
             self._console.print(f"{self.stage}: {self.describe()}", markup=False)
 
     def describe(self) -> str:
-        """For example: 4/32, expert 18/128, 0:01:02 elapsed, 0:08:10 left, 3.2 GB."""
+        """The state as text: "4/32, expert 18/128, 0:01:02 elapsed, 0:08:10 left, 3.2 GB"."""
         now = time.monotonic()
         shown = self.done if self._layer is None else self._layer + 1
-        parts = [f"{shown}/{self.total}"]
+        words = [f"{shown}/{self.total}"]
         if self._expert is not None:
             total = "" if self._experts is None else f"/{self._experts}"
-            parts.append(f"expert {self._expert + 1}{total}")
-        parts.append(f"{timedelta(seconds=int(now - self._began))} elapsed")
+            words.append(f"expert {self._expert + 1}{total}")
+        words.append(f"{timedelta(seconds=int(now - self._began))} elapsed")
         left = self._seconds_left(now - self._began)
         if left is not None:
-            parts.append(f"{timedelta(seconds=round(left))} left")
-        parts.append(f"{psutil.Process().memory_info().rss / 1e9:.1f} GB")
-        return ", ".join([*parts, self._note] if self._note else parts)
+            words.append(f"{timedelta(seconds=round(left))} left")
+        words.append(f"{psutil.Process().memory_info().rss / 1e9:.1f} GB")
+        return ", ".join([*words, self._note] if self._note else words)
 
     def _position(self) -> float:
-        """Steps done, with a part of the current one."""
+        """Steps done, including the finished fraction of the current one."""
         inside = self._expert / self._experts if self._expert and self._experts else 0.0
         return min(self.done + inside, self.total)
 
@@ -138,7 +138,8 @@ class Progress:
 
     def _bar(self) -> Table:
         row = Table.grid(padding=(0, 1))
-        # One line always: the display cannot tell lines that others write from its own second one.
+        # Never more than one line: Live could not tell a second line of its own from a line that
+        # other code prints.
         text = Text(self.describe(), no_wrap=True, overflow="ellipsis")
         bar = ProgressBar(total=self.total, completed=self._position(), width=12)
         row.add_row(self.stage, bar, text)

@@ -96,7 +96,10 @@ def _whole_model(source: Source) -> object:
     """The original model in memory, to sample text from it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
+    from moepress.hf import no_progress_bars
+
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
     return model.to(source.device)
 
 

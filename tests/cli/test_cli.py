@@ -1,4 +1,4 @@
-"""The command line: the right function with the right arguments, exit codes, streams."""
+"""The command line: arguments reach the functions; exit codes; stdout and stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moepress import cli
+from moepress import __version__, cli
 from moepress.cli.recipe_options import recipe_of
 from moepress.cli.tables import table
 from moepress.compress import compress
@@ -28,7 +28,7 @@ SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
+    """Run a command in this process; return its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["moepress", *map(str, arguments)])
     code = 0
     try:
@@ -89,7 +89,7 @@ def test_stages_then_inspect_evaluate_generate(
     assert ok("prune", whole, "paper", "--protect", 0).splitlines()[-1] == str(whole)
     assert json.loads(ok(*arguments))["pruning"]["protected"] == [0, 0]
     assert json.loads(ok("inspect", whole, "--json"))["pruning"]["renormalise"] is True
-    assert "of the chosen experts skipped" in ok(*arguments[:-1])
+    assert "of the chosen experts dropped" in ok(*arguments[:-1])
     assert json.loads(ok(*arguments, "--prune", 0))["pruning"] is None
     ok("prune", whole, 0)
     assert json.loads(ok("inspect", whole / DROP_COSTS, "--json"))["kind"] == "drop costs"
@@ -156,7 +156,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('quantizer = "rtn"\nexpert_bits = [2, 3]\n')
-    recipe = recipe_of(str(file), None, 3.5, None, [f"{text_file}=2"], 7, 64, "1,4", 64, 5)
+    recipe = recipe_of(
+        str(file), bpw=3.5, calib=[f"{text_file}=2"], sequences=7, sequence_length=64,
+        expert_bits="1,4", group_size=64, seed=5,
+    )  # fmt: skip
     assert recipe == Recipe(
         bpw=3.5, calib=((str(text_file), 2.0),), sequences=7, sequence_length=64,
         expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",
@@ -175,14 +178,23 @@ def test_help_needs_no_torch_and_every_command_has_an_example() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         assert command.callback.__name__ in done.stdout
-        assert "Example: moepress" in (command.callback.__doc__ or "")
+        text = command.callback.__doc__ or ""
+        assert "Example: moepress" in text
+        assert not re.search(r"\[[a-z]", text)  # rich would take it for markup and hide it
+
+
+@pytest.mark.parametrize("module", ["moepress", "moepress.cli"])
+def test_python_can_run_it_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"moepress {__version__}\n"
 
 
 def test_results_on_stdout_progress_on_stderr(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "moepress.cli", "compress", str(model_folder()), str(out)]
+    command = [sys.executable, "-m", "moepress", "compress", str(model_folder()), str(out)]
     options = ["--bits", "2", "--calib", str(text_file), *SMALL]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(out)

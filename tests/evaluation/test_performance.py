@@ -1,4 +1,4 @@
-"""Speeds against a model and a clock whose speeds are known."""
+"""Measured speeds of a model and a clock with known speeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moepress.evaluation.performance import (
 
 
 class Clock:
-    """Time passes only when the model works; what it did is written down."""
+    """A model that is its own clock: time passes only while it works."""
 
     device = torch.device("cpu")
 
@@ -35,7 +35,7 @@ class Clock:
     def generate(
         self, input_ids: torch.Tensor, min_new_tokens: int, max_new_tokens: int, **options: Any
     ) -> None:
-        assert min_new_tokens == max_new_tokens  # an early end would make it look slow
+        assert min_new_tokens == max_new_tokens  # stopping early would make it look slow
         self.now += 3.0 + 0.25 * max_new_tokens
 
 
@@ -45,13 +45,13 @@ def test_rates_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure_performance(clock, torch.zeros(200, dtype=torch.long))
     assert found.prefill_tokens == 200
     assert found.prefill_tokens_per_second == pytest.approx(100)
-    assert found.decode_tokens_per_second == pytest.approx(4)  # the 3 seconds of the prompt are out
+    assert found.decode_tokens_per_second == pytest.approx(4)  # without the prompt's 3 seconds
     assert (found.decode_tokens, found.decode_prompt_tokens) == (DECODED, DECODE_PROMPT)
     assert found.threads == torch.get_num_threads()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells resident memory this way")
-def test_peak_is_of_what_happened_since() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_is_since_the_last_reset() -> None:
     cpu = torch.device("cpu")
     big = torch.ones(100_000_000, dtype=torch.uint8)
     with_it = peak_bytes(cpu)

@@ -1,4 +1,4 @@
-"""Loops are found where they are, and only there."""
+"""Loops are found, and nothing else is taken for one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moepress.evaluation.repetition import (
 
 
 def oracle(tokens: list[int]) -> bool:
-    """By the definition: some cycle, written out often and long enough, is the end."""
+    """The definition: the end is some cycle, repeated often enough and long enough."""
     for period in range(1, len(tokens) + 1):
         length = max(CYCLES * period, LOOP_TOKENS)
         if length <= len(tokens):
@@ -46,8 +46,8 @@ def test_loops_are_those_of_the_definition(start: list[int], cycle: list[int], m
         ([7] * LOOP_TOKENS, True),
         ([*range(100), *[7] * (LOOP_TOKENS - 1)], False),  # a few blank lines
         ([*range(20), *[1, 2, 3, 4, 5, 6, 7, 8] * CYCLES], True),
-        ([*range(20), *[1, 2, 3, 4, 5, 6, 7, 8] * CYCLES, 9], False),  # it got out again
-        ([*range(32)] * 3, False),  # three times is a list, not yet a loop
+        ([*range(20), *[1, 2, 3, 4, 5, 6, 7, 8] * CYCLES, 9], False),  # the loop ended
+        ([*range(32)] * 3, False),  # three repetitions are not enough
         ([*range(32)] * 4, True),
         ([], False),
     ],

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: the figures of lm-eval itself, from a task definition on disk, offline."""
+"""Zero-shot tasks: results equal lm-eval's own, for a task definition on disk, offline."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ metric_list:
 
 @pytest.fixture
 def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twelve questions, of which no model knows the answer to all."""
+    """A task of twelve questions that no model answers all correctly."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -67,12 +67,12 @@ def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lm_eval_command() -> list[str]:
-    """What the README says that starts lm-eval's own command."""
+    """The README's command for running lm-eval itself."""
     (line,) = re.findall(r'^python -c ("import moepress.*")', README.read_text(), re.MULTILINE)
     return [sys.executable, "-c", *shlex.split(line)]
 
 
-def test_figures_are_those_of_lm_evals_own_command(
+def test_metrics_equal_those_of_lm_evals_own_command(
     model_folder: Folder, text_file: Path, task_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval")
@@ -90,16 +90,16 @@ def test_figures_are_those_of_lm_evals_own_command(
         out, [str(text_file)], length=32, limit=2, tasks=["adds"], include_path=task_folder
     )
     assert ours.tasks is not None and set(ours.tasks) == {"adds"}
-    figures = ours.tasks["adds"]
-    assert {"acc,none", "acc_norm,none", "acc_stderr,none"} <= set(figures)
-    assert figures == {name: theirs[name] for name in figures}
-    assert 0 < figures["acc,none"] < 1  # a figure that could have come out otherwise
-    assert f"{figures['acc,none']:.4f}" in evaluation_table(ours.to_dict())
+    metrics = ours.tasks["adds"]
+    assert {"acc,none", "acc_norm,none", "acc_stderr,none"} <= set(metrics)
+    assert metrics == {name: theirs[name] for name in metrics}
+    assert 0 < metrics["acc,none"] < 1  # not a trivial value
+    assert f"{metrics['acc,none']:.4f}" in evaluation_table(ours.to_dict())
 
     subject = synthetic.subject(2, 4)
     shown = Subject(subject.name, subject.plan, evaluation=ours.to_dict())
     section = next(make for key, _, make in SECTIONS if key == "evaluation")(shown)
-    assert ("adds", "acc", figures["acc,none"], figures["acc_stderr,none"]) in section.tables[
+    assert ("adds", "acc", metrics["acc,none"], metrics["acc_stderr,none"]) in section.tables[
         1
     ].rows
 

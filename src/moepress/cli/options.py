@@ -1,32 +1,36 @@
-"""Arguments and options that several commands have, and how their results are shown."""
+"""Options that several commands share, and the printing of their results."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 ActivationBits = Annotated[
-    int, typer.Option(help="Precision of activations in packed products: 8, or 16 to keep it.")
+    int,
+    typer.Option(
+        help="Bits of the activations inside packed matrix products: 8, or 16 for more precision."
+    ),
 ]
 Prune = Annotated[
     str | None,
     typer.Option(
         "--prune",
-        help="Skip experts: a share of those chosen (0.15), paper, a .json file, or 0 for none. "
-        "Default: as the folder says.",
+        help="Drop experts: a share of those chosen (0.15), paper, a .json file, or 0 for none. "
+        "Default: as stored in the folder.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def checked_device(name: str) -> str:
-    """A device that exists here.
+    """The name of a device.
 
     Raises:
-        InputError: it does not.
+        InputError: this machine has no such device.
     """
     import torch
 
@@ -38,11 +42,12 @@ def checked_device(name: str) -> str:
 
 
 def pruning(text: str | None) -> Any:
-    """What `--prune` asks for; None: nothing, the folder decides."""
+    """The value of `--prune` as a `Strength` or `Pruning`; None: as stored in the folder."""
     from moepress.prune import parse_strength
 
     return None if text is None else parse_strength(text)
 
 
-def show(result: dict[str, Any], as_json: bool, table: Any) -> None:
+def show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result, as JSON or as the text that `table` makes of it."""
     typer.echo(json.dumps(result, indent=2) if as_json else table(result))

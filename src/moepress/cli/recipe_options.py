@@ -1,4 +1,4 @@
-"""The options that say how to compress, and the recipe they make."""
+"""The options that say how to compress, and the recipe made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Bits = Annotated[
     float | None, typer.Option(help="Budget: average code bits of the routed experts.")
 ]
-Bpw = Annotated[float | None, typer.Option(help="Budget: stored bits per weight, everything.")]
+Bpw = Annotated[float | None, typer.Option(help="Budget: stored bits per weight of the model.")]
 Size = Annotated[str | None, typer.Option(help="Budget: bytes of the folder, such as 16GB.")]
 RecipeName = Annotated[
     str, typer.Option(help="default, fast, paper, paper-released, or a .toml or .json file.")
@@ -25,17 +25,19 @@ Calib = Annotated[
     ),
 ]
 Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
-Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens of each.")]
+Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens per sequence.")]
 Widths = Annotated[
     str | None,
-    typer.Option("--expert-bits", help="Widths offered to experts, such as 1,2,3; 0: left out."),
+    typer.Option(
+        "--expert-bits", help="Widths offered to experts, such as 1,2,3; 0 leaves an expert out."
+    ),
 ]
 ExpertCodec = Annotated[
     str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")
 ]
 Over = Annotated[
     str | None,
-    typer.Option(help="Whose loss is kept small: mean (all calibration text) or worst (source)."),
+    typer.Option(help="Loss to minimise: mean (all calibration text) or worst (of the texts)."),
 ]
 Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
@@ -43,19 +45,20 @@ Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 
 def recipe_of(
     name: str,
-    bits: float | None,
-    bpw: float | None,
-    size: str | None,
+    *,
+    bits: float | None = None,
+    bpw: float | None = None,
+    size: str | None = None,
     calib: list[str] | None = None,
     sequences: int | None = None,
     sequence_length: int | None = None,
     expert_bits: str | None = None,
-    group_size: int | None = None,
-    seed: int | None = None,
     expert_codec: str | None = None,
     over: str | None = None,
+    group_size: int | None = None,
+    seed: int | None = None,
 ) -> Recipe:
-    """The named recipe with what the options change."""
+    """The named recipe, changed by the options that are not None."""
     from moepress.recipe import Recipe, parse_size, parse_widths
     from moepress.text.windows import parse_text
 
@@ -67,9 +70,9 @@ def recipe_of(
         "sequences": sequences,
         "sequence_length": sequence_length,
         "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,
-        "group_size": group_size,
-        "seed": seed,
         "expert_codec": expert_codec,
         "over": over,
+        "group_size": group_size,
+        "seed": seed,
     }
     return Recipe.load(name, **{k: v for k, v in changes.items() if v is not None})

@@ -1,4 +1,4 @@
-"""Results as text for people: what `--json` prints for programs."""
+"""Results as text for people. Programs use `--json`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.table import Table
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table for where stdout goes: drawn for a terminal, else plain text that is never folded.
+    """Format a table: drawn if stdout is a terminal, else plain text whose lines never wrap.
 
-    The first column is to the left, the others are to the right.
+    The first column is left-aligned, the others right-aligned.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     return _drawn(columns, cells) if sys.stdout.isatty() else _plain(columns, cells)
@@ -47,17 +47,17 @@ def _plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
-    """What `moepress evaluate` prints."""
+    """Format the result of `moepress evaluate`."""
     head = f"{result['model']}: {result['folder_bytes']:,} bytes"
     if result["original"] is not None:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
     if result["pruning"] is not None:
-        head += f", {result['pruning']['share']:.1%} of the chosen experts skipped"
+        head += f", {result['pruning']['share']:.1%} of the chosen experts dropped"
     return "\n\n".join([head, *(table(*drawn) for drawn in evaluation_tables(result))])
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> list[tuple[Sequence[str], list[list[Any]]]]:
-    """Heads and rows of an evaluation's tables: texts, and whatever else was measured."""
+    """(column names, rows) of each table of an evaluation; bytes by part come last."""
     columns = {"text": "text", "tokens": "tokens", "perplexity": "perplexity"}
     if result["original"] is not None:
         columns |= {
@@ -70,12 +70,12 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[tuple[Sequence[str], li
     tables: list[tuple[Sequence[str], list[list[Any]]]] = [(tuple(columns.values()), rows)]
     if result["tasks"]:
         rows = [
-            [task, figure.removesuffix(",none"), value, figures.get(_error_of(figure))]
-            for task, figures in result["tasks"].items()
-            for figure, value in figures.items()
-            if "_stderr" not in figure
+            [task, metric.removesuffix(",none"), value, metrics.get(_error_of(metric))]
+            for task, metrics in result["tasks"].items()
+            for metric, value in metrics.items()
+            if "_stderr" not in metric
         ]
-        tables.append((("task", "figure", "value", "standard error"), rows))
+        tables.append((("task", "metric", "value", "standard error"), rows))
     loops = [
         [name, found["looping"], found["generations"]]
         for name, key in (("this model", "repetition"), ("original", "original_repetition"))
@@ -98,14 +98,14 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[tuple[Sequence[str], li
     return tables
 
 
-def _error_of(figure: str) -> str:
-    """lm-eval's name for the standard error of a figure."""
-    name, _, kind = figure.partition(",")
+def _error_of(metric: str) -> str:
+    """lm-eval's name for the standard error of a metric."""
+    name, _, kind = metric.partition(",")
     return f"{name}_stderr,{kind}"
 
 
 def proposal_table(result: Mapping[str, Any]) -> str:
-    """What `moepress compress` prints when it is given no budget."""
+    """Format the result of `moepress compress` without a budget."""
     memory, share = result["memory_bytes"], result["share_of_memory"]
     budgets = result["budgets"]
     least = budgets[-1]["predicted_loss"]
@@ -122,25 +122,28 @@ def proposal_table(result: Mapping[str, Any]) -> str:
     ]
     head = ["--bits", "bits/weight", "bytes", "predicted loss", "times the least"]
     head += [f"fits {name} ({size / 1e9:.1f} GB)" for name, size in memory.items()]
-    lines = [table(head, rows), f"Fits: takes at most {share:.0%} of it, context needs the rest."]
+    lines = [
+        table(head, rows),
+        f"Fits: the model takes at most {share:.0%} of the memory; the rest is for the context.",
+    ]
     for name, best in result["best_that_fits"].items():
         if best is None:
             lines.append(f"{name}: not even the smallest fits. Offer smaller --expert-bits.")
         else:
             lines.append(
                 f"{name}: the best that fits is --bits {best['budget']:g}, "
-                f"{best['folder_bytes']:,} bytes. Give the same command with it."
+                f"{best['folder_bytes']:,} bytes. Add it to the same command."
             )
     return "\n".join([lines[0], "", *lines[1:]])
 
 
 def nested_table(result: Mapping[str, Any]) -> str:
-    """A dict of dicts, one line for each value."""
+    """Format nested dicts, one line per value."""
     return table(("", ""), _lines(result, ""))
 
 
 def demo_table(result: Mapping[str, Any]) -> str:
-    """What `moepress demo` prints."""
+    """Format the result of `moepress demo`."""
     keys = ("folder_bytes", "bits_per_weight", "expert_bits_per_weight", "perplexity", "kl")
     rows = [[row["name"], *(row[key] for key in keys)] for row in result["models"]]
     head = ("model", "bytes", "bits/weight", "expert bits/weight", "perplexity", "KL (nats)")

@@ -1,4 +1,4 @@
-"""Commands that use a compressed folder: judge it, look at it, and let it write."""
+"""Commands that use a compressed folder: evaluate it, look at it, run it."""
 
 from __future__ import annotations
 
@@ -19,50 +19,46 @@ from moepress.cli.options import (
 
 Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
 Scores = Annotated[
-    Path | None, typer.Option(help="Scores of its plan, if they are not in the folder.")
+    Path | None, typer.Option(help="Scores that the plan was made from, if not in the folder.")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one for each core.")]
-
-
-def add_to(app: typer.Typer) -> None:
-    """Make the functions of this module commands of the command line."""
-    for command in (evaluate, inspect, prune, generate, chat, serve, report, plot):
-        app.command()(command)
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one per core.")]
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Compressed folder or original model.")],
     text: Annotated[list[str], typer.Option(help="Text to predict. Repeatable.")],
     against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    limit: Annotated[int | None, typer.Option(help="Windows per text; all by default.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Windows per text; default: all.")] = None,
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     generations: Annotated[
-        int, typer.Option(help="Texts to continue, to see whether the model loops; 0: none.")
+        int, typer.Option(help="Texts to continue, to count how often the model loops; 0: none.")
     ] = 16,
     speed: Annotated[bool, typer.Option(help="Measure tokens per second and memory.")] = True,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Zero-shot tasks of lm-eval (moepress[eval]), such as piqa,gsm8k, or paper: the "
+            help="Zero-shot tasks of lm-eval (pip extra: eval), such as piqa,gsm8k, or paper: the "
             "eight of arXiv:2410.06270. Repeatable."
         ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder of your own task definitions (.yaml).")
     ] = None,
-    task_limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Examples per task; default: all.")] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Let tasks run code that the model writes.")
+        bool,
+        typer.Option("--run-code", help="Allow tasks to execute code that the model generates."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to write too, for `moepress report`.")
+        Path | None,
+        typer.Option(help="Also write the result to this JSON file, for `moepress report`."),
     ] = None,
     prune: Prune = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity, KL divergence from the original, loops, speed, memory, zero-shot tasks.
+    """Measure perplexity, KL divergence from the original, loops, speed, memory and tasks.
 
     Example: moepress evaluate mixtral-2.5bit --against Mixtral-8x7B-v0.1 --text wiki.txt
     """
@@ -91,10 +87,12 @@ def evaluate(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder or file of ours, or an original model.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder or file made by moepress, or an original model.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a file or folder holds.
+    """Describe a file or folder.
 
     Example: moepress inspect mixtral-2.5bit --json
     """
@@ -109,15 +107,15 @@ def prune(
     strength: Annotated[
         str,
         typer.Argument(
-            help="Share of the chosen experts to skip (0.15), paper, a .json file, or 0 for none."
+            help="Share of the chosen experts to drop (0.15), paper, a .json file, or 0 for none."
         ),
     ],
     protect: Annotated[
         float | None,
-        typer.Option(help="Share of a prompt's tokens that keep all experts; 0.02 by default."),
+        typer.Option(help="Share of a prompt's tokens that keep all experts; default: 0.02."),
     ] = None,
 ) -> None:
-    """Have a compressed folder skip experts whenever it is opened, by any program.
+    """Make a compressed folder drop experts whenever it is run, by any program.
 
     Example: moepress prune mixtral-2.5bit 0.15
     """
@@ -154,13 +152,13 @@ def generate(
 
 def chat(
     folder: Folder,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue what is typed; for models that do not chat.")
+        bool, typer.Option("--raw", help="Continue what is typed; for models not trained to chat.")
     ] = False,
-    tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(help="0: always the likeliest; default: the model's settings.")
+        float | None, typer.Option(help="0: greedy; default: the model's generation settings.")
     ] = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -187,8 +185,10 @@ def chat(
 
 
 def serve(
-    folder: Annotated[str, typer.Argument(help="Compressed folder; clients name the model so.")],
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: to every network.")] = (
+    folder: Annotated[
+        str, typer.Argument(help="Compressed folder; also the model's name in requests.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all networks.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
@@ -197,7 +197,7 @@ def serve(
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
 ) -> None:
-    """Serve a model to any OpenAI client (moepress[serve]): transformers' server, our kernels.
+    """Serve a model to any OpenAI client, with transformers' server (pip extra: serve).
 
     Example: moepress serve mixtral-2.5bit --port 8000
     """
@@ -217,15 +217,16 @@ def serve(
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option(help="HTML file to write; default: moepress_report.html in it.")
+        Path | None,
+        typer.Option(help="HTML file to write; default: moepress_report.html in the folder."),
     ] = None,
     scores: Scores = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="File of `moepress evaluate --out`, if it is not in the folder."),
+        typer.Option(help="File of `moepress evaluate --out`, if not in the folder."),
     ] = None,
 ) -> None:
-    """Write one page that shows what happened to the model: open it in any browser.
+    """Write a page that shows what compression did to the model. Open it in any browser.
 
     Example: moepress report mixtral-2.5bit
     """
@@ -240,7 +241,7 @@ def plot(
     form: Annotated[str, typer.Option("--format", help="svg or png.")] = "svg",
     scores: Scores = None,
 ) -> None:
-    """Write the pictures of the report as files.
+    """Write the report's pictures as files.
 
     Example: moepress plot mixtral-2.5bit pictures/ --format png
     """

@@ -1,9 +1,9 @@
-"""The main job on the small model that moepress carries: compress, load, evaluate, generate.
+"""Compress, evaluate and run the small model that comes with moepress.
 
 `model/` is a trained Mixtral of 4 million weights (its README.md is the model card;
 `benchmarks/carried_model/train_model.py` trained it). The demo calibrates on one part of the Python
-standard library's text and evaluates on another. Every Python installation has both, so nothing is
-downloaded.
+standard library's text and evaluates on another (corpus.py). Every Python installation has this
+text, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,33 +12,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moepress.format.checkpoint import temporary_folder
-
 MODEL = Path(__file__).parent / "model"
 PROMPT = "class Queue:\n    def put(self, item):\n"
 NEW_TOKENS = 48
 WINDOWS = 64  # of 256 tokens each, for the evaluation
 
 
-def demo(out: Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
-    """Compress the carried model and compare it with the original.
+def demo(out: str | Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
+    """Compress the small model and compare the result with the original.
 
     Args:
-        out: folder for the compressed model; None: a temporary one.
+        out: folder for the compressed model and its evaluation; None: a temporary one.
         bits: average code bits of the routed experts.
 
     Returns:
-        {"models": one row each of the original and the compressed model, "prompt", "seconds"}.
+        {"models": a row for the original and one for the compressed model, "prompt", "seconds"}.
     """
     from moepress.allocation.plan import BitAllocation
     from moepress.compress import compress
     from moepress.evaluate import evaluate
-    from moepress.format.checkpoint import PLAN, folder_bytes
+    from moepress.format.checkpoint import EVALUATION, PLAN, folder_bytes, temporary_folder
     from moepress.generate import generate
     from moepress.original.source import Source
 
     started = time.monotonic()
-    with temporary_folder(out) as folder:
+    with temporary_folder(None if out is None else Path(out)) as folder:
         made = compress(
             MODEL,
             folder / "model" if out is None else folder,
@@ -48,6 +46,7 @@ def demo(out: Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
             sequence_length=256,
         )
         result = evaluate(made, ["stdlib"], against=MODEL, limit=WINDOWS)
+        result.save(made / EVALUATION)  # for `moepress report`
         (text,) = result.texts
         plan = BitAllocation.load(made / PLAN)
         bits_of_original = 8.0 * Source(MODEL).dtype.itemsize

@@ -1,8 +1,8 @@
-"""How fast a loaded model reads and writes, and how much memory that takes.
+"""Measure the speed of a loaded model in prefill and decode, and its peak memory.
 
-Batch 1, greedy, with the cache that `generate` uses by default: what one person at one machine
-sees. Prefill is one pass over a prompt; decoding is timed as the difference between writing many
-tokens and writing one, so that the prompt counts for nothing.
+Batch 1, greedy, with the default cache of `generate`: what a single user sees. Prefill is one
+forward pass over a prompt. Decoding is timed as the difference between generating many tokens and
+generating one, so that the prompt does not count.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-REPEATS = 3  # the median counts
-DECODED = 64  # tokens
-DECODE_PROMPT = 32  # tokens already there when decoding starts
+REPEATS = 3  # runs, of which the median is taken
+DECODED = 64  # tokens to time
+DECODE_PROMPT = 32  # tokens of the prompt when decoding
 
 
 @dataclass(frozen=True)
 class Performance:
-    """Speed at batch 1, and the most memory that was in use."""
+    """Speed at batch 1, and peak memory."""
 
-    prefill_tokens: int  # of the prompt
+    prefill_tokens: int  # tokens of the prompt
     prefill_tokens_per_second: float
-    decode_tokens: int  # written
-    decode_prompt_tokens: int  # that they follow
+    decode_tokens: int  # generated tokens
+    decode_prompt_tokens: int  # tokens of their prompt
     decode_tokens_per_second: float
-    peak_bytes: int | None  # resident memory, or a GPU's; None: this system does not tell
+    peak_bytes: int | None  # resident memory, or GPU memory; None: unknown on this system
     device: str
     threads: int
 
 
 @torch.inference_mode()
 def measure_performance(model: Any, prompt: Tensor) -> Performance:
-    """Time a model.
+    """Time a model, and read the peak memory since `forget_peak`.
 
     Args:
-        model: a causal LM of transformers, loaded.
-        prompt: [L] int64 tokens of a text, L at least 2.
+        model: a loaded causal LM of transformers.
+        prompt: [L] int64 tokens, L at least 2.
     """
     device = model.device
     prompt = prompt.to(device)[None]
@@ -51,19 +51,19 @@ def measure_performance(model: Any, prompt: Tensor) -> Performance:
     def prefill() -> None:
         model(input_ids=prompt, use_cache=True, logits_to_keep=1)
 
-    def write(tokens: int) -> Callable[[], None]:
+    def decode(tokens: int) -> Callable[[], None]:
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         mask = torch.ones_like(short)
         return lambda: model.generate(input_ids=short, attention_mask=mask, **options)
 
-    reading = _seconds(prefill, device)
-    writing = _seconds(write(1 + DECODED), device) - _seconds(write(1), device)
+    prefill_seconds = _seconds(prefill, device)
+    decode_seconds = _seconds(decode(1 + DECODED), device) - _seconds(decode(1), device)
     return Performance(
         prefill_tokens=prompt.shape[1],
-        prefill_tokens_per_second=prompt.shape[1] / reading,
+        prefill_tokens_per_second=prompt.shape[1] / prefill_seconds,
         decode_tokens=DECODED,
         decode_prompt_tokens=short.shape[1],
-        decode_tokens_per_second=DECODED / max(writing, 1e-9),
+        decode_tokens_per_second=DECODED / max(decode_seconds, 1e-9),
         peak_bytes=peak_bytes(device),
         device=str(device),
         threads=torch.get_num_threads(),
@@ -71,7 +71,7 @@ def measure_performance(model: Any, prompt: Tensor) -> Performance:
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Median time of a few runs after one that does not count."""
+    """Median time of `REPEATS` runs, after a warm-up run."""
     run()
     times = []
     for _ in range(REPEATS):
@@ -84,7 +84,7 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start to measure `peak_bytes` anew, where the system can."""
+    """Reset `peak_bytes`, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -95,7 +95,8 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory in use since `forget_peak`: of this process, or allocated on its GPU."""
+    """Peak memory in bytes since `forget_peak`: resident memory of this process, or GPU memory that
+    torch allocated. None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -1,8 +1,8 @@
-"""Does a model get stuck? The share of its generations that end in a loop.
+"""Count the generations of a model that end in a loop.
 
-Perplexity is measured on text that people wrote and hides this: a model at too few bits may predict
-such text well and still write the same line for ever. Greedy continuations of held-out text show
-it. Original models loop too, small ones often: what counts is the difference.
+Perplexity is measured on human text and hides loops: a model with too few bits may predict such
+text well and still generate the same line for ever. Greedy continuations of held-out text show it.
+Original models loop too, small ones often, so compare with the original.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
-CYCLES = 4  # times that the same tokens stand in a row, at least
-LOOP_TOKENS = 24  # that they make up together, at least: four blank lines are no loop
+CYCLES = 4  # least number of repetitions that make a loop
+LOOP_TOKENS = 24  # least length of a loop: four blank lines are none
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """How many greedy generations ended in a loop."""
+    """Number of greedy generations that end in a loop."""
 
     generations: int
     looping: int
     prompt_tokens: int
-    new_tokens: int  # at most, of each
+    new_tokens: int  # most new tokens of a generation
 
     @property
     def share(self) -> float:
@@ -36,11 +36,11 @@ class Repetition:
 
 @torch.inference_mode()
 def measure_repetition(model: Any, prompts: Tensor) -> Repetition:
-    """Let a model continue each prompt greedily and count the loops.
+    """Continue each prompt greedily, and count the continuations that end in a loop.
 
     Args:
-        model: a causal LM of transformers, loaded.
-        prompts: [N, L] int64, none padded.
+        model: a loaded causal LM of transformers.
+        prompts: [N, L] int64, without padding.
     """
     prompts = prompts.to(model.device)
     ends = model.generation_config.eos_token_id
@@ -57,7 +57,7 @@ def measure_repetition(model: Any, prompts: Tensor) -> Repetition:
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether a sequence ends in `CYCLES` copies of some tokens, `LOOP_TOKENS` of them or more."""
+    """Whether the last max(`CYCLES` * period, `LOOP_TOKENS`) tokens have some period."""
     for period in range(1, len(tokens) // CYCLES + 1):
         length = max(CYCLES * period, LOOP_TOKENS)
         tail = tokens[len(tokens) - length :]
@@ -67,10 +67,10 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
 
 
 def prompts_of(ids: Tensor, count: int) -> Tensor:
-    """The beginnings of `count` of the sequences [S, L], spread evenly; of all if there are less.
+    """The beginnings of `count` of the sequences [S, L], evenly spread; of all if S is smaller.
 
     Returns:
-        [N, P] int64.
+        [N, P] int64, P at most `PROMPT_TOKENS`.
     """
     rows = torch.linspace(0, len(ids) - 1, min(count, len(ids))).round().long()
     return ids[rows, :PROMPT_TOKENS]

@@ -1,8 +1,8 @@
-"""Zero-shot tasks, run by lm-eval: the figures are those that its own command gives.
+"""Zero-shot tasks, run by lm-eval: results equal those of lm-eval's own command.
 
-`paper` names the eight tasks of arXiv:2410.06270. Any task of lm-eval can be asked for by name,
-tasks of one's own through `include_path`: a folder of task definitions (.yaml), which need no
-network if their data lies beside them.
+`paper` stands for the eight tasks of arXiv:2410.06270. Any task of lm-eval can be given by name,
+and tasks of your own through `include_path`: a folder of task definitions (.yaml), which need no
+network if their data is in local files.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ MISSING = "Tasks need lm-eval, which is not installed: pip install 'moepress[eva
 
 
 def task_names(asked: Sequence[str]) -> list[str]:
-    """The tasks of "paper,gsm8k" and the like, sets replaced by their tasks, each once."""
+    """The tasks named in texts such as "paper,gsm8k": sets expanded, duplicates removed."""
     names = [name.strip() for text in asked for name in text.split(",") if name.strip()]
     return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 
 def find_tasks(asked: Sequence[str], include_path: str | Path | None = None) -> tuple[Any, Any]:
-    """lm-eval's task manager and the names of the tasks asked for: cheap, to refuse early.
+    """Look tasks up in lm-eval. Cheap, so that wrong names are refused before any work.
+
+    Returns:
+        lm-eval's task manager, and the names of the tasks.
 
     Raises:
         InputError: lm-eval is not installed, the folder is missing, or a task does not exist.
@@ -40,16 +43,16 @@ def find_tasks(asked: Sequence[str], include_path: str | Path | None = None) -> 
     except ImportError as error:
         raise InputError(MISSING) from error
     if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"No folder {include_path}. Expected one of task definitions (.yaml).")
-    # Reading all of lm-eval's own definitions takes seconds: only if they are asked for.
+        raise InputError(f"No folder {include_path}. Expected one with task definitions (.yaml).")
+    # Reading lm-eval's own definitions takes seconds, so they are read only if needed.
     for defaults in (False, True) if include_path is not None else (True,):
         manager = TaskManager(include_path=include_path, include_defaults=defaults)
         unknown = [name for name in names if name not in manager.all_tasks]
         if not unknown:
             return manager, names
     raise InputError(
-        f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them; the set "
-        f"{', '.join(SETS)} and a folder of your own (--include-path) are known too."
+        f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists its tasks. Also "
+        f"accepted: the set {', '.join(SETS)}, and tasks in a folder of yours (--include-path)."
     )
 
 
@@ -62,17 +65,21 @@ def run_tasks(
     batch_size: int = 8,
     run_code: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """The figures of each task, by task or group and then by lm-eval's name of the figure.
+    """Run tasks.
 
     Args:
-        model: a causal LM of transformers, loaded.
-        tokenizer: its own.
-        found: what `find_tasks` gave.
-        limit: examples of each task; None: all.
-        run_code: allow tasks that run what the model writes (humaneval).
+        model: a loaded causal LM of transformers.
+        tokenizer: the model's.
+        found: result of `find_tasks`.
+        limit: examples per task; None: all.
+        batch_size: examples per forward pass.
+        run_code: allow tasks that execute generated code (humaneval).
+
+    Returns:
+        Metrics by task or group, then by lm-eval's name such as "acc,none".
 
     Raises:
-        MoepressError: a task's data cannot be had, or it fails.
+        MoepressError: a task's data is not available, or the task fails.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -89,14 +96,14 @@ def run_tasks(
             confirm_run_unsafe_code=run_code,
             log_samples=False,
         )
-    except Exception as error:  # lm-eval, datasets and the network each raise their own
+    except Exception as error:  # lm-eval, datasets and the network raise errors of their own
         raise MoepressError(
             f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {error}. Tasks "
-            "fetch their data from the network unless they are cached, or local (--include-path)."
+            "download their data, unless it is cached or in local files (--include-path)."
         ) from error
     if results is None:
-        raise MoepressError("lm-eval gave no results: run moepress as the first process (rank 0).")
+        raise MoepressError("lm-eval gave no results. Run moepress in the process of rank 0.")
     return {
-        task: {k: float(v) for k, v in figures.items() if type(v) in (int, float) and "," in k}
-        for task, figures in results["results"].items()
+        task: {k: float(v) for k, v in metrics.items() if type(v) in (int, float) and "," in k}
+        for task, metrics in results["results"].items()
     }

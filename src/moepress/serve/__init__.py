@@ -1,9 +1,8 @@
-"""An OpenAI-compatible HTTP server: transformers' own, which opens our folders as they are.
+"""An OpenAI-compatible HTTP server: `transformers serve` with a compressed model.
 
-Endpoints, streaming, queues and disconnected clients are its business (`transformers serve`); this
-makes sure that the plugin is there, that the folder is one it can open, that the model runs as it
-was asked to, and that requests which nobody can answer are refused as OpenAI's clients expect it
-(serve_requests.py).
+transformers handles endpoints, streaming, queues and disconnected clients. This module registers
+moepress, checks that the folder can be served, sets activation bits and pruning on the model, and
+has invalid requests refused in the form that OpenAI's clients expect (requests.py).
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moepress.chat import set_threads
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import is_compressed, load_json
-from moepress.hf import register
+from moepress.hf import no_progress_bars, register, set_threads
 from moepress.kernels.modules import set_activation_bits
 from moepress.kernels.reference import check_activation_bits
 from moepress.prune import Pruning, Strength, prune
 
 MISSING = (
-    "Serving needs libraries that are not installed: pip install 'moepress[serve]' (fastapi, "
-    "uvicorn, openai, pydantic)."
+    "Serving needs libraries that are not installed (fastapi, uvicorn, openai, pydantic): "
+    "pip install 'moepress[serve]'."
 )
 
 
@@ -40,17 +38,18 @@ def serve(
     """Serve a model until the process is stopped.
 
     Args:
-        folder: a folder made by moepress, or an original that fits in memory. Requests name the
-            model by this text.
-        host, port: where to listen; the default answers this machine only.
-        threads: CPU threads; None: as torch has it.
+        folder: a folder made by moepress, or an original model that fits in memory. Its path, as
+            given here, is the model's name in requests.
+        host, port: address to listen on; the default host accepts only this machine.
+        threads: CPU threads; None: torch's setting.
         device: "cpu" or "cuda".
-        activation_bits: of a compressed model, see `modules.set_activation_bits`.
-        pruning: of a compressed model, see `prune.prune`; None: as its folder says.
+        activation_bits: for a compressed model, see `set_activation_bits`.
+        pruning: for a compressed model, see `prune`; None: as stored in the folder.
 
     Raises:
-        InputError: libraries or folder are missing, the port is taken, or the model cannot run as
-            asked.
+        InputError: libraries or the folder are missing, the port is taken, or an option does not
+            suit the model.
+        MoepressError: the server could not start.
     """
     try:
         from transformers.cli.serve import Serve
@@ -77,7 +76,10 @@ def serve(
 
     class Server(Serve):  # type: ignore[misc]  # transformers is untyped
         def start_server(self) -> None:
-            """Listen, in this thread. The model is loaded; clients may have it loaded again."""
+            """Set up the loaded model, then serve in this thread.
+
+            Clients can have the model unloaded; the next request loads it again.
+            """
             manager = self._model_manager
             (held,) = manager.loaded_models.values()
             prepare(held.model)
@@ -88,14 +90,15 @@ def serve(
 
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:
-        Server(force_model=str(folder), device=device, host=host, port=port, non_blocking=True)
-    except SystemExit as stop:  # how uvicorn says that it could not start
+        with no_progress_bars():
+            Server(force_model=str(folder), device=device, host=host, port=port, non_blocking=True)
+    except SystemExit as stop:  # uvicorn exits when it cannot start
         if stop.code:
             raise MoepressError(f"The server could not start at {host}:{port}.") from stop
 
 
 def _then(load: Callable[..., Any], prepare: Callable[[Any], None]) -> Callable[..., Any]:
-    """`load`, and `prepare` for what it gives."""
+    """A function that loads a model with `load` and then applies `prepare` to it."""
 
     def load_and_prepare(*args: Any, **named: Any) -> Any:
         model = load(*args, **named)
@@ -106,27 +109,31 @@ def _then(load: Callable[..., Any], prepare: Callable[[Any], None]) -> Callable[
 
 
 def check_servable(folder: str | Path) -> Path:
-    """The folder, or InputError if the server cannot open it."""
+    """The folder as a path.
+
+    Raises:
+        InputError: the server cannot open it.
+    """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a model folder.")
     if not load_json(path / "config.json").get("architectures"):
         raise InputError(
-            f"config.json of {folder} names no architectures, which the server loads models by. "
-            'Add the name of its class, such as "architectures": ["MixtralForCausalLM"].'
+            f"config.json of {folder} names no architectures. The server needs the name of the "
+            'model\'s class: add it, such as "architectures": ["MixtralForCausalLM"].'
         )
     return path
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise InputError if nothing can listen there: before a large model is loaded for nothing."""
+    """Raise InputError if the address is not free, before a large model is loaded in vain."""
     import socket
 
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(info[0], socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((info[4][0], port))  # getaddrinfo cuts large numbers to 16 bits
+            probe.bind((info[4][0], port))  # getaddrinfo truncates large ports to 16 bits
     except (OSError, OverflowError) as error:
         raise InputError(
             f"Cannot listen at {host}:{port}: {error}. Choose another --host or --port."

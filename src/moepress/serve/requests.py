@@ -1,12 +1,12 @@
-"""Requests that nobody can answer are refused, as the clients of OpenAI expect it.
+"""Refuse invalid requests, in the form that OpenAI's clients expect.
 
-transformers' server takes the fields of a request as they come: `"max_tokens": "many"` ends as
-"500 Internal Server Error", and so does a chat with a model that was never taught to chat. Here the
-body of a request is checked before it gets there, and all errors are given OpenAI's shape:
+transformers' server does not check the values in a request: `"max_tokens": "many"` ends in
+"500 Internal Server Error", and so does a chat with a model that has no chat template. Here each
+body is checked before it reaches the server, and all errors get OpenAI's form:
 
     {"error": {"message": "...", "type": "invalid_request_error", "param": "max_tokens", ...}}
 
-Which fields there are stays the server's business: only what would make it fail is refused.
+Only values that would make the server fail are refused. Which fields exist is left to the server.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 NO_TEMPLATE = (
-    "This model has no chat template: it was not taught to answer. Ask /v1/completions to continue "
+    "This model has no chat template: it was not trained to chat. Use /v1/completions to continue "
     "a text, or add a chat_template.jinja to the model's folder."
 )
-MOST = 500  # characters of a message: what was wrong may be long
+MESSAGE_LENGTH = 500  # most characters of an error message, which quotes the invalid value
 Tokens = Annotated[int, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 
 
 class Sampling(BaseModel):
-    """What every request may say; fields that are not named here pass."""
+    """Fields of every request. Fields that are not listed are not checked."""
 
     stream: bool | None = None
     temperature: Annotated[FiniteFloat, Field(ge=0)] | None = None
@@ -46,14 +46,14 @@ class Completion(Sampling):
     stop: Text | Annotated[list[Text], Field(min_length=1)] | None = None
 
 
-class Part(BaseModel):
+class Piece(BaseModel):
     type: StrictStr
     text: StrictStr = ""
 
 
 class Message(BaseModel):
     role: StrictStr
-    content: StrictStr | list[Part] | None = None
+    content: StrictStr | list[Piece] | None = None
 
 
 class Conversation(Sampling):
@@ -82,11 +82,11 @@ BODIES: dict[str, type[Sampling]] = {
 
 
 def check_requests(app: FastAPI, *, chats: bool) -> None:
-    """Have a server refuse what it cannot answer; before it listens.
+    """Make a server refuse invalid requests. Call this before it starts.
 
     Args:
-        app: of transformers' server.
-        chats: whether its model has a chat template.
+        app: the application of transformers' server.
+        chats: whether the model has a chat template.
     """
 
     async def check(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -101,19 +101,19 @@ def check_requests(app: FastAPI, *, chats: bool) -> None:
         return await answer(request)
 
     app.middleware("http")(check)
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(RequestValidationError, _told)
-    app.add_exception_handler(Exception, _told)  # the traceback is logged too
+    app.add_exception_handler(HTTPException, _respond)
+    app.add_exception_handler(RequestValidationError, _respond)
+    app.add_exception_handler(Exception, _respond)  # the traceback is logged too
 
 
 def refusal(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
+    """An error response in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": param, "code": None}
     return JSONResponse({"error": error}, status)
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _respond(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return refusal(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):
@@ -122,8 +122,8 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 def _first(errors: Any) -> tuple[str, str | None]:
-    """What is wrong, and with which field, of the first thing that is wrong."""
+    """Message and field of the first validation error."""
     error = errors[0]
     where = ".".join(map(str, error["loc"]))
-    told = f"{where or 'body'}: {error['msg']}. Got {error['input']!r}"
-    return told[:MOST], str(error["loc"][0]) if where else None
+    message = f"{where or 'body'}: {error['msg']}. Got {error['input']!r}"
+    return message[:MESSAGE_LENGTH], str(error["loc"][0]) if where else None

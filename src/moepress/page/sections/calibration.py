@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moepress.allocation.choices import BOTH, offered
+from moepress.allocation.choices import offered
 from moepress.allocation.plan import PROJECTIONS
+from moepress.costs.scores import BOTH
 from moepress.format.codec import LEFT_OUT
 from moepress.page.maps import heat_map
 from moepress.page.sections.section import Section, Table, no_scores

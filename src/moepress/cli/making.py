@@ -1,0 +1,184 @@
+"""Commands that make a compressed model: the whole pipeline, and its stages one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moepress.cli.options import Device, checked_device, show
+from moepress.cli.recipe_options import (
+    Bits,
+    Bpw,
+    Calib,
+    ExpertCodec,
+    Group,
+    Length,
+    Over,
+    RecipeName,
+    Seed,
+    Sequences,
+    Size,
+    Widths,
+    recipe_of,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of the original model, or its hub id.")]
+Out = Annotated[Path, typer.Argument(help="Folder to make, or to continue.")]
+
+
+def compress(
+    model: Model,
+    out: Out,
+    bits: Bits = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    recipe: RecipeName = "default",
+    calib: Calib = None,
+    sequences: Sequences = None,
+    sequence_length: Length = None,
+    expert_bits: Widths = None,
+    expert_codec: ExpertCodec = None,
+    over: Over = None,
+    group_size: Group = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Without a budget: print JSON.")] = False,
+) -> None:
+    """Compress a model: score, allocate, quantize. Run again to continue a stopped run.
+
+    Without a budget: score, then show what each budget costs and what fits in this machine.
+
+    Example: moepress compress Mixtral-8x7B-v0.1 mixtral-2.5bit --bits 2.5 --calib text/
+    """
+    from moepress.cli.tables import proposal_table
+    from moepress.compress import compress as run
+    from moepress.propose import propose
+
+    chosen = recipe_of(
+        recipe,
+        bits=bits,
+        bpw=bpw,
+        size=size,
+        calib=calib,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        expert_bits=expert_bits,
+        expert_codec=expert_codec,
+        over=over,
+        group_size=group_size,
+        seed=seed,
+    )
+    if chosen.has_budget:
+        typer.echo(run(model, out, chosen, device=checked_device(device)))
+        return
+    found = propose(model, out, chosen, device=checked_device(device))
+    show(found.to_dict(), as_json, proposal_table)
+
+
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="File to write (.safetensors).")],
+    recipe: RecipeName = "default",
+    calib: Calib = None,
+    sequences: Sequences = None,
+    sequence_length: Length = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> None:
+    """Measure which experts tokens choose, with what weight, and what dropping them costs.
+
+    Example: moepress calibrate Mixtral-8x7B-v0.1 routing.safetensors --calib text/
+    """
+    from moepress.calibrate import calibrate as run
+    from moepress.original.source import Source
+
+    chosen = recipe_of(
+        recipe, calib=calib, sequences=sequences, sequence_length=sequence_length, seed=seed
+    )
+    run(Source(model, checked_device(device)), chosen).save(out)
+    typer.echo(out)
+
+
+def score(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Scores file to write (.safetensors).")],
+    recipe: RecipeName = "default",
+    calib: Calib = None,
+    sequences: Sequences = None,
+    sequence_length: Length = None,
+    expert_bits: Widths = None,
+    expert_codec: ExpertCodec = None,
+    group_size: Group = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> None:
+    """Measure what every expert costs at every width. Run again to continue a stopped run.
+
+    Example: moepress score Mixtral-8x7B-v0.1 scores.safetensors --calib text/
+    """
+    import shutil
+
+    from moepress.score import score as run
+
+    chosen = recipe_of(
+        recipe,
+        calib=calib,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        expert_bits=expert_bits,
+        expert_codec=expert_codec,
+        group_size=group_size,
+        seed=seed,
+    )
+    work = out.with_name(out.name + ".work")
+    run(model, chosen, work=work, device=checked_device(device)).save(out)
+    shutil.rmtree(work)
+    typer.echo(out)
+
+
+def allocate(
+    scores: Annotated[Path, typer.Argument(help="Scores file of `moepress score`.")],
+    out: Annotated[Path, typer.Argument(help="Plan to write (.json).")],
+    bits: Bits = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    expert_bits: Widths = None,
+    over: Over = None,
+    recipe: RecipeName = "default",
+) -> None:
+    """Choose the bits of every expert under a budget, from stored scores. Takes seconds.
+
+    Without --expert-bits, all widths in the scores are offered.
+
+    Example: moepress allocate scores.safetensors plan.json --size 16GB
+    """
+    from moepress.allocate import allocate as run
+    from moepress.allocate import warn_of_left_out
+    from moepress.costs.scores import ExpertScores
+    from moepress.recipe import parse_widths
+
+    measured = ExpertScores.load(scores)
+    widths = {"expert_bits": parse_widths(expert_bits)} if expert_bits is not None else {}
+    wanted = recipe_of(recipe, bits=bits, bpw=bpw, size=size, over=over)
+    plan = run(measured, measured.recipe_for(wanted, **widths))
+    warn_of_left_out(measured, plan)
+    plan.save(out)
+    typer.echo(out)
+
+
+def quantize(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="Plan of `moepress allocate`.")],
+    out: Out,
+    device: Device = "cpu",
+) -> None:
+    """Apply a plan and write the compressed folder. Run again to continue a stopped run.
+
+    Example: moepress quantize Mixtral-8x7B-v0.1 plan.json mixtral-2.5bit
+    """
+    from moepress.allocation.plan import BitAllocation
+    from moepress.quantize import quantize as run
+
+    typer.echo(run(model, BitAllocation.load(plan), out, device=checked_device(device)))

@@ -1,0 +1,41 @@
+"""Commands to try moepress, and to check the machine it runs on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moepress.cli.options import AsJson, show
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Folder in which to keep the compressed model; default: not kept."),
+    ] = None,
+    bits: Annotated[float, typer.Option(help="Average code bits of the routed experts.")] = 2.5,
+    as_json: AsJson = False,
+) -> None:
+    """Compress, evaluate and run the small model that comes with moepress, in a minute or two.
+
+    Example: moepress demo
+    """
+    from moepress.cli.tables import demo_table
+    from moepress.demo import demo as run
+
+    show(run(out, bits=bits), as_json, demo_table)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Report what runs on this machine, what does not, and why.
+
+    Example: moepress doctor
+    """
+    from moepress.doctor import doctor as run
+    from moepress.doctor import format_report
+
+    report = run()
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))

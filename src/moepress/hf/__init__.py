@@ -1,0 +1,198 @@
+"""Load compressed folders with transformers: `AutoModelForCausalLM.from_pretrained(folder)`.
+
+transformers reads `quantization_config` from config.json, finds `MoePressQuantizer` by its method
+name, and builds the model's native class on the meta device. Before any weight is read, the
+quantizer replaces modules by packed ones (packing.py) and checks the files (files.py). After that,
+packed parameters are ordinary parameters: sharding, device maps, offloading and `save_pretrained`
+need no code here, and on the CPU the bytes stay memory-mapped.
+
+Damaged folders are refused before weights are read: transformers would fill missing parameters
+with random numbers and continue with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moepress.errors import InputError
+from moepress.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, is_compressed
+from moepress.format.codec import PackedSpec
+from moepress.hf.files import check_files, read_ahead
+from moepress.hf.packing import pack_modules, with_tied
+from moepress.kernels.modules import set_activation_bits
+from moepress.prune import Pruning, Strength, prune
+
+
+class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
+    """The `quantization_config` of a compressed folder's config.json (docs/format.md).
+
+    Args:
+        modules: parameter path to {"bits": one digit per matrix, "group_size": G}, and "family"
+            unless it is "int".
+        format_version: version of the byte layout.
+        provenance: how the folder was made; kept when the model is saved, otherwise unused.
+        pruning: which experts tokens drop whenever the model runs (`Pruning.to_json`); None: none.
+        quant_method: "moepress".
+
+    Raises:
+        InputError: a newer format version, or fields that the format does not have.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, str | int]],
+        format_version: int = FORMAT_VERSION,
+        provenance: Mapping[str, Any] | None = None,
+        pruning: Mapping[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if quant_method != QUANT_METHOD:
+            raise InputError(f"quant_method is '{quant_method}', expected '{QUANT_METHOD}'.")
+        if format_version > FORMAT_VERSION:
+            raise InputError(
+                f"This model has format version {format_version}; this moepress reads up to "
+                f"{FORMAT_VERSION}. Upgrade moepress."
+            )
+        if unknown:
+            raise InputError(
+                f"quantization_config of config.json has unknown fields {sorted(unknown)}. The "
+                "file is damaged or was edited: restore it."
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = {path: dict(fields) for path, fields in modules.items()}
+        self.provenance = dict(provenance or {})
+        self.specs()  # refuses damaged entries
+        if pruning is not None:  # else no such attribute: config.json of older folders has no field
+            self.pruning = Pruning.from_json(pruning).to_json()
+
+    def specs(self) -> dict[str, PackedSpec]:
+        """How each packed parameter is stored, by parameter path."""
+        return {path: _spec(path, fields) for path, fields in self.modules.items()}
+
+
+class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
+    """Replace the modules of a model on the meta device by packed ones."""
+
+    requires_calibration = True  # loads packed models; `moepress compress` makes them
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        is_bare = model.base_model is model  # AutoModel: no head, and paths without the prefix
+        prefix = f"{model.base_model_prefix}." if is_bare else ""
+        given: dict[str, PackedSpec] = self.quantization_config.specs()
+        here = {p.removeprefix(prefix): s for p, s in given.items() if p.startswith(prefix)}
+        specs = with_tied(model, here)
+        pack_modules(model, specs)
+        if checkpoint_files is not None:
+            stored = specs.keys() - model.all_tied_weights_keys.keys()  # tied: under one name only
+            sizes = {prefix + path: model.get_parameter(path).numel() for path in sorted(stored)}
+            check_files(checkpoint_files, sizes)
+            read_ahead(checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        pruning = getattr(self.quantization_config, "pruning", None)
+        if pruning is not None:
+            prune(model, Pruning.from_json(pruning))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Register `quant_method: moepress` with transformers. Safe to repeat."""
+    from transformers.quantizers import auto
+
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(MoePressConfig)
+        auto.register_quantizer(QUANT_METHOD)(MoePressQuantizer)
+
+
+def load_model(
+    folder: Path,
+    device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+) -> Any:
+    """Load a folder as a transformers model; a compressed one stays packed in memory.
+
+    Args:
+        folder: a folder made by moepress, or an original model that fits in memory.
+        device: "cpu" or "cuda".
+        activation_bits: for a compressed model, see `set_activation_bits`.
+        pruning: for a compressed model, see `prune`; None: as stored in the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = model.to(device).eval()
+    if is_compressed(folder):
+        set_activation_bits(model, activation_bits)
+    if pruning is not None:
+        prune(model, pruning)
+    return model
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads; None: leave it as it is.
+
+    Raises:
+        InputError: fewer than one.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"threads is {threads}. Expected at least 1.")
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide transformers' progress bars ("Loading weights") inside the block.
+
+    Uses the hook through which transformers makes each bar: unlike `disable_progress_bar`, it
+    leaves the bars of huggingface_hub and the caller's settings alone.
+    """
+    before = transformers_logging.set_tqdm_hook(_no_bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return transformers_logging.EmptyTqdm(*args, **options)
+
+
+def _spec(path: str, fields: Mapping[str, str | int]) -> PackedSpec:
+    try:
+        return PackedSpec.from_json(dict(fields))
+    except (KeyError, ValueError) as error:  # InputError is a ValueError
+        raise InputError(
+            f"quantization_config of config.json has {dict(fields)} for {path}. Expected "
+            f'{{"bits": one digit per matrix, "group_size": 128}}. {error}'
+        ) from error
+
+
+register()  # for processes that import this module before transformers, see _plugin.py
