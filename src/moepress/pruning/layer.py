@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from moepress.kernels.modules import PackedExperts
 from moepress.original.architectures import decoder_layers, is_experts
 from moepress.pruning.capture import capture_attention
 from moepress.pruning.importance import AttentionRecord, protected_tokens
-
-if TYPE_CHECKING:
-    from moepress.prune import Pruning
+from moepress.pruning.rule import Pruning
 
 # An attribute of transformers' own experts: true makes them ignore choices of "no expert".
 IGNORES_NO_EXPERT = "_is_expert_parallel"

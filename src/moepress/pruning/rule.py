@@ -1,0 +1,105 @@
+"""The rule by which choices are dropped: thresholds by layer and rank, and who is protected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moepress.errors import InputError
+
+if TYPE_CHECKING:
+    from moepress.costs.drop_costs import DropCosts
+
+PROTECT = 0.02  # share of a prefill's tokens that keep all experts, as in the paper
+
+Strength = float | Literal["paper"]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which choices are dropped: thresholds for w_r / w_1, by layer and rank."""
+
+    thresholds: Mapping[int, tuple[float, ...]]  # decoder layer: [k] by rank; first 0
+    renormalise: bool  # whether kept weights are scaled up to the sum of all
+    protect: float = PROTECT  # share of a sequence's tokens that keep all experts in a prefill
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.thresholds, Mapping) or not isinstance(self.renormalise, bool):
+            raise InputError(
+                f"Pruning has thresholds {self.thresholds!r} and renormalise {self.renormalise!r}. "
+                "Expected ratios by decoder layer, and true or false."
+            )
+        for layer, ratios in self.thresholds.items():
+            right = isinstance(layer, int) and layer >= 0 and isinstance(ratios, tuple) and ratios
+            if not right or not all(_is_share(r) for r in ratios) or ratios[0] != 0:
+                raise InputError(
+                    f"Thresholds of layer {layer!r} are {ratios!r}. Expected one ratio for each "
+                    "chosen expert, from 0 to 1, the first 0: a token's first expert is never "
+                    "dropped."
+                )
+        if not _is_share(self.protect):
+            raise InputError(f"protect is {self.protect!r}. Expected a share of tokens, 0 to 1.")
+
+    @property
+    def drops(self) -> bool:
+        """Whether any choice can be dropped."""
+        return any(any(ratios) for ratios in self.thresholds.values())
+
+    @classmethod
+    def of(cls, costs: DropCosts, strength: Strength, protect: float = PROTECT) -> Pruning:
+        """Thresholds for a strength, from measured costs.
+
+        Args:
+            costs: of the model.
+            strength: "paper": each layer's median ratio of every rank, weights renormalised. A
+                number: this share of all choices of experts, dropped where it costs least.
+            protect: share of a prefill's tokens that keep all experts. Thresholds do not make up
+                for them: the dropped share comes out smaller.
+
+        Raises:
+            InputError: the share cannot be dropped.
+        """
+        from moepress.pruning.thresholds import cheapest, medians
+
+        if strength == "paper":
+            ratios, renormalise = medians(costs), True
+        elif isinstance(strength, str):
+            raise InputError(f"Pruning {strength!r} is not known. Expected 'paper' or a share.")
+        else:
+            (ratios, plain), (scaled, other) = (
+                cheapest(costs, strength, renormalise) for renormalise in (False, True)
+            )
+            renormalise = other < plain
+            ratios = scaled if renormalise else ratios
+        rows = np.minimum(ratios, 1).tolist()
+        return cls(dict(zip(costs.layers, map(tuple, rows), strict=True)), renormalise, protect)
+
+    def to_json(self) -> dict[str, Any]:
+        thresholds = {str(layer): list(ratios) for layer, ratios in self.thresholds.items()}
+        return {**vars(self), "thresholds": thresholds}
+
+    @classmethod
+    def from_json(cls, fields: Any) -> Pruning:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: the fields are not of a `Pruning`.
+        """
+        try:
+            thresholds = {int(n): tuple(ratios) for n, ratios in fields["thresholds"].items()}
+            return cls(**{**fields, "thresholds": thresholds})
+        except InputError:
+            raise
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise InputError(
+                'Pruning is not understood. Expected {"thresholds": {layer: [0, ratio, ...]}, '
+                '"renormalise": true or false, "protect": share}, got '
+                f"{type(error).__name__}: {error}."
+            ) from error
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
