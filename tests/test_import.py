@@ -96,7 +96,7 @@ ORDERS = (
     *(f"import moepress.{verb}" for verb in VERBS if verb != "plot"),
     "from moepress.inspect import inspect; from moepress.chat import Conversation",
     "from moepress import chat, doctor as probe; import moepress.chat, moepress.doctor",
-    "import moepress.evaluation.tasks, moepress.demo.corpus, moepress.cli.using, moepress.hf",
+    "import moepress.evaluation.tasks, moepress.demo, moepress.cli.using, moepress.hf",
     "import transformers.quantizers.auto; import moepress.generate",
     "import moepress as mp; mp.score; mp.report; import moepress.score, moepress.report",
     "import importlib; importlib.import_module('moepress.serve')",

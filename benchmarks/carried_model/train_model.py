@@ -7,8 +7,8 @@ A model that is to show what compression costs has to have learned something: ro
 one to two bits and nothing happens. So this is a real, if small, training run, and every line that
 is not plain PyTorch is here because it buys tokens per second or loss per token:
 
-* **Text** (`corpus.py`): the standard library's sources and the language reference. A byte-level
-  BPE of 2048 entries is learned from the train split. Documents are laid end to end,
+* **Text** (`moepress/text/corpus.py`): the standard library's sources and the language
+  reference. A byte-level BPE of 2048 entries is learned from the train split. Documents are laid end to end,
   `<s> text </s>`, and cut into windows of 256 tokens at a new offset every epoch.
 * **Model**: Mixtral as `transformers` has it, from its own config and under its own parameter
   names, written as one function of a dictionary of tensors. Tokens are sorted by expert, so each
@@ -50,7 +50,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from moepress.demo.corpus import DOMAINS, Document, corpus
+from moepress.text.corpus import DOMAINS, Document, corpus
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 2048,

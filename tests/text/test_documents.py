@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from moepress.demo.corpus import corpus
 from moepress.errors import InputError
 from moepress.text import named
+from moepress.text.corpus import corpus
 from moepress.text.windows import evaluation_tokens, load_tokens
 from tests.text.conftest import EOS, LINES, Counting, encode, joined
 

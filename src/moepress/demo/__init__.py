@@ -2,8 +2,8 @@
 
 `model/` is a trained Mixtral of 4 million weights (its README.md is the model card;
 `benchmarks/carried_model/train_model.py` trained it). The demo calibrates on one part of the Python
-standard library's text and evaluates on another (corpus.py). Every Python installation has this
-text, so nothing is downloaded.
+standard library's text and evaluates on another (text/corpus.py). Every Python installation has
+this text, so nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
     if text in DATA_SETS:
         return [_of_string(text, content) for content in load_data_set(text, split)]
     if text == STDLIB:
-        from moepress.demo.corpus import corpus
+        from moepress.text.corpus import corpus
 
         return [_of_string(f"stdlib {document.name}", document.text) for document in corpus(split)]
     path = Path(text)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moepress.cli.tables import evaluation_tables
+from moepress.evaluation.tables import evaluation_tables
 from moepress.format.checkpoint import EVALUATION
 from moepress.page.sections.section import Section, Table
 from moepress.page.subject import Subject
