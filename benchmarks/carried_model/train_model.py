@@ -8,8 +8,8 @@ one to two bits and nothing happens. So this is a real, if small, training run, 
 is not plain PyTorch is here because it buys tokens per second or loss per token:
 
 * **Text** (`moepress/text/corpus.py`): the standard library's sources and the language
-  reference. A byte-level BPE of 2048 entries is learned from the train split. Documents are laid end to end,
-  `<s> text </s>`, and cut into windows of 256 tokens at a new offset every epoch.
+  reference. A byte-level BPE of 2048 entries is learned from the train split. Documents are laid
+  end to end, `<s> text </s>`, and cut into windows of 256 tokens at a new offset every epoch.
 * **Model**: Mixtral as `transformers` has it, from its own config and under its own parameter
   names, written as one function of a dictionary of tensors. Tokens are sorted by expert, so each
   expert is three dense matrix products.
