@@ -322,6 +322,29 @@ def test_a_cost_of_another_magnitude_hides_nothing() -> None:
     assert solve(costs, sizes, 5).tolist() == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("cost", "size", "capacity"), [(0.35, 4, 3), (0.05, 7, 6), (0.2, 7, 3)])
+def test_the_whole_budget_may_stay_unused(cost: float, size: int, capacity: int) -> None:
+    """The gap is then price * capacity, and in floats that divided by the price is less than it.
+
+    HiGHS must be allowed the whole capacity as room nevertheless, or it finds no choice at all.
+    Only the small width of the first item fits. The second item makes the unit of sizes 1.
+    """
+    costs, sizes = np.array([[cost, 0.0], [0.0, 1.0]]), np.array([[0, size], [0, 1]])
+    assert solve(costs, sizes, capacity).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("cost", [1e-9, 3e-9, 7e-9, 1e-8])
+def test_the_cost_of_required_widths_does_not_hide_what_the_room_costs(cost: float) -> None:
+    """The bound is that of the required width, 1. What the unused budget costs is far below it.
+
+    Their sum less the bound may be less than the cost of the room by a rounding of the sum. As a
+    gap that would not admit the room, and HiGHS would find no choice at all. In the only choice
+    that fits, the second item has the required width and the first its smallest.
+    """
+    costs, sizes = np.array([[cost, 0.0, 1.0], [0.0, 1.0, 1.0]]), np.array([[0, 4, 9], [0, 1, 2]])
+    assert solve(costs, sizes, 5, np.array([[0, 1]]), [2]).tolist() == [0, 2]
+
+
 def test_what_costs_more_bytes_and_more_error_is_not_taken() -> None:
     costs = np.array([[2.0, 1.0, 1.5], [2.0, 1.0, 0.5]])
     assert solve(costs, np.tile([1, 2, 3], (2, 1)), 100).tolist() == [1, 2]
@@ -775,6 +798,23 @@ def test_budgets_out_of_range_with_linears() -> None:
     assert allocate(scores, scalar(size=high)).folder_bytes == high
     with pytest.raises(BudgetError, match=f"the smallest is {low}"):
         allocate(scores, scalar(size=low - 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
+def test_linears_leave_room_for_the_widths_that_every_layer_must_use(share: float) -> None:
+    """The price of a byte does not know of `at_least_one`, under which experts take more bytes.
+
+    Linears that are dear to shrink would take these bytes too, and no choice of experts would fit.
+    """
+    scores = with_linears()
+    scores = dataclasses.replace(scores, linear_cost=scores.linear_cost * 1e6)
+    recipe = scalar(at_least_one=(2, 3))
+    low, high = budget_range(scores, recipe).size
+    size = round(low + share * (high - low))
+    plan = allocate(scores, recipe.with_changes(size=size))
+    assert plan.folder_bytes <= size
+    for row, part in itertools.product(range(2), range(2)):
+        assert {2, 3} <= set(plan.bits[row, :, part].tolist())
 
 
 @pytest.mark.parametrize("budget", [{"bits": 2.0}, {"size": 270_000}])
