@@ -770,6 +770,24 @@ def test_linears_and_experts_share_bytes_as_well_as_can_be(seed: int, share: flo
     assert plan.predicted_loss <= min(losses) * 1.01  # one expert is a hundredth of the loss
 
 
+def test_under_a_budget_of_bits_a_byte_of_a_linear_costs_what_8_bits_of_experts_do() -> None:
+    """One linear would gain twice what its bytes are worth in experts, the other half of it."""
+    scores = with_linears()
+    bits = allocate(scores, scalar(bits=2.0)).bits  # does not depend on the linears
+    sizes = np.array([80 * 128, 128 * 96])
+    column = np.searchsorted(scores.bits, bits)[..., None]
+    costs = scores.cost[0, :, :, :2]
+    gain = np.take_along_axis(costs, column, -1) - np.take_along_axis(
+        costs, np.minimum(column + 1, 2), -1
+    )
+    price = (gain[..., 0] / sizes).max()  # of a bit: the best step up that there is no room for
+    worth = 8 * price * np.array([512, 64])
+    linear_cost = np.array([[2 * worth[0], 0, 0], [worth[1] / 2, 0, 0], [0, 0, 0]])
+    plan = allocate(dataclasses.replace(scores, linear_cost=linear_cost[None]), scalar(bits=2.0))
+    assert plan.bits.tolist() == bits.tolist()
+    assert tuple(plan.linear_bits.values()) == (4, 2, 2)
+
+
 def test_linears_grow_with_the_budget_and_count_as_stored() -> None:
     scores = with_linears()
     sizes = []
@@ -794,8 +812,9 @@ def test_linears_are_of_the_usual_width_where_nothing_weighs_them(cost: str) -> 
 def test_budgets_out_of_range_with_linears() -> None:
     scores = with_linears()
     low, high = budget_range(scores, scalar()).size
-    assert allocate(scores, scalar(size=low)).folder_bytes == low
-    assert allocate(scores, scalar(size=high)).folder_bytes == high
+    for over in ("mean", "worst"):
+        assert allocate(scores, scalar(size=low, over=over)).folder_bytes == low
+        assert allocate(scores, scalar(size=high, over=over)).folder_bytes == high
     with pytest.raises(BudgetError, match=f"the smallest is {low}"):
         allocate(scores, scalar(size=low - 1))
 
@@ -831,6 +850,23 @@ def test_over_the_worst_source(budget: dict[str, Any]) -> None:
 
     mean, worst = losses("mean"), losses("worst")
     assert worst.max() < mean.max() and worst.mean() >= mean.mean() * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("budget", [{"bits": 2.0}, {"size": 270_000}])
+def test_the_worst_source_is_that_of_the_largest_loss_per_token(budget: dict[str, Any]) -> None:
+    """How many tokens there are of a source says nothing. Shares are powers of two: exact."""
+    alike, other = (256, 256, 512), (512, 256, 256)
+    scores = with_linears(sources=3, total_tokens=1024, source_tokens=alike)
+    ratio = np.array(other) / np.array(alike)
+    moved = dataclasses.replace(
+        scores,
+        source_tokens=other,
+        cost=scores.cost * ratio[:, None, None, None, None],
+        linear_cost=scores.linear_cost * ratio[:, None, None],
+    )
+    recipe = scalar(over="worst", **budget)
+    plan, again = allocate(scores, recipe), allocate(moved, recipe)
+    assert (plan.bits.tolist(), plan.linear_bits) == (again.bits.tolist(), again.linear_bits)
 
 
 def test_linears_survive_the_file(tmp_path: Path) -> None:

@@ -293,9 +293,10 @@ def test_what_the_report_says_of_a_width_is_what_a_plan_of_it_pays(
             np.testing.assert_allclose(paid, expected)
 
 
-def test_the_last_expert_stays_where_none_would_be_better() -> None:
+@pytest.mark.parametrize("layers", [(4,), (1, 3)])  # room for just one expert, and for two
+def test_the_last_expert_stays_where_none_would_be_better(layers: tuple[int, ...]) -> None:
     """One bit that costs more than nothing: a budget for one expert a layer still buys some."""
-    scores = make_scores(8, experts=4, bits=WIDTHS)
+    scores = make_scores(8, layers=layers, experts=4, bits=WIDTHS)
     scores.cost[..., 0] = 0.5 * scores.cost[..., 1]
     for scope in ("model", "layer"):
         recipe = scalar(expert_bits=WIDTHS, scope=scope)

@@ -14,16 +14,20 @@ from moepress.allocate import allocate
 from moepress.allocation.tensors import free_widths, stored_bytes
 from moepress.calibrate import calibration_ids
 from moepress.compress import compress
+from moepress.costs import embedding_and_head
 from moepress.costs.scores import ExpertScores
 from moepress.costs.sensitivity import EMBEDDING, SENSITIVITY, Sensitivity
 from moepress.format.checkpoint import packed_specs
 from moepress.format.codec import Codec
 from moepress.original import walk as walk_module
 from moepress.original.source import Source
+from moepress.original.walk import Walk
+from moepress.progress import Progress
 from moepress.recipe import END_BITS
 from moepress.rounding.methods import quantize_matrix
 from moepress.score import score
-from tests.conftest import small_recipe
+from tests.conftest import VOCAB, small_recipe
+from tests.original.test_walk import some_ids
 
 Folder = Callable[..., Path]
 
@@ -81,6 +85,42 @@ def test_costs_of_the_ends(
                 )
             assert found[name][column] == pytest.approx(expected, rel=0.25 if bits == 4 else 0.05)
         assert found[name][2] == 0
+
+
+@pytest.mark.parametrize(
+    ("head_tokens", "sampled"),
+    [(120, [[0, 1], [2, 3], [4]]), (60, [[0], [2], [4]]), (24, [[0], [0], [0]])],
+)
+def test_costs_of_the_head_are_means_over_the_sampled_sequences_of_each_source(
+    model_folder: Folder,
+    head_tokens: int,
+    sampled: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five sequences of three sources. A source without a sampled one gets the mean of all."""
+    monkeypatch.setattr(embedding_and_head, "HEAD_TOKENS", head_tokens)
+    folder, ids = model_folder(), some_ids(5, 24)
+    walk = Walk(Source(folder), ids)
+    with Progress("test", total=2) as progress:
+        walk.finish(progress)
+    generator = torch.Generator().manual_seed(0)
+    error = 0.01 * torch.randn(VOCAB, 64, generator=generator)
+    origin = torch.tensor([0, 0, 1, 1, 2]).repeat_interleave(24)
+    found = embedding_and_head.head_costs(walk, error, origin, 3)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    states: list[torch.Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.inference_mode():
+        p = model(ids).logits.double().softmax(-1)
+    e = states[0].double() @ error.double().T
+    variance = (p * e.square()).sum(-1) - (p * e).sum(-1).square()  # [S, L]
+    of_sequence = variance.mean(1) / 2
+    share = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+    expected = share * torch.stack([of_sequence[rows].mean() for rows in sampled])
+    # A sum of V = 384 terms in float32 has an error of V UNIT = 2e-5 of E e^2, which is Var(e) here
+    # up to a few times.
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=2e-4)
 
 
 def test_ends_are_rounded_when_bytes_are_dear(

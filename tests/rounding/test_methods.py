@@ -441,7 +441,9 @@ def grid_error(block: Tensor, chosen: grid.Grid, codec: Codec, weight: Tensor) -
 
 @pytest.mark.parametrize("bits", GRID_BITS)
 @pytest.mark.parametrize("shift", [0.0, 0.7, 5.0])
-def test_searched_grid_is_never_worse_than_min_max(bits: int, shift: float) -> None:
+def test_searched_grid_is_never_worse_than_min_max_or_a_shrunken_copy(
+    bits: int, shift: float
+) -> None:
     codec = Codec(bits, 64)
     block = random_weight(64, 200).pow(3) + shift
     weight = torch.rand(64, generator=torch.Generator().manual_seed(5)).pow(4) + 1e-4
@@ -454,6 +456,9 @@ def test_searched_grid_is_never_worse_than_min_max(bits: int, shift: float) -> N
     unit = min_max.scale.double() * weight.double().sum().sqrt()  # root of the error if all r are 1
     judged = 72 * UNIT * spanned + 6 * UNIT * codec.levels * unit * spanned.sqrt()
     assert (searched <= spanned + 2 * judged).all()
+    if bits in grid.SHRINK:
+        copy = grid.Grid.of(min_max.scale * grid.SHRINK[bits], min_max.zero, codec)
+        assert (searched <= grid_error(block, copy, codec, weight) + 2 * judged).all()
     if bits in (1, 2, 3):
         assert searched.sum() < 0.8 * spanned.sum()
 
