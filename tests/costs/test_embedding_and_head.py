@@ -1,4 +1,4 @@
-"""Costs of the ends against the predictions that a rounded embedding or head really gives."""
+"""Costs of the embedding and the head against the predictions of a model that has them rounded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.original.test_walk import some_ids
 Folder = Callable[..., Path]
 
 
-def costs_of_ends(scores: ExpertScores) -> dict[str, list[float]]:
+def measured_costs(scores: ExpertScores) -> dict[str, list[float]]:
     columns = [scores.linear_bits.index(bits) for bits in END_BITS]
     return {
         name: scores.linear_cost.sum(axis=0)[row, columns].tolist()
@@ -41,9 +41,9 @@ def costs_of_ends(scores: ExpertScores) -> dict[str, list[float]]:
     }
 
 
-# The second ties its ends, the third scales what both of them give.
+# The second ties its head to its embedding, the third scales the outputs of both.
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe"])
-def test_costs_of_the_ends(
+def test_costs_of_embedding_and_head_are_those_of_rounding_them(
     model_folder: Folder,
     text_file: Path,
     tmp_path: Path,
@@ -54,7 +54,7 @@ def test_costs_of_the_ends(
     folder = model_folder(family)
     source = Source(folder)
     recipe = small_recipe(text_file, "default", measure="rtn", expert_bits=(2,))
-    found = costs_of_ends(score(source, recipe, work=tmp_path))
+    found = measured_costs(score(source, recipe, work=tmp_path))
     assert found.keys() == source.ends.keys() and len(found) == (1 if family == "qwen2_moe" else 2)
     ids = calibration_ids(source, recipe)
     s = Sensitivity(tmp_path / SENSITIVITY).layer(0)[EMBEDDING]
@@ -91,13 +91,13 @@ def test_costs_of_the_ends(
     ("head_tokens", "sampled"),
     [(120, [[0, 1], [2, 3], [4]]), (60, [[0], [2], [4]]), (24, [[0], [0], [0]])],
 )
-def test_costs_of_the_head_are_means_over_the_sampled_sequences_of_each_source(
+def test_costs_of_the_head_are_means_over_the_sampled_sequences_of_each_text(
     model_folder: Folder,
     head_tokens: int,
     sampled: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Five sequences of three sources. A source without a sampled one gets the mean of all."""
+    """Five sequences of three texts. A text without a sampled sequence gets the mean of all."""
     monkeypatch.setattr(embedding_and_head, "HEAD_TOKENS", head_tokens)
     folder, ids = model_folder(), some_ids(5, 24)
     walk = Walk(Source(folder), ids)
@@ -123,7 +123,7 @@ def test_costs_of_the_head_are_means_over_the_sampled_sequences_of_each_source(
     assert found.tolist() == pytest.approx(expected.tolist(), rel=2e-4)
 
 
-def test_ends_are_rounded_when_bytes_are_dear(
+def test_embedding_and_head_are_rounded_when_the_budget_is_small(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
     source = Source(model_folder())
@@ -144,7 +144,9 @@ def test_ends_are_rounded_when_bytes_are_dear(
     AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None])
 
 
-def test_ends_that_the_recipe_fixes_are_not_offered(model_folder: Folder, text_file: Path) -> None:
+def test_widths_that_the_recipe_fixes_are_not_offered(
+    model_folder: Folder, text_file: Path
+) -> None:
     source = Source(model_folder())
     recipe = small_recipe(text_file, "default", head_bits=16, embedding_bits=8)
     assert not free_widths(source, recipe).keys() & source.ends.keys()
