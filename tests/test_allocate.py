@@ -456,7 +456,7 @@ def test_layers_are_weighed_by_the_residual_stream() -> None:
     ],
     ids=str,
 )
-def test_every_knob_bites(changes: dict[str, Any]) -> None:
+def test_every_field_of_the_recipe_has_an_effect(changes: dict[str, Any]) -> None:
     scores = make_scores(seed=3, layers=(0, 1, 2), experts=8)
     base = (
         {"bits": 2.4, "cost": changes.get("cost", "error")} if len(changes) > 1 else {"bits": 2.4}

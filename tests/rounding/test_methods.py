@@ -279,7 +279,7 @@ def test_the_same_input_gives_the_same_bytes(name: str, bits: int) -> None:
 
 @pytest.mark.parametrize(("name", "bits"), ALL)
 def test_rows_are_independent(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes of all products are alike in what is compared, so results agree to the bit."""
+    """Both sides of each comparison multiply matrices of one shape, so they agree to the bit."""
     factor, weight = factor_of(correlated_inputs(300, 128)), random_weight(21, 128)
     codec = Codec(bits, 64)
     monkeypatch.setattr(grid, "ROWS_PER_CHUNK", {"cpu": 8})
@@ -413,7 +413,7 @@ def released_error(weight: Tensor, q: QuantizedMatrix, factor: Factor, adjusted:
     return result
 
 
-def test_parameters_that_require_gradients_are_taken() -> None:
+def test_parameters_that_require_gradients_are_accepted() -> None:
     x = correlated_inputs(99, 64).requires_grad_()
     weight = torch.nn.Parameter(random_weight(4, 64))
     for name in QUANTIZERS:
@@ -516,10 +516,10 @@ def test_weights_too_small_for_a_scale_become_zero() -> None:
     assert torch.equal(q.dequantize(), torch.zeros(2, 32))
 
 
-# What is refused
+# Refusals
 
 
-def test_errors() -> None:
+def test_bad_arguments_are_refused() -> None:
     weight, factor = random_weight(4, 64), factor_of(correlated_inputs(99, 64))
     with pytest.raises(InputError, match="No quantizer 'awq'"):
         quantize_matrix("awq", weight, Codec(2, 64))
@@ -543,7 +543,7 @@ def test_errors() -> None:
         quantize_matrix("rtn", weight.clamp(-1, 1) * 3.4e38, Codec(1, 64))
 
 
-def test_needs_hessian() -> None:
+def test_gptq_needs_a_hessian_and_rtn_and_sign_do_not() -> None:
     assert {name: needs_hessian(name) for name in QUANTIZERS} == {
         "gptq": True,
         "gptq-released": True,

@@ -1,4 +1,4 @@
-"""The trellis codec: bytes against the format's text, paths against enumeration, the whole way."""
+"""The trellis codec: bytes against docs/format.md, paths against enumeration, whole folders."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
         Codec(2, 32, "lattice")
 
 
-def test_the_scalar_packer_takes_no_trellis() -> None:
+def test_the_scalar_packer_refuses_trellis_codes() -> None:
     branches, scales = random_branches(64, 32, 2)
     with pytest.raises(InputError, match="is no scalar code"):
         reference.pack(branches, scales[:, None], None, codec_of(2))
@@ -124,7 +124,7 @@ def test_the_scalar_packer_takes_no_trellis() -> None:
         reference.unpack(random_packed(64, 32, codec_of(2)), 64, 32, codec_of(2))
 
 
-def test_the_spec_names_its_family_only_where_it_must() -> None:
+def test_the_spec_names_its_family_only_if_it_is_not_int() -> None:
     for family in ("int", "trellis"):
         spec = PackedSpec((1, 2), 64, family)
         assert PackedSpec.from_json(spec.to_json()) == spec
@@ -143,10 +143,10 @@ def test_rotation_is_signs_and_sylvesters_matrix(cols: int, run: int) -> None:
     torch.testing.assert_close(trellis.rotate_back(trellis.rotate(x)), x)
 
 
-def test_signs_are_as_many_of_each() -> None:
+def test_about_half_of_the_signs_are_negative() -> None:
     signs = trellis.signs(4096)
     assert set(signs.tolist()) == {1.0, -1.0}
-    assert abs(signs.sum()) < 4 * 64  # four deviations of a fair coin's
+    assert abs(signs.sum()) < 4 * 64  # four standard deviations of a fair coin
     assert torch.equal(signs[:100], trellis.signs(100))
 
 
@@ -204,8 +204,8 @@ def test_long_paths_are_found_in_runs() -> None:
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_error_on_gaussian_weights(bits: int) -> None:
-    """Within 5 % of what was measured on a million; the best scalar code has 0.36, 0.118, 0.035."""
+def test_error_on_gaussian_weights_is_as_measured(bits: int) -> None:
+    """Within 5 % of that of a million weights. The best scalar codes have 0.36, 0.118, 0.035."""
     if cpu.missing():
         pytest.skip(f"the library {cpu.missing()}")
     weight = torch.randn(1024, 128, generator=torch.Generator().manual_seed(0))
@@ -253,7 +253,7 @@ def test_block_feedback_is_the_loss_by_blocks() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2])
-def test_feedback_loses_less_and_less_than_gptq(bits: int) -> None:
+def test_feedback_loses_less_than_none_and_than_scalar_gptq(bits: int) -> None:
     if cpu.missing():
         pytest.skip(f"the library {cpu.missing()}")
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
@@ -294,7 +294,7 @@ def test_scales_are_the_best_for_their_codes() -> None:
     assert (inexact < 0.01 * best).all()  # or the test would say little
 
 
-def test_zero_rows_and_bad_weights() -> None:
+def test_zero_rows_stay_zero_and_bad_weights_are_refused() -> None:
     weight = torch.randn(66, 32, generator=torch.Generator().manual_seed(3))
     weight[65] = 0
     assert quantize_trellis(weight, codec_of(2), None).dequantize()[65].eq(0).all()
@@ -355,7 +355,7 @@ def test_experts_are_their_matrices() -> None:
     torch.testing.assert_close(y, expected)  # float64 on both sides
 
 
-# The whole way
+# Whole folders
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def test_a_compressed_folder_holds_rounded_experts(
                 blob[starts[index] : starts[index + 1]], *experts.gate_up_shape, codec
             )
             weight = source.expert(experts.layer, index).gate_up
-            # Feedback gives up some error of the weights for that of the outputs.
+            # Feedback raises the error of the weights to lower that of the outputs.
             assert (found - weight).norm() < 2 * DISTORTION[codec.bits] ** 0.5 * weight.norm()
 
 
@@ -411,6 +411,6 @@ def test_the_codec_of_scores_and_recipe_must_agree(compressed: Path) -> None:
         ({"expert_codec": "trellis", "quantizer": "gptq-released"}, "scalar codes only"),
     ],
 )
-def test_recipes_that_cannot_be(changes: dict[str, object], says: str) -> None:
+def test_contradictory_recipes_are_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Recipe().with_changes(**changes)
