@@ -37,8 +37,9 @@ COMMON = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-# What each family is here for: experts apart on disk; a shared expert with its gate and tied ends;
-# dense first layer, latent attention, sigmoid routing with a bias, shared experts.
+# mixtral stores experts one by one. qwen2_moe has a shared expert with a gate, and ties its head to
+# its embedding. deepseek_v3 has a dense first layer, latent attention, sigmoid routing with a bias,
+# and shared experts.
 FAMILIES = {
     "mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -67,7 +68,7 @@ FAMILIES = {
     },
 }
 
-# Not run by every test that takes FAMILIES: scales what the embedding and the head give.
+# Scales the outputs of the embedding and of the head. Not in FAMILIES: few tests need it.
 GRANITE = {
     "intermediate_size": 96,
     "num_local_experts": 4,

@@ -25,6 +25,7 @@ from moepress.allocate import allocate, pareto
 from moepress.allocation.budget import budget_range
 from moepress.allocation.knapsack import solve
 from moepress.allocation.plan import BitAllocation
+from moepress.allocation.random_plan import _tighten as tighten
 from moepress.allocation.random_plan import draw
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError, MoepressError, NumericalError
@@ -314,7 +315,7 @@ def check_exact(
 
 
 def test_a_cost_of_another_magnitude_hides_nothing() -> None:
-    """Beside a cost of 1e12, what can be saved below 1e-8 is still saved, and exactly."""
+    """Beside a cost of 1e12, savings below 1e-8 are still found, and exactly."""
     costs = np.array([[5e-9, 0.0], [3e-9, 0.0], [2.9e-9, 0.0], [1e12, 0.0]])
     sizes = np.array([[0, 3], [0, 2], [0, 2], [0, 1]])
     assert solve(costs, sizes, 3).tolist() == [0, 1, 0, 1]
@@ -322,12 +323,35 @@ def test_a_cost_of_another_magnitude_hides_nothing() -> None:
     assert solve(costs, sizes, 5).tolist() == [0, 1, 1, 1]
 
 
-def test_what_costs_more_bytes_and_more_error_is_not_taken() -> None:
+@pytest.mark.parametrize(("cost", "size", "capacity"), [(0.35, 4, 3), (0.05, 7, 6), (0.2, 7, 3)])
+def test_the_whole_budget_may_stay_unused(cost: float, size: int, capacity: int) -> None:
+    """The gap is then price * capacity, and in floats that divided by the price is less than it.
+
+    HiGHS must be allowed the whole capacity as room nevertheless, or it finds no choice at all.
+    Only the small width of the first item fits. The second item makes the unit of sizes 1.
+    """
+    costs, sizes = np.array([[cost, 0.0], [0.0, 1.0]]), np.array([[0, size], [0, 1]])
+    assert solve(costs, sizes, capacity).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("cost", [1e-9, 3e-9, 7e-9, 1e-8])
+def test_the_cost_of_required_widths_does_not_hide_what_the_room_costs(cost: float) -> None:
+    """The bound is that of the required width, 1. What the unused budget costs is far below it.
+
+    Their sum less the bound may be less than the cost of the room by a rounding of the sum. As a
+    gap that would not admit the room, and HiGHS would find no choice at all. In the only choice
+    that fits, the second item has the required width and the first its smallest.
+    """
+    costs, sizes = np.array([[cost, 0.0, 1.0], [0.0, 1.0, 1.0]]), np.array([[0, 4, 9], [0, 1, 2]])
+    assert solve(costs, sizes, 5, np.array([[0, 1]]), [2]).tolist() == [0, 2]
+
+
+def test_a_width_of_more_bytes_and_more_error_is_not_taken() -> None:
     costs = np.array([[2.0, 1.0, 1.5], [2.0, 1.0, 0.5]])
     assert solve(costs, np.tile([1, 2, 3], (2, 1)), 100).tolist() == [1, 2]
 
 
-def test_what_is_left_goes_to_widths_that_cost_nothing() -> None:
+def test_the_rest_of_the_budget_goes_to_widths_that_cost_nothing() -> None:
     costs = np.array([[2.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     sizes = np.tile([1, 3], (4, 1))
     assert solve(costs, sizes, 10).tolist() == [1, 1, 1, 0]  # 6 units of room, 2 each
@@ -432,7 +456,7 @@ def test_layers_are_weighed_by_the_residual_stream() -> None:
     ],
     ids=str,
 )
-def test_every_knob_bites(changes: dict[str, Any]) -> None:
+def test_every_field_of_the_recipe_has_an_effect(changes: dict[str, Any]) -> None:
     scores = make_scores(seed=3, layers=(0, 1, 2), experts=8)
     base = (
         {"bits": 2.4, "cost": changes.get("cost", "error")} if len(changes) > 1 else {"bits": 2.4}
@@ -493,6 +517,17 @@ def test_random_draws_every_tight_allocation_about_as_often() -> None:
     assert 30 - 5 * 5.5 < min(drawn.values()) <= max(drawn.values()) < 30 + 5 * 5.5  # 5 sigma
 
 
+def test_a_random_plan_is_stepped_until_the_budget_is_met_and_no_step_fits() -> None:
+    """Each item may need several steps, down as well as up."""
+    sizes, free, rng = np.tile([1, 2, 3], (4, 1)), np.ones(4, dtype=bool), np.random.default_rng(0)
+    smallest, largest = np.zeros(4, dtype=np.int64), np.full(4, 2)
+    assert tighten(smallest, free, sizes, 12, rng).tolist() == [2, 2, 2, 2]
+    assert tighten(largest, free, sizes, 4, rng).tolist() == [0, 0, 0, 0]
+    for choice in (smallest, largest):
+        found = tighten(choice, np.arange(4) > 0, sizes, 7, rng)
+        assert found[0] == choice[0] and found.sum() == 3
+
+
 def test_uniform() -> None:
     scores = make_scores()
     for bits in (1, 2, 3):
@@ -546,7 +581,7 @@ def test_the_range_is_what_is_possible(unit: str, at_least_one: tuple[int], cost
 
 
 def test_the_bits_of_a_plan_are_a_budget_that_gives_it_again() -> None:
-    """Whatever their nearest float is: most averages of these have no exact one."""
+    """Most averages of these have no exact float."""
     for experts in range(3, 24):
         scores = make_scores(experts=experts, layers=(0,), fixed_weights=experts + 1)
         for recipe in (scalar(bits=2.45, per_projection=False), scalar(bits=1.9)):
@@ -587,7 +622,7 @@ def test_more_widths_asked_of_a_layer_than_it_has_experts() -> None:
         allocate(make_scores(), scalar(bits=2, at_least_one=(1, 2, 3)))
 
 
-def test_scores_that_do_not_serve_the_recipe() -> None:
+def test_scores_that_do_not_fit_the_recipe_are_refused() -> None:
     with pytest.raises(InputError, match=r"\[4, 8\], but the scores hold \[1, 2, 3\]"):
         allocate(make_scores(), scalar(bits=2, expert_bits=(2, 4, 8)))
     with pytest.raises(InputError, match="group size 64, but the scores were measured at 128"):
@@ -646,7 +681,7 @@ def test_the_file_can_be_read_by_people(tmp_path: Path) -> None:
         assert row["down"] == "".join(map(str, bits[:, 1]))
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_plan_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with pytest.raises(CheckpointError, match=r"plan\.json"):
         BitAllocation.load(path)
@@ -697,19 +732,19 @@ def test_a_plan_checks_itself_and_cannot_be_changed() -> None:
         dataclasses.replace(plan, bits=plan.bits[:1])
 
 
-def test_the_package_offers_it() -> None:
+def test_the_package_exports_allocate() -> None:
     assert allocate_from_package is allocate
 
 
-# --- linears that are left open, and sources of text --------------------------------------------
+# --- open linears, and several texts --------------------------------------------
 
 
 def with_linears(seed: int = 0, sources: int = 1, **changes: Any) -> ExpertScores:
-    """Scores of 40 experts and 3 open linears of 2, 4 or 8 bits, on one or more sources."""
+    """Scores of 40 experts and 3 open linears of 2, 4 or 8 bits, on one or more texts."""
     rng = np.random.default_rng(seed)
     plain = make_scores(seed, experts=20)
-    share = rng.dirichlet(np.full(sources, 0.4), plain.tokens.shape)  # experts have their sources
-    share *= np.arange(1, sources + 1) / sources  # and some sources lose more
+    share = rng.dirichlet(np.full(sources, 0.4), plain.tokens.shape)  # experts have their texts
+    share *= np.arange(1, sources + 1) / sources  # and some texts lose more
     mix = share.transpose(2, 0, 1)[..., None, None]
     cost = rng.lognormal(-1, 1, (3, 1)) * 4.0 ** -np.array([2, 4, 8])
     linear_mix = rng.dirichlet(np.ones(sources), (3, 3)).transpose(2, 0, 1)
@@ -747,6 +782,24 @@ def test_linears_and_experts_share_bytes_as_well_as_can_be(seed: int, share: flo
     assert plan.predicted_loss <= min(losses) * 1.01  # one expert is a hundredth of the loss
 
 
+def test_under_a_budget_of_bits_a_byte_of_a_linear_costs_what_8_bits_of_experts_do() -> None:
+    """One linear would gain twice what its bytes are worth in experts, the other half of it."""
+    scores = with_linears()
+    bits = allocate(scores, scalar(bits=2.0)).bits  # does not depend on the linears
+    sizes = np.array([80 * 128, 128 * 96])
+    column = np.searchsorted(scores.bits, bits)[..., None]
+    costs = scores.cost[0, :, :, :2]
+    gain = np.take_along_axis(costs, column, -1) - np.take_along_axis(
+        costs, np.minimum(column + 1, 2), -1
+    )
+    price = (gain[..., 0] / sizes).max()  # of a bit: the best step up that there is no room for
+    worth = 8 * price * np.array([512, 64])
+    linear_cost = np.array([[2 * worth[0], 0, 0], [worth[1] / 2, 0, 0], [0, 0, 0]])
+    plan = allocate(dataclasses.replace(scores, linear_cost=linear_cost[None]), scalar(bits=2.0))
+    assert plan.bits.tolist() == bits.tolist()
+    assert tuple(plan.linear_bits.values()) == (4, 2, 2)
+
+
 def test_linears_grow_with_the_budget_and_count_as_stored() -> None:
     scores = with_linears()
     sizes = []
@@ -761,7 +814,7 @@ def test_linears_grow_with_the_budget_and_count_as_stored() -> None:
 
 
 @pytest.mark.parametrize("cost", ["paper", "uniform", "random"])
-def test_linears_are_of_the_usual_width_where_nothing_weighs_them(cost: str) -> None:
+def test_linears_are_of_the_usual_width_where_the_cost_does_not_cover_them(cost: str) -> None:
     scores = with_linears()
     for budget in ({"bits": 2.0}, {"size": budget_range(scores, scalar(cost=cost)).size[1]}):
         plan = allocate(scores, scalar(cost=cost, **budget))
@@ -771,14 +824,32 @@ def test_linears_are_of_the_usual_width_where_nothing_weighs_them(cost: str) -> 
 def test_budgets_out_of_range_with_linears() -> None:
     scores = with_linears()
     low, high = budget_range(scores, scalar()).size
-    assert allocate(scores, scalar(size=low)).folder_bytes == low
-    assert allocate(scores, scalar(size=high)).folder_bytes == high
+    for over in ("mean", "worst"):
+        assert allocate(scores, scalar(size=low, over=over)).folder_bytes == low
+        assert allocate(scores, scalar(size=high, over=over)).folder_bytes == high
     with pytest.raises(BudgetError, match=f"the smallest is {low}"):
         allocate(scores, scalar(size=low - 1))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
+def test_linears_leave_room_for_the_widths_that_every_layer_must_use(share: float) -> None:
+    """The price of a byte does not know of `at_least_one`, under which experts take more bytes.
+
+    Linears that are dear to shrink would take these bytes too, and no choice of experts would fit.
+    """
+    scores = with_linears()
+    scores = dataclasses.replace(scores, linear_cost=scores.linear_cost * 1e6)
+    recipe = scalar(at_least_one=(2, 3))
+    low, high = budget_range(scores, recipe).size
+    size = round(low + share * (high - low))
+    plan = allocate(scores, recipe.with_changes(size=size))
+    assert plan.folder_bytes <= size
+    for row, part in itertools.product(range(2), range(2)):
+        assert {2, 3} <= set(plan.bits[row, :, part].tolist())
+
+
 @pytest.mark.parametrize("budget", [{"bits": 2.0}, {"size": 270_000}])
-def test_over_the_worst_source(budget: dict[str, Any]) -> None:
+def test_over_the_worst_text(budget: dict[str, Any]) -> None:
     scores = with_linears(sources=3)
 
     def losses(over: str) -> Floats:
@@ -791,6 +862,23 @@ def test_over_the_worst_source(budget: dict[str, Any]) -> None:
 
     mean, worst = losses("mean"), losses("worst")
     assert worst.max() < mean.max() and worst.mean() >= mean.mean() * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("budget", [{"bits": 2.0}, {"size": 270_000}])
+def test_the_worst_text_is_that_of_the_largest_loss_per_token(budget: dict[str, Any]) -> None:
+    """How many tokens a text has makes no difference. Shares are powers of two, so all is exact."""
+    alike, other = (256, 256, 512), (512, 256, 256)
+    scores = with_linears(sources=3, total_tokens=1024, text_tokens=alike)
+    ratio = np.array(other) / np.array(alike)
+    moved = dataclasses.replace(
+        scores,
+        text_tokens=other,
+        cost=scores.cost * ratio[:, None, None, None, None],
+        linear_cost=scores.linear_cost * ratio[:, None, None],
+    )
+    recipe = scalar(over="worst", **budget)
+    plan, again = allocate(scores, recipe), allocate(moved, recipe)
+    assert (plan.bits.tolist(), plan.linear_bits) == (again.bits.tolist(), again.linear_bits)
 
 
 def test_linears_survive_the_file(tmp_path: Path) -> None:
@@ -812,7 +900,7 @@ def test_linears_survive_the_file(tmp_path: Path) -> None:
         ("linear_bits", (4,)),
     ],
 )
-def test_what_is_open_must_be_as_measured(field: str, asked: object) -> None:
+def test_the_recipe_must_leave_open_what_the_scores_measured(field: str, asked: object) -> None:
     scores = dataclasses.replace(with_linears(), recipe=scalar().to_dict())
     with pytest.raises(InputError, match=f"{field} .*measured with"):
         allocate(scores, scalar(bits=2.0, **{field: asked}))
@@ -821,7 +909,7 @@ def test_what_is_open_must_be_as_measured(field: str, asked: object) -> None:
 @pytest.mark.parametrize(
     ("row", "value"), [((0, 1, 0), np.nan), ((0, 1, 2), -1.0), ((0, 1), np.inf)]
 )
-def test_costs_of_linears_that_are_none(row: tuple[int, ...], value: float) -> None:
+def test_costs_of_linears_must_be_numbers_of_at_least_0(row: tuple[int, ...], value: float) -> None:
     costs = with_linears().linear_cost.copy()
     costs[row] = value
     with pytest.raises(NumericalError, match=r"of b\.weight are"):

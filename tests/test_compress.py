@@ -136,7 +136,7 @@ def test_running_again_changes_nothing(
 
 @pytest.mark.parametrize("stage", ["score", "quantize"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_run_that_dies_goes_on_with_the_same_bytes(
+def test_a_run_that_dies_resumes_with_the_same_bytes(
     compressed: Path,
     model_folder: Folder,
     text_file: Path,
@@ -264,14 +264,14 @@ def test_nan_weights_stop_the_work(model_folder: Folder, text_file: Path, tmp_pa
     assert not (out / "config.json").exists()
 
 
-def test_no_space_left_is_one_error_and_keeps_what_is_done(
+def test_a_full_disk_is_one_error_and_keeps_finished_layers(
     compressed: Path,
     model_folder: Folder,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The disk fills while the second layer is written; with space again the run goes on."""
+    """The disk fills while the second layer is written. With space again the run resumes."""
     module = importlib.import_module("moepress.format.checkpoint")
     real = module.save_file
 
@@ -339,7 +339,7 @@ KNOBS = {
 @pytest.mark.parametrize(
     ("name", "changes"), [(name, changes) for name, all_of in KNOBS.items() for changes in all_of]
 )
-def test_every_knob_bites(
+def test_every_field_of_the_recipe_has_an_effect(
     compressed: Path,
     model_folder: Folder,
     text_file: Path,
@@ -347,7 +347,7 @@ def test_every_knob_bites(
     name: str,
     changes: dict[str, object],
 ) -> None:
-    """Each field of the recipe changes the stored weights, or the plan they are stored by."""
+    """Each changes the stored weights or the plan."""
     folder = model_folder()
     prose = tmp_path / "prose.txt"  # beside the code, so that there is a worst source
     prose.write_text("It was the best of times, it was the worst of times.\n" * 200)
@@ -360,10 +360,10 @@ def test_every_knob_bites(
     assert a != b
 
 
-def test_fast_beats_random_and_rtn_where_it_counts(
+def test_fast_is_nearer_to_the_original_than_random_and_rtn(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
-    """On its own calibration text the output of the compressed model is nearer the original's."""
+    """By the outputs of the compressed model on its own calibration text."""
     from moepress.work import calibration_ids
 
     folder = model_folder()

@@ -1,4 +1,4 @@
-"""Experts of 0 bits: left out of the folder, of the budget, and of what tokens get."""
+"""Experts of 0 bits: they take no bytes, no budget, and add nothing to the output."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def random_trellis(rows: int, cols: int, bits: int, seed: int) -> Tensor:
 def test_choosing_an_expert_that_is_left_out_adds_nothing(
     backend: str, family: str, tokens: int
 ) -> None:
-    """As if the choice were that of no expert: to the last bit."""
+    """The same to the last bit as a token that chose no expert there."""
     torch.manual_seed(0)
     module = packed_experts(family, (2, 0, 3, 0, 1))
     x, weights = torch.randn(tokens, 64), torch.rand(tokens, 3)
@@ -173,7 +173,7 @@ def every_plan(recipe: Recipe, experts: int) -> list[np.ndarray[Any, Any]]:
 def loss_and_sizes(
     scores: ExpertScores, recipe: Recipe, plan: np.ndarray[Any, Any]
 ) -> tuple[float, int, int]:
-    """Of a plan [E, 2] of a single layer: loss, code bits, bytes."""
+    """Loss, code bits and bytes of a plan [E, 2] of a single layer."""
     loss, code, stored = 0.0, 0, 0
     for expert, pair in enumerate(plan.tolist()):
         cost = scores.cost[0, 0, expert]
@@ -218,7 +218,7 @@ def test_least_loss_of_all_plans(budget: dict[str, Any], per_projection: bool, s
     assert most(code, stored)
 
 
-def test_an_expert_is_left_out_where_it_costs_nothing_and_is_said(
+def test_an_expert_that_costs_nothing_is_left_out_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     scores = make_scores(3, experts=4, bits=WIDTHS)
@@ -233,7 +233,7 @@ def test_an_expert_is_left_out_where_it_costs_nothing_and_is_said(
 @pytest.mark.parametrize("cost", ["error", "paper"])
 @pytest.mark.parametrize("over", ["mean", "worst"])
 def test_an_expert_that_no_token_chose_is_not_the_first_to_go(cost: str, over: str) -> None:
-    """It measures nothing at any width: it goes with the cheapest of its layer, or later."""
+    """Its costs are all 0. It is left out with the cheapest expert of its layer, or later."""
     scores = make_scores(3, experts=6, bits=WIDTHS)
     for name in ("cost", "squared_error"):
         getattr(scores, name)[..., 1, 2, :, :] = 0
@@ -260,7 +260,7 @@ def test_columns_and_bits_undo_each_other(per_projection: bool) -> None:
 
 
 @pytest.mark.parametrize("cost", ["random", "uniform", "paper"])
-def test_every_objective_knows_experts_that_are_left_out(cost: str) -> None:
+def test_every_objective_may_leave_experts_out(cost: str) -> None:
     scores = make_scores(5, experts=6, bits=WIDTHS)
     plan = allocate(scores, scalar(bpw=1.9, expert_bits=WIDTHS, cost=cost))
     assert ((plan.bits[..., 0] == 0) == (plan.bits[..., 1] == 0)).all()
@@ -277,7 +277,7 @@ def test_every_objective_knows_experts_that_are_left_out(cost: str) -> None:
 
 @pytest.mark.parametrize("widths", [WIDTHS, (1, 2, 3)])
 @pytest.mark.parametrize("per_projection", [True, False])
-def test_what_the_report_says_of_a_width_is_what_a_plan_of_it_pays(
+def test_costs_in_the_report_are_those_of_plans_of_that_width(
     widths: tuple[int, ...], per_projection: bool
 ) -> None:
     scores = make_scores(7, experts=4, bits=WIDTHS)
@@ -293,9 +293,10 @@ def test_what_the_report_says_of_a_width_is_what_a_plan_of_it_pays(
             np.testing.assert_allclose(paid, expected)
 
 
-def test_the_last_expert_stays_where_none_would_be_better() -> None:
-    """One bit that costs more than nothing: a budget for one expert a layer still buys some."""
-    scores = make_scores(8, experts=4, bits=WIDTHS)
+@pytest.mark.parametrize("layers", [(4,), (1, 3)])  # room for just one expert, and for two
+def test_one_expert_is_kept_even_if_leaving_all_out_costs_less(layers: tuple[int, ...]) -> None:
+    """One bit costs twice what leaving an expert out does, in the smallest budget possible."""
+    scores = make_scores(8, layers=layers, experts=4, bits=WIDTHS)
     scores.cost[..., 0] = 0.5 * scores.cost[..., 1]
     for scope in ("model", "layer"):
         recipe = scalar(expert_bits=WIDTHS, scope=scope)
@@ -305,7 +306,7 @@ def test_the_last_expert_stays_where_none_would_be_better() -> None:
         assert plan.average_bits <= low
 
 
-def test_every_budget_within_the_range_leaves_experts() -> None:
+def test_every_possible_budget_keeps_experts() -> None:
     scores = make_scores(6, experts=4, bits=WIDTHS)
     for scope in ("model", "layer"):
         recipe = scalar(expert_bits=WIDTHS, scope=scope)
@@ -326,7 +327,7 @@ def test_every_budget_within_the_range_leaves_experts() -> None:
         ({"attention_bits": 0}, "attention_bits is 0"),
     ],
 )
-def test_recipes_that_cannot_be(changes: dict[str, Any], says: str) -> None:
+def test_contradictory_recipes_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Recipe(**changes)
 
@@ -359,8 +360,8 @@ def test_allocate_may_be_told_to_leave_none_out(
         assert BitAllocation.load(plan).recipe.expert_bits == widths
 
 
-def test_what_dropping_costs_knows_no_choice_of_what_is_not_there(model_folder: Folder) -> None:
-    """As if the router had chosen no expert there; whether it normalises is its own affair."""
+def test_drop_costs_ignore_experts_that_are_left_out(model_folder: Folder) -> None:
+    """The same as if the router had chosen no expert there, whether it normalises or not."""
     source = Source(model_folder())
     torch.manual_seed(0)
     index = torch.rand(200, 4).topk(2).indices
@@ -387,10 +388,10 @@ def test_what_dropping_costs_knows_no_choice_of_what_is_not_there(model_folder: 
 @pytest.mark.parametrize(
     ("family", "name"), [("mixtral", "default"), ("qwen2_moe", "fast"), ("deepseek_v3", "fast")]
 )
-def test_a_folder_without_some_experts(
+def test_a_folder_with_experts_left_out_runs_as_without_them(
     model_folder: Folder, text_file: Path, tmp_path: Path, family: str, name: str
 ) -> None:
-    """It gives what the original would with its rounded weights, and none for experts left out."""
+    """The oracle: the original model with rounded weights, and zeros for experts left out."""
     recipe = small_recipe(text_file, name, bits=1.0, expert_bits=(0, 2, 3), correction=0.0)
     out = compress(model_folder(family), tmp_path / "out", recipe)
     plan = BitAllocation.load(out / PLAN)
@@ -419,10 +420,10 @@ def test_a_folder_without_some_experts(
     assert "experts are left out: a token that chooses one gets nothing from it" in page
 
 
-def test_a_layer_without_experts_opens_and_goes_on(
+def test_a_layer_without_any_expert_loads_and_runs(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
-    """Two tensors of no bytes; and pruning counts no choice of what is not there."""
+    """Its two tensors are empty. Pruning does not count choices of experts that are left out."""
     recipe = small_recipe(text_file, bits=1.0, expert_bits=(0, 2))
     source = Source(model_folder())
     scores = score(source, recipe)

@@ -1,4 +1,4 @@
-"""Scores are what swapping one expert in the whole block would cost, and survive being stopped."""
+"""Scores against the whole block with one expert swapped; interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
+# Walk and transformers differ in the order of float32 sums only, of a few hundred terms each: by
+# 1e-6 to 1e-7 of a sum of squares. Errors that these tests are to find are far above 1e-4.
+FLOAT32 = 1e-4
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -73,14 +76,14 @@ def test_epsilon_is_what_swapping_the_expert_costs_the_block(
                     experts.gate_up_proj[expert] = originals.gate_up
                     experts.down_proj[expert] = originals.down
                     measured = scores.squared_error[row, expert, part, column]
-                    assert measured == pytest.approx(swapped, rel=1e-4), (expert, bits, name)
+                    assert measured == pytest.approx(swapped, rel=FLOAT32), (expert, bits, name)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_costs_are_errors_weighed_by_sensitivity(
     model_folder: Folder, text_file: Path, tmp_path: Path, family: str
 ) -> None:
-    """The oracle: every token's output error by itself, of experts and of linears."""
+    """The oracle: the output error of every single token, of experts and of linears."""
     source = Source(model_folder(family))
     prose = tmp_path / "prose.txt"
     prose.write_text("It was the best of times, it was the worst of times.\n" * 200)
@@ -113,12 +116,14 @@ def test_costs_are_errors_weighed_by_sensitivity(
                     codec = Rounding.of_linears(recipe, "rtn").codec(bits, weight.shape[1])
                     assert codec.family == ("trellis" if bits == 3 else "int")
                     rounded = quantize_matrix("rtn", weight, codec).dequantize()
-                    error = (x @ (weight - rounded).T).square().sum(1).mean()
+                    difference = weight - rounded
+                    error = (x @ difference.T).square().sum(1).mean()
+                    # The damping adds so much of the mean energy of an input to each of them.
+                    damping = max(recipe.damping, 0.15 * x.shape[1] / len(x))  # trellis codes
+                    error += damping * x.square().mean() * difference.square().sum()
                     expected = [float(s[name][origin == d].sum() * error) for d in (0, 1)]
                     measured = scores.linear_cost[:, m, column]
-                    # Above by what the damping adds to the Hessian.
-                    assert (measured >= np.array(expected) * 0.999).all()
-                    assert measured == pytest.approx(expected, rel=0.15)
+                    assert measured == pytest.approx(expected, rel=1e-3)
             if layer not in source.experts:
                 walk.advance(layer, None)
                 continue
@@ -160,9 +165,9 @@ def test_energies_are_those_of_the_model(model_folder: Folder, text_file: Path) 
         states = model(calibration_ids(source, recipe), output_hidden_states=True).hidden_states
     for row in range(2):
         expected = outputs[row].double().square().sum().item()
-        assert scores.output_energy[row] == pytest.approx(expected, rel=1e-4)
+        assert scores.output_energy[row] == pytest.approx(expected, rel=FLOAT32)
     residual = states[1].double().square().sum().item()
-    assert scores.residual_energy[0] == pytest.approx(residual, rel=1e-4)
+    assert scores.residual_energy[0] == pytest.approx(residual, rel=FLOAT32)
 
 
 def test_more_bits_cost_less_and_gptq_less_than_rtn(model_folder: Folder, text_file: Path) -> None:
@@ -184,7 +189,7 @@ def test_statistics_add_up(model_folder: Folder, text_file: Path) -> None:
     assert np.allclose(calibration.frequency.sum(axis=1), 3)
 
 
-def test_scores_survive_a_stop(
+def test_a_resumed_run_gives_the_same_scores(
     model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib
@@ -269,7 +274,7 @@ def test_an_expert_with_few_tokens_borrows_others() -> None:
     assert not torch.equal(never, other_layer)
 
 
-def test_hessian_weight_and_floor_bite() -> None:
+def test_hessian_weight_and_token_floor_change_the_tokens() -> None:
     routed = routed_example()
     _, plain = hessian_tokens(routed, 0, 0, TokenPolicy(by_routing_weight=False, floor=0, seed=0))
     assert (plain == 1).all()
@@ -297,7 +302,7 @@ def test_a_linear_that_no_gradient_reaches_keeps_the_usual_width(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Unknown is not harmless: it is not rounded to the smallest width for nothing."""
+    """Its cost is unknown, not 0: it must not get the smallest width."""
     name = "model.layers.1.self_attn.k_proj.weight"
     real = Sensitivity.layer
     monkeypatch.setattr(

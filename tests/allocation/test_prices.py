@@ -1,4 +1,4 @@
-"""Prices and weights of sources against trying everything."""
+"""Prices, and weights of texts, against every choice there is."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def test_at_its_price_items_are_the_best_of_their_size(seed: int, share: float) 
         if first.size(a) + second.size(b) <= size
     )
     assert cost == pytest.approx(least, rel=1e-9)
-    if price > 1e-100:  # at any lower price they would not fit
+    if price > 1e-100:  # 1e-9 is far above the rounding of a price: at a lower one they do not fit
         lower = price * (1 - 1e-9)
         assert sum(g.size(g.cheapest(lower)) for g in (first, second)) > capacity
 
 
-def test_the_worst_source_is_helped_most() -> None:
-    """Two sources that want other items large: alike weights serve the one that weighs more."""
+def test_the_worst_text_is_helped_most() -> None:
+    """Two texts need different items large. With equal weights the text of the larger loss wins."""
     rng = np.random.default_rng(0)
     mine = rng.lognormal(0, 1, (2, 40, 1)) * np.array([9.0, 3.0, 1.0])
-    mine[0] *= 5  # the first source loses more
+    mine[0] *= 5  # the first text loses more
     mine[0, :20] *= 3
     mine[1, 20:] *= 3
     group = ItemsByText(mine, np.tile([1, 2, 3], (40, 1)))

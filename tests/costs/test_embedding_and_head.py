@@ -1,4 +1,4 @@
-"""Costs of the ends against the predictions that a rounded embedding or head really gives."""
+"""Costs of the embedding and the head against the predictions of a model that has them rounded."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from transformers import AutoModelForCausalLM
 from moepress.allocate import allocate
 from moepress.allocation.tensors import ModelTensors
 from moepress.compress import compress
+from moepress.costs import embedding_and_head
 from moepress.costs.scores import ExpertScores
 from moepress.costs.sensitivity import EMBEDDING, SENSITIVITY, Sensitivity
+from moepress.costs.texts import Texts
 from moepress.format.checkpoint import packed_specs
 from moepress.format.codec import Codec
 from moepress.original import batches as batch_sizes
 from moepress.original.source import Source
+from moepress.original.walk import Walk
+from moepress.progress import Progress
 from moepress.recipe import TABLE_BITS
 from moepress.rounding.methods import quantize_matrix
 from moepress.score import score
 from moepress.work import calibration_ids
-from tests.conftest import small_recipe
+from tests.conftest import VOCAB, small_recipe
+from tests.original.test_walk import some_ids
 
 Folder = Callable[..., Path]
 
 
-def costs_of_ends(scores: ExpertScores) -> dict[str, list[float]]:
+def measured_costs(scores: ExpertScores) -> dict[str, list[float]]:
     columns = [scores.linear_bits.index(bits) for bits in TABLE_BITS]
     return {
         name: scores.linear_cost.sum(axis=0)[row, columns].tolist()
@@ -37,9 +42,9 @@ def costs_of_ends(scores: ExpertScores) -> dict[str, list[float]]:
     }
 
 
-# The second ties its ends, the third scales what both of them give.
+# The second ties its head to its embedding, the third scales the outputs of both.
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe"])
-def test_costs_of_the_ends(
+def test_costs_of_embedding_and_head_are_those_of_rounding_them(
     model_folder: Folder,
     text_file: Path,
     tmp_path: Path,
@@ -50,10 +55,9 @@ def test_costs_of_the_ends(
     folder = model_folder(family)
     source = Source(folder)
     recipe = small_recipe(text_file, "default", measure="rtn", expert_bits=(2,))
-    found = costs_of_ends(score(source, recipe, work=tmp_path))
-    assert found.keys() == source.embedding_and_head.keys() and len(found) == (
-        1 if family == "qwen2_moe" else 2
-    )
+    found = measured_costs(score(source, recipe, work=tmp_path))
+    assert found.keys() == source.embedding_and_head.keys()
+    assert len(found) == (1 if family == "qwen2_moe" else 2)
     ids = calibration_ids(source, recipe)
     s = Sensitivity(tmp_path / SENSITIVITY).layer(0)[EMBEDDING]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -85,7 +89,43 @@ def test_costs_of_the_ends(
         assert found[name][2] == 0
 
 
-def test_ends_are_rounded_when_bytes_are_dear(
+@pytest.mark.parametrize(
+    ("head_tokens", "sampled"),
+    [(120, [[0, 1], [2, 3], [4]]), (60, [[0], [2], [4]]), (24, [[0], [0], [0]])],
+)
+def test_costs_of_the_head_are_means_over_the_sampled_sequences_of_each_text(
+    model_folder: Folder,
+    head_tokens: int,
+    sampled: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five sequences of three texts. A text without a sampled sequence gets the mean of all."""
+    monkeypatch.setattr(embedding_and_head, "HEAD_TOKENS", head_tokens)
+    folder, ids = model_folder(), some_ids(5, 24)
+    walk = Walk(Source(folder), ids)
+    with Progress("test", total=2) as progress:
+        walk.finish(progress)
+    generator = torch.Generator().manual_seed(0)
+    error = 0.01 * torch.randn(VOCAB, 64, generator=generator)
+    texts = Texts(3, torch.tensor([0, 0, 1, 1, 2]).repeat_interleave(24))
+    found = embedding_and_head.head_costs(walk, error, texts)
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    states: list[torch.Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    with torch.inference_mode():
+        p = model(ids).logits.double().softmax(-1)
+    e = states[0].double() @ error.double().T
+    variance = (p * e.square()).sum(-1) - (p * e).sum(-1).square()  # [S, L]
+    of_sequence = variance.mean(1) / 2
+    share = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+    expected = share * torch.stack([of_sequence[rows].mean() for rows in sampled])
+    # A sum of V = 384 terms in float32 has an error of V UNIT = 2e-5 of E e^2, which is Var(e) here
+    # up to a few times.
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=2e-4)
+
+
+def test_embedding_and_head_are_rounded_when_the_budget_is_small(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
     source = Source(model_folder())
@@ -106,7 +146,9 @@ def test_ends_are_rounded_when_bytes_are_dear(
     AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None])
 
 
-def test_ends_that_the_recipe_fixes_are_not_offered(model_folder: Folder, text_file: Path) -> None:
+def test_widths_that_the_recipe_fixes_are_not_offered(
+    model_folder: Folder, text_file: Path
+) -> None:
     source = Source(model_folder())
     recipe = small_recipe(text_file, "default", head_bits=16, embedding_bits=8)
     assert not ModelTensors.of(source, recipe).open.keys() & source.embedding_and_head.keys()

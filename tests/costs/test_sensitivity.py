@@ -1,4 +1,4 @@
-"""A backward walk gives what autograd gives on the whole model, and goes on where it stopped."""
+"""The backward walk against autograd on the whole model; interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-# granitemoe scales what the embedding gives, and what the head gives.
+# granitemoe scales the outputs of the embedding and of the head.
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])
 @pytest.mark.parametrize(  # uneven last batches, and all in one
     ("batch_tokens", "logit_tokens"), [(48, 10), (4096, 4096)]
 )
-def test_it_is_the_gradient_of_the_whole_model(
+def test_sensitivity_is_from_the_gradient_of_the_whole_model(
     model_folder: Folder,
     family: str,
     batch_tokens: int,
@@ -99,6 +99,8 @@ def test_it_is_the_gradient_of_the_whole_model(
         width = gradient.shape[-1]
         expected = gradient.reshape(-1, width).square().sum(1) / (2 * TOKENS * width)
         measured = found.layer(int(layer or 0))[name]
+        # Only the order of float32 sums differs, of a few hundred terms each. A gradient can
+        # cancel in them, so its error is relative to the largest of all tokens: 1e-6 or so.
         largest = expected.max().item()
         torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-5 * largest, msg=key)
 
@@ -110,10 +112,10 @@ def test_drawn_text_follows_the_seed(model_folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("dies_after", range(1, 12))
-def test_it_goes_on_where_it_stopped(
+def test_a_killed_run_resumes_with_the_same_bytes(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_after: int
 ) -> None:
-    """Killed at any of its writes, it ends with the same bytes."""
+    """Killed at any of its writes."""
     module = importlib.import_module("moepress.costs.sensitivity")
     source, ids = Source(model_folder("deepseek_v3")), some_ids()
     measure_sensitivity(source, ids, tmp_path / "whole", MADE_OF, seed=0)
@@ -145,7 +147,7 @@ def test_it_goes_on_where_it_stopped(
     ]  # fmt: skip
 
 
-def test_other_work_is_refused(model_folder: Folder, tmp_path: Path) -> None:
+def test_a_work_folder_of_another_run_is_refused(model_folder: Folder, tmp_path: Path) -> None:
     source, ids = Source(model_folder()), some_ids()
     measure_sensitivity(source, ids, tmp_path, MADE_OF, seed=0)
     with pytest.raises(InputError, match="differs in: work"):
@@ -161,7 +163,7 @@ def test_a_layer_without_a_gradient_is_named(
         measure_sensitivity(Source(model_folder()), some_ids(), tmp_path, MADE_OF, seed=0)
 
 
-def test_a_full_disk_is_told_before_the_work(
+def test_a_full_disk_is_reported_before_the_work(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module("moepress.costs.sensitivity")
@@ -198,7 +200,7 @@ def test_a_full_disk_is_told_before_the_work(
     measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
 
 
-def test_what_a_dead_run_did_not_delete_is_deleted(model_folder: Folder, tmp_path: Path) -> None:
+def test_files_left_by_a_killed_run_are_deleted(model_folder: Folder, tmp_path: Path) -> None:
     source = Source(model_folder())
     measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
     done = {p.name for p in tmp_path.iterdir()}

@@ -57,7 +57,7 @@ def test_loaded_leaves_nothing_behind(model_folder: Folder) -> None:
     assert source.current(f"{prefix}.self_attn.q_proj.weight").is_meta
 
 
-def test_fingerprint_sees_config_and_weights(model_folder: Folder, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_config_and_weights(model_folder: Folder, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder(), tmp_path / "copy")
     first = Source(model_folder()).fingerprint
     assert Source(folder).fingerprint == first
@@ -143,7 +143,7 @@ def test_a_family_with_other_experts_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "/nowhere/at/all"])
-def test_no_such_model(name: str) -> None:
+def test_a_missing_model_is_reported(name: str) -> None:
     with pytest.raises(InputError, match="folder"):
         Source(name)
 

@@ -46,7 +46,7 @@ def random_weight(rows: int = 24, cols: int = 32) -> Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("tokens", [40, 400])
 def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens: int) -> None:
-    """Of what the original outputs have more, on the inputs as they are, solved as one system."""
+    """W* - W is the ridge regression of the difference of outputs on the inputs, as one system."""
     now, original, count = moved_inputs(tokens)
     w = random_weight()
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
@@ -71,7 +71,7 @@ def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens
     hessian.factor(DAMPING)  # a copy was used up, not this one
 
 
-def test_nothing_known_or_moved_nothing_corrected() -> None:
+def test_without_tokens_or_drift_the_weight_stays() -> None:
     now, _, count = moved_inputs()
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
     w = random_weight()
@@ -86,7 +86,7 @@ def test_nothing_known_or_moved_nothing_corrected() -> None:
 def test_gain_is_least_squares(
     weighted: bool, damping: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One factor for all outputs, token by token in float64, whatever the damping is."""
+    """The best gain of all outputs, token by token in float64, whatever the damping is."""
     monkeypatch.setattr(correction_module, "COLUMNS_PER_PANEL", 12)
     now, original, count = moved_inputs()
     w = random_weight()
@@ -105,7 +105,7 @@ def test_gain_is_least_squares(
     assert abs(got - 1) > 0.01
 
 
-def test_no_gain_where_nothing_is_known() -> None:
+def test_the_gain_is_1_without_tokens_or_outputs() -> None:
     w = random_weight()
     matrix = quantize_matrix("rtn", w, Codec(2, 32))
     for drifts in (False, True):
@@ -120,7 +120,7 @@ def test_no_gain_where_nothing_is_known() -> None:
 
 @pytest.mark.parametrize("family", ["int", "trellis"])
 def test_few_tokens_damp_trellis_codes(family: str) -> None:
-    """As many as count: 100 tokens, half of them of no importance, are 50."""
+    """100 tokens, half of them of weight 0, count as 50."""
     x = moved_inputs(100)[0]
     count = torch.arange(100).remainder(2).float()
     inputs = Inputs(32, "cpu", family, False)
@@ -133,8 +133,8 @@ def test_few_tokens_damp_trellis_codes(family: str) -> None:
     assert plenty.factor(DAMPING).damping == DAMPING
 
 
-def test_chance_is_not_taken_for_drift() -> None:
-    """Inputs that differ by noise alone: what is fitted to few tokens must not hurt on others."""
+def test_a_correction_fitted_to_noise_does_little_harm() -> None:
+    """Inputs that differ by noise alone: a fit to few tokens must not hurt on others."""
     now, _, _ = moved_inputs(4064)
     original = now + torch.randn(now.shape, generator=torch.Generator().manual_seed(3))
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
@@ -157,7 +157,7 @@ def test_linears_are_corrected_for_their_own_inputs(
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each linear of a layer, experts left out, on both walks: as from inputs kept whole.
+    """Every linear of a layer but the experts: the same as from all its inputs at once.
 
     With rotated inputs too, and where a layer calls a linear more than once.
     """
@@ -210,8 +210,8 @@ def inputs_of(walk: Walk, modules: dict[str, torch.nn.Linear]) -> dict[str, Tens
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
-def test_a_twin_goes_its_own_way(model_folder: Folder) -> None:
-    """What reaches the experts, and the states behind the layer, are the original model's."""
+def test_a_twin_walks_through_the_original_model(model_folder: Folder) -> None:
+    """Inputs of the experts and states after the layer are those of the original model."""
     source = Source(model_folder())
     alone, walk = Walk(source, some_ids()), Walk(source, some_ids())
     twin = walk.fork()
@@ -228,7 +228,7 @@ def test_a_twin_goes_its_own_way(model_folder: Folder) -> None:
 def test_rounded_experts_are_nearer_to_the_original_outputs(
     model_folder: Folder, text_file: Path, codec: str
 ) -> None:
-    """At 4 bits, behind inputs that moved, correction takes most of the difference away."""
+    """At 4 bits, with inputs that moved, correction removes a third of the error or more."""
     source = Source(model_folder())
     weights = source.expert(0, 0)
     generator = torch.Generator().manual_seed(0)
@@ -254,10 +254,10 @@ def test_rounded_experts_are_nearer_to_the_original_outputs(
 
 
 @pytest.mark.parametrize("codec", ["int", "trellis"])
-def test_down_has_the_size_of_the_original_outputs(
+def test_down_is_scaled_to_the_original_outputs(
     model_folder: Folder, text_file: Path, codec: str
 ) -> None:
-    """No factor of a rounded expert's outputs brings them nearer to the original's."""
+    """The best gain of a rounded expert's outputs towards the original's is 1."""
     source = Source(model_folder())
     weights = source.expert(0, 0)
     generator = torch.Generator().manual_seed(0)
@@ -279,5 +279,5 @@ def test_down_has_the_size_of_the_original_outputs(
         outputs = [hidden @ down.dequantize().T for down in downs]
         factors.append([float((wanted * y).sum() / y.square().sum()) for y in outputs])
     known, unknown = factors
-    assert known == pytest.approx([1, 1], abs=2**-8)  # scales are bfloat16: 2**-9
+    assert known == pytest.approx([1, 1], abs=2**-8)  # the rounding of bfloat16 scales
     assert all(abs(factor - 1) > 0.1 for factor in unknown), unknown
