@@ -191,7 +191,7 @@ class Bench:
             plan = self._plan(recipe, bits)
             row = self._measured(method, plan)
             if row.bits > bits * (1 + WITHIN):
-                raise MoepressError(f"{method} took {row.bits:.4f} bits, {bits:.4f} were asked.")
+                raise MoepressError(f"{method} took {row.bits:.4f} bits, expected {bits:.4f}.")
             return row
 
         return self.kept.row(f"{method} at {bits:.4f}", make)

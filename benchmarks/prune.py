@@ -188,7 +188,7 @@ def main() -> None:
         for length in (512, 1024, 2048):
             sampling(original, ids, length)
         return
-    print("| model | method | share asked | share dropped | perplexity ratio | KL |")
+    print("| model | method | wanted share | dropped share | perplexity ratio | KL |")
     print("|---" * 6 + "|")
     compare(original, calibrate(given.model, recipe).drop_costs, ids, "16 bits")
     for bits in given.bits:

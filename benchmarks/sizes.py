@@ -8,17 +8,16 @@ shape; transformers builds the model from it on the meta device, and the package
 `moepress compress` does before it reads a weight. Total weights are checked against the published
 number.
 
-Assumed, since widths other than those of the experts come from measured costs: attention, shared
-experts and dense MLPs 4 bits, embedding and head 8 bits. On the reference models the allocator
-chose 3 and 4 bits for most of these linears at 2.0 and 2.5 bits (docs/log.md, 2026-11-25).
+A real run chooses the widths outside the experts by measured costs. Here they are assumed:
+attention, shared experts and dense MLPs 4 bits, embedding and head 8 bits. On the reference models
+the allocator chose 3 and 4 bits for most of these linears at 2.0 and 2.5 bits (docs/log.md,
+2026-11-25). The tokenizer (2 to 20 MB) is not counted.
 
-Not counted: the tokenizer (2 to 20 MB).
-
-Memory to run: the folder, plus OVERHEAD (peak RSS less the folder's size, measured while a model of
-4 layers of Mixtral-8x7B's shape generated; benchmarks/results.md, 2026-11-23), plus the KV cache of
-TOKENS tokens in bfloat16, as transformers stores it (DeepSeek-V3: the latents; gpt-oss: sliding
-windows in every second layer). A memory fits if that is at most SHARE of it, the share that
-`moepress compress` without a budget uses. GB are 1000^3 bytes.
+Memory to run is the sum of the folder, OVERHEAD, and the KV cache of TOKENS tokens in bfloat16 as
+transformers stores it (DeepSeek-V3: the latents; gpt-oss: sliding windows in every second layer).
+OVERHEAD is peak RSS less the folder's size, measured while a model of 4 layers of Mixtral-8x7B's
+shape generated text (benchmarks/results.md, 2026-11-23). A memory fits if the sum is at most SHARE
+of it, the share that `moepress compress` without a budget uses. GB are 1000^3 bytes.
 
 Where the shapes come from (read 2026-11-26). Where a model's own page was not at hand, the page of
 a fine-tune of the same shape was read:
@@ -185,7 +184,7 @@ def check_plans(plans: list[BitAllocation]) -> None:
     """Raise ValueError where a plan misses its budget by more than a hundredth of a bit."""
     for bits, plan in zip(BUDGETS, plans, strict=True):
         if not 0 <= bits - plan.average_bits < 0.01:
-            raise ValueError(f"A plan has {plan.average_bits} bits, asked were {bits}.")
+            raise ValueError(f"A plan has {plan.average_bits} bits, expected {bits}.")
 
 
 def cache_bytes(config: Any) -> int:
