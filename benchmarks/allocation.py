@@ -1,10 +1,11 @@
-"""What each allocation keeps of a model at the same average expert bits, on held-out text.
+"""Compare allocations: perplexity and KL of a model at the same average expert bits.
 
     python benchmarks/allocation.py                     # the carried model, on stdlib text
     python benchmarks/allocation.py MODEL --calib calib/*.txt --valid valid/*.txt
 
-Prints a Markdown table, one column of perplexity per text. All rows share calibration tokens, 4-bit
-attention, and evaluator; scores are measured once per quantizer.
+Prints a Markdown table with one column of perplexity per held-out text. All rows have scalar codes;
+attention, shared experts and dense MLPs at 4 bits; embedding and head unquantized. They share the
+calibration tokens and the evaluator. Scores are measured once per quantizer.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ WIDTHS = (1, 2, 3, 4)
 def plans(
     real: ExpertScores, nearest: ExpertScores, bits: float
 ) -> Iterator[tuple[str, BitAllocation]]:
-    """(name, plan) of every method that exists at this budget."""
+    """Yield (name, plan) of every method that exists at this budget."""
     methods = {
         "uniform, gptq": (real, Recipe(cost="uniform")),
         "random, gptq": (real, Recipe(cost="random")),
         "paper as released": (nearest, Recipe.load("paper-released")),
         "paper": (nearest, Recipe.load("paper")),
-        "default": (real, Recipe()),
+        "default, widths 1-3": (real, Recipe(expert_bits=WIDTHS[:3])),
         "default, widths 1-4": (real, Recipe(expert_bits=WIDTHS)),
     }
     for name, (scores, recipe) in methods.items():
@@ -62,12 +63,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     source = Source(given.model)
-    base = Recipe(**calibration(given), expert_bits=WIDTHS)
+    base = Recipe.load("fast", **calibration(given), expert_bits=WIDTHS)
     real = score(source, base)
     nearest = score(source, base.with_changes(measure="rtn", hessian_weight="none"))
     evaluator = Evaluator(given.model, given.valid, given.windows)
-    domains = " | ".join(Path(text).stem for text in given.valid)
-    head = f"| bits | method | expert bpw | model bpw | bytes | {domains} | ratio | KL | seconds |"
+    texts = " | ".join(Path(text).stem for text in given.valid)
+    head = f"| bits | method | expert bpw | model bpw | bytes | {texts} | ratio | KL | seconds |"
     print(head + "\n" + "|---" * (head.count("|") - 1) + "|")
     for bits in given.bits:
         for name, plan in plans(real, nearest, bits):
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def row(name: str, plan: BitAllocation, source: Source, evaluator: Evaluator) -> str:
-    """Quantize and evaluate a plan."""
+    """Quantize a plan, evaluate the folder, and return a Markdown row."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = quantize(source, plan, Path(folder) / "out")

@@ -1,4 +1,4 @@
-"""Rows of `quality.py`: methods measured on one model, each row kept as soon as it is measured."""
+"""Measure the rows of `quality.py`: each is one method on one model, kept once it is measured."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from moepress.recipe import ALLOCATION_FIELDS, Recipe
 from moepress.score import score
 
 WITHIN = 0.01  # of a budget
-ENDS = {"head_bits": 16, "embedding_bits": 16}  # not counted, so the same for every method
-UNIFORM_WIDTHS = (1, 2, 3)  # of methods that give all experts the same
+EMBEDDING_AND_HEAD = {"head_bits": 16, "embedding_bits": 16}  # not counted: alike in every row
+UNIFORM_WIDTHS = (1, 2, 3)  # of methods that give all experts the same width
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Row:
     ratio: float
     kl: float
     changed_top: float
-    seconds: float  # of rounding and evaluating
+    seconds: float  # to round and evaluate
     about: dict[str, Any]  # recipe and plan, or how a rival was made
     texts: tuple[dict[str, Any], ...]
 
@@ -61,14 +61,14 @@ class Row:
 
 
 class Kept:
-    """Rows by name, in a file if one is given, so that a stopped run goes on.
+    """Rows by name. With a file, a stopped run continues from its rows.
 
     Args:
         path: the file, or None.
         made_of: what rows depend on.
 
     Raises:
-        InputError: the file holds rows of something else.
+        InputError: the file holds rows that depend on something else.
     """
 
     def __init__(self, path: Path | None, made_of: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Kept:
             self.rows = found["rows"]
 
     def row(self, name: str, make: Callable[[], Row]) -> Row:
-        """The row of that name, made now if it is not there."""
+        """The row of that name; measured now unless it is kept."""
         if name not in self.rows:
             self.rows[name] = asdict(make())
             if self.path is not None:
@@ -98,7 +98,7 @@ class Kept:
 
 
 def provenance() -> dict[str, str]:
-    """Where and with what rows are measured."""
+    """Command, versions and CPU that rows are measured with."""
     import transformers
 
     here = Path(__file__).parent
@@ -143,7 +143,7 @@ def made_of(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_float32(model: Path, folder: Path) -> Path:
-    """A copy of the original in float32, in a folder of the same name."""
+    """Copy the original to float32, into a folder of the same name."""
     out = folder / Path(model).resolve().name
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(out)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
@@ -151,12 +151,12 @@ def in_float32(model: Path, folder: Path) -> Path:
 
 
 class Bench:
-    """Measures methods on one model, and keeps what was measured.
+    """Measures methods on one model, and keeps the rows.
 
     Args:
         original: folder of the original in float32.
         given: options.
-        kept: rows of an earlier run, and where they are kept.
+        kept: rows of an earlier run, and the file they are kept in.
     """
 
     def __init__(self, original: Path, given: argparse.Namespace, kept: Kept) -> None:
@@ -184,14 +184,14 @@ class Bench:
         """A method at a budget of stored bits per weight.
 
         Raises:
-            BudgetError: it does not exist at this size.
+            BudgetError: the method has no plan this small.
         """
 
         def make() -> Row:
             plan = self._plan(recipe, bits)
             row = self._measured(method, plan)
             if row.bits > bits * (1 + WITHIN):
-                raise MoepressError(f"{method} took {row.bits:.4f} bits, {bits:.4f} were asked.")
+                raise MoepressError(f"{method} took {row.bits:.4f} bits, expected {bits:.4f}.")
             return row
 
         return self.kept.row(f"{method} at {bits:.4f}", make)
@@ -202,13 +202,14 @@ class Bench:
 
         def make() -> Row:
             whole = recipe.with_changes(
-                **calibration(self.given), **ENDS, expert_bits=UNIFORM_WIDTHS
+                **calibration(self.given), **EMBEDDING_AND_HEAD, expert_bits=UNIFORM_WIDTHS
             )
             return self._measured(name, allocate(self._scored(whole), whole, bits=width))
 
         return self.kept.row(name, make)
 
     def rival(self, folder: Path) -> Row:
+        """A rival, from the folder that its script in benchmarks/rivals made."""
         about, weights = load(folder)
 
         def make() -> Row:
@@ -238,9 +239,10 @@ class Bench:
         return Row.of(method, 8 * stored / self.layer_weights, found, since, about)
 
     def _stored(self, folder: Path) -> int:
-        """Bytes of the decoder layers' matrices in a folder of ours, what is not packed at 16 bits.
+        """Stored bytes of the decoder layers' matrices in a compressed folder.
 
-        Tensors beside the original's own (side data of a packed one) count too.
+        Matrices that are not packed count as 16-bit. Tensors that the original does not have (side
+        data of packed ones) count too.
         """
         layers = tuple(f"{self.source.layer_path(i)}." for i in range(len(self.source.layers)))
         vectors = {name for name in self.source.all_names if name not in self.weights}
@@ -252,10 +254,10 @@ class Bench:
         )
 
     def _other_bytes(self) -> int:
-        """Bytes of a folder's tensors that are not counted, the same in every folder of ours.
+        """Bytes of a compressed folder's tensors that do not count: alike in every row.
 
-        Those of embedding, head and norms; and what routers, counted at 16 bits, take more of here,
-        where the original was copied to float32.
+        These are the tensors of embedding, head and norms. Routers count as 16-bit, but are stored
+        in float32 here like the copy of the original; the excess does not count either.
         """
         total = 0
         for name in self.source.all_names:
@@ -268,14 +270,14 @@ class Bench:
 
     def _plan(self, recipe: Recipe, bits: float) -> BitAllocation:
         """The plan of at most `bits` stored bits per weight."""
-        recipe = recipe.with_changes(**calibration(self.given), **ENDS)
+        recipe = recipe.with_changes(**calibration(self.given), **EMBEDDING_AND_HEAD)
         scores = self._scored(recipe)
         other = self._other_bytes() + scores.file_bytes
         size = int(bits * self.layer_weights / 8) + other
         return allocate(scores, recipe.with_changes(bits=None, bpw=None, size=size))
 
     def _scored(self, recipe: Recipe) -> ExpertScores:
-        """Scores are measured once for all recipes that differ in the allocation only."""
+        """Scores for a recipe, measured once for all that differ in allocation fields only."""
         key = recipe.digest(*ALLOCATION_FIELDS)
         if key not in self._scores:
             self._scores[key] = score(self.source, recipe)

@@ -1,15 +1,15 @@
-"""How fast the CPU kernels are: against the memory, against llama.cpp, against bfloat16.
+"""Measure the speed of the CPU kernels beside memory bandwidth, llama.cpp and bfloat16.
 
     python benchmarks/cpu.py kernels                 # bytes per second of the MoE op, by codec
     python benchmarks/cpu.py models FOLDER           # decode and prefill beside llama.cpp
     python benchmarks/cpu.py bfloat16 FOLDER         # decode beside transformers' own bfloat16
     python benchmarks/cpu.py whole FOLDER            # 32 layers: seconds to the first token
 
-`models` and `bfloat16` write models of Mixtral-8x7B's shape, 4 layers, random weights, into FOLDER
-(10 and 14 GB) and use what they find there; `whole` writes 16 GB. `models` needs llama-cpp-python
-(built here by pip) and gguf. Each contender has a process of its own and they take turns, so that
-what else the machine does falls on all alike; figures are medians over the rounds, and ratios are
-taken within one run.
+`models` and `bfloat16` write models of Mixtral-8x7B's shape with 4 layers and random weights into
+FOLDER (10 and 14 GB), or use those that are there; `whole` writes 16 GB. `models` needs gguf and
+llama-cpp-python, which pip compiles. Each contender runs in a process of its own, and they take
+turns, so that other load on the machine affects all alike. Figures are medians over the rounds;
+ratios compare figures of the same run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ extern "C" uint64_t stream(const uint64_t* at, int64_t n) {  // reads n words, o
 
 
 def kernels(rounds: int) -> None:
-    """Packed bytes per second, beside the bandwidth measured between the same rounds."""
+    """Report packed bytes per second, beside the memory bandwidth measured before and after."""
     from moepress.kernels import cpu
 
     read = compiled_stream()
@@ -66,9 +66,10 @@ def kernels(rounds: int) -> None:
 def one_token(
     family: str, bits: int, hidden: int, inner: int, experts: int, k: int, copies: int
 ) -> tuple[Callable[[], None], int]:
-    """A call of the MoE op and the bytes it reads.
+    """A function that calls the MoE op with one token, and the bytes that a call reads.
 
-    Other experts each time, of `copies` layers: what was read last is no longer in the caches.
+    Successive calls use different experts, of `copies` layers, so that no call finds its bytes in
+    the caches.
     """
     import torch
 
@@ -121,7 +122,7 @@ def measure_kernels(shape: str, read: Callable[[], float], rounds: int) -> None:
         speed, share = median(speeds[family, bits]), median(shares[family, bits])
         values = {"gb_per_s": speed / 1e9, "of_ceiling": share}
         best = max(speeds[family, bits]) / 1e9
-        weights = 8e-9 * speed / bits  # nearly: side data count as weights
+        weights = 8e-9 * speed / bits  # slightly too many: side data count as weights
         report(
             shape=shape,
             codec=family,
@@ -151,7 +152,7 @@ def compiled_stream() -> Callable[[], float]:
 
 
 class Contender:
-    """A worker process: asked for a task, it answers with seconds."""
+    """A worker process that runs tasks and answers with seconds."""
 
     def __init__(self, kind: str, path: Path) -> None:
         self.size = folder_bytes(path) if path.is_dir() else path.stat().st_size
@@ -179,14 +180,14 @@ class Contender:
 
 
 def default_threading() -> dict[str, str]:
-    """The environment without what would change how threads wait: each contender as it comes."""
+    """The environment without settings of how threads wait: each contender uses its defaults."""
     return {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
 
 
 def compete(contenders: dict[str, Contender], tasks: dict[str, int], rounds: int) -> None:
-    """Take turns, report tokens per second."""
+    """Let contenders take turns, and report tokens per second."""
     seconds: dict[tuple[str, str], list[float]] = {}
-    for task, name in itertools.product(tasks, contenders):  # once to warm up
+    for task, name in itertools.product(tasks, contenders):  # warm-up
         contenders[name].ask(task, tasks[task])
     for _, task, name in itertools.product(range(rounds), tasks, contenders):
         taken = contenders[name].ask(task, tasks[task])
@@ -289,7 +290,7 @@ def models(folder: Path, rounds: int) -> None:
 
 
 def write_gguf(path: Path, quantization: str) -> None:
-    """The same shape: experts of one type, attention, embedding and head of Q4_K."""
+    """Write the same shape as GGUF: experts of one type; attention, embedding and head in Q4_K."""
     import gguf
     import numpy as np
 
@@ -364,7 +365,7 @@ def bfloat16(folder: Path, rounds: int) -> None:
 
 
 def whole(folder: Path) -> None:
-    """Open and generate in a fresh process, nothing of the files in memory."""
+    """Open and generate in a fresh process: first with no file in memory, then with all."""
     path = folder / "ours-32-layers"
     if not path.exists():
         mixtral_shape.packed(path, 32, 2.5)
@@ -405,7 +406,7 @@ def generate(path: Path) -> None:
 
     with torch.inference_mode():
         model.generate(ids, max_new_tokens=64, streamer=Clock(), **options)
-    tokens = times[1:]  # the first call of the streamer brings the prompt
+    tokens = times[1:]  # the streamer's first call is for the prompt
     values = {
         "import_s": imported - started,
         "open_s": opened - imported,

@@ -1,7 +1,7 @@
-"""What the benchmarks of quality share: options, text, and one evaluator for every model.
+"""Shared by the benchmarks of quality: options, text, and one evaluator for every model.
 
-The evaluator asks every model for its predictions in transformers, in float32, on the same windows
-of held-out text, and compares them with those of the original, which it keeps.
+The evaluator runs every model in transformers, in float32, on the same windows of held-out text,
+and compares its predictions with stored ones of the original.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ WINDOWS_AT_A_TIME = 16
 
 
 def options(about: str) -> argparse.ArgumentParser:
-    """What can be set everywhere: model, texts, and how much of them is looked at."""
+    """A parser of the options that all benchmarks have: model, texts, and how much text is used.
+
+    Args:
+        about: docstring of the script; its first line becomes the description.
+    """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?", default=MODEL)
     parser.add_argument("--calib", nargs="+", default=["stdlib"])
@@ -44,7 +48,7 @@ def options(about: str) -> argparse.ArgumentParser:
 
 
 def calibration(given: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a recipe that say which text a model is calibrated on."""
+    """The recipe fields that choose the calibration set."""
     return {
         "calib": tuple((text, 1.0) for text in given.calib),
         "sequences": given.sequences,
@@ -57,7 +61,7 @@ def base_recipe(given: argparse.Namespace) -> Recipe:
 
 
 def opened(folder: Path) -> Any:
-    """A model folder, ours or an original, computed in float32; activations keep 15 bits."""
+    """Open a compressed or original model in float32; packed products keep 15-bit activations."""
     hf.register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if is_compressed(folder):
@@ -66,10 +70,10 @@ def opened(folder: Path) -> Any:
 
 
 def layer_weights(model: Any) -> dict[str, Tensor]:
-    """Every matrix of the decoder layers, fused experts as one tensor, by parameter name.
+    """Every matrix of the decoder layers, by parameter name; fused experts are one tensor.
 
-    These are the weights that a benchmark's bits per weight are counted over. Norms and biases are
-    left out: every method leaves them as they are.
+    Benchmarks count bits per weight over these weights. Norms and biases do not count, because no
+    method changes them.
     """
     paths = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -82,7 +86,7 @@ def layer_weights(model: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside the original, by text."""
+    """How a model differs from the original, text by text."""
 
     texts: tuple[TextResult, ...]
 
@@ -99,7 +103,7 @@ class Comparison:
 
     @property
     def changed_top(self) -> float:
-        """Mean over texts of the share of tokens whose most likely successor changed."""
+        """Mean over texts of the share of positions whose most likely next token changed."""
         return self._mean("changed_top")
 
     def _mean(self, name: str) -> float:
@@ -107,12 +111,12 @@ class Comparison:
 
 
 class Evaluator:
-    """Compares models with an original whose predictions are kept (on disk, if they are many).
+    """Compares models with an original whose predictions are stored (on disk if they are large).
 
     Args:
         original: folder of the original model.
         texts: as `moepress.text.windows` names them.
-        windows: how many windows of each text are looked at.
+        windows: number of windows of each text.
     """
 
     def __init__(self, original: Path, texts: list[str], windows: int) -> None:
@@ -130,14 +134,14 @@ class Evaluator:
         ]
         columns = {name: torch.cat([m[name] for m in measured]) for name in measured[0]}
         results = []
-        for name in dict.fromkeys(self.tokens.sources):
-            rows = torch.tensor([source == name for source in self.tokens.sources])
+        for name in dict.fromkeys(self.tokens.texts):
+            rows = torch.tensor([text == name for text in self.tokens.texts])
             results.append(summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
         return Comparison(tuple(results))
 
     @torch.inference_mode()
     def _predictions(self, model: Any) -> Iterator[tuple[slice, Tensor]]:
-        """(batch, logits [b, L, V]) for every batch of windows, in order."""
+        """Yield (batch, logits [b, L, V]) for every batch of windows, in order."""
         for start in range(0, len(self.tokens.ids), WINDOWS_AT_A_TIME):
             batch = slice(start, min(start + WINDOWS_AT_A_TIME, len(self.tokens.ids)))
             yield batch, model(input_ids=self.tokens.ids[batch], use_cache=False).logits

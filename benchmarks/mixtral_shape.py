@@ -1,11 +1,11 @@
-"""Compress a model of Mixtral-8x7B's shape with few layers and random weights: time and memory.
+"""Measure time and memory of compression: Mixtral-8x7B's shape, few layers, random weights.
 
     python benchmarks/mixtral_shape.py make FOLDER --layers 2     # 6 GB of bfloat16
     python benchmarks/mixtral_shape.py run FOLDER OUT             # one JSON line per stage
     python benchmarks/mixtral_shape.py packed OUT --layers 32     # random codes, nothing compressed
 
-Weights and tokens are random, so nothing is said of quality. Peak RSS is the process's own
-high-water mark after each stage (pages of mapped files count); loading is measured in a process of
+Weights and tokens are random, so results say nothing about quality. Peak RSS is the high-water mark
+of the process after each stage, pages of mapped files included. Loading is measured in a process of
 its own.
 """
 
@@ -52,12 +52,12 @@ def make(folder: Path, layers: int) -> None:
         weight_map.update(dict.fromkeys(tensors, name))
 
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    ends = {
+    rest = {
         "model.embed_tokens.weight": random(VOCAB, HIDDEN),
         "model.norm.weight": ones,
         "lm_head.weight": random(VOCAB, HIDDEN),
     }
-    write("model-rest.safetensors", ends)
+    write("model-rest.safetensors", rest)
     side = HIDDEN // HEADS * KV_HEADS
     for layer in range(layers):
         at = f"model.layers.{layer}"
@@ -81,9 +81,9 @@ def make(folder: Path, layers: int) -> None:
 
 
 def packed(out: Path, layers: int, bits: float) -> None:
-    """Write a compressed folder of random codes, `bits` on average, one shard per layer.
+    """Write a compressed folder of random scalar codes, `bits` on average, one shard per layer.
 
-    Of the 8 experts of a layer some have the width below `bits`, the others the one above.
+    Of the 8 experts of a layer, some have the next width below `bits`, the others the next above.
     Attention, head and embedding have 4 bits. All layers hold the same bytes, each in its own file.
     """
     from transformers import MixtralConfig
@@ -124,8 +124,8 @@ def packed(out: Path, layers: int, bits: float) -> None:
         named = {at + name: tensor for name, tensor in (tensors | plain).items()}
         save_tensors(out / shard_name(layer), {k: v.clone() for k, v in named.items()})
         specs |= {at + name: spec for name, (spec, *_) in parts.items()}
-    ends = {name: random_packed(four, VOCAB, HIDDEN, generator) for name in outside}
-    save_tensors(out / shard_name(None), ends | {"model.norm.weight": ones})
+    tables = {name: random_packed(four, VOCAB, HIDDEN, generator) for name in outside}
+    save_tensors(out / shard_name(None), tables | {"model.norm.weight": ones})
     config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(out)
@@ -135,7 +135,7 @@ def packed(out: Path, layers: int, bits: float) -> None:
 
 
 def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
-    """The bytes of a packed tensor: any codes and zeros, a scale that keeps products near 1."""
+    """Bytes of a packed tensor: random codes and zeros, a scale that keeps products near 1."""
     matrices = []
     for codec in spec.codecs:
         if codec.family == "trellis":
@@ -196,7 +196,7 @@ def staged(stage: str, work: Callable[[], Any]) -> Any:
 
 
 def peak_rss() -> int:
-    """Bytes. Of this process alone: getrusage's figure starts from the parent's."""
+    """Peak RSS of this process in bytes. (getrusage would start from the parent's figure.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

@@ -1,19 +1,21 @@
-"""What online pruning costs: share of the chosen experts dropped against perplexity and KL.
+"""Measure what online pruning costs: perplexity and KL by share of dropped choices.
 
     python benchmarks/prune.py MODEL --calib calib/*.txt --valid valid/*.txt [--bits 2.5 2.0]
     python benchmarks/prune.py MODEL --calib ... --valid ... --sampling
 
-Every row prunes one model and compares it with itself unpruned, on the same batches: ratio of
-perplexities, over all texts, and mean KL(unpruned || pruned) per token. Original weights are those
-of the file, compressed folders run packed; all else is computed in float32 (torch's bfloat16
-products take eight times as long on CPUs without AMX). `--sampling` asks instead how
-sampling the queries changes which tokens are protected.
+Each row compares a pruned model with the same model unpruned, on the same batches: ratio of
+perplexities over all texts, and mean KL(unpruned || pruned) per token. The model is the original,
+or a compressed folder that runs packed. Everything is computed in float32, because torch's bfloat16
+products take eight times as long on CPUs without AMX. `--sampling` measures instead how sampling
+the queries changes which tokens are protected.
 
-    random          any choices but the first of a token
+    random          random choices, never the first of a token
     paper           the same quantile of the ratio in every layer and rank, weights renormalised
     paper, 2 %      the same, important tokens protected
     cheapest        thresholds solved from measured costs (the default)
     cheapest, 2 %   the same, important tokens protected
+
+and both rules with the other treatment of the kept weights.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ Method = Callable[[Any, DropCosts, float], AbstractContextManager[Any]]
 
 
 def by_quantile(costs: DropCosts, share: float, protect: float) -> Pruning:
-    """The paper's rule at any share: 0.25 of two experts is its median."""
+    """The paper's rule at any share. With two experts per token, 0.25 is its median."""
     of_rank = share / costs.largest_share
     ratios = quantile(costs, np.full(costs.ratio.shape[:2], of_rank))
     return pruning(costs, np.pad(ratios, ((0, 0), (1, 0))), True, protect)
@@ -66,7 +68,7 @@ def pruning(costs: DropCosts, ratios: Any, renormalise: bool, protect: float) ->
 
 @contextmanager
 def random_drops(model: Any, costs: DropCosts, share: float) -> Iterator[Pruned]:
-    """Any choices but a token's first, weights left as they are."""
+    """Drop random choices, never a token's first. Kept weights stay as they are."""
     generator = torch.Generator().manual_seed(0)
     keep_all = pruning(costs, np.zeros((len(costs.layers), costs.top_k)), False, 0.0)
     with prune(model, keep_all, count=True) as pruned:
@@ -76,7 +78,7 @@ def random_drops(model: Any, costs: DropCosts, share: float) -> Iterator[Pruned]
             )
 
         def cut(experts: Any, args: tuple[Tensor, ...], layer: Any) -> tuple[Tensor, ...]:
-            hidden, index, weights = args  # by falling weight, as the hook before gives them
+            hidden, index, weights = args  # by falling weight: the pruning hook has sorted them
             chance = torch.rand(index.shape, generator=generator) < share / costs.largest_share
             chance[:, 0] = False
             layer.dropped += chance.sum(0)
@@ -109,7 +111,7 @@ METHODS: dict[str, Method] = {
 
 @torch.inference_mode()
 def compare(model: Any, costs: DropCosts, ids: Tensor, name: str) -> None:
-    """One Markdown row for every method and share."""
+    """Print one Markdown row for every method and share."""
     rows = [(method, share) for method in METHODS for share in SHARES]
     loss, kl, dropped = (dict.fromkeys(rows, 0.0) for _ in range(3))
     unpruned, tokens = 0.0, 0
@@ -141,7 +143,7 @@ def predict(model: Any, batch: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def sampling(model: Any, ids: Tensor, length: int) -> None:
-    """How many of the protected tokens a sample of the queries finds."""
+    """Print the share of the protected tokens that a sample of the queries finds."""
     texts = ids.flatten()[: ids.numel() // length * length].view(-1, length)[:16]
     exact = torch.stack(protected(model, texts, length))
     late = exact[:, -length // 10 :].sum() / exact.sum()
@@ -152,7 +154,7 @@ def sampling(model: Any, ids: Tensor, length: int) -> None:
 
 
 def protected(model: Any, texts: Tensor, queries: int) -> list[Tensor]:
-    """Which tokens [length] of every text and layer are protected, with that many queries asked."""
+    """Masks [length] of the protected tokens of every text and layer, with sampled queries."""
     importance.SAMPLED_QUERIES = queries
     chosen, undo = [], []
     for layer in decoder_layers(model):
@@ -182,11 +184,11 @@ def main() -> None:
     ids = evaluation_tokens(texts, tokenizer, LENGTH, given.windows).ids
     original = opened(given.model)
     if given.sampling:
-        print("| tokens | queries asked | protected tokens found |\n|---|---|---|")
+        print("| tokens | sampled queries | protected tokens found |\n|---|---|---|")
         for length in (512, 1024, 2048):
             sampling(original, ids, length)
         return
-    print("| model | method | share asked | share dropped | perplexity ratio | KL |")
+    print("| model | method | wanted share | dropped share | perplexity ratio | KL |")
     print("|---" * 6 + "|")
     compare(original, calibrate(given.model, recipe).drop_costs, ids, "16 bits")
     for bits in given.bits:

@@ -1,16 +1,16 @@
-"""Whether pruned work is saved time: a model of Mixtral-8x7B's shape on the CPU kernels.
+"""Measure how much time pruning saves: a model of Mixtral-8x7B's shape on the CPU kernels.
 
     python benchmarks/prune_speed.py FOLDER --rounds 7
 
 Writes a model of 4 layers with random weights at 2.5 bits into FOLDER (2 GB), or uses the one that
-is there. One process runs it with nothing pruned, 15 % and 30 %, in turns of random order: prefills
-of 512 tokens, and single tokens, the same ones in every way but at other times. Thresholds are
-quantiles of the random router's own ratios.
+is there. One process runs it with 0, 15 and 30 % of the choices dropped, in random order: prefills
+of 512 tokens, and single tokens. All three settings run the same inputs. Thresholds are quantiles
+of the random router's own ratios.
 
-    work saved   dropped share of the experts' part of the work: of the bytes read for a token when
-                 decoding, of the multiplications in a prefill
-    time saved   1 - (time pruned) / (time of nothing pruned), medians
-    importance_and_rule   the part of the pruned time that is spent on finding out what to drop
+    work_saved   dropped share times the experts' share of the work: of the bytes read for a token
+                 when decoding, of the multiplications in a prefill
+    time_saved   1 - (time pruned) / (time unpruned), medians
+    importance_and_rule   share of the pruned time that is spent on deciding what to drop
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHARES = (0.15, 0.3)
 
 @contextmanager
 def routing_of(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Within the block, the routing weights of every layer that runs are gathered."""
+    """Within the block, collect the routing weights of every layer that runs."""
     found: list[torch.Tensor] = []
     hooks = [
         m.register_forward_pre_hook(lambda _, args: found.append(args[2]))
@@ -61,7 +61,7 @@ def routing_of(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def at_share(model: Any, ids: torch.Tensor, share: float) -> Pruning:
-    """Thresholds that drop that share of the choices of top-2 experts."""
+    """Thresholds that drop a share of all choices of a model with two experts per token."""
     with routing_of(model) as weights:
         model(ids)
     ratios = [w.float().amin(1) / w.float().amax(1) for w in weights]
@@ -69,13 +69,13 @@ def at_share(model: Any, ids: torch.Tensor, share: float) -> Pruning:
 
 
 def tasks(model: Any) -> dict[str, list[Callable[[], Any]]]:
-    """What is timed, one after the other, in every way."""
+    """The calls to time, by task; every setting times all of them."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(VOCAB, (1, PREFILL), generator=generator)
     tokens = torch.randint(VOCAB, (DECODE, 1, 1), generator=generator)
     cache = model(prompt[:, :16], use_cache=True).past_key_values
 
-    def decode(token: torch.Tensor) -> None:  # random ones: a random model soon repeats itself
+    def decode(token: torch.Tensor) -> None:  # random tokens: a random model soon repeats itself
         model(token, past_key_values=cache, use_cache=True)
         cache.crop(-1)
 
@@ -86,7 +86,7 @@ def tasks(model: Any) -> dict[str, list[Callable[[], Any]]]:
 
 
 def part_of_pruning(run: Callable[[], Any]) -> float:
-    """The part of a run's time that importance, protection and the rule itself take."""
+    """The share of a run's time that importance, protection and the rule itself take."""
     places = [
         (importance, "column_means"),
         (layer, "protected_tokens"),
@@ -113,7 +113,7 @@ def part_of_pruning(run: Callable[[], Any]) -> float:
 
 
 def experts_part(model: Any, task: str) -> float:
-    """The part of the work that is routed experts': bytes of one token, or multiplications."""
+    """The routed experts' share of the work: of a token's bytes, or of the multiplications."""
     experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
     linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
     if task == "decode":
@@ -138,7 +138,7 @@ def main() -> None:
     ids = torch.randint(VOCAB, (1, 1024), generator=torch.Generator().manual_seed(0))
     rules = {f"{share:.0%}": at_share(model, ids, share) for share in SHARES}
     ways = {"none": None, **rules}
-    order = random.Random(0)  # in a cycle, each would always follow the same other one
+    order = random.Random(0)  # in a fixed order, each setting would always follow the same one
     for task, runs in tasks(model).items():
         shares = {}
         for name, rule in rules.items():

@@ -1,4 +1,4 @@
-"""Quality per byte: what moepress and its rivals keep of a model at the same stored bytes.
+"""Measure quality per byte: moepress and its rivals at the same stored bytes.
 
     python benchmarks/quality.py                     # the carried model, on stdlib text
     python benchmarks/quality.py MODEL --calib calib/*.txt --valid valid/*.txt \
@@ -6,23 +6,23 @@
     python benchmarks/quality.py MODEL --calib ... --valid ... --ablate --out MODEL.json
 
 Bits are stored bits per weight over all matrices of the decoder layers, scales, zeros, padding and
-routers included; embeddings, head and norms stay 16-bit in every row and are left out. Every row
-has beside it our `default` at the same bytes: methods with a byte budget are run at the targets,
-methods of fixed sizes are shown at the size that they have, and `default` is run at that size too.
+routers included. Embedding, head and norms stay 16-bit in every row and do not count. Each row also
+shows our `default` at the same bytes. Methods with a byte budget run at the targets; methods of
+fixed sizes are shown at their own size, and `default` runs at that size too.
 
-All share calibration tokens, held-out windows and the evaluator (measuring.py): transformers, in
-float32, KL(original || model) in nats per token. The original is copied to float32 first, so that
-calibration runs in float32 as well; what a method leaves unquantized is counted at 16 bits.
+All rows share calibration tokens, held-out windows and the evaluator (measuring.py): transformers,
+in float32, KL(original || model) in nats per token. The original is copied to float32 first, so
+that calibration runs in float32 as well. Matrices that a method leaves unquantized count as 16-bit.
 
-Rivals are folders of dequantized weights, made by the scripts in benchmarks/rivals, each of which
-says how its rival is installed and set up:
+Rivals are folders of dequantized weights. The scripts in benchmarks/rivals make them, and each says
+how its rival is installed and set up:
 
     python benchmarks/rivals/make_hqq.py MODEL --out rivals/MODEL
     python benchmarks/rivals/make_autoround.py MODEL --calib calib/*.txt --out rivals/MODEL
     python benchmarks/rivals/make_llama.py MODEL --calib calib/*.txt --out rivals/MODEL
 
-Prints a Markdown table. `--out` keeps every row, with figures by text, as soon as it is measured: a
-stopped run goes on from there, if model, texts, amounts and the code of moepress are the same.
+Prints a Markdown table. `--out` stores every row, with figures by text, once it is measured. A
+stopped run continues from there if model, texts, amounts and the code of moepress are the same.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ DEFAULT = "default"
 
 # Methods with a byte budget: every named recipe.
 BUDGETED: dict[str, Recipe] = dict(NAMED)
-# Methods of ours that exist at some widths only, all other linears at 4 bits. What they measure
-# decides nothing: the cheapest.
+# Our methods that exist at some widths only, all other linears at 4 bits. Their costs decide
+# nothing, so the cheapest measurement will do.
 PLAIN = Recipe.load("fast", cost="uniform", measure="rtn", correction=0.0)
 UNIFORM: dict[str, Recipe] = {
     "uniform GPTQ": PLAIN,
     "uniform trellis": PLAIN.with_changes(expert_codec="trellis", linear_codec="trellis"),
     "round to nearest": PLAIN.with_changes(quantizer="rtn"),
 }
-# What `default` is made of: the fields of its recipe that take an ingredient away.
+# The ingredients of `default`: changes of its recipe that each take one away.
 FOUR_BITS = {"attention_bits": 4, "shared_expert_bits": 4, "dense_mlp_bits": 4}
 ABLATION: dict[str, dict[str, Any]] = {
     "no correction of earlier errors": {"correction": 0.0},
@@ -81,7 +81,7 @@ HEAD = (
 
 
 def line(row: Row, default: Row | None) -> str:
-    """A row and `default` at the same bytes; KL over KL is that of `default` over the row's."""
+    """Format a row beside `default` at the same bytes. KL over KL: `default` divided by the row."""
     cells = f"| {row.bits:.3f} | {row.method} | {row.kl:.4f} | {row.ratio:.4f} "
     cells += f"| {row.changed_top * 100:.1f} % "
     if default is None or row.method == DEFAULT:
@@ -91,7 +91,7 @@ def line(row: Row, default: Row | None) -> str:
 
 
 def possible(bench: Bench, method: str, recipe: Recipe, bits: float) -> Row | None:
-    """The row, or None where the method has nothing so small."""
+    """The row; None where the method has no plan this small."""
     try:
         return bench.budgeted(method, recipe, bits)
     except BudgetError as error:
@@ -100,7 +100,7 @@ def possible(bench: Bench, method: str, recipe: Recipe, bits: float) -> Row | No
 
 
 def lines(bench: Bench, methods: dict[str, Recipe], bits: float) -> Iterator[str]:
-    """Methods with a byte budget, at one budget."""
+    """Yield the lines of methods with a byte budget, at one budget."""
     default = possible(bench, DEFAULT, BUDGETED[DEFAULT], bits)
     for method, recipe in methods.items():
         row = possible(bench, method, recipe, bits)
@@ -108,12 +108,12 @@ def lines(bench: Bench, methods: dict[str, Recipe], bits: float) -> Iterator[str
             yield f"| {bits:.3f} | {method} | not possible | | | | | | |"
         elif abs(row.bits / bits - 1) <= WITHIN:
             yield line(row, default)
-        else:  # whole experts, the same budget in every layer: it cannot use all of it
+        else:  # with coarse options a method cannot use all of its budget: whole experts, by layer
             yield line(row, possible(bench, DEFAULT, BUDGETED[DEFAULT], row.bits))
 
 
 def table(bench: Bench, targets: Sequence[float], rivals: list[Path]) -> Iterator[str]:
-    """Lines of the comparison."""
+    """Yield the lines of the comparison."""
     for bits in targets:
         yield from lines(bench, BUDGETED, bits)
     fixed = [
@@ -127,7 +127,7 @@ def table(bench: Bench, targets: Sequence[float], rivals: list[Path]) -> Iterato
 
 
 def ablation(bench: Bench, targets: Sequence[float]) -> Iterator[str]:
-    """Lines of the table of `default` with each ingredient taken away."""
+    """Yield the lines of the ablation: `default` without each of its ingredients."""
     whole = BUDGETED[DEFAULT]
     less = {name: whole.with_changes(**changes) for name, changes in ABLATION.items()}
     methods = {name: recipe for name, recipe in less.items() if recipe != whole}

@@ -1,9 +1,10 @@
-"""Kill a compression at random moments until it is done; its bytes must be those of a quiet run.
+"""Kill a compression at random moments until it is done; compare its bytes with a quiet run.
 
     python benchmarks/resume.py MODEL --calib TEXT [--kills 10] [--seed 0]
 
 Each attempt is a process of its own, killed (SIGKILL) after a random share of the time that the
-quiet run took. A run that gets done is compared, deleted and begun again, until all kills are used.
+quiet run took. When a run finishes, its folder is compared with the quiet run's and deleted, and
+the next run begins, until all kills are used. Ends with an error if any byte differs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 def command(given: argparse.Namespace, out: Path) -> list[str]:
     options = ["--bits", "2.5", "--calib", given.calib, "--sequences", "40"]
-    return [sys.executable, "-m", "moepress.cli", "-q", "compress", given.model, str(out), *options]
+    return [sys.executable, "-m", "moepress", "-q", "compress", given.model, str(out), *options]
 
 
 def digests(folder: Path) -> dict[str, str]:

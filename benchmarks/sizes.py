@@ -1,4 +1,4 @@
-"""How large the default recipe makes published models, and in which memory they run: computed.
+"""Compute how large the default recipe makes published models, and which memory holds them.
 
     python benchmarks/sizes.py             # Markdown, RAM
     python benchmarks/sizes.py --cards     # the same for memories of GPU cards
@@ -8,20 +8,19 @@ shape; transformers builds the model from it on the meta device, and the package
 `moepress compress` does before it reads a weight. Total weights are checked against the published
 number.
 
-Assumed, since widths other than those of the experts come from measured costs: attention, shared
-experts and dense MLPs 4 bits, embedding and head 8 bits. On the reference models the allocator
-chose 3 and 4 bits for most of these linears at 2.0 and 2.5 bits (docs/log.md, 2026-11-25).
+A real run chooses the widths outside the experts by measured costs. Here they are assumed:
+attention, shared experts and dense MLPs 4 bits, embedding and head 8 bits. On the reference models
+the allocator chose 3 and 4 bits for most of these linears at 2.0 and 2.5 bits (docs/log.md,
+2026-11-25). The tokenizer (2 to 20 MB) is not counted.
 
-Not counted: the tokenizer (2 to 20 MB).
+Memory to run is the sum of the folder, OVERHEAD, and the KV cache of TOKENS tokens in bfloat16 as
+transformers stores it (DeepSeek-V3: the latents; gpt-oss: sliding windows in every second layer).
+OVERHEAD is peak RSS less the folder's size, measured while a model of 4 layers of Mixtral-8x7B's
+shape generated text (benchmarks/results.md, 2026-11-23). A memory fits if the sum is at most SHARE
+of it, the share that `moepress compress` without a budget uses. GB are 1000^3 bytes.
 
-Memory to run: the folder, plus OVERHEAD (peak RSS less the folder's size, measured while a model of
-4 layers of Mixtral-8x7B's shape generated; benchmarks/results.md, 2026-11-23), plus the KV cache of
-TOKENS tokens in bfloat16, as transformers stores it (DeepSeek-V3: the latents; gpt-oss: sliding
-windows in every second layer). A memory fits if that is at most SHARE of it, the share that
-`moepress compress` without a budget uses. GB are 1000^3 bytes.
-
-Sources of the shapes (read 2026-11-26). Where a model's own page was not at hand, a fine-tune's,
-which has the same shape:
+Where the shapes come from (read 2026-11-26). Where a model's own page was not at hand, the page of
+a fine-tune of the same shape was read:
     Mixtral-8x7B-v0.1   huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1, config.json
     Mixtral-8x22B-v0.1  huggingface.co/mistral-community/Mixtral-8x22B-v0.1, config.json
     Qwen3-30B-A3B       huggingface.co/RTP-LLM/Qwen3-Coder-30B-A3B-Instruct-RTPurbo, config.json;
@@ -30,8 +29,8 @@ which has the same shape:
     GLM-4.5-Air         huggingface.co/PrimeIntellect/INTELLECT-3-Base, config.json
     gpt-oss-120b        transformers 5.24, GptOssConfig; docs.nvidia.com, Megatron Bridge, GPT OSS
     DeepSeek-V3         transformers 5.24, DeepseekV3Config
-Published numbers of weights: the models' cards. GLM-4.5-Air's and DeepSeek-V3's leave out the layer
-that predicts a second token, and so does this script.
+Published numbers of weights are those of the models' cards. For GLM-4.5-Air and DeepSeek-V3 they do
+not count the layer that predicts a second token, and neither does this script.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ CARDS = (24, 48, 80)
 
 
 class Shape(Source):
-    """A Source with a configuration and no weights: enough for all that counts bytes."""
+    """A Source with a configuration and no weights: enough to count bytes."""
 
     def __init__(self, folder: Path, config: Any) -> None:
         self.name, self.folder = folder.name, folder
@@ -100,7 +99,7 @@ class Shape(Source):
 
 
 def experts_of_any_form(model: Any) -> dict[int, Experts]:
-    """Experts that `find_experts` refuses, as if they had the common layout."""
+    """Describe experts that `find_experts` refuses as if they had the common layout."""
     found = {}
     for index, layer in enumerate(decoder_layers(model)):
         for path, module in layer.named_modules():
@@ -113,7 +112,7 @@ def experts_of_any_form(model: Any) -> dict[int, Experts]:
 
 
 class Model(NamedTuple):
-    """What the table says of one model."""
+    """One model of the table."""
 
     name: str
     weights: int
@@ -127,7 +126,7 @@ class Model(NamedTuple):
 
 
 def describe(name: str) -> Model:
-    """Build a model from its shape and count.
+    """Build a model from its shape, and count its weights and bytes.
 
     Raises:
         ValueError: the number of weights is not the published one.
@@ -154,7 +153,7 @@ def describe(name: str) -> Model:
 def original_config(folder: Path) -> tuple[Any, list[str]]:
     """The configuration as if the weights were published in 16 bits, and why they cannot be read.
 
-    `read_config` decides whether they can.
+    `read_config` decides whether the published weights can be read.
     """
     try:
         return read_config(folder), []
@@ -185,7 +184,7 @@ def check_plans(plans: list[BitAllocation]) -> None:
     """Raise ValueError where a plan misses its budget by more than a hundredth of a bit."""
     for bits, plan in zip(BUDGETS, plans, strict=True):
         if not 0 <= bits - plan.average_bits < 0.01:
-            raise ValueError(f"A plan has {plan.average_bits} bits, asked were {bits}.")
+            raise ValueError(f"A plan has {plan.average_bits} bits, expected {bits}.")
 
 
 def cache_bytes(config: Any) -> int:
@@ -224,7 +223,7 @@ def table(models: Sequence[Model], sizes: tuple[int, ...], memory: str) -> str:
 
 
 def caption(models: Sequence[Model], sizes: tuple[int, ...], memory: str, option: str) -> str:
-    """How the table was computed."""
+    """The text below the table: how it was computed."""
     caches = [model.cache / GB for model in models]
     return (
         f"Computed, not measured: `python benchmarks/sizes.py{option}`. By average code bits of "

@@ -3,35 +3,35 @@
     python benchmarks/carried_model/train_model.py OUT_FOLDER --tokens 12000000
     python benchmarks/carried_model/train_model.py OUT_FOLDER --minutes 60
 
-A model that is to show what compression costs has to have learned something: round an under-trained
-one to two bits and nothing happens. So this is a real, if small, training run, and every line that
-is not plain PyTorch is here because it buys tokens per second or loss per token:
+Only a model that has learned something shows what compression costs: an under-trained one loses
+nothing when it is rounded to two bits. So this is a real, if small, training run. Everything beyond
+plain PyTorch raises the tokens per second or lowers the loss per token:
 
-* **Text** (`moepress/text/corpus.py`): the standard library's sources and the language
-  reference. A byte-level BPE of 2048 entries is learned from the train split. Documents are laid
-  end to end, `<s> text </s>`, and cut into windows of 256 tokens at a new offset every epoch.
-* **Model**: Mixtral as `transformers` has it, from its own config and under its own parameter
-  names, written as one function of a dictionary of tensors. Tokens are sorted by expert, so each
-  expert is three dense matrix products.
+* **Text** (`moepress/text/corpus.py`): the standard library's sources and the language reference. A
+  byte-level BPE of 2048 entries is trained on the train split. Documents, `<s> text </s>`, are
+  concatenated and cut into windows of 256 tokens, at a new offset every epoch.
+* **Model**: Mixtral with the config and the parameter names of `transformers`, written as one
+  function of a dictionary of tensors. Tokens are sorted by expert, so each expert is three dense
+  matrix products.
 * **Arithmetic**: float32 master weights, cast to bfloat16 once per step; all products in bfloat16.
-* **Optimizer**: Muon for the matrices. Newton-Schulz turns the momentum of a matrix into the
-  nearest orthogonal one, so that all its directions learn at the same rate. All matrices of one
-  shape go through it as one batch, an expert's gate and up projections each on its own. AdamW for
-  the embedding, the norms and the routers.
-* **Balance**: Mixtral's auxiliary loss, at 0.01: every expert is used, none equally.
+* **Optimizer**: Muon for the matrices. Newton-Schulz iterations turn the momentum of a matrix into
+  the nearest orthogonal matrix, so that all directions learn at the same rate. All matrices of one
+  shape are one batch; an expert's gate and up projections are separate matrices. AdamW trains the
+  embedding, the norms and the routers.
+* **Balance**: Mixtral's auxiliary loss, at 0.01: all experts are used, but not equally.
 * **Schedule**: a short warm-up, then linear decay to zero at the end of the budget.
 
-With glibc's allocator half of the time goes to page faults, as it hands large blocks back to the
+With glibc's allocator half of the time goes to page faults, because it returns large blocks to the
 system at once. tcmalloc keeps them (Debian: `apt-get install libgoogle-perftools4`):
 
     LD_PRELOAD=libtcmalloc_minimal.so.4 OMP_WAIT_POLICY=PASSIVE \\
         python benchmarks/carried_model/train_model.py OUT_FOLDER ...
 
-The other variable is for a machine that is busy with something else too: threads that wait by
-spinning then keep the core from the one they wait for.
+OMP_WAIT_POLICY helps on a machine that is also busy with other work: a thread that waits by
+spinning would take the core from the thread it waits for.
 
-With `--tokens` a run is repeatable up to the order in which threads add; with `--minutes` it
-depends on the speed of the machine.
+With `--tokens` a run is repeatable up to the order in which threads add numbers; with `--minutes`
+it depends on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ CONFIG: dict[str, Any] = {
 }
 LENGTH = 256  # tokens of a window
 BATCH = 16  # windows of a step
-DOCS_REPEATED = 4  # the language reference is 2% of the text; show it four times as often
+DOCS_REPEATED = 4  # the language reference is 2% of the text; each epoch has it four times
 MUON_LR, MUON_MOMENTUM, MUON_DECAY = 0.02, 0.95, 0.05
 ADAM_LR, ADAM_BETAS = 3e-3, (0.9, 0.95)
 WARMUP = 0.02  # share of the budget
@@ -83,7 +83,7 @@ Params = dict[str, Tensor]
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; encoding a text puts `<s>` in front of it, as Mixtral's does."""
+    """Train a byte-level BPE. It puts `<s>` in front of a text, as Mixtral's tokenizer does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,7 +115,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> lis
 
 
 def batches(documents: list[Tensor], seed: int) -> Iterator[Tensor]:
-    """Endless [BATCH, LENGTH + 1]; each epoch reshuffles the documents and moves the cuts."""
+    """Yield [BATCH, LENGTH + 1] forever. Each epoch shuffles the documents and moves the cuts."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(documents), generator=generator).tolist()
@@ -131,9 +131,10 @@ def batches(documents: list[Tensor], seed: int) -> Iterator[Tensor]:
 
 
 class Rows(torch.autograd.Function):
-    """x[index], each row `times` times. `inverse` finds the copies of a row, side by side.
+    """x[index], in which each row of x occurs `times` times.
 
-    Indexing's own gradient is a scatter-add; this one is a gather.
+    `inverse` lists the places of a row's copies one after another. The gradient is a gather with
+    it; that of plain indexing is a slower scatter-add.
     """
 
     @staticmethod
@@ -149,7 +150,7 @@ class Rows(torch.autograd.Function):
 
 
 def pairwise_sum(x: Tensor, times: int) -> Tensor:
-    """Sums of each `times` successive rows; in bfloat16 faster than `sum`."""
+    """Sums of `times` successive rows each. In bfloat16 this is faster than `sum`."""
     parts = x.view(-1, times, x.shape[-1]).unbind(1)
     return sum(parts[1:], parts[0])
 
@@ -189,7 +190,7 @@ def attention(x: Tensor, p: Params, name: str, rope: tuple[Tensor, Tensor]) -> T
 
 
 def moe(x: Tensor, p: Params, name: str) -> tuple[Tensor, Tensor]:
-    """x [T, H] to the experts' output and the layer's balance loss (1 where all are used alike)."""
+    """Output [T, H] of the experts for x [T, H], and the balance loss (1: all are used alike)."""
     E, top_k = CONFIG["num_local_experts"], CONFIG["num_experts_per_tok"]
     T = len(x)
     probs = F.linear(x, p[f"{name}.gate.weight"]).float().softmax(-1)
@@ -233,7 +234,7 @@ def forward(p: Params, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix, roughly, of each of G [n, rows <= columns]."""
+    """Approximate the nearest (semi-)orthogonal matrix of each of G [n, rows <= columns]."""
     X: Tensor = (G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         A = X @ X.mT
@@ -243,7 +244,7 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalized. `matrices` are views of the parameters, so one expert is one."""
+    """Momentum, orthogonalized matrix by matrix; each projection of an expert is one matrix."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -251,7 +252,7 @@ class Muon:
 
     @staticmethod
     def matrices(name: str, t: Tensor) -> Tensor:
-        """[n, rows <= columns]"""
+        """A view of a parameter as matrices [n, rows, columns], rows <= columns."""
         if name.endswith("gate_up_proj"):
             t = t.view(-1, t.shape[1] // 2, t.shape[2])
         elif t.dim() == 2:
@@ -309,7 +310,7 @@ def train(folder: Path, tokens: int | None, minutes: float, seed: int) -> None:
 
     model = MixtralForCausalLM(MixtralConfig(**CONFIG))
     p = {name: t.detach().clone().float() for name, t in model.named_parameters()}
-    for name, t in p.items():  # what writes to the residual stream starts small
+    for name, t in p.items():  # matrices that add to the residual stream start small
         if name.endswith(("o_proj.weight", "down_proj")):
             t.mul_(0.5)
     print(f"{sum(t.numel() for t in p.values()):,} parameters")

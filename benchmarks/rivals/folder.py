@@ -1,8 +1,8 @@
-"""What the makers of rivals share: what they are given, and the folder that they leave.
+"""Shared by the scripts that make rivals: their options, and the folder that they write.
 
-A rival's folder holds `weights.safetensors`, every matrix of the decoder layers as the rival's
-quantized model has it, dequantized to float32 and named as transformers names it, and `about.json`:
-the name, the stored bytes of each matrix (scales and zeros included), and how it was made.
+A rival's folder holds two files. `weights.safetensors` has every matrix of the decoder layers as in
+the rival's quantized model, dequantized to float32, under transformers' names. `about.json` has the
+name, the stored bytes of each matrix (scales and zeros included), and how the rival was made.
 `benchmarks/quality.py --add FOLDER` evaluates it.
 """
 
@@ -29,19 +29,19 @@ from moepress.original.source import Source
 from moepress.work import calibration_ids
 
 WEIGHTS, ABOUT = "weights.safetensors", "about.json"
-ATTENTION_BITS = 4  # where a method has no mix of its own, as in our recipes `paper` and `fast`
+ATTENTION_BITS = 4  # of methods without a mix of their own; as in our recipes `paper` and `fast`
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix (or the matrices of all experts) as a rival's model has it."""
+    """A matrix (or the matrices of all experts) of a rival's model."""
 
     weight: Tensor  # float32, as transformers shapes it
     nbytes: int  # stored, side data included
 
 
 def given(about: str, names: Mapping[str, Any]) -> argparse.Namespace:
-    """Options: model, calibration text, the folder that folders are made in, and which."""
+    """Parse the options: model, calibration text, output folder, and which rivals to make."""
     parser = options(about)
     parser.add_argument("--out", type=Path, required=True, help="one folder is made here for each")
     parser.add_argument("--only", nargs="+", choices=list(names), default=list(names))
@@ -51,12 +51,12 @@ def given(about: str, names: Mapping[str, Any]) -> argparse.Namespace:
 
 
 def text(chosen: argparse.Namespace) -> Tensor:
-    """The calibration sequences [S, L], the same that moepress draws."""
+    """The calibration sequences [S, L] that moepress draws, for the rivals too."""
     return calibration_ids(Source(chosen.model), base_recipe(chosen))
 
 
 def role(name: str) -> str | None:
-    """What a matrix is for: "expert", a role of `architectures.ROLES`, or None for a router."""
+    """The role of a matrix: "expert", a role of `architectures.ROLES`, or None for a router."""
     inside = name.split(".layers.")[1].partition(".")[2].removesuffix(".weight")
     return "expert" if ".experts." in name else linear_role(inside, in_moe_layer=True)
 
@@ -95,5 +95,5 @@ def save(
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is known of a rival, and its weights."""
+    """The `about.json` of a rival, and its weights."""
     return load_json(folder / ABOUT), load_tensors(folder / WEIGHTS)

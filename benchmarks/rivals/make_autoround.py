@@ -3,9 +3,9 @@
     pip install auto-round==0.16.1 && pip install -e .
     python benchmarks/rivals/make_autoround.py MODEL --calib calib/*.txt --out FOLDER
 
-200 iterations (the package's default), batches of 8, symmetric, groups of 128, on the calibration
-sequences that moepress draws. The package takes fused experts apart itself. Attention has 4 bits,
-routers stay 16-bit. One float16 scale per group is counted, no zero. "ext" is the package's
+Settings: 200 iterations (the package's default), batches of 8, symmetric, groups of 128, on the
+calibration sequences that moepress draws. The package splits fused experts itself. Attention has 4
+bits, routers stay 16-bit. Each group counts one float16 scale and no zero. "ext" is the package's
 `enable_alg_ext`, an experimental variant that it recommends at 2 bits (with more iterations).
 """
 
@@ -34,7 +34,7 @@ GROUP, ITERATIONS = 128, 200
 
 
 def tuned(model: Any, folder: str, ids: Tensor, bits: int, extended: bool) -> dict[str, Tensor]:
-    """The dequantized linears of the model, by name, experts apart."""
+    """Quantize a model; return its dequantized linears by name, each expert's apart."""
     attention = {
         name: {"bits": ATTENTION_BITS}
         for name, module in model.named_modules()
@@ -64,7 +64,7 @@ def tuned(model: Any, folder: str, ids: Tensor, bits: int, extended: bool) -> di
 
 
 def gathered(name: str, original: Tensor, tuned: dict[str, Tensor], bits: int) -> Stored:
-    """A matrix by transformers' name, experts put together again."""
+    """The matrix with a name of transformers; the experts' linears are fused again."""
     if role(name) is None:
         return unquantized(original)
     if original.dim() == 2:
@@ -83,7 +83,7 @@ def stored(weight: Tensor, bits: int) -> Stored:
 
 
 def check(weight: Tensor, bits: int) -> None:
-    """Every group holds at most 2^bits different values: the weights are quantized ones."""
+    """Stop unless every group holds at most 2^bits different values, as quantized weights do."""
     for group in weight.reshape(-1, GROUP)[:64]:
         if len(group.unique()) > 2**bits:
             raise SystemExit(f"{len(group.unique())} values in a group of {bits} bits")

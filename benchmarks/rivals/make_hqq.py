@@ -3,11 +3,11 @@
     pip install hqq==0.2.8.post1 && pip install -e .
     python benchmarks/rivals/make_hqq.py MODEL --out FOLDER
 
-The package's own quantizer in plain PyTorch, with its default settings, on every linear of the
-decoder layers; the two halves of a fused gate and up projection are linears of their own, as HQQ
-sees them in unfused models. Attention has 4 bits in groups of 64. Scales and zeros are rounded to
-float16 and counted so; codes are counted at their bits (the package stores 10 codes of 3 bits in
-32). Routers stay 16-bit.
+The package's own quantizer in plain PyTorch rounds every linear of the decoder layers, with its
+default settings. The two halves of a fused gate and up projection are rounded as separate linears,
+as in unfused models. Attention has 4 bits in groups of 64. Scales and zeros are rounded to float16
+and count as such. Codes count at their bits, although the package stores 10 codes of 3 bits in 32
+bits. Routers stay 16-bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ATTENTION_GROUP = 64
 
 
 def rounded(weight: Tensor, bits: int, group: int) -> Stored:
-    """One linear [N, K]."""
+    """Round one linear [N, K]."""
     settings = hqq_base_quant_config(nbits=bits, group_size=group)["weight_quant_params"]
     codes, meta = Quantizer.quantize(weight, **settings, device="cpu")
     side = {name: meta[name].half() for name in ("scale", "zero")}
@@ -38,7 +38,7 @@ def rounded(weight: Tensor, bits: int, group: int) -> Stored:
 
 
 def quantized(name: str, weight: Tensor, bits: int, group: int) -> Stored:
-    """One matrix, or the matrices [E, N, K] of all experts, by what it is for."""
+    """Round one matrix, or the matrices [E, N, K] of all experts, by its role."""
     if role(name) is None:
         return unquantized(weight)
     if weight.dim() == 2:

@@ -4,16 +4,18 @@
     python benchmarks/rivals/make_llama.py MODEL --calib calib/*.txt --out FOLDER
 
 The model is written as a float32 GGUF file, quantized by `llama_model_quantize` with its default
-mix for the type asked, and dequantized by the `gguf` package. The importance matrix is what
-llama-imatrix computes: for every linear, and every expert over its own tokens, the mean square of
-each input, here over the calibration sequences that moepress draws. Embedding and head are left in
-float32 and not counted, as for every method; routers are float32 in GGUF and counted so. Rows that
-are no multiple of 256 get llama.cpp's fallback (IQ4_NL for the small types), counted as stored.
+mix for the file type, and dequantized by the `gguf` package. The importance matrix is computed as
+llama-imatrix does: the mean square of each input, for every linear, and for every expert over its
+own tokens, here over the calibration sequences that moepress draws. Embedding and head stay float32
+and do not count, as for every method. Routers are float32 in GGUF and count as such. Rows whose
+length is no multiple of 256 get llama.cpp's fallback (IQ4_NL for the small types) and count as
+stored.
 
 File types are mixes: the one called IQ2_S takes iq2_xs for the experts, IQ2_M takes iq2_s.
 
-Rows of q and k keep transformers' order: every row is quantized alone, and the file is not run. A
-build of the sources' `llama` target alone also does: LLAMA_CPP_LIB_PATH names its folder.
+Rows of q and k keep transformers' order, because every row is quantized alone and the file is never
+run. Instead of llama-cpp-python's own library, a build of the `llama` target of llama.cpp's sources
+will do: set LLAMA_CPP_LIB_PATH to its folder.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ except ImportError as error:
 TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS")
 NAMES = {f"llama-{t}": getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{t}") for t in TYPES}
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
-# transformers' name inside a decoder layer -> GGUF's, of tensors that are one in both
+# transformers' name inside a decoder layer -> GGUF's name, of tensors that are not split
 LINEARS = {
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
@@ -60,7 +62,7 @@ LINEARS = {
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
 }
-FUSED = "mlp.experts.gate_up_proj"  # in GGUF two tensors
+FUSED = "mlp.experts.gate_up_proj"  # two tensors in GGUF
 HALVES = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
 F32 = 0  # enum ggml_type
 
@@ -73,7 +75,7 @@ def gguf_names(name: str) -> tuple[str, ...]:
 
 
 def write_gguf(model: Any, path: Path) -> None:
-    """The model as float32, without a tokenizer."""
+    """Write the model as float32, without a tokenizer."""
     config = model.config
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     heads = config.num_attention_heads
@@ -95,12 +97,12 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    ends = {
+    outside_layers = {
         "token_embd.weight": model.get_input_embeddings().weight,
         "output_norm.weight": model.get_decoder().norm.weight,
         "output.weight": model.get_output_embeddings().weight,
     }
-    for name, tensor in ends.items():
+    for name, tensor in outside_layers.items():
         writer.add_tensor(name, tensor.data.numpy())
     for name, tensor in model.state_dict().items():
         if ".layers." in name:
@@ -115,7 +117,7 @@ def write_gguf(model: Any, path: Path) -> None:
 
 
 class Means:
-    """Sums of squares of inputs, by GGUF's name: [K], or [E, K] for experts."""
+    """Mean squares of inputs by GGUF's name: [K] of a linear, [E, K] of experts."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -130,7 +132,7 @@ class Means:
         self._counts[name][row] += x.flatten(0, -2).shape[0]
 
     def result(self) -> dict[str, np.ndarray]:
-        """Means; ones for an expert without tokens, as llama.cpp reads its own files."""
+        """The means, float32; 1 for an expert without tokens, as llama.cpp reads its own files."""
         return {
             name: torch.where(self._counts[name] > 0, sums / self._counts[name].clamp(min=1), 1.0)
             .numpy()
@@ -142,7 +144,7 @@ class Means:
 
 @torch.inference_mode()
 def importance(model: Any, ids: Tensor) -> dict[str, np.ndarray]:
-    """The importance matrix over calibration sequences [S, L]."""
+    """The importance matrix of calibration sequences [S, L], by GGUF's name."""
     means = Means()
     paths = {id(module): path for path, module in model.named_modules()}
     with listening(model, paths, means):
@@ -153,7 +155,7 @@ def importance(model: Any, ids: Tensor) -> dict[str, np.ndarray]:
 
 @contextmanager
 def listening(model: Any, paths: Mapping[int, str], means: Means) -> Iterator[None]:
-    """Within the block, inputs of the decoder layers' linears and experts are added to `means`."""
+    """Within the block, add the inputs of the decoder layers' linears and experts to `means`."""
 
     def linear(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         means.add(name, args[0])
@@ -187,7 +189,7 @@ def listening(model: Any, paths: Mapping[int, str], means: Means) -> Iterator[No
 
 
 def quantize(source: Path, target: Path, kind: int, matrix: Mapping[str, np.ndarray]) -> None:
-    """llama.cpp's own quantization of a GGUF file."""
+    """Quantize a GGUF file with llama.cpp."""
     pointer = ctypes.POINTER(ctypes.c_float)
     entries = [
         llama_cpp.llama_model_imatrix_data(name.encode(), value.ctypes.data_as(pointer), value.size)
@@ -207,7 +209,7 @@ def quantize(source: Path, target: Path, kind: int, matrix: Mapping[str, np.ndar
 
 
 def dequantized(path: Path, shapes: Mapping[str, Tensor]) -> tuple[dict[str, Stored], str]:
-    """The matrices of a GGUF file by transformers' names, and which types they have."""
+    """The matrices of a GGUF file by transformers' names, and a list of their types."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     made, kinds = {}, defaultdict(set)
     for name, original in shapes.items():
