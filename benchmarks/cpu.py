@@ -35,7 +35,13 @@ from moepress.format.checkpoint import folder_bytes
 
 THREADS = len(os.sched_getaffinity(0))
 LAYERS = 4
-OURS = {"ours 1.875": 1.875, "ours 2.0": 2.0, "ours 2.5": 2.5}
+OURS = {  # family and average code bits of the experts
+    "fast-1.875": ("int", 1.875),
+    "fast-2.0": ("int", 2.0),
+    "fast-2.5": ("int", 2.5),
+    "default-2.0": ("trellis", 2.0),
+    "default-2.5": ("trellis", 2.5),
+}
 THEIRS = ("IQ2_XXS", "IQ2_XS", "Q2_K")
 SHAPES = {"Mixtral-8x7B": (4096, 14336, 8, 2, 2), "Qwen3-30B-A3B": (2048, 768, 128, 8, 4)}
 
@@ -276,10 +282,10 @@ def llama_tasks(path: Path) -> Callable[[str, int], float]:
 
 def models(folder: Path, rounds: int) -> None:
     contenders = {}
-    for name, bits in OURS.items():
-        path = folder / f"ours-{bits}"
+    for name, (family, bits) in OURS.items():
+        path = folder / name
         if not path.exists():
-            mixtral_shape.packed(path, LAYERS, bits)
+            mixtral_shape.packed(path, LAYERS, bits, family)
         contenders[name] = Contender("transformers", path)
     for name in THEIRS:
         path = folder / f"{name}.gguf"

@@ -80,11 +80,15 @@ def make(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def packed(out: Path, layers: int, bits: float) -> None:
-    """Write a compressed folder of random scalar codes, `bits` on average, one shard per layer.
+def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
+    """Write a compressed folder of random codes, `bits` on average, one shard per layer.
 
     Of the 8 experts of a layer, some have the next width below `bits`, the others the next above.
     Attention, head and embedding have 4 bits. All layers hold the same bytes, each in its own file.
+
+    Args:
+        family: of the codes of experts and attention: "int" as in `fast`, "trellis" as in
+            `default`.
     """
     from transformers import MixtralConfig
 
@@ -100,17 +104,17 @@ def packed(out: Path, layers: int, bits: float) -> None:
     generator = torch.Generator().manual_seed(0)
     below = int(bits)
     above = round((bits - below) * EXPERTS)
-    experts = PackedSpec((below,) * (EXPERTS - above) + (below + 1,) * above, 128)
-    four = PackedSpec((4,), 128)
+    experts = PackedSpec((below,) * (EXPERTS - above) + (below + 1,) * above, 128, family)
+    attention, four = PackedSpec((4,), 128, family), PackedSpec((4,), 128)
     side = HIDDEN // HEADS * KV_HEADS
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     router = torch.empty(EXPERTS, HIDDEN, dtype=torch.bfloat16).normal_(generator=generator)
 
     parts = {  # of one layer
-        "self_attn.q_proj.weight": (four, HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (four, side, HIDDEN),
-        "self_attn.v_proj.weight": (four, side, HIDDEN),
-        "self_attn.o_proj.weight": (four, HIDDEN, HIDDEN),
+        "self_attn.q_proj.weight": (attention, HIDDEN, HIDDEN),
+        "self_attn.k_proj.weight": (attention, side, HIDDEN),
+        "self_attn.v_proj.weight": (attention, side, HIDDEN),
+        "self_attn.o_proj.weight": (attention, HIDDEN, HIDDEN),
         "mlp.experts.gate_up_proj": (experts, 2 * INTERMEDIATE, HIDDEN),
         "mlp.experts.down_proj": (experts, HIDDEN, INTERMEDIATE),
     }
