@@ -357,12 +357,12 @@ def write_gguf(path: Path, quantization: str) -> None:
 
 
 def bfloat16(folder: Path, rounds: int) -> None:
-    original, ours = folder / "bfloat16", folder / "ours-2.5"
+    original, ours = folder / "bfloat16", folder / "fast-2.5"
     if not original.exists():
         mixtral_shape.make(original, LAYERS)
     if not ours.exists():
         mixtral_shape.packed(ours, LAYERS, 2.5)
-    pair = {"ours 2.5": ours, "bfloat16": original}
+    pair = {"fast-2.5": ours, "bfloat16": original}
     contenders = {name: Contender("transformers", path) for name, path in pair.items()}
     compete(contenders, {"decode": 16, "prefill": 512}, rounds)
 
