@@ -28,7 +28,8 @@ from moepress.rounding.methods import quantize_matrix, viterbi
 from moepress.rounding.methods.trellis import block_feedback, quantize_trellis
 from tests.conftest import small_recipe
 
-DISTORTION = {1: 0.275, 2: 0.0725, 3: 0.0191, 4: 0.0050}  # mean square on Gaussian weights, log.md
+# Mean squared error on Gaussian weights of variance 1 (docs/log.md#trellis-values).
+DISTORTION = {1: 0.275, 2: 0.0725, 3: 0.0191, 4: 0.0050}
 
 
 def codec_of(bits: int, group: int = 32) -> Codec:

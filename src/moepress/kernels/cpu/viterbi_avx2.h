@@ -3,7 +3,7 @@
 // comes out as 2^15, read as unsigned), and the distance to a target saturates as
 // rounding/methods/viterbi.py requires (vpsubsw).
 //
-// Speed, AMD EPYC (Zen 3), one thread: docs/log.md.
+// Speed, AMD EPYC (Zen 3), one thread: docs/log.md#trellis-rounding-speed.
 #pragma once
 
 #include <immintrin.h>
