@@ -24,10 +24,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moepress.allocation.arrays import Floats, Ints, at
 from moepress.allocation.budget import Budget, fallback_options
 from moepress.allocation.checks import check_inputs
 from moepress.allocation.choices import Choices
-from moepress.allocation.knapsack import Floats, Ints, at, solve
+from moepress.allocation.knapsack import solve
 from moepress.allocation.objective import flat, linear_costs, objective, text_weights
 from moepress.allocation.plan import BitAllocation
 from moepress.allocation.prices import Items, price_at
