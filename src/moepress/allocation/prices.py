@@ -27,7 +27,7 @@ from moepress.allocation.arrays import Floats, Ints, at
 SMALLEST = 1e-200  # a price so low that it only breaks ties between equal costs
 HALVINGS = 200  # of an interval of prices: more than float64 can resolve
 ROUNDS = 40  # of multiplicative weights: the worst loss then varies by about 1 %
-STEP = 1.0  # of the first round: the weight of a text with twice the mean loss grows by a factor e
+STEP = 1.0  # first round: the weight of a text with twice the mean loss is multiplied by e
 
 
 class Items(NamedTuple):
