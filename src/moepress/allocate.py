@@ -2,9 +2,9 @@
 
 Every routed expert, or each of its two projections, is an item that takes exactly one of the
 offered widths; an expert of 0 bits is left out. With c[i, b] the cost of width b of item i, s[i, b]
-its size, and C the budget:
+its size:
 
-    minimise    sum_i c[i, b_i]     subject to    sum_i s[i, b_i] <= C                (eq. 5)
+    minimise    sum_i c[i, b_i]     subject to    sum_i s[i, b_i] <= budget           (eq. 5)
 
 This is a multiple-choice knapsack. The paper asks for equality in place of "at most". But hardly
 any budget can be met to the byte, and a width with more bytes and a higher cost (rounding is not
@@ -12,8 +12,8 @@ monotone) should not be taken only to use up the budget. What is left of the bud
 widths of equal cost: an expert that no calibration token chose has a measured error of 0 at every
 width, but its true error is unknown.
 
-allocation/budget.py defines C and s, allocation/objective.py c; allocation/knapsack.py solves the
-program.
+allocation/budget.py defines the budget and s, allocation/objective.py c. allocation/knapsack.py
+solves the program.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 `solve` is exact. It works in four steps:
 
-1. Lagrangian bound. At a price p per unit of budget items are independent: each takes the option of
-   least c + p s. The sum of these minima less p C is a lower bound for all choices, whatever
-   p >= 0 (C the capacity). The best p, found by bisection, gives the bound of the linear
-   relaxation.
+1. Lagrangian bound. At a price p >= 0 per unit of budget items are independent: each takes the
+   option of least c + p s, c its cost and s its size. The sum of these minima, less p times the
+   capacity, is a lower bound for all choices. The best p, found by bisection, gives the bound of
+   the linear relaxation.
 2. Incumbent. The choices just above and just below that price differ in a few items. From the one
    that fits, as many of these items as the budget allows are changed to the other.
 3. Margins. The margin of option b of item i is how much the bound rises if the item takes it:
@@ -21,7 +21,7 @@
    option. Otherwise programs with many ties (models of random weights) would take far too long.
 
 `at_least_one` (in the paper: one 2-bit and one 3-bit expert in each layer) requires that every
-group of items uses certain options, each by an item of its own. At a given price the cheapest such
+group of items uses certain options, each with a different item. At a given price the cheapest such
 items are an assignment problem, so the bound stays exact. If projections are items, the gate_up
 projections of a layer are one group and its down projections another.
 """
@@ -37,7 +37,7 @@ from moepress.allocation.arrays import ROUNDING, Floats, Ints, at
 from moepress.allocation.highs import best_candidates
 from moepress.allocation.program import Program
 
-FIRST_CORE = 100  # options, beside the cheapest of each item, that HiGHS is given first
+FIRST_CORE = 100  # options that HiGHS is given first, in addition to the cheapest of each item
 LEAST_PRICE = 1e-200  # largest cost: 1; so low a price only prefers the smaller of equal costs
 
 

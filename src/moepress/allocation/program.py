@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack in units of its own, and the best choice at a price."""
+"""The program of a multiple-choice knapsack, with scaled costs and sizes."""
 
 from __future__ import annotations
 

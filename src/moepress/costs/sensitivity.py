@@ -42,7 +42,7 @@ from moepress.original.walk import Walk
 from moepress.progress import Progress
 
 SENSITIVITY = "sensitivity"  # name of the folder of results, inside the folder of scoring
-EXPERTS = "experts"  # key of the routed experts' output, beside the names of linears
+EXPERTS = "experts"  # key of the routed experts' output; linears have their names as keys
 EMBEDDING = "embedding"  # key of the embedding's output
 
 
@@ -57,7 +57,7 @@ class Sensitivity:
         return load_tensors(_result(self.folder, layer))
 
 
-@torch.inference_mode(False)  # whatever the caller is in
+@torch.inference_mode(False)  # a caller's inference mode would rule autograd out
 def measure_sensitivity(
     source: Source, ids: Tensor, folder: Path, identity: Mapping[str, str], seed: int
 ) -> Sensitivity:

@@ -1,5 +1,5 @@
-// The best paths of a trellis code through eight columns of a matrix. rounding/methods/viterbi.py is
-// the definition and the oracle. A thread searches one of the 32 paths at a time: its two arrays of
+// The best paths of a trellis code through eight columns of a matrix. The definition and oracle is
+// rounding/methods/viterbi.py. A thread searches one of the 32 paths at a time: its two arrays of
 // costs take 16 KB and stay in the first-level cache.
 
 #include <algorithm>

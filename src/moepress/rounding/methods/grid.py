@@ -48,7 +48,10 @@ class QuantizedMatrix:
     codec: Codec
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [N, K] that the codes stand for: scale * (code - zero), in float32, cast."""
+        """The weights [N, K] that the codes stand for: scale * (code - zero).
+
+        Computed in float32, then cast to `dtype`.
+        """
         levels = self.codec.levels
         codes = self.codes.float().view(*self.scales.shape, self.codec.group_size)  # [N, G, B]
         zero = levels / 2 if self.zeros is None else self.zeros.float()[..., None] * levels / 255

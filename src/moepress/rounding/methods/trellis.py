@@ -52,7 +52,10 @@ class TrellisMatrix:
     codec: Codec
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [N, K] that the codes stand for: rotated back, in float32, cast."""
+        """The weights [N, K] that the codes stand for, rotated back.
+
+        Computed in float32, then cast to `dtype`.
+        """
         codes = code_matrix(self.branches, self.codec.bits)[: len(self.scales)]
         return rotate_back(codes * self.scales.float()[:, None]).to(dtype)
 

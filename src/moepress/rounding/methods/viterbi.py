@@ -1,7 +1,7 @@
 """The best path of a trellis code for given weights: Viterbi's algorithm, in integers.
 
-The targets x_1 .. x_T are weights in units of the code's values. Wanted are the branches for which
-sum_t (x_t - v(state_t))^2 is least; kernels/trellis.py defines the value v(state) and how branches
+The targets x_1 .. x_T are weights in units of the code's values. The search finds the branches that
+minimise sum_t (x_t - v(state_t))^2; kernels/trellis.py defines the value v(state) and how branches
 make states. The predecessors of a state s are the 2**k states whose low 12 - k bits equal the high
 12 - k bits of s. So the least cost of any path to state s at step t is
 
