@@ -1,19 +1,19 @@
-"""Which expert gets how many bits: the integer program of arXiv:2410.06270, section 3.2.
+"""Allocation: the width of every expert, by the integer program of arXiv:2410.06270, section 3.2.
 
-Every routed expert (or each of its two projections) is an item that takes exactly one of the
-offered widths; an expert of 0 bits is left out. With c[i, b] what width b of item i costs in
-quality and s[i, b] what it takes of the budget C:
+Every routed expert, or each of its two projections, is an item that takes exactly one of the
+offered widths; an expert of 0 bits is left out. With c[i, b] the cost of width b of item i, s[i, b]
+its size:
 
-    minimise    sum_i c[i, b_i]     subject to    sum_i s[i, b_i] <= C                (eq. 5)
+    minimise    sum_i c[i, b_i]     subject to    sum_i s[i, b_i] <= budget           (eq. 5)
 
-a multiple-choice knapsack. The paper asks for equality. Here it is "at most": with true byte sizes
-hardly any budget can be met to the byte, and a width that costs more bytes and more error (rounding
-is not monotone) is never worth taking just to use up the budget. Room that is left goes to larger
-widths of equal cost: an expert that no calibration token reached measures zero error at every
-width, which means unknown, not harmless.
+This is a multiple-choice knapsack. The paper asks for equality in place of "at most". But hardly
+any budget can be met to the byte, and a width with more bytes and a higher cost (rounding is not
+monotone) should not be taken only to use up the budget. What is left of the budget goes to larger
+widths of equal cost: an expert that no calibration token chose has a measured error of 0 at every
+width, but its true error is unknown.
 
-What fits into a budget: allocation/budget.py. What c is: allocation/objective.py. How the program
-is solved: allocation/knapsack.py.
+allocation/budget.py defines the budget and s, allocation/objective.py c. allocation/knapsack.py
+solves the program.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moepress.allocation.arrays import Floats, Ints, at
 from moepress.allocation.budget import Budget, fallback_options
 from moepress.allocation.checks import check_inputs
 from moepress.allocation.choices import Choices
-from moepress.allocation.knapsack import Floats, Ints, at, solve
+from moepress.allocation.knapsack import solve
 from moepress.allocation.objective import flat, linear_costs, objective, text_weights
 from moepress.allocation.plan import BitAllocation
 from moepress.allocation.prices import Items, price_at
@@ -50,19 +51,19 @@ def allocate(
     Args:
         scores: what each width costs, as `moepress score` measured it.
         recipe: budget, objective (`cost`, `scope`, `per_projection`, exponents) and widths, which
-            must be among the measured ones. None: the recipe the scores were measured with.
+            must be among the measured ones. None: the recipe that the scores were measured with.
         changes: fields of the recipe to set, such as bits=2.5.
 
     Returns:
-        The plan. `predicted_loss` is in units of the objective. Under "random" and "uniform" it is
-        the loss that "error" counts; with `over` "worst", the weighted sum that is minimised. Plans
-        with and without `per_projection` cannot be compared by it: the costs of two projections add
-        up to nearly, not exactly, the cost of both.
+        The plan. Its `predicted_loss` is in units of the objective. With `cost` "random" or
+        "uniform" it is the objective of "error"; with `over` "worst" it is the weighted sum that is
+        minimised. It does not compare plans with and without `per_projection`: the
+        costs of the two projections add up to nearly, not exactly, the cost of both.
 
     Raises:
-        InputError: no budget, or scores and recipe do not fit together.
-        BudgetError: the budget is too small; names the smallest and the largest possible.
-        NumericalError: NaN, infinity or a negative number in the scores.
+        InputError: there is no budget, or scores and recipe do not fit together.
+        BudgetError: the budget is too small; the message gives the smallest and largest possible.
+        NumericalError: a score is negative, NaN or infinite.
         MoepressError: HiGHS did not solve the program.
     """
     recipe = (recipe or Recipe.from_dict(scores.recipe)).with_changes(**changes)
@@ -115,7 +116,7 @@ def choose_linears(
     costs: Floats,
     weights: Floats,
 ) -> Ints:
-    """[M] index of each open tensor's width, at the price of a byte; or of its fallback width.
+    """[M] index of the width of each open tensor: the best at the price of a byte, or its fallback.
 
     Args:
         costs: [L, E, P, C] of the experts.
@@ -131,7 +132,7 @@ def choose_linears(
     price = price_at([experts, linears], capacity)
     least = choices.extremes(budget.sizes, budget.required)[0]
     while capacity - linears.size(linears.cheapest(price)) < least:
-        price *= 2  # `at_least_one` makes the experts larger than the price alone does
+        price *= 2  # `at_least_one` needs larger experts than the price alone gives
     return linears.cheapest(price)
 
 
@@ -152,7 +153,7 @@ def uniform(recipe: Recipe, choices: Choices, sizes: Ints, capacity: int) -> Int
 
 
 def choose(recipe: Recipe, costs: Floats, budget: Budget, capacity: int) -> Ints:
-    """Solve for the whole model, or for each layer with an equal share of the budget.
+    """Choose options for the whole model, or for each layer with an equal share of the budget.
 
     Args:
         costs: [L, E, P, C].
@@ -167,7 +168,7 @@ def choose(recipe: Recipe, costs: Floats, budget: Budget, capacity: int) -> Ints
     for scope in [costs] if recipe.scope == "model" else np.split(costs, count):
         layers = len(scope)
         sizes = np.tile(budget.sizes, (layers * experts, 1))
-        # Items of one layer and projection, which at_least_one counts together.
+        # A group is the items of one layer and projection: `at_least_one` holds for each group.
         groups = np.arange(layers * experts * items).reshape(layers, experts, items)
         members = groups.swapaxes(1, 2).reshape(layers * items, experts)
         share = capacity * layers // count
@@ -180,7 +181,7 @@ def choose(recipe: Recipe, costs: Floats, budget: Budget, capacity: int) -> Ints
 
 
 def keep_one(costs: Floats, sizes: Ints, chosen: Ints, capacity: int) -> Ints:
-    """Options [L, E, P] that leave every expert out, but for the cheapest one that fits."""
+    """Options [L, E, P] that leave out every expert except one: the cheapest option that fits."""
     fits = np.broadcast_to(sizes, costs.shape) <= capacity
     fits[..., 0] = False
     best = np.unravel_index(np.where(fits, costs, np.inf).argmin(), costs.shape)
@@ -190,7 +191,7 @@ def keep_one(costs: Floats, sizes: Ints, chosen: Ints, capacity: int) -> Ints:
 
 
 def pareto(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[float]:
-    """Predicted loss at each average number of code bits."""
+    """Predicted loss of the best plan at each average number of code bits."""
     return [plan.predicted_loss for plan in frontier(scores, recipe, bits)]
 
 

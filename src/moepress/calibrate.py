@@ -1,6 +1,7 @@
-"""How often each expert is chosen, and with what weight: phi and w of arXiv:2410.06270, eq. 3.
+"""Routing statistics of each expert: phi and w of arXiv:2410.06270, eq. 3.
 
-The same walk measures what dropping experts from tokens would cost (costs/drop_costs.py).
+phi is how often an expert is chosen, w its mean routing weight. The same walk measures the cost of
+dropping experts from tokens (costs/drop_costs.py).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Calibration:
     tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of their routing weights
     total_tokens: int  # N
-    token_floor: int  # below this an expert's Hessian borrows tokens
+    token_floor: int  # an expert with fewer tokens borrows some, see rounding/tokens.py
     drop_costs: DropCosts  # of the original model
     provenance: Mapping[str, str]
 
@@ -71,7 +72,7 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: missing, damaged, or not a calibration.
+            CheckpointError: the file is missing or damaged, or holds no calibration.
         """
         arrays = load_tensors(path)
         fields = json.loads(read_about(path) or "{}")
@@ -84,7 +85,7 @@ class Calibration:
 
 
 def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:
-    """Run the calibration text through the model: what the routers choose, what dropping costs.
+    """Run the calibration text through the model; measure routing statistics and drop costs.
 
     Args:
         source: the original model, its folder, or its hub id.
@@ -116,7 +117,11 @@ def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:
 
 
 def calibrate_layer(walk: Walk, layer: int, seed: int) -> dict[str, Tensor]:
-    """Statistics of one loaded layer with experts; brings the walk through it."""
+    """Measure one loaded layer with experts, and bring the walk through it.
+
+    Returns:
+        Its rows of `tokens` and `routing_weight`, and its drop costs (`DropMeter.result`).
+    """
     experts = walk.source.experts[layer].experts
     routed = walk.route(layer)
     tokens, weight = routed.statistics(experts)

@@ -34,7 +34,7 @@ def compress(
     Args:
         model: folder of the original model, or its hub id.
         out: folder to make. A stopped run is continued by the same call.
-        recipe: a Recipe, the name of one ("default", "paper"), or a file.
+        recipe: a Recipe, the name of one ("default", "fast", "paper"), or a TOML or JSON file.
         device: "cpu" or "cuda".
         changes: fields of the recipe to set, such as bits=2.5 or calib=(("text.txt", 1.0),).
 
@@ -53,14 +53,14 @@ def compress(
     check_group_sizes(source, recipe)
     tensors = ModelTensors.of(source, recipe)
     sizes = unmeasured(source, recipe, tensors)
-    # An impossible budget is refused now, not after hours of scoring.
+    # Raise BudgetError for an impossible budget now, not after hours of scoring.
     Budget.of(sizes, recipe, Choices.of(sizes, recipe)).warn_of_excess()
     ids = kept_ids(out / WORK, source, recipe)
     made_of = identity(source, recipe, ids)
     work = made_of | {"full_recipe": recipe.digest()}
     if claim(out, work):
         return out
-    stored = stored_scores(out, made_of)  # refuses those of other work before anything is written
+    stored = stored_scores(out, made_of)  # raises for scores of other work, before any writing
     keep_ids(out / WORK, ids)
     check_identity(out / WORK / "compress.json", work)
     scores = stored or score_and_store(source, recipe, tensors, ids, out)
@@ -72,7 +72,7 @@ def compress(
 def score_and_store(
     source: Source, recipe: Recipe, tensors: ModelTensors, ids: Tensor, out: Path
 ) -> ExpertScores:
-    """Score, resumably, and keep the scores in the output folder.
+    """Score a model, or continue a stopped run, and store the scores in the output folder.
 
     Args:
         ids: [S, L] calibration sequences.

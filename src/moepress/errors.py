@@ -19,7 +19,7 @@ class BudgetError(InputError):
 
 
 class CheckpointError(MoepressError):
-    """A file is missing, truncated or corrupt, belongs to other work, or cannot be written."""
+    """A file is missing, damaged or contradictory, or cannot be written (disk full)."""
 
 
 class NumericalError(MoepressError):

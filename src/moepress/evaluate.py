@@ -177,11 +177,11 @@ def evaluate(
             original_repetition = measure_repetition(original, prompts)
         reference = _predictions(other, original, tokens.ids, device)
     measured = [compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
-    columns = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
+    by_name = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
     for name in dict.fromkeys(tokens.texts):
         rows = torch.tensor([text == name for text in tokens.texts])
-        results.append(summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
+        results.append(summary(name, {k: v[rows].flatten() for k, v in by_name.items()}))
     return Evaluation(
         model=folder.name,
         original=Path(against).name if against is not None else None,
@@ -282,7 +282,7 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
     target = ids[:, 1:].flatten().to(logits.device)
     flat = logits[:, :-1].flatten(0, 1)
     other = original[:, :-1].flatten(0, 1) if original is not None else None
-    columns: dict[str, list[Tensor]] = {}
+    measured: dict[str, list[Tensor]] = {}
     for start in range(0, len(flat), ROWS):
         rows = slice(start, start + ROWS)
         log_p = F.log_softmax(flat[rows].float(), dim=-1)
@@ -293,8 +293,8 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
             values["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
             values["changed"] = (log_p.argmax(-1) != log_q.argmax(-1)).float()
         for name, value in values.items():
-            columns.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(chunks).view(shape) for name, chunks in columns.items()}
+            measured.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(chunks).view(shape) for name, chunks in measured.items()}
 
 
 def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:

@@ -15,7 +15,7 @@ from moepress.calibrate import KIND as CALIBRATION
 from moepress.calibrate import Calibration
 from moepress.costs.drop_costs import KIND as DROP_COSTS
 from moepress.costs.drop_costs import DropCosts
-from moepress.costs.scores import ExpertScores
+from moepress.costs.scores import BOTH, ExpertScores
 from moepress.errors import InputError
 from moepress.format.checkpoint import (
     PLAN,
@@ -127,9 +127,9 @@ def _scores(scores: ExpertScores) -> dict[str, Any]:
         "experts_never_chosen": int((scores.tokens == 0).sum()),
         "relative_error_by_bits": {
             str(bits): float(
-                scores.squared_error[:, :, 2, column].sum() / scores.output_energy.sum()
+                scores.squared_error[:, :, BOTH, option].sum() / scores.output_energy.sum()
             )
-            for column, bits in enumerate(scores.bits)
+            for option, bits in enumerate(scores.bits)
         },
         "provenance": dict(scores.provenance),
     }
@@ -180,9 +180,9 @@ def _plan(plan: BitAllocation) -> dict[str, Any]:
         "experts_by_bits": {
             name: {
                 str(bits): count
-                for bits, count in sorted(Counter(plan.bits[:, :, column].ravel().tolist()).items())
+                for bits, count in sorted(Counter(plan.bits[:, :, p].ravel().tolist()).items())
             }
-            for column, name in enumerate(("gate_up_proj", "down_proj"))
+            for p, name in enumerate(("gate_up_proj", "down_proj"))
         },
         "others_by_bits": {
             str(bits): count for bits, count in sorted(Counter(plan.linear_bits.values()).items())

@@ -1,7 +1,7 @@
-"""Which budget? What each one costs in predicted loss and bytes, and what fits in this machine.
+"""Help to choose a budget: predicted loss and bytes of several, and the best that fits in memory.
 
-Scoring takes most of the time of a compression and needs no budget. `propose` scores and keeps the
-scores where `compress` finds them, so that the same command with a budget only does the rest.
+Scoring takes most of the time of a compression and needs no budget. `propose` stores the scores
+where `compress` finds them, so `compress` with a budget then needs only the remaining time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moepress.recipe import Recipe
 from moepress.work import WORK, check_output, identity, kept_ids, stored_scores
 
 STEP = 0.25  # bits between the budgets of the table
-SHARE = 0.8  # of a memory that the model may take; context and everything else need the rest
+SHARE = 0.8  # of a memory, for the model; the KV cache and everything else need the rest
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Proposal:
         }
 
     def _budget(self, plan: BitAllocation) -> float:
-        """A number of bits with two decimals that gives this plan, or one barely smaller."""
+        """A number of bits with two decimals that gives this plan, or a barely smaller one."""
         short = math.floor(plan.average_bits * 100) / 100
         return short if short >= self.plans[0].average_bits else plan.average_bits
 
@@ -61,11 +61,11 @@ class Proposal:
 def propose(
     model: str | Path, out: str | Path, recipe: Recipe | None = None, *, device: str = "cpu"
 ) -> Proposal:
-    """Score a model, and make the plan of every budget.
+    """Score a model, and make plans for budgets from the smallest to the largest.
 
     Args:
         model: folder of the original model, or its hub id.
-        out: the folder that `compress` is to make; scores are kept there.
+        out: the folder that `compress` will make; scores are stored there.
         recipe: as for `compress`; its budget is ignored.
         device: "cpu" or "cuda".
 
@@ -87,7 +87,11 @@ def propose(
 
 
 def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) -> Proposal:
-    """`propose` from scores at hand."""
+    """The proposal for given scores and memories.
+
+    Args:
+        memory: bytes by name.
+    """
     widths = offered(recipe)
     low, high = budget_range(scores, recipe).bits
     steps = np.arange(np.ceil(low / STEP), np.floor(high / STEP) + 1) * STEP
@@ -108,7 +112,7 @@ def memory() -> dict[str, int]:
 
 
 def _largest(scores: ExpertScores, recipe: Recipe, size: int) -> BitAllocation | None:
-    """The best plan whose folder has at most `size` bytes."""
+    """The best plan whose folder has at most `size` bytes; None: no plan is so small."""
     most = budget_range(scores, recipe).size[1]
     try:
         return allocate(scores, recipe.with_changes(size=min(size, most)))

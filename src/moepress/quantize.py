@@ -1,10 +1,11 @@
 """Apply a plan: round every weight of a model, layer by layer, and write the compressed folder.
 
-Each layer is rounded on the outputs of the layers already rounded, which are its inputs when the
-model runs. Within a layer attention and shared experts come first; then, behind the rounded
-attention, each routed expert on its own tokens: gate and up first, then down on the inputs it has
-after them. A second walk brings the original model along, so that weights can make up for the
-errors of earlier layers.
+Each layer is rounded on the outputs of the rounded layers before it: its inputs when the compressed
+model runs. Within a layer attention, shared experts and dense MLPs are rounded first. Then each
+routed expert is rounded on its own tokens, behind the rounded attention: gate and up first, then
+down on the inputs that the rounded gate and up give it. A second walk carries the states of the
+original model, so that weights can make up for the errors of earlier layers
+(rounding/correction.py).
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
 
+# Keys of both walks' states in the work folder. "twin" is an older word for the original model; it
+# is kept because unfinished work on disk has it.
+STATES, ORIGINAL_STATES = "states", "twin"
+
 
 def quantize(
     source: Source | str | Path,
@@ -57,16 +62,16 @@ def quantize(
 
     Args:
         source: the original model that the plan's scores were measured on.
-        plan: code bits of every expert, and the recipe for everything else.
+        plan: widths of every expert and open tensor, and the recipe for everything else.
         out: folder to make. A stopped run is continued by the same call.
-        device: where layers run, if `source` is a name.
-        ids: [S, L] calibration sequences if at hand already; None: as the recipe says.
+        device: where layers run, if `source` is a folder or hub id.
+        ids: [S, L] calibration sequences; None: those that the plan's recipe asks for.
 
     Returns:
         `out`, which transformers can open once moepress is imported.
 
     Raises:
-        InputError: the plan is of another model, or `out` holds something else.
+        InputError: the plan was made for another model, or `out` holds something else.
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
@@ -79,7 +84,7 @@ def quantize(
 def quantize_tensors(
     source: Source, plan: BitAllocation, tensors: ModelTensors, ids: Tensor, out: Path
 ) -> Path:
-    """`quantize`, with a checked plan and all facts at hand."""
+    """`quantize` for a checked plan, with the model's tensors and calibration sequences given."""
     work = identity(source, plan.recipe, ids) | {
         "full_recipe": plan.recipe.digest(),
         "plan": plan.digest(),
@@ -118,13 +123,13 @@ def _quantize_layers(
     journal: Journal,
     out: Path,
 ) -> None:
-    """Round the unfinished layers, and commit each."""
+    """Round the unfinished layers, and commit each of them to the journal."""
     walk = Walk(source, ids)
-    states = {"states": walk.states}
+    states = {STATES: walk.states}
     original = None
     if Rounding.of_experts(plan.recipe, plan.recipe.quantizer).corrects:
         original = walk.fork()
-        states["twin"] = original.states
+        states[ORIGINAL_STATES] = original.states
     with Progress("quantize", total=len(source.layers)) as progress:
         for layer in journal.remaining(states):
             with source.layer_loaded(layer):
@@ -147,12 +152,12 @@ def quantize_layer(
     """Round one loaded layer and bring the walk through it.
 
     Args:
-        original: the original model's walk, which is brought through the layer too; None: weights
-            do not make up for the errors of earlier layers.
+        original: a walk of the original model, which is brought through the layer too; None:
+            weights do not make up for the errors of earlier layers.
 
     Returns:
-        Its stored tensors, and what dropping its rounded experts from tokens would cost, on the
-        states that the compressed model has; None for a layer without routed experts.
+        The layer's stored tensors, and the drop costs of its rounded experts on the states of the
+        compressed model; None for a layer without routed experts.
     """
     source, recipe = walk.source, plan.recipe
     names = source.names(source.layer_path(layer))
@@ -208,7 +213,7 @@ def quantize_experts(
 
 
 def _drops_file(out: Path, layer: int) -> Path:
-    """The drop costs of a finished layer, until those of all layers are combined."""
+    """File with the drop costs of a finished layer, until those of all layers are combined."""
     return out / WORK / "quantize" / f"drops-{layer:04d}.safetensors"
 
 
@@ -223,7 +228,8 @@ def quantize_linears(
 
     Args:
         names: of the linears' weights.
-        inputs: of all of them; emptied. No inputs: the quantizer needs none.
+        inputs: statistics of the inputs of all of them; emptied. An empty list: the quantizer needs
+            none.
 
     Returns:
         Their packed bytes, by name.
@@ -254,7 +260,7 @@ def quantize_linears(
 
 @torch.inference_mode()
 def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str, Tensor]:
-    """Stored tensors outside the layers: embedding and head rounded to nearest where packed."""
+    """Stored tensors outside the layers. Embedding and head, if packed, are rounded to nearest."""
     tensors = {}
     for name in source.names(None):
         value = source.tensor(name).to("cpu")
@@ -295,11 +301,11 @@ def check_plan(source: Source, plan: BitAllocation) -> None:
 
 
 def check_space(out: Path, plan: BitAllocation, share: float, states: int) -> None:
-    """Raise CheckpointError before the work if the disk cannot hold its result.
+    """Raise CheckpointError, before any work, if the disk cannot hold the result.
 
     Args:
-        share: of the layers that are unfinished.
-        states: number of values in a walk's states.
+        share: of the layers that is unfinished.
+        states: number of elements of a walk's states.
     """
     walks = 2 if Rounding.of_experts(plan.recipe, plan.recipe.quantizer).corrects else 1
     need = int(plan.folder_bytes * share) + walks * 2 * 4 * states

@@ -1,6 +1,6 @@
-"""Every choice a user can make, in one frozen object that can be written to a file and read back.
+"""The recipe: all choices a user can make, in one frozen object that is stored with the results.
 
-The budget is the one choice a user must make; `docs/log.md` gives the reasons for all defaults.
+Only the budget has no default. The reasons for the defaults are in `docs/log.md`.
 `Recipe.load("paper")` returns a named recipe, `Recipe.load("my.toml")` reads a file.
 """
 
@@ -26,9 +26,9 @@ Scope = Literal["model", "layer"]
 SensitivityName = Literal["gradient", "none"]
 Over = Literal["mean", "worst"]
 HessianWeight = Literal["routing", "none"]
-UNQUANTIZED = 16  # the value of a *_bits field that leaves those weights as they are
-TABLE_BITS = (4, 8, UNQUANTIZED)  # widths of the embedding and of the head
-FALLBACK_BITS = 4  # of linears whose cost is unknown
+UNQUANTIZED = 16  # value of a *_bits field: those weights are not quantized
+TABLE_BITS = (4, 8, UNQUANTIZED)  # widths offered to the embedding and to the head
+FALLBACK_BITS = 4  # width of linears whose cost is unknown
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Recipe:
     quantizer: QuantizerName = "gptq"
     damping: float = 0.01  # of the mean of the Hessian's diagonal
     hessian_weight: HessianWeight = "routing"
-    sensitivity: SensitivityName = "gradient"  # what each token's error costs, costs/sensitivity.py
+    sensitivity: SensitivityName = "gradient"  # weight of tokens in costs, costs/sensitivity.py
     token_floor: int = 256  # an expert with fewer tokens borrows some, rounding/tokens.py
     correction: float = 0.5  # share of earlier layers' errors that weights make up for
 
-    # What an expert's cost is, and how the allocator uses it.
+    # How costs are measured, and how the allocator uses them.
     measure: QuantizerName = "gptq"  # the quantizer whose error is epsilon
     cost: Cost = "error"
     over: Over = "mean"  # minimise the mean loss over all calibration text, or the worst text's
@@ -85,7 +85,7 @@ class Recipe:
     at_least_one: tuple[int, ...] = ()  # widths that every layer must use at least once
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # JSON and TOML know lists only
+        for field in dataclasses.fields(self):  # JSON and TOML have lists, no tuples
             value = getattr(self, field.name)
             if isinstance(value, list):
                 frozen = tuple(tuple(v) if isinstance(v, list) else v for v in value)
@@ -167,7 +167,11 @@ class Recipe:
 
     @classmethod
     def load(cls, name_or_path: str | Path, **changes: Any) -> Recipe:
-        """The recipe of that name, or in that TOML or JSON file, with some fields changed."""
+        """A named recipe, or the recipe of a TOML or JSON file, with some fields changed.
+
+        Raises:
+            InputError: there is no such recipe, or a field has a value that is not allowed.
+        """
         if str(name_or_path) in NAMED:
             return NAMED[str(name_or_path)].with_changes(**changes)
         path = Path(name_or_path)
@@ -189,10 +193,15 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
+        """The recipe of these fields; all others have their defaults.
+
+        Raises:
+            InputError: a field does not exist, or has a value that is not allowed.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - names):
             raise InputError(
-                f"Unknown recipe field {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+                f"Unknown recipe field {', '.join(unknown)}. Known: {', '.join(sorted(names))}."
             )
         try:
             return cls(**fields)
@@ -200,6 +209,7 @@ class Recipe:
             raise InputError(f"A recipe field has the wrong type: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`: all fields."""
         return dataclasses.asdict(self)
 
     @property
@@ -209,6 +219,7 @@ class Recipe:
 
     @property
     def has_budget(self) -> bool:
+        """Whether `bits`, `bpw` or `size` is set."""
         return any(b is not None for b in (self.bits, self.bpw, self.size))
 
     def digest(self, *left_out: str) -> str:
@@ -244,19 +255,19 @@ def parse_size(text: str) -> int:
 def parse_widths(text: str) -> tuple[int, ...]:
     """The widths of "1,2,3", in rising order."""
     try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
+        return tuple(sorted({int(width) for width in text.split(",")}))
     except ValueError as error:
         raise InputError(f"Widths {text!r} are not understood. Expected e.g. 1,2,3.") from error
 
 
-# Fields that only the allocation and later stages read: scores serve all values of them.
+# Fields that only the allocation and later stages read: scores do not depend on them.
 ALLOCATION_FIELDS = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
     "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction", "over",
 )  # fmt: skip
 LINEAR_ROLES = ("attention_bits", "shared_expert_bits", "dense_mlp_bits")
 
-# No backward walk, no trellis search.
+# Without the two slow stages: the backward walk and the trellis search.
 FAST = Recipe(
     expert_codec="int",
     linear_codec="int",
@@ -268,7 +279,8 @@ FAST = Recipe(
     embedding_bits=UNQUANTIZED,
 )
 
-# MC, arXiv:2410.06270: eq. 3-5 per layer, epsilon of round to nearest, one width per expert.
+# The MC paper, arXiv:2410.06270: eq. 3-5 per layer, epsilon measured with round to nearest, one
+# width per expert.
 PAPER = dataclasses.replace(
     FAST,
     expert_bits=(1, 2, 3),
@@ -284,7 +296,7 @@ NAMED = {
     "default": Recipe(),
     "fast": FAST,
     "paper": PAPER,
-    # As in MC's released code: its exponents, and its GPTQ, which uses min-max grids and at 3 bits
-    # and below no feedback inside a block of 128 columns. For comparison only.
+    # As in MC's released code: its exponents, and its GPTQ, which has min-max grids and, at 3 bits
+    # and below, no feedback inside a column block of 128. For comparison only.
     "paper-released": dataclasses.replace(PAPER, quantizer="gptq-released", beta=1.5, gamma=1.0),
 }

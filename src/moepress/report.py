@@ -208,8 +208,8 @@ def expert_values(subject: Subject) -> dict[str, Any]:
     """The numbers that the page shows for an expert: named columns of L x E values."""
     plan, scores = subject.plan, subject.scores
     columns: list[tuple[str, list[Any]]] = [
-        (f"{name}_proj bits", plan.bits[:, :, column].ravel().tolist())
-        for column, name in enumerate(PROJECTIONS)
+        (f"{name}_proj bits", plan.bits[:, :, projection].ravel().tolist())
+        for projection, name in enumerate(PROJECTIONS)
     ]
     if scores is not None:
         columns += [

@@ -1,21 +1,22 @@
-"""What giving an expert each codec would cost: phi, w and epsilon of every routed expert.
+"""Scoring: measure what each width of each routed expert and each open tensor costs.
 
-arXiv:2410.06270, section 3.2. For expert e of a layer with calibration tokens T_e routed to it:
+For each routed expert, phi, w and epsilon of arXiv:2410.06270, section 3.2, are measured. For
+expert e of a layer with calibration tokens T_e routed to it, N tokens in all:
 
-    phi_e        = |T_e| / N                    how often it is chosen        (frequency)
-    w_e          = sum of its routing weights / N                             (routing_weight)
+    phi_e        = |T_e| / N                    how often it is chosen
+    w_e          = sum of its routing weights / N
     epsilon_e,b  = || Y - Y_b ||_F              Y: output of the MoE block, Y_b: the same with
-                                                expert e alone at codec b     (error)
+                                                only expert e rounded, to width b
 
-Only expert e's own tokens can differ between Y and Y_b, so epsilon is computed from them alone:
+Y and Y_b differ only at the tokens of expert e, so epsilon is computed from these:
 epsilon^2 = sum over t in T_e of || g_t,e (f_e(x_t) - f_e,b(x_t)) ||^2, g the routing weight. At 0
 bits the expert is left out: f_e,0 = 0.
 
-The allocator minimises the cost: the same sum with each token weighted by its sensitivity s_t
-(costs/sensitivity.py), which is the predicted KL in nats per token. Costs are kept text by text.
-The other linears have one too (costs/linear_costs.py), and so have the embedding and the head
-(costs/embedding_and_head.py). With sensitivity "none" the cost of an expert is epsilon^2 over the
-energy of the residual stream.
+The cost, which the allocator minimises, is the same sum with each token weighted by its sensitivity
+s_t (costs/sensitivity.py): the predicted KL in nats per token. Costs are kept text by text. Open
+linears (costs/linear_costs.py), the embedding and the head (costs/embedding_and_head.py) have costs
+of the same kind. With sensitivity "none" the cost of an expert is epsilon^2 over the energy of the
+residual stream.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 
+# Key of the costs of embedding and head in the last layer's file of the work folder. The name is
+# older than the words used elsewhere; it is kept because unfinished work on disk has it.
+TABLES_COST = "ends_cost"
+
 
 def score(
     source: Source | str | Path,
@@ -60,17 +65,17 @@ def score(
     device: str = "cpu",
     ids: Tensor | None = None,
 ) -> ExpertScores:
-    """Measure every routed expert of a model at every offered width.
+    """Measure every routed expert and every open tensor of a model at every offered width.
 
     Args:
         source: the original model, its folder, or its hub id.
         recipe: text, widths, quantizer to measure with. Its budget is ignored.
-        work: where finished layers are kept, to continue a stopped run; None: nowhere.
-        device: where layers run, if `source` is a name.
-        ids: [S, L] calibration sequences if at hand already; None: as the recipe says.
+        work: folder for finished layers, to continue a stopped run; None: a temporary one.
+        device: where layers run, if `source` is a folder or hub id.
+        ids: [S, L] calibration sequences; None: those that the recipe asks for.
 
     Raises:
-        InputError: `work` holds unfinished work of another kind.
+        InputError: `work` holds unfinished work of another identity.
     """
     source = source if isinstance(source, Source) else Source(source, device)
     check_group_sizes(source, recipe)
@@ -82,7 +87,7 @@ def score(
 def score_tensors(
     source: Source, recipe: Recipe, tensors: ModelTensors, ids: Tensor, folder: Path
 ) -> ExpertScores:
-    """Measure routed experts and open tensors; continue what is unfinished in `folder`.
+    """Measure routed experts and open tensors; continue the unfinished work in `folder`, if any.
 
     Args:
         ids: [S, L] calibration sequences.
@@ -98,7 +103,7 @@ def score_tensors(
                 with source.layer_loaded(layer):
                     result = score_layer(walk, layer, recipe, tensors, sensitivity, texts, progress)
                 if layer == len(source.layers) - 1:
-                    result["ends_cost"] = score_embedding_and_head(
+                    result[TABLES_COST] = score_embedding_and_head(
                         walk,
                         tensors.open_tables,
                         recipe.group_size,
@@ -160,7 +165,7 @@ def score_layer(
     for number in range(experts):
         progress.update(layer=layer, expert=number, experts=experts)
         if not tokens[number]:
-            continue  # never chosen: no output, no error, and no need to read its weights
+            continue  # no token chose it: no output and no error, so its weights are not read
         expert = walk.expert(layer, number, routed)
         offered = rounded_weights(expert, rounding, recipe.expert_bits)
         errors[number], costs[:, number] = measure(expert, offered, texts, output)
@@ -194,7 +199,7 @@ def _collect(
     arrays["cost"] = arrays["cost"].swapaxes(0, 1)  # [D, L, E, 3, B]
     arrays["linear_cost"] = _linear_costs(
         np.concatenate([rows[layer]["linear_cost"].numpy() for layer in rows]),
-        rows[max(rows)]["ends_cost"].numpy(),
+        rows[max(rows)][TABLES_COST].numpy(),
         tensors.widths,
         recipe.linear_bits,
     )
@@ -234,7 +239,7 @@ def _linear_costs(
 
 
 def unmeasured(source: Source, recipe: Recipe, tensors: ModelTensors) -> ExpertScores:
-    """Scores with every number 0: enough to tell which budgets are possible."""
+    """Scores with the model's sizes and all measurements 0, to check a budget before scoring."""
     shape = (len(source.experts), source.one_layer_of_experts.experts)
     errors = (*shape, len(ROUNDED), len(recipe.expert_bits))
     linears = (len(tensors.open), len(tensors.widths))
@@ -258,7 +263,12 @@ def _assembled(
     text_tokens: Sequence[int],
     provenance: dict[str, str],
 ) -> ExpertScores:
-    """Arrays, and what the allocator must know of the model's size."""
+    """Scores of measured arrays and of the model's sizes, which the allocator needs.
+
+    Args:
+        arrays: fields of `ExpertScores` that are measured.
+        text_tokens: [D] number of tokens of each text.
+    """
     one = source.one_layer_of_experts
     linear_bytes = np.zeros((len(tensors.open), len(tensors.widths)), dtype=np.int64)
     for row, (name, offered) in enumerate(tensors.open.items()):

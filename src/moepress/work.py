@@ -1,9 +1,9 @@
-"""The folder of a run: who owns it, what its work depends on, and which text it calibrates on.
+"""The output folder of a run: its identity, its calibration sequences, and checks before writing.
 
-While a run is unfinished, its output folder has a folder `.moepress` inside: the work folder. It
-holds the calibration sequences and, for each stage, the results of the finished layers
-(format/journal.py). Every piece of work on disk names what it depends on (model, text, recipe), so
-that other work is refused rather than mixed in.
+While a run is unfinished, its output folder contains the work folder `.moepress`. That holds the
+calibration sequences and, for each stage, the results of the finished layers (format/journal.py).
+All work on disk is stored with its identity (model, text, recipe), so that results of different
+work are never mixed: a run that finds work of another identity stops with an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEXT = "text.safetensors"  # the calibration sequences, in the work folder
 
 
 def identity(source: Source, recipe: Recipe, ids: Tensor) -> dict[str, str]:
-    """What scores depend on: model, text, and the fields of the recipe that matter to them."""
+    """The identity of scores: model, text, and the recipe without its allocation fields."""
     from moepress import __version__
 
     return {
@@ -71,17 +71,17 @@ def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
 
 
 def kept_ids(folder: Path, source: Source, recipe: Recipe) -> Tensor:
-    """The sequences that a stopped run kept in its work folder, or else those of the recipe.
+    """The sequences that a stopped run stored in its work folder, or else those of the recipe.
 
-    Text that the model writes itself may differ with the number of threads, so a continued run must
-    use the sequences it began with.
+    Text that the model writes itself may depend on the number of threads, so a continued run must
+    use the sequences that it began with.
     """
     path = folder / TEXT
     return load_tensors(path)["ids"] if path.is_file() else calibration_ids(source, recipe)
 
 
 def keep_ids(folder: Path, ids: Tensor) -> None:
-    """Store the sequences in a work folder, unless it has some."""
+    """Store the sequences in a work folder, unless it has sequences already."""
     if not (folder / TEXT).is_file():
         save_tensors(folder / TEXT, {"ids": ids})
 
@@ -117,13 +117,16 @@ def check_output(out: Path) -> None:
 
 
 def claim(out: Path, work: Mapping[str, str]) -> bool:
-    """Take the folder `out` for this work.
+    """Check that the folder `out` can be used for this work; make it if it is missing.
+
+    Args:
+        work: identity of the work.
 
     Returns:
-        Whether the finished work is there already.
+        Whether `out` holds the finished work already.
 
     Raises:
-        InputError: `out` holds other work, or files that are not of moepress.
+        InputError: `out` holds work of another identity, or files that are not of moepress.
     """
     if not out.exists():
         out.mkdir(parents=True)
@@ -146,7 +149,7 @@ def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
     """The scores in an output folder; None: it has none.
 
     Args:
-        made_of: what scores depend on, `identity`.
+        made_of: the `identity` that they must have.
 
     Raises:
         InputError: they are of another model, text or recipe.

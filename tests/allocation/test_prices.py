@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moepress.allocation.knapsack import at
+from moepress.allocation.arrays import at
 from moepress.allocation.prices import Items, ItemsByText, price_at, worst_case_weights
 
 

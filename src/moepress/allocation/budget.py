@@ -1,8 +1,8 @@
-"""What a budget is, and what it leaves for the experts.
+"""The budget of a plan: its range for a model, and what it leaves for the routed experts.
 
-Three units say the same: average code bits of the routed experts (the paper's k), stored bits per
-weight of the whole model, bytes of the folder. The first counts only the experts; under the others
-all tensors compete.
+A budget has one of three units: average code bits of the routed experts (the paper's k), stored
+bits per weight of the whole model, or bytes of the folder. The first counts only the experts. Under
+the other two all tensors whose width is open compete for the same bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moepress.allocation.arrays import ROUNDING, Ints, at
 from moepress.allocation.choices import Choices, offered
-from moepress.allocation.knapsack import ROUNDING, Ints, at
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, InputError
 from moepress.recipe import Recipe, fallback_width
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class BudgetRange(NamedTuple):
-    """Smallest and largest budget that makes a difference, in each unit."""
+    """Smallest possible budget, and the largest that a plan can use up, in each unit."""
 
     bits: tuple[float, float]  # average code bits of the routed experts
     bpw: tuple[float, float]  # stored bits per weight of the whole model
@@ -36,21 +36,21 @@ class Budget:
     """The budget of a recipe for one model. P items per expert, C options each."""
 
     unit: str  # "bits", "bpw" or "size"
-    asked: float
-    smallest: float  # possible, in `unit`
-    largest: float
-    capacity: int  # of the experts, with the open tensors as small as possible, in units of `sizes`
+    asked: float  # the recipe's value, in `unit`
+    smallest: float  # possible value, in `unit`
+    largest: float  # value that a plan can use up, in `unit`
+    capacity: int  # left for the experts if open tensors are as small as possible; as `sizes`
     sizes: Ints  # [P, C] of each option: code bits under "bits", else stored bytes
     required: tuple[int, ...]  # options that every layer uses at least once
     open_bytes: tuple[int, int]  # smallest and largest stored bytes of all open tensors together
 
     @classmethod
     def of(cls, scores: ExpertScores, recipe: Recipe, choices: Choices) -> Budget:
-        """The recipe's budget.
+        """The budget of `recipe`. Above the largest possible value it is lowered to that value.
 
         Raises:
-            InputError: no budget is set.
-            BudgetError: it is below the smallest possible.
+            InputError: the recipe sets no budget.
+            BudgetError: the budget is below the smallest possible value.
         """
         possible = budget_range(scores, recipe)._asdict()
         unit = next((unit for unit in possible if getattr(recipe, unit) is not None), None)
@@ -98,7 +98,7 @@ class Budget:
 
 
 def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
-    """The smallest and the largest plan that the recipe admits, in each unit of a budget."""
+    """The smallest and the largest plan that the recipe allows, in each unit of a budget."""
     choices = Choices.of(scores, recipe)
     required = required_options(recipe, choices.shape[1])
     low_bits, high_bits = choices.extremes(choices.code_bits, required)
@@ -117,7 +117,7 @@ def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
 
 
 def open_range(scores: ExpertScores, recipe: Recipe) -> tuple[int, int]:
-    """Smallest and largest stored bytes of all open tensors but the experts."""
+    """Smallest and largest stored bytes of all open tensors together."""
     if recipe.cost != "error":
         fallback = int(at(scores.linear_bytes, fallback_options(scores)).sum())
         return fallback, fallback
@@ -139,8 +139,11 @@ def fallback_options(scores: ExpertScores) -> Ints:
 def required_options(recipe: Recipe, experts: int) -> tuple[int, ...]:
     """Options that every layer must use (`at_least_one`); none for a uniform plan.
 
+    Args:
+        experts: number of experts of a layer.
+
     Raises:
-        InputError: a layer has fewer experts.
+        InputError: a layer has fewer experts than required options.
     """
     required = tuple(recipe.expert_bits.index(b) for b in sorted(set(recipe.at_least_one)))
     if recipe.cost == "uniform":
@@ -154,9 +157,10 @@ def required_options(recipe: Recipe, experts: int) -> tuple[int, ...]:
 
 
 def _up(number: float) -> str:
-    """Rounded up, so that a budget of the printed number is possible."""
+    """The number as text, rounded up to four decimals: a budget of that value is possible."""
     return str(number) if isinstance(number, int) else f"{math.ceil(number * 1e4) / 1e4:.4f}"
 
 
 def _down(number: float) -> str:
+    """The number as text, rounded down to four decimals."""
     return str(number) if isinstance(number, int) else f"{math.floor(number * 1e4) / 1e4:.4f}"

@@ -1,4 +1,4 @@
-"""Checks that scores can serve a recipe, before a plan is made of them."""
+"""Checks that a plan for a recipe can be made from given scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, InputError, NumericalError
 from moepress.recipe import Recipe
 
-# Fields that a recipe must share with the recipe of the scores: they say which tensors are open,
-# and how all are stored.
+# Fields in which a recipe must agree with the recipe that the scores were measured with: they
+# decide which tensors are open, and how tensors are stored.
 OPEN_FIELDS = (
     "expert_codec", "linear_codec", "linear_bits", "attention_bits", "shared_expert_bits",
     "dense_mlp_bits", "head_bits", "embedding_bits", "sensitivity",
@@ -18,7 +18,13 @@ OPEN_FIELDS = (
 
 
 def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
-    """Raise InputError, BudgetError or NumericalError if these scores cannot serve this recipe."""
+    """Check that scores and recipe fit together.
+
+    Raises:
+        InputError: the recipe asks for something that was not measured.
+        BudgetError: no uniform plan has the recipe's bits.
+        NumericalError: a score is negative, NaN or infinite.
+    """
     widths = offered(recipe)
     if recipe.cost == "uniform" and recipe.bits is not None and recipe.bits not in widths:
         raise BudgetError(
@@ -67,7 +73,7 @@ def check_inputs(scores: ExpertScores, recipe: Recipe) -> None:
 
 
 def check_linears(scores: ExpertScores) -> None:
-    """Raise NumericalError if a linear has no width to take, or a cost that is no valid number."""
+    """Raise NumericalError if an open tensor has no finite cost, or a negative or NaN one."""
     cost, is_offered = scores.linear_cost, scores.linear_offered
     no_number = np.isnan(cost).any(axis=0) | (cost < 0).any(axis=0)  # [M, W]
     no_size = is_offered & (scores.linear_bytes <= 0)

@@ -1,8 +1,8 @@
-"""What may be chosen for the experts, and what each choice takes of a budget.
+"""The items and options of the routed experts, and the size of each option.
 
-The allocator picks one option for each item. An item is a projection, or a whole expert, and its
-options are the offered widths. Where experts may be left out and projections may differ, an expert
-is one item, and its options are "left out" and every pair of the other widths.
+The allocator picks one option for each item. An item is a projection or a whole expert, and its
+options are the offered widths. But if experts may be left out and projections may have different
+widths, the item is an expert, and its options are "left out" and all pairs of the other widths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moepress.allocation.knapsack import Ints
+from moepress.allocation.arrays import Ints
 from moepress.costs.scores import BOTH, ExpertScores
 from moepress.format.codec import LEFT_OUT, codec_for
 from moepress.recipe import Recipe
@@ -28,15 +28,21 @@ def offered(recipe: Recipe) -> tuple[int, ...]:
 
 
 def item_of(recipe: Recipe) -> Item:
-    """What an item is. A random plan that may leave experts out draws widths of whole experts."""
-    drops = LEFT_OUT in offered(recipe)
-    if not recipe.per_projection or (drops and recipe.cost == "random"):
+    """What an item is: a projection, an expert of one width, or an expert of a pair of widths.
+
+    A random plan that may leave experts out draws widths of whole experts.
+    """
+    may_leave_out = LEFT_OUT in offered(recipe)
+    if not recipe.per_projection or (may_leave_out and recipe.cost == "random"):
         return "expert"
-    return "pair" if drops else "projection"
+    return "pair" if may_leave_out else "projection"
 
 
 def pairs(widths: int) -> Ints:
-    """[2, C] indices of widths: the first for both projections, then all pairs of the others."""
+    """[2, C] indices of the widths of gate and up, and of down, for items that are pairs.
+
+    The first option has the first width for both: left out. The others are all pairs of the rest.
+    """
     others = np.indices((widths - 1, widths - 1)).reshape(2, -1) + 1
     return np.concatenate([np.zeros((2, 1), dtype=np.int64), others], axis=1)
 
@@ -44,8 +50,8 @@ def pairs(widths: int) -> Ints:
 def by_option(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Sizes of options [..., P, C] from the sizes of widths [..., 3, B].
 
-    The axis of 3 is scores.ROUNDED: gate and up, down, both. A pair of widths takes the sum of both
-    projections; leaving an expert out takes what the whole expert takes at width 0.
+    The axis of 3 is scores.ROUNDED: gate and up, down, both. The size of a pair of widths is the
+    sum of the two projections. "Left out" has the size of the whole expert at width 0.
     """
     if item == "projection":
         return table[..., :BOTH, :]
@@ -58,12 +64,13 @@ def by_option(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def cost_by_option(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Costs of options [..., P, C] from the costs of widths [..., 3, B], which do not just add up.
+    """Costs of options [..., P, C] from the costs of widths [..., 3, B].
 
-    Rounding both projections costs less than the sum of rounding each, by a tenth at 1 bit. Beside
-    the exact cost of leaving an expert out, that difference counts. So a pair of equal widths has
-    the measured cost of both; a pair of different widths has the sum times the geometric mean of
-    the ratios (measured cost of both) / (sum) at its two widths.
+    As `by_option`, but costs do not simply add up: rounding both projections costs less than the
+    sum of rounding each, a tenth less at 1 bit. Compared with the exact cost of leaving an expert
+    out, that difference matters. So a pair of equal widths has the measured cost of both, and a
+    pair of different widths has the sum times the geometric mean of the ratios
+    (measured cost of both) / (sum) at its two widths.
     """
     costs = by_option(item, table)
     if item != "pair":
@@ -84,14 +91,17 @@ def _nbytes(scores: ExpertScores, recipe: Recipe, bits: int, rows: int, cols: in
 
 @dataclass(frozen=True)
 class Choices:
-    """P items per expert, each with C options: the first is the smallest, the last the largest."""
+    """P items per expert, each with C options: the first is the smallest, the last the largest.
+
+    L MoE layers, E experts, B widths.
+    """
 
     shape: tuple[int, int, int]  # L, E, P
     item: Item
     widths: tuple[int, ...]  # [B] offered, rising
-    code_bits: Ints  # [P, C]
-    nbytes: Ints  # [P, C] stored, side data and padding included
-    total_weights: int  # of all routed experts
+    code_bits: Ints  # [P, C] code bits of all weights of an option together
+    nbytes: Ints  # [P, C] stored bytes of an option, with side data and padding
+    total_weights: int  # number of weights of all routed experts
 
     @classmethod
     def of(cls, scores: ExpertScores, recipe: Recipe) -> Choices:
@@ -115,7 +125,7 @@ class Choices:
         return np.asarray(np.array(self.widths)[self._width_indices()[[0, 1], both]])
 
     def options(self, bits: npt.NDArray[np.int8]) -> Ints:
-        """[L, E, P] the options that have these widths [L, E, 2]; the inverse of `bits`."""
+        """[L, E, P] options that have the widths `bits` [L, E, 2]: the inverse of `bits()`."""
         indices = np.searchsorted(self.widths, bits)
         if self.item != "pair":
             return indices[..., : self.shape[2]]
@@ -128,9 +138,10 @@ class Choices:
         return pairs(count) if self.item == "pair" else np.array([range(count)] * 2)
 
     def extremes(self, sizes: Ints, required: Sequence[int]) -> tuple[int, int]:
-        """Smallest and largest sum of `sizes` [P, C], with each option of `required` in use.
+        """Smallest and largest sum of `sizes` [P, C] over all items of the model.
 
-        Where experts may be left out, the smallest sum keeps one expert in every layer.
+        Every layer uses each option of `required` at least once. If experts may be left out, the
+        smallest sum keeps one expert in every layer.
         """
         count, experts, _ = self.shape
         held = sizes[:, list(required)].sum()

@@ -1,7 +1,7 @@
-"""What a plan loses by what it chooses: the objective of the integer program.
+"""The objective of the integer program: the cost of each option.
 
-Costs come from the scores, text by text. The texts of the calibration set count alike, or are
-weighted so that the loss on the worst text is least.
+The costs come from the scores, which keep them text by text. They are summed over the texts of the
+calibration set, or weighted such that the loss on the worst text is least.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moepress.allocation.arrays import Floats
 from moepress.allocation.budget import Budget
 from moepress.allocation.choices import Choices, cost_by_option, item_of, offered
-from moepress.allocation.knapsack import Floats
 from moepress.allocation.prices import ItemsByText, weighted_sum, worst_case_weights
 from moepress.costs.scores import ExpertScores
 from moepress.errors import NumericalError
@@ -22,25 +22,24 @@ from moepress.recipe import Recipe
 
 
 def objective(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
-    """c [L, E, P, C]: what each option of each item adds to the predicted loss.
+    """Costs c [L, E, P, C]: what each option of each item adds to the predicted loss.
 
     Args:
-        weights: [D] of the texts; None: all alike.
+        weights: [D] of the texts; None: all 1.
     """
     return cost_by_option(item_of(recipe), width_costs(scores, recipe, weights))
 
 
 def width_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = None) -> Floats:
-    """[L, E, 3, B] what each width of each of scores.ROUNDED adds to the predicted loss.
+    """Costs [L, E, 3, B]: what each width of each of scores.ROUNDED adds to the predicted loss.
 
-    "error": `scores.cost`, the predicted KL in nats per token. Where scores were made without
-    gradients: the squared error in the MoE block's output over the energy of the residual stream
-    that the output is added to, which makes layers comparable.
-
-    "paper": phi^alpha w^beta epsilon^gamma, eq. 3-4 of arXiv:2410.06270.
+    If `recipe.cost` is "paper": phi^alpha w^beta epsilon^gamma, eq. 3-4 of arXiv:2410.06270.
+    Otherwise `scores.cost`, the predicted KL in nats per token; for scores made without gradients
+    it is the squared error of the MoE block's output over the energy of the residual stream that
+    the output is added to, which makes layers comparable.
 
     Args:
-        weights: [D] of the texts; None: all alike.
+        weights: [D] of the texts; None: all 1. "paper" does not use them.
     """
     if recipe.cost != "paper":
         errors = text_costs(scores, recipe)
@@ -65,16 +64,17 @@ def width_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = N
 
 
 def text_costs(scores: ExpertScores, recipe: Recipe) -> Floats:
-    """[D, L, E, 3, B] the loss on each text."""
+    """Costs [D, L, E, 3, B] on each text."""
     costs = scores.cost[..., offered_indices(scores, recipe)]
     return with_unseen_experts(costs, scores, recipe)
 
 
 def with_unseen_experts(costs: Floats, scores: ExpertScores, recipe: Recipe) -> Floats:
-    """Costs [..., L, E, 3, B] that do not leave out unseen experts first.
+    """Costs [..., L, E, 3, B] with a cost for leaving out an expert that no token chose.
 
-    An expert that no token chose measures zero at every width: its cost is unknown, not zero.
-    Leaving it out is given the cost of the expert of its layer that is cheapest to leave out.
+    Such an expert has a measured error of 0 at every width, but its cost is unknown, not 0. So that
+    it is not the first to be left out, leaving it out gets the cost of leaving out the cheapest
+    other expert of its layer.
     """
     unseen = scores.tokens == 0
     if offered(recipe)[0] != LEFT_OUT or not unseen.any():
@@ -82,7 +82,7 @@ def with_unseen_experts(costs: Floats, scores: ExpertScores, recipe: Recipe) -> 
     costs = costs.copy()
     seen = np.where(unseen[:, :, None], np.inf, costs[..., 0])  # [..., L, E, 3]
     cheapest = seen.min(axis=-2, keepdims=True)
-    cheapest = np.where(np.isfinite(cheapest), cheapest, 0.0)  # a layer that no token reached
+    cheapest = np.where(np.isfinite(cheapest), cheapest, 0.0)  # 0: no token reached the layer
     costs[..., 0] = np.where(unseen[:, :, None], cheapest, costs[..., 0])
     return costs
 
@@ -93,7 +93,7 @@ def offered_indices(scores: ExpertScores, recipe: Recipe) -> list[int]:
 
 
 def text_weights(scores: ExpertScores, recipe: Recipe, choices: Choices, budget: Budget) -> Floats:
-    """[D] weight of the loss on each text: 1, or such that the loss on the worst text is least."""
+    """[D] weight of the loss on each text: 1, or such that the worst text's loss is least."""
     if recipe.over == "mean" or recipe.cost != "error":
         return np.ones(len(scores.cost))
     shares = np.array(scores.text_tokens) / scores.total_tokens  # cost / share: per token of a text
@@ -110,10 +110,14 @@ def text_weights(scores: ExpertScores, recipe: Recipe, choices: Choices, budget:
 
 
 def linear_costs(scores: ExpertScores, weights: Floats) -> Floats:
-    """[M, W] predicted loss of each open tensor at each width."""
+    """Costs [M, W] of each open tensor at each width.
+
+    Args:
+        weights: [D] of the texts.
+    """
     return weighted_sum(weights, scores.linear_cost)
 
 
 def flat(table: npt.NDArray[Any], leading: int = 0) -> npt.NDArray[Any]:
-    """[..., L, E, P, C] as [..., I, C], `leading` axes kept."""
+    """A table [..., L, E, P, C] reshaped to [..., I, C], I = L E P, after `leading` other axes."""
     return table.reshape(*table.shape[:leading], -1, table.shape[-1])

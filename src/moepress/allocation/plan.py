@@ -1,4 +1,4 @@
-"""The plan: which expert and which linear gets how many bits, and what that comes to in bytes."""
+"""The plan: the width of every expert and every open tensor, and the bytes that result."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class BitAllocation:
     """The plan: code bits of both projections of every routed expert. L MoE layers, E experts."""
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
-    bits: npt.NDArray[np.int8]  # [L, E, 2] gate_up, down
-    linear_bits: dict[str, int]  # of each linear that the recipe leaves open, by parameter name
+    bits: npt.NDArray[np.int8]  # [L, E, 2] code bits of gate_up and of down
+    linear_bits: dict[str, int]  # width of each open tensor, by parameter name
     group_size: int
-    predicted_loss: float  # what the objective sums to
+    predicted_loss: float  # sum of the costs of all choices, see allocation/objective.py
     expert_bytes: int  # stored bytes of all routed experts
     total_bytes: int  # of all tensors
     folder_bytes: int  # of all files
@@ -39,7 +39,7 @@ class BitAllocation:
     provenance: dict[str, str]
 
     def __post_init__(self) -> None:
-        bits = np.array(self.bits, dtype=np.int8)  # a copy that nobody else can write to
+        bits = np.array(self.bits, dtype=np.int8)  # a copy, so that no caller can change it
         bits.setflags(write=False)
         object.__setattr__(self, "bits", bits)
         if wrong := self._contradiction():
@@ -82,7 +82,7 @@ class BitAllocation:
         return hashlib.sha256(self.bits.tobytes() + linears.encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write JSON, atomically; equal plans give equal bytes. One digit per expert.
+        """Write JSON atomically, widths as one digit per expert. Equal plans give equal bytes.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -99,8 +99,8 @@ class BitAllocation:
         """Read what `save` wrote.
 
         Raises:
-            InputError: the file is JSON, but no plan.
-            CheckpointError: missing, damaged, or a plan that contradicts itself.
+            InputError: the file is JSON, but not a plan.
+            CheckpointError: it is missing or damaged, or its fields contradict each other.
         """
         fields = load_json(path)
         if not isinstance(fields, dict) or fields.pop("kind", None) != KIND:
@@ -111,7 +111,7 @@ class BitAllocation:
         try:
             rows = fields.pop("layers")
             bits = [[[int(digit) for digit in row[n]] for n in PROJECTIONS] for row in rows]
-            if "linear_bits" not in fields:  # written when all else was scalar, at fixed widths
+            if "linear_bits" not in fields:  # of a version whose linears were all scalar and fixed
                 fields["linear_bits"] = {}
                 fields["recipe"] = FAST.to_dict() | fields["recipe"]
             return cls(
@@ -127,4 +127,5 @@ class BitAllocation:
 
 
 def _digits(bits: npt.NDArray[np.int8]) -> str:
+    """Widths as a string, one digit each."""
     return "".join(str(b) for b in bits.tolist())

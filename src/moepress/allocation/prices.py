@@ -1,15 +1,17 @@
-"""Prices and weights that split one hard program into easy ones: its dual variables.
+"""Prices of bytes and weights of texts: dual variables of the allocation's integer program.
 
 Price. If a byte costs p, items are independent: each takes the option of least cost + p * size. The
-price at which all of them together just fit the budget is the value of a byte there. Attention,
-shared experts and dense MLPs, few and large beside the routed experts, take their widths at it.
+price at which all items together just fit the budget is the value of a byte at that budget. The
+open tensors (attention, shared experts, dense MLPs, embedding and head), few and large compared
+with the routed experts, take their widths at this price.
 
-Weights. To minimise the loss on the worst text,
+Weights. To minimise the loss on the worst text, note that
 
     min over plans of max_d loss_d  =  max over weights >= 0 of sum 1 of  min over plans of
                                        sum_d weight_d loss_d       (up to the integrality gap)
 
-multiplicative weights find the outer maximum: a text with a large loss weighs more next round.
+Multiplicative weights find the outer maximum: a text with a large loss gets a larger weight in the
+next round.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moepress.allocation.knapsack import Floats, Ints, at
+from moepress.allocation.arrays import Floats, Ints, at
 
 SMALLEST = 1e-200  # a price so low that it only breaks ties between equal costs
-HALVINGS = 200  # of an interval of prices: finer than float64 can resolve
+HALVINGS = 200  # of an interval of prices: more than float64 can resolve
 ROUNDS = 40  # of multiplicative weights: the worst loss then varies by about 1 %
-STEP = 1.0  # first step: a text with twice the mean loss weighs e times as much
+STEP = 1.0  # first round: the weight of a text with twice the mean loss is multiplied by e
 
 
 class Items(NamedTuple):
@@ -35,7 +37,7 @@ class Items(NamedTuple):
     sizes: Ints  # [I, C]
 
     def cheapest(self, price: float) -> Ints:
-        """[I] option of least cost + price * size."""
+        """[I] for each item, the option of least cost + price * size."""
         chosen: Ints = (self.costs + price * self.sizes).argmin(axis=1)
         return chosen
 
@@ -47,7 +49,7 @@ def price_at(groups: Sequence[Items], capacity: int) -> float:
     """The lowest price, up to rounding, at which all items together fit into `capacity`.
 
     Args:
-        groups: their smallest options together must fit.
+        groups: items; all smallest options together must fit.
     """
 
     def fits(price: float) -> bool:
@@ -78,14 +80,17 @@ class ItemsByText:
 
 
 def weighted_sum(weights: Floats, costs: Floats) -> Floats:
-    """Sum of costs [D, ...] over the first axis. Infinite costs (not offered) stay infinite."""
+    """Sum over d of weights [D] times costs [D, ...]. Infinite costs (not offered) stay so."""
     offered = np.isfinite(costs).all(axis=0)
     total = np.tensordot(weights, np.where(offered, costs, 0.0), axes=1)
     return np.asarray(np.where(offered, total, np.inf))
 
 
 def worst_case_weights(groups: Sequence[ItemsByText], capacity: int) -> Floats:
-    """[D] weights of sum 1 whose plan of least weighted loss has the least worst loss."""
+    """[D] weights of sum 1: their plan of least weighted loss has the least loss on the worst text.
+
+    The best of ROUNDS rounds of multiplicative weights.
+    """
     texts = len(groups[0].costs)
     logs = np.zeros(texts)
     best, best_loss = np.full(texts, 1 / texts), np.inf

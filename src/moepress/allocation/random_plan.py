@@ -1,4 +1,4 @@
-"""A fair random allocation, to compare with: what a budget keeps when nothing is measured."""
+"""Random plans within a budget: a baseline that measures nothing."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepress.allocation.knapsack import Floats, Ints, Mask, at
+from moepress.allocation.arrays import Floats, Ints, Mask, at
 
-DRAWS = 100  # random allocations of which the one nearest below the budget is taken
+DRAWS = 100  # random allocations are drawn, and the largest that fits the budget is taken
 
 
 def draw(
     sizes: Ints, capacity: int, members: Ints, required: Sequence[int], rng: np.random.Generator
 ) -> Ints:
-    """A fair random allocation: each one that just meets the budget is (nearly) as likely.
+    """Draw a random allocation; all that just meet the budget are about equally likely.
 
-    Random costs given to the solver would not do: it would still avoid what is expensive for its
-    size, so the mix of widths would be the solver's. Instead every item draws its width alone, with
-    chances proportional to exp(-price * size), at the price where the expected size is the budget:
-    all allocations of one size are then equally likely. Of DRAWS such allocations, the largest that
-    fits is taken. What it misses the budget by is made up for by single steps of random items,
-    until no step up fits.
+    Giving random costs to the solver would not do: it would still avoid options that are expensive
+    for their size, so it would decide the mix of widths. Instead every item draws its option
+    independently, with probabilities proportional to exp(-price * size), at the price where the
+    expected total size is the budget. All allocations of equal size are then equally likely. Of
+    DRAWS such allocations, the largest that fits the budget is taken, or the smallest if none fits.
+    Random items then change by one option at a time: down until the budget is met, and up until no
+    step up fits.
 
     Args:
-        sizes: [I, B] int64, rising along B.
+        sizes: [I, C] int64, rising along C.
         capacity: in units of sizes.
         members: [G, M] items of each group.
-        required: columns that every group has to use at least once.
-        rng: source of chance; the same state gives the same allocation.
+        required: options that every group has to use at least once.
+        rng: random generator; the same state gives the same allocation.
 
     Returns:
-        [I] the chosen columns.
+        [I] the chosen options.
     """
-    ends = _chances(sizes, capacity).cumsum(axis=1)[:, :-1]
+    thresholds = _probabilities(sizes, capacity).cumsum(axis=1)[:, :-1]
     drawn = []
     for _ in range(DRAWS):
-        choice: Ints = (rng.random((len(sizes), 1)) > ends).sum(axis=1)
+        choice: Ints = (rng.random((len(sizes), 1)) > thresholds).sum(axis=1)
         free = np.ones(len(sizes), dtype=np.bool_)
         for items in members if required else ():
             held = rng.choice(items, len(required), replace=False)
@@ -51,7 +52,11 @@ def draw(
 def _tighten(
     choice: Ints, free: Mask, sizes: Ints, capacity: int, rng: np.random.Generator
 ) -> Ints:
-    """Single steps of random free items: down until the budget is met, up while one fits."""
+    """Change random free items by one option at a time: down until the budget is met, then up.
+
+    Args:
+        free: [I] whether an item may change.
+    """
     choice = choice.copy()
     used = int(at(sizes, choice).sum())
     for step in (-1, 1):
@@ -68,19 +73,19 @@ def _tighten(
     return choice
 
 
-def _chances(sizes: Ints, capacity: int) -> Floats:
-    """[I, B] chances proportional to exp(-price * size) whose expected size is the budget."""
+def _probabilities(sizes: Ints, capacity: int) -> Floats:
+    """[I, C] probabilities proportional to exp(-price * size) whose expected size is the budget."""
     scaled = (sizes - sizes.mean(axis=1, keepdims=True)) / max(float(np.ptp(sizes)), 1.0)
 
-    def chances(price: float) -> Floats:
+    def at_price(price: float) -> Floats:
         weight = np.exp(-price * scaled - (-price * scaled).max(axis=1, keepdims=True))
         return np.asarray(weight / weight.sum(axis=1, keepdims=True))
 
-    low, high = -1000.0, 1000.0  # where all items take one width
+    low, high = -1000.0, 1000.0  # all items take the largest, the smallest option
     for _ in range(60):
         price = (low + high) / 2
-        if (chances(price) * sizes).sum() > capacity:
+        if (at_price(price) * sizes).sum() > capacity:
             low = price
         else:
             high = price
-    return chances(high)
+    return at_price(high)

@@ -1,7 +1,7 @@
-"""What a compressed folder will hold, known before a single weight is read.
+"""The tensors of a compressed folder, computed from a model's shapes before any weight is read.
 
-Of every tensor that is not a routed expert: the widths it may take, how it is packed at each, and
-its bytes. The allocator's budget and the size of the checkpoint both come from here.
+For every tensor that is not a routed expert: the widths it may take, how it is packed at each, and
+its stored bytes. The allocator's budget and the estimated size of the folder both use this.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """All tensors of a model but its routed experts. M open tensors, W widths of any of them."""
+    """All tensors of a model except its routed experts.
+
+    M open tensors; W different widths are offered to any of them.
+    """
 
     fixed: Mapping[str, int]  # width from the recipe, by parameter name; UNQUANTIZED: not packed
     open: Mapping[str, tuple[int, ...]]  # [M] widths offered, rising, by parameter name
-    tables: Mapping[str, tuple[str, ...]]  # roles of the embedding and of the head
+    tables: Mapping[str, tuple[str, ...]]  # roles of embedding and head, by parameter name
     shapes: Mapping[str, tuple[int, ...]]  # of all tensors
-    unpacked_bytes: Mapping[str, int]  # stored bytes of all tensors where they are not packed
+    unpacked_bytes: Mapping[str, int]  # stored bytes of each tensor if it is not packed
     family: str  # of the linears' codecs; widths it lacks are scalar
     group_size: int
 
@@ -75,8 +78,11 @@ class ModelTensors:
         return {name: roles for name, roles in self.tables.items() if name in self.open}
 
     def spec(self, name: str, bits: int) -> PackedSpec:
-        """How a tensor is packed at a width. Embedding and head are scalar, also beside trellis
-        codes: embeddings are read row by row, and both are large."""
+        """How a tensor is packed at a width.
+
+        Embedding and head always have scalar codes: embeddings are read row by row, and both are
+        large.
+        """
         scalar = name in self.tables or bits not in CODE_BITS[self.family]
         family = "int" if scalar else self.family
         codec = codec_for(bits, self.shapes[name][1], self.group_size, family)
@@ -124,7 +130,7 @@ class ModelTensors:
 
 
 def _asked_widths(source: Source, recipe: Recipe) -> dict[str, int | None]:
-    """The width that the recipe gives to every tensor that can be packed; None: it is open."""
+    """The recipe's width of every tensor that can be packed; None: its width is open."""
     widths = {
         name: _linear_bits(source.role(layer, name), recipe)
         for layer, linears in enumerate(source.packable)
@@ -145,16 +151,16 @@ def _asked_widths(source: Source, recipe: Recipe) -> dict[str, int | None]:
 
 
 def _linear_bits(role: str | None, recipe: Recipe) -> int | None:
-    """The width that the recipe gives to linears of a role; None: it is open."""
+    """The recipe's width of linears of a role; None: it is open."""
     bits: int | None = getattr(recipe, f"{role}_bits")
     return FALLBACK_BITS if bits is None and recipe.sensitivity == "none" else bits
 
 
 def _table_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | None:
-    """The width that the recipe gives to an embedding or head; None: it is open.
+    """The recipe's width of an embedding or head; None: it is open.
 
     Raises:
-        InputError: both are one tensor, and are given two widths.
+        InputError: embedding and head are one tensor, and the recipe gives them two widths.
     """
     widths = {getattr(recipe, f"{role}_bits") for role in roles}
     if len(widths) > 1:
@@ -167,13 +173,17 @@ def _table_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | N
 
 
 def _can_be_packed(source: Source, name: str) -> bool:
-    """Whether a packed module can replace this embedding or head."""
+    """Whether a packed module can stand in for this embedding or head."""
     plain = type(source.module(name)) in (nn.Linear, nn.Embedding)
     return plain and fitting_group_size(source.shape(name)[1], GROUP_SIZES[0]) is not None
 
 
 def check_group_sizes(source: Source, recipe: Recipe) -> None:
-    """Raise InputError if the experts' rows cannot be cut into groups; warn of what differs."""
+    """Check that rows divide into groups; warn where the recipe's group size cannot be used.
+
+    Raises:
+        InputError: no group size divides the rows of the experts.
+    """
     one = source.one_layer_of_experts
     for name, (_, cols) in (("gate_up_proj", one.gate_up_shape), ("down_proj", one.down_shape)):
         group = codec_for(recipe.widths[0], cols, recipe.group_size).group_size
@@ -198,10 +208,11 @@ def check_group_sizes(source: Source, recipe: Recipe) -> None:
 
 
 def file_bytes(source: Source, recipe: Recipe, tensors: ModelTensors) -> int:
-    """Estimated bytes of the folder besides tensors: tokenizer, JSON, headers, scores.
+    """Estimated bytes of a compressed folder without its tensors: tokenizer, JSON, headers, scores.
 
-    Negligible beside the weights of a large model, a good share of a small one's folder. The
-    constants are what our files take per entry besides names (docs/format.md shows the files).
+    They are negligible for a large model, and a good share of the folder of a small one. The
+    constants are the bytes that moepress's files take for each entry, names not counted
+    (docs/format.md shows the files).
     """
     names, open_names = source.all_names, tensors.open
     expert_names = [name for experts in source.experts.values() for name in experts.parameters]

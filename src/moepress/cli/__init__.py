@@ -67,8 +67,8 @@ def main() -> None:
 
     # Threads that spin while they wait for each other make small operations many times slower as
     # soon as anything else runs on the machine; threads that sleep at once cost a tenth of the
-    # decoding speed. A short spin, about ten microseconds, avoids both (docs/log.md, "Threads that
-    # spin").
+    # decoding speed. A short spin, about ten microseconds, avoids both (docs/log.md#short-spin and
+    # docs/log.md#passive-threads).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:

@@ -1,16 +1,16 @@
-"""Drop costs: what dropping choices of experts adds to the error, measured once for any strength.
+"""Drop costs: what dropping (token, expert) choices adds to the error of a MoE block's output.
 
-A token's chosen experts are ranked by routing weight, w_1 >= ... >= w_k. Online dynamic pruning
-(arXiv:2410.06270, section 3.3) drops rank r where the ratio w_r / w_1 is small. For a sample of
-tokens of each layer, `DropCosts` has the distribution of that ratio by rank, and what dropping the
-rank adds to the squared error of the MoE block's output:
+They are measured once and serve all strengths of pruning. A token's chosen experts are ranked by
+routing weight, w_1 >= ... >= w_k. Online dynamic pruning (arXiv:2410.06270, section 3.3) drops the
+expert of rank r if the ratio w_r / w_1 is small. For a sample of tokens of each layer, `DropCosts`
+has the distribution of that ratio by rank, and what dropping a rank adds to the squared error:
 
     y   = sum over all ranks of w_r f_r                       f_r: output of the expert of rank r
     y_m = a_m * sum over ranks 1 .. m of w_r f_r              a_m = 1, or (sum of all w) / (sum of
     D_m = || y - y_m ||^2                                     the m largest w): renormalised
     cost of rank r = D_(r-1) - D_r                            the ranks behind it already dropped
 
-divided by the mean energy of the residual stream, so that layers can be compared.
+Costs are divided by the mean energy of the residual stream, so that layers can be compared.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from moepress.format.checkpoint import load_tensors, read_about, save_tensors
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import Routed, RoutedExpert, expert_forward
 
-SAMPLE = 4096  # tokens of a layer: standard error of a median 0.8 % of the tokens
-BINS = 32  # of equally many tokens, by rising ratio
+SAMPLE = 4096  # tokens of a layer; the standard error of a median is 0.8 % of the tokens
+BINS = 32  # bins of equally many tokens, by rising ratio
 KIND = "moepress drop costs"
 ARRAYS = ("ratio", "cost", "renormalised_cost")
-NO_EXPERT = 2.0  # ratio of a choice of no expert: above all others, so never dropped
-EVEN_SUM = 0.01  # routing weights whose sums differ by less are normalised; bfloat16 costs 0.004
+NO_EXPERT = 2.0  # ratio of a choice of no expert: above all others, so it is never dropped
+# If the sums of the tokens' routing weights differ by at most this share, they count as constant.
+EVEN_SUM = 0.01  # bfloat16 alone makes them differ by 0.004
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class DropCosts:
             raise CheckpointError(f"Drop costs do not fit together: {wrong}. Measure them again.")
 
     def _contradiction(self) -> str | None:
-        """What does not fit, and what was expected; None if all fits."""
+        """What is wrong with the fields, and what was expected; None if nothing is."""
         arrays = (self.ratio, self.cost, self.renormalised_cost)
         if self.ratio.ndim != 3 or self.ratio.shape[2] < 2:
             return f"ratios of shape {self.ratio.shape}, expected [L, k - 1, Q + 1]"
@@ -102,15 +103,16 @@ class DropCosts:
         return cls(**fields | {"layers": tuple(fields["layers"])})
 
     def save(self, path: Path) -> None:
+        """Write one safetensors file."""
         about = json.dumps({"kind": KIND, **self.rest()}, sort_keys=True)
         save_tensors(path, self.arrays(), about)
 
     @classmethod
     def load(cls, path: Path) -> DropCosts:
-        """Read a file of `save`.
+        """Read what `save` wrote.
 
         Raises:
-            CheckpointError: missing, damaged, or not drop costs.
+            CheckpointError: the file is missing or damaged, or holds something else.
         """
         arrays = load_tensors(path)
         try:
@@ -177,7 +179,7 @@ class DropMeter:
 
     @torch.inference_mode()
     def result(self, energy: float) -> dict[str, Tensor]:
-        """The layer's rows of the fields of `DropCosts`, and whether it normalises routing weights.
+        """The layer's rows of the arrays of `DropCosts`, and its `normalised`.
 
         Args:
             energy: mean over tokens of the sum of squares of the layer's output states.
@@ -186,8 +188,8 @@ class DropMeter:
         real = self._real.gather(1, order)
         ratio = (weight / weight[:, :1]).masked_fill(~real, NO_EXPERT)[:, 1:]
         plain, renormalised = (
-            torch.cat([c.double() for c in column]) / energy
-            for column in zip(
+            torch.cat([c.double() for c in costs]) / energy
+            for costs in zip(
                 *(self._costs(chunk, order[chunk]) for chunk in chunks(weight)), strict=True
             )
         )

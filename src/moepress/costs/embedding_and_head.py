@@ -1,7 +1,7 @@
-"""What it costs to round the embedding and the head.
+"""The cost of rounding the embedding and the head.
 
-Embedding. Its output is a row of its table, so the error of a token is that of the row, weighted by
-the sensitivity of the embedding's output there:
+Embedding. Its output for a token is a row of its table, so the error of the output is the error of
+that row. It is weighted by the sensitivity s_t of the embedding's output:
 
     cost = sum_t s_t |E_id(t) - E'_id(t)|^2
 
@@ -9,7 +9,7 @@ Head. Its outputs are the logits. To second order, an error e of the logits cost
 
     KL(p || p') ~ 1/2 Var_p(e) = 1/2 (sum_v p_v e_v^2 - (sum_v p_v e_v)^2)
 
-averaged over a sample of the tokens. Both tables are rounded to nearest, on a searched grid.
+averaged over a sample of the tokens. Both tables are rounded to nearest on searched grids.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from moepress.original.walk import Walk
 from moepress.recipe import TABLE_BITS, UNQUANTIZED
 from moepress.rounding.methods import quantize_matrix
 
-HEAD_TOKENS = 4096  # sample on which an error of the logits is weighted
-ROWS_AT_ONCE = 8192  # of the vocabulary
+HEAD_TOKENS = 4096  # tokens, about, of the sample on which errors of the logits are measured
+ROWS_AT_ONCE = 8192  # of the vocabulary; bounds memory
 
 
 @torch.inference_mode()
@@ -43,9 +43,9 @@ def score_embedding_and_head(
     """Cost [M, D, W] float64 of each table on each text, at each of TABLE_BITS.
 
     Args:
-        walk: after the last layer.
+        walk: its states are those after the last layer.
         roles: "embedding", "head" or both, by the parameter name of each open table.
-        sensitivity: of the first layer, with the embedding's.
+        sensitivity: of the first layer; it has the embedding's.
     """
     costs = torch.zeros(len(roles), texts.count, len(TABLE_BITS), dtype=torch.float64)
     for row, (name, roles_of_one) in enumerate(roles.items()):
@@ -64,7 +64,7 @@ def score_embedding_and_head(
 
 
 def embedding_costs(error: Tensor, s: Tensor, ids: Tensor, texts: Texts) -> Tensor:
-    """[D] float64: sum over each text's tokens of s_t times the squared error of their rows.
+    """[D] float64: sum over each text's tokens of s_t times the squared error of the token's row.
 
     Args:
         error: [V, H] of the table.
@@ -80,8 +80,8 @@ def embedding_costs(error: Tensor, s: Tensor, ids: Tensor, texts: Texts) -> Tens
 def head_costs(walk: Walk, error: Tensor, texts: Texts) -> Tensor:
     """[D] float64: each text's share of the mean over tokens of 1/2 Var_p(e).
 
-    Some families scale or bound the head's output. e is the error of that output times the
-    derivative of the logits there.
+    Some families scale or bound the head's output. So e is the error of the head's output times the
+    derivative of the logits with respect to that output.
 
     Args:
         error: [V, H] float32 of the head's weight.
@@ -110,5 +110,5 @@ def head_costs(walk: Walk, error: Tensor, texts: Texts) -> Tensor:
                     total[d] += variance.double().sum().cpu() / 2
     finally:
         handle.remove()
-    mean = total.sum() / seen.sum()  # stands in for a text without a token in the sample
+    mean = total.sum() / seen.sum()  # used for a text without tokens in the sample
     return texts.shares() * torch.where(seen > 0, total / seen.clamp(min=1), mean)

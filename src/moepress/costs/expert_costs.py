@@ -1,4 +1,4 @@
-"""What an expert costs at each width: the error of its output, measured on its own tokens."""
+"""The cost of a routed expert at each width: errors of its output, measured on its own tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from moepress.rounding.options import Rounding
 def rounded_weights(
     expert: RoutedExpert, rounding: Rounding, expert_bits: Sequence[int]
 ) -> list[ExpertWeights | None]:
-    """The expert at every offered width, dequantized; None where it is left out.
+    """The expert at every offered width, dequantized; None for width 0, which leaves it out.
 
-    Each projection is rounded for the inputs that it has beside the original other one.
+    Each projection is rounded on the inputs that it has while the other one is original.
     """
     widths = [bits for bits in expert_bits if bits != LEFT_OUT]
     gate_ups = round_gate_up(expert, rounding, widths)
@@ -41,12 +41,12 @@ def measure(
 
     Args:
         expert: with its original weights.
-        offered: the expert at each width, None where it is left out.
-        output: [T, H] float32; the expert's exact output is added.
+        offered: the expert at each width; None: left out.
+        output: [T, H] float32; the expert's exact weighted output is added to it.
 
     Returns:
-        [3, B] float64 squared errors by ROUNDED: gate_up alone, down alone, both rounded. And
-        [D, 3, B] float64, the same with each token weighted by its sensitivity, text by text.
+        Squared errors [3, B] float64 by ROUNDED: gate_up alone, down alone, both rounded. And costs
+        [D, 3, B] float64: the same errors for each text, weighted by the tokens' sensitivities.
     """
     errors = torch.zeros(len(ROUNDED), len(offered), dtype=torch.float64)
     costs = torch.zeros(texts.count, len(ROUNDED), len(offered), dtype=torch.float64)
@@ -72,11 +72,11 @@ def measure(
 def _outputs(
     expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, x: Tensor
 ) -> Iterator[Tensor | None]:
-    """The expert's outputs with each of ROUNDED; None where the expert is left out.
+    """The expert's outputs with each of ROUNDED; None if the expert is left out.
 
     Args:
-        candidate: the rounded weights.
-        hidden: [t, I] what the original gate and up make of the inputs x [t, H].
+        candidate: the rounded weights; None: left out.
+        hidden: [t, I] inputs of down that the original gate and up give for the inputs x [t, H].
     """
     if candidate is None:
         yield from (None,) * len(ROUNDED)

@@ -1,6 +1,8 @@
-"""What each linear beside the routed experts costs at each width, from its Hessian: trace(E H E^T).
+"""The cost of each open linear at each width: its squared error trace(E H E^T) times sensitivity.
 
-One Hessian serves all tokens: each token is taken to have its share of the squared error.
+The Hessian gives the squared error of all tokens together. Every token is assumed to have an equal
+share of it, so the cost on a text is the squared error times the sum of the text's sensitivities,
+over the number of all tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def score_linears(
 
     Args:
         modules: the open linears, by parameter name.
-        sensitivity: [T] by parameter name.
+        sensitivity: s [T] of each linear's output, by parameter name.
     """
     factors: dict[str, Factor] = {}
     for names, inputs in linear_inputs(walk, layer, modules, rounding.family):
@@ -56,7 +58,7 @@ def score_linears(
 
 
 def _fallback_only(name: str, widths: Sequence[int]) -> Tensor:
-    """Costs [W] float64 that leave only the fallback width: an unknown cost is not a zero cost."""
+    """Costs [W] float64: 0 at the fallback width, infinite at all others, so that it is chosen."""
     fallback = fallback_width(widths)
     logger.warning(
         "no gradient of the loss reaches every token of %s: its cost is unknown, it gets %d bits",

@@ -1,4 +1,4 @@
-"""What each width of each expert and linear costs, as `moepress score` measured it."""
+"""Scores: the measured cost of each width of each routed expert and each open tensor."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ TUPLES = (
 KIND = "moepress scores"
 ROUNDED = ("gate_up", "down", "both")  # the projections that are rounded when an error is measured
 BOTH = 2  # index in ROUNDED of an expert rounded whole
-STORED_AS = {"text_tokens": "source_tokens"}  # fields that the file has under another name
+STORED_AS = {"text_tokens": "source_tokens"}  # fields that have another name in the file
 
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Routing statistics, errors and costs of every routed expert, and costs of other linears.
+    """Routing statistics, errors and costs of every routed expert, and costs of open tensors.
 
-    L MoE layers, E experts, B widths, D calibration texts; M open linears (the embedding and the
-    head among them) of W widths, none if the recipe fixes them all.
+    L MoE layers, E experts, B widths, D calibration texts. M open tensors with W widths: linears,
+    embedding and head. M is 0 if the recipe fixes all widths.
     """
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
@@ -41,23 +41,23 @@ class ExpertScores:
     tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
     squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by ROUNDED
-    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; its sum over D is the total
-    linears: tuple[str, ...]  # [M] parameter names
+    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; the sum over D is the total
+    linears: tuple[str, ...]  # [M] parameter names of the open tensors
     linear_bits: tuple[int, ...]  # [W] widths measured, rising
     linear_bytes: npt.NDArray[np.int64]  # [M, W] stored; 0 where a width is not offered
     linear_cost: npt.NDArray[np.float64]  # [D, M, W]; infinite where a width is not offered
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
     total_tokens: int  # N, calibration tokens seen by every layer
-    text_tokens: tuple[int, ...]  # [D] of each text
+    text_tokens: tuple[int, ...]  # [D] number of tokens of each text
     gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
     down_shape: tuple[int, int]
-    fixed_bytes: int  # stored bytes, as compressed, of all fixed tensors
-    fixed_weights: int  # weights outside the routed experts
-    file_bytes: int  # of the folder besides tensors: tokenizer, JSON files, headers
+    fixed_bytes: int  # bytes in the compressed folder of all fixed tensors
+    fixed_weights: int  # number of weights outside the routed experts, open tensors included
+    file_bytes: int  # bytes of the folder without its tensors: tokenizer, JSON files, headers
     group_size: int
-    provenance: dict[str, str]
-    recipe: dict[str, Any] = field(default_factory=dict)  # that they were measured with
+    provenance: dict[str, str]  # model, text and recipe that the scores depend on
+    recipe: dict[str, Any] = field(default_factory=dict)  # the recipe of the measurement
 
     def __post_init__(self) -> None:
         count, experts = self.tokens.shape
@@ -79,7 +79,7 @@ class ExpertScores:
 
     @property
     def linear_offered(self) -> npt.NDArray[np.bool_]:
-        """[M, W] whether a linear is offered a width."""
+        """[M, W] whether an open tensor is offered a width."""
         return np.asarray(np.isfinite(self.linear_cost).all(axis=0))
 
     def save(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class ExpertScores:
         save_tensors(path, arrays, json.dumps({"kind": KIND, **rest}, sort_keys=True))
 
     def recipe_for(self, recipe: Recipe, **changes: Any) -> Recipe:
-        """The recipe these scores were measured with, and the allocation fields of `recipe`.
+        """The recipe that these scores were measured with, with the allocation fields of `recipe`.
 
         Args:
             changes: more fields to set, such as the widths to choose from.
@@ -102,7 +102,7 @@ class ExpertScores:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: missing, damaged, or not scores.
+            CheckpointError: the file is missing or damaged, or holds no scores.
         """
         arrays = load_tensors(path)
         rest = json.loads(read_about(path) or "{}")

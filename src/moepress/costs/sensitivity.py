@@ -1,22 +1,24 @@
-"""Sensitivity: what an error at each output costs, measured by the gradient of the predictions.
+"""Sensitivity: what an error at an output of a token costs, measured by gradients.
 
-An error e_t that rounding makes in an output of token t (of a MoE block's routed experts, or of a
-linear) moves the predictions p of the model. To second order, with g_t the gradient of the log
-likelihood of text drawn from p itself (the Fisher information is the mean of g g^T):
+Rounding makes an error e_t [n] in an output of token t: the output of a MoE block's routed experts,
+or of a linear. The error changes the predictions p of the model. Let g_t be the gradient, at that
+output, of the log likelihood of next tokens drawn from p itself (the Fisher information is the mean
+of g g^T). To second order
 
-    KL(p || rounded) = 1/2 E (sum_t <g_t, e_t>)^2  ~  1/2 sum_t |g_t|^2 |e_t|^2 / width
+    KL(p || rounded) = 1/2 E (sum_t <g_t, e_t>)^2  ~  1/2 sum_t |g_t|^2 |e_t|^2 / n
 
-The approximation takes errors of different tokens as independent, and the directions of e and g
-too. So one number is kept for each token and output,
+The approximation assumes that errors of different tokens are independent, and that the directions
+of e and g are. So one number is kept for each token and output,
 
-    s_t = |g_t|^2 / (2 N width)     N calibration tokens, width of the output
+    s_t = |g_t|^2 / (2 N n)     N calibration tokens, n elements of the output
 
 and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weight errors by s. Hessians
 weighted by s gain nothing (docs/log.md#gradient-hessians), and keeping g itself predicts no better
 (docs/log.md#gradient-costs).
 
-The states before every layer are kept on disk while the gradient comes back one layer at a time
-(original/backward.py). A stopped run continues at the first unfinished layer.
+The forward walk stores the states before every layer on disk. The backward walk
+(original/backward.py) reads them, one layer at a time. A stopped run continues at the first
+unfinished layer of either.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 
-SENSITIVITY = "sensitivity"  # its folder, in the work folder of scoring
-EXPERTS = "experts"  # key of the routed experts' output, beside the names of linears
+SENSITIVITY = "sensitivity"  # name of the folder of results, inside the folder of scoring
+EXPERTS = "experts"  # key of the routed experts' output; linears have their names as keys
 EMBEDDING = "embedding"  # key of the embedding's output
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """s of all outputs of a model, kept in a folder."""
+    """Sensitivities of all outputs of a model, kept in a folder."""
 
     folder: Path
 
@@ -55,22 +57,21 @@ class Sensitivity:
         return load_tensors(_result(self.folder, layer))
 
 
-@torch.inference_mode(False)  # whatever the caller is in
+@torch.inference_mode(False)  # a caller's inference mode would rule autograd out
 def measure_sensitivity(
     source: Source, ids: Tensor, folder: Path, identity: Mapping[str, str], seed: int
 ) -> Sensitivity:
-    """Walk through the model forward and back.
+    """Measure the sensitivities of a model by a forward and a backward walk.
 
     Args:
         ids: [S, L] calibration sequences.
-        folder: where states, gradients and results are kept. The states of all layers take as many
-            times the bytes of a forward walk's as there are layers; they are deleted as the walk
-            comes back.
+        folder: where states, gradients and results are kept. For each layer it takes the bytes of
+            the states of a walk; the backward walk deletes them as it goes.
         identity: what the result depends on.
-        seed: of the text drawn from the model's predictions.
+        seed: of the next tokens drawn from the model's predictions.
 
     Raises:
-        InputError: `folder` holds other work.
+        InputError: `folder` holds work of another identity.
         CheckpointError: the disk is too full.
         MoepressError: a layer cannot be differentiated.
     """
@@ -91,7 +92,14 @@ def measure_sensitivity(
 
 
 def _clear_behind(folder: Path, last: int, count: int) -> None:
-    """Delete what only layers after `last` needed, in case a run died before it did."""
+    """Delete states and gradients that only layers after `last` needed.
+
+    A run that was stopped may not have deleted them itself.
+
+    Args:
+        last: the last unfinished layer; -1: none.
+        count: number of layers.
+    """
     for layer in range(last + 2, count + 1):
         _states(folder, layer).unlink(missing_ok=True)
         _gradient(folder, layer).unlink(missing_ok=True)
@@ -106,7 +114,7 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
     Args:
         last: the last layer that the backward walk has not finished.
     """
-    missing = 1  # the gradient before a layer is written while the one behind it still exists
+    missing = 1  # the gradient before a layer is written while the one after it still exists
     if not _gradient(folder, last + 1).is_file():
         missing += 1 + sum(not _states(folder, layer).is_file() for layer in range(last + 2))
     need = missing * walk.states.nbytes
@@ -141,8 +149,8 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
 def head_gradient(walk: Walk, seed: int) -> Tensor:
     """Gradient [S, L, H] of the log likelihood of drawn next tokens, at the last layer's states.
 
-    Works on a few positions of one sequence at a time, because the logits of a large vocabulary are
-    the largest arrays of all.
+    Works on a few positions of one sequence at a time, because with a large vocabulary the logits
+    would be the largest array.
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
@@ -163,6 +171,7 @@ def head_gradient(walk: Walk, seed: int) -> Tensor:
 
 
 def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> None:
+    """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
     gradient = empty(tuple(walk.states.shape), source.compute_dtype)
@@ -192,9 +201,9 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
 
 
 def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
-    """Squared norms [T] float32 of the gradient at the embedding's own output.
+    """Squared norms [T] float32 of the gradient at the output of the embedding module.
 
-    Some families scale that output, or add to it, before the first layer.
+    That output is not always the first layer's input: some families scale it or add to it.
 
     Args:
         gradient: [S, L, H] at the first layer's input.

@@ -1,4 +1,4 @@
-"""Which calibration text each token comes from: costs are kept text by text."""
+"""The calibration text that each token comes from. Costs are kept text by text."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ class Texts:
 
     @classmethod
     def of(cls, ids: Tensor, weights: Sequence[float]) -> Texts:
-        """The texts of sequences [S, L], drawn in the proportion of `weights` [D]."""
+        """The texts of sequences `ids` [S, L], which were drawn in proportion to `weights` [D]."""
         sequences = torch.tensor(divide(len(ids), weights))
         of_sequence = torch.arange(len(weights)).repeat_interleave(sequences)
         return cls(len(weights), of_sequence.repeat_interleave(ids.shape[1]))
 
     def sums(self, values: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """[D] sums over each text of values of all tokens [T], or of `tokens` [t] alone."""
+        """[D] sum of values over the tokens of each text.
+
+        Args:
+            values: of all tokens [T], or of `tokens` [t].
+            tokens: [t] int64; None: all.
+        """
         of_token = self.of_token if tokens is None else self.of_token[tokens]
         return torch.bincount(of_token, values, minlength=self.count)
 

@@ -1,9 +1,9 @@
 """Compress, evaluate and run the small model that comes with moepress.
 
 `model/` is a trained Mixtral of 4 million weights (its README.md is the model card;
-`benchmarks/carried_model/train_model.py` trained it). The demo calibrates on one part of the Python
-standard library's text and evaluates on another (text/corpus.py). Every Python installation has
-this text, so nothing is downloaded.
+`benchmarks/carried_model/train_model.py` trained it). The demo calibrates on some files of the
+Python standard library and evaluates on others (text/corpus.py). Every installation has them, so
+nothing is downloaded.
 """
 
 from __future__ import annotations

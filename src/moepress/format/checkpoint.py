@@ -1,9 +1,9 @@
-"""Files on disk: written whole or not at all, checked when opened. `docs/format.md` has the bytes.
+"""Files on disk: written whole or not at all, checked when opened (`docs/format.md`).
 
 A compressed folder is a transformers folder: `config.json` with a `quantization_config`, one shard
-of safetensors per decoder layer and one for the rest, an index, the tokenizer's files, and beside
-them the plan and the scores it was made from. `config.json` is written last: a folder that has one
-is complete.
+of safetensors per decoder layer and one for the rest, an index, and the tokenizer's files. It also
+has the plan, the scores that the plan was made from, and the drop costs. `config.json` is written
+last: a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from torch import Tensor
 from moepress.errors import CheckpointError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 
-FORMAT_VERSION = 3  # the highest known; folders get the lowest that has what they hold
+FORMAT_VERSION = 3  # the highest; a folder gets the lowest version that can express its tensors
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
-EVALUATION = "moepress_evaluation.json"  # these two may be added later: no part of the model
+# Added to a finished folder by other commands; not counted as files of the model.
+EVALUATION = "moepress_evaluation.json"
 REPORT = "moepress_report.html"
 INDEX = "model.safetensors.index.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, make it durable, then give it its name.
+    """Let `write` fill a temporary file, sync it to disk, then rename it to `path`.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; `path` is as it was.
+        CheckpointError: the disk is full or the folder cannot be written; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -62,14 +63,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The umask of the process. It can only be read by setting it, so it is set twice."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power failure."""
+    """Sync a folder to disk, so that renames inside it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -81,8 +82,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = 
     """Write a safetensors file atomically; equal tensors give equal bytes.
 
     Args:
-        about: text kept in the file's metadata, for `read_about`. One entry only: safetensors
-            writes several in an order that differs from run to run.
+        about: text kept in the file's metadata, for `read_about`. It is one entry, because
+            safetensors writes several in an order that differs from run to run
+            (docs/log.md#safetensors-metadata).
     """
     whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     metadata = {"format": "pt"} if about is None else {"moepress": about}
@@ -90,10 +92,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = 
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of ours.
+    """Read a safetensors file of moepress.
 
     Raises:
-        CheckpointError: missing, truncated or damaged.
+        CheckpointError: it is missing, truncated or damaged.
     """
     try:
         return load_file(path)  # type: ignore[no-any-return]  # safetensors is untyped
@@ -102,14 +104,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_about(path: Path) -> str | None:
-    """What `save_tensors` was told about a file's tensors; None if nothing."""
+    """The `about` text that `save_tensors` stored in a file; None if there is none."""
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {}).get("moepress")
 
 
 @contextmanager
 def temporary_folder(folder: Path | None) -> Iterator[Path]:
-    """`folder`, made if missing; or, for None, one that is gone after the block."""
+    """`folder`, made if missing. None: a new folder, deleted at the end of the `with` statement."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
@@ -119,11 +121,17 @@ def temporary_folder(folder: Path | None) -> Iterator[Path]:
 
 
 def save_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, with sorted keys."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(path, lambda to: _write_text(to, text))
 
 
 def load_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -131,12 +139,12 @@ def load_json(path: Path) -> Any:
 
 
 def shard_name(layer: int | None) -> str:
-    """File of a decoder layer's tensors, or of all that is outside the layers."""
+    """File name of a decoder layer's shard; None: of the tensors outside the layers."""
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
 def format_version(packed: Collection[PackedSpec]) -> int:
-    """The lowest that has what these tensors need."""
+    """The lowest format version that can express these packed tensors."""
     if any(LEFT_OUT in spec.bits for spec in packed):
         return 3
     return 2 if any(spec.family != "int" for spec in packed) else 1
@@ -145,7 +153,12 @@ def format_version(packed: Collection[PackedSpec]) -> int:
 def quantization_config(
     packed: Mapping[str, PackedSpec], provenance: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+    """The `quantization_config` of config.json.
+
+    Args:
+        packed: by parameter name.
+        provenance: what the folder was made from: model, text, recipe and plan.
+    """
     return {
         "quant_method": QUANT_METHOD,
         "format_version": format_version(packed.values()),
@@ -161,7 +174,14 @@ def finish_folder(
     quantization: Mapping[str, Any],
     shards: Iterable[Path],
 ) -> None:
-    """Write index, companion files and, last of all, config.json."""
+    """Write the index, the companion files and, last of all, config.json.
+
+    Args:
+        source_config: config.json of the original model.
+        companions: files of the original model to copy.
+        quantization: the `quantization_config` to add to the config.
+        shards: the files of tensors in `out`.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for path in sorted(shards):
@@ -176,13 +196,13 @@ def finish_folder(
 
 
 def tensor_bytes(path: Path) -> int:
-    """Bytes of the tensors in a safetensors file, its header left out."""
+    """Bytes of the tensors in a safetensors file, without its header."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a model's files; hidden ones, folders inside, evaluation and report left out."""
+    """Bytes of a model's files, without hidden files, subfolders, evaluation and report."""
     return sum(
         p.stat().st_size
         for p in folder.iterdir()
@@ -191,7 +211,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder is a complete model of ours."""
+    """Whether a folder is a complete model compressed by moepress."""
     config = folder / "config.json"
     if not config.is_file():
         return False
@@ -200,7 +220,11 @@ def is_compressed(folder: Path) -> bool:
 
 
 def packed_specs(folder: Path) -> dict[str, PackedSpec]:
-    """The packed tensors of a folder of ours, by parameter name."""
+    """The packed tensors of a compressed folder, by parameter name.
+
+    Raises:
+        InputError: it is not a compressed folder, or of a later format version.
+    """
     if not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
     config = load_json(folder / "config.json")["quantization_config"]

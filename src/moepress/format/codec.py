@@ -1,4 +1,4 @@
-"""Codecs: how a weight matrix becomes bytes, and how many.
+"""Codecs: how the weights of a matrix are stored, and in how many bytes.
 
 The scalar family (`int`) stores every weight as an integer code on a uniform grid. Each group of
 `group_size` consecutive weights of a row has its own grid:
@@ -9,8 +9,8 @@ The scalar family (`int`) stores every weight as an integer code on a uniform gr
 anywhere inside the grid in steps of 1/255 of the grid's width. 1-bit (sign) and 8-bit grids are
 symmetric, zero = (2**bits - 1) / 2, and store no zero.
 
-The trellis family stores `bits` bits for every weight. Together with the bits of the weights before
-it on its path they choose one of 2**12 fixed values. Each row has one scale:
+The trellis family stores `bits` bits for every weight. A weight's bits and those of the weights
+before it on its path choose one of 2**12 fixed values. Each row has one scale:
 
     w' = scale * value(state),   w' a weight of the rotated matrix
 
@@ -77,16 +77,16 @@ class Codec:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, with scales and zeros, without padding.
+        """Stored bits per weight, with the scales and zeros of groups, without padding.
 
-        For trellis codes also without the one scale of each row.
+        The scale of each row of trellis codes is not counted.
         """
         if self.family == "trellis":
             return self.bits
         return self.bits + (16 + 8 * self.has_zero) / self.group_size
 
     def groups(self, cols: int) -> int:
-        """Groups of a row.
+        """Number of groups in a row of `cols` weights.
 
         Raises:
             InputError: the group size does not divide `cols`.
@@ -146,12 +146,12 @@ class PackedSpec:
         return tuple(map(self._codec, self.bits))
 
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
-        """First byte of each [rows, cols] matrix, then the total number of bytes."""
+        """Offset in bytes of each [rows, cols] matrix, followed by the total number of bytes."""
         sizes = {b: self._codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
         return (0, *accumulate(sizes.get(bits, 0) for bits in self.bits))
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
-        """(first byte, code bits) of each [rows, cols] matrix."""
+        """(offset in bytes, code bits) of each [rows, cols] matrix."""
         offsets = self.offsets(rows, cols)[:-1]
         return list(zip(offsets, self.bits, strict=True))
 
@@ -178,7 +178,7 @@ def fitting_group_size(cols: int, group_size: int) -> int | None:
 
 
 def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Codec:
-    """The codec of `bits` for rows of `cols` weights: the asked group size or a smaller one.
+    """The codec of `bits` for rows of `cols` weights, with that group size or a smaller one.
 
     Raises:
         InputError: no group size divides the row.

@@ -1,7 +1,7 @@
-"""The finished layers of a run, on disk: a killed run continues at the first unfinished one.
+"""The finished layers of a run, kept on disk: a stopped run continues at the first unfinished one.
 
-One file holds the result of one decoder layer. The identity of the work (model, text, recipe) is
-stored beside it.
+Each decoder layer's result has a file of its own. Beside these files is the identity of the work
+(model, text, recipe).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from moepress.format.checkpoint import load_json, load_tensors, save_json, save_
 class Journal:
     """The finished layers of a walk, one file each, and the states to continue from.
 
-    A layer is finished once its file has its final name. The states after it are on disk before
-    that, so the process may die at any moment.
+    A layer is finished once its file has its final name. The states after that layer are on disk
+    before, so the process may be killed at any moment.
 
     Args:
         folder: made if missing.
         identity: what the work depends on (model, recipe, text).
         layers: number of decoder layers.
-        file: path of a layer's result; None: a file in `folder`.
+        file: returns the path of a layer's result; None: it is a file in `folder`.
 
     Raises:
-        InputError: `folder` holds other work.
+        InputError: `folder` holds work of another identity.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Journal:
         check_identity(folder / "identity.json", identity)
 
     def done(self, layer: int) -> bool:
+        """Whether a layer is finished."""
         return self._file(layer).is_file()
 
     @property
@@ -55,7 +56,8 @@ class Journal:
         """Every layer from the first unfinished one on.
 
         Args:
-            states: by name; overwritten with the committed states before the first of the layers.
+            states: by name; overwritten with the states that were committed for the first of these
+                layers. For layer 0 they stay as they are.
         """
         todo = self.todo
         first = todo[0] if todo else len(self.layers)
@@ -73,7 +75,7 @@ class Journal:
         self._states(layer).unlink(missing_ok=True)
 
     def result(self, layer: int) -> dict[str, Tensor]:
-        """What `commit` recorded."""
+        """The result that `commit` recorded for a layer."""
         return load_tensors(self._file(layer))
 
     def _restore(self, layer: int, states: Mapping[str, Tensor]) -> None:
@@ -92,10 +94,10 @@ class Journal:
 
 
 def check_identity(path: Path, identity: Mapping[str, str]) -> None:
-    """Write to `path` what the work beside it depends on; refuse if it names other work.
+    """Write the identity of work to `path`, or compare it with the one that is there.
 
     Raises:
-        InputError: the file names other work.
+        InputError: the file has another identity.
     """
     if not path.is_file():
         save_json(path, dict(identity))

@@ -169,7 +169,7 @@ def set_threads(threads: int | None) -> None:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hide transformers' progress bars ("Loading weights") inside the block.
+    """Hide transformers' progress bars ("Loading weights") inside the `with` statement.
 
     Uses the hook through which transformers makes each bar: unlike `disable_progress_bar`, it
     leaves the bars of huggingface_hub and the caller's settings alone.

@@ -9,8 +9,9 @@ weight; the older bits belong to the weights before it on the same path.
 
 The multiplication scatters neighbouring states over the values. A sum of bytes, like any sum, is
 nearly Gaussian, and so are rotated weights. At 1 and 2 bits the sum takes two bytes of the product;
-at 3 and 4 bits, where the tails matter more, it takes all four. `docs/log.md` has the search for
-the multipliers and the error of other codes. rounding/methods/viterbi.py finds the best path.
+at 3 and 4 bits, where the tails matter more, it takes all four. The search for the multipliers
+and the error of other codes: docs/log.md#trellis-values; fewer and more states:
+docs/log.md#trellis-states. rounding/methods/viterbi.py finds the best path.
 
 Rotation. An orthogonal map Q multiplies columns by fixed random signs, cuts them into runs whose
 length is the largest power of two that divides K, and multiplies each run by a Hadamard matrix. The

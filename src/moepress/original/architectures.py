@@ -1,10 +1,11 @@
-"""Where each model family keeps its experts, and what its other linears are for.
+"""Where a model keeps its routed experts, and the roles of its other linears.
 
-transformers 5 gives 48 causal-LM families one contract (docs/add-a-family.md): a module with fused
-parameters `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I], called with
-(hidden [N, H], top_k_index [N, k], top_k_weights [N, k]), computing down(act(gate x) * up x). Such
-modules are found by their attributes, never by model type, so a new family of that contract needs
-nothing here. What differs by name is the role of the linears around the experts: `ROLES`.
+In transformers 5, 48 families of causal LMs share one interface for experts (docs/add-a-family.md).
+It is a module with fused parameters `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj`
+[E, H, I]. It is called with (hidden [N, H], top_k_index [N, k], top_k_weights [N, k]) and computes
+down(act(gate x) * up x). Such modules are found by their attributes, never by model type, so a new
+family with this interface needs no change here. The roles of the other linears depend on their
+names: `ROLES`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from moepress.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-# The first pattern found in a linear's path inside its decoder layer names its role. A role is the
-# name of the Recipe field that holds its width, less "_bits"; None: never quantized.
+# The first pattern found in a linear's path inside its decoder layer gives its role. A role is the
+# name, without "_bits", of the Recipe field that holds the width; None: never quantized.
 ROLES: tuple[tuple[str, str | None], ...] = (
     (r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", None),  # few bytes, and they choose experts
     (r"norm\.", None),  # small networks inside a norm
-    (r"(^|\.)indexer(\.|$)", None),  # chooses what attention sees: no gradient says what it costs
+    (r"(^|\.)indexer(\.|$)", None),  # chooses what attention sees: no gradient gives its cost
     (r"(^|\.)dt_proj(\.|$)", None),  # Mamba reads its weight without calling it
     (r"shared_(expert|experts|mlp)(\.|$)", "shared_expert"),
     (r"(^|\.)(mlp|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
@@ -61,7 +62,11 @@ class Experts:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The nn.ModuleList of decoder layers of a transformers causal LM."""
+    """The nn.ModuleList of decoder layers of a transformers causal LM.
+
+    Raises:
+        InputError: the model has none where it is expected.
+    """
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         raise InputError(
@@ -72,12 +77,16 @@ def decoder_layers(model: Any) -> Any:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a fused expert collection of transformers' experts interface."""
+    """Whether a module holds fused experts by transformers' experts interface."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def find_experts(model: Any) -> dict[int, Experts]:
-    """The routed experts of every decoder layer that has them, by layer index."""
+    """The routed experts of every decoder layer that has them, by layer index.
+
+    Raises:
+        InputError: there are none, or they are not of a supported form.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, Experts] = {}
     for index, layer in enumerate(decoder_layers(model)):
@@ -108,7 +117,7 @@ def find_experts(model: Any) -> dict[int, Experts]:
 
 
 def check_supported(module: Any, path: str) -> None:
-    """Raise InputError where an expert collection differs from the common contract."""
+    """Raise InputError if an experts module differs from the common interface."""
     differs = [
         text
         for text, wrong in (
@@ -129,16 +138,17 @@ def check_supported(module: Any, path: str) -> None:
 
 
 def _default_gate(module: Any) -> bool:
+    """Whether an experts module computes act(gate) * up as transformers' default does."""
     from transformers.integrations import moe
 
     return type(module)._apply_gate is moe._default_apply_gate
 
 
 def linear_role(path: str, in_moe_layer: bool) -> str | None:
-    """The Recipe field, less "_bits", for the linear at `path` inside its decoder layer.
+    """Role of the linear at `path` inside its decoder layer, see `ROLES`.
 
-    A linear of the MLP of a layer that has routed experts is neither routed nor dense: it is a
-    shared expert by another name.
+    If the layer has routed experts, a linear of its MLP is neither routed nor dense: it is a shared
+    expert under another name.
     """
     role = next(role for pattern, role in ROLES if re.search(pattern, path))
     return "shared_expert" if role == "dense_mlp" and in_moe_layer else role

@@ -1,10 +1,10 @@
-"""Bring the gradient of the loss back through the layers, one at a time, in bounded memory.
+"""Backpropagate the gradient of the loss through the layers, one at a time, in bounded memory.
 
-walk.py brings states forward. This file brings back d = dloss / d(states after a layer). The
-model's own code runs a layer and autograd differentiates it; only its routed experts are taken out,
-as in the forward walk, so that one expert is in memory at a time. For a layer y = experts(h, w),
-out = rest(x, y), where h is the experts' input and w are the routing weights, both functions of the
-layer's input x:
+walk.py brings states forward through a layer. This file brings d = dloss / d(states after a layer)
+back to the layer's input. The model's own code runs the layer and autograd differentiates it. Only
+the routed experts are replaced, as in the forward walk, so that one expert is in memory at a time.
+Write a layer as y = experts(h, w), out = rest(x, y), where the experts' input h and the routing
+weights w are functions of the layer's input x:
 
     1. run the layer with y as a leaf                        dy = d * d(out)/dy
     2. run each expert on its tokens, y = sum_e w_e f_e(h)   dh = sum_e w_e dy * df_e/dh
@@ -13,7 +13,7 @@ layer's input x:
        backpropagate from out, h and w                            + dw * dw/dx
 
 The choice of experts has no gradient. Some families detach the routing weights on purpose; step 3
-then leaves w out.
+then does not use dw.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ from moepress.original.walk import Walk
 
 
 class _Run(NamedTuple):
-    """One batch through a layer, with its graph. y, h and w are None in a layer without experts."""
+    """One batch run through a layer, with its autograd graph.
+
+    y, h and w are None in a layer without experts.
+    """
 
     tokens: slice
     x: Tensor  # [b, L, H] states before the layer
     out: Tensor  # [b, L, H] states after it
-    at_out: Tensor  # [b, L, H] the gradient there
+    at_out: Tensor  # [b, L, H] the gradient at `out`
     y: Tensor | None  # [t, H] the experts' output
     h: Tensor | None  # [t, H] their input
     w: Tensor | None  # [t, k] routing weights
 
 
 class BackwardWalk:
-    """The gradient at the current states of a forward walk.
+    """The gradient of the loss, on its way back through the layers.
 
     Args:
-        walk: its states are those before the layer that `back` is called for next.
+        walk: a forward walk; its states must be those before the layer that `back` is called for.
         gradient: [S, L, H] at the states after that layer; changed in place.
     """
 
@@ -59,14 +62,16 @@ class BackwardWalk:
     def back(
         self, layer: int, linears: Mapping[str, nn.Module]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Bring the gradient to the input of a layer whose weights, experts apart, are loaded.
+        """Bring the gradient from the output of a layer to its input.
 
         Args:
+            layer: index of a layer whose weights, except its routed experts, are loaded.
             linears: modules of the layer, by name.
 
         Returns:
             Squared norms [T] float32 of the gradient at each token's output of the routed experts
-            (None: the layer has none), and at the output of each linear, in the order of its calls.
+            (None: the layer has none), and squared norms of the gradient at the outputs of each
+            linear, in the order of its calls.
         """
         if layer not in self.walk.source.experts:
             return None, self._to_input(layer, None, None, linears)
@@ -112,11 +117,11 @@ class BackwardWalk:
         inside: tuple[Tensor, Tensor] | None,
         linears: Mapping[str, nn.Module],
     ) -> dict[str, Tensor]:
-        """Step 3: overwrite the gradient by the one at the layer's input.
+        """Step 3: overwrite the gradient with the one at the layer's input.
 
         Args:
             output: [T, H] of the experts; None: the layer has none.
-            inside: dh and dw.
+            inside: dh and dw; None: the layer has no experts.
 
         Returns:
             Squared norms of the gradient at the outputs of `linears`.
@@ -166,7 +171,7 @@ def _gradients(
     """Backpropagate `at_outputs`, the gradients at `outputs`, to `inputs`.
 
     Raises:
-        MoepressError: the layer's code cannot be differentiated, or gives NaN or infinity.
+        MoepressError: the layer's code cannot be differentiated, or a gradient is NaN or infinite.
     """
     with differentiating(layer):
         found = torch.autograd.grad(outputs, inputs, at_outputs)
@@ -180,7 +185,7 @@ def _gradients(
 
 @contextmanager
 def differentiating(layer: int) -> Iterator[None]:
-    """Within the block, an error of PyTorch becomes one that names the layer and the way out.
+    """Inside the `with` statement, turn PyTorch's errors into ones that say what to do.
 
     Raises:
         MoepressError: the layer's code cannot be differentiated.
@@ -190,13 +195,17 @@ def differentiating(layer: int) -> Iterator[None]:
     except RuntimeError as error:
         raise MoepressError(
             f"Layer {layer} cannot be differentiated ({error}). Use the recipe 'fast', or set "
-            "sensitivity to 'none': costs are then weighed without gradients."
+            "sensitivity to 'none': costs are then measured without gradients."
         ) from error
 
 
 @contextmanager
 def outputs_as_leaves(module: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
-    """Within the block, each output of a module is detached, starts a new graph, and is listed."""
+    """Inside the `with` statement, each output of a module is a leaf of a new autograd graph.
+
+    Args:
+        leaves: gets these outputs, in the order of the calls.
+    """
 
     def cut(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         leaves.append(out.detach().requires_grad_())
@@ -211,7 +220,11 @@ def outputs_as_leaves(module: nn.Module, leaves: list[Tensor]) -> Iterator[None]
 
 @contextmanager
 def output_norms(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the block, collects squared norms [tokens] of the gradients at linears' outputs."""
+    """Inside the `with` statement, collect squared norms of the gradients at linears' outputs.
+
+    Returns:
+        By name, one tensor [tokens of the call] float32 for each call of the linear.
+    """
     norms: dict[str, list[Tensor]] = {name: [] for name in linears}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

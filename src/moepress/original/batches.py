@@ -1,4 +1,4 @@
-"""How many tokens are in memory at a time, and where arrays of all tokens live."""
+"""Batches and chunks of tokens, and storage for arrays of all tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
-LOGITS = 1 << 28  # logits of one evaluation batch: half a GB in bfloat16, one GB in float32
-IN_MEMORY = 1 << 30  # bytes; larger arrays of states live in a memory-mapped temporary file
+LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
+IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 
 
 def batches(ids: Tensor, tokens: int | None = None) -> list[slice]:
-    """Slices of sequences [S, L], each of at most `tokens` tokens or of one sequence.
+    """Slices of sequences [S, L] of at most `tokens` tokens, but of at least one sequence.
 
     Args:
         tokens: None: BATCH_TOKENS.
@@ -38,15 +38,15 @@ def position_chunks(length: int) -> Iterator[Tensor]:
 
 
 def logit_tokens(vocabulary: int) -> int:
-    """Number of tokens whose logits are held at a time in an evaluation."""
+    """Number of tokens of an evaluation batch, for a vocabulary of that size."""
     return min(BATCH_TOKENS, LOGITS // vocabulary)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor; a large one is mapped from an unnamed temporary file."""
+    """An uninitialised CPU tensor. A large one is mapped from a temporary file without a name."""
     count = torch.Size(shape).numel()
     if count * dtype.itemsize <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
-    return flat.view(shape)  # the mapping outlives the name
+    return flat.view(shape)  # the file has no name any more; it lives as long as the mapping

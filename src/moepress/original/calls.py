@@ -1,4 +1,4 @@
-"""How a model calls its decoder layers, recorded and replayed with other code in their place."""
+"""Record how a model calls its decoder layers, and run other code in place of layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Call:
 
 
 def _shared(value: Any, like: Any) -> Any:
-    """`like` if it equals `value`, so that equal masks of many batches are kept once."""
+    """`like` if it equals `value`, else `value`: equal masks of many batches are kept once."""
     if isinstance(value, Tensor) and isinstance(like, Tensor):
         return like if value.shape == like.shape and torch.equal(value, like) else value
     if isinstance(value, tuple) and isinstance(like, tuple) and len(value) == len(like):
@@ -39,7 +39,7 @@ def _shared(value: Any, like: Any) -> Any:
 
 
 def record_calls(source: Source, ids: Tensor) -> list[Call]:
-    """The calls of all layers on a batch of sequences [b, L]; no layer is run."""
+    """The calls of all layers for a batch of sequences [b, L]; no layer is run."""
     calls: list[Call] = []
     with replaced_forwards(source.layers, lambda _: calls.append):
         source.model.get_decoder()(input_ids=ids.to(source.device), use_cache=False)
@@ -48,7 +48,7 @@ def record_calls(source: Source, ids: Tensor) -> list[Call]:
 
 @contextmanager
 def replaced_forward(module: nn.Module | None, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, calling `module` calls `forward`. None: nothing is replaced."""
+    """Inside the `with` statement, calling `module` calls `forward`. None: nothing is replaced."""
     if module is None:
         yield
         return
@@ -56,16 +56,16 @@ def replaced_forward(module: nn.Module | None, forward: Callable[..., Any]) -> I
     try:
         yield
     finally:
-        del module.forward  # uncovers the method of the class
+        del module.forward  # the attribute of the instance; the class's method is used again
 
 
 @contextmanager
 def replaced_forwards(
     layers: nn.ModuleList, make: Callable[[int], Callable[[Call], Tensor | None]]
 ) -> Iterator[None]:
-    """Within the block, layer i passes its call to `make(i)`, which returns the layer's output.
+    """Inside the `with` statement, layer i passes its call to the function `make(i)`.
 
-    A returned None stands for the unchanged states.
+    That function returns the layer's output; None: the unchanged states.
     """
 
     def stand_in(handle: Callable[[Call], Tensor | None]) -> Callable[..., Tensor]:

@@ -1,9 +1,9 @@
-"""From the tensors of a checkpoint to the parameters of transformers' model class.
+"""Convert the tensors of a checkpoint to the parameters of transformers' model class.
 
-Checkpoints name and cut their tensors in many ways: Mixtral's keep w1, w2 and w3 of each expert
-apart, transformers 5 computes with all experts of a layer fused in one tensor. transformers' own
-conversion mapping says how to get from one to the other. It is run here for one parameter, or for
-one expert of a parameter, at a time.
+Checkpoints name and divide their tensors in many ways. Mixtral's have separate w1, w2 and w3 for
+each expert, while transformers 5 computes with the experts of a layer fused in one tensor.
+transformers' own conversion mapping describes how to convert one to the other. It is applied here
+to one parameter at a time, or to one expert of a parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Piece:
     """A tensor of the checkpoint that goes into a parameter of the model."""
 
     key: str
-    pattern: str | None  # source pattern of the converter that takes it; None: only renamed
+    pattern: str | None  # pattern of the checkpoint's names in its converter; None: only renamed
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Conversion:
     """Which tensors of a checkpoint each parameter of a model is made of, and how."""
 
     model: Any  # the skeleton
-    folder: Path  # named in errors
-    pieces: Mapping[str, list[Piece]]  # by parameter
-    converters: Mapping[str, Any]  # by source pattern
+    folder: Path  # of the checkpoint, for error messages
+    pieces: Mapping[str, list[Piece]]  # by parameter name
+    converters: Mapping[str, Any]  # by pattern of the checkpoint's names
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class Conversion:
         needed: Collection[str],
         experts: Collection[Experts],
     ) -> Conversion:
-        """Plan the conversion by transformers' mapping for the class of `model`.
+        """Plan the conversion with transformers' mapping for the class of `model`.
 
         Args:
             keys: names of all tensors of the checkpoint.
@@ -55,7 +55,7 @@ class Conversion:
             experts: the routed experts of each layer.
 
         Raises:
-            CheckpointError: a parameter gets no tensor, or an expert is missing.
+            CheckpointError: no tensor goes into a parameter, or an expert is missing.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -88,11 +88,14 @@ class Conversion:
     def convert(
         self, name: str, expert: int | None, read: Callable[[str, int | None], Tensor]
     ) -> dict[str, Tensor]:
-        """Make the parameter `name`, and whatever else its converter makes with it.
+        """The parameter `name`, and the other parameters that its converter makes with it.
 
         Args:
-            expert: make only this expert's row, [1, ...]; None: all of the parameter.
+            expert: make only this expert's row, [1, ...]; None: the whole parameter.
             read: returns a tensor of the checkpoint by its key, or only row `expert` of it.
+
+        Returns:
+            Tensors by parameter name.
         """
         pieces = self.pieces.get(name) or self.pieces[self._first_target(name)]
         pattern = pieces[0].pattern
@@ -102,23 +105,23 @@ class Conversion:
         by_pattern: dict[str | None, list[Piece]] = defaultdict(list)
         for piece in pieces:
             by_pattern[piece.pattern].append(piece)
-        for source_pattern, parts in by_pattern.items():
-            if expert is not None and "*" in str(source_pattern):
-                parts = [parts[expert]]  # the checkpoint has one tensor for each expert
-                values = [read(parts[0].key, None)]
+        for key_pattern, alike in by_pattern.items():
+            if expert is not None and "*" in str(key_pattern):
+                alike = [alike[expert]]  # the checkpoint has one tensor for each expert
+                values = [read(alike[0].key, None)]
             else:
-                values = [read(p.key, expert) for p in parts]
-            for part, value in zip(parts, values, strict=True):
-                converter.add_tensor(name, part.key, source_pattern, lambda value=value: value)
+                values = [read(piece.key, expert) for piece in alike]
+            for piece, value in zip(alike, values, strict=True):
+                converter.add_tensor(name, piece.key, key_pattern, lambda value=value: value)
         made = converter.convert(name, model=self.model, config=self.model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def _check_complete(self, needed: Collection[str]) -> None:
-        """Raise CheckpointError if a needed parameter gets no tensor of the checkpoint."""
+        """Raise CheckpointError if no tensor of the checkpoint goes into a needed parameter."""
         made = set(self.pieces)
-        for name, parts in self.pieces.items():  # one converter may fill several parameters
-            if parts[0].pattern is not None:
-                targets = self.converters[parts[0].pattern].target_patterns
+        for name, pieces in self.pieces.items():  # one converter may make several parameters
+            if pieces[0].pattern is not None:
+                targets = self.converters[pieces[0].pattern].target_patterns
                 made |= {name.replace(targets[0], target) for target in targets}
         missing = [n for n in needed if n not in made]
         if missing:
@@ -129,7 +132,7 @@ class Conversion:
             )
 
     def _check_experts(self, experts: Experts) -> None:
-        """Raise CheckpointError if experts that are apart on disk are not all there."""
+        """Raise CheckpointError if experts have separate tensors on disk and some are missing."""
         for name in experts.parameters:
             patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
             for pattern in set(patterns):

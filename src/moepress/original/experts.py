@@ -1,4 +1,4 @@
-"""Routed experts on their way through a walk: the tokens that reach them, and their products."""
+"""The routed experts of a layer during a walk: their weights, tokens, routing and outputs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,26 @@ class ExpertWeights(NamedTuple):
 class Routed:
     """What reaches the routed experts of one layer. T tokens of all sequences, k chosen each."""
 
-    hidden: Tensor  # [T, H] model dtype, input of the experts
+    hidden: Tensor  # [T, H] input of the experts, in the dtype of the computation
     index: Tensor  # [T, k] int64 chosen experts; an index of E or above means no expert
     weight: Tensor  # [T, k] float32 routing weights
     sensitivity: Tensor | None = None  # [T] float32, costs/sensitivity.py; None: all tokens alike
-    original: Tensor | None = None  # [T, H] `hidden` in the original model, where it is known
+    original: Tensor | None = None  # [T, H] `hidden` in the original model; None: not needed
 
     def with_sensitivity(self, sensitivity: Tensor | None) -> Routed:
         return replace(self, sensitivity=sensitivity)
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Tokens of an expert [T_e] int64, rising, and their ranks [T_e] int64 in `index`."""
+        """Tokens of an expert [T_e] int64, rising, and its places [T_e] int64 in their choices."""
         token, place = (self.index == expert).nonzero(as_tuple=True)
         return token, place
 
     def statistics(self, experts: int) -> tuple[Tensor, Tensor]:
-        """Tokens [E] int64 and summed routing weight [E] float64 of each expert."""
+        """Number of tokens [E] int64 and sum of routing weights [E] float64 of each expert.
+
+        Args:
+            experts: E.
+        """
         chosen = self.index.flatten()
         real = chosen < experts
         weight = self.weight.flatten().double()[real]
@@ -69,7 +73,7 @@ class RoutedExpert:
 
     @property
     def places(self) -> Tensor:
-        """[T_e] int64 where in the token's k choices this expert stands."""
+        """[T_e] int64 place of this expert among the k choices of each of `tokens`."""
         return self._choices[1]
 
     @cached_property
@@ -91,11 +95,11 @@ class RoutedExpert:
 
 
 def expert_hidden(module: Any, gate_up: Tensor, x: Tensor) -> Tensor:
-    """Input of an expert's down projection: act(gate x) * up x  # [T, I]."""
+    """Input [T, I] of an expert's down projection: act(gate x) * up x."""
     hidden: Tensor = module._apply_gate(F.linear(x, gate_up))
     return hidden
 
 
 def expert_forward(module: Any, weights: ExpertWeights, x: Tensor) -> Tensor:
-    """Output of one expert on tokens [T, H] -> [T, H], before its routing weight."""
+    """Output [T, H] of one expert for inputs [T, H], not yet times the routing weight."""
     return F.linear(expert_hidden(module, weights.gate_up, x), weights.down)

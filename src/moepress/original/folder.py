@@ -1,4 +1,4 @@
-"""The files of a model folder: where they are, which belong to it, whether they are whole."""
+"""The files of a model folder: find them, read the config, and check that they are complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moepress.errors import CheckpointError, InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Files that belong to a model besides its weights and its config.
+# Files of a model that are copied along with it: tokenizer, generation config, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 
 
@@ -99,7 +99,7 @@ def companions(folder: Path) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, opened for reading. It stays mapped as long as a tensor of it lives.
+    """A safetensors file, opened for reading. It stays mapped as long as one of its tensors exists.
 
     Raises:
         CheckpointError: it is truncated or damaged.

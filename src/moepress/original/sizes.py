@@ -20,7 +20,7 @@ from moepress.original.source import Source, skeleton
 ROUTED = "routed experts"
 EMBEDDING_AND_HEAD = "embedding and head"
 REST = "routers, norms, other"
-# By the role of a linear, see architectures.ROLES.
+# The part that a linear belongs to, by its role (architectures.ROLES).
 BY_ROLE = {
     "attention": "attention",
     "shared_expert": "shared experts",
@@ -77,7 +77,10 @@ def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _original(source: Source) -> Iterator[tuple[str, int, int]]:
-    """The same of an original model, whose tensors may have other names on disk."""
+    """(part, original bytes, stored bytes) of every tensor of an original model.
+
+    By the names of transformers' class: on disk, tensors may have other names.
+    """
     parts = _parts(source.model)
     for name in source.all_names:
         yield parts.get(name, REST), source.nbytes(name), source.nbytes(name)
@@ -87,7 +90,7 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
 
 
 def _skeleton(folder: Path) -> Any:
-    """The class that a compressed folder was made from, without weights."""
+    """The original model's class for a compressed folder, without weights."""
     from transformers import AutoConfig
 
     try:

@@ -1,9 +1,9 @@
-"""The original model, read a tensor at a time: the only way moepress touches original weights.
+"""The original model, read a tensor at a time.
 
-The model's skeleton, transformers' own class, lives on the meta device. Weights of one decoder
-layer, or of one expert, are read from the checkpoint (folder.py), converted to the parameters of
-that class (conversion.py), put into the skeleton, and taken out again. Nothing larger is ever in
-memory.
+The skeleton is an instance of transformers' own class on the meta device, without weights. The
+weights of one decoder layer, or of one expert, are read from the checkpoint (folder.py), converted
+to the parameters of that class (conversion.py), put into the skeleton, and removed again after use.
+Nothing larger is ever in memory.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Source:
             self.model, self.folder, self.keys.keys(), self._targets, self.experts.values()
         )
 
-    # What there is.
+    # Names, shapes and roles of the tensors
 
     @cached_property
     def keys(self) -> dict[str, Path]:
@@ -67,13 +67,13 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the config, of every file's header, and of samples of its bytes: cheap."""
+        """A short hash of the config, and of the header and samples of the bytes of every file."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for path in self.files:
             with path.open("rb") as file:
                 header = file.read(8)
                 digest.update(header + file.read(int.from_bytes(header, "little")))
-                # Fine-tunes of one model share config and headers; samples tell them apart.
+                # Fine-tunes of one model have equal configs and headers; the samples differ.
                 size = path.stat().st_size
                 for place in range(16):
                     file.seek(max(0, size * place // 16 - 64))
@@ -82,7 +82,7 @@ class Source:
 
     @property
     def one_layer_of_experts(self) -> Experts:
-        """The routed experts of the first layer that has them; all other layers' are alike."""
+        """The routed experts of the first layer that has them. All layers have equal shapes."""
         return next(iter(self.experts.values()))
 
     @property
@@ -114,7 +114,7 @@ class Source:
         return {id(module): path for path, module in self.model.named_modules()}
 
     def names(self, prefix: str | None = None) -> list[str]:
-        """Parameters and persistent buffers without the routed experts, in the model's order.
+        """Names of parameters and persistent buffers, except routed experts, in the model's order.
 
         Args:
             prefix: a decoder layer's path; None: everything outside the decoder layers.
@@ -129,7 +129,7 @@ class Source:
 
     @cached_property
     def all_names(self) -> tuple[str, ...]:
-        """All tensors of the model but the routed experts: outside the layers, then by layer."""
+        """Names of all tensors except routed experts: outside the layers, then layer by layer."""
         return tuple(name for prefix in (None, *self.layer_paths) for name in self.names(prefix))
 
     @cached_property
@@ -178,7 +178,7 @@ class Source:
         """The tokenizer, generation and licence files that a copy of this model needs."""
         return companions(self.folder)
 
-    # Reading.
+    # Reading tensors, and putting them into the skeleton
 
     def tensor(self, name: str) -> Tensor:
         """One parameter or buffer that is not a routed expert, on the device."""
@@ -205,7 +205,7 @@ class Source:
 
     @contextmanager
     def loaded(self, prefix: str | None) -> Iterator[None]:
-        """Within the block, the skeleton holds the tensors `names(prefix)`; then meta again."""
+        """Inside the `with` statement, the skeleton holds the tensors `names(prefix)`."""
         self.load(prefix)
         try:
             yield
@@ -214,7 +214,7 @@ class Source:
 
     @contextmanager
     def layer_loaded(self, layer: int) -> Iterator[None]:
-        """`loaded` for a decoder layer; its routed experts stay on disk."""
+        """`loaded` for a decoder layer. Its routed experts stay on disk."""
         with self.loaded(self.layer_paths[layer]):
             yield
 
@@ -252,10 +252,10 @@ class Source:
         else:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    # How.
+    # Conversion, checks and dtypes
 
     def _for_computing(self, value: Tensor) -> Tensor:
-        """A tensor of the model's dtype in the dtype of the computation; others unchanged."""
+        """A tensor of the model's dtype, cast to the dtype of the computation; others unchanged."""
         return value.to(self.compute_dtype) if value.dtype == self.dtype else value
 
     def _dtype(self) -> torch.dtype:
@@ -272,7 +272,7 @@ class Source:
         return dtype  # type: ignore[no-any-return]  # config attributes are untyped
 
     def _converted(self, name: str, expert: int | None) -> dict[str, Tensor]:
-        """The parameter `name`, or one expert's row of it, and what its converter makes beside."""
+        """The parameter `name`, or one expert's row, and others that its converter makes."""
         made = self._conversion.convert(name, expert, self._read)
         return {key: self._finished(key, value) for key, value in made.items()}
 
@@ -300,9 +300,9 @@ class Source:
         return value.to(self.device)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype a tensor has in the model and, unpacked, on disk.
+        """The dtype of a tensor in the model and, if it is not packed, in a compressed folder.
 
-        The model's dtype, but float32 for the few modules that transformers keeps in float32.
+        It is the model's dtype, or float32 for the few modules that transformers keeps in float32.
         """
         declared = self._targets[name].dtype if name in self._targets else self.dtype
         if not declared.is_floating_point:
@@ -314,9 +314,10 @@ class Source:
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute with: the model's, but float32 on CPUs without 16-bit products.
+    """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
 
-    On those a product of 16-bit numbers takes about eight times as long as one of float32.
+    On such CPUs a product of 16-bit numbers takes about eight times as long as one of float32
+    (docs/log.md#float32-on-cpus).
     """
     native = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),

@@ -2,14 +2,14 @@
 
 The hidden states of all calibration sequences go through one layer before the next layer is read.
 The model's own code runs each layer, with the arguments (masks, rotary embeddings, caches) that the
-model's own forward gives it; only the routed experts are taken out. For a layer with experts:
+model's own forward passes to it. Only the routed experts are replaced. For a layer with experts:
 
-    route    run the layer with a recorder in place of the experts; keep what reaches them and what
-             the router chose; throw the layer's output away
+    route    run the layer with a recorder in place of the experts; keep their inputs and the
+             router's choices; discard the layer's output
     (caller) run each expert in turn on its own tokens: one expert is in memory at a time
     advance  run the layer again with the finished output in place of the experts. Attention is
-             computed twice, which is cheap beside the experts, and the layer's own way of adding
-             residuals, shared experts and scales need not be imitated
+             computed twice, which takes little time compared with the experts. In return the
+             layer's own code adds residuals, shared experts and scales
 
 The calls of all layers are recorded once, while the tokens are embedded (calls.py).
 """
@@ -32,7 +32,7 @@ from moepress.progress import Progress
 
 
 class Walk:
-    """Hidden states of calibration sequences, and how to bring them through the next layer.
+    """Hidden states of calibration sequences on their way through the layers of a model.
 
     Args:
         source: the model.
@@ -59,14 +59,18 @@ class Walk:
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
 
     def fork(self) -> Walk:
-        """A second walk from here. Both share everything but the states."""
+        """A second walk that starts at the same layer. The two share everything but the states."""
         other = copy.copy(self)
         other.states = empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
         return other
 
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
-        """What reaches the experts of a layer. Its other weights must be loaded; states stay."""
+        """The inputs and choices of a layer's routed experts. The states stay as they are.
+
+        Args:
+            layer: index of a layer whose weights, except its routed experts, are loaded.
+        """
         tokens = self.ids.numel()
         hidden = empty((tokens, self.source.hidden), self.source.compute_dtype)
         index, weight = [], []
@@ -103,7 +107,7 @@ class Walk:
         """Bring the states through a layer.
 
         Args:
-            layer: index of a layer whose weights, routed experts apart, are loaded.
+            layer: index of a layer whose weights, except its routed experts, are loaded.
             experts_output: [T, H] sum of the experts' weighted outputs; None: it has no experts.
 
         Returns:
@@ -163,7 +167,7 @@ class Walk:
         """Bring the states through a loaded layer of the original model.
 
         Returns:
-            What reached its routed experts; None if it has none.
+            The inputs and choices of its routed experts; None if it has none.
         """
         if layer not in self.source.experts:
             self.advance(layer, None)
@@ -181,22 +185,25 @@ class Walk:
             progress.advance()
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """After the last layer: (batch, logits [b, L, V]) by the model's own norm and head."""
+        """(batch, logits [b, L, V]) of the model's own norm and head, after the last layer."""
         vocabulary = int(self.source.config.get_text_config().vocab_size)
         with self.source.loaded(None):
             for batch in batches(self.ids, logit_tokens(vocabulary)):
-                # Leave the mode before yielding: two generators read in turns would leave it on.
+                # Leave inference mode before `yield`: two generators used in turns would leave it
+                # on.
                 with torch.inference_mode():
                     logits = self.head(batch, self.states[batch].to(self.source.device))
                 yield batch, logits
 
     def head(self, batch: slice, states: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [b, L, V] of sequences for which the last layer returned `states`.
+        """Logits [b, L, V] of a batch of sequences, from the states after the last layer.
 
         The tensors outside the layers must be loaded.
 
         Args:
-            positions: [P] int64, to have logits [b, P, V] of these alone; None: of all.
+            batch: of `ids`.
+            states: [b, L, H] after the last layer.
+            positions: [P] int64, to compute only their logits [b, P, V]; None: all.
         """
         last = len(self.source.layers) - 1
 

@@ -52,8 +52,8 @@ def bit_map(plan: BitAllocation) -> Picture:
     colours = ListedColormap([BIT_COLOURS[bits] for bits in widths])
     norm = BoundaryNorm([bits - 0.5 for bits in widths] + [widths[-1] + 0.5], len(widths))
     maps = {
-        f"{name}_proj": plan.bits[:, :, column].astype(np.float64)
-        for column, name in enumerate(PROJECTIONS)
+        f"{name}_proj": plan.bits[:, :, projection].astype(np.float64)
+        for projection, name in enumerate(PROJECTIONS)
     }
     with rc_context(STYLE):
         figure, axes = _grids(maps, plan.layers, colours, norm, 1, extra=0.4)

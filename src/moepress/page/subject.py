@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moepress.allocate import frontier
+from moepress.allocation.arrays import at
 from moepress.allocation.budget import Budget, budget_range
 from moepress.allocation.choices import Choices, cost_by_option
-from moepress.allocation.knapsack import at
 from moepress.allocation.objective import text_weights, width_costs
 from moepress.allocation.plan import BitAllocation
 from moepress.costs.drop_costs import DropCosts

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Attention scores computed at a time, by type of device: on a CPU, 2 MB that stay in the cache.
 CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}
-SAMPLED_QUERIES = 256  # of a longer prefill (docs/log.md has what that costs)
+SAMPLED_QUERIES = 256  # of a longer prefill; what sampling costs: docs/log.md#pruning-queries
 
 
 @dataclass

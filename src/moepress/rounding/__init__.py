@@ -1,8 +1,11 @@
-"""How weights become codes: methods of rounding, and the statistics of inputs that they share.
+"""Rounding weights to codes, and the input statistics that it needs.
 
-methods/       GPTQ, round to nearest, sign, trellis codes: a matrix in, codes out
-hessian.py     which errors cost           inputs.py   gathers both for a matrix
-correction.py  errors of earlier layers    tokens.py   on which tokens
-expert.py      the two projections of an expert         linear.py   all other linears
-options.py     what of the recipe all of them need
+methods/       GPTQ, round to nearest, sign, trellis codes: from a matrix to its codes
+hessian.py     how much each rounding error costs at the outputs of a matrix
+correction.py  weights that make up for the rounding errors of earlier layers
+inputs.py      gathers the statistics of both for one matrix
+tokens.py      which tokens an expert's statistics are gathered on
+expert.py      rounds the two projections of a routed expert
+linear.py      rounds all other linears
+options.py     the fields of a recipe that rounding reads
 """

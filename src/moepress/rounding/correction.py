@@ -1,29 +1,31 @@
 """Weights that make up for the rounding errors of earlier layers.
 
-A layer is rounded behind layers that are rounded already, so its inputs x'_t are not the x_t that
-the original model has for the same tokens. Rounding W as it is keeps W x'_t, but W x_t is wanted.
-The linear map of x'_t that comes nearest to it (least squares, token weights c_t) is
+When a layer is rounded, the layers before it are rounded already. So its inputs x'_t differ from
+the inputs x_t that the original model has for the same tokens. Rounding W itself approximates
+W x'_t, but W x_t is wanted. The linear map of x'_t that comes nearest to W x_t (least squares,
+token weights c_t) is
 
     W* = W + W M H^-1,     M = sum_t c_t (x_t - x'_t) x'_t^T,     H = sum_t c_t x'_t x'_t^T
 
 and sum_t c_t || W x_t - What x'_t ||^2 = trace((W* - What) H (W* - What)^T) + a term without What.
-So it suffices to round W* with the Hessian of x'. Corrections of this kind: GPTAQ
-(arXiv:2504.02692), QEP (arXiv:2504.09629).
+So it suffices to round W* with the Hessian of x'. GPTAQ (arXiv:2504.02692) and QEP
+(arXiv:2504.09629) correct weights in this way.
 
-M also holds what is peculiar to the T tokens it was measured on, and each of K inputs lets W* fit
-some of that. Therefore H is damped by K / T of its mean diagonal where that is more than its other
-damping (ridge regression with signal and noise of equal size), and only a share of the correction
-is applied: W + strength * W M H^-1 (docs/log.md#correction).
+Over-fitting. M also contains noise of the T tokens it was measured on, and W* can fit some of that
+noise with each of its K inputs. Therefore the damping of H is at least K / T of its mean diagonal
+(ridge regression with signal and noise of equal size), and only a share of the correction is
+applied: W + strength * W M H^-1 (docs/log.md#correction).
 
 With H = R D R^T (hessian.py), two triangular solves give W M H^-1.
 
-A single gain for the whole matrix cannot over-fit, so it is applied in full. What is multiplied by
+Gain. A single gain for a whole matrix cannot over-fit, so it is applied in full. What is multiplied
+by
 
     g = sum_t c_t <W x_t, What x'_t> / sum_t c_t || What x'_t ||^2
       = (<W, What>_H + <W M, What>) / <What, What>_H,          <A, B>_H = trace(A H B^T) .
 
-It is above 1 for `down`: rounding to the least squared error takes energy from gate and from up,
-and the input of `down` is a product of the two.
+g is above 1 for `down`: rounding to the least squared error takes energy from gate and from up,
+and the input of `down` is a product of their outputs (docs/log.md#gain-of-down).
 """
 
 from __future__ import annotations
@@ -35,26 +37,26 @@ from moepress.rounding.hessian import COLUMNS_PER_PANEL, TOKENS_PER_CHUNK, Facto
 
 
 class Correction:
-    """Accumulates M = sum_t weight_t (x_t - x'_t) x'_t^T in float32. Holds one [K, K] matrix."""
+    """Accumulates M = sum_t c_t (x_t - x'_t) x'_t^T in float32. Holds one [K, K] matrix."""
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor, original: Tensor, weight: Tensor | None = None) -> None:
-        """Adds T tokens.
+        """Add T tokens.
 
         Args:
-            x: [T, K], any float dtype: the layer's inputs now, x'.
-            original: [T, K], its inputs in the original model, token by token.
-            weight: [T], at least 0: weight of each token; None: 1.
+            x: [T, K], any float dtype: x', the layer's inputs behind rounded layers.
+            original: [T, K], any float dtype: its inputs in the original model, token by token.
+            weight: [T], at least 0: weight c_t of each token; None: 1.
         """
         weight = torch.ones(len(x)) if weight is None else weight
         for start in range(0, len(x), TOKENS_PER_CHUNK):
             chunk = slice(start, start + TOKENS_PER_CHUNK)
             now = x[chunk].detach().to(self._sum)
-            moved = original[chunk].detach().to(self._sum) - now
-            moved *= weight[chunk].to(moved)[:, None]
-            self._sum.addmm_(moved.T, now)
+            difference = original[chunk].detach().to(self._sum) - now
+            difference *= weight[chunk].to(difference)[:, None]
+            self._sum.addmm_(difference.T, now)
 
     def corrected(
         self, weight: Tensor, hessian: Hessian, damping: float, strength: float
@@ -63,8 +65,8 @@ class Correction:
 
         Args:
             weight: [N, K], any float dtype.
-            hessian: of the same x' and token weights. It is used up.
-            damping: of the Hessian, at least.
+            hessian: of the same x' and token weights. It is used up: nothing can be added later.
+            damping: least damping of the Hessian, in units of the mean of its diagonal.
             strength: 0 (W as it is) to 1 (the full correction).
 
         Raises:
@@ -84,12 +86,15 @@ class Correction:
         return w.add(y, alpha=strength)
 
     def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
-        """The g whose g * What comes nearest to the original outputs; 1 if that is not above 0.
+        """The gain g for which the outputs of g * What come nearest to the original outputs.
 
         Args:
             weight: [N, K] W, any float dtype.
             rounded: [N, K] What, float32.
-            factor: of the Hessian of the same x' and token weights; its damping is taken out again.
+            factor: of the Hessian of the same x' and token weights. Its damping is subtracted.
+
+        Returns:
+            g; 1 where the least squares give no g above 0.
         """
         w = weight.float()
         # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).

@@ -1,4 +1,4 @@
-"""Round the two projections of one expert: Hessians of its own tokens, then a quantizer.
+"""Round the two projections of a routed expert with Hessians of its own tokens.
 
 Scoring rounds at every width, quantizing at the widths of the plan.
 """
@@ -18,13 +18,17 @@ from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.rounding.tokens import hessian_tokens
 
-Projection = Callable[[Tensor], Tensor]  # of the expert's inputs [T, H] to a matrix's inputs [T, K]
+# From the expert's inputs [T, H] to the inputs [T, K] of one of its matrices.
+ToMatrixInputs = Callable[[Tensor], Tensor]
 
 
 def round_expert(
     expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]
 ) -> tuple[Matrix, Matrix]:
-    """Gate and up at the first width, then down at the second, on the inputs it then has."""
+    """Round gate and up to the first width, then down to the second.
+
+    Down is rounded on the inputs that the rounded gate and up give it.
+    """
     (gate_up,) = round_gate_up(expert, rounding, widths[:1])
     rounded = gate_up.dequantize(expert.weights.gate_up.dtype)
     (down,) = round_down(expert, rounded, rounding, widths[1:])
@@ -34,8 +38,8 @@ def round_expert(
 def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]) -> list[Matrix]:
     """The fused gate and up projection [2I, H] at each width; one factorization serves all.
 
-    Where the original model's inputs are known, both projections make up for a share of the
-    difference (correction.py).
+    If the expert comes with its inputs in the original model (`Routed.original`), the weights are
+    corrected for a share of the difference (correction.py).
     """
     weight = expert.weights.gate_up
     if not rounding.needs_hessian:
@@ -50,12 +54,13 @@ def round_down(
 ) -> list[Matrix]:
     """The down projection [H, I] at each width.
 
-    Where the original model's inputs are known, it makes up for a share of the difference, and its
-    scales for the gain that is left.
+    If the expert comes with its inputs in the original model (`Routed.original`), the weights are
+    corrected for a share of the difference, and the scales of the rounded matrix for the remaining
+    gain (correction.py).
 
     Args:
-        gate_up: [2I, H] weights that make its input: the original ones when one projection is
-            scored alone, the rounded ones when both are applied.
+        gate_up: [2I, H] weights that make the inputs of down: the original ones to score one
+            projection alone, the rounded ones to apply a plan.
     """
     weight = expert.weights.down
     if not rounding.needs_hessian:
@@ -69,7 +74,7 @@ def round_down(
 
 
 def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:
-    """Two rounded projections as weights of the dtype of `like`."""
+    """Two rounded projections as weights, in the dtype of `like`."""
     return ExpertWeights(gate_up.dequantize(like.gate_up.dtype), down.dequantize(like.down.dtype))
 
 
@@ -77,14 +82,14 @@ def _gathered(
     weight: Tensor,
     expert: RoutedExpert,
     rounding: Rounding,
-    now: Projection,
-    original: Projection,
+    now: ToMatrixInputs,
+    original: ToMatrixInputs,
 ) -> Inputs:
     """Statistics of a matrix's inputs on the tokens of the expert's Hessian.
 
     Args:
-        now, original: make the matrix's inputs from the expert's, as they are now and as the
-            original model has them.
+        now: gives the matrix's inputs from the expert's inputs behind rounded layers.
+        original: gives the matrix's inputs from the expert's inputs in the original model.
     """
     routed = expert.routed
     tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
@@ -99,7 +104,7 @@ def _gathered(
 
 
 def _target(weight: Tensor, inputs: Inputs, rounding: Rounding) -> tuple[Tensor, Factor]:
-    """The weight to round, corrected if the original's inputs are known, and its factor."""
+    """The weight to round, corrected if `inputs` has the original model's, and its factor."""
     target = inputs.corrected(weight, rounding.damping, rounding.correction)
     return target, inputs.factor(rounding.damping)
 

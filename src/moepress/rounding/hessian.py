@@ -1,18 +1,18 @@
-"""The Hessian of a linear layer's squared output error, and its one triangular factorisation.
+"""The Hessian of a linear layer's squared output error, and its LDL factorization.
 
-For weights W [N, K], rounded to What, and inputs x_t with importance weight_t, the squared error of
-the outputs is a quadratic form that every row of E = W - What shares:
+Let What be the rounded weights W [N, K], E = W - What, and c_t the weight of token t with input
+x_t. The squared error of the outputs is a quadratic form, the same for every row of E:
 
-    sum_t weight_t || E x_t ||^2 = trace(E H E^T),      H = sum_t weight_t x_t x_t^T   [K, K]
+    sum_t c_t || E x_t ||^2 = trace(E H E^T),      H = sum_t c_t x_t x_t^T   [K, K]
 
 With H = R D R^T, R unit *upper* triangular and D diagonal, it becomes a sum over columns:
 
     trace(E H E^T) = || E R D^(1/2) ||_F^2 = sum_k D_k || (E R)_k ||^2
     (E R)_k = E_k + sum_(j<k) E_j R_jk
 
-so the errors of columns j < k act on column k as if w_k were moved by sum_(j<k) E_j R_jk. That is
-all that GPTQ needs (gptq.py), so the inverse of H is never formed. R comes from one Cholesky
-factorisation of H with its rows and columns in reverse order (J: the reversal, L lower triangular):
+so the errors of the columns j < k act on column k as if w_k were moved by sum_(j<k) E_j R_jk. GPTQ
+needs only R and D (gptq.py), so the inverse of H is never formed. R comes from one Cholesky
+factorization of H with its rows and columns in reverse order (J: the reversal, L lower triangular):
 
     J H J = L L^T   =>   H = (J L J)(J L J)^T = U U^T,  U upper;   R_jk = U_jk / U_kk,  D_k = U_kk^2
 """
@@ -28,24 +28,24 @@ from torch import Tensor
 from moepress.errors import NumericalError
 
 TOKENS_PER_CHUNK = 4096  # bounds the float32 copy of the inputs
-COLUMNS_PER_PANEL = 1024  # panels of H; the part of H under the diagonal is never computed
-DAMPING_RETRIES = 4  # each with ten times the damping
+COLUMNS_PER_PANEL = 1024  # H is summed in panels, which leave out most of its lower triangle
+DAMPING_RETRIES = 4  # each with ten times the damping of the one before
 
 logger = logging.getLogger("moepress.rounding.methods")
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H + damping * mean(diag H) * I = R D R^T. One factor serves every width."""
+    """LDL factorization H + damping * mean(diag H) * I = R D R^T. One factor serves every width."""
 
     feedback: Tensor  # [K, K] float32, R: unit upper triangular
-    curvature: Tensor  # [K] float32, D: what a squared error of column k costs once the columns
-    # after it have compensated
-    damping: float  # what was used in the end
+    # [K] float32, D: cost of a unit of squared error in column k if the columns after it compensate
+    curvature: Tensor
+    damping: float  # the damping that was used, after retries
 
 
 class Hessian:
-    """Accumulates H = sum_t weight_t x_t x_t^T in float32. Holds one [K, K] matrix."""
+    """Accumulates H = sum_t c_t x_t x_t^T in float32. Holds one [K, K] matrix."""
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         self.features = features
@@ -55,27 +55,27 @@ class Hessian:
         )
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Adds T tokens.
+        """Add T tokens.
 
         Args:
             x: [T, K], any float dtype: the layer's inputs.
-            weight: [T], at least 0: the importance of each token, 1 when absent.
+            weight: [T], at least 0: weight c_t of each token; None: 1.
         """
         upper = self._matrix()
         weights = torch.ones(len(x)) if weight is None else weight
         self._weight += weights.double().sum().item()
         self._squared_weight += weights.double().square().sum().item()
         for start in range(0, len(x), TOKENS_PER_CHUNK):
-            part = x[start : start + TOKENS_PER_CHUNK].detach().to(upper.device, torch.float32)
+            chunk = x[start : start + TOKENS_PER_CHUNK].detach().to(upper.device, torch.float32)
             if weight is not None:
-                root = weight[start : start + TOKENS_PER_CHUNK].to(part).sqrt()
-                part = part * root[:, None]
+                root = weight[start : start + TOKENS_PER_CHUNK].to(chunk).sqrt()
+                chunk = chunk * root[:, None]
             for a in range(0, self.features, COLUMNS_PER_PANEL):
                 b = a + COLUMNS_PER_PANEL
-                upper[a:b, a:].addmm_(part[:, a:b].T, part[:, a:])
+                upper[a:b, a:].addmm_(chunk[:, a:b].T, chunk[:, a:])
 
     def copy(self) -> Hessian:
-        """The same, to be factored apart."""
+        """A copy, which can be factored while this one is still in use."""
         other = Hessian(0, self._matrix().device)
         other.features, other._upper = self.features, self._matrix().clone()
         other._weight, other._squared_weight = self._weight, self._squared_weight
@@ -83,18 +83,19 @@ class Hessian:
 
     @property
     def tokens(self) -> float:
-        """How many tokens of equal importance would say as much."""
+        """Effective number of tokens, (sum c_t)^2 / (sum c_t^2): T if all weights are equal."""
         return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
 
     def factor(self, damping: float) -> Factor:
-        """The factorisation of the damped Hessian. Uses the Hessian up: nothing can be added after.
+        """LDL factorization of the damped Hessian.
 
-        A Hessian of no tokens gives R = I and D = 1: quantizing with it is rounding to nearest.
-        When the factorisation fails, damping is raised tenfold and it is tried again, with one
-        warning. Peak memory: two [K, K] matrices.
+        This uses the Hessian up: afterwards nothing can be added or read. A Hessian of no tokens
+        gives R = I and D = 1: quantizing with it is rounding to nearest. If the factorization
+        fails, it is tried again with ten times the damping, up to DAMPING_RETRIES times, and one
+        warning is logged. Peak memory: two [K, K] matrices.
 
         Args:
-            damping: in units of the mean of the diagonal.
+            damping: added to the diagonal, in units of its mean.
 
         Raises:
             NumericalError: the Hessian holds NaN or infinity, or stays singular.
@@ -103,7 +104,8 @@ class Hessian:
         self._upper = None
         diagonal = upper.diagonal()
         mean = diagonal.double().mean().item()
-        if not diagonal.isfinite().all():  # |H_jk|^2 <= H_jj H_kk: the diagonal shows it all
+        # |H_jk|^2 <= H_jj H_kk, so an element that is not finite shows on the diagonal.
+        if not diagonal.isfinite().all():
             raise NumericalError(
                 "The Hessian holds NaN or infinity. Check the calibration data and the weights of "
                 "the layers before this one."
@@ -136,14 +138,18 @@ class Hessian:
 
     def _matrix(self) -> Tensor:
         if self._upper is None:
-            raise RuntimeError("This Hessian was factored and holds nothing any more.")
+            raise RuntimeError("This Hessian was factored and is used up. Factor a copy.")
         return self._upper
 
 
 def _cholesky_(matrix: Tensor) -> bool:
-    """Overwrites the lower triangle of a matrix by its Cholesky factor L; False when it has none.
+    """Overwrite the lower triangle of a matrix with its Cholesky factor L.
 
-    LAPACK is column-major, so it is given the transpose, whose *upper* factor is L^T: no copy.
+    LAPACK is column-major: it gets the transpose, whose *upper* Cholesky factor is L^T. So nothing
+    is copied.
+
+    Returns:
+        False if the matrix is not positive definite.
     """
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, info))

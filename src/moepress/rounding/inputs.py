@@ -1,8 +1,8 @@
-"""Statistics of a matrix's inputs that rounding needs, gathered token by token.
+"""Statistics of a matrix's inputs, gathered chunk by chunk: a Hessian and a correction.
 
-The Hessian says which errors cost (hessian.py); the correction, how the inputs differ from the
-original model's (correction.py). Trellis codes store rotated weights, so for them inputs are
-rotated before they are added.
+The Hessian gives the cost of rounding errors (hessian.py). The correction compares the inputs with
+those of the original model (correction.py). Trellis codes store rotated weights, so inputs are
+rotated before they are added to the statistics of a trellis matrix.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from moepress.rounding.correction import Correction
 from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.methods import Matrix
 
-RIDGE = 0.15  # damping of trellis Hessians is at least this times K inputs over T tokens
-# (docs/log.md#damping-by-tokens)
+# For K inputs and T tokens, Hessians for trellis codes are damped by at least RIDGE * K / T
+# (docs/log.md#damping-by-tokens).
+RIDGE = 0.15
 
 
 class Inputs:
@@ -36,11 +37,11 @@ class Inputs:
         self._correction = Correction(features, device) if corrects else None
 
     def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
-        """Adds T tokens.
+        """Add T tokens.
 
         Args:
-            x: [T, K], any float dtype: the inputs now.
-            original: [T, K], the inputs in the original model, token by token; None: unknown.
+            x: [T, K], any float dtype: the inputs behind rounded layers.
+            original: [T, K], the inputs in the original model, token by token; None: not needed.
             weight: [T], at least 0: weight of each token; None: 1.
         """
         x = self._rotated(x)
@@ -49,7 +50,11 @@ class Inputs:
             self._correction.add(x, self._rotated(original), weight)
 
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
-        """The weights [N, K] to round instead, see `Correction.corrected`. Call before `factor`."""
+        """The weights [N, K] to round in place of `weight`, see `Correction.corrected`.
+
+        `weight` itself if no correction is gathered. Call this before `factor`, which uses up the
+        Hessian.
+        """
         if self._correction is None:
             return weight
         rotated = self._rotated(weight.float())
@@ -60,8 +65,8 @@ class Inputs:
         """Factor of the Hessian. This uses the Hessian up: nothing can be added afterwards.
 
         Args:
-            damping: the least, in units of the mean of the diagonal. Trellis codes get more where
-                tokens are few, because feedback would fit what is peculiar to those tokens.
+            damping: least damping, in units of the mean of the diagonal. For trellis codes it is
+                raised where tokens are few, because error feedback would fit their noise.
         """
         hessian = self._hessian
         if self._rotates and hessian.tokens:
@@ -69,7 +74,7 @@ class Inputs:
         return hessian.factor(damping)
 
     def rescaled(self, rounded: Matrix, weight: Tensor, factor: Factor) -> Matrix:
-        """A rounded matrix times the gain that brings its outputs nearest to the original ones.
+        """The rounded matrix times the gain that brings its outputs nearest to the original ones.
 
         Args:
             weight: [N, K] of the original model.

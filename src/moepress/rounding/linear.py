@@ -22,7 +22,7 @@ from moepress.rounding.options import Rounding
 
 
 class SharedInputs(NamedTuple):
-    """Linears that have the same inputs (q, k and v), and the statistics of those inputs."""
+    """Linears that have the same inputs (such as q, k and v), and the inputs' statistics."""
 
     names: tuple[str, ...]  # of the linears' weights
     inputs: Inputs
@@ -37,21 +37,21 @@ def linear_inputs(
 ) -> list[SharedInputs]:
     """Statistics of the inputs of a loaded layer's linears, before any of them is rounded.
 
-    Linears share their inputs if they get the same tensor in the first batch. Tensors are compared
-    by identity: all inputs of a batch are held until the batch is over, so that no address is used
-    twice.
+    Linears share one `Inputs` if they get the same tensor in the first batch. Tensors are compared
+    by identity, so all inputs of that batch are held until it is over: the address of a freed
+    tensor could be used again.
 
     Args:
-        modules: by the name of their weight.
+        modules: linears of the layer, by the name of their weight.
         family: of the codecs that they are rounded to.
-        original: the original model's walk, before the same layer; None: inputs of the original
-            model are not wanted.
+        original: a walk of the original model that has come to the same layer; None: no correction
+            is gathered.
 
     Raises:
         MoepressError: the layer never calls one of the linears.
     """
     gathered: dict[str, Inputs] = {}
-    owners: set[str] = set()
+    owners: set[str] = set()  # of linears that share their inputs, the one that adds them
     seen: list[tuple[Tensor, Inputs]] = []
     originals: dict[str, list[Tensor]] = {name: [] for name in modules}  # of a batch, by call
     original_runs = False
@@ -103,10 +103,10 @@ def linear_inputs(
 
 
 def round_linear(weight: Tensor, codec: Codec, factor: Factor | None, rounding: Rounding) -> Matrix:
-    """A linear's weight [N, K] at one codec.
+    """Round a linear's weight [N, K] to one codec.
 
-    A codec of another family (8 bits beside trellis codes) is rounded to nearest: the factor is of
-    rotated inputs, and at 8 bits feedback gains nothing.
+    A codec of another family than that of `rounding` (8 bits beside trellis codes) is rounded to
+    nearest: the factor is of rotated inputs, and at 8 bits feedback gains nothing.
     """
     if codec.family != rounding.family:
         return quantize_matrix("rtn", weight, codec, None)
@@ -116,7 +116,7 @@ def round_linear(weight: Tensor, codec: Codec, factor: Factor | None, rounding: 
 
 
 def output_cost(weight: Tensor, rounded: Tensor, factor: Factor, family: str) -> float:
-    """trace(E H E^T) of the damped Hessian: the squared error of a linear's outputs, all tokens.
+    """Squared error of a linear's outputs, summed over tokens: trace(E H E^T), H damped.
 
     Args:
         weight, rounded: [N, K].

@@ -1,4 +1,4 @@
-"""What rounding needs to know of the user's choices, for experts or for the other linears."""
+"""The fields of a recipe that rounding reads, for routed experts or for the other linears."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moepress.rounding.tokens import TokenPolicy
 class Rounding:
     """How all matrices of one kind are rounded."""
 
-    quantizer: str  # a name of rounding/methods
+    quantizer: str  # a key of rounding.methods.QUANTIZERS
     family: str  # of codecs; widths that the family lacks are scalar
-    group_size: int  # the largest; rows that it does not divide take a smaller one
+    group_size: int  # rows that it does not divide take a smaller one
     damping: float  # of the Hessian, in units of the mean of its diagonal
     correction: float  # share of the errors of earlier layers that the weights make up for
     tokens: TokenPolicy  # which tokens make the Hessian of a routed expert
@@ -27,7 +27,7 @@ class Rounding:
 
     @classmethod
     def of_linears(cls, recipe: Recipe, quantizer: str) -> Rounding:
-        """All linears but the routed experts."""
+        """For all linears but the routed experts."""
         return cls._of(recipe, quantizer, recipe.linear_codec)
 
     @classmethod
@@ -46,5 +46,5 @@ class Rounding:
 
     @property
     def corrects(self) -> bool:
-        """Whether weights make up for errors of earlier layers."""
+        """Whether weights make up for errors of earlier layers; round to nearest cannot."""
         return self.correction > 0 and self.needs_hessian

@@ -1,7 +1,7 @@
-"""Which tokens make the Hessian of a routed expert, and with what weight.
+"""The tokens that the Hessian of a routed expert is made of, and the weight of each.
 
-An expert's own tokens do. Where they are few, others of its layer are added, so that rounding
-cannot treat any direction of its input as free.
+They are the tokens that chose the expert. An expert with few tokens borrows others of its layer, so
+that an error in a direction that its own tokens lack is not free.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moepress.original.experts import Routed
 
-# Weight of a borrowed token, relative to the mean of the expert's own. The expert will hardly see
-# such tokens; they only have to keep unseen directions from costing nothing.
+# Weight of a borrowed token, relative to the mean weight of the expert's own tokens. Small, because
+# the expert rarely gets such tokens: they only give directions without own tokens a cost above 0.
 BORROWED_WEIGHT = 0.1
 
 
@@ -22,7 +22,7 @@ BORROWED_WEIGHT = 0.1
 class TokenPolicy:
     """How the tokens of an expert's Hessian are chosen and weighted."""
 
-    by_routing_weight: bool  # g^2; else all own tokens weigh 1, as in the paper
+    by_routing_weight: bool  # own tokens have weight g^2; else 1, as in the paper
     floor: int  # an expert with fewer tokens borrows others of its layer, up to this many
     seed: int  # of the choice of borrowed tokens
 
@@ -32,10 +32,10 @@ def hessian_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The tokens of an expert's Hessian, and their weights.
 
-    H = sum_t c_t x_t x_t^T with c = g^2, where g is the routing weight: the error of the block's
-    output is g (f(x) - f_b(x)), and rounding should keep its square small. Without
-    `by_routing_weight` it is the plain H of the paper. Borrowed tokens are random, and each weighs
-    a tenth of the mean of the expert's own.
+    H = sum_t c_t x_t x_t^T with c = g^2, where g is the routing weight: the error of the MoE
+    block's output is g (f(x) - f_b(x)), and rounding should keep its square small. Without
+    `by_routing_weight` c = 1, the H of the paper. Borrowed tokens are drawn at random; the weight
+    of each is BORROWED_WEIGHT times the mean weight of the expert's own tokens.
 
     Returns:
         Tokens [T_h] int64 and weights c [T_h] float32.

@@ -34,7 +34,7 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
     Args:
         text: a path, or a name in named.py; a name wins over a path.
         tokenizer: writes "messages" of JSONL with its chat template.
-        split: which part of a data set or of `stdlib`; files have no splits.
+        split: which split of a data set or of `stdlib`; files have none.
 
     Raises:
         InputError: there is no such text, it is empty, or it cannot be read.

@@ -118,7 +118,7 @@ def evaluation_tokens(
 ) -> Tokens:
     """Consecutive, non-overlapping windows from the start of each text; weights are ignored.
 
-    Data sets and `stdlib` give their held-out part. The last tokens of a text that fill no window
+    Data sets and `stdlib` give their held-out split. The last tokens of a text that fill no window
     are left out.
 
     Args:

@@ -3,9 +3,9 @@
 //
 //     Matrix                     ScalarMatrix, TrellisMatrix
 //     kStripRows                 A strip is what one call of a product kernel multiplies: a block
-//                                of a scalar matrix (16 rows), a slab of a trellis matrix (64 rows).
+//                                of a scalar matrix (16 rows) or a slab of a trellis matrix (64).
 //     kMixesColumns              Whether preparing activations mixes the columns of a token. If
-//                                not, a group of columns can be prepared as soon as it is known.
+//                                not, a group of columns can be prepared as soon as it is computed.
 //     kRunWidth, panels_per_run()      Unless kMixesColumns: bounds of an item of gate_up.h.
 //     kChunkTokens               Most tokens that the driver takes at a time.
 //     kProductTokens             Tokens for which `multiply` needs room in `out`.

@@ -40,7 +40,7 @@ using ScalarDot = void (*)(const uint8_t* block, int64_t cols, int group, const 
                            float* out);
 
 // Round one token, x [cols], into column `place` of a panel. With activation bits 16 a code of 15
-// bits is 128 * high + low: the high parts go to column `place`, the low parts to `place + 1`.
+// bits is 128 * high + low: the high halves go to column `place`, the low halves to `place + 1`.
 using ScalarRound = void (*)(const float* x, int64_t cols, int group, int activation_bits,
                              const ScalarPanel& panel, int place);
 
@@ -72,11 +72,11 @@ using TrellisRotate = void (*)(float* x, int64_t cols);
 using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
                               int64_t place);
 
-// One step of Viterbi's algorithm (viterbi.cpp): the costs of all states to `next`, and to
-// `origin`, for each group of states with the same older bits, [2^(12 - bits)], which predecessor
-// was best. `values` [4096] and `target` are in steps of 1 / kUnit.
+// One step of Viterbi's algorithm (viterbi.cpp). Writes the costs of all states to `next`, and to
+// `chosen` [2^(12 - bits)] the number of the best predecessor of each group of states with the same
+// older bits. `values` [4096] and `target` are in steps of 1 / kUnit.
 using ViterbiStep = void (*)(const uint16_t* costs, const int16_t* values, int16_t target,
-                             uint16_t* next, uint8_t* origin);
+                             uint16_t* next, uint8_t* chosen);
 
 // Subtract the least cost from all costs [4096].
 using SubtractLeast = void (*)(uint16_t* costs);

@@ -1,7 +1,7 @@
 // The C interface of the library.
 //
 // Functions that return int32_t results return a Result. On any but kOk nothing is written, except
-// after kNoMemory, when a part of the outputs may be. All memory belongs to the caller. Sizes are
+// after kNoMemory, when some of the outputs may be. All memory belongs to the caller. Sizes are
 // checked here, and no packed byte outside the given ranges is ever read.
 #pragma once
 

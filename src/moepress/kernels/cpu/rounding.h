@@ -16,7 +16,7 @@ inline int32_t round_to_int(float x) {
     return bits - 0x4B400000;
 }
 
-// The scale of a group of activations, and the factor 1 / scale that makes codes of them.
+// The scale of a group of activations, and 1 / scale, which turns activations into codes.
 struct GroupScale {
     bool counts;  // false: all codes of the group are 0
     float inverse, scale;

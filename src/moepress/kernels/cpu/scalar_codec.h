@@ -2,7 +2,7 @@
 //
 // Each panel of tokens has rounded activations of its own, interleaved as the kernel reads them
 // (isa.h, ScalarPanel). With activation bits 16 a token takes two columns of its panel, the high
-// and the low parts of its codes (two planes), whose products `multiply` adds.
+// and the low halves of its codes (two planes), whose products `multiply` adds.
 #pragma once
 
 #include <algorithm>

@@ -19,8 +19,8 @@
 // `sums_at` decodes a step. A step is multiplied with the activations of its two columns: a dot
 // product of pairs, summed in 32 bits. Before word 0 comes the last word of the tile one slab
 // above; it was read for that slab and is still in the cache. At 2 bits a step takes 7
-// instructions, for a register of 32 weights, of 512 bits; for two registers of 256 bits it takes 7
-// each. docs/log.md has the speed.
+// instructions for each register: 32 weights in a register of 512 bits, 16 in one of 256 bits.
+// Speed: docs/log.md#trellis-product-speed.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The best paths of a trellis code through eight columns of a matrix. rounding/methods/viterbi.py is the
-// definition and the oracle. A thread searches one of the 32 paths at a time: its two arrays of
+// The best paths of a trellis code through eight columns of a matrix. The definition and oracle is
+// rounding/methods/viterbi.py. A thread searches one of the 32 paths at a time: its two arrays of
 // costs take 16 KB and stay in the first-level cache.
 
 #include <algorithm>
@@ -22,7 +22,8 @@ constexpr int kWindow = 64;  // steps on each side of the place where a path's e
 struct Workspace {
     uint16_t costs[2][kStates];
     int16_t target[kRun];
-    uint8_t origin[kRun * kStates / 2];  // [steps][2^(12 - bits)], dense to save cache lines
+    // [steps][2^(12 - bits)] number of the best predecessor; dense to save cache lines
+    uint8_t chosen[kRun * kStates / 2];
 };
 
 // The row and column, of the eight, of weight `step` of a path.
@@ -50,7 +51,7 @@ void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int e
     uint16_t* next = work.costs[1];
     const int groups = kStates >> bits;
     for (int t = 0; t < steps; ++t) {
-        isa.viterbi_step[bits](costs, values, work.target[t], next, work.origin + t * groups);
+        isa.viterbi_step[bits](costs, values, work.target[t], next, work.chosen + t * groups);
         std::swap(costs, next);
         if (t % kSteps == kSteps - 1) isa.subtract_least(costs);
     }
@@ -58,12 +59,12 @@ void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int e
     for (int t = steps - 1; t >= 0; --t) {
         states[t] = uint16_t(state);
         const int older = state >> bits;
-        state = older | work.origin[t * groups + older] << (kStateBits - bits);
+        state = older | work.chosen[t * groups + older] << (kStateBits - bits);
     }
 }
 
-// Write the branches of one path. It starts and ends in the same state, which the best path around
-// the seam chooses (rounding/methods/viterbi.py).
+// Write the branches of one path. It starts and ends in the same state: the one that the best path
+// through the last and then the first targets passes between them (rounding/methods/viterbi.py).
 void find_branches(const Isa& isa, const int16_t* values, int bits, const float* target,
                    int64_t rows, int path, Workspace& work, uint8_t* branches) {
     uint16_t states[kRun];

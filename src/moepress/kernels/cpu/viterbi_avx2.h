@@ -3,7 +3,7 @@
 // comes out as 2^15, read as unsigned), and the distance to a target saturates as
 // rounding/methods/viterbi.py requires (vpsubsw).
 //
-// Speed, AMD EPYC (Zen 3), one thread: docs/log.md.
+// Speed, AMD EPYC (Zen 3), one thread: docs/log.md#trellis-rounding-speed.
 #pragma once
 
 #include <immintrin.h>
@@ -56,7 +56,7 @@ template <int bits, int o = 0>
 struct Avx2Search {
     template <int bits>
     static void step(const uint16_t* costs, const int16_t* values, int16_t target, uint16_t* next,
-                     uint8_t* origin) {
+                     uint8_t* chosen) {
         constexpr int groups = kStates >> bits, branches = 1 << bits;
         const __m256i all = _mm256_set1_epi16(target);
         for (int g = 0; g < groups; g += 16) {
@@ -72,7 +72,7 @@ struct Avx2Search {
                 best = least;
             }
             const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(from, from), 0x08);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(origin + g), _mm256_castsi256_si128(bytes));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(chosen + g), _mm256_castsi256_si128(bytes));
             add_squares<bits>(best, all, values + g * branches, next + g * branches);
         }
     }

@@ -11,7 +11,7 @@ namespace {
 struct PortableSearch {
     template <int bits>
     static void step(const uint16_t* costs, const int16_t* values, int16_t target, uint16_t* next,
-                     uint8_t* origin) {
+                     uint8_t* chosen) {
         constexpr int groups = kStates >> bits, branches = 1 << bits;
         for (int g = 0; g < groups; ++g) {
             int best = costs[g], from = 0;
@@ -19,7 +19,7 @@ struct PortableSearch {
                 const int cost = costs[j * groups + g];
                 if (cost < best) best = cost, from = j;
             }
-            origin[g] = uint8_t(from);
+            chosen[g] = uint8_t(from);
             for (int s = g * branches; s < (g + 1) * branches; ++s) {
                 int d = int(target) - values[s];
                 d = d < -32768 ? -32768 : d > 32767 ? 32767 : d;

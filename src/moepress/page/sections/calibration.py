@@ -92,17 +92,17 @@ def cost(subject: Subject) -> Section:
         return no_scores()
     widths = np.array(offered(subject.plan.recipe))
     distance = np.abs(widths - subject.plan.average_bits)
-    column = int(np.where(widths == LEFT_OUT, np.inf, distance).argmin())
+    option = int(np.where(widths == LEFT_OUT, np.inf, distance).argmin())
     chosen = (scores.tokens > 0)[:, :, None]
-    maps = np.where(chosen, subject.costs[..., column], np.nan)
-    names = {f"{name}_proj": part for part, name in enumerate(PROJECTIONS)}
+    maps = np.where(chosen, subject.costs[..., option], np.nan)
+    names = {f"{name}_proj": rounded for rounded, name in enumerate(PROJECTIONS)}
     if not subject.plan.recipe.per_projection:
         names = {"whole expert": BOTH}
-    same = {f"{n} at {widths[column]} bits": maps[:, :, part] for n, part in names.items()}
+    same = {f"{n} at {widths[option]} bits": maps[:, :, rounded] for n, rounded in names.items()}
     paid = {"both projections, as they are": np.where(chosen[..., 0], subject.paid, np.nan)}
     return Section(
         (
-            f"First, the cost of every expert at {widths[column]} bits: the allocation compares "
+            f"First, the cost of every expert at {widths[option]} bits: the allocation compares "
             "experts by such costs. Then, the cost of every expert at the bits it has. Their sum "
             f"is {subject.paid.sum():.4g} of the predicted loss, {subject.plan.predicted_loss:.4g}."
             f" {_unit(subject.plan.recipe)}",
@@ -110,7 +110,7 @@ def cost(subject: Subject) -> Section:
         pictures=(
             heat_map(
                 "cost",
-                f"Cost of every expert at {widths[column]} bits",
+                f"Cost of every expert at {widths[option]} bits",
                 same,
                 scores.layers,
                 "predicted loss",

@@ -23,10 +23,10 @@ def bits(subject: Subject) -> Section:
     rows = tuple(
         (
             f"{name}_proj",
-            *(int((plan.bits[:, :, column] == b).sum()) for b in widths),
-            float(plan.bits[:, :, column].mean()),
+            *(int((plan.bits[:, :, projection] == b).sum()) for b in widths),
+            float(plan.bits[:, :, projection].mean()),
         )
-        for column, name in enumerate(PROJECTIONS)
+        for projection, name in enumerate(PROJECTIONS)
     )
     named = (f"{bits}-bit experts" if bits != LEFT_OUT else "left out" for bits in widths)
     head = ("projection", *named, "mean bits")

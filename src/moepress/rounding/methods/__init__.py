@@ -1,16 +1,16 @@
-"""How a weight matrix is rounded to codes. One file per method, one table of names.
+"""Quantizers: methods that round a weight matrix to codes. One file per method.
 
-| name | rounds to | needs a Hessian | where |
+| name | rounds to | needs a Hessian | file |
 |---|---|---|---|
 | `gptq` | the nearest code after error feedback, searched grid | yes | gptq.py |
-| `gptq-released` | the same as MC published it: for comparison | yes | gptq.py |
+| `gptq-released` | the same in the variant that MC published, for comparison | yes | gptq.py |
 | `rtn` | the nearest code, searched grid | no | rtn.py |
 | `sign` | the sign, 1 bit only | no | sign.py |
 
-Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; equal
-input gives equal bytes. With a codec of the trellis family, `gptq` and `rtn` say whether there is
-feedback, and trellis.py rounds and returns a `TrellisMatrix`. To add a quantizer, write its file
-and add a line to a table below.
+A quantizer takes a weight matrix [N, K] and a codec, and returns a `QuantizedMatrix`; equal input
+gives equal bytes. For a codec of the trellis family, trellis.py rounds instead, with error feedback
+under the name `gptq`, without it under `rtn`, and returns a `TrellisMatrix`. To add a quantizer,
+write its file and add it to a table below.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ QUANTIZERS: Mapping[str, Quantizer] = {**WITH_HESSIAN, **WITHOUT_HESSIAN}
 
 
 def needs_hessian(name: str) -> bool:
-    """Whether the quantizer of that name rounds with calibration data.
+    """Whether the quantizer `name` needs the factor of a Hessian, and so calibration text.
 
     Raises:
-        InputError: no such quantizer.
+        InputError: no quantizer has this name.
     """
     _check_name(name)
     return name in WITH_HESSIAN
@@ -66,17 +66,18 @@ def needs_hessian(name: str) -> bool:
 def quantize_matrix(
     name: str, weight: Tensor, codec: Codec, factor: Factor | None = None
 ) -> Matrix:
-    """Rounds a weight matrix to codes.
+    """Round a weight matrix to codes.
 
     Args:
         name: one of `QUANTIZERS`.
         weight: [N, K], any float dtype; not changed.
         codec: its group size must divide K.
         factor: of the Hessian of the matrix's inputs, on the weight's device; for a trellis codec,
-            of its rotated inputs. Quantizers that need none ignore it.
+            of its rotated inputs. Quantizers that need no factor ignore it.
 
     Raises:
-        InputError: no such quantizer, a shape or width it does not take, or no factor.
+        InputError: no quantizer has this name, it does not take this shape or width, or it needs a
+            factor and got none.
         NumericalError: the weight holds NaN or infinity, or a scale overflows.
     """
     _check_name(name)

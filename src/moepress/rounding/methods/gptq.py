@@ -1,21 +1,23 @@
-"""GPTQ: columns are rounded left to right, and each makes up for the errors of those before it.
+"""GPTQ: columns are rounded left to right, and each one compensates for the errors before it.
 
 hessian.py shows that the squared output error is sum_k D_k || (E R)_k ||^2 with E = W - What and
 
     (E R)_k = (w_k + sum_(j<k) E_j R_jk) - what_k = adjusted_k - what_k .
 
-`adjusted_k` is known once the columns before k are rounded, so rounding *it* to the nearest grid
-point is the best choice for term k. This is the rule of GPTQ (arXiv:2210.17323, eq. 2-3), written
-there through the inverse of H as OBQ's update of all remaining weights, and called LDLQ in QuIP
-(arXiv:2307.13304, theorem 6 proves them equal). The loss is exactly sum_k D_k ||residual_k||^2.
+`adjusted_k` depends only on the columns before k, so once these are rounded, the nearest grid point
+to `adjusted_k` is the best choice for term k. This is the rule of GPTQ (arXiv:2210.17323, eq. 2-3),
+which writes it with the inverse of H as OBQ's update of all remaining weights. QuIP calls it LDLQ
+(arXiv:2307.13304; theorem 6 proves them equal). The squared output error is exactly
+sum_k D_k ||residual_k||^2 with residual_k = (E R)_k.
 
-Order of work. Errors of the left half of the columns reach the right half in one matrix product;
-each half does the same inside itself, down to a few columns that are done one by one:
+Order of work. One matrix product passes the errors of the left half of the columns on to the right
+half. Each half is treated in the same way, down to a few columns that are rounded one by one:
 
     sweep(left); buffer[right] += R[left, right]^T buffer[left]; sweep(right)
 
-All flops but a sliver are in large products, at any size of cache. The buffer is columns first
-[K, n]: what column k holds is feedback until it is rounded, and its error afterwards.
+So nearly all operations are in large matrix products, whatever the size of the cache. The buffer is
+stored columns first, [K, n]: row k holds the feedback to column k until that column is rounded, and
+its error afterwards.
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ from moepress.rounding.methods.grid import (
     search,
 )
 
-COLUMNS_BY_HAND = 16  # below this a product costs more than it saves
-RELEASED_BLOCK = 128
+COLUMNS_ONE_BY_ONE = 16  # for fewer columns a matrix product costs more than it saves
+RELEASED_BLOCK = 128  # columns of a column block in the released code
 
 
 def quantize_gptq(weight: Tensor, codec: Codec, factor: Factor) -> QuantizedMatrix:
-    """Rounds a weight matrix [N, K] with error feedback, on grids searched when a group is reached.
+    """Round a weight matrix [N, K] with error feedback, on searched grids.
 
-    A grid is judged on the adjusted weights of its group, each column's error weighted by D_k.
+    The grid of a group is searched when the sweep reaches the group: on its adjusted weights, with
+    the error of column k weighted by D_k.
     """
 
     def choose(block: Tensor, curvature: Tensor) -> Grid:
@@ -55,11 +58,11 @@ def quantize_gptq(weight: Tensor, codec: Codec, factor: Factor) -> QuantizedMatr
 
 
 def quantize_gptq_released(weight: Tensor, codec: Codec, factor: Factor) -> QuantizedMatrix:
-    """The GPTQ that was published with MC (arXiv:2410.06270), kept for comparison only.
+    """Round a weight matrix [N, K] with the GPTQ of MC's released code (arXiv:2410.06270).
 
-    Min-max grids (mean magnitude at 1 bit), and at 3 bits and below no feedback between the columns
-    of a block of 128: its code skips that update `if self.wbits > 3`. Feedback to later blocks is
-    computed as if the columns of the block had received theirs.
+    For comparison only. Grids are min-max, or mean magnitude at 1 bit. At 3 bits and below the
+    columns of a column block of 128 get no feedback from each other: the released code makes that
+    update only `if self.wbits > 3`. Its feedback to later column blocks is computed as if they had.
     """
     basic = mean_magnitude if codec.bits == 1 else min_max
     if codec.bits > 3:
@@ -92,41 +95,45 @@ def _with_feedback(
 def _round_columns(
     block: Tensor, adjusted: Tensor, feedback: Tensor, grid: Grid, codec: Codec
 ) -> tuple[Tensor, Tensor]:
-    """Rounds the columns of a group one after the other.
+    """Round the columns of a group one after the other.
 
     Args:
-        block: [B, n], original weights.
+        block: [B, n], original weights of the group, a column block (grid.py).
         adjusted: [B, n], the same plus the feedback of all groups before.
         feedback: [B, B], R inside the group.
 
     Returns:
-        Codes and errors of the original weights in code units, both [B, n] float32.
+        Codes, and errors of the original weights in code units, both [B, n] float32.
     """
     target = grid.positions(block)
     buffer = grid.positions(adjusted)  # code units: position until rounded, error afterwards
     codes = torch.empty_like(buffer)
-    weights = feedback.T.contiguous()  # row k: what column k receives
+    received = feedback.T.contiguous()  # row k: weights of the feedback that column k receives
 
     def round_few(start: int, stop: int) -> None:
         for k in range(start, stop):
             if k > start:
-                buffer[k].addmv_(buffer[start:k].T, weights[k, start:k])
+                buffer[k].addmv_(buffer[start:k].T, received[k, start:k])
             torch.clamp(buffer[k], 0, codec.levels, out=codes[k]).round_()
             torch.sub(target[k], codes[k], out=buffer[k])
 
-    sweep(buffer, feedback, 0, len(buffer), COLUMNS_BY_HAND, round_few)
+    sweep(buffer, feedback, 0, len(buffer), COLUMNS_ONE_BY_ONE, round_few)
     return codes, buffer
 
 
 def _without_inner_feedback(
     weight: Tensor, codec: Codec, factor: Factor, choose: Callable[[Tensor], Grid]
 ) -> QuantizedMatrix:
-    """Rounding as released. Within this frame of errors that flow through R it reads as follows.
+    """Round as the released code does, rewritten in terms of R instead of the inverse of H.
 
-    The released code rounds a block b at the weights adjusted by the blocks before it, and passes
-    on residual_b R^-1, as correct GPTQ does. Let y be what it passes on in total: y_b is defined by
-    (y R)_b = residual_b, that is y_b = (residual_b - y_(<b) R_(<b,b)) R_bb^-1, and block b was
-    adjusted by y_(<b) R_(<b,b) R_bb^-1. With feedback inside the block y would be W - What.
+    The released code rounds column block b after adjusting it for the blocks before b. It then
+    passes residual_b R^-1 on to the later blocks, as correct GPTQ does. Let y be the sum of all
+    that is passed on. It satisfies (y R)_b = residual_b, that is
+
+        y_b = (residual_b - y_(<b) R_(<b,b)) R_bb^-1,
+
+    and block b was adjusted by y_(<b) R_(<b,b) R_bb^-1. With feedback inside the blocks y would be
+    W - What. The buffer holds y_(<b) R_(<b,b) until block b is rounded, and y_b afterwards.
     """
     size = codec.group_size
 
@@ -135,20 +142,20 @@ def _without_inner_feedback(
 
         def round_block(start: int, stop: int) -> None:
             inner = factor.feedback[start:stop, start:stop].T
-            passed = torch.linalg.solve_triangular(
+            adjustment = torch.linalg.solve_triangular(
                 inner, buffer[start:stop], upper=False, unitriangular=True
             )
-            adjusted = columns_first(rows, start, stop) + passed
+            adjusted = columns_first(rows, start, stop) + adjustment
             residual = torch.empty_like(adjusted)
             for first in range(0, stop - start, size):
-                part = adjusted[first : first + size]
-                grid = choose(part)
-                codes = grid.positions(part).clamp_(0, codec.levels).round_()
+                group = adjusted[first : first + size]
+                grid = choose(group)
+                codes = grid.positions(group).clamp_(0, codec.levels).round_()
                 out.put((start + first) // size, codes, grid)
-                residual[first : first + size] = part - grid.scale * (codes - grid.zero)
+                residual[first : first + size] = group - grid.scale * (codes - grid.zero)
             buffer[start:stop] = (
                 torch.linalg.solve_triangular(inner, residual, upper=False, unitriangular=True)
-                - passed
+                - adjustment
             )
 
         sweep(buffer, factor.feedback, 0, rows.shape[1], RELEASED_BLOCK, round_block)
@@ -168,10 +175,15 @@ def sweep(
     leaf: int,
     visit: Callable[[int, int], None],
 ) -> None:
-    """Visits columns start .. stop in order, `leaf` at a time, with feedback between the visits.
+    """Visit columns start .. stop in order, `leaf` at a time, with feedback between the visits.
 
-    Before columns k are visited, buffer[k] has received sum_j feedback[j, k] * buffer[j] over all
-    columns j in start .. stop that were visited before them.
+    Before `visit` is called for column k, sum_j feedback[j, k] * buffer[j] over all columns j of
+    start .. stop that were visited earlier has been added to buffer[k].
+
+    Args:
+        buffer: [K, n] float32; `visit` replaces feedback by errors in it.
+        feedback: [K, K] float32, R.
+        visit: called with the first column and the one after the last of each leaf.
     """
     leaves = -(-(stop - start) // leaf)
     if leaves <= 1:

@@ -1,13 +1,13 @@
-"""Grids: which scale and zero a group of weights gets, and the codes its weights fall on.
+"""Grids of the scalar codes: the scale and the zero of each group, and the codes of its weights.
 
-A grid of `levels + 1` points is laid over each group (a run of `group_size` weights of one row):
+Each group, `group_size` consecutive weights of one row, has a grid of `levels + 1` points:
 
     w ~ scale * (code - zero)        code in 0 .. levels          (the scalar codec, codec.py)
 
-Everything here works on a block of one group of columns by n rows, *columns first*:
-`block # [B, n]` with B = group size. A column of weights is then one contiguous run of memory,
-every step is a whole-row operation, and a statistic of each group is a product with a vector of B
-column weights.
+All functions here work on a column block: the columns of one group, B = group size, in n rows. It
+is stored columns first, [B, n]. A column is then contiguous in memory, every step works on whole
+columns, and a statistic of all n groups is a product with a vector of B column weights. In this
+file and in the other methods a variable named `block` is a column block.
 
 Code units. Dividing by the scale and adding the zero turns weights into positions on the grid:
 
@@ -15,8 +15,8 @@ Code units. Dividing by the scale and adding the zero turns weights into positio
     residual = position - code = (w - scale * (code - zero)) / scale
 
 Residuals are of order 1 whatever the magnitude of the weights, so their squares neither overflow
-nor vanish. `scale` is rounded to bfloat16 and `zero` to its byte before any code is chosen, so the
-error that is measured is the error that is stored.
+nor vanish. `scale` is rounded to bfloat16 and `zero` to its byte before codes are chosen, so errors
+are measured on the values that are stored.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from moepress.format.codec import Codec
 from moepress.kernels.scalar import pack
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it 1 / scale overflows
-ROWS_PER_CHUNK = {"cpu": 4096}  # 4096 rows x 128 columns x 4 bytes: the L2 caches of two cores
-SHRINK = {2: 0.7, 3: 0.85, 4: 0.9}  # of min-max, by bits; docs/log.md
+# By device type. 4096 rows x 128 columns x 4 bytes fill the L2 caches of two cores.
+ROWS_PER_CHUNK = {"cpu": 4096}
+# By code bits: scale of the shrunken grid relative to the min-max grid (docs/log.md#group-grids).
+SHRINK = {2: 0.7, 3: 0.85, 4: 0.9}
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,26 @@ class QuantizedMatrix:
     """A weight matrix as codes on one grid per row and group."""
 
     codes: Tensor  # [N, K] uint8
-    scales: Tensor  # [N, G] bfloat16
-    zeros: Tensor | None  # [N, G] uint8, absent when the codec's grid is symmetric
+    scales: Tensor  # [N, G] bfloat16, G groups in a row
+    zeros: Tensor | None  # [N, G] uint8; None: the codec's grids are symmetric
     codec: Codec
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights that the codes stand for, [N, K]: scale * (code - zero) in float32, cast."""
+        """The weights [N, K] that the codes stand for: scale * (code - zero).
+
+        Computed in float32, then cast to `dtype`.
+        """
         levels = self.codec.levels
         codes = self.codes.float().view(*self.scales.shape, self.codec.group_size)  # [N, G, B]
         zero = levels / 2 if self.zeros is None else self.zeros.float()[..., None] * levels / 255
         return (self.scales.float()[..., None] * (codes - zero)).flatten(1).to(dtype)
 
     def scaled(self, gain: float) -> QuantizedMatrix:
-        """All weights times a number above 0: its scales, rounded again."""
+        """This matrix times a gain above 0. Only its scales change; they are rounded again."""
         return replace(self, scales=(self.scales.float() * gain).bfloat16())
 
     def pack(self) -> Tensor:
-        """The stored bytes, docs/format.md."""
+        """The stored bytes (docs/format.md)."""
         return pack(self.codes, self.scales, self.zeros, self.codec)
 
 
@@ -65,12 +70,16 @@ class QuantizedMatrix:
 class Grid:
     """The grids of n groups. Both fields hold only values that can be stored."""
 
-    scale: Tensor  # [n] float32, each a bfloat16 number; 0 where the group is zero
-    zero: Tensor  # [n] float32, each zero_code * levels / 255, or levels / 2
+    scale: Tensor  # [n] float32, exact in bfloat16; 0 where all weights of a group are 0
+    zero: Tensor  # [n] float32: zero_code * levels / 255, or levels / 2 for symmetric grids
 
     @classmethod
     def of(cls, scale: Tensor, zero: Tensor | None, codec: Codec) -> Grid:
-        """The storable grid nearest to `scale` and `zero` (no zero: a symmetric grid)."""
+        """The nearest grid that can be stored to `scale` [n] and `zero` [n].
+
+        Args:
+            zero: None: the grid is symmetric.
+        """
         scale = scale.bfloat16().float()
         scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
         if zero is None:
@@ -80,23 +89,23 @@ class Grid:
         )
 
     def replaced(self, where: Tensor, other: Grid) -> Grid:
-        """The grids of `other` where `where # [n] bool`, these elsewhere."""
+        """The grids of `other` where `where`, [n] bool, is true; these grids elsewhere."""
         return Grid(
             torch.where(where, other.scale, self.scale), torch.where(where, other.zero, self.zero)
         )
 
     @property
     def inverse(self) -> Tensor:
-        """1 / scale, or 0 where the scale is 0.  # [n] float32"""
+        """[n] float32: 1 / scale, or 0 where the scale is 0."""
         return torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
     def positions(self, block: Tensor) -> Tensor:
-        """Where weights lie on the grid, in code units.  # [B, n] float32"""
+        """Positions [B, n] float32 of the weights of a column block [B, n], in code units."""
         return torch.addcmul(self.zero, block, self.inverse)
 
 
 def min_max(block: Tensor, codec: Codec) -> Grid:
-    """The grid that spans a group and 0 exactly. `block # [B, n]`."""
+    """The smallest grid that spans 0 and all weights of a group, for each group of [B, n]."""
     if not codec.has_zero:
         return Grid.of(block.abs().amax(0) * (2 / codec.levels), None, codec)
     low, high = block.amin(0).clamp_(max=0), block.amax(0).clamp_(min=0)
@@ -105,7 +114,12 @@ def min_max(block: Tensor, codec: Codec) -> Grid:
 
 
 def mean_magnitude(block: Tensor, codec: Codec, weight: Tensor | None = None) -> Grid:
-    """The 1-bit grid -s/2, +s/2 with s/2 = mean |w|: the least squared error of any sign grid."""
+    """The 1-bit grid -s/2, +s/2 of least squared error: s/2 is the mean of |w|.
+
+    Args:
+        block: [B, n].
+        weight: [B] above 0, of the columns in that mean; None: all alike.
+    """
     mean = block.abs().mean(0) if weight is None else (weight / weight.sum()) @ block.abs()
     return Grid.of(2 * mean, None, codec)
 
@@ -113,14 +127,15 @@ def mean_magnitude(block: Tensor, codec: Codec, weight: Tensor | None = None) ->
 def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
     """A grid with a small sum_k weight_k * (w_k - what_k)^2 for each group.
 
-    Takes the better of min-max and a shrunken copy of it, then improves it once: given its codes,
-    the best scale and zero are a linear regression of weights on codes. Never worse than min-max,
-    because every candidate is judged as it would be stored, and replaces only what it beats. More
-    candidates and more regressions lower this sum, but not the loss of the quantized model.
+    Takes the better of the min-max grid and a shrunken copy of it, then improves it once: given its
+    codes, a linear regression of weights on codes gives the best scale and zero. The result is
+    never worse than min-max: the error of every candidate is computed with the values that would be
+    stored, and a candidate is taken only if it has the smaller error. More candidates and more
+    regressions lower this sum, but not the loss of the quantized model (docs/log.md#group-grids).
 
     Args:
-        block: [B, n] float32, the weights of one group of columns.
-        weight: [B] float32, above 0: what a unit of squared error in each column costs.
+        block: [B, n] float32, the weights of one group.
+        weight: [B] float32, above 0: cost of a unit of squared error in each column.
     """
     if codec.bits == 1:
         return mean_magnitude(block, codec, weight)
@@ -131,7 +146,7 @@ def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
     shrunken = Grid.of(whole.scale * SHRINK[codec.bits], whole.zero, codec)
 
     def judge(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted squared error [n], relative to the min-max scale; residuals; codes."""
+        """Weighted squared error [n] in units of the squared min-max scale; residuals; codes."""
         residual = grid.positions(block)
         codes = residual.clamp(0, codec.levels).round_()
         residual -= codes
@@ -148,16 +163,21 @@ def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
 
 
 def _regression(grid: Grid, codec: Codec, weight: Tensor, residual: Tensor, codes: Tensor) -> Grid:
-    """The grid that fits weights best whose codes are given. Overwrites `residual` and `codes`.
+    """The grid that fits the weights best while their codes stay the same.
 
-    Let p be positions and c codes on the grid (s, z). With p ~ (1 + slope) * c + offset, weights
-    are s * (p - z) ~ s * (1 + slope) * (c - (z - offset) / (1 + slope)): a new scale and zero.
+    Let p be the positions of weights on the grid (s, z), and c their codes. Linear regression gives
+    p ~ (1 + slope) * c + offset. So the weights s * (p - z) are nearly
+    s * (1 + slope) * (c - (z - offset) / (1 + slope)), which has the form of a new scale and zero.
+
+    Args:
+        weight: [B] of the columns, sum 1.
+        residual, codes: [B, n] on `grid`. Both are overwritten.
     """
     mean_code, mean_residual = weight @ codes, weight @ residual
     covariance = weight @ residual.mul_(codes) - mean_code * mean_residual
     variance = weight @ codes.square_() - mean_code.square()
     slope = covariance / variance.clamp(min=1e-6)
-    stretch = (1 + slope).clamp(min=0.1)  # a scale stays positive
+    stretch = (1 + slope).clamp(min=0.1)  # keeps the scale positive
     offset = mean_residual - slope * mean_code
     return Grid.of(grid.scale * stretch, (grid.zero - offset) / stretch, codec)
 
@@ -165,11 +185,12 @@ def _regression(grid: Grid, codec: Codec, weight: Tensor, residual: Tensor, code
 def in_row_chunks(
     weight: Tensor, codec: Codec, rounder: Callable[[Tensor, Output], None]
 ) -> QuantizedMatrix:
-    """Quantizes a matrix a chunk of rows at a time; rows are independent of each other.
+    """Quantize a matrix a chunk of rows at a time. Rows are independent of each other.
 
     Args:
         weight: [N, K], any float dtype.
-        rounder: fills an `Output` from the same rows of the weight.
+        rounder: called with a chunk of the rows of `weight` [n, K]; fills the `Output` of the same
+            rows.
 
     Raises:
         InputError: the weight is not a matrix or its rows are not whole groups.
@@ -188,12 +209,12 @@ def in_row_chunks(
     )
     step = ROWS_PER_CHUNK.get(weight.device.type, rows)
     for start in range(0, rows, max(step, 1)):
-        part = weight[start : start + step]
-        if not part.isfinite().all():
+        chunk = weight[start : start + step]
+        if not chunk.isfinite().all():
             raise NumericalError(
                 "The weight matrix holds NaN or infinity. Check the source checkpoint."
             )
-        rounder(part, out.rows(start, start + step))
+        rounder(chunk, out.rows(start, start + step))
     if not out.scales.isfinite().all():
         raise NumericalError(
             "A group's scale overflowed bfloat16 while quantizing: weights or error feedback are "
@@ -204,7 +225,7 @@ def in_row_chunks(
 
 @dataclass(frozen=True)
 class Output:
-    """Rows of a quantized matrix that is being filled."""
+    """n rows of a quantized matrix that is being filled, group by group."""
 
     codes: Tensor  # [n, K] uint8
     scales: Tensor  # [n, G] bfloat16
@@ -212,11 +233,18 @@ class Output:
     codec: Codec
 
     def rows(self, start: int, stop: int) -> Output:
+        """Views of rows start .. stop."""
         zeros = None if self.zeros is None else self.zeros[start:stop]
         return Output(self.codes[start:stop], self.scales[start:stop], zeros, self.codec)
 
     def put(self, group: int, codes: Tensor, grid: Grid) -> None:
-        """Stores a group: `codes # [B, n] float32`, all whole numbers in 0 .. levels."""
+        """Store a group.
+
+        Args:
+            group: its index in the row.
+            codes: [B, n] float32, integers in 0 .. levels.
+            grid: of the n groups.
+        """
         size = self.codec.group_size
         columns = slice(group * size, (group + 1) * size)
         self.codes[:, columns] = codes.to(torch.uint8).T.contiguous()
@@ -226,5 +254,6 @@ class Output:
 
 
 def columns_first(weight: Tensor, start: int, stop: int) -> Tensor:
-    """Columns start .. stop of a weight as a block.  # [stop - start, n] float32"""
-    return weight[:, start:stop].contiguous().T.contiguous().float()  # 7 x faster than at once
+    """Columns start .. stop of a weight [n, K] as a column block, [stop - start, n] float32."""
+    # Copying first, then transposing, is 7 times as fast as one strided copy.
+    return weight[:, start:stop].contiguous().T.contiguous().float()

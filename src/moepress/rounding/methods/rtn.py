@@ -1,7 +1,7 @@
 """Round to nearest: every weight goes to the nearest point of its group's grid, no calibration.
 
-The grid is searched (grid.py): on a trained model it halves what a min-max grid loses, at no cost
-in bytes, and a baseline should not lose to its own carelessness.
+The grid is searched (grid.py). On a trained model that halves the loss of a min-max grid at equal
+bytes, so this is a fair baseline.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from moepress.rounding.methods.grid import (
 
 
 def quantize_rtn(weight: Tensor, codec: Codec) -> QuantizedMatrix:
-    """Rounds a weight matrix [N, K] to nearest on searched grids."""
+    """Round a weight matrix [N, K] to nearest on searched grids."""
     return round_to_nearest(weight, codec, _searched)
 
 
 def round_to_nearest(
     weight: Tensor, codec: Codec, choose: Callable[[Tensor, Codec], Grid]
 ) -> QuantizedMatrix:
-    """Rounds a weight matrix [N, K] to nearest on the grids that `choose` finds for its groups."""
+    """Round a weight matrix [N, K] to nearest on the grids that `choose` finds for its groups."""
 
     def rounder(rows: Tensor, out: Output) -> None:
         for group in range(codec.groups(rows.shape[1])):

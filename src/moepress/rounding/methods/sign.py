@@ -1,6 +1,7 @@
-"""Sign: one bit per weight, its sign, times the mean magnitude of its group.
+"""Sign: each weight becomes its sign, one bit, times the mean magnitude of its group.
 
-The least-squares 1-bit grid without calibration (XNOR-Net, arXiv:1603.05279, eq. 6).
+Without calibration, this is the 1-bit grid of least squared error (XNOR-Net, arXiv:1603.05279,
+eq. 6).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from moepress.rounding.methods.rtn import round_to_nearest
 
 
 def quantize_sign(weight: Tensor, codec: Codec) -> QuantizedMatrix:
-    """Rounds a weight matrix [N, K] to the signs of its weights.
+    """Round a weight matrix [N, K] to the signs of its weights.
 
     Raises:
         InputError: the codec is not 1-bit.

@@ -1,18 +1,19 @@
-"""Rounding to trellis codes: eight columns at a time, making up for the errors of those before.
+"""Rounding to trellis codes: eight columns at a time, with feedback of the errors before them.
 
 The rows are rotated (kernels/trellis.py), and the Hessian is that of the rotated inputs. As in
-gptq.py the loss is a sum over columns of what is left after feedback, but here eight columns are
-rounded together, by one search for the best paths through all rows. With R = U D^(-1/2) of
-hessian.py and U_BB the square of U on the diagonal at block B,
+gptq.py the squared output error is a sum over columns, but here the eight columns of a column block
+are rounded together, by one search for the best paths through all rows. With R = U D^(-1/2) of
+hessian.py, and U_BB the diagonal block of U that belongs to column block B,
 
     trace(E H E^T) = sum_B || (E V)_B U_BB ||^2,     V_JB = R_JB R_BB^(-1),  V_BB = I,
 
-so a block is adjusted by sum_(J<B) E_J V_JB: block LDLQ (QuIP#, arXiv:2402.04396). Inside a block
-all errors count alike: rotated inputs have nearly equal energies.
+so column block B is rounded after adding sum_(J<B) E_J V_JB to it: block LDLQ (QuIP#,
+arXiv:2402.04396). The search gives all errors inside a column block the same weight, in place of
+U_BB: rotated inputs have nearly equal energies.
 
-One scale s for each row. It starts at the row's root mean square times START (and FEEDBACK: a block
-gets the errors of those before it, and is wider), and in the end is the best for the codes c that
-were found, rounded to bfloat16:
+Each row has one scale s. The search uses the row's root mean square times START, and with a Hessian
+times FEEDBACK, because feedback changes the spread of the targets. Afterwards s is set to the best
+value for the codes c that were found, and rounded to bfloat16:
 
     s = <w, c>_H / <c, c>_H
 """
@@ -33,11 +34,13 @@ from moepress.rounding.hessian import Factor
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.viterbi import search
 
-# Deviation of the codes over that of the weights, where a search starts: best for Gaussian weights
-# alone, and what feedback changes of it, on the matrices of trained models (docs/log.md).
+# By code bits. The scale of the search makes the standard deviation of the values START times that
+# of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
+# START * FEEDBACK: best for matrices of trained models (docs/log.md#first-scale-by-width, decided
+# in docs/log.md#first-scale).
 START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}
 FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
-COLUMNS_PER_PANEL = 1024  # of products with the factor
+COLUMNS_PER_PANEL = 1024  # of a product with the factor; bounds memory
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,24 @@ class TrellisMatrix:
     codec: Codec
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights that the codes stand for, [N, K]: rotated back, in float32, cast."""
+        """The weights [N, K] that the codes stand for, rotated back.
+
+        Computed in float32, then cast to `dtype`.
+        """
         codes = code_matrix(self.branches, self.codec.bits)[: len(self.scales)]
         return rotate_back(codes * self.scales.float()[:, None]).to(dtype)
 
     def scaled(self, gain: float) -> TrellisMatrix:
-        """All weights times a number above 0: its scales, rounded again."""
+        """This matrix times a gain above 0. Only its scales change; they are rounded again."""
         return replace(self, scales=(self.scales.float() * gain).bfloat16())
 
     def pack(self) -> Tensor:
-        """The stored bytes, docs/format.md."""
+        """The stored bytes (docs/format.md)."""
         return trellis.pack(self.branches, self.scales, self.codec)
 
 
 def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> TrellisMatrix:
-    """Rounds a weight matrix to trellis codes.
+    """Round a weight matrix to trellis codes.
 
     Args:
         weight: [N, K], any float dtype; not changed.
@@ -71,12 +77,12 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
         factor: of the Hessian of the *rotated* inputs; None: no feedback.
 
     Raises:
-        InputError: K is no multiple of the group size.
+        InputError: the weight is no matrix, or K is no multiple of the group size.
         NumericalError: the weight holds NaN or infinity.
     """
     if weight.dim() != 2:
         raise InputError(f"weight must be [N, K], got {list(weight.shape)}.")
-    codec.groups(weight.shape[1])
+    codec.groups(weight.shape[1])  # raises InputError if the group size does not divide K
     rows = rotate(weight.float())
     if not rows.isfinite().all():
         raise NumericalError("The weight holds NaN or infinity.")
@@ -84,9 +90,9 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
     start = START[codec.bits] * (1.0 if factor is None else FEEDBACK[codec.bits])
     scale = rows.square().mean(1).sqrt() * (start / deviation)  # [N]
     target = F.pad(rows * _inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
-    target = target.T.contiguous()  # [K, 64 S], in units of the values
+    target = target.T.contiguous()  # [K, 64 S], in units of `code_values`
     branches = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-    buffer = torch.zeros_like(target)  # feedback until a block is rounded, then its errors
+    buffer = torch.zeros_like(target)  # feedback until a column block is rounded, then its errors
 
     def round_block(start: int, stop: int) -> None:
         found = search(target[start:stop] + buffer[start:stop], codec.bits)
@@ -106,7 +112,7 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
 
 
 def block_feedback(feedback: Tensor) -> Tensor:
-    """V of R: unit block upper triangular. [K, K] float32."""
+    """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
     size = TILE_COLUMNS
     result = torch.empty_like(feedback)
     for start in range(0, len(feedback), size):
@@ -120,10 +126,13 @@ def block_feedback(feedback: Tensor) -> Tensor:
 def refit(
     rows: Tensor, branches: Tensor, scale: Tensor, factor: Factor | None, codec: Codec
 ) -> Tensor:
-    """The scale of each row that is best for its codes, [N] float32; `scale` where codes are 0.
+    """The best scale of each row for its codes, [N] float32.
 
     Args:
         rows: [N, K] float32, rotated weights.
+        branches: [64 S, K] uint8, the codes.
+        scale: [N] float32, kept where it is 0 or all codes of the row have the value 0.
+        factor: of the Hessian of the rotated inputs; None: all inputs alike.
     """
     codes = code_matrix(branches, codec.bits)[: len(rows)]
     product, energy = torch.zeros_like(scale), torch.zeros_like(scale)

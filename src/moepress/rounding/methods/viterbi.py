@@ -1,22 +1,24 @@
 """The best path of a trellis code for given weights: Viterbi's algorithm, in integers.
 
-For targets x_1 .. x_T in units of the code's values, the branches b_t whose values v(state_t) make
-sum_t (x_t - v(state_t))^2 least (kernels/trellis.py says how branches make states). A state's
-predecessors are the 2**k states that end with its older bits, so with cost_t(s) the least cost of
-any path that ends in s,
+The targets x_1 .. x_T are weights in units of the code's values. The search finds the branches that
+minimise sum_t (x_t - v(state_t))^2; kernels/trellis.py defines the value v(state) and how branches
+make states. The predecessors of a state s are the 2**k states whose low 12 - k bits equal the high
+12 - k bits of s. So the least cost of any path to state s at step t is
 
     cost_t(s) = min over j of cost_(t-1)(j * 2**(12-k) + s // 2**k)  +  (x_t - v(s))^2
 
-Costs are unsigned 16-bit integers, which machines compare sixteen or more at a time: targets and
-values are taken in steps of 1 / UNITS[k], a square is (d * d + 2**14) >> 15, sums saturate at
-65535, and the least cost is subtracted every 16 steps. Equal costs take the smallest j, so that
-every implementation finds the same path.
+Costs are unsigned 16-bit integers, of which CPUs compare sixteen or more at a time: targets and
+values are rounded to steps of 1 / UNITS[k], a square is (d * d + 2**14) >> 15, sums saturate at
+65535, and the least cost is subtracted every 16 steps. Among equal costs the smallest j is taken,
+so every implementation finds the same path.
 
-A path must end in the state that it starts from. Which one: the best path through the last WINDOW
-weights and then the first WINDOW, over any states, passes some state between them; that is taken.
-A path of more than RUN steps is found in runs: each starts where the one before ended. `search` is
-C++ where it is compiled (kernels/cpu/viterbi.cpp) and the weights are on the CPU; `search_plainly`
-is its oracle, and runs on every device.
+Paths are tail-biting: a path must end in the state that it starts from. To choose that state, the
+best path through the last WINDOW targets followed by the first WINDOW, with free start and end, is
+found first; the state that it passes between the two is taken (docs/log.md#tail-biting). A path of
+more than RUN steps is found in runs, each of which starts in the state where the one before ended.
+
+`search` uses the compiled C++ (kernels/cpu/viterbi.cpp) if there is one and the weights are on the
+CPU. `search_plainly` is its oracle and runs on every device.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ from moepress.kernels.trellis import (
     to_paths,
 )
 
-UNITS = {1: 40, 2: 64, 3: 80, 4: 80}  # steps of a target for each unit of a value
-RUN = 1024  # steps decided together
-WINDOW = 64
-LARGEST = 65535
+UNITS = {1: 40, 2: 64, 3: 80, 4: 80}  # by code bits: a target of 1 is this many integer steps
+RUN = 1024  # steps of a path that are decided together
+WINDOW = 64  # targets on each side of the place where the end of a path meets its start
+LARGEST = 65535  # cost at which sums saturate
 
 
 def search(target: Tensor, bits: int) -> Tensor:
-    """Branches for eight columns of a matrix.
+    """Branches of the best paths through eight columns of a matrix.
 
     Args:
         target: [8, 64 S] float32, columns first, in the units of `code_values`.
@@ -56,8 +58,8 @@ def search(target: Tensor, bits: int) -> Tensor:
 
 
 def search_plainly(target: Tensor, bits: int) -> Tensor:
-    """As `search`, in PyTorch operations on all 32 paths at once."""
-    steps = (target * UNITS[bits]).round().clamp(-32767, 32767).int()  # half to even
+    """`search` in PyTorch operations, on all 32 paths at once."""
+    steps = (target * UNITS[bits]).round().clamp(-32767, 32767).int()  # halves round to even
     paths = to_paths(steps.T.contiguous()).permute(1, 2, 3, 0, 4).reshape(32, -1)  # [32, T]
     values = code_values(bits).to(target.device) * UNITS[bits]
     window = min(WINDOW, paths.shape[1])
@@ -67,10 +69,10 @@ def search_plainly(target: Tensor, bits: int) -> Tensor:
     start = state = passed[:, window - 1]
     runs = []
     for first in range(0, paths.shape[1], RUN):
-        part = paths[:, first : first + RUN]
+        run = paths[:, first : first + RUN]
         costs = torch.full_like(anywhere, LARGEST).scatter_(1, state[:, None], 0)
         end = start if first + RUN >= paths.shape[1] else None
-        branches, passed = _best_path(part, costs, values, bits, end)
+        branches, passed = _best_path(run, costs, values, bits, end)
         runs.append(branches)
         state = passed[:, -1]
     found = torch.cat(runs, dim=1).view(1, 16, 2, -1, STEPS).permute(3, 0, 1, 2, 4)
@@ -80,31 +82,34 @@ def search_plainly(target: Tensor, bits: int) -> Tensor:
 def _best_path(
     paths: Tensor, costs: Tensor, values: Tensor, bits: int, end: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Branches and states [n, T] int64 of the best paths through targets [n, T].
+    """Branches and states, both [n, T] int64, of the best paths through n rows of T targets.
 
     Args:
+        paths: [n, T] int32 targets, in integer steps.
         costs: [n, 4096] int32, of the states before the first target.
-        end: [n] int64, the last states; None: the best.
+        values: [4096] int32 of the states, in integer steps.
+        end: [n] int64, the state in which each path must end; None: the best one.
     """
     older = STATE_BITS - bits
-    came_from = []
+    best_predecessors = []  # by step: [n, 2**older] the j of the best predecessor
     for t in range(paths.shape[1]):
-        parts = costs.view(-1, 1 << bits, 1 << older)
-        best, origin = parts[:, 0], torch.zeros_like(parts[:, 0])
+        by_predecessor = costs.view(-1, 1 << bits, 1 << older)
+        best, best_j = by_predecessor[:, 0], torch.zeros_like(by_predecessor[:, 0])
         for j in range(1, 1 << bits):
-            less = parts[:, j] < best
-            best, origin = torch.where(less, parts[:, j], best), origin.masked_fill(less, j)
-        came_from.append(origin)
+            cost = by_predecessor[:, j]
+            less = cost < best
+            best, best_j = torch.where(less, cost, best), best_j.masked_fill(less, j)
+        best_predecessors.append(best_j)
         d = (paths[:, t, None] - values).clamp(-32768, 32767)
         square = (d * d + (1 << 14)) >> 15
         costs = (best.repeat_interleave(1 << bits, 1) + square).clamp(max=LARGEST)
         if t % STEPS == STEPS - 1:
             costs -= costs.amin(1, keepdim=True)
-    state = costs.argmin(1) if end is None else end  # of equal ones the first
+    state = costs.argmin(1) if end is None else end  # of equal costs the first state
     states = [state]
-    for origin in reversed(came_from):
+    for best_j in reversed(best_predecessors):
         rest = state >> bits
-        state = rest | origin.gather(1, rest[:, None]).squeeze(1).long() << older
+        state = rest | best_j.gather(1, rest[:, None]).squeeze(1).long() << older
         states.append(state)
     passed = torch.stack(states[-2::-1], dim=1)
     return passed & ((1 << bits) - 1), passed
