@@ -32,7 +32,7 @@ from moepress.format.checkpoint import load_json, load_tensors, save_json
 from moepress.original.folder import weight_files
 from moepress.original.source import Source
 from moepress.quantize import quantize
-from moepress.recipe import ALLOCATION_FIELDS, Recipe
+from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.score import score
 
 WITHIN = 0.01  # of a budget
@@ -278,7 +278,7 @@ class Bench:
 
     def _scored(self, recipe: Recipe) -> ExpertScores:
         """Scores for a recipe, measured once for all that differ in allocation fields only."""
-        key = recipe.digest(*ALLOCATION_FIELDS)
+        key = recipe.digest(*FIELDS_AFTER_SCORING)
         if key not in self._scores:
             self._scores[key] = score(self.source, recipe)
         return self._scores[key]

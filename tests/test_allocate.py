@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from scipy.optimize import OptimizeResult
 
 from moepress import allocate as allocate_from_package
-from moepress.allocate import allocate, pareto
+from moepress.allocate import allocate, frontier
 from moepress.allocation import highs
 from moepress.allocation.budget import budget_range
 from moepress.allocation.knapsack import solve
@@ -66,7 +66,7 @@ def make_scores(
         "gate_up_shape": (80, 128),
         "down_shape": (128, 96),  # 128 does not divide 96: its groups are of 32
         "fixed_bytes": 5000,
-        "fixed_weights": 3000,
+        "other_weights": 3000,
         "file_bytes": 700,
         "group_size": 128,
         "provenance": {"model": "none", "model_fingerprint": "abc"},
@@ -146,7 +146,7 @@ def within(scores: ExpertScores, recipe: Recipe, code: Ints, stored: Ints) -> bo
         used, most = code, recipe.bits * weights
     elif recipe.bpw is not None:
         used = stored
-        most = recipe.bpw * (weights + scores.fixed_weights) / 8 - scores.fixed_bytes
+        most = recipe.bpw * (weights + scores.other_weights) / 8 - scores.fixed_bytes
     else:
         assert recipe.size is not None
         used, most = stored, recipe.size - scores.fixed_bytes - scores.file_bytes
@@ -551,9 +551,10 @@ def test_uniform() -> None:
         allocate(scores, scalar(cost="uniform", bits=2, at_least_one=(3,)))
 
 
-def test_pareto_falls() -> None:
+def test_the_frontier_falls() -> None:
     scores = make_scores(experts=8)
-    losses = pareto(scores, scalar(size=10**6), [1.2, 1.7, 2.2, 2.7])
+    plans = frontier(scores, scalar(size=10**6), [1.2, 1.7, 2.2, 2.7])
+    losses = [plan.predicted_loss for plan in plans]
     assert losses == sorted(losses, reverse=True)
     assert losses[1] == allocate(scores, scalar(bits=1.7)).predicted_loss
 
@@ -584,7 +585,7 @@ def test_the_range_is_what_is_possible(unit: str, at_least_one: tuple[int], cost
 def test_the_bits_of_a_plan_are_a_budget_that_gives_it_again() -> None:
     """Most averages of these have no exact float."""
     for experts in range(3, 24):
-        scores = make_scores(experts=experts, layers=(0,), fixed_weights=experts + 1)
+        scores = make_scores(experts=experts, layers=(0,), other_weights=experts + 1)
         for recipe in (scalar(bits=2.45, per_projection=False), scalar(bits=1.9)):
             plan = allocate(scores, recipe)
             for unit, got in (("bits", plan.average_bits), ("bpw", plan.bits_per_weight)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moepress.errors import InputError
-from moepress.recipe import ALLOCATION_FIELDS, NAMED, Recipe, parse_size, parse_widths
+from moepress.recipe import FIELDS_AFTER_SCORING, NAMED, Recipe, parse_size, parse_widths
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -30,7 +30,7 @@ def test_digest_sees_every_field_that_is_not_left_out() -> None:
 
 
 def test_allocation_fields_are_fields() -> None:
-    assert set(ALLOCATION_FIELDS) <= {f.name for f in dataclasses.fields(Recipe)}
+    assert set(FIELDS_AFTER_SCORING) <= {f.name for f in dataclasses.fields(Recipe)}
 
 
 @pytest.mark.parametrize(

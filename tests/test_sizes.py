@@ -41,7 +41,7 @@ def test_a_shape_counts_like_the_model(
         return unmeasured(source, recipe, ModelTensors.of(source, recipe))
 
     shape, model = counted(sizes.Shape(folder, read_config(folder))), counted(Source(folder))
-    for name in ("fixed_bytes", "fixed_weights", "file_bytes", "gate_up_shape", "down_shape"):
+    for name in ("fixed_bytes", "other_weights", "file_bytes", "gate_up_shape", "down_shape"):
         assert getattr(shape, name) == getattr(model, name), name
     assert shape.tokens.shape == model.tokens.shape
 

@@ -102,7 +102,7 @@ def allocate(
         folder_bytes=total_bytes + scores.file_bytes,
         average_bits=int(at(choices.code_bits, chosen).sum()) / choices.total_weights,
         expert_bits_per_weight=expert_bytes * 8 / choices.total_weights,
-        bits_per_weight=total_bytes * 8 / (scores.fixed_weights + choices.total_weights),
+        bits_per_weight=total_bytes * 8 / (scores.other_weights + choices.total_weights),
         recipe=recipe,
         provenance=dict(scores.provenance),
     )
@@ -188,11 +188,6 @@ def keep_one(costs: Floats, sizes: Ints, chosen: Ints, capacity: int) -> Ints:
     chosen = chosen.copy()
     chosen[best[:-1]] = best[-1]
     return chosen
-
-
-def pareto(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[float]:
-    """Predicted loss of the best plan at each average number of code bits."""
-    return [plan.predicted_loss for plan in frontier(scores, recipe, bits)]
 
 
 def frontier(scores: ExpertScores, recipe: Recipe, bits: Sequence[float]) -> list[BitAllocation]:

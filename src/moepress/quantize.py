@@ -131,6 +131,7 @@ def _quantize_layers(
         original = walk.fork()
         states[ORIGINAL_STATES] = original.states
     with Progress("quantize", total=len(source.layers)) as progress:
+        progress.skip(journal.first)
         for layer in journal.remaining(states):
             with source.layer_loaded(layer):
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)

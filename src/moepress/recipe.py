@@ -261,7 +261,7 @@ def parse_widths(text: str) -> tuple[int, ...]:
 
 
 # Fields that only the allocation and later stages read: scores do not depend on them.
-ALLOCATION_FIELDS = (
+FIELDS_AFTER_SCORING = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
     "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction", "over",
 )  # fmt: skip

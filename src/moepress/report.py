@@ -214,8 +214,8 @@ def expert_values(subject: Subject) -> dict[str, Any]:
     if scores is not None:
         columns += [
             ("tokens", scores.tokens.ravel().tolist()),
-            ("frequency", _rounded(scores.tokens / scores.total_tokens)),
-            ("routing weight", _rounded(scores.routing_weight / scores.total_tokens)),
+            ("frequency", _rounded(scores.frequency)),
+            ("routing weight", _rounded(scores.mean_weight)),
             ("cost at these bits", _rounded(subject.paid)),
         ]
         columns += [

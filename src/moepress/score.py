@@ -99,6 +99,7 @@ def score_tensors(
         sensitivity = _sensitivity(source, recipe, ids, folder / SENSITIVITY)
         walk = Walk(source, ids)
         with Progress("score", total=len(source.layers)) as progress:
+            progress.skip(journal.first)
             for layer in journal.remaining({"states": walk.states}):
                 with source.layer_loaded(layer):
                     result = score_layer(walk, layer, recipe, tensors, sensitivity, texts, progress)
@@ -285,7 +286,7 @@ def _assembled(
         gate_up_shape=one.gate_up_shape,
         down_shape=one.down_shape,
         fixed_bytes=tensors.fixed_bytes,
-        fixed_weights=sum(source.shape(name).numel() for name in source.all_names),
+        other_weights=sum(source.shape(name).numel() for name in source.all_names),
         file_bytes=file_bytes(source, recipe, tensors),
         group_size=recipe.group_size,
         provenance=provenance,

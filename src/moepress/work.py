@@ -25,7 +25,7 @@ from moepress.format.checkpoint import (
     save_tensors,
 )
 from moepress.original.source import Source
-from moepress.recipe import ALLOCATION_FIELDS, Recipe
+from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 
 WORK = ".moepress"  # the work folder inside the output
@@ -43,7 +43,7 @@ def identity(source: Source, recipe: Recipe, ids: Tensor) -> dict[str, str]:
         "model": Path(source.name).name,
         "model_fingerprint": source.fingerprint,
         "text": text_digest(ids),
-        "recipe": recipe.digest(*ALLOCATION_FIELDS),
+        "recipe": recipe.digest(*FIELDS_AFTER_SCORING),
         "moepress": __version__,
     }
 

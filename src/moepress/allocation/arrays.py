@@ -11,7 +11,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-ROUNDING = 1e-12  # relative: 2.1 bits of 10 weights are 21, though 2.1 is not exact in binary
+TOLERANCE = 1e-12  # relative: 2.1 bits of 10 weights are 21, though 2.1 is not exact in binary
 
 
 def at(table: npt.NDArray[Any], choice: Ints) -> npt.NDArray[Any]:

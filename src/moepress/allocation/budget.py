@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moepress.allocation.arrays import ROUNDING, Ints, at
+from moepress.allocation.arrays import TOLERANCE, Ints, at
 from moepress.allocation.choices import Choices, offered
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, InputError
@@ -60,10 +60,10 @@ class Budget:
         used = min(asked, largest)
         open_bytes = open_range(scores, recipe)
         if unit == "bits":
-            capacity = math.floor(used * choices.total_weights * (1 + ROUNDING))
+            capacity = math.floor(used * choices.total_weights * (1 + TOLERANCE))
         elif unit == "bpw":
-            weights = scores.fixed_weights + choices.total_weights
-            total = math.floor(used * weights / 8 * (1 + ROUNDING))
+            weights = scores.other_weights + choices.total_weights
+            total = math.floor(used * weights / 8 * (1 + TOLERANCE))
             capacity = total - scores.fixed_bytes - open_bytes[0]
         else:
             rest = scores.fixed_bytes + scores.file_bytes + open_bytes[0]
@@ -108,7 +108,7 @@ def budget_range(scores: ExpertScores, recipe: Recipe) -> BudgetRange:
             open_range(scores, recipe), choices.extremes(choices.nbytes, required), strict=True
         )
     )
-    weights = scores.fixed_weights + choices.total_weights
+    weights = scores.other_weights + choices.total_weights
     return BudgetRange(
         bits=(low_bits / choices.total_weights, high_bits / choices.total_weights),
         bpw=(low * 8 / weights, high * 8 / weights),

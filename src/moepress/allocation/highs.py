@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array
 
-from moepress.allocation.arrays import ROUNDING, Floats, Ints, Mask, at
+from moepress.allocation.arrays import TOLERANCE, Floats, Ints, Mask, at
 from moepress.allocation.program import Program
 from moepress.allocation.stdout import stdout_on_stderr
 from moepress.errors import MoepressError
@@ -69,7 +69,7 @@ def best_candidates(
         cover = _ones(group[first][kinds[here]], here, (len(covered), variables + 1))
         constraints.append(LinearConstraint(cover, 1.0 - covered, np.inf))
     # A choice that leaves budget of a higher value than the gap is no better.
-    most_room = math.floor(min(gap / price * (1 + ROUNDING), capacity))
+    most_room = math.floor(min(gap / price * (1 + TOLERANCE), capacity))
     loss = np.append(offered[first][kinds, options], price if most_room else 0.0)
     taken = _proven_optimum(
         loss * min(OBJECTIVE_SCALE / gap, LARGEST_COEFFICIENT / loss.max()),
@@ -113,7 +113,7 @@ def _proven_optimum(loss: Floats, bounds: Bounds, constraints: list[LinearConstr
             )
         if result.status == 0 and result.x is not None:
             unproven = abs(result.fun - result.mip_dual_bound)
-            if unproven <= PROVEN + ROUNDING * abs(result.fun):
+            if unproven <= PROVEN + TOLERANCE * abs(result.fun):
                 return np.rint(result.x).astype(np.int64)
     raise MoepressError(
         f"HiGHS did not solve the allocation: {len(loss)} variables, at most {SECONDS:.0f} s, says "

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepress.allocation.arrays import ROUNDING, Floats, Ints, at
+from moepress.allocation.arrays import TOLERANCE, Floats, Ints, at
 from moepress.allocation.highs import best_candidates
 from moepress.allocation.program import Program
 
@@ -77,7 +77,7 @@ def _solve(program: Program) -> Ints:
     incumbent = _towards(program, above, below)
     _, reduced = program.at_price(price)
     rises = program.cover_cost(reduced)
-    bound = rises.sum() * (1 - ROUNDING)  # of two sums, one may be rounded up and the other down
+    bound = rises.sum() * (1 - TOLERANCE)  # of two sums, one may be rounded up and the other down
     gap = _loss(program, incumbent, reduced, price) - bound
     margin = _margin(program, reduced, rises)
     core = FIRST_CORE

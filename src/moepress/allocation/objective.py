@@ -47,8 +47,7 @@ def width_costs(scores: ExpertScores, recipe: Recipe, weights: Floats | None = N
             errors.sum(axis=0) if weights is None else np.tensordot(weights, errors, axes=1)
         )
     squared = scores.squared_error[..., offered_indices(scores, recipe)]
-    phi = scores.tokens / scores.total_tokens  # [L, E]
-    w = scores.routing_weight / scores.total_tokens  # [L, E]
+    phi, w = scores.frequency, scores.mean_weight  # [L, E]
     with np.errstate(all="ignore"):  # checked below
         significance = phi**recipe.alpha * w**recipe.beta
         costs = significance[:, :, None, None] * np.sqrt(squared) ** recipe.gamma

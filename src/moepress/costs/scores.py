@@ -13,7 +13,7 @@ import torch
 
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import load_tensors, read_about, save_tensors
-from moepress.recipe import ALLOCATION_FIELDS, Recipe
+from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 
 EXPERT_ARRAYS = (
     "tokens", "routing_weight", "squared_error", "cost", "output_energy", "residual_energy",
@@ -25,7 +25,11 @@ TUPLES = (
 KIND = "moepress scores"
 ROUNDED = ("gate_up", "down", "both")  # the projections that are rounded when an error is measured
 BOTH = 2  # index in ROUNDED of an expert rounded whole
-STORED_AS = {"text_tokens": "source_tokens"}  # fields that have another name in the file
+# Fields that have another name in the file.
+STORED_AS = {"text_tokens": "source_tokens", "other_weights": "fixed_weights"}
+    "text_tokens": "source_tokens",
+    "other_weights": "fixed_weights",
+}  # fields that have another name in the file
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ExpertScores:
     gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
     down_shape: tuple[int, int]
     fixed_bytes: int  # bytes in the compressed folder of all fixed tensors
-    fixed_weights: int  # number of weights outside the routed experts, open tensors included
+    other_weights: int  # number of weights outside the routed experts, open tensors included
     file_bytes: int  # bytes of the folder without its tensors: tokenizer, JSON files, headers
     group_size: int
     provenance: dict[str, str]  # model, text and recipe that the scores depend on
@@ -78,6 +82,16 @@ class ExpertScores:
             )
 
     @property
+    def frequency(self) -> npt.NDArray[np.float64]:
+        """phi [L, E]: share of the tokens that choose the expert."""
+        return self.tokens / self.total_tokens
+
+    @property
+    def mean_weight(self) -> npt.NDArray[np.float64]:
+        """w [L, E]: routing weight averaged over all tokens."""
+        return self.routing_weight / self.total_tokens
+
+    @property
     def linear_offered(self) -> npt.NDArray[np.bool_]:
         """[M, W] whether an open tensor is offered a width."""
         return np.asarray(np.isfinite(self.linear_cost).all(axis=0))
@@ -94,7 +108,7 @@ class ExpertScores:
         Args:
             changes: more fields to set, such as the widths to choose from.
         """
-        wanted = {k: v for k, v in recipe.to_dict().items() if k in ALLOCATION_FIELDS}
+        wanted = {k: v for k, v in recipe.to_dict().items() if k in FIELDS_AFTER_SCORING}
         return Recipe.from_dict({**self.recipe, **wanted, **changes})
 
     @classmethod

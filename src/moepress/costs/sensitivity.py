@@ -87,6 +87,8 @@ def measure_sensitivity(
         if not _gradient(folder, todo[-1] + 1).is_file():
             _forward(walk, folder, progress)
             save_tensors(_gradient(folder, count), {"gradient": head_gradient(walk, seed)})
+        else:
+            progress.skip(count)
         _backward(walk, folder, todo, progress)
     return Sensitivity(folder)
 
@@ -133,7 +135,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
     for layer in range(len(source.layers)):
         progress.update(layer=layer, note="forward")
         if _states(folder, layer + 1).is_file():
-            progress.advance()
+            progress.skip(1)
             continue
         if layer == 0:
             save_tensors(_states(folder, 0), {"states": walk.states})

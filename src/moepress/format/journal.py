@@ -52,6 +52,11 @@ class Journal:
         """The unfinished layers."""
         return [layer for layer in self.layers if not self.done(layer)]
 
+    @property
+    def first(self) -> int:
+        """The first unfinished layer, which is also the number of finished layers before it."""
+        return next(iter(self.todo), len(self.layers))
+
     def remaining(self, states: Mapping[str, Tensor]) -> Iterator[int]:
         """Every layer from the first unfinished one on.
 
@@ -59,8 +64,7 @@ class Journal:
             states: by name; overwritten with the states that were committed for the first of these
                 layers. For layer 0 they stay as they are.
         """
-        todo = self.todo
-        first = todo[0] if todo else len(self.layers)
+        first = self.first
         if 0 < first < len(self.layers):
             self._restore(first, states)
         yield from range(first, len(self.layers))

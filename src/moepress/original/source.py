@@ -51,7 +51,7 @@ class Source:
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
         self._conversion = Conversion.of(
-            self.model, self.folder, self.keys.keys(), self._targets, self.experts.values()
+            self.model, self.folder, self.keys.keys(), self._needed, self.experts.values()
         )
 
     # Names, shapes and roles of the tensors
@@ -105,7 +105,7 @@ class Source:
             f"{self._paths[id(module)]}.weight"
             for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         )
-        if head not in self._targets:  # tied: one tensor, stored once
+        if head not in self._needed:  # tied: one tensor, stored once
             return {embedding: ("embedding", "head")}
         return {embedding: ("embedding",), head: ("head",)}
 
@@ -122,7 +122,7 @@ class Source:
         layers = tuple(path + "." for path in self.layer_paths)
         return [
             name
-            for name in self._targets
+            for name in self._needed
             if name not in self._expert_names
             and (name.startswith(prefix + ".") if prefix else not name.startswith(layers))
         ]
@@ -156,14 +156,14 @@ class Source:
         return {name for experts in self.experts.values() for name in experts.parameters}
 
     @cached_property
-    def _targets(self) -> dict[str, Tensor]:
+    def _needed(self) -> dict[str, Tensor]:
         """Every tensor that the checkpoint must provide; a tied one only once."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = self.model.state_dict(keep_vars=True)
         return {name: value for name, value in state.items() if name not in tied}
 
     def shape(self, name: str) -> torch.Size:
-        return self._targets[name].shape
+        return self._needed[name].shape
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a tensor that is not packed."""
@@ -232,7 +232,7 @@ class Source:
     def unload(self, prefix: str | None) -> None:
         """Put meta tensors back in place of `names(prefix)`."""
         for name in self.names(prefix):
-            self.put(name, self._targets[name])
+            self.put(name, self._needed[name])
         self.model.tie_weights()
 
     def current(self, name: str) -> Tensor:
@@ -304,7 +304,7 @@ class Source:
 
         It is the model's dtype, or float32 for the few modules that transformers keeps in float32.
         """
-        declared = self._targets[name].dtype if name in self._targets else self.dtype
+        declared = self._needed[name].dtype if name in self._needed else self.dtype
         if not declared.is_floating_point:
             return declared
         keep: set[str] = set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())

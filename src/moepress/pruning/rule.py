@@ -69,11 +69,11 @@ class Pruning:
         elif isinstance(strength, str):
             raise InputError(f"Pruning {strength!r} is not known. Expected 'paper' or a share.")
         else:
-            (ratios, plain), (scaled, other) = (
+            (plain_ratios, plain_cost), (scaled_ratios, scaled_cost) = (
                 cheapest(costs, strength, renormalise) for renormalise in (False, True)
             )
-            renormalise = other < plain
-            ratios = scaled if renormalise else ratios
+            renormalise = scaled_cost < plain_cost
+            ratios = scaled_ratios if renormalise else plain_ratios
         rows = np.minimum(ratios, 1).tolist()
         return cls(dict(zip(costs.layers, map(tuple, rows), strict=True)), renormalise, protect)
 

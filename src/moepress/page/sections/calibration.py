@@ -58,8 +58,8 @@ def routing(subject: Subject) -> Section:
     if scores is None:
         return no_scores()
     chosen = scores.tokens > 0
-    frequency = np.where(chosen, scores.tokens / scores.total_tokens, np.nan)
-    weight = np.where(chosen, scores.routing_weight / scores.total_tokens, np.nan)
+    frequency = np.where(chosen, scores.frequency, np.nan)
+    weight = np.where(chosen, scores.mean_weight, np.nan)
     phi = "\N{GREEK SMALL LETTER PHI}"
     return Section(
         (
