@@ -142,9 +142,11 @@ def test_a_run_that_dies_resumes_with_the_same_bytes(
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     stage: str,
     layer: int,
 ) -> None:
+    """The progress of the second run counts the layers of the first."""
     module = importlib.import_module(f"moepress.{stage}")
     real = getattr(module, f"{stage}_layer")
 
@@ -159,7 +161,9 @@ def test_a_run_that_dies_resumes_with_the_same_bytes(
         compress(model_folder(), tmp_path / "out", recipe)
     assert not (tmp_path / "out" / "config.json").exists()
     monkeypatch.setattr(module, f"{stage}_layer", real)
+    capsys.readouterr()
     compress(model_folder(), tmp_path / "out", recipe)
+    assert f"{stage}: 2/2" in capsys.readouterr().err
     assert content(tmp_path / "out") == content(compressed)
     assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == []
 
