@@ -27,9 +27,6 @@ ROUNDED = ("gate_up", "down", "both")  # the projections that are rounded when a
 BOTH = 2  # index in ROUNDED of an expert rounded whole
 # Fields that have another name in the file.
 STORED_AS = {"text_tokens": "source_tokens", "other_weights": "fixed_weights"}
-    "text_tokens": "source_tokens",
-    "other_weights": "fixed_weights",
-}  # fields that have another name in the file
 
 
 @dataclass(frozen=True)
