@@ -21,8 +21,8 @@ HEAD = """# The command line
 
 Results go to stdout, as tables on a terminal and as plain text in a pipe; progress and warnings go
 to stderr. Exit code 0: done, 1: the work failed, 2: the input was wrong. To continue a stopped
-command, run it again. `moepress --install-completion` makes your shell complete commands and
-options.
+`compress`, `score` or `quantize`, run the same command again. `moepress --install-completion` makes
+your shell complete commands and options.
 """
 
 

@@ -55,10 +55,11 @@ def allocate(
         changes: fields of the recipe to set, such as bits=2.5.
 
     Returns:
-        The plan. Its `predicted_loss` is in units of the objective. With `cost` "random" or
-        "uniform" it is the objective of "error"; with `over` "worst" it is the weighted sum that is
-        minimised. It does not compare plans with and without `per_projection`: the
-        costs of the two projections add up to nearly, not exactly, the cost of both.
+        The plan. `predicted_loss` is in units of the objective. With `cost` "random" or "uniform",
+        `predicted_loss` is the objective of "error"; with `over` "worst", `predicted_loss` is the
+        weighted sum that is minimised. Values of `predicted_loss` with and without `per_projection`
+        cannot be compared: the costs of the two projections add up to nearly, not exactly, the cost
+        of both.
 
     Raises:
         InputError: there is no budget, or scores and recipe do not fit together.
@@ -127,12 +128,13 @@ def choose_linears(
     linears = Items(linear_costs(scores, weights), scores.linear_bytes)
     experts = Items(flat(costs), flat(np.broadcast_to(budget.sizes, costs.shape)))
     if not budget.in_bytes:
-        return linears.cheapest(8 * price_at([experts], budget.capacity))
+        price_of_bit = price_at([experts], budget.capacity)
+        return linears.cheapest(8 * price_of_bit)  # price of a code bit -> price of a byte
     capacity = budget.shared_capacity
     price = price_at([experts, linears], capacity)
     least = choices.extremes(budget.sizes, budget.required)[0]
     while capacity - linears.size(linears.cheapest(price)) < least:
-        price *= 2  # `at_least_one` needs larger experts than the price alone gives
+        price *= 2  # `at_least_one` needs more bytes for experts: raise the price until they fit
     return linears.cheapest(price)
 
 

@@ -44,7 +44,7 @@ class Progress:
 
     Args:
         stage: name of the stage, one word.
-        total: steps of the stage: layers, or batches if `update` is never given a layer.
+        total: number of steps. A step is a layer; in stages that never pass `layer`, a batch.
     """
 
     def __init__(self, stage: str, total: int) -> None:

@@ -2,9 +2,9 @@
 
 Each layer is rounded on the outputs of the rounded layers before it: its inputs when the compressed
 model runs. Within a layer attention, shared experts and dense MLPs are rounded first. Then each
-routed expert is rounded on its own tokens, behind the rounded attention: gate and up first, then
-down on the inputs that the rounded gate and up give it. A second walk carries the states of the
-original model, so that weights can make up for the errors of earlier layers
+routed expert is rounded on its own tokens, as they are once attention is rounded: gate and up
+first, then down on the inputs that the rounded gate and up give it. A second walk carries the
+states of the original model, so that weights can make up for the errors of earlier layers
 (rounding/correction.py).
 """
 

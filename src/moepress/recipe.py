@@ -222,9 +222,9 @@ class Recipe:
         """Whether `bits`, `bpw` or `size` is set."""
         return any(b is not None for b in (self.bits, self.bpw, self.size))
 
-    def digest(self, *left_out: str) -> str:
-        """A short hash of every field but those in `left_out`."""
-        fields = {k: v for k, v in self.to_dict().items() if k not in left_out}
+    def digest(self, *omitted: str) -> str:
+        """A short hash of every field but those in `omitted`."""
+        fields = {k: v for k, v in self.to_dict().items() if k not in omitted}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -297,6 +297,6 @@ NAMED = {
     "fast": FAST,
     "paper": PAPER,
     # As in MC's released code: its exponents, and its GPTQ, which has min-max grids and, at 3 bits
-    # and below, no feedback inside a column block of 128. For comparison only.
+    # and below, no feedback inside a released block of 128 columns. For comparison only.
     "paper-released": dataclasses.replace(PAPER, quantizer="gptq-released", beta=1.5, gamma=1.0),
 }

@@ -119,6 +119,8 @@ def check_output(out: Path) -> None:
 def claim(out: Path, work: Mapping[str, str]) -> bool:
     """Check that the folder `out` can be used for this work; make it if it is missing.
 
+    If `out` holds the finished work already, its work folder is deleted.
+
     Args:
         work: identity of the work.
 

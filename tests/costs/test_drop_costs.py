@@ -36,7 +36,7 @@ def some_costs(layers: int = 2, ranks: int = 2, bins: int = 4, seed: int = 0) ->
 def test_costs_are_what_dropping_does_to_the_block(
     model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Oracle: transformers' own block, with its routing cut off behind each rank."""
+    """Oracle: transformers' own block, with its routing cut off after each rank."""
     monkeypatch.setattr(drop_costs, "BINS", 5)
     folder, recipe = model_folder(family), small_recipe(text_file)
     source = Source(folder)

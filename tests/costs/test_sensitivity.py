@@ -174,7 +174,7 @@ def test_a_full_disk_is_reported_before_the_work(
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
 
-    # Three states, of two layers; the gradient behind a layer and that before it.
+    # Three states, of two layers; the gradient after a layer and that before it.
     leaves_free(5 * states - 1)
     with pytest.raises(CheckpointError, match=r"states of all layers.*--sequences"):
         measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)

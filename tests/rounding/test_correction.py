@@ -87,7 +87,7 @@ def test_gain_is_least_squares(
     weighted: bool, damping: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best gain of all outputs, token by token in float64, whatever the damping is."""
-    monkeypatch.setattr(correction_module, "COLUMNS_PER_PANEL", 12)
+    monkeypatch.setattr(correction_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs()
     w = random_weight()
     rounded = w.round()

@@ -122,7 +122,7 @@ def assert_nearest(q: QuantizedMatrix, adjusted: Tensor, error: Tensor) -> None:
 
     Args:
         q: the quantized matrix.
-        adjusted: [N, K] float64, weights plus feedback, behind the codes of `q`.
+        adjusted: [N, K] float64, weights plus feedback, given the codes of `q`.
         error: [N, K] float64, bound on the error of the same in float32.
     """
     scales, zeros = grids_of_columns(q)
@@ -168,7 +168,7 @@ def test_hessian_weights_tokens_and_adds_up_in_any_chunking(
     importance = torch.rand(50, generator=torch.Generator().manual_seed(3))
     importance[7] = 0
     monkeypatch.setattr(hessian, "TOKENS_PER_CHUNK", 16)
-    monkeypatch.setattr(hessian, "COLUMNS_PER_PANEL", 12)
+    monkeypatch.setattr(hessian, "COLUMNS_PER_SLICE", 12)
     accumulated = Hessian(40, "cpu")
     accumulated.add(x[:33], importance[:33])
     accumulated.add(x[33:], importance[33:])

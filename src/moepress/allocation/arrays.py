@@ -11,7 +11,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-TOLERANCE = 1e-12  # relative: 2.1 bits of 10 weights are 21, though 2.1 is not exact in binary
+TOLERANCE = 1e-12  # Relative tolerance, so that floor(2.1 * 10) is 21
+LEAST_PRICE = 1e-200  # so low that it only breaks ties, towards the smaller option
 
 
 def at(table: npt.NDArray[Any], choice: Ints) -> npt.NDArray[Any]:

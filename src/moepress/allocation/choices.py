@@ -141,7 +141,10 @@ class Choices:
         """Smallest and largest sum of `sizes` [P, C] over all items of the model.
 
         Every layer uses each option of `required` at least once. If experts may be left out, the
-        smallest sum keeps one expert in every layer.
+        smallest sum counts one expert of the smallest width in every layer: with scope "layer" each
+        layer gets an equal share of the budget, which then has room for an expert. This only bounds
+        the budget. A plan may leave out all experts of a layer; `allocate.keep_one` keeps one in
+        the whole model.
         """
         count, experts, _ = self.shape
         held = sizes[:, list(required)].sum()

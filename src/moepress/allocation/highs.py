@@ -68,7 +68,7 @@ def best_candidates(
         here = np.flatnonzero(options == option)
         cover = _ones(group[first][kinds[here]], here, (len(covered), variables + 1))
         constraints.append(LinearConstraint(cover, 1.0 - covered, np.inf))
-    # A choice that leaves budget of a higher value than the gap is no better.
+    # If the unspent budget is worth more than the gap, the plan cannot beat the incumbent.
     most_room = math.floor(min(gap / price * (1 + TOLERANCE), capacity))
     loss = np.append(offered[first][kinds, options], price if most_room else 0.0)
     taken = _proven_optimum(

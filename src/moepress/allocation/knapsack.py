@@ -33,12 +33,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moepress.allocation.arrays import TOLERANCE, Floats, Ints, at
+from moepress.allocation.arrays import LEAST_PRICE, TOLERANCE, Floats, Ints, at
 from moepress.allocation.highs import best_candidates
 from moepress.allocation.program import Program
 
 FIRST_CORE = 100  # options that HiGHS is given first, in addition to the cheapest of each item
-LEAST_PRICE = 1e-200  # largest cost: 1; so low a price only prefers the smaller of equal costs
 
 
 def solve(
@@ -139,7 +138,7 @@ def _margin(program: Program, reduced: Floats, rises: Floats) -> Floats:
     """
     margin = reduced.copy()
     for option in program.required:
-        saved = rises - program.cover_cost(reduced, left_out=option)  # [G]
+        saved = rises - program.cover_cost(reduced, without=option)  # [G]
         margin[program.members, option] -= saved[:, None]
     return margin
 

@@ -5,10 +5,10 @@ price at which all items together just fit the budget is the value of a byte at 
 open tensors (attention, shared experts, dense MLPs, embedding and head), few and large compared
 with the routed experts, take their widths at this price.
 
-Weights. To minimise the loss on the worst text, note that
+Weights. The plan with the least loss on its worst text minimises a weighted loss, up to the
+integrality gap. The texts' weights are at least 0, sum to 1, and maximise that minimum:
 
-    min over plans of max_d loss_d  =  max over weights >= 0 of sum 1 of  min over plans of
-                                       sum_d weight_d loss_d       (up to the integrality gap)
+    min over plans of max_d loss_d  =  max over weights of  min over plans of sum_d weight_d loss_d
 
 Multiplicative weights find the outer maximum: a text with a large loss gets a larger weight in the
 next round.
@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moepress.allocation.arrays import Floats, Ints, at
+from moepress.allocation.arrays import LEAST_PRICE, Floats, Ints, at
 
-SMALLEST = 1e-200  # a price so low that it only breaks ties between equal costs
 HALVINGS = 200  # of an interval of prices: more than float64 can resolve
 ROUNDS = 40  # of multiplicative weights: the worst loss then varies by about 1 %
 STEP = 1.0  # first round: the weight of a text with twice the mean loss is multiplied by e
@@ -55,9 +54,9 @@ def price_at(groups: Sequence[Items], capacity: int) -> float:
     def fits(price: float) -> bool:
         return sum(items.size(items.cheapest(price)) for items in groups) <= capacity
 
-    if fits(SMALLEST):
-        return SMALLEST
-    low, high = SMALLEST, 1e-30
+    if fits(LEAST_PRICE):
+        return LEAST_PRICE
+    low, high = LEAST_PRICE, 1e-30
     while not fits(high):
         low, high = high, high * 1e3
     for _ in range(HALVINGS):
@@ -87,9 +86,10 @@ def weighted_sum(weights: Floats, costs: Floats) -> Floats:
 
 
 def worst_case_weights(groups: Sequence[ItemsByText], capacity: int) -> Floats:
-    """[D] weights of sum 1: their plan of least weighted loss has the least loss on the worst text.
+    """Weights [D] that sum to 1, one for each text.
 
-    The best of ROUNDS rounds of multiplicative weights.
+    The plan that minimises the weighted loss has the least loss on its worst text. The weights are
+    the best of ROUNDS rounds of multiplicative weights.
     """
     texts = len(groups[0].costs)
     logs = np.zeros(texts)

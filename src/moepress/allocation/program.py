@@ -61,7 +61,7 @@ class Program:
         """
         total = self.excess + price * self.sizes
         choice = total.argmin(axis=1)
-        # `at` instead of a minimum, which numpy takes slowly along so short an axis.
+        # min(axis=1) is slow on such short rows; reuse the argmin.
         reduced = total - at(total, choice)[:, None]
         for items in self.members if self.required else ():
             offers = reduced[items][:, list(self.required)]
@@ -83,14 +83,14 @@ class Program:
             held[self.members[np.arange(len(found)), found.argmax(axis=1)]] = True
         return held
 
-    def cover_cost(self, reduced: Floats, left_out: int | None = None) -> Floats:
+    def cover_cost(self, reduced: Floats, without: int | None = None) -> Floats:
         """[G] how much the bound rises because a group must use its required options.
 
         Args:
             reduced: [I, C] reduced costs.
-            left_out: an option that is not required here.
+            without: an option that is not required here.
         """
-        options = [option for option in self.required if option != left_out]
+        options = [option for option in self.required if option != without]
         rises = np.zeros(len(self.members))
         for group, items in enumerate(self.members if options else ()):
             offers = reduced[items][:, options]

@@ -14,7 +14,7 @@ DRAWS = 100  # random allocations are drawn, and the largest that fits the budge
 def draw(
     sizes: Ints, capacity: int, members: Ints, required: Sequence[int], rng: np.random.Generator
 ) -> Ints:
-    """Draw a random allocation; all that just meet the budget are about equally likely.
+    """Draw a random allocation. Those that just meet the budget are about equally likely.
 
     Giving random costs to the solver would not do: it would still avoid options that are expensive
     for their size, so it would decide the mix of widths. Instead every item draws its option
@@ -81,7 +81,8 @@ def _probabilities(sizes: Ints, capacity: int) -> Floats:
         weight = np.exp(-price * scaled - (-price * scaled).max(axis=1, keepdims=True))
         return np.asarray(weight / weight.sum(axis=1, keepdims=True))
 
-    low, high = -1000.0, 1000.0  # all items take the largest, the smallest option
+    # At `low` all items take the largest option, at `high` the smallest.
+    low, high = -1000.0, 1000.0
     for _ in range(60):
         price = (low + high) / 2
         if (at_price(price) * sizes).sum() > capacity:

@@ -16,6 +16,8 @@ import typer
 
 from moepress.cli import making, trying, using
 
+RESUMABLE = ("compress", "score", "quantize")  # commands that keep their unfinished work
+
 app = typer.Typer(
     name="moepress",
     help="Compress Mixture-of-Experts language models to 1.5-3 bits per expert weight.",
@@ -77,5 +79,7 @@ def main() -> None:
         typer.echo(f"moepress: {error}", err=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        typer.echo("moepress: stopped. Run the same command again to continue.", err=True)
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        advice = " Run the same command again to continue." if command in RESUMABLE else ""
+        typer.echo(f"moepress: stopped.{advice}", err=True)
         sys.exit(1)

@@ -19,7 +19,9 @@ def demo(
     bits: Annotated[float, typer.Option(help="Average code bits of the routed experts.")] = 2.5,
     as_json: AsJson = False,
 ) -> None:
-    """Compress, evaluate and run the small model that comes with moepress, in a minute or two.
+    """Compress, evaluate and run the small model that comes with moepress.
+
+    It takes two to four minutes on two cores.
 
     Example: moepress demo
     """

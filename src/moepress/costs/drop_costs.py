@@ -8,7 +8,7 @@ has the distribution of that ratio by rank, and what dropping a rank adds to the
     y   = sum over all ranks of w_r f_r                       f_r: output of the expert of rank r
     y_m = a_m * sum over ranks 1 .. m of w_r f_r              a_m = 1, or (sum of all w) / (sum of
     D_m = || y - y_m ||^2                                     the m largest w): renormalised
-    cost of rank r = D_(r-1) - D_r                            the ranks behind it already dropped
+    cost of rank r = D_(r-1) - D_r                            all later ranks already dropped
 
 Costs are divided by the mean energy of the residual stream, so that layers can be compared.
 """
@@ -159,7 +159,8 @@ class DropMeter:
         generator = torch.Generator().manual_seed(seed)
         some = torch.randperm(len(routed.hidden), generator=generator)[:SAMPLE].sort().values
         real = (routed.index[some] >= 0) & (routed.index[some] < experts)
-        self._total = routed.weight[some].masked_fill(~real, 0).sum(1)  # [S] as routed
+        # [S] sum of each token's routing weights before experts are left out
+        self._total = routed.weight[some].masked_fill(~real, 0).sum(1)
         real &= ~torch.isin(routed.index[some], torch.tensor(left_out, dtype=torch.int64))
         weight = routed.weight[some].masked_fill(~real, 0)
         self.sample = Routed(routed.hidden[some], routed.index[some], weight)

@@ -28,7 +28,7 @@ from moepress.original.walk import Walk
 from moepress.recipe import TABLE_BITS, UNQUANTIZED
 from moepress.rounding.methods import quantize_matrix
 
-HEAD_TOKENS = 4096  # tokens, about, of the sample on which errors of the logits are measured
+HEAD_TOKENS = 4096  # about this many tokens are sampled to measure errors of the logits
 ROWS_AT_ONCE = 8192  # of the vocabulary; bounds memory
 
 

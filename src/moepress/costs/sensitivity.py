@@ -78,7 +78,7 @@ def measure_sensitivity(
     count = len(source.layers)
     check_identity(folder / "identity.json", identity)
     todo = [layer for layer in range(count) if not _result(folder, layer).is_file()]
-    _clear_behind(folder, todo[-1] if todo else -1, count)
+    _clear_after(folder, todo[-1] if todo else -1, count)
     if not todo:
         return Sensitivity(folder)
     walk = Walk(source, ids)
@@ -93,7 +93,7 @@ def measure_sensitivity(
     return Sensitivity(folder)
 
 
-def _clear_behind(folder: Path, last: int, count: int) -> None:
+def _clear_after(folder: Path, last: int, count: int) -> None:
     """Delete states and gradients that only layers after `last` needed.
 
     A run that was stopped may not have deleted them itself.

@@ -18,8 +18,8 @@ from moepress.format.checkpoint import load_json, load_tensors, save_json, save_
 class Journal:
     """The finished layers of a walk, one file each, and the states to continue from.
 
-    A layer is finished once its file has its final name. The states after that layer are on disk
-    before, so the process may be killed at any moment.
+    A layer is finished once its file has its final name. The states after that layer are
+    written before that file, so the process may be killed at any moment.
 
     Args:
         folder: made if missing.

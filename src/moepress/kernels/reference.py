@@ -1,6 +1,6 @@
 """The ops in plain PyTorch: the definition of correct, which other backends are tested against.
 
-scalar.py and trellis.py decode packed matrices in strips of rows, so memory beside the result
+scalar.py and trellis.py decode packed matrices some rows at a time, so memory beside the result
 stays near their `STRIP_WEIGHTS` floats.
 """
 
@@ -187,7 +187,7 @@ def check_activation_bits(bits: int) -> None:
 
 
 def _strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
-    """Weights by strips of rows: (first row, [n, K] float32). Trellis weights stay rotated."""
+    """Weights, some rows at a time: (first row, [n, K] float32). Trellis weights stay rotated."""
     strips = trellis.strips if codec.family == "trellis" else scalar.strips
     return strips(packed, rows, cols, codec)
 

@@ -78,7 +78,7 @@ def unpack(
 
 
 def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
-    """The weights of a packed matrix by strips of rows: (first row, [n, K] float32).
+    """The weights of a packed matrix, some rows at a time: (first row, [n, K] float32).
 
     Memory beside the result stays near `STRIP_WEIGHTS` floats.
     """
@@ -91,7 +91,7 @@ def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple
 
 
 def some_rows(packed: Tensor, rows: int, cols: int, codec: Codec, wanted: Tensor) -> Tensor:
-    """The weights of the rows `wanted` # [n] int64, in that order: [n, K] float32."""
+    """The weights of the rows `wanted` ([n] int64), in that order: [n, K] float32."""
     fields = _unpack_rows(_blocks(packed, rows, cols, codec), cols, codec, wanted)
     return _weights(*fields, codec)
 
@@ -131,7 +131,7 @@ def _blocks(packed: Tensor, rows: int, cols: int, codec: Codec) -> Tensor:
 def _unpack_rows(
     blocks: Tensor, cols: int, codec: Codec, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [n, K], scales [n, G] and zeros [n, G] or None, of `rows` # [n] int64 or of all."""
+    """Codes [n, K], scales [n, G] and zeros [n, G] or None, of `rows` ([n] int64) or of all."""
     groups = codec.groups(cols)
     tile = ROWS_PER_BLOCK * codec.group_size * codec.bits // 8
     sizes = [groups * tile, 2 * groups * ROWS_PER_BLOCK, codec.has_zero * groups * ROWS_PER_BLOCK]

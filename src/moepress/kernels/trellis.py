@@ -150,7 +150,7 @@ def code_matrix(branches: Tensor, bits: int) -> Tensor:
 
 
 def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
-    """The rotated weights W Q^T of a packed matrix by strips of rows: (first row, [n, K] float32).
+    """Rotated weights W Q^T of a packed matrix, some rows at a time: (first row, [n, K] float32).
 
     Each weight is scale * value, one float32 product.
     """
@@ -169,9 +169,12 @@ def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Q x, the inputs that rotated weights take: [..., K] to [..., K] in the dtype of x.
+    """Rotate inputs: Q x (Q: head of this file), so that W x = (W Q^T)(Q x).
 
     Computed in float32 or wider.
+
+    Args:
+        x: [..., K]; the result has its shape and dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return hadamard(wide * signs(x.shape[-1]).to(wide)).to(x.dtype)

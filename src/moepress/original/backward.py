@@ -1,19 +1,20 @@
 """Backpropagate the gradient of the loss through the layers, one at a time, in bounded memory.
 
-walk.py brings states forward through a layer. This file brings d = dloss / d(states after a layer)
-back to the layer's input. The model's own code runs the layer and autograd differentiates it. Only
-the routed experts are replaced, as in the forward walk, so that one expert is in memory at a time.
-Write a layer as y = experts(h, w), out = rest(x, y), where the experts' input h and the routing
-weights w are functions of the layer's input x:
+walk.py brings states forward through a layer. This file brings g_out, the gradient of the loss at
+the states after a layer, back to the layer's input. The model's own code runs the layer and
+autograd differentiates it. Only the routed experts are replaced, as in the forward walk, so that
+one expert is in memory at a time. Write a layer as y = experts(h, w), out = rest(x, y), where the
+experts' input h and the routing weights w are functions of the layer's input x. Then the gradients
+of the loss at y, h, w and x are
 
-    1. run the layer with y as a leaf                        dy = d * d(out)/dy
-    2. run each expert on its tokens, y = sum_e w_e f_e(h)   dh = sum_e w_e dy * df_e/dh
-                                                             dw_e = <dy, f_e(h)>
-    3. run the layer again with y as a constant;             dx = d * d(out)/dx + dh * dh/dx
-       backpropagate from out, h and w                            + dw * dw/dx
+    1. run the layer with y as a leaf                        g_y = g_out * d(out)/dy
+    2. run each expert on its tokens, y = sum_e w_e f_e(h)   g_h = sum_e w_e g_y * df_e/dh
+                                                             g_w,e = <g_y, f_e(h)>
+    3. run the layer again with y as a constant;             g_x = g_out * d(out)/dx
+       backpropagate from out, h and w                             + g_h * dh/dx + g_w * dw/dx
 
 The choice of experts has no gradient. Some families detach the routing weights on purpose; step 3
-then does not use dw.
+then does not use g_w.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class BackwardWalk:
         return norms, self._to_input(layer, output, inside, linears)
 
     def _at_experts_output(self, layer: int, output: Tensor) -> Tensor:
-        """Step 1: dy [T, H] float32."""
+        """Step 1: g_y [T, H] float32."""
         gradient = empty(tuple(output.shape), torch.float32)
         for run in self._runs(layer, output, to_experts=True):
             assert run.y is not None
@@ -94,7 +95,7 @@ class BackwardWalk:
     def _through_experts(
         self, layer: int, routed: Routed, at_output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Step 2: dh [T, H] float32 and dw [T, k] float32, one expert in memory at a time."""
+        """Step 2: g_h [T, H] float32 and g_w [T, k] float32, one expert in memory at a time."""
         at_hidden = empty(tuple(at_output.shape), torch.float32).zero_()
         at_weight = torch.zeros_like(routed.weight)
         for expert in self.walk.chosen_experts(layer, routed):
@@ -103,11 +104,11 @@ class BackwardWalk:
                 token, place = expert.tokens[chunk], expert.places[chunk]
                 x = routed.hidden[token].to(device).requires_grad_()
                 gate = expert.gate[chunk, None].to(device)
-                dy = at_output[token].to(device)
+                g_y = at_output[token].to(device)
                 y = expert_forward(expert.module, expert.weights, x)
-                (found,) = _gradients([y], [x], [(dy * gate).to(y)], layer)
+                (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
                 at_hidden.index_add_(0, token, found.float().cpu())
-                at_weight[token, place] = (dy * y.detach().float()).sum(1).cpu()
+                at_weight[token, place] = (g_y * y.detach().float()).sum(1).cpu()
         return at_hidden, at_weight
 
     def _to_input(
@@ -121,7 +122,7 @@ class BackwardWalk:
 
         Args:
             output: [T, H] of the experts; None: the layer has none.
-            inside: dh and dw; None: the layer has no experts.
+            inside: g_h and g_w; None: the layer has no experts.
 
         Returns:
             Squared norms of the gradient at the outputs of `linears`.

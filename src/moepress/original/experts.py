@@ -95,9 +95,9 @@ class RoutedExpert:
 
 
 def expert_hidden(module: Any, gate_up: Tensor, x: Tensor) -> Tensor:
-    """Input [T, I] of an expert's down projection: act(gate x) * up x."""
-    hidden: Tensor = module._apply_gate(F.linear(x, gate_up))
-    return hidden
+    """Inner activations [T, I] of an expert, the input of down: act(gate x) * up x."""
+    inner: Tensor = module._apply_gate(F.linear(x, gate_up))
+    return inner
 
 
 def expert_forward(module: Any, weights: ExpertWeights, x: Tensor) -> Tensor:

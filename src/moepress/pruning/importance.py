@@ -12,7 +12,7 @@ them up over queries and heads, and frees them. Nothing of size L x L is kept.
 
     prefill   columns of the current call's tokens, over the queries of that call (one chunk of the
               prompt if it is processed in chunks); keys of a cache take part in the softmax
-    decode    one query per sequence: a token's column would hold only its own query, so no mean
+    decode    the only query is the token's own: nothing to average, so no token is protected
 
 Long prefills use a sample of their queries. Half of it are the last queries, because few queries
 see the last tokens; the other half is spread over the rest and weighted to stand for all of it.
@@ -130,7 +130,7 @@ def column_means(
     step = max(1, most // (batch * heads * keys))
     for start in range(0, rows.shape[1], step):
         chunk, count = rows[:, start : start + step], counts[:, None, start : start + step]
-        # Without a mask, no query of the chunk sees a key behind the chunk's last query.
+        # Without a mask, no query of the chunk sees a key after the chunk's last query.
         here = keys if mask is not None else min(keys, int(chunk[0, -1]) + 1)
         real_query = real.gather(1, chunk.expand(batch, -1))
         visible = _visible(mask, chunk, own, here) & real_query[:, None, :, None]  # [B, h, c, here]
@@ -206,7 +206,7 @@ def means_of_weights(weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
 def own_columns(query: Tensor, keys: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The columns of the call's own tokens among the keys, and which of the tokens are real.
 
-    A dynamic cache has the own tokens last. A static cache has them behind the earlier tokens and
+    A dynamic cache has the own tokens last. A static cache has them after the earlier tokens and
     before its free places. The last query's mask tells: the last key it sees is its own.
 
     Args:

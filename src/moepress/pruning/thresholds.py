@@ -34,8 +34,8 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     ranks are taken until the share is reached. Where that does not end inside a pool, no other
     thresholds have a smaller sum of costs.
 
-    The cost of a rank is measured with all ranks behind it dropped. A threshold is therefore
-    lowered to the smallest one of the ranks behind it: a token then loses its last choices, never
+    The cost of a rank is measured with all later ranks dropped. A threshold is therefore
+    lowered to the smallest one of the later ranks: a token then loses its last choices, never
     one before them. The dropped share comes out slightly smaller.
 
     Args:

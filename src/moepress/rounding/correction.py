@@ -7,7 +7,7 @@ token weights c_t) is
 
     W* = W + W M H^-1,     M = sum_t c_t (x_t - x'_t) x'_t^T,     H = sum_t c_t x'_t x'_t^T
 
-and sum_t c_t || W x_t - What x'_t ||^2 = trace((W* - What) H (W* - What)^T) + a term without What.
+and sum_t c_t || W x_t - Ŵ x'_t ||^2 = trace((W* - Ŵ) H (W* - Ŵ)^T) + a term without Ŵ.
 So it suffices to round W* with the Hessian of x'. GPTAQ (arXiv:2504.02692) and QEP
 (arXiv:2504.09629) correct weights in this way.
 
@@ -18,11 +18,10 @@ applied: W + strength * W M H^-1 (docs/log.md#correction).
 
 With H = R D R^T (hessian.py), two triangular solves give W M H^-1.
 
-Gain. A single gain for a whole matrix cannot over-fit, so it is applied in full. What is multiplied
-by
+Gain. A single gain for a whole matrix cannot over-fit, so it is applied in full. Ŵ is multiplied by
 
-    g = sum_t c_t <W x_t, What x'_t> / sum_t c_t || What x'_t ||^2
-      = (<W, What>_H + <W M, What>) / <What, What>_H,          <A, B>_H = trace(A H B^T) .
+    g = sum_t c_t <W x_t, Ŵ x'_t> / sum_t c_t || Ŵ x'_t ||^2
+      = (<W, Ŵ>_H + <W M, Ŵ>) / <Ŵ, Ŵ>_H,          <A, B>_H = trace(A H B^T) .
 
 g is above 1 for `down`: rounding to the least squared error takes energy from gate and from up,
 and the input of `down` is a product of their outputs (docs/log.md#gain-of-down).
@@ -33,7 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.hessian import COLUMNS_PER_PANEL, TOKENS_PER_CHUNK, Factor, Hessian
+from moepress.rounding.hessian import COLUMNS_PER_SLICE, TOKENS_PER_CHUNK, Factor, Hessian
 
 
 class Correction:
@@ -46,7 +45,7 @@ class Correction:
         """Add T tokens.
 
         Args:
-            x: [T, K], any float dtype: x', the layer's inputs behind rounded layers.
+            x: [T, K], any float dtype: x', the layer's inputs once earlier layers are rounded.
             original: [T, K], any float dtype: its inputs in the original model, token by token.
             weight: [T], at least 0: weight c_t of each token; None: 1.
         """
@@ -86,11 +85,11 @@ class Correction:
         return w.add(y, alpha=strength)
 
     def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
-        """The gain g for which the outputs of g * What come nearest to the original outputs.
+        """The gain g for which the outputs of g * Ŵ come nearest to the original outputs.
 
         Args:
             weight: [N, K] W, any float dtype.
-            rounded: [N, K] What, float32.
+            rounded: [N, K] Ŵ, float32.
             factor: of the Hessian of the same x' and token weights. Its damping is subtracted.
 
         Returns:
@@ -102,11 +101,11 @@ class Correction:
         added = trace / w.shape[1] * factor.damping / (1 + factor.damping)
         product = ((w @ self._sum - added * w) * rounded).double().sum().item()
         energy = -added * rounded.double().square().sum().item()
-        for start in range(0, w.shape[1], COLUMNS_PER_PANEL):
-            stop = min(start + COLUMNS_PER_PANEL, w.shape[1])
-            panel = factor.feedback[:stop, start:stop]  # R is upper triangular
-            left = rounded[:, :stop] @ panel
+        for start in range(0, w.shape[1], COLUMNS_PER_SLICE):
+            stop = min(start + COLUMNS_PER_SLICE, w.shape[1])
+            r = factor.feedback[:stop, start:stop]  # a column slice of R, which is upper triangular
+            left = rounded[:, :stop] @ r
             curvature = factor.curvature[start:stop]
-            product += ((w[:, :stop] @ panel) * left * curvature).double().sum().item()
+            product += ((w[:, :stop] @ r) * left * curvature).double().sum().item()
             energy += (left.square() * curvature).double().sum().item()
         return product / energy if product > 0 and energy > 0 else 1.0

@@ -38,8 +38,8 @@ def round_expert(
 def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]) -> list[Matrix]:
     """The fused gate and up projection [2I, H] at each width; one factorization serves all.
 
-    If the expert comes with its inputs in the original model (`Routed.original`), the weights are
-    corrected for a share of the difference (correction.py).
+    If the expert comes with its inputs in the original model (`Routed.original`), the weights make
+    up for a share of the difference between the expert's inputs now and these (correction.py).
     """
     weight = expert.weights.gate_up
     if not rounding.needs_hessian:
@@ -55,8 +55,8 @@ def round_down(
     """The down projection [H, I] at each width.
 
     If the expert comes with its inputs in the original model (`Routed.original`), the weights are
-    corrected for a share of the difference, and the scales of the rounded matrix for the remaining
-    gain (correction.py).
+    moved to make up for part of the difference to the original model's inputs; then the scales are
+    multiplied by the one gain that brings the outputs nearest to the original ones (correction.py).
 
     Args:
         gate_up: [2I, H] weights that make the inputs of down: the original ones to score one
@@ -88,7 +88,7 @@ def _gathered(
     """Statistics of a matrix's inputs on the tokens of the expert's Hessian.
 
     Args:
-        now: gives the matrix's inputs from the expert's inputs behind rounded layers.
+        now: gives the matrix's inputs from the expert's inputs once earlier layers are rounded.
         original: gives the matrix's inputs from the expert's inputs in the original model.
     """
     routed = expert.routed
@@ -104,7 +104,10 @@ def _gathered(
 
 
 def _target(weight: Tensor, inputs: Inputs, rounding: Rounding) -> tuple[Tensor, Factor]:
-    """The weight to round, corrected if `inputs` has the original model's, and its factor."""
+    """(weights to round, factor of the Hessian).
+
+    The weights are corrected if `inputs` also gathered the inputs in the original model.
+    """
     target = inputs.corrected(weight, rounding.damping, rounding.correction)
     return target, inputs.factor(rounding.damping)
 

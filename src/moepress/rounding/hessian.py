@@ -1,6 +1,6 @@
 """The Hessian of a linear layer's squared output error, and its LDL factorization.
 
-Let What be the rounded weights W [N, K], E = W - What, and c_t the weight of token t with input
+Let Ŵ be the rounded weights W [N, K], E = W - Ŵ, and c_t the weight of token t with input
 x_t. The squared error of the outputs is a quadratic form, the same for every row of E:
 
     sum_t c_t || E x_t ||^2 = trace(E H E^T),      H = sum_t c_t x_t x_t^T   [K, K]
@@ -28,7 +28,7 @@ from torch import Tensor
 from moepress.errors import NumericalError
 
 TOKENS_PER_CHUNK = 4096  # bounds the float32 copy of the inputs
-COLUMNS_PER_PANEL = 1024  # H is summed in panels, which leave out most of its lower triangle
+COLUMNS_PER_SLICE = 1024  # H is summed in column slices without most of its lower triangle
 DAMPING_RETRIES = 4  # each with ten times the damping of the one before
 
 logger = logging.getLogger("moepress.rounding.methods")
@@ -70,8 +70,8 @@ class Hessian:
             if weight is not None:
                 root = weight[start : start + TOKENS_PER_CHUNK].to(chunk).sqrt()
                 chunk = chunk * root[:, None]
-            for a in range(0, self.features, COLUMNS_PER_PANEL):
-                b = a + COLUMNS_PER_PANEL
+            for a in range(0, self.features, COLUMNS_PER_SLICE):
+                b = a + COLUMNS_PER_SLICE
                 upper[a:b, a:].addmm_(chunk[:, a:b].T, chunk[:, a:])
 
     def copy(self) -> Hessian:

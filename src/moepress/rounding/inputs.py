@@ -40,7 +40,7 @@ class Inputs:
         """Add T tokens.
 
         Args:
-            x: [T, K], any float dtype: the inputs behind rounded layers.
+            x: [T, K], any float dtype: the inputs once earlier layers are rounded.
             original: [T, K], the inputs in the original model, token by token; None: not needed.
             weight: [T], at least 0: weight of each token; None: 1.
         """

@@ -1,7 +1,7 @@
 """The tokens that the Hessian of a routed expert is made of, and the weight of each.
 
 They are the tokens that chose the expert. An expert with few tokens borrows others of its layer, so
-that an error in a direction that its own tokens lack is not free.
+that errors along input directions that none of its own tokens has still cost something.
 """
 
 from __future__ import annotations

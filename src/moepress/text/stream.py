@@ -100,7 +100,7 @@ def _chunk(document: Document, index: int, count: int, chunk_bytes: int) -> str:
 def _cut(document: Document, at: int, reach: int) -> int:
     """The first place to cut the document at or after byte `at`.
 
-    That is behind the first line end within `reach` bytes, else at the next whole character.
+    That is after the first line end within `reach` bytes, else at the next whole character.
     """
     if at == 0:
         return 0

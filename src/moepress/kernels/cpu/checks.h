@@ -35,7 +35,7 @@ Result checked_linear(const Codec& codec, const float* x, int64_t tokens,
 }
 
 // One of the two packed parameters of the experts.
-struct PackedExperts {
+struct PackedParameter {
     const uint8_t* bytes;
     int64_t nbytes;
     const int64_t* table;  // [experts][2]: first byte, code bits
@@ -45,7 +45,7 @@ struct PackedExperts {
 template <class Codec>
 Result checked_experts(const Codec& codec, const float* x, int64_t tokens, int64_t hidden,
                        const int64_t* index, const float* weight, int64_t k,
-                       const PackedExperts& gate_up, const PackedExperts& down, int64_t count,
+                       const PackedParameter& gate_up, const PackedParameter& down, int64_t count,
                        int64_t intermediate, int activation, int threads, float* y) {
     constexpr int64_t most = int64_t(1) << 29;  // columns: products of sizes stay below 2^63
     if (tokens < 0 || k < 0 || count < 0 || threads < 1) return kBadShape;

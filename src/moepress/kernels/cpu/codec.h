@@ -1,9 +1,11 @@
 // What the driver (linear.h, experts.h) needs from a codec. ScalarCodec and TrellisCodec are two
-// types with these members; the driver is a template over them.
+// types with these members; the driver is a template over them. Such a type is the
+// compute policy of a codec family: how its matrices are multiplied, and how activations are
+// prepared for that.
 //
 //     Matrix                     ScalarMatrix, TrellisMatrix
-//     kStripRows                 A strip is what one call of a product kernel multiplies: a block
-//                                of a scalar matrix (16 rows) or a slab of a trellis matrix (64).
+//     kStripRows                 Rows of a strip, the part of a matrix that one call of `multiply`
+//                                takes: 16 (a block) or 64 (a slab).
 //     kMixesColumns              Whether preparing activations mixes the columns of a token. If
 //                                not, a group of columns can be prepared as soon as it is computed.
 //     kRunWidth, panels_per_run()      Unless kMixesColumns: bounds of an item of gate_up.h.

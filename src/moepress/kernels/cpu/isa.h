@@ -74,7 +74,7 @@ using TrellisRound = void (*)(const float* x, int64_t cols, int group, const Tre
 
 // One step of Viterbi's algorithm (viterbi.cpp). Writes the costs of all states to `next`, and to
 // `chosen` [2^(12 - bits)] the number of the best predecessor of each group of states with the same
-// older bits. `values` [4096] and `target` are in steps of 1 / kUnit.
+// older bits. `values` [4096] and `target` are in units of 1 / kUnit.
 using ViterbiStep = void (*)(const uint16_t* costs, const int16_t* values, int16_t target,
                              uint16_t* next, uint8_t* chosen);
 

@@ -31,8 +31,8 @@ struct Avx2Lanes {
         __m256i part[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};     // [16] int16
         __m256i nibble[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};   // 8 bits only
 
-        void add(Codes codes, int32_t quad) {
-            const __m256i x = _mm256_set1_epi32(quad);
+        void add(Codes codes, int32_t four) {
+            const __m256i x = _mm256_set1_epi32(four);
             add_half(0, codes.low, x);
             add_half(1, codes.high, x);
         }

@@ -22,8 +22,8 @@ struct Avx512Lanes {
     template <int bits>
     struct Dot {
         Int sum = _mm512_setzero_si512();
-        void add(Codes codes, int32_t quad) {
-            sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(quad));
+        void add(Codes codes, int32_t four) {
+            sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
         }
         void carry() {}
         void join(const Dot& other, int shift) {

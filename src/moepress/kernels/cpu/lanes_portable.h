@@ -19,7 +19,10 @@
 //       value         the sum as floats
 //
 //     Words           [16 rows][2 columns] uint16: a word of the 32 paths of a trellis tile
-//     words, window, shift_right, masked, byte_sums     trellis_product.h
+//     words           load 64 bytes
+//     window          of each path, the 16 bits that end at bit `end` (trellis_product.h)
+//     shift_right, masked     per word
+//     byte_sums       per word, see `code_value` (trellis_code.h)
 //     Pairs           [16 rows] int32, a sum over pairs of columns
 //       add           words times the activations of their 2 columns, 2 int16 in an int32
 //       value         (sum - less) as floats
@@ -62,8 +65,8 @@ struct PortableLanes {
         Int4 sum[4] = {};
         Short part[4] = {}, nibble[4] = {};
 
-        void add(const Codes& codes, int32_t quad) {
-            const Short x = (Short)(Word{} + (uint32_t)quad);
+        void add(const Codes& codes, int32_t four) {
+            const Short x = (Short)(Word{} + (uint32_t)four);
             const Short even = x << 8 >> 8, odd = x >> 8;  // with their signs
             for (int i = 0; i < 4; ++i) {
                 const Word c = codes.part[i];

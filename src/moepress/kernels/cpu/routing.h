@@ -1,7 +1,8 @@
 // Which tokens are multiplied with which expert's matrices, and in which portions.
 //
 //     pair     a token and an expert that it chose, with a routing weight
-//     panel    some pairs of one expert, whose tokens are multiplied together
+//     panel    some pairs of one expert, whose tokens are multiplied together: their activations
+//              are the narrow matrix, one column per token, of one matrix product
 //
 // Pairs are sorted by expert, and by token within an expert; panels cut this list:
 //

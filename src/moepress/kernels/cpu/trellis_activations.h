@@ -12,8 +12,8 @@
 namespace moepress {
 namespace {
 
-// x <- H D x in place (docs/format.md): the operations of `rotate` in kernels/trellis.py, in the
-// same order, so that the floats are the same. D flips the signs of columns whose hash is odd; H is
+// x <- A D x in place (docs/format.md): the operations of `rotate` in kernels/trellis.py, in the
+// same order, so that the floats are the same. D flips the signs of columns whose hash is odd; A is
 // a Hadamard matrix for each run of `size` columns, the largest power of two that divides `cols`.
 inline void trellis_rotate(float* x, int64_t cols) {
     for (int64_t c = 0; c < cols; ++c) {

@@ -1,7 +1,8 @@
 // The codec of trellis matrices, for the driver (codec.h says what the members mean).
 //
 // The activations of a token are rotated, which mixes its columns, and rounded to 15 bits. All
-// tokens lie in one array; a panel lists which of them it takes (isa.h, TrellisPanel).
+// tokens lie in one array, under Of::kPairs with one row for each pair; a panel lists the rows that
+// it takes (isa.h, TrellisPanel).
 #pragma once
 
 #include <cstddef>

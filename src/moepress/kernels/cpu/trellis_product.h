@@ -63,8 +63,8 @@ MOEPRESS_INLINE typename Lanes::Words window(const Tile<Lanes, bits>& tile) {
 }
 
 // Decode step i of a tile: the sums of bytes of 32 weights. A window of 16 bits holds the 12 bits
-// of every state that ends in its last 4 bits. So four windows for each word serve all steps; the
-// compiler computes each once.
+// of every state that ends at one of its last 5 bits (12 to 16). So four windows for each word,
+// which end at its bits 16, 11, 6 and 1, serve all steps; the compiler computes each once.
 template <class Lanes, int bits, int i>
 MOEPRESS_INLINE typename Lanes::Words sums_at(const Tile<Lanes, bits>& tile) {
     constexpr int end = bits * (i + 1);  // of the state, in bits of the tile

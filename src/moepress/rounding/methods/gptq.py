@@ -1,8 +1,8 @@
 """GPTQ: columns are rounded left to right, and each one compensates for the errors before it.
 
-hessian.py shows that the squared output error is sum_k D_k || (E R)_k ||^2 with E = W - What and
+hessian.py shows that the squared output error is sum_k D_k || (E R)_k ||^2 with E = W - Ŵ and
 
-    (E R)_k = (w_k + sum_(j<k) E_j R_jk) - what_k = adjusted_k - what_k .
+    (E R)_k = (w_k + sum_(j<k) E_j R_jk) - ŵ_k = adjusted_k - ŵ_k .
 
 `adjusted_k` depends only on the columns before k, so once these are rounded, the nearest grid point
 to `adjusted_k` is the best choice for term k. This is the rule of GPTQ (arXiv:2210.17323, eq. 2-3),
@@ -41,7 +41,7 @@ from moepress.rounding.methods.grid import (
 )
 
 COLUMNS_ONE_BY_ONE = 16  # for fewer columns a matrix product costs more than it saves
-RELEASED_BLOCK = 128  # columns of a column block in the released code
+RELEASED_BLOCK = 128  # columns that the released code rounds together: a released block
 
 
 def quantize_gptq(weight: Tensor, codec: Codec, factor: Factor) -> QuantizedMatrix:
@@ -51,8 +51,8 @@ def quantize_gptq(weight: Tensor, codec: Codec, factor: Factor) -> QuantizedMatr
     the error of column k weighted by D_k.
     """
 
-    def choose(block: Tensor, curvature: Tensor) -> Grid:
-        return search(block, codec, curvature)
+    def choose(group: Tensor, curvature: Tensor) -> Grid:
+        return search(group, codec, curvature)
 
     return _with_feedback(weight, codec, factor, choose)
 
@@ -61,13 +61,14 @@ def quantize_gptq_released(weight: Tensor, codec: Codec, factor: Factor) -> Quan
     """Round a weight matrix [N, K] with the GPTQ of MC's released code (arXiv:2410.06270).
 
     For comparison only. Grids are min-max, or mean magnitude at 1 bit. At 3 bits and below the
-    columns of a column block of 128 get no feedback from each other: the released code makes that
-    update only `if self.wbits > 3`. Its feedback to later column blocks is computed as if they had.
+    128 columns of a released block get no feedback from each other: the released code makes that
+    update only `if self.wbits > 3`. Its feedback to later blocks is computed as if they had got
+    that feedback.
     """
     basic = mean_magnitude if codec.bits == 1 else min_max
     if codec.bits > 3:
-        return _with_feedback(weight, codec, factor, lambda block, _: basic(block, codec))
-    return _without_inner_feedback(weight, codec, factor, lambda block: basic(block, codec))
+        return _with_feedback(weight, codec, factor, lambda group, _: basic(group, codec))
+    return _without_inner_feedback(weight, codec, factor, lambda group: basic(group, codec))
 
 
 def _with_feedback(
@@ -79,11 +80,11 @@ def _with_feedback(
         buffer = _empty_buffer(rows)  # [K, n]
 
         def round_group(start: int, stop: int) -> None:
-            block = columns_first(rows, start, stop)
+            group = columns_first(rows, start, stop)
             inner = factor.feedback[start:stop, start:stop]
-            adjusted = block + buffer[start:stop]
+            adjusted = group + buffer[start:stop]
             grid = choose(adjusted, factor.curvature[start:stop])
-            codes, residual = _round_columns(block, adjusted, inner, grid, codec)
+            codes, residual = _round_columns(group, adjusted, inner, grid, codec)
             out.put(start // size, codes, grid)
             torch.mul(residual, grid.scale, out=buffer[start:stop])
 
@@ -93,19 +94,19 @@ def _with_feedback(
 
 
 def _round_columns(
-    block: Tensor, adjusted: Tensor, feedback: Tensor, grid: Grid, codec: Codec
+    group: Tensor, adjusted: Tensor, feedback: Tensor, grid: Grid, codec: Codec
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of a group one after the other.
 
     Args:
-        block: [B, n], original weights of the group, a column block (grid.py).
+        group: [B, n], original weights of the group, columns first.
         adjusted: [B, n], the same plus the feedback of all groups before.
         feedback: [B, B], R inside the group.
 
     Returns:
         Codes, and errors of the original weights in code units, both [B, n] float32.
     """
-    target = grid.positions(block)
+    target = grid.positions(group)
     buffer = grid.positions(adjusted)  # code units: position until rounded, error afterwards
     codes = torch.empty_like(buffer)
     received = feedback.T.contiguous()  # row k: weights of the feedback that column k receives
@@ -126,14 +127,14 @@ def _without_inner_feedback(
 ) -> QuantizedMatrix:
     """Round as the released code does, rewritten in terms of R instead of the inverse of H.
 
-    The released code rounds column block b after adjusting it for the blocks before b. It then
+    The released code rounds released block b after adjusting it for the blocks before b. It then
     passes residual_b R^-1 on to the later blocks, as correct GPTQ does. Let y be the sum of all
     that is passed on. It satisfies (y R)_b = residual_b, that is
 
         y_b = (residual_b - y_(<b) R_(<b,b)) R_bb^-1,
 
     and block b was adjusted by y_(<b) R_(<b,b) R_bb^-1. With feedback inside the blocks y would be
-    W - What. The buffer holds y_(<b) R_(<b,b) until block b is rounded, and y_b afterwards.
+    W - Ŵ. The buffer holds y_(<b) R_(<b,b) until block b is rounded, and y_b afterwards.
     """
     size = codec.group_size
 

@@ -4,10 +4,10 @@ Each group, `group_size` consecutive weights of one row, has a grid of `levels +
 
     w ~ scale * (code - zero)        code in 0 .. levels          (the scalar codec, codec.py)
 
-All functions here work on a column block: the columns of one group, B = group size, in n rows. It
-is stored columns first, [B, n]. A column is then contiguous in memory, every step works on whole
-columns, and a statistic of all n groups is a product with a vector of B column weights. In this
-file and in the other methods a variable named `block` is a column block.
+All functions here work on the same B columns of n rows at once: n groups, B = group size. Weights
+are stored columns first, [B, n]; a variable named `group` holds such weights. A column is then
+contiguous in memory, every step works on whole columns, and a statistic of all n groups is a
+product with a vector of B column weights.
 
 Code units. Dividing by the scale and adding the zero turns weights into positions on the grid:
 
@@ -99,33 +99,33 @@ class Grid:
         """[n] float32: 1 / scale, or 0 where the scale is 0."""
         return torch.where(self.scale > 0, 1 / self.scale, 0.0)
 
-    def positions(self, block: Tensor) -> Tensor:
-        """Positions [B, n] float32 of the weights of a column block [B, n], in code units."""
-        return torch.addcmul(self.zero, block, self.inverse)
+    def positions(self, group: Tensor) -> Tensor:
+        """Positions [B, n] float32 of the weights [B, n] of n groups, in code units."""
+        return torch.addcmul(self.zero, group, self.inverse)
 
 
-def min_max(block: Tensor, codec: Codec) -> Grid:
+def min_max(group: Tensor, codec: Codec) -> Grid:
     """The smallest grid that spans 0 and all weights of a group, for each group of [B, n]."""
     if not codec.has_zero:
-        return Grid.of(block.abs().amax(0) * (2 / codec.levels), None, codec)
-    low, high = block.amin(0).clamp_(max=0), block.amax(0).clamp_(min=0)
+        return Grid.of(group.abs().amax(0) * (2 / codec.levels), None, codec)
+    low, high = group.amin(0).clamp_(max=0), group.amax(0).clamp_(min=0)
     scale = (high - low) / codec.levels
     return Grid.of(scale, -low / scale.clamp(min=SMALLEST_SCALE), codec)
 
 
-def mean_magnitude(block: Tensor, codec: Codec, weight: Tensor | None = None) -> Grid:
+def mean_magnitude(group: Tensor, codec: Codec, weight: Tensor | None = None) -> Grid:
     """The 1-bit grid -s/2, +s/2 of least squared error: s/2 is the mean of |w|.
 
     Args:
-        block: [B, n].
+        group: [B, n].
         weight: [B] above 0, of the columns in that mean; None: all alike.
     """
-    mean = block.abs().mean(0) if weight is None else (weight / weight.sum()) @ block.abs()
+    mean = group.abs().mean(0) if weight is None else (weight / weight.sum()) @ group.abs()
     return Grid.of(2 * mean, None, codec)
 
 
-def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
-    """A grid with a small sum_k weight_k * (w_k - what_k)^2 for each group.
+def search(group: Tensor, codec: Codec, weight: Tensor) -> Grid:
+    """A grid with a small sum_k weight_k * (w_k - ŵ_k)^2 for each group.
 
     Takes the better of the min-max grid and a shrunken copy of it, then improves it once: given its
     codes, a linear regression of weights on codes gives the best scale and zero. The result is
@@ -134,12 +134,12 @@ def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
     regressions lower this sum, but not the loss of the quantized model (docs/log.md#group-grids).
 
     Args:
-        block: [B, n] float32, the weights of one group.
+        group: [B, n] float32, the weights of n groups.
         weight: [B] float32, above 0: cost of a unit of squared error in each column.
     """
     if codec.bits == 1:
-        return mean_magnitude(block, codec, weight)
-    whole = min_max(block, codec)
+        return mean_magnitude(group, codec, weight)
+    whole = min_max(group, codec)
     if codec.bits == 8:  # 255 levels: nothing to gain from clipping
         return whole
     weight = weight / weight.sum()
@@ -147,7 +147,7 @@ def search(block: Tensor, codec: Codec, weight: Tensor) -> Grid:
 
     def judge(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted squared error [n] in units of the squared min-max scale; residuals; codes."""
-        residual = grid.positions(block)
+        residual = grid.positions(group)
         codes = residual.clamp(0, codec.levels).round_()
         residual -= codes
         error = weight @ residual.square() * (grid.scale * whole.inverse).square()
@@ -254,6 +254,6 @@ class Output:
 
 
 def columns_first(weight: Tensor, start: int, stop: int) -> Tensor:
-    """Columns start .. stop of a weight [n, K] as a column block, [stop - start, n] float32."""
+    """Columns start .. stop of a weight [n, K], columns first: [stop - start, n] float32."""
     # Copying first, then transposing, is 7 times as fast as one strided copy.
     return weight[:, start:stop].contiguous().T.contiguous().float()

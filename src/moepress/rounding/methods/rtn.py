@@ -35,12 +35,12 @@ def round_to_nearest(
     def rounder(rows: Tensor, out: Output) -> None:
         for group in range(codec.groups(rows.shape[1])):
             start = group * codec.group_size
-            block = columns_first(rows, start, start + codec.group_size)
-            grid = choose(block, codec)
-            out.put(group, grid.positions(block).clamp_(0, codec.levels).round_(), grid)
+            weights = columns_first(rows, start, start + codec.group_size)
+            grid = choose(weights, codec)
+            out.put(group, grid.positions(weights).clamp_(0, codec.levels).round_(), grid)
 
     return in_row_chunks(weight, codec, rounder)
 
 
-def _searched(block: Tensor, codec: Codec) -> Grid:
-    return search(block, codec, torch.ones(len(block), device=block.device))
+def _searched(group: Tensor, codec: Codec) -> Grid:
+    return search(group, codec, torch.ones(len(group), device=group.device))

@@ -11,9 +11,10 @@ so column block B is rounded after adding sum_(J<B) E_J V_JB to it: block LDLQ (
 arXiv:2402.04396). The search gives all errors inside a column block the same weight, in place of
 U_BB: rotated inputs have nearly equal energies.
 
-Each row has one scale s. The search uses the row's root mean square times START, and with a Hessian
-times FEEDBACK, because feedback changes the spread of the targets. Afterwards s is set to the best
-value for the codes c that were found, and rounded to bfloat16:
+Each row has one scale s. The search uses the row's root mean square times START, over the standard
+deviation of the code's values. With a Hessian it is also multiplied by START_FACTOR_WITH_FEEDBACK,
+because feedback changes the spread of the targets. Afterwards s is set to the best value for the
+codes c that were found, and rounded to bfloat16:
 
     s = <w, c>_H / <c, c>_H
 """
@@ -36,11 +37,11 @@ from moepress.rounding.methods.viterbi import search
 
 # By code bits. The scale of the search makes the standard deviation of the values START times that
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
-# START * FEEDBACK: best for matrices of trained models (docs/log.md#first-scale-by-width, decided
-# in docs/log.md#first-scale).
+# START * START_FACTOR_WITH_FEEDBACK: best for matrices of trained models
+# (docs/log.md#first-scale-by-width, decided in docs/log.md#first-scale).
 START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}
-FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
-COLUMNS_PER_PANEL = 1024  # of a product with the factor; bounds memory
+START_FACTOR_WITH_FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
+COLUMNS_PER_SLICE = 1024  # of a product with the factor; bounds memory
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
     if not rows.isfinite().all():
         raise NumericalError("The weight holds NaN or infinity.")
     deviation = code_values(codec.bits).double().std(correction=0).item()
-    start = START[codec.bits] * (1.0 if factor is None else FEEDBACK[codec.bits])
+    start = START[codec.bits]
+    if factor is not None:
+        start *= START_FACTOR_WITH_FEEDBACK[codec.bits]
     scale = rows.square().mean(1).sqrt() * (start / deviation)  # [N]
     target = F.pad(rows * _inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
     target = target.T.contiguous()  # [K, 64 S], in units of `code_values`
@@ -136,12 +139,12 @@ def refit(
     """
     codes = code_matrix(branches, codec.bits)[: len(rows)]
     product, energy = torch.zeros_like(scale), torch.zeros_like(scale)
-    for start in range(0, rows.shape[1], COLUMNS_PER_PANEL):
-        stop = min(start + COLUMNS_PER_PANEL, rows.shape[1])
+    for start in range(0, rows.shape[1], COLUMNS_PER_SLICE):
+        stop = min(start + COLUMNS_PER_SLICE, rows.shape[1])
         w, c = rows[:, start:stop], codes[:, start:stop]
         if factor is not None:  # R is upper triangular
-            panel = factor.feedback[:stop, start:stop] * factor.curvature[start:stop].sqrt()
-            w, c = rows[:, :stop] @ panel, codes[:, :stop] @ panel
+            upper = factor.feedback[:stop, start:stop] * factor.curvature[start:stop].sqrt()
+            w, c = rows[:, :stop] @ upper, codes[:, :stop] @ upper
         product += (w * c).sum(1)
         energy += c.square().sum(1)
     return torch.where((scale > 0) & (energy > 0), product / energy, scale)

@@ -12,10 +12,10 @@ values are rounded to steps of 1 / UNITS[k], a square is (d * d + 2**14) >> 15, 
 65535, and the least cost is subtracted every 16 steps. Among equal costs the smallest j is taken,
 so every implementation finds the same path.
 
-Paths are tail-biting: a path must end in the state that it starts from. To choose that state, the
-best path through the last WINDOW targets followed by the first WINDOW, with free start and end, is
-found first; the state that it passes between the two is taken (docs/log.md#tail-biting). A path of
-more than RUN steps is found in runs, each of which starts in the state where the one before ended.
+Paths are tail-biting: a path must end in the state that it starts from. To choose that state, first
+find the best path, start and end free, through the last SEAM targets followed by the first SEAM.
+Take its state where the two meet (docs/log.md#tail-biting). A path of more than RUN steps is found
+in runs, each of which starts in the state where the one before ended.
 
 `search` uses the compiled C++ (kernels/cpu/viterbi.cpp) if there is one and the weights are on the
 CPU. `search_plainly` is its oracle and runs on every device.
@@ -38,7 +38,7 @@ from moepress.kernels.trellis import (
 
 UNITS = {1: 40, 2: 64, 3: 80, 4: 80}  # by code bits: a target of 1 is this many integer steps
 RUN = 1024  # steps of a path that are decided together
-WINDOW = 64  # targets on each side of the place where the end of a path meets its start
+SEAM = 64  # targets on each side of the seam, where the end of a path meets its start
 LARGEST = 65535  # cost at which sums saturate
 
 
@@ -62,11 +62,11 @@ def search_plainly(target: Tensor, bits: int) -> Tensor:
     steps = (target * UNITS[bits]).round().clamp(-32767, 32767).int()  # halves round to even
     paths = to_paths(steps.T.contiguous()).permute(1, 2, 3, 0, 4).reshape(32, -1)  # [32, T]
     values = code_values(bits).to(target.device) * UNITS[bits]
-    window = min(WINDOW, paths.shape[1])
-    seam = torch.cat([paths[:, -window:], paths[:, :window]], dim=1)
+    length = min(SEAM, paths.shape[1])
+    seam = torch.cat([paths[:, -length:], paths[:, :length]], dim=1)
     anywhere = torch.zeros(32, STATES, dtype=torch.int32, device=target.device)
     _, passed = _best_path(seam, anywhere, values, bits)
-    start = state = passed[:, window - 1]
+    start = state = passed[:, length - 1]
     runs = []
     for first in range(0, paths.shape[1], RUN):
         run = paths[:, first : first + RUN]
@@ -80,19 +80,19 @@ def search_plainly(target: Tensor, bits: int) -> Tensor:
 
 
 def _best_path(
-    paths: Tensor, costs: Tensor, values: Tensor, bits: int, end: Tensor | None = None
+    targets: Tensor, costs: Tensor, values: Tensor, bits: int, end: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Branches and states, both [n, T] int64, of the best paths through n rows of T targets.
+    """Branches and states [n, T] int64 of the best path for each of n sequences of T targets.
 
     Args:
-        paths: [n, T] int32 targets, in integer steps.
+        targets: [n, T] int32, in integer steps.
         costs: [n, 4096] int32, of the states before the first target.
         values: [4096] int32 of the states, in integer steps.
         end: [n] int64, the state in which each path must end; None: the best one.
     """
     older = STATE_BITS - bits
     best_predecessors = []  # by step: [n, 2**older] the j of the best predecessor
-    for t in range(paths.shape[1]):
+    for t in range(targets.shape[1]):
         by_predecessor = costs.view(-1, 1 << bits, 1 << older)
         best, best_j = by_predecessor[:, 0], torch.zeros_like(by_predecessor[:, 0])
         for j in range(1, 1 << bits):
@@ -100,7 +100,7 @@ def _best_path(
             less = cost < best
             best, best_j = torch.where(less, cost, best), best_j.masked_fill(less, j)
         best_predecessors.append(best_j)
-        d = (paths[:, t, None] - values).clamp(-32768, 32767)
+        d = (targets[:, t, None] - values).clamp(-32768, 32767)
         square = (d * d + (1 << 14)) >> 15
         costs = (best.repeat_interleave(1 << bits, 1) + square).clamp(max=LARGEST)
         if t % STEPS == STEPS - 1:
