@@ -72,14 +72,26 @@ using TrellisRotate = void (*)(float* x, int64_t cols);
 using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
                               int64_t place);
 
-// One step of Viterbi's algorithm (viterbi.cpp): the costs of all states to `next`, and to
-// `origin`, for each group of states with the same older bits, [2^(12 - bits)], which predecessor
-// was best. `values` [4096] and `target` are in steps of 1 / kUnit.
-using ViterbiStep = void (*)(const uint16_t* costs, const int16_t* values, int16_t target,
-                             uint16_t* next, uint8_t* origin);
+// Viterbi's algorithm (viterbi.cpp). Targets and values are in steps of 1 / kUnit.
 
-// Subtract the least cost from all costs [4096].
-using SubtractLeast = void (*)(uint16_t* costs);
+// Bring the values of all states [4096] into the order that ViterbiStep reads.
+using ViterbiOrder = void (*)(const int16_t* values, int16_t* ordered);
+
+// One step: from the least costs of the predecessors, for each group of states with the same older
+// bits [2^(12 - bits)], to those of the next step (viterbi_tiles.h).
+using ViterbiStep = void (*)(const uint16_t* best, const int16_t* ordered, int16_t target,
+                             uint16_t* next);
+
+// The first of the states with the least cost, after a step.
+using ViterbiBest = int (*)(const uint16_t* best, const int16_t* values, int16_t target);
+
+// The states [steps] of the best path that ends in state `end`. `kept` holds the costs before every
+// kStride-th step.
+using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* values, const int16_t* target,
+                              int steps, int end, uint16_t* states);
+
+// Subtract the least of the costs [count] from all.
+using SubtractLeast = void (*)(uint16_t* costs, int count);
 
 // ---- The table -------------------------------------------------------------------------------
 
@@ -95,7 +107,10 @@ struct Isa {
     TrellisDot trellis_dot[5];  // by code bits, 1 to 4
     TrellisRotate trellis_rotate;
     TrellisRound trellis_round;
-    ViterbiStep viterbi_step[5];  // by code bits, 1 to 4
+    ViterbiOrder viterbi_order[5];
+    ViterbiStep viterbi_step[5];
+    ViterbiBest viterbi_best[5];
+    ViterbiTrace viterbi_trace[5];
     SubtractLeast subtract_least;
 };
 

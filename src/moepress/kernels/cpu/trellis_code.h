@@ -10,6 +10,7 @@ constexpr int kStates = 1 << kStateBits;
 constexpr int kMultiplier[] = {0, 47255, 54641, 44529, 15601};  // by code bits
 constexpr int kCenter[] = {0, 255, 255, 386, 379};              // by code bits
 constexpr int kUnit[] = {0, 40, 64, 80, 80};  // by code bits: UNITS of rounding/methods/viterbi.py
+constexpr int kStride[] = {0, 4, 2, 1, 1};  // by code bits: steps between costs that are kept
 constexpr int kSlabRows = 64;
 constexpr int kTileColumns = 8;
 constexpr int kSteps = 16;  // weights that a path has in a tile

@@ -20,9 +20,14 @@ constexpr int kRun = 1024;   // steps that are decided together; a multiple of k
 constexpr int kWindow = 64;  // steps on each side of the place where a path's end meets its start
 
 struct Workspace {
-    uint16_t costs[2][kStates];
+    uint16_t between[2][kStates / 2];  // costs of steps that are not kept
     int16_t target[kRun];
-    uint8_t origin[kRun * kStates / 2];  // [steps][2^(12 - bits)], dense to save cache lines
+    uint16_t kept[kRun * kStates / 8];  // [steps / kStride][2^(12 - bits)]
+};
+
+struct Values {  // of all states, in steps of 1 / kUnit
+    int16_t by_state[kStates];
+    int16_t ordered[kStates];  // as ViterbiStep reads them
 };
 
 // The row and column, of the eight, of weight `step` of a path.
@@ -42,29 +47,29 @@ int16_t in_steps(float target, int unit) {
     return scaled == scaled ? int16_t(std::nearbyintf(inside)) : int16_t(0);
 }
 
-// Find the best path that starts with the costs `work.costs[0]`, passes `steps` targets and ends in
-// state `end`, or, for -1, in the best state. Writes its states [steps].
-void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int end,
-               Workspace& work, uint16_t* states) {
-    uint16_t* costs = work.costs[0];
-    uint16_t* next = work.costs[1];
+// Find the best path that starts with the costs `work.kept`, passes `steps` targets and ends in
+// state `end`, or, for -1, in the best state. Writes its states [steps]. `steps` is a multiple of
+// kSteps.
+void find_path(const Isa& isa, const Values& values, int bits, int steps, int end, Workspace& work,
+               uint16_t* states) {
     const int groups = kStates >> bits;
-    for (int t = 0; t < steps; ++t) {
-        isa.viterbi_step[bits](costs, values, work.target[t], next, work.origin + t * groups);
-        std::swap(costs, next);
-        if (t % kSteps == kSteps - 1) isa.subtract_least(costs);
+    const uint16_t* best = work.kept;
+    for (int t = 0; t < steps - 1; ++t) {
+        const int next_step = t + 1;
+        uint16_t* next = next_step % kStride[bits] == 0
+                             ? work.kept + next_step / kStride[bits] * groups
+                             : work.between[t % 2];
+        isa.viterbi_step[bits](best, values.ordered, work.target[t], next);
+        if (next_step % kSteps == 0) isa.subtract_least(next, groups);
+        best = next;
     }
-    int state = end < 0 ? int(std::min_element(costs, costs + kStates) - costs) : end;
-    for (int t = steps - 1; t >= 0; --t) {
-        states[t] = uint16_t(state);
-        const int older = state >> bits;
-        state = older | work.origin[t * groups + older] << (kStateBits - bits);
-    }
+    if (end < 0) end = isa.viterbi_best[bits](best, values.by_state, work.target[steps - 1]);
+    isa.viterbi_trace[bits](work.kept, values.by_state, work.target, steps, end, states);
 }
 
 // Write the branches of one path. It starts and ends in the same state, which the best path around
 // the seam chooses (rounding/methods/viterbi.py).
-void find_branches(const Isa& isa, const int16_t* values, int bits, const float* target,
+void find_branches(const Isa& isa, const Values& values, int bits, const float* target,
                    int64_t rows, int path, Workspace& work, uint8_t* branches) {
     uint16_t states[kRun];
     const int64_t steps = rows / kSlabRows * kSteps;
@@ -75,15 +80,16 @@ void find_branches(const Isa& isa, const int16_t* values, int bits, const float*
     const int window = int(std::min<int64_t>(kWindow, steps));
     for (int t = 0; t < 2 * window; ++t)
         work.target[t] = read(t < window ? steps - window + t : t - window);
-    std::fill(work.costs[0], work.costs[0] + kStates, uint16_t(0));
+    const int groups = kStates >> bits;
+    std::fill(work.kept, work.kept + groups, uint16_t(0));
     find_path(isa, values, bits, 2 * window, -1, work, states);
     const int start = states[window - 1];
     int state = start;
     for (int64_t first = 0; first < steps; first += kRun) {
         const int here = int(std::min<int64_t>(kRun, steps - first));
         for (int t = 0; t < here; ++t) work.target[t] = read(first + t);
-        std::fill(work.costs[0], work.costs[0] + kStates, uint16_t(65535));
-        work.costs[0][state] = 0;
+        std::fill(work.kept, work.kept + groups, uint16_t(65535));
+        work.kept[state % groups] = 0;
         find_path(isa, values, bits, here, first + kRun >= steps ? start : -1, work, states);
         for (int t = 0; t < here; ++t) {
             const Place at = place_of(path, first + t);
@@ -104,8 +110,10 @@ int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
     if (rows < 1 || rows % kSlabRows != 0 || threads < 1) return kBadShape;
     try {
         const Isa& isa = *isa_in_use();
-        int16_t values[kStates];
-        for (int s = 0; s < kStates; ++s) values[s] = int16_t(code_value(s, bits) * kUnit[bits]);
+        Values values;
+        for (int s = 0; s < kStates; ++s)
+            values.by_state[s] = int16_t(code_value(s, bits) * kUnit[bits]);
+        isa.viterbi_order[bits](values.by_state, values.ordered);
         const int workers = std::min<int>(threads, kPaths);  // with a workspace each
         const std::unique_ptr<Workspace[]> works(new Workspace[size_t(workers)]);
         parallel(workers, workers, 1, [&](int64_t begin, int64_t end) {

@@ -1,0 +1,82 @@
+// One step of Viterbi's algorithm in vectors of 16-bit integers. `Vector` (viterbi_avx512.h,
+// viterbi_avx2.h) names the instructions.
+//
+// A step keeps no cost of a state, only `best`: for the states (q, b) = 2^bits q + b of one group q,
+// the least cost of their predecessors. With s = (j, u, c, b), where j are the `bits` oldest bits
+// and b the newest, and x the target,
+//
+//     next(u, c, b) = min over j of  best(j, u, c) + (x - v(j, u, c, b))^2
+//
+// A tile is one u: `chunk` values of c times 2^bits of b, as much as two vectors hold. Each chunk of
+// `best` is loaded into a vector several times side by side, once for each b. The minimum over j is
+// then a minimum of whole vectors. At the end of a tile the two sums change their order from (b, c)
+// to (c, b). No cost moves between lanes otherwise, and the values are stored in the order in which
+// the tiles read them.
+//
+// Which predecessor was best is not stored: viterbi_trace.h computes it for the states of the best
+// path only.
+//
+// Operations for a vector of states: subtract, square, add, and 1 - 2^-bits minima; reorder, 2^-bits
+// permutations with AVX-512 (a vpermt2w for each of two vectors), up to twice that with AVX2. That
+// is 4 in all. Loads: 1 of values, 1/2 of best; stores: 2^-bits. The data of a step (8 KB of values,
+// 2 to 16 KB / 2^bits of best) stay in the first-level cache. A step of 4096 states has 128 vectors
+// of 512 bits. Zen 4 starts two of these operations and one load in a cycle, and a store in two
+// cycles: 256 cycles for the operations, 192 for the loads, 16 to 128 for the stores.
+#pragma once
+
+#include <cstdint>
+
+#include "trellis_code.h"
+
+namespace moepress {
+namespace {
+
+template <class Vector>
+struct TileSearch {
+    template <int bits>
+    struct Tile {
+        static constexpr int branches = 1 << bits;
+        static constexpr int words = 2 * Vector::width;  // of a tile's two sums
+        static constexpr int chunk = words / branches;   // values of c
+        static constexpr int tiles = kStates / branches / words;
+        static constexpr int apart = kStates >> 2 * bits;  // words of `best` between two j
+        static_assert(tiles >= 1 && chunk * tiles == apart);
+    };
+
+    // Lane `chunk * i + c` of sum `a` belongs to branch 2 i + a.
+    template <int bits>
+    static void order(const int16_t* values, int16_t* ordered) {
+        using T = Tile<bits>;
+        for (int u = 0; u < T::tiles; ++u)
+            for (int j = 0; j < T::branches; ++j)
+                for (int a = 0; a < 2; ++a)
+                    for (int lane = 0; lane < Vector::width; ++lane) {
+                        const int q = j * T::apart + u * T::chunk + lane % T::chunk;
+                        *ordered++ = values[q << bits | (lane / T::chunk * 2 + a)];
+                    }
+    }
+
+    template <int bits>
+    static void step(const uint16_t* best, const int16_t* ordered, int16_t target,
+                     uint16_t* next) {
+        using T = Tile<bits>;
+        const auto x = Vector::splat(target);
+        for (int u = 0; u < T::tiles; ++u) {
+            auto before = Vector::template repeat<T::chunk>(best + u * T::chunk);
+            auto even = Vector::plus_square(before, x, ordered);
+            auto odd = Vector::plus_square(before, x, ordered + Vector::width);
+#pragma GCC unroll 16
+            for (int j = 1; j < T::branches; ++j) {
+                const int16_t* values = ordered + T::words * j;
+                before = Vector::template repeat<T::chunk>(best + u * T::chunk + j * T::apart);
+                even = Vector::least(even, Vector::plus_square(before, x, values));
+                odd = Vector::least(odd, Vector::plus_square(before, x, values + Vector::width));
+            }
+            Vector::template store<bits>(even, odd, next + T::words * u);
+            ordered += T::words * T::branches;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace moepress
