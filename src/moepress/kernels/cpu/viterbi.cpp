@@ -19,15 +19,16 @@ namespace {
 constexpr int kRun = 1024;   // steps that are decided together; a multiple of kSteps
 constexpr int kWindow = 64;  // steps on each side of the place where a path's end meets its start
 
-struct Workspace {
+// Aligned to cache lines: a vector of 512 bits is one.
+struct alignas(64) Workspace {
     uint16_t between[2][kStates / 2];  // costs of steps that are not kept
     int16_t target[kRun];
     uint16_t kept[kRun * kStates / 8];  // [steps / kStride][2^(12 - bits)]
 };
 
-struct Values {  // of all states, in steps of 1 / kUnit
-    int16_t by_state[kStates];
+struct alignas(64) Values {  // of all states, in steps of 1 / kUnit
     int16_t ordered[kStates];  // as ViterbiStep reads them
+    int16_t by_state[kStates];
 };
 
 // The row and column, of the eight, of weight `step` of a path.
