@@ -79,8 +79,8 @@ using ViterbiOrder = void (*)(const int16_t* values, int16_t* ordered);
 
 // One step: from the least costs of the predecessors, for each group of states with the same older
 // bits [2^(12 - bits)], to those of the next step (viterbi_tiles.h).
-using ViterbiStep = void (*)(const uint16_t* best, const int16_t* ordered, int16_t target,
-                             uint16_t* next);
+using ViterbiStep = bool (*)(const uint16_t* best, const int16_t* ordered, int16_t target,
+                             bool small, uint16_t* next);
 
 // The first of the states with the least cost, after a step.
 using ViterbiBest = int (*)(const uint16_t* best, const int16_t* values, int16_t target);

@@ -55,12 +55,13 @@ void find_path(const Isa& isa, const Values& values, int bits, int steps, int en
                uint16_t* states) {
     const int groups = kStates >> bits;
     const uint16_t* best = work.kept;
+    bool small = false;
     for (int t = 0; t < steps - 1; ++t) {
         const int next_step = t + 1;
         uint16_t* next = next_step % kStride[bits] == 0
                              ? work.kept + next_step / kStride[bits] * groups
                              : work.between[t % 2];
-        isa.viterbi_step[bits](best, values.ordered, work.target[t], next);
+        small = isa.viterbi_step[bits](best, values.ordered, work.target[t], small, next);
         if (next_step % kSteps == 0) isa.subtract_least(next, groups);
         best = next;
     }

@@ -34,13 +34,20 @@ struct Avx2Costs {
         }
     }
 
-    static __m256i plus_square(__m256i cost, __m256i target, const int16_t* values) {
-        const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-        const __m256i d = _mm256_subs_epi16(target, value);
-        return _mm256_adds_epu16(cost, _mm256_mulhrs_epi16(d, d));
+    static __m256i load(const int16_t* at) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
     }
-
+    static __m256i minus_to_limit(__m256i a, __m256i b) { return _mm256_subs_epi16(a, b); }
+    static __m256i square(__m256i d) { return _mm256_mulhrs_epi16(d, d); }
+    static __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
+    static __m256i plus_to_limit(__m256i a, __m256i b) { return _mm256_adds_epu16(a, b); }
     static __m256i least(__m256i a, __m256i b) { return _mm256_min_epu16(a, b); }
+    static __m256i any(__m256i a, __m256i b, __m256i c) {
+        return _mm256_or_si256(a, _mm256_or_si256(b, c));
+    }
+    static bool no_high_bit(__m256i a) {
+        return (_mm256_movemask_epi8(a) & int(0xAAAAAAAA)) == 0;
+    }
 
     // Store the 32 sums of a tile by c, then by branch. Branches 2 i and 2 i + 1 are neighbours
     // after the first interleaving, which works within halves of a vector. With p the pairs of

@@ -31,12 +31,16 @@ struct Avx512Costs {
             return _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
     }
 
-    static __m512i plus_square(__m512i cost, __m512i target, const int16_t* values) {
-        const __m512i d = _mm512_subs_epi16(target, _mm512_loadu_si512(values));
-        return _mm512_adds_epu16(cost, _mm512_mulhrs_epi16(d, d));
-    }
-
+    static __m512i load(const int16_t* at) { return _mm512_loadu_si512(at); }
+    static __m512i minus_to_limit(__m512i a, __m512i b) { return _mm512_subs_epi16(a, b); }
+    static __m512i square(__m512i d) { return _mm512_mulhrs_epi16(d, d); }
+    static __m512i plus(__m512i a, __m512i b) { return _mm512_add_epi16(a, b); }
+    static __m512i plus_to_limit(__m512i a, __m512i b) { return _mm512_adds_epu16(a, b); }
     static __m512i least(__m512i a, __m512i b) { return _mm512_min_epu16(a, b); }
+    static __m512i any(__m512i a, __m512i b, __m512i c) {
+        return _mm512_ternarylogic_epi32(a, b, c, 0xFE);
+    }
+    static bool no_high_bit(__m512i a) { return _mm512_movepi16_mask(a) == 0; }
 
     // Store the 64 sums of a tile by c, then by branch.
     template <int bits>

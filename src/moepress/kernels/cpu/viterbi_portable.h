@@ -17,7 +17,7 @@ struct PortableSearch {
     }
 
     template <int bits>
-    static void step(const uint16_t* best, const int16_t* ordered, int16_t target,
+    static bool step(const uint16_t* best, const int16_t* ordered, int16_t target, bool,
                      uint16_t* next) {
         constexpr int groups = kStates >> bits;
         for (int g = 0; g < groups; ++g) {
@@ -28,6 +28,7 @@ struct PortableSearch {
             }
             next[g] = uint16_t(least);
         }
+        return false;
     }
 };
 

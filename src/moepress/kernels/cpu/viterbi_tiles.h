@@ -57,24 +57,40 @@ struct TileSearch {
     }
 
     template <int bits>
-    static void step(const uint16_t* best, const int16_t* ordered, int16_t target,
+    static bool step(const uint16_t* best, const int16_t* ordered, int16_t target, bool small,
                      uint16_t* next) {
+        return small ? all_tiles<bits, true>(best, ordered, target, next)
+                     : all_tiles<bits, false>(best, ordered, target, next);
+    }
+
+  private:
+    template <int bits, bool small>
+    static bool all_tiles(const uint16_t* best, const int16_t* ordered, int16_t target,
+                          uint16_t* next) {
         using T = Tile<bits>;
         const auto x = Vector::splat(target);
+        const auto cost = [&](auto before, const int16_t* values) {
+            const auto square = Vector::square(Vector::minus_to_limit(x, Vector::load(values)));
+            return small ? Vector::plus(before, square) : Vector::plus_to_limit(before, square);
+        };
+        auto all = Vector::splat(0);
         for (int u = 0; u < T::tiles; ++u) {
-            auto before = Vector::template repeat<T::chunk>(best + u * T::chunk);
-            auto even = Vector::plus_square(before, x, ordered);
-            auto odd = Vector::plus_square(before, x, ordered + Vector::width);
+            auto even = x, odd = x;
 #pragma GCC unroll 16
-            for (int j = 1; j < T::branches; ++j) {
-                const int16_t* values = ordered + T::words * j;
-                before = Vector::template repeat<T::chunk>(best + u * T::chunk + j * T::apart);
-                even = Vector::least(even, Vector::plus_square(before, x, values));
-                odd = Vector::least(odd, Vector::plus_square(before, x, values + Vector::width));
+            for (int j = 0; j < T::branches; ++j) {
+                const auto before = Vector::template repeat<T::chunk>(best + j * T::apart);
+                const auto a = cost(before, ordered);
+                const auto b = cost(before, ordered + Vector::width);
+                ordered += T::words;
+                even = j == 0 ? a : Vector::least(even, a);
+                odd = j == 0 ? b : Vector::least(odd, b);
             }
-            Vector::template store<bits>(even, odd, next + T::words * u);
-            ordered += T::words * T::branches;
+            all = Vector::any(all, even, odd);
+            Vector::template store<bits>(even, odd, next);
+            best += T::chunk;
+            next += T::words;
         }
+        return Vector::no_high_bit(all);
     }
 };
 
