@@ -72,26 +72,24 @@ using TrellisRotate = void (*)(float* x, int64_t cols);
 using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
                               int64_t place);
 
-// Viterbi's algorithm (viterbi.cpp). Targets and values are in steps of 1 / kUnit.
+// Viterbi's algorithm (viterbi.cpp). Its costs are by group: states with the same older bits, which
+// have the same predecessors. `best` [2^(12 - bits)] holds the least cost of the predecessors of each
+// group. Targets are in steps of 1 / kUnit.
 
-// Bring the values of all states [4096] into the order that ViterbiStep reads.
-using ViterbiOrder = void (*)(const int16_t* values, int16_t* ordered);
-
-// One step: from the least costs of the predecessors, for each group of states with the same older
-// bits [2^(12 - bits)], to those of the next step (viterbi_tiles.h).
-using ViterbiStep = bool (*)(const uint16_t* best, const int16_t* ordered, int16_t target,
-                             bool small, uint16_t* next);
-
-// The first of the states with the least cost, after a step.
-using ViterbiBest = int (*)(const uint16_t* best, const int16_t* values, int16_t target);
-
-// The states [steps] of the best path that ends in state `end`. `kept` holds the costs before every
-// kStride-th step.
-using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* values, const int16_t* target,
-                              int steps, int end, uint16_t* states);
+// One step: `next` from `best`. `small`: no cost of `best` is above 32767. Returns whether that is
+// known of `next`.
+using ViterbiStep = bool (*)(const uint16_t* best, int16_t target, bool small, uint16_t* next);
 
 // Subtract the least of the costs [count] from all.
 using SubtractLeast = void (*)(uint16_t* costs, int count);
+
+// The first of the states with the least cost after a step.
+using ViterbiBest = int (*)(const uint16_t* best, int16_t target);
+
+// The states [steps] of the best path that ends in state `end`. `kept` holds `best` of every
+// kStride-th step, kKeptWords apart.
+using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* target, int steps, int end,
+                              uint16_t* states);
 
 // ---- The table -------------------------------------------------------------------------------
 
@@ -107,7 +105,6 @@ struct Isa {
     TrellisDot trellis_dot[5];  // by code bits, 1 to 4
     TrellisRotate trellis_rotate;
     TrellisRound trellis_round;
-    ViterbiOrder viterbi_order[5];
     ViterbiStep viterbi_step[5];
     ViterbiBest viterbi_best[5];
     ViterbiTrace viterbi_trace[5];

@@ -44,10 +44,9 @@ constexpr void set_scalar(Isa& isa) {
 template <class Lanes, class Search, int bits>
 constexpr void set_trellis(Isa& isa) {
     isa.trellis_dot[bits] = trellis_dot<Lanes, bits>;
-    isa.viterbi_order[bits] = Search::template order<bits>;
     isa.viterbi_step[bits] = Search::template step<bits>;
     isa.viterbi_best[bits] = best_state<bits>;
-    isa.viterbi_trace[bits] = trace_back<bits>;
+    isa.viterbi_trace[bits] = trace_back<Search, bits>;
 }
 
 template <class Lanes, class Search>

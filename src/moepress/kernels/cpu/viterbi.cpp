@@ -3,6 +3,7 @@
 // costs take 16 KB and stay in the first-level cache.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <exception>
@@ -19,17 +20,19 @@ namespace {
 constexpr int kRun = 1024;   // steps that are decided together; a multiple of kSteps
 constexpr int kWindow = 64;  // steps on each side of the place where a path's end meets its start
 
-// Aligned to cache lines: a vector of 512 bits is one.
-struct alignas(64) Workspace {
-    uint16_t between[2][kStates / 2];  // costs of steps that are not kept
-    int16_t target[kRun];
-    uint16_t kept[kRun * kStates / 8];  // [steps / kStride][2^(12 - bits)]
-};
+constexpr int kept_words(int bits) {
+    constexpr int words[] = {0, kKeptWords<1>, kKeptWords<2>, kKeptWords<3>, kKeptWords<4>};
+    return words[bits];
+}
 
-struct alignas(64) Values {  // of all states, in steps of 1 / kUnit
-    int16_t ordered[kStates];  // as ViterbiStep reads them
-    int16_t by_state[kStates];
+// Costs (isa.h), aligned to cache lines: a vector of 512 bits is one.
+struct alignas(64) Workspace {
+    uint16_t between[2][kept_words(1)];   // of steps that are not kept
+    uint16_t kept[kRun * kept_words(3)];  // of every kStride-th step, for any code bits
+    int16_t target[kRun];
 };
+static_assert(kept_words(3) * kStride[1] >= kept_words(1));
+static_assert(kept_words(3) * kStride[2] >= kept_words(2));
 
 // The row and column, of the eight, of weight `step` of a path.
 struct Place {
@@ -48,31 +51,27 @@ int16_t in_steps(float target, int unit) {
     return scaled == scaled ? int16_t(std::nearbyintf(inside)) : int16_t(0);
 }
 
-// Find the best path that starts with the costs `work.kept`, passes `steps` targets and ends in
-// state `end`, or, for -1, in the best state. Writes its states [steps]. `steps` is a multiple of
-// kSteps.
-void find_path(const Isa& isa, const Values& values, int bits, int steps, int end, Workspace& work,
-               uint16_t* states) {
-    const int groups = kStates >> bits;
+// Find the best path that starts with the costs `work.kept`, passes `steps` targets, a multiple of
+// kSteps, and ends in state `end`, or, for -1, in the best state. Writes its states [steps].
+void find_path(const Isa& isa, int bits, int steps, int end, Workspace& work, uint16_t* states) {
     const uint16_t* best = work.kept;
     bool small = false;
-    for (int t = 0; t < steps - 1; ++t) {
-        const int next_step = t + 1;
-        uint16_t* next = next_step % kStride[bits] == 0
-                             ? work.kept + next_step / kStride[bits] * groups
+    for (int t = 1; t < steps; ++t) {
+        uint16_t* next = t % kStride[bits] == 0
+                             ? work.kept + t / kStride[bits] * kept_words(bits)
                              : work.between[t % 2];
-        small = isa.viterbi_step[bits](best, values.ordered, work.target[t], small, next);
-        if (next_step % kSteps == 0) isa.subtract_least(next, groups);
+        small = isa.viterbi_step[bits](best, work.target[t - 1], small, next);
+        if (t % kSteps == 0) isa.subtract_least(next, kStates >> bits);
         best = next;
     }
-    if (end < 0) end = isa.viterbi_best[bits](best, values.by_state, work.target[steps - 1]);
-    isa.viterbi_trace[bits](work.kept, values.by_state, work.target, steps, end, states);
+    if (end < 0) end = isa.viterbi_best[bits](best, work.target[steps - 1]);
+    isa.viterbi_trace[bits](work.kept, work.target, steps, end, states);
 }
 
 // Write the branches of one path. It starts and ends in the same state, which the best path around
 // the seam chooses (rounding/methods/viterbi.py).
-void find_branches(const Isa& isa, const Values& values, int bits, const float* target,
-                   int64_t rows, int path, Workspace& work, uint8_t* branches) {
+void find_branches(const Isa& isa, int bits, const float* target, int64_t rows, int path,
+                   Workspace& work, uint8_t* branches) {
     uint16_t states[kRun];
     const int64_t steps = rows / kSlabRows * kSteps;
     const auto read = [&](int64_t step) {
@@ -84,7 +83,7 @@ void find_branches(const Isa& isa, const Values& values, int bits, const float* 
         work.target[t] = read(t < window ? steps - window + t : t - window);
     const int groups = kStates >> bits;
     std::fill(work.kept, work.kept + groups, uint16_t(0));
-    find_path(isa, values, bits, 2 * window, -1, work, states);
+    find_path(isa, bits, 2 * window, -1, work, states);
     const int start = states[window - 1];
     int state = start;
     for (int64_t first = 0; first < steps; first += kRun) {
@@ -92,7 +91,7 @@ void find_branches(const Isa& isa, const Values& values, int bits, const float* 
         for (int t = 0; t < here; ++t) work.target[t] = read(first + t);
         std::fill(work.kept, work.kept + groups, uint16_t(65535));
         work.kept[state % groups] = 0;
-        find_path(isa, values, bits, here, first + kRun >= steps ? start : -1, work, states);
+        find_path(isa, bits, here, first + kRun >= steps ? start : -1, work, states);
         for (int t = 0; t < here; ++t) {
             const Place at = place_of(path, first + t);
             branches[at.column * rows + at.row] = uint8_t(states[t] & ((1 << bits) - 1));
@@ -112,16 +111,13 @@ int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
     if (rows < 1 || rows % kSlabRows != 0 || threads < 1) return kBadShape;
     try {
         const Isa& isa = *isa_in_use();
-        Values values;
-        for (int s = 0; s < kStates; ++s)
-            values.by_state[s] = int16_t(code_value(s, bits) * kUnit[bits]);
-        isa.viterbi_order[bits](values.by_state, values.ordered);
         const int workers = std::min<int>(threads, kPaths);  // with a workspace each
         const std::unique_ptr<Workspace[]> works(new Workspace[size_t(workers)]);
+        std::atomic<int> next{0};  // path: a worker that is slowed down takes fewer
         parallel(workers, workers, 1, [&](int64_t begin, int64_t end) {
             for (int64_t worker = begin; worker < end; ++worker)
-                for (int path = int(worker); path < kPaths; path += workers)
-                    find_branches(isa, values, bits, target, rows, path, works[worker], branches);
+                for (int path = next++; path < kPaths; path = next++)
+                    find_branches(isa, bits, target, rows, path, works[worker], branches);
         });
         return kOk;
     } catch (const std::exception&) {

@@ -3,6 +3,7 @@
 // compiles its own copy.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "trellis_code.h"
@@ -22,6 +23,28 @@ inline int saturated_sum(int cost, int square) {
     return cost + square > kLargest ? kLargest : cost + square;
 }
 
+// The value of a state in steps of 1 / kUnit.
+template <int bits>
+constexpr int16_t value_in_steps(int state) {
+    return int16_t(code_value(state, bits) * kUnit[bits]);
+}
+
+// The values of all states in the order of the states.
+template <int bits>
+struct ValuesByState {
+    int16_t at[kStates];
+    ValuesByState() {
+        for (int s = 0; s < kStates; ++s) at[s] = value_in_steps<bits>(s);
+    }
+};
+
+// Values in one of the orders of this directory, computed at the first call.
+template <class Values>
+const Values& constant() {
+    static const Values values;
+    return values;
+}
+
 // Subtract the least cost from all, which keeps their order and leaves room for sums to grow.
 inline void subtract_least(uint16_t* costs, int count) {
     uint16_t least = kLargest;
@@ -29,32 +52,34 @@ inline void subtract_least(uint16_t* costs, int count) {
     for (int i = 0; i < count; ++i) costs[i] = uint16_t(costs[i] - least);
 }
 
-// The first of the states with the least cost. `best` as in viterbi_tiles.h.
+// The first of the states with the least cost after a step.
 template <int bits>
-int best_state(const uint16_t* best, const int16_t* values, int16_t target) {
-    int least = kLargest + 1, state = 0;
-    for (int s = 0; s < kStates; ++s) {
-        const int cost = saturated_sum(best[s >> bits], square(target, values[s]));
-        if (cost < least) least = cost, state = s;
-    }
-    return state;
+int best_state(const uint16_t* best, int16_t target) {
+    const int16_t* values = constant<ValuesByState<bits>>().at;
+    uint16_t costs[kStates];
+    for (int q = 0; q < kStates >> bits; ++q)
+        for (int s = q << bits; s < (q + 1) << bits; ++s)
+            costs[s] = uint16_t(saturated_sum(best[q], square(target, values[s])));
+    uint16_t least = kLargest;
+    for (int s = 0; s < kStates; ++s) least = costs[s] < least ? costs[s] : least;
+    return int(std::find(costs, costs + kStates, least) - costs);
 }
 
 // Find the states [depth] of the best path that is in state `end` after `depth` steps with targets
 // [depth]. `best` belongs to the first of these steps.
 //
 // The states that lead to `end` are few: the first has depth * bits free bits, which are its oldest,
-// and the oldest of them are decided in each step. All bits of a path are in one word,
+// and each step decides the oldest of them. All bits of a path are in one word,
 // (free bits) * 4096 + end.
 template <int bits, int depth>
-void trace(const uint16_t* best, const int16_t* values, const int16_t* target, int end,
-           uint16_t* states) {
+void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
     if constexpr (depth > 0) {
         constexpr int branches = 1 << bits;
+        const int16_t* values = constant<ValuesByState<bits>>().at;
         const auto state = [&](int step, int free) {
             return (free << kStateBits | end) >> (depth - step) * bits;
         };
-        int least[1 << depth * bits];  // cost before the step, by free bits
+        int least[1 << depth * bits];  // cost before a step, by the bits that are still free
         uint8_t from[depth][1 << (depth - 1) * bits];
         for (int free = 0; free < 1 << depth * bits; ++free)
             least[free] = best[state(0, free) >> bits];
@@ -79,19 +104,22 @@ void trace(const uint16_t* best, const int16_t* values, const int16_t* target, i
     }
 }
 
-// As `trace` through all steps, which are a multiple of kStride: `kept` holds `best` of every
-// kStride-th step, and `end` is the state of the last step.
-template <int bits>
-void trace_back(const uint16_t* kept, const int16_t* values, const int16_t* target, int steps,
-                int end, uint16_t* states) {
-    constexpr int stride = kStride[bits], groups = kStates >> bits;
+// As `trace`, through all steps of a path. `steps` is a multiple of kStride, `kept` holds `best` of
+// every kStride-th step, and `end` is the state in the last step.
+template <class Search, int bits>
+void trace_back(const uint16_t* kept, const int16_t* target, int steps, int end,
+                uint16_t* states) {
+    constexpr int stride = kStride[bits];
     int first = steps - stride;
+    const uint16_t* best = kept + first / stride * kKeptWords<bits>;
     states[steps - 1] = uint16_t(end);
-    trace<bits, stride - 1>(kept + first / stride * groups, values, target + first, end,
-                            states + first);
-    for (first -= stride; first >= 0; first -= stride)
-        trace<bits, stride>(kept + first / stride * groups, values, target + first,
-                            states[first + stride], states + first);
+    trace<bits, stride - 1>(best, target + first, end, states + first);
+    while (first > 0) {
+        end = states[first];
+        first -= stride;
+        best -= kKeptWords<bits>;
+        Search::template trace<bits>(best, target + first, end, states + first);
+    }
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "trellis_code.h"
 #include "viterbi.h"
@@ -12,23 +11,26 @@ namespace {
 
 struct PortableSearch {
     template <int bits>
-    static void order(const int16_t* values, int16_t* ordered) {
-        std::memcpy(ordered, values, kStates * sizeof *values);
+    static bool step(const uint16_t* best, int16_t target, bool, uint16_t* next) {
+        constexpr int branches = 1 << bits, apart = kStates >> 2 * bits;
+        const int16_t* values = constant<ValuesByState<bits>>().at;
+        for (int r = 0; r < apart; ++r) {
+            int least[branches];
+            for (int& cost : least) cost = kLargest;
+            for (int q = r; q < branches * apart; q += apart)
+                for (int b = 0; b < branches; ++b) {
+                    const int added = square(target, values[q * branches + b]);
+                    const int cost = saturated_sum(best[q], added);
+                    least[b] = cost < least[b] ? cost : least[b];
+                }
+            for (int b = 0; b < branches; ++b) next[r * branches + b] = uint16_t(least[b]);
+        }
+        return false;
     }
 
     template <int bits>
-    static bool step(const uint16_t* best, const int16_t* ordered, int16_t target, bool,
-                     uint16_t* next) {
-        constexpr int groups = kStates >> bits;
-        for (int g = 0; g < groups; ++g) {
-            int least = kLargest;
-            for (int s = g; s < kStates; s += groups) {
-                const int cost = saturated_sum(best[s >> bits], square(target, ordered[s]));
-                least = cost < least ? cost : least;
-            }
-            next[g] = uint16_t(least);
-        }
-        return false;
+    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
+        moepress::trace<bits, kStride[bits]>(best, target, end, states);
     }
 };
 

@@ -27,6 +27,8 @@
 #include <cstdint>
 
 #include "trellis_code.h"
+#include "viterbi.h"
+#include "viterbi_trace.h"
 
 namespace moepress {
 namespace {
@@ -43,34 +45,45 @@ struct TileSearch {
         static_assert(tiles >= 1 && chunk * tiles == apart);
     };
 
-    // Lane `chunk * i + c` of sum `a` belongs to branch 2 i + a.
+    // The values of all states in the order in which the tiles read them. Lane `chunk * i + c` of sum
+    // `a` belongs to branch 2 i + a.
     template <int bits>
-    static void order(const int16_t* values, int16_t* ordered) {
-        using T = Tile<bits>;
-        for (int u = 0; u < T::tiles; ++u)
-            for (int j = 0; j < T::branches; ++j)
-                for (int a = 0; a < 2; ++a)
-                    for (int lane = 0; lane < Vector::width; ++lane) {
-                        const int q = j * T::apart + u * T::chunk + lane % T::chunk;
-                        *ordered++ = values[q << bits | (lane / T::chunk * 2 + a)];
-                    }
+    struct alignas(64) Values {
+        int16_t at[kStates];
+        Values() {
+            using T = Tile<bits>;
+            int16_t* next = at;
+            for (int u = 0; u < T::tiles; ++u)
+                for (int j = 0; j < T::branches; ++j)
+                    for (int a = 0; a < 2; ++a)
+                        for (int lane = 0; lane < Vector::width; ++lane) {
+                            const int q = j * T::apart + u * T::chunk + lane % T::chunk;
+                            const int branch = lane / T::chunk * 2 + a;
+                            *next++ = value_in_steps<bits>(q << bits | branch);
+                        }
+        }
+    };
+
+    template <int bits>
+    static bool step(const uint16_t* best, int16_t target, bool small, uint16_t* next) {
+        return small ? all_tiles<bits, true>(best, target, next)
+                     : all_tiles<bits, false>(best, target, next);
     }
 
     template <int bits>
-    static bool step(const uint16_t* best, const int16_t* ordered, int16_t target, bool small,
-                     uint16_t* next) {
-        return small ? all_tiles<bits, true>(best, ordered, target, next)
-                     : all_tiles<bits, false>(best, ordered, target, next);
+    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
+        trace_paths<bits>(best, target, end, states);
     }
 
   private:
+    // `small`: no sum of a cost and a square, 32768 at most, needs saturation.
     template <int bits, bool small>
-    static bool all_tiles(const uint16_t* best, const int16_t* ordered, int16_t target,
-                          uint16_t* next) {
+    static bool all_tiles(const uint16_t* best, int16_t target, uint16_t* next) {
         using T = Tile<bits>;
+        const int16_t* values = constant<Values<bits>>().at;
         const auto x = Vector::splat(target);
-        const auto cost = [&](auto before, const int16_t* values) {
-            const auto square = Vector::square(Vector::minus_to_limit(x, Vector::load(values)));
+        const auto cost = [&](auto before, const int16_t* at) {
+            const auto square = Vector::square(Vector::minus_to_limit(x, Vector::load(at)));
             return small ? Vector::plus(before, square) : Vector::plus_to_limit(before, square);
         };
         auto all = Vector::splat(0);
@@ -79,9 +92,9 @@ struct TileSearch {
 #pragma GCC unroll 16
             for (int j = 0; j < T::branches; ++j) {
                 const auto before = Vector::template repeat<T::chunk>(best + j * T::apart);
-                const auto a = cost(before, ordered);
-                const auto b = cost(before, ordered + Vector::width);
-                ordered += T::words;
+                const auto a = cost(before, values);
+                const auto b = cost(before, values + Vector::width);
+                values += T::words;
                 even = j == 0 ? a : Vector::least(even, a);
                 odd = j == 0 ? b : Vector::least(odd, b);
             }
