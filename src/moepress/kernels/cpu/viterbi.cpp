@@ -1,6 +1,7 @@
 // The best paths of a trellis code through eight columns of a matrix. rounding/methods/viterbi.py is the
-// definition and the oracle. A thread searches one of the 32 paths at a time: its two arrays of
-// costs take 16 KB and stay in the first-level cache.
+// definition and the oracle. A thread searches one of the 32 paths at a time: what a step reads and
+// writes, 16 KB or less, stays in the first-level cache, and the costs that are kept for the way
+// back, 1 MB, in the second and third.
 
 #include <algorithm>
 #include <atomic>
@@ -48,7 +49,7 @@ Place place_of(int path, int64_t step) {
 int16_t in_steps(float target, int unit) {
     const float scaled = target * float(unit);
     const float inside = scaled < -32767.0f ? -32767.0f : scaled > 32767.0f ? 32767.0f : scaled;
-    return scaled == scaled ? int16_t(std::nearbyintf(inside)) : int16_t(0);
+    return scaled == scaled ? int16_t(std::lrintf(inside)) : int16_t(0);
 }
 
 // Find the best path that starts with the costs `work.kept`, passes `steps` targets, a multiple of

@@ -118,6 +118,9 @@ void trace_back(const uint16_t* kept, const int16_t* target, int steps, int end,
         end = states[first];
         first -= stride;
         best -= kKeptWords<bits>;
+        if (first >= 4 * stride)  // it may have left the second-level cache
+            for (int i = 0; i < kStates >> bits; i += 32)
+                __builtin_prefetch(best - 4 * kKeptWords<bits> + i);
         Search::template trace<bits>(best, target + first, end, states + first);
     }
 }
