@@ -73,8 +73,8 @@ using TrellisRound = void (*)(const float* x, int64_t cols, int group, const Tre
                               int64_t place);
 
 // Viterbi's algorithm (viterbi.cpp). Its costs are by group: states with the same older bits, which
-// have the same predecessors. `best` [2^(12 - bits)] holds the least cost of the predecessors of each
-// group. Targets are in steps of 1 / kUnit.
+// have the same predecessors. `best` [2^(12 - bits)] holds the least cost of the predecessors of
+// each group. Targets are in steps of 1 / kUnit.
 
 // One step: `next` from `best`. `small`: no cost of `best` is above 32767. Returns whether that is
 // known of `next`.

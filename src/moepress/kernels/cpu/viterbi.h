@@ -68,8 +68,8 @@ int best_state(const uint16_t* best, int16_t target) {
 // Find the states [depth] of the best path that is in state `end` after `depth` steps with targets
 // [depth]. `best` belongs to the first of these steps.
 //
-// The states that lead to `end` are few: the first has depth * bits free bits, which are its oldest,
-// and each step decides the oldest of them. All bits of a path are in one word,
+// The states that lead to `end` are few: the first has depth * bits free bits, which are its
+// oldest, and each step decides the oldest of them. All bits of a path are in one word,
 // (free bits) * 4096 + end.
 template <int bits, int depth>
 void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "viterbi_tiles.h"
+#include "viterbi_trace_avx2.h"
 
 namespace moepress {
 namespace {
@@ -85,7 +86,12 @@ struct Avx2Costs {
     }
 };
 
-using Avx2Search = TileSearch<Avx2Costs>;
+struct Avx2Search : TileSearch<Avx2Costs> {
+    template <int bits>
+    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
+        trace_paths<bits>(best, target, end, states);
+    }
+};
 
 }  // namespace
 }  // namespace moepress

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "viterbi_tiles.h"
+#include "viterbi_trace_avx2.h"
 
 namespace moepress {
 namespace {
@@ -61,7 +62,12 @@ struct Avx512Costs {
     }
 };
 
-using Avx512Search = TileSearch<Avx512Costs>;
+struct Avx512Search : TileSearch<Avx512Costs> {
+    template <int bits>
+    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
+        trace_paths<bits>(best, target, end, states);
+    }
+};
 
 }  // namespace
 }  // namespace moepress

@@ -1,38 +1,38 @@
 // One step of Viterbi's algorithm in vectors of 16-bit integers. `Vector` (viterbi_avx512.h,
 // viterbi_avx2.h) names the instructions.
 //
-// A step keeps no cost of a state, only `best`: for the states (q, b) = 2^bits q + b of one group q,
-// the least cost of their predecessors. With s = (j, u, c, b), where j are the `bits` oldest bits
-// and b the newest, and x the target,
+// A step keeps no cost of a state, only `best`: for the states (q, b) = 2^bits q + b of one group
+// q, the least cost of their predecessors. With s = (j, u, c, b), where j are the `bits` oldest
+// bits and b the newest, and x the target,
 //
 //     next(u, c, b) = min over j of  best(j, u, c) + (x - v(j, u, c, b))^2
 //
-// A tile is one u: `chunk` values of c times 2^bits of b, as much as two vectors hold. Each chunk of
-// `best` is loaded into a vector several times side by side, once for each b. The minimum over j is
-// then a minimum of whole vectors. At the end of a tile the two sums change their order from (b, c)
-// to (c, b). No cost moves between lanes otherwise, and the values are stored in the order in which
-// the tiles read them.
+// A tile is one u: `chunk` values of c times 2^bits of b, as much as two vectors hold. Each chunk
+// of `best` is loaded into a vector several times side by side, once for each b. The minimum over j
+// is then a minimum of whole vectors. At the end of a tile the two sums change their order from
+// (b, c) to (c, b). No cost moves between lanes otherwise, and the values are stored in the order
+// in which the tiles read them.
 //
-// Which predecessor was best is not stored: viterbi_trace.h computes it for the states of the best
-// path only.
+// Which predecessor was best is not stored: `trace` (viterbi.h, viterbi_trace_avx2.h) computes it
+// for the states of the best path only.
 //
 // Cost of a vector of states: a difference, a square, a sum and 1 - 2^-bits minima; to reorder,
 // 2^-bits permutations with AVX-512 (a vpermt2w for each of two sums), two or three times as many
-// with AVX2: 4 operations in all, 4.1 to 4.5 with AVX2. Loads: 1 of values, 1/2 of `best`; stores: 2^-bits. What a step reads and
-// writes, 8 KB of values and twice 8 KB / 2^bits of `best`, stays in the first-level cache.
+// with AVX2: 4 operations in all, 4.1 to 4.5 with AVX2. Loads: 1 of values, 1/2 of `best`; stores:
+// 2^-bits. What a step reads and writes, 8 KB of values and twice 8 KB / 2^bits of `best`, stays in
+// the first-level cache.
 //
 // A step is 128 vectors of 512 bits. Zen 4 starts two such operations in a cycle, of which one is a
 // product or a saturating sum or difference; one load; half a store. So a step takes 256 cycles for
-// its operations, 192 for its loads and 16 to 128 for its stores. With saturating sums it takes 384:
-// hence plain sums while all costs are small. Measured: 305 to 340 cycles, and 315 for the four
-// operations alone, without loads and stores.
+// its operations, 192 for its loads and 16 to 128 for its stores. With saturating sums it takes
+// 384: hence plain sums while all costs are small. Measured: 305 to 340 cycles, and 315 for the
+// four operations alone, without loads and stores.
 #pragma once
 
 #include <cstdint>
 
 #include "trellis_code.h"
 #include "viterbi.h"
-#include "viterbi_trace.h"
 
 namespace moepress {
 namespace {
@@ -49,8 +49,8 @@ struct TileSearch {
         static_assert(tiles >= 1 && chunk * tiles == apart);
     };
 
-    // The values of all states in the order in which the tiles read them. Lane `chunk * i + c` of sum
-    // `a` belongs to branch 2 i + a.
+    // The values of all states in the order in which the tiles read them. Lane `chunk * i + c` of
+    // sum `a` belongs to branch 2 i + a.
     template <int bits>
     struct alignas(64) Values {
         int16_t at[kStates];
@@ -72,11 +72,6 @@ struct TileSearch {
     static bool step(const uint16_t* best, int16_t target, bool small, uint16_t* next) {
         return small ? all_tiles<bits, true>(best, target, next)
                      : all_tiles<bits, false>(best, target, next);
-    }
-
-    template <int bits>
-    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
-        trace_paths<bits>(best, target, end, states);
     }
 
   private:

@@ -1,4 +1,5 @@
-// The way back along the best path (`trace` of viterbi.h), all paths at a time, with SSE 4.1.
+// The way back along the best path (`trace` of viterbi.h), all paths at a time: SSE 4.1, which AVX2
+// and AVX-512 include.
 //
 // A stride of steps has 2^(stride * bits) paths that lead to its end: 16, or 8 at 3 bits. Path n is
 // the one whose predecessors j_i in its steps i are the digits of n, j_0 the lowest. The costs of
@@ -27,7 +28,8 @@ struct Paths {
     // The free bits of a path (viterbi.h) from `digits` digits: the lowest is the oldest.
     static constexpr int free_bits(int n, int digits = stride) {
         int free = 0;
-        for (int i = 0; i < digits; ++i) free = free << bits | ((n >> i * bits) & ((1 << bits) - 1));
+        for (int i = 0; i < digits; ++i)
+            free = free << bits | ((n >> i * bits) & ((1 << bits) - 1));
         return free;
     }
 };
@@ -75,7 +77,8 @@ template <int bits, int i>
                 __m128i value;
                 if constexpr (P::at_step(i) >= 8) value = _mm_loadu_si128(at);
                 if constexpr (P::at_step(i) == 4) value = _mm_loadl_epi64(at);
-                if constexpr (P::at_step(i) == 2) value = _mm_setr_epi16(values[0], values[1], 0, 0, 0, 0, 0, 0);
+                if constexpr (P::at_step(i) == 2)
+                    value = _mm_setr_epi16(values[0], values[1], 0, 0, 0, 0, 0, 0);
                 const __m128i d = _mm_subs_epi16(x, value);
                 square = _mm_mulhrs_epi16(d, d);
             }
