@@ -1,6 +1,7 @@
 """Measure the speed of the CPU kernels beside memory bandwidth, llama.cpp and bfloat16.
 
     python benchmarks/cpu.py kernels                 # bytes per second of the MoE op, by codec
+    python benchmarks/cpu.py search                  # weights per second of the trellis search
     python benchmarks/cpu.py models FOLDER           # decode and prefill beside llama.cpp
     python benchmarks/cpu.py bfloat16 FOLDER         # decode beside transformers' own bfloat16
     python benchmarks/cpu.py whole FOLDER            # 32 layers: seconds to the first token
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -136,6 +138,37 @@ def measure_kernels(shape: str, read: Callable[[], float], rounds: int) -> None:
             **values,
             best_gb_per_s=best,
             gweights_per_s=weights,
+        )
+
+
+# The trellis search
+
+
+def search(rounds: int) -> None:
+    """Weights per second of processor time, one thread, and per second on all threads."""
+    import torch
+
+    from moepress.kernels import cpu
+    from moepress.kernels.trellis import code_values
+
+    for name, bits, rows in itertools.product(cpu.instruction_sets(), (1, 2, 3, 4), (3584, 16384)):
+        if name == "portable" and rows > 3584:
+            continue
+        cpu.use(name)
+        target = torch.randn(8, rows) * code_values(bits).double().std().item()
+        call = partial(cpu.trellis_search, target, bits)
+        rates = []
+        for threads, clock in ((1, time.process_time), (THREADS, time.perf_counter)):
+            torch.set_num_threads(threads)
+            call()
+            rates.append(target.numel() / median(timed(call, clock) for _ in range(rounds)))
+        report(
+            instruction_set=name,
+            bits=bits,
+            rows=rows,
+            mweights_per_cpu_s=rates[0] / 1e6,
+            threads=THREADS,
+            mweights_per_s=rates[1] / 1e6,
         )
 
 
@@ -424,22 +457,22 @@ def generate(path: Path) -> None:
     print(json.dumps(values))
 
 
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def timed(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", choices=["kernels", "models", "bfloat16", "whole", "worker", "generate"]
+        "what", choices=["kernels", "search", "models", "bfloat16", "whole", "worker", "generate"]
     )
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    if given.what == "kernels":
-        kernels(given.rounds)
+    if given.what in ("kernels", "search"):
+        {"kernels": kernels, "search": search}[given.what](given.rounds)
     elif given.what == "worker":
         worker(given.arguments[0], Path(given.arguments[1]))
     elif given.what in ("whole", "generate"):

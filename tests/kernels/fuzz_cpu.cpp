@@ -200,6 +200,8 @@ void trellis_experts() {
 void trellis_search() {
     const int64_t rows = 64 * pick(1, 3);
     Buffer<float> target = random_floats(8 * rows);
+    const float spread = one_of({0.0f, 1.0f, 100.0f, 1e6f});  // of costs: equal to saturated
+    for (int64_t i = 0; i < target.size; ++i) target.at[size_t(i)] *= spread;
     Buffer<uint8_t> branches(8 * rows);
     const int bits = int(pick(1, 4));
     const int32_t result = moepress_trellis_search(target.get(), rows, bits, int(pick(1, 3)),

@@ -198,6 +198,21 @@ def test_c_finds_the_path_of_the_oracle(
         cpu.use(cpu.instruction_sets()[0])
 
 
+@pytest.mark.parametrize("instruction_set", () if cpu.missing() else cpu.instruction_sets())
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+@pytest.mark.parametrize("spread", [0.0, 1.0, 400.0, 1e9])
+def test_equal_and_saturated_costs(bits: int, instruction_set: str, spread: float) -> None:
+    """Targets with many equally good paths, and targets so far away that all costs saturate."""
+    generator = torch.Generator().manual_seed(bits)
+    target = torch.randn(8, 128, generator=generator).round() * spread
+    target[:, 64:96] *= 0.1  # costs become small again
+    cpu.use(instruction_set)
+    try:
+        assert torch.equal(viterbi.search(target, bits), viterbi.search_plainly(target, bits))
+    finally:
+        cpu.use(cpu.instruction_sets()[0])
+
+
 def test_long_paths_are_found_in_runs() -> None:
     if cpu.missing():
         pytest.skip(f"the library {cpu.missing()}")

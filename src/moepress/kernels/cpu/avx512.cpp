@@ -5,10 +5,10 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "lanes_avx512.h"
 #include "make_isa.h"
-#include "viterbi_avx2.h"
+#include "viterbi_avx512.h"
 
 namespace moepress {
-static constexpr Isa isa = make_isa<Avx512Lanes, Avx2Search>("avx512");
+static constexpr Isa isa = make_isa<Avx512Lanes, Avx512Search>("avx512");
 const Isa* const kAvx512 = &isa;
 }  // namespace moepress
 #else

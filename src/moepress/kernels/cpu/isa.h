@@ -72,14 +72,24 @@ using TrellisRotate = void (*)(float* x, int64_t cols);
 using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
                               int64_t place);
 
-// One step of Viterbi's algorithm (viterbi.cpp). Writes the costs of all states to `next`, and to
-// `chosen` [2^(12 - bits)] the number of the best predecessor of each group of states with the same
-// older bits. `values` [4096] and `target` are in units of 1 / kUnit.
-using ViterbiStep = void (*)(const uint16_t* costs, const int16_t* values, int16_t target,
-                             uint16_t* next, uint8_t* chosen);
+// Viterbi's algorithm (viterbi.cpp). Its costs are by group: states with the same older bits, which
+// have the same predecessors. `best` [2^(12 - bits)] holds the least cost of the predecessors of
+// each group. Targets are in units of 1 / kUnit.
 
-// Subtract the least cost from all costs [4096].
-using SubtractLeast = void (*)(uint16_t* costs);
+// One step: `next` from `best`. `small`: no cost of `best` is above 32767. Returns whether that is
+// known of `next`.
+using ViterbiStep = bool (*)(const uint16_t* best, int16_t target, bool small, uint16_t* next);
+
+// Subtract the least of the costs [count] from all.
+using SubtractLeast = void (*)(uint16_t* costs, int count);
+
+// The first of the states with the least cost after a step.
+using ViterbiBest = int (*)(const uint16_t* best, int16_t target);
+
+// The states [steps] of the best path that ends in state `end`. `kept` holds `best` of every
+// kStride-th step, kKeptWords apart.
+using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* target, int steps, int end,
+                              uint16_t* states);
 
 // ---- The table -------------------------------------------------------------------------------
 
@@ -95,7 +105,9 @@ struct Isa {
     TrellisDot trellis_dot[5];  // by code bits, 1 to 4
     TrellisRotate trellis_rotate;
     TrellisRound trellis_round;
-    ViterbiStep viterbi_step[5];  // by code bits, 1 to 4
+    ViterbiStep viterbi_step[5];
+    ViterbiBest viterbi_best[5];
+    ViterbiTrace viterbi_trace[5];
     SubtractLeast subtract_least;
 };
 

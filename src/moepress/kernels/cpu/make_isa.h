@@ -3,7 +3,7 @@
 // To add an instruction set: write lanes_NAME.h, with a struct `NameLanes` that has the members of
 // `PortableLanes` (lanes_portable.h); write NAME.cpp like avx2.cpp; add its flags to
 // CMakeLists.txt, and its table and the test for it to dispatch.cpp. `Search` is the type with the
-// steps of Viterbi's algorithm: viterbi_avx2.h or viterbi_portable.h.
+// steps of Viterbi's algorithm: viterbi_avx512.h, viterbi_avx2.h or viterbi_portable.h.
 //
 // Everything that this file includes is compiled once for each instruction set. So all of it must
 // have internal linkage (an unnamed namespace; a template over such a type has it too): of two
@@ -45,6 +45,8 @@ template <class Lanes, class Search, int bits>
 constexpr void set_trellis(Isa& isa) {
     isa.trellis_dot[bits] = trellis_dot<Lanes, bits>;
     isa.viterbi_step[bits] = Search::template step<bits>;
+    isa.viterbi_best[bits] = best_state<bits>;
+    isa.viterbi_trace[bits] = trace_back<Search, bits>;
 }
 
 template <class Lanes, class Search>

@@ -15,6 +15,13 @@ constexpr int kTileColumns = 8;
 constexpr int kSteps = 16;  // weights that a path has in a tile
 constexpr int kPaths = 32;  // through a tile: 16 lanes, 2 parities
 
+// Viterbi's algorithm keeps the costs of every kStride-th step: that suffices to find the way back,
+// and is 1 KB for a step or less. Costs of steps lie 64 bytes more than their size apart. At a
+// distance of 4096 bytes, a load would wait for a store with the same lower bits of its address.
+constexpr int kStride[] = {0, 4, 2, 1, 1};  // by code bits
+template <int bits>
+constexpr int kKeptWords = (kStates >> bits) + 32;
+
 // The sum of the lowest 2 or 4 bytes of state * multiplier, minus the center.
 static constexpr int code_value(int state, int bits) {
     const uint32_t product = uint32_t(state) * uint32_t(kMultiplier[bits]);

@@ -1,8 +1,10 @@
 // The best paths of a trellis code through eight columns of a matrix. The definition and oracle is
-// rounding/methods/viterbi.py. A thread searches one of the 32 paths at a time: its two arrays of
-// costs take 16 KB and stay in the first-level cache.
+// rounding/methods/viterbi.py. A thread searches one of the 32 paths at a time: what a step reads and
+// writes, 16 KB or less, stays in the first-level cache, and the costs that are kept for the way
+// back, 1 MB, in the second and third.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <exception>
@@ -19,12 +21,19 @@ namespace {
 constexpr int kRun = 1024;   // steps that are decided together; a multiple of kSteps
 constexpr int kWindow = 64;  // steps on each side of the place where a path's end meets its start
 
-struct Workspace {
-    uint16_t costs[2][kStates];
+constexpr int kept_words(int bits) {
+    constexpr int words[] = {0, kKeptWords<1>, kKeptWords<2>, kKeptWords<3>, kKeptWords<4>};
+    return words[bits];
+}
+
+// Costs (isa.h), aligned to cache lines: a vector of 512 bits is one.
+struct alignas(64) Workspace {
+    uint16_t between[2][kept_words(1)];   // of steps that are not kept
+    uint16_t kept[kRun * kept_words(3)];  // of every kStride-th step, for any code bits
     int16_t target[kRun];
-    // [steps][2^(12 - bits)] number of the best predecessor; dense to save cache lines
-    uint8_t chosen[kRun * kStates / 2];
 };
+static_assert(kept_words(3) * kStride[1] >= kept_words(1));
+static_assert(kept_words(3) * kStride[2] >= kept_words(2));
 
 // The row and column, of the eight, of weight `step` of a path.
 struct Place {
@@ -40,33 +49,30 @@ Place place_of(int path, int64_t step) {
 int16_t in_steps(float target, int unit) {
     const float scaled = target * float(unit);
     const float inside = scaled < -32767.0f ? -32767.0f : scaled > 32767.0f ? 32767.0f : scaled;
-    return scaled == scaled ? int16_t(std::nearbyintf(inside)) : int16_t(0);
+    return scaled == scaled ? int16_t(std::lrintf(inside)) : int16_t(0);
 }
 
-// Find the best path that starts with the costs `work.costs[0]`, passes `steps` targets and ends in
-// state `end`, or, for -1, in the best state. Writes its states [steps].
-void find_path(const Isa& isa, const int16_t* values, int bits, int steps, int end,
-               Workspace& work, uint16_t* states) {
-    uint16_t* costs = work.costs[0];
-    uint16_t* next = work.costs[1];
-    const int groups = kStates >> bits;
-    for (int t = 0; t < steps; ++t) {
-        isa.viterbi_step[bits](costs, values, work.target[t], next, work.chosen + t * groups);
-        std::swap(costs, next);
-        if (t % kSteps == kSteps - 1) isa.subtract_least(costs);
+// Find the best path that starts with the costs `work.kept`, passes `steps` targets, a multiple of
+// kSteps, and ends in state `end`, or, for -1, in the best state. Writes its states [steps].
+void find_path(const Isa& isa, int bits, int steps, int end, Workspace& work, uint16_t* states) {
+    const uint16_t* best = work.kept;
+    bool small = false;
+    for (int t = 1; t < steps; ++t) {
+        uint16_t* next = t % kStride[bits] == 0
+                             ? work.kept + t / kStride[bits] * kept_words(bits)
+                             : work.between[t % 2];
+        small = isa.viterbi_step[bits](best, work.target[t - 1], small, next);
+        if (t % kSteps == 0) isa.subtract_least(next, kStates >> bits);
+        best = next;
     }
-    int state = end < 0 ? int(std::min_element(costs, costs + kStates) - costs) : end;
-    for (int t = steps - 1; t >= 0; --t) {
-        states[t] = uint16_t(state);
-        const int older = state >> bits;
-        state = older | work.chosen[t * groups + older] << (kStateBits - bits);
-    }
+    if (end < 0) end = isa.viterbi_best[bits](best, work.target[steps - 1]);
+    isa.viterbi_trace[bits](work.kept, work.target, steps, end, states);
 }
 
-// Write the branches of one path. It starts and ends in the same state: the one that the best path
-// through the last and then the first targets passes between them (rounding/methods/viterbi.py).
-void find_branches(const Isa& isa, const int16_t* values, int bits, const float* target,
-                   int64_t rows, int path, Workspace& work, uint8_t* branches) {
+// Write the branches of one path. It starts and ends in the same state, which the best path around
+// the seam chooses (rounding/methods/viterbi.py).
+void find_branches(const Isa& isa, int bits, const float* target, int64_t rows, int path,
+                   Workspace& work, uint8_t* branches) {
     uint16_t states[kRun];
     const int64_t steps = rows / kSlabRows * kSteps;
     const auto read = [&](int64_t step) {
@@ -76,16 +82,17 @@ void find_branches(const Isa& isa, const int16_t* values, int bits, const float*
     const int window = int(std::min<int64_t>(kWindow, steps));
     for (int t = 0; t < 2 * window; ++t)
         work.target[t] = read(t < window ? steps - window + t : t - window);
-    std::fill(work.costs[0], work.costs[0] + kStates, uint16_t(0));
-    find_path(isa, values, bits, 2 * window, -1, work, states);
+    const int groups = kStates >> bits;
+    std::fill(work.kept, work.kept + groups, uint16_t(0));
+    find_path(isa, bits, 2 * window, -1, work, states);
     const int start = states[window - 1];
     int state = start;
     for (int64_t first = 0; first < steps; first += kRun) {
         const int here = int(std::min<int64_t>(kRun, steps - first));
         for (int t = 0; t < here; ++t) work.target[t] = read(first + t);
-        std::fill(work.costs[0], work.costs[0] + kStates, uint16_t(65535));
-        work.costs[0][state] = 0;
-        find_path(isa, values, bits, here, first + kRun >= steps ? start : -1, work, states);
+        std::fill(work.kept, work.kept + groups, uint16_t(65535));
+        work.kept[state % groups] = 0;
+        find_path(isa, bits, here, first + kRun >= steps ? start : -1, work, states);
         for (int t = 0; t < here; ++t) {
             const Place at = place_of(path, first + t);
             branches[at.column * rows + at.row] = uint8_t(states[t] & ((1 << bits) - 1));
@@ -105,14 +112,13 @@ int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
     if (rows < 1 || rows % kSlabRows != 0 || threads < 1) return kBadShape;
     try {
         const Isa& isa = *isa_in_use();
-        int16_t values[kStates];
-        for (int s = 0; s < kStates; ++s) values[s] = int16_t(code_value(s, bits) * kUnit[bits]);
         const int workers = std::min<int>(threads, kPaths);  // with a workspace each
         const std::unique_ptr<Workspace[]> works(new Workspace[size_t(workers)]);
+        std::atomic<int> next{0};  // path: a worker that is slowed down takes fewer
         parallel(workers, workers, 1, [&](int64_t begin, int64_t end) {
             for (int64_t worker = begin; worker < end; ++worker)
-                for (int path = int(worker); path < kPaths; path += workers)
-                    find_branches(isa, values, bits, target, rows, path, works[worker], branches);
+                for (int path = next++; path < kPaths; path = next++)
+                    find_branches(isa, bits, target, rows, path, works[worker], branches);
         });
         return kOk;
     } catch (const std::exception&) {

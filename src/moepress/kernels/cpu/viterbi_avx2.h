@@ -1,80 +1,95 @@
-// One step of Viterbi's algorithm, sixteen states at a time. Costs are unsigned 16-bit integers:
-// sums saturate (vpaddusw), a rounded square is one instruction (vpmulhrsw: the square of -2^15
-// comes out as 2^15, read as unsigned), and the distance to a target saturates as
-// rounding/methods/viterbi.py requires (vpsubsw).
-//
-// Speed, AMD EPYC (Zen 3), one thread: docs/log.md#trellis-rounding-speed.
+// The vectors of Viterbi's algorithm (viterbi_tiles.h) with AVX2: 16 costs. viterbi_avx512.h says
+// why these instructions.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
-#include "trellis_code.h"
+#include "viterbi_tiles.h"
+#include "viterbi_trace_avx2.h"
 
 namespace moepress {
 namespace {
 
-// Each of the 16 costs of `best` goes to 2^bits successor states: each cost repeated 2^bits times,
-// of which this returns the `o`-th 16. First the right 64 bits go to both halves, then words move
-// within a half.
-template <int bits, int o>
-[[gnu::always_inline]] inline __m256i successors(__m256i best) {
-    constexpr int words = 16 >> bits;  // costs needed for 16 successors
-    constexpr int first = o * words;
-    constexpr int quarters[] = {first / 4, first / 4, (first + words / 2) / 4,
-                                (first + words / 2) / 4};
-    constexpr int low = first % 4, high = (first + words / 2) % 4;
-    const __m256i near = _mm256_permute4x64_epi64(
-        best, quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6);
-    alignas(32) static constexpr struct Index {
-        int8_t at[32];
-        constexpr Index() : at() {
-            for (int i = 0; i < 16; ++i) {
-                const int word = (i < 8 ? low : high) + (i % 8 >> bits);
-                at[2 * i] = int8_t(2 * word);
-                at[2 * i + 1] = int8_t(2 * word + 1);
-            }
+struct Avx2Costs {
+    static constexpr int width = 16;
+
+    static __m256i splat(int16_t target) { return _mm256_set1_epi16(target); }
+
+    // `count` costs, repeated until the vector is full.
+    template <int count>
+    static __m256i repeat(const uint16_t* at) {
+        if constexpr (count == 16)
+            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        if constexpr (count == 8)
+            return _mm256_broadcastsi128_si256(
+                _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+        if constexpr (count == 4)
+            return _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+        if constexpr (count == 2) {
+            int32_t pair;
+            std::memcpy(&pair, at, sizeof pair);
+            return _mm256_set1_epi32(pair);
         }
-    } index;
-    return _mm256_shuffle_epi8(near, _mm256_load_si256(reinterpret_cast<const __m256i*>(index.at)));
-}
+    }
 
-// The costs of successors 16 o and later: that of the predecessor, plus the rounded square of the
-// distance between target and value.
-template <int bits, int o = 0>
-[[gnu::always_inline]] inline void add_squares(__m256i best, __m256i target, const int16_t* values,
-                                               uint16_t* next) {
-    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 16 * o));
-    const __m256i d = _mm256_subs_epi16(target, value);
-    const __m256i cost =
-        _mm256_adds_epu16(successors<bits, o>(best), _mm256_mulhrs_epi16(d, d));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(next + 16 * o), cost);
-    if constexpr (o + 1 < 1 << bits) add_squares<bits, o + 1>(best, target, values, next);
-}
+    static __m256i load(const int16_t* at) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    }
+    static __m256i minus_to_limit(__m256i a, __m256i b) { return _mm256_subs_epi16(a, b); }
+    static __m256i square(__m256i d) { return _mm256_mulhrs_epi16(d, d); }
+    static __m256i plus(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
+    static __m256i plus_to_limit(__m256i a, __m256i b) { return _mm256_adds_epu16(a, b); }
+    static __m256i least(__m256i a, __m256i b) { return _mm256_min_epu16(a, b); }
+    static __m256i any(__m256i a, __m256i b, __m256i c) {
+        return _mm256_or_si256(a, _mm256_or_si256(b, c));
+    }
+    static bool no_high_bit(__m256i a) {
+        return (_mm256_movemask_epi8(a) & int(0xAAAAAAAA)) == 0;
+    }
 
-struct Avx2Search {
+    // Store the 32 sums of a tile by c, then by branch. Branches 2 i and 2 i + 1 are neighbours
+    // after the first interleaving, which works within halves of a vector. With p the pairs of
+    // branches, the halves of `low` and `high` hold
+    //
+    //     bits 1   c 0 to 3 | c 8 to 11               c 4 to 7 | c 12 to 15
+    //     bits 2   p 0, c 0 to 3 | p 1, c 0 to 3      p 0, c 4 to 7 | p 1, c 4 to 7
+    //     bits 3   p 0, c 0 to 3 | p 2, c 0 to 3      p 1, c 0 to 3 | p 3, c 0 to 3
+    //     bits 4   p 0, 1 of c 0, 1 | p 4, 5          p 2, 3 of c 0, 1 | p 6, 7
     template <int bits>
-    static void step(const uint16_t* costs, const int16_t* values, int16_t target, uint16_t* next,
-                     uint8_t* chosen) {
-        constexpr int groups = kStates >> bits, branches = 1 << bits;
-        const __m256i all = _mm256_set1_epi16(target);
-        for (int g = 0; g < groups; g += 16) {
-            __m256i best = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(costs + g));
-            __m256i from = _mm256_setzero_si256();
-#pragma GCC unroll 16
-            for (int j = 1; j < branches; ++j) {
-                const __m256i cost =
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(costs + j * groups + g));
-                const __m256i least = _mm256_min_epu16(best, cost);
-                const __m256i stays = _mm256_cmpeq_epi16(least, best);
-                from = _mm256_blendv_epi8(_mm256_set1_epi16(int16_t(j)), from, stays);
-                best = least;
-            }
-            const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(from, from), 0x08);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(chosen + g), _mm256_castsi256_si128(bytes));
-            add_squares<bits>(best, all, values + g * branches, next + g * branches);
+    static void store(__m256i even, __m256i odd, uint16_t* next) {
+        const __m256i low = _mm256_unpacklo_epi16(even, odd);
+        const __m256i high = _mm256_unpackhi_epi16(even, odd);
+        __m256i first, second;
+        if constexpr (bits == 1) {
+            first = _mm256_permute2x128_si256(low, high, 0x20);
+            second = _mm256_permute2x128_si256(low, high, 0x31);
         }
+        if constexpr (bits == 2) {
+            const __m256i halves = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            first = _mm256_permutevar8x32_epi32(low, halves);
+            second = _mm256_permutevar8x32_epi32(high, halves);
+        }
+        if constexpr (bits == 3) {
+            first = _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(low, high), 0xD8);
+            second = _mm256_permute4x64_epi64(_mm256_unpackhi_epi32(low, high), 0xD8);
+        }
+        if constexpr (bits == 4) {
+            const __m256 a = _mm256_castsi256_ps(low), b = _mm256_castsi256_ps(high);
+            first = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+            second = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xDD));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(next), first);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(next + 16), second);
+    }
+};
+
+struct Avx2Search : TileSearch<Avx2Costs> {
+    template <int bits>
+    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
+        trace_paths<bits>(best, target, end, states);
     }
 };
 

@@ -1,32 +1,36 @@
-// One step of Viterbi's algorithm as rounding/methods/viterbi.py defines it.
+// One step of Viterbi's algorithm as viterbi_tiles.h and rounding/methods/viterbi.py define it.
 #pragma once
 
 #include <cstdint>
 
 #include "trellis_code.h"
+#include "viterbi.h"
 
 namespace moepress {
 namespace {
 
 struct PortableSearch {
     template <int bits>
-    static void step(const uint16_t* costs, const int16_t* values, int16_t target, uint16_t* next,
-                     uint8_t* chosen) {
-        constexpr int groups = kStates >> bits, branches = 1 << bits;
-        for (int g = 0; g < groups; ++g) {
-            int best = costs[g], from = 0;
-            for (int j = 1; j < branches; ++j) {
-                const int cost = costs[j * groups + g];
-                if (cost < best) best = cost, from = j;
-            }
-            chosen[g] = uint8_t(from);
-            for (int s = g * branches; s < (g + 1) * branches; ++s) {
-                int d = int(target) - values[s];
-                d = d < -32768 ? -32768 : d > 32767 ? 32767 : d;
-                const int cost = best + ((d * d + (1 << 14)) >> 15);
-                next[s] = uint16_t(cost > 65535 ? 65535 : cost);
-            }
+    static bool step(const uint16_t* best, int16_t target, bool, uint16_t* next) {
+        constexpr int branches = 1 << bits, apart = kStates >> 2 * bits;
+        const int16_t* values = constant<ValuesByState<bits>>().at;
+        for (int r = 0; r < apart; ++r) {
+            int least[branches];
+            for (int& cost : least) cost = kLargest;
+            for (int q = r; q < branches * apart; q += apart)
+                for (int b = 0; b < branches; ++b) {
+                    const int added = square(target, values[q * branches + b]);
+                    const int cost = saturated_sum(best[q], added);
+                    least[b] = cost < least[b] ? cost : least[b];
+                }
+            for (int b = 0; b < branches; ++b) next[r * branches + b] = uint16_t(least[b]);
         }
+        return false;
+    }
+
+    template <int bits>
+    static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
+        moepress::trace<bits, kStride[bits]>(best, target, end, states);
     }
 };
 
