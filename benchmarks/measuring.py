@@ -130,8 +130,8 @@ class Evaluator:
         ]
         columns = {name: torch.cat([m[name] for m in measured]) for name in measured[0]}
         results = []
-        for name in dict.fromkeys(self.tokens.sources):
-            rows = torch.tensor([source == name for source in self.tokens.sources])
+        for name in dict.fromkeys(self.tokens.texts):
+            rows = torch.tensor([text == name for text in self.tokens.texts])
             results.append(summary(name, {k: v[rows].flatten() for k, v in columns.items()}))
         return Comparison(tuple(results))
 
