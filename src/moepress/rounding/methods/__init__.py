@@ -9,8 +9,9 @@
 
 Every quantizer takes a weight matrix [N, K] and a codec and returns a `QuantizedMatrix`; equal
 input gives equal bytes. With a codec of the trellis family, `gptq` and `rtn` say whether there is
-feedback, and trellis.py rounds and returns a `TrellisMatrix`. To add a quantizer, write its file
-and add a line to a table below.
+feedback, and trellis.py rounds and returns a `TrellisMatrix`. Scoring with `measure` "noise" rounds
+nothing: it draws the errors that `gptq` would leave in trellis codes (../noise.py). To add a
+quantizer, write its file and add a line to a table below.
 """
 
 from __future__ import annotations
