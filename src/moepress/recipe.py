@@ -20,12 +20,16 @@ from moepress.errors import InputError
 from moepress.format.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
+MeasureName = QuantizerName | Literal["noise"]
 CodecFamily = Literal["int", "trellis"]
 Cost = Literal["error", "paper", "random", "uniform"]
 Scope = Literal["model", "layer"]
 SensitivityName = Literal["gradient", "none"]
 Over = Literal["mean", "worst"]
 HessianWeight = Literal["routing", "none"]
+NOISE = "noise"
+QUANTIZERS: tuple[str, ...] = get_args(QuantizerName)
+TRELLIS = ("gptq", "rtn")  # quantizers that make trellis codes
 UNQUANTIZED = 16  # value of a *_bits field: those weights are not quantized
 TABLE_BITS = (4, 8, UNQUANTIZED)  # widths offered to the embedding and to the head
 FALLBACK_BITS = 4  # width of linears whose cost is unknown
@@ -74,7 +78,9 @@ class Recipe:
     correction: float = 0.5  # share of earlier layers' errors that weights make up for
 
     # How costs are measured, and how the allocator uses them.
-    measure: QuantizerName = "gptq"  # the quantizer whose error is epsilon
+    # measure: the quantizer whose error is epsilon. Or "noise", for trellis codes only: the error
+    # that gptq would leave is drawn, without the search for the codes (rounding/noise.py).
+    measure: MeasureName = "gptq"
     cost: Cost = "error"
     over: Over = "mean"  # minimise the mean loss over all calibration text, or the worst text's
     scope: Scope = "model"  # one budget for the model, or the same for every layer
@@ -101,8 +107,8 @@ class Recipe:
         for name in set_budgets:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
-        _one_of("quantizer", self.quantizer, get_args(QuantizerName))
-        _one_of("measure", self.measure, get_args(QuantizerName))
+        _one_of("quantizer", self.quantizer, QUANTIZERS)
+        _one_of("measure", self.measure, (*QUANTIZERS, NOISE))
         _one_of("expert_codec", self.expert_codec, get_args(CodecFamily))
         _one_of("cost", self.cost, get_args(Cost))
         _one_of("linear_codec", self.linear_codec, get_args(CodecFamily))
@@ -152,9 +158,15 @@ class Recipe:
             raise InputError(f"correction must lie between 0 and 1, got {self.correction}.")
         if not self.calib or any(weight <= 0 for _, weight in self.calib):
             raise InputError("calib needs at least one text, each with a weight above 0.")
+        if self.measure == NOISE and (self.expert_codec, self.linear_codec) != ("trellis",) * 2:
+            raise InputError(
+                "measure 'noise' knows the errors of trellis codes only, but expert_codec is "
+                f"'{self.expert_codec}' and linear_codec '{self.linear_codec}'. Measure with gptq "
+                "or rtn."
+            )
         if "trellis" in (self.expert_codec, self.linear_codec):
-            for name in ("quantizer", "measure"):
-                if getattr(self, name) not in ("gptq", "rtn"):
+            for name, known in (("quantizer", TRELLIS), ("measure", (*TRELLIS, NOISE))):
+                if getattr(self, name) not in known:
                     raise InputError(
                         f"{name} '{getattr(self, name)}' makes scalar codes only. Use gptq or rtn, "
                         "or set expert_codec and linear_codec to 'int'."

@@ -13,7 +13,15 @@ from moepress.costs.texts import Texts
 from moepress.format.codec import LEFT_OUT
 from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
-from moepress.rounding.expert import dequantized, round_down, round_gate_up
+from moepress.rounding.expert import (
+    dequantized,
+    down_inputs,
+    gate_up_inputs,
+    round_down,
+    round_gate_up,
+)
+from moepress.rounding.inputs import Inputs
+from moepress.rounding.noise import draw, noisy_weights
 from moepress.rounding.options import Rounding
 
 
@@ -22,16 +30,37 @@ def rounded_weights(
 ) -> list[ExpertWeights | None]:
     """The expert at every offered width, dequantized; None for width 0, which leaves it out.
 
-    Each projection is rounded on the inputs that it has while the other one is original.
+    Each projection is rounded, or gets the error that rounding would leave, on the inputs that it
+    has while the other one is original.
     """
     widths = [bits for bits in expert_bits if bits != LEFT_OUT]
+    left_out = [None] * (LEFT_OUT in expert_bits)
+    if rounding.draws:
+        return [*left_out, *_noisy(expert, rounding, widths)]
     gate_ups = round_gate_up(expert, rounding, widths)
     downs = round_down(expert, expert.weights.gate_up, rounding, widths)
     rounded = [
         dequantized(gate_up, down, expert.weights)
         for gate_up, down in zip(gate_ups, downs, strict=True)
     ]
-    return [None] * (LEFT_OUT in expert_bits) + rounded
+    return [*left_out, *rounded]
+
+
+def _noisy(
+    expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]
+) -> Iterator[ExpertWeights]:
+    """The expert with drawn errors at every width, in the dtype of its weights."""
+    weights, seed = expert.weights, rounding.tokens.seed
+
+    def noisy(weight: Tensor, projection: str, inputs: Inputs) -> Iterator[Tensor]:
+        name = f"layer {expert.layer}, expert {expert.number}, {projection}"
+        noise = draw(weight.shape, seed, name)
+        factor = inputs.factor(rounding.damping)
+        return (w.to(weight.dtype) for w in noisy_weights(weight, widths, factor, noise))
+
+    gate_ups = noisy(weights.gate_up, ROUNDED[0], gate_up_inputs(expert, rounding))
+    downs = noisy(weights.down, ROUNDED[1], down_inputs(expert, weights.gate_up, rounding))
+    return (ExpertWeights(*pair) for pair in zip(gate_ups, downs, strict=True))
 
 
 def measure(

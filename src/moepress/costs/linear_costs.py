@@ -8,7 +8,7 @@ over the number of all tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
 from moepress.rounding.hessian import Factor
 from moepress.rounding.linear import linear_inputs, output_cost, round_linear
+from moepress.rounding.noise import draw, noisy_weights
 from moepress.rounding.options import Rounding
 
 logger = logging.getLogger(__name__)
@@ -42,19 +43,39 @@ def score_linears(
     for names, inputs in linear_inputs(walk, layer, modules, rounding.family):
         factors |= dict.fromkeys(names, inputs.factor(rounding.damping))
     costs = torch.zeros(len(modules), texts.count, len(widths), dtype=torch.float64)
-    for row, (name, module) in enumerate(modules.items()):
+    for row, name in enumerate(modules):
         s = sensitivity.get(name, torch.zeros(0)).double()
         if len(s) != len(texts.of_token) or not s.sum() > 0:
             costs[row] = _fallback_only(name, widths)
             continue
         weight = walk.source.current(name)
         by_text = texts.sums(s) / len(texts.of_token)
-        for option, bits in enumerate(widths):
-            codec = rounding.codec(bits, module.in_features)
-            rounded = round_linear(weight, codec, factors[name], rounding).dequantize(weight.dtype)
+        offered = rounded_weights(name, weight, widths, factors[name], rounding)
+        for option, rounded in enumerate(offered):
             cost = output_cost(weight, rounded, factors[name], rounding.family)
             costs[row, :, option] = by_text * cost
     return costs
+
+
+def rounded_weights(
+    name: str, weight: Tensor, widths: Sequence[int], factor: Factor, rounding: Rounding
+) -> Iterator[Tensor]:
+    """The weight [N, K] at every width, in its own dtype.
+
+    It is rounded, or gets the error that trellis rounding would leave. Scalar codes are rounded.
+
+    Args:
+        name: of the parameter.
+    """
+    codecs = [rounding.codec(bits, weight.shape[1]) for bits in widths]
+    drawn = [codec.bits for codec in codecs if rounding.draws and codec.family == "trellis"]
+    noise = draw(weight.shape, rounding.tokens.seed, name) if drawn else torch.zeros(0)
+    noisy = noisy_weights(weight, drawn, factor, noise)
+    for codec in codecs:
+        if codec.bits in drawn:
+            yield next(noisy).to(weight.dtype)
+        else:
+            yield round_linear(weight, codec, factor, rounding).dequantize(weight.dtype)
 
 
 def _fallback_only(name: str, widths: Sequence[int]) -> Tensor:

@@ -44,8 +44,7 @@ def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int
     weight = expert.weights.gate_up
     if not rounding.needs_hessian:
         return _round(weight, None, rounding, widths)
-    inputs = _gathered(weight, expert, rounding, _unchanged, _unchanged)
-    target, factor = _target(weight, inputs, rounding)
+    target, factor = _target(weight, gate_up_inputs(expert, rounding), rounding)
     return _round(target, factor, rounding, widths)
 
 
@@ -65,12 +64,22 @@ def round_down(
     weight = expert.weights.down
     if not rounding.needs_hessian:
         return _round(weight, None, rounding, widths)
-    now = partial(expert_hidden, expert.module, gate_up)
-    original = partial(expert_hidden, expert.module, expert.weights.gate_up)
-    inputs = _gathered(weight, expert, rounding, now, original)
+    inputs = down_inputs(expert, gate_up, rounding)
     target, factor = _target(weight, inputs, rounding)
     matrices = _round(target, factor, rounding, widths)
     return [inputs.rescaled(matrix, weight, factor) for matrix in matrices]
+
+
+def gate_up_inputs(expert: RoutedExpert, rounding: Rounding) -> Inputs:
+    """Statistics of the inputs of gate and up."""
+    return _gathered(expert.weights.gate_up, expert, rounding, _unchanged, _unchanged)
+
+
+def down_inputs(expert: RoutedExpert, gate_up: Tensor, rounding: Rounding) -> Inputs:
+    """Statistics of the inputs of `down`, which weights `gate_up` [2I, H] make."""
+    now = partial(expert_hidden, expert.module, gate_up)
+    original = partial(expert_hidden, expert.module, expert.weights.gate_up)
+    return _gathered(expert.weights.down, expert, rounding, now, original)
 
 
 def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepress.format.codec import CODE_BITS, Codec, codec_for
-from moepress.recipe import Recipe
+from moepress.recipe import NOISE, Recipe
 from moepress.rounding.methods import needs_hessian
 from moepress.rounding.tokens import TokenPolicy
 
@@ -14,7 +14,7 @@ from moepress.rounding.tokens import TokenPolicy
 class Rounding:
     """How all matrices of one kind are rounded."""
 
-    quantizer: str  # a key of rounding.methods.QUANTIZERS
+    quantizer: str  # a key of rounding.methods.QUANTIZERS, or NOISE while scoring
     family: str  # of codecs; widths that the family lacks are scalar
     group_size: int  # rows that it does not divide take a smaller one
     damping: float  # of the Hessian, in units of the mean of its diagonal
@@ -41,8 +41,13 @@ class Rounding:
         return codec_for(bits, cols, self.group_size, family)
 
     @property
+    def draws(self) -> bool:
+        """Whether errors are drawn instead of rounding, noise.py."""
+        return self.quantizer == NOISE
+
+    @property
     def needs_hessian(self) -> bool:
-        return needs_hessian(self.quantizer)
+        return self.draws or needs_hessian(self.quantizer)
 
     @property
     def corrects(self) -> bool:

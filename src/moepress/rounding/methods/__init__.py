@@ -9,8 +9,9 @@
 
 A quantizer takes a weight matrix [N, K] and a codec, and returns a `QuantizedMatrix`; equal input
 gives equal bytes. For a codec of the trellis family, trellis.py rounds instead, with error feedback
-under the name `gptq`, without it under `rtn`, and returns a `TrellisMatrix`. To add a quantizer,
-write its file and add it to a table below.
+under the name `gptq`, without it under `rtn`, and returns a `TrellisMatrix`. Scoring with `measure`
+"noise" rounds nothing: it draws the errors that `gptq` would leave in trellis codes (../noise.py).
+To add a quantizer, write its file and add it to a table below.
 """
 
 from __future__ import annotations

@@ -84,15 +84,13 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
     if weight.dim() != 2:
         raise InputError(f"weight must be [N, K], got {list(weight.shape)}.")
     codec.groups(weight.shape[1])  # raises InputError if the group size does not divide K
-    rows = rotate(weight.float())
-    if not rows.isfinite().all():
-        raise NumericalError("The weight holds NaN or infinity.")
+    rows = rotated_rows(weight)
     deviation = code_values(codec.bits).double().std(correction=0).item()
     start = START[codec.bits]
     if factor is not None:
         start *= START_FACTOR_WITH_FEEDBACK[codec.bits]
     scale = rows.square().mean(1).sqrt() * (start / deviation)  # [N]
-    target = F.pad(rows * _inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
+    target = F.pad(rows * inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
     target = target.T.contiguous()  # [K, 64 S], in units of `code_values`
     branches = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     buffer = torch.zeros_like(target)  # feedback until a column block is rounded, then its errors
@@ -112,6 +110,18 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
         sweep(buffer, block_feedback(factor.feedback), 0, len(target), TILE_COLUMNS, round_block)
     found = branches.T.contiguous()
     return TrellisMatrix(found, refit(rows, found, scale, factor, codec).bfloat16(), codec)
+
+
+def rotated_rows(weight: Tensor) -> Tensor:
+    """W Q^T, [N, K] float32.
+
+    Raises:
+        NumericalError: the weight holds NaN or infinity.
+    """
+    rows = rotate(weight.float())
+    if not rows.isfinite().all():
+        raise NumericalError("The weight holds NaN or infinity.")
+    return rows
 
 
 def block_feedback(feedback: Tensor) -> Tensor:
@@ -138,6 +148,15 @@ def refit(
         factor: of the Hessian of the rotated inputs; None: all inputs alike.
     """
     codes = code_matrix(branches, codec.bits)[: len(rows)]
+    return best_scale(rows, codes, scale, factor)
+
+
+def best_scale(rows: Tensor, codes: Tensor, scale: Tensor, factor: Factor | None) -> Tensor:
+    """<w, c>_H / <c, c>_H of each row, [N] float32; `scale` where it is 0 or codes are 0.
+
+    Args:
+        rows, codes: [N, K] float32.
+    """
     product, energy = torch.zeros_like(scale), torch.zeros_like(scale)
     for start in range(0, rows.shape[1], COLUMNS_PER_SLICE):
         stop = min(start + COLUMNS_PER_SLICE, rows.shape[1])
@@ -150,6 +169,6 @@ def refit(
     return torch.where((scale > 0) & (energy > 0), product / energy, scale)
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse(scale: Tensor) -> Tensor:
     """1 / scale, or 0 where the scale is 0."""
     return torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0.0)

@@ -1,0 +1,126 @@
+"""Weights with the error that trellis rounding would leave, drawn instead of searched.
+
+Rounding (methods/trellis.py) visits eight columns B at a time. It adds the feedback of the columns
+before them, a_B = w_B + sum_(J<B) E_J V_JB, and searches the nearest codes; r_B = a_B - what_B is
+left over, and E V = r. The search takes nearly all of the time, but of r only the statistics matter
+to a cost. Rotated weights are nearly Gaussian, and a code with the best scale for Gaussian numbers
+of variance v leaves r with
+
+    E[r^2] = d v,   E[r what] = 0       =>      r = d a + sqrt(d (1 - d) v) z,   z ~ N(0, 1)
+
+where d is the relative squared error of the code. The term d a says that rounding shrinks. Noise
+alone, r = sqrt(d v) z, predicts half of the cost of gate and up at 1 bit (docs/log.md#noise-costs).
+So the columns are visited as in rounding, with a draw in place of the search, and the scale of each
+row is fitted as in rounding. The same z serves every width of a matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.format.codec import ROWS_PER_SLAB
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate_back
+from moepress.rounding.hessian import Factor
+from moepress.rounding.methods.gptq import sweep
+from moepress.rounding.methods.trellis import (
+    START,
+    best_scale,
+    block_feedback,
+    inverse,
+    rotated_rows,
+)
+from moepress.rounding.methods.viterbi import search
+
+SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
+LONGEST = 2048  # rows; the error of a code does not change any more with longer paths
+
+
+def draw(shape: Sequence[int], seed: int, name: str) -> Tensor:
+    """[K, N] float32 standard Gaussian numbers that depend on the arguments alone.
+
+    Args:
+        shape: N, K of the matrix.
+        name: of the matrix, different for every matrix of a model.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(*reversed(shape), generator=generator)
+
+
+def noisy_weights(
+    weight: Tensor, widths: Sequence[int], factor: Factor, noise: Tensor
+) -> Iterator[Tensor]:
+    """A matrix with the error of trellis codes of each width, [N, K] float32.
+
+    Args:
+        weight: [N, K], any float dtype; not changed.
+        factor: of the Hessian of the *rotated* inputs.
+        noise: [K, N], what `draw` returned.
+
+    Raises:
+        NumericalError: the weight holds NaN or infinity.
+    """
+    rows = rotated_rows(weight)
+    size = rows.square().mean(1).sqrt()  # [N]
+    target = (rows * inverse(size)[:, None]).T.contiguous()  # [K, N], every row of variance 1
+    feedback = block_feedback(factor.feedback)
+    noise = noise.to(target.device)
+    for bits in widths:
+        kept = target - drawn_errors(target, feedback, code_error(bits, len(rows)), noise)
+        codes = kept.T * size[:, None]
+        gain = best_scale(rows, codes, torch.ones_like(size), factor)
+        yield rotate_back(codes * gain[:, None])
+
+
+def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) -> Tensor:
+    """Errors E [K, N] of the columns: E V = r.
+
+    Args:
+        target: [K, N] the rotated weights, rows of variance 1.
+        feedback: [K, K] V of `block_feedback`.
+        error: d, the relative squared error of the code.
+        noise: [K, N] z.
+    """
+    buffer = torch.zeros_like(target)  # feedback until a block is visited, then its errors
+
+    def visit(start: int, stop: int) -> None:
+        block, received = target[start:stop], buffer[start:stop]
+        adjusted = block + received
+        deviation = adjusted.square().mean().sqrt() * (error * (1 - error)) ** 0.5
+        residual = error * adjusted + deviation * noise[start:stop]
+        torch.sub(residual, received, out=buffer[start:stop])
+
+    sweep(buffer, feedback, 0, len(target), TILE_COLUMNS, visit)
+    return buffer
+
+
+def code_error(bits: int, rows: int) -> float:
+    """Relative squared error of a trellis code on Gaussian numbers, with the best scale.
+
+    It is larger for few rows, because a tail-biting path must end where it starts, and smaller
+    where a slab is not full.
+
+    Args:
+        rows: of the matrix.
+    """
+    return _code_error(bits, min(rows, LONGEST))
+
+
+@lru_cache(maxsize=64)
+def _code_error(bits: int, rows: int) -> float:
+    padding = -rows % ROWS_PER_SLAB
+    blocks = SAMPLE // ((rows + padding) * TILE_COLUMNS)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(blocks, TILE_COLUMNS, rows, generator=generator)
+    scale = START[bits] / code_values(bits).double().std(correction=0).item()
+    branches = [search(F.pad(block / scale, (0, padding)), bits) for block in x]
+    codes = code_matrix(torch.cat(branches).T.contiguous(), bits)[:rows].T.flatten().double()
+    x = x.flatten().double()
+    explained = (x @ codes).square() / ((x @ x) * (codes @ codes))
+    return round(1 - explained.item(), 6)  # without the rounding of sums, which may vary
