@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from moepress.allocation.budget import budget_range
+from moepress.allocation.tensors import ModelTensors
 from moepress.calibrate import Calibration, calibrate
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity
@@ -22,7 +24,7 @@ from moepress.recipe import Recipe
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.rounding.tokens import TokenPolicy, hessian_tokens
-from moepress.score import score
+from moepress.score import score, unmeasured
 from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
@@ -322,3 +324,13 @@ def test_scores_of_another_version_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"another version of moepress.*Score again"):
         ExpertScores.load(tmp_path / "old.safetensors")
+
+
+def test_budgets_are_known_before_anything_is_measured(
+    model_folder: Folder, text_file: Path
+) -> None:
+    """So that an impossible one is refused at once. Open tensors are offered different widths."""
+    source = Source(model_folder())
+    recipe = small_recipe(text_file, "default", measure="rtn", expert_bits=(1, 2))
+    before = unmeasured(source, recipe, ModelTensors.of(source, recipe))
+    assert budget_range(before, recipe) == budget_range(score(source, recipe), recipe)

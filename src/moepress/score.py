@@ -243,13 +243,15 @@ def unmeasured(source: Source, recipe: Recipe, tensors: ModelTensors) -> ExpertS
     """Scores with the model's sizes and all measurements 0, to check a budget before scoring."""
     shape = (len(source.experts), source.one_layer_of_experts.experts)
     errors = (*shape, len(ROUNDED), len(recipe.expert_bits))
-    linears = (len(tensors.open), len(tensors.widths))
+    linear_cost = np.full((len(recipe.calib), len(tensors.open), len(tensors.widths)), np.inf)
+    for row, offered in enumerate(tensors.open.values()):
+        linear_cost[:, row, [tensors.widths.index(bits) for bits in offered]] = 0
     arrays = {
         "tokens": np.zeros(shape, dtype=np.int64),
         "routing_weight": np.zeros(shape),
         "squared_error": np.zeros(errors),
         "cost": np.zeros((len(recipe.calib), *errors)),
-        "linear_cost": np.zeros((len(recipe.calib), *linears)),
+        "linear_cost": linear_cost,
         "output_energy": np.zeros(shape[0]),
         "residual_energy": np.zeros(shape[0]),
     }
