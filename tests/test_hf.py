@@ -467,3 +467,25 @@ def test_threads_are_set() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_overlapping_blocks_without_bars_restore_the_hook() -> None:
+    """As two threads that load models at once: A enters, B enters, A leaves, B leaves."""
+    from transformers.utils import logging as transformers_logging
+
+    from moepress import hf
+
+    def mine(factory: object, args: object, options: object) -> None:
+        return None
+
+    before = transformers_logging.set_tqdm_hook(mine)
+    try:
+        first, second = hf.no_progress_bars(), hf.no_progress_bars()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert transformers_logging.set_tqdm_hook(hf._no_bar) is hf._no_bar
+        second.__exit__(None, None, None)
+        assert transformers_logging.set_tqdm_hook(mine) is mine
+    finally:
+        transformers_logging.set_tqdm_hook(before)

@@ -12,6 +12,7 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,13 +173,32 @@ def no_progress_bars() -> Iterator[None]:
     """Hide transformers' progress bars ("Loading weights") inside the `with` statement.
 
     Uses the hook through which transformers makes each bar: unlike `disable_progress_bar`, it
-    leaves the bars of huggingface_hub and the caller's settings alone.
+    leaves the bars of huggingface_hub and the caller's settings alone. The hook belongs to the
+    process, so of overlapping blocks (threads) the first sets it and the last restores it.
     """
-    before = transformers_logging.set_tqdm_hook(_no_bar)
+    with _HIDING.lock:
+        if _HIDING.depth == 0:
+            _HIDING.before = transformers_logging.set_tqdm_hook(_no_bar)
+        _HIDING.depth += 1
     try:
         yield
     finally:
-        transformers_logging.set_tqdm_hook(before)
+        with _HIDING.lock:
+            _HIDING.depth -= 1
+            if _HIDING.depth == 0:
+                transformers_logging.set_tqdm_hook(_HIDING.before)
+
+
+class _Hiding:
+    """How many blocks of `no_progress_bars` are open, and the hook from before the first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0
+        self.before: Any = None
+
+
+_HIDING = _Hiding()
 
 
 def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
