@@ -26,7 +26,6 @@ from moepress.evaluation.performance import Performance, forget_peak, measure_pe
 from moepress.evaluation.repetition import Repetition, measure_repetition, prompts_of
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
-from moepress.hf import load_model
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve, weight_files
 from moepress.original.sizes import PartBytes, bytes_by_part
@@ -212,6 +211,8 @@ def _loaded(
     Returns:
         The model; None for an original that is to be streamed.
     """
+    from moepress.hf import load_model  # imports transformers
+
     if is_compressed(folder):
         return load_model(folder, device, activation_bits, pruning)
     if not whole:

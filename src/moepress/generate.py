@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from moepress.errors import InputError
-from moepress.hf import load_model
 from moepress.prune import Pruning, Strength
 
 
@@ -37,6 +36,8 @@ def generate(
         InputError: the prompt is empty, or `tokens` is below 1.
     """
     from transformers import AutoTokenizer
+
+    from moepress.hf import load_model
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")

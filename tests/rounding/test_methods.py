@@ -228,7 +228,7 @@ def test_indefinite_hessian_raises_damping_with_one_warning(
         accumulated._matrix()[0, 31] = 1 + size  # eigenvalue -size
         return accumulated
 
-    with caplog.at_level(logging.WARNING, "moepress.rounding.methods"):
+    with caplog.at_level(logging.WARNING, "moepress.rounding.hessian"):
         factor = indefinite(0.05).factor(0.001)
     assert factor.damping == pytest.approx(0.1)
     assert len(caplog.records) == 1

@@ -17,11 +17,11 @@ from torch import nn
 from moepress.costs.drop_costs import drop_bytes
 from moepress.errors import InputError
 from moepress.format.codec import (
-    CODE_BITS,
     GROUP_SIZES,
     PackedSpec,
     codec_for,
     fitting_group_size,
+    stored_family,
 )
 from moepress.original.architectures import linear_role
 from moepress.original.source import Source
@@ -83,8 +83,7 @@ class ModelTensors:
         Embedding and head always have scalar codes: embeddings are read row by row, and both are
         large.
         """
-        scalar = name in self.tables or bits not in CODE_BITS[self.family]
-        family = "int" if scalar else self.family
+        family = "int" if name in self.tables else stored_family(bits, self.family)
         codec = codec_for(bits, self.shapes[name][1], self.group_size, family)
         return PackedSpec((bits,), codec.group_size, codec.family)
 

@@ -177,6 +177,11 @@ def fitting_group_size(cols: int, group_size: int) -> int | None:
     return next((g for g in GROUP_SIZES if g <= group_size and cols % g == 0), None)
 
 
+def stored_family(bits: int, family: str) -> str:
+    """The family that stores a width: `family`, or the scalar one for widths that it lacks."""
+    return family if bits in CODE_BITS[family] else "int"
+
+
 def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Codec:
     """The codec of `bits` for rows of `cols` weights, with that group size or a smaller one.
 

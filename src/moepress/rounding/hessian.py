@@ -31,7 +31,7 @@ TOKENS_PER_CHUNK = 4096  # bounds the float32 copy of the inputs
 COLUMNS_PER_SLICE = 1024  # H is summed in column slices without most of its lower triangle
 DAMPING_RETRIES = 4  # each with ten times the damping of the one before
 
-logger = logging.getLogger("moepress.rounding.methods")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

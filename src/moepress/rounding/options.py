@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepress.format.codec import CODE_BITS, Codec, codec_for
+from moepress.format.codec import Codec, codec_for, stored_family
 from moepress.recipe import NOISE, Recipe
 from moepress.rounding.methods import needs_hessian
 from moepress.rounding.tokens import TokenPolicy
@@ -37,8 +37,7 @@ class Rounding:
 
     def codec(self, bits: int, cols: int) -> Codec:
         """The codec of a matrix [N, cols] at a width."""
-        family = self.family if bits in CODE_BITS[self.family] else "int"
-        return codec_for(bits, cols, self.group_size, family)
+        return codec_for(bits, cols, self.group_size, stored_family(bits, self.family))
 
     @property
     def draws(self) -> bool:

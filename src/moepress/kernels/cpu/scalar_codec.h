@@ -66,8 +66,8 @@ class ScalarCodec {
     }
 
     // Panels of an expert that one item of work multiplies with gate and up: their kRunWidth
-    // columns bound the buffers of an item. Their activations and one block's codes fit the
-    // second-level cache.
+    // columns bound the buffers of an item to 64 KB on a thread's stack, of which small ones have
+    // 128 KB. Their activations and one block's codes fit the second-level cache.
     static constexpr int kRunWidth = 64;
     size_t panels_per_run() const { return size_t(kRunWidth / isa_.max_width); }
 
