@@ -1,0 +1,319 @@
+"""Check and time the CUDA kernels on a real card: one command, table last.
+
+    PYTHONPATH=src python3 benchmarks/gpu.py [--out FOLDER] [--only checks,ops] [--minutes 8]
+
+Needs torch and transformers, and nothing of moepress that is compiled: the reference backend on the
+CPU is the oracle. Weights are random and made on the card. Each part runs in processes of its own,
+so that a kernel that fails or hangs costs one case and not the run. Results go to stdout and, as
+lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
+
+    checks     every op against the oracle; CUDA graphs; torch.compile
+    ops        the MoE op and the linear op with few tokens, beside copy bandwidth
+    prefill    the MoE op with many tokens, beside torch's grouped bfloat16 product
+    model      decoding with Mixtral-8x7B's shape at 2.5 bits, beside transformers in bfloat16
+    search     the trellis search
+    compress   compression of two layers of Mixtral-8x7B's shape
+    kl         small compressed models beside the same on the CPU (folder made by on_gpu/kl.py)
+    sanitize   compute-sanitizer on a small run of every kernel
+
+`--device cpu --tiny` proves the script on a machine without a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from on_gpu.case import Case, Row
+
+PARTS = {  # name: share of the time
+    "checks": 0.25,
+    "kl": 0.08,
+    "ops": 0.2,
+    "prefill": 0.1,
+    "model": 0.25,
+    "search": 0.06,
+    "compress": 0.1,
+    "sanitize": 0.12,
+}
+OPTIONAL = ("compress",)  # run only when named
+RESTARTS = 8  # of a part whose process died
+START_SECONDS = 90  # to import torch and to reach the first case
+EXIT_BROKEN = 3  # of a worker whose CUDA context is lost
+
+
+# A worker runs the cases of one part, one line of JSON for each.
+
+
+def work(part: str, first: int, given: argparse.Namespace) -> None:
+    import torch
+
+    from on_gpu.card import Card
+
+    card = Card(given.device, given.tiny)
+    torch.manual_seed(0)
+    for number, case in enumerate(cases_of(part, card, given)):
+        if number < first:
+            continue
+        say(event="start", number=number, case=case.name, seconds=case.seconds)
+        started = time.perf_counter()
+        try:
+            rows = case.run()
+            card.synchronize()
+            end: Row = {"ok": True, "rows": rows}
+        except Exception as error:
+            lines = traceback.format_exc().strip().splitlines()
+            name = type(error).__name__
+            end = {"ok": False, "error": f"{name}: {error}"[:4000], "trace": lines[-12:]}
+        say(event="end", number=number, took=time.perf_counter() - started, **end)
+        card_is_lost(card)
+        card.release()
+
+
+def card_is_lost(card: Any) -> None:
+    """Leave the process if the CUDA context is lost: the parent starts another one."""
+    try:
+        card.synchronize()
+    except Exception:
+        sys.stdout.flush()
+        os._exit(EXIT_BROKEN)
+
+
+def cases_of(part: str, card: Any, given: argparse.Namespace) -> Iterator[Case]:
+    from importlib import import_module
+
+    if part == "compress":
+        yield from import_module("on_gpu.search").compress_cases(card)
+    elif part == "prefill":
+        yield from import_module("on_gpu.ops").prefill_cases(card)
+    elif part == "kl":
+        yield from import_module("on_gpu.kl").cases(card, Path(given.models))
+    elif part == "sanitized":
+        yield Case("all kernels", import_module("on_gpu.checks").sanitized(card), 600)
+    else:
+        yield from import_module(f"on_gpu.{part}").cases(card)
+
+
+def say(**line: Any) -> None:
+    print("\x1e" + json.dumps(line), flush=True)  # anything else on stdout is a library's
+
+
+# The parent starts workers, and kills those that hang.
+
+
+class Run:
+    """All results so far, and the time that is left."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.started = time.monotonic()
+        self.deadline = self.started + 60 * given.minutes
+        self.results: list[Row] = []
+        self.file = None
+        if given.out is not None:
+            given.out.mkdir(parents=True, exist_ok=True)
+            self.file = (given.out / "gpu.jsonl").open("a")
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def keep(self, **row: Any) -> None:
+        self.results.append(row)
+        if self.file is not None:
+            print(json.dumps(row), file=self.file, flush=True)
+        print(f"[{time.monotonic() - self.started:5.0f} s] {short(row)}", flush=True)
+
+    def part(self, name: str, seconds: float) -> None:
+        """Run the cases of a part, within so many seconds."""
+        end = min(self.deadline, time.monotonic() + seconds)
+        first = 0
+        for _ in range(RESTARTS):
+            first, finished = self._worker(name, first, end)
+            if finished or time.monotonic() > end - 5:
+                return
+
+    def _worker(self, part: str, first: int, end: float) -> tuple[int, bool]:
+        """Run one worker: (the case to continue with, whether the part is finished)."""
+        command = [sys.executable, __file__, "--part", part, "--first", str(first), *self._passed()]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        lines: queue.Queue[bytes | None] = queue.Queue()
+        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+        limit, running, noise = START_SECONDS, "", []  # running: name of the case
+        number = first - 1
+        while True:
+            wait = min(limit, end - time.monotonic())
+            try:
+                line = lines.get(timeout=max(wait, 0.1))
+            except queue.Empty:
+                process.kill()
+                out_of_time = end - time.monotonic() < 1
+                why = "the part's time is over" if out_of_time else f"no answer in {limit:.0f} s"
+                self.keep(part=part, case=running or "start", ok=False, error=f"killed: {why}")
+                return number + 1 if running else first, out_of_time or not running
+            if line is None:
+                break
+            if not line.startswith(b"\x1e"):
+                noise = [*noise[-20:], line.decode(errors="replace").rstrip()]
+                continue
+            told = json.loads(line[1:])
+            if told.pop("event") == "start":
+                number, running = told["number"], told["case"]
+                limit = told["seconds"]
+            else:
+                told.pop("number")
+                self.keep(part=part, case=running, **told)
+                running, limit, noise = "", START_SECONDS, []
+        code = process.wait()
+        if code == 0:
+            return number + 1, True
+        if running or number < first:
+            error = f"process ended with {code}"
+            self.keep(part=part, case=running or "start", ok=False, error=error, trace=noise)
+        return number + 1 if number >= first else first, number < first
+
+    def _passed(self) -> list[str]:
+        passed = ["--device", self.given.device, "--models", str(self.given.models)]
+        return [*passed, "--tiny"] if self.given.tiny else passed
+
+    def sanitize(self, seconds: float) -> None:
+        tool = sanitizer()
+        if tool is None:
+            self.keep(part="sanitize", case="start", ok=False, error="no compute-sanitizer here")
+            return
+        end = min(self.deadline, time.monotonic() + seconds)
+        for check in ("memcheck", "racecheck"):
+            command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name-exclude",
+                       "regex:^(?!moepress)", sys.executable, __file__, "--part", "sanitized",
+                       *self._passed()]  # fmt: skip
+            setting = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            started = time.monotonic()
+            limit = max((end - started) / (2 if check == "memcheck" else 1), 5)
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=limit, env=setting
+                )
+                lines = [x for x in done.stdout.splitlines() if x.startswith("=========")]
+                ok, error = done.returncode == 0, f"exit code {done.returncode}"
+                trace = lines[:30] + ([] if ok else done.stderr.splitlines()[-8:])
+            except subprocess.TimeoutExpired:
+                ok, error, trace = False, f"not done in {limit:.0f} s", []
+            row: Row = {} if ok else {"error": error}
+            took = time.monotonic() - started
+            self.keep(part="sanitize", case=check, ok=ok, took=took, trace=trace, **row)
+
+
+def _read(process: subprocess.Popen[bytes], lines: queue.Queue[bytes | None]) -> None:
+    assert process.stdout
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def sanitizer() -> str | None:
+    found = shutil.which("compute-sanitizer")
+    places = (Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer"))
+    return found or next((str(p / "compute-sanitizer") for p in places if p.is_dir()), None)
+
+
+def short(row: Row) -> str:
+    """One line of a result: everything if it failed, the figures otherwise."""
+    head = f"{row['part']}: {row['case']}"
+    if "took" in row:
+        head += f" ({row['took']:.1f} s)"
+    if not row["ok"]:
+        trace = "".join(f"\n    {line}" for line in row.get("trace", []))
+        return f"{head} FAILED {row['error']}{trace}"
+    shown = [", ".join(f"{k} {figure(v)}" for k, v in r.items()) for r in row.get("rows") or []]
+    return f"{head} ok" + ("" if not shown else ": " + "; ".join(shown))[:900]
+
+
+def figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+# The table
+
+
+def table(results: list[Row], started: float) -> str:
+    """Counts of checks, what failed, and all measured figures."""
+    lines = []
+    checks = [r for r in results if r["part"] in ("checks", "kl", "sanitize")]
+    good = sum(r["ok"] for r in checks)
+    failed = [f"{r['part']}: {r['case']}: {r['error'][:300]}" for r in results if not r["ok"]]
+    lines += [f"checks passed: {good} of {len(checks)}; {time.monotonic() - started:.0f} s in all"]
+    lines += [f"FAILED {text}" for text in failed]
+    for part in PARTS:
+        rows = [
+            {"case": r["case"], **row}
+            for r in results
+            if r["part"] == part and r["ok"] and part != "checks"
+            for row in r.get("rows") or []
+        ]
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row), []).append(row)
+        for names, members in groups.items():
+            lines += ["", f"{part} | " + " | ".join(names)]
+            lines += [" | ".join(figure(row[name]) for name in names) for row in members]
+    return "\n".join(lines)
+
+
+def main(given: argparse.Namespace) -> None:
+    run = Run(given)
+    names = given.only.split(",") if given.only else [p for p in PARTS if p not in OPTIONAL]
+    unknown = set(names) - set(PARTS)
+    if unknown:
+        raise SystemExit(f"no part {sorted(unknown)}. Expected some of {list(PARTS)}.")
+    whole = 60 * given.minutes - 20
+    for name in names:
+        shares = sum(PARTS[n] for n in names[names.index(name) :])
+        seconds = max(15.0, (run.left - 10) * PARTS[name] / shares)
+        if name == "checks":
+            seconds = max(seconds, 0.4 * whole)
+        if run.left < 20:
+            run.keep(part=name, case="start", ok=False, error="no time left")
+        elif name == "sanitize":
+            run.sanitize(seconds)
+        else:
+            run.part(name, seconds)
+    text = table(run.results, run.started)
+    if given.out is not None:
+        (given.out / "gpu.md").write_text(text + "\n")
+    print("\n" + text, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for gpu.jsonl and gpu.md")
+    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--minutes", type=float, default=8, help="of the whole run")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--models", default=".gpu/kl", help="folder made by on_gpu/kl.py")
+    parser.add_argument("--part", help="internal: run the cases of one part")
+    parser.add_argument("--first", type=int, default=0, help="internal: the first case to run")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = arguments()
+    call: Callable[[], None] = (
+        (lambda: work(chosen.part, chosen.first, chosen)) if chosen.part else (lambda: main(chosen))
+    )
+    call()
