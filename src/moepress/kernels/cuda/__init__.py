@@ -189,8 +189,8 @@ def _linear(
     codes = _Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family)
     codes.round(launcher, x)
     kernel = product(codec.family, tokens, 1)
-    panels = -(-tokens // kernel.panel)
-    splits = kernel.splits(rows, codes.groups, panels, launcher.multiprocessors)
+    panels = -(-tokens // kernel.panel(planes))
+    splits = codes.splits(kernel, rows, panels, launcher)
     out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
     matrix = _Matrix(packed, None, 0, codec.bits)
     _multiply(launcher, kernel, codes, None, 1, None, panels, matrix, out)
@@ -221,7 +221,9 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     launcher = launcher_for(hidden.device)
     kernel = product(family, positions, count)
     nonempty = min(count, positions)  # the most experts that are chosen
-    panels = min(positions, nonempty + positions // kernel.panel)
+    size = kernel.panel(planes)
+    panels = min(positions, nonempty + positions // size)
+    busy = max(nonempty, positions // size)  # about how many of them are used
 
     ints = hidden.new_empty(2 * positions + 3 * panels + 1, dtype=torch.int32)
     pair, position, panel, used = ints.split_with_sizes((positions, positions, 3 * panels, 1))
@@ -237,7 +239,7 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
             call.gate_up_table,
             call.down_table,
             count,
-            kernel.panel,
+            size,
             panels,
             pair,
             position,
@@ -247,15 +249,14 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     )
     inputs = _Codes(hidden, tokens, width, call.gate_up_group, planes, family)
     inputs.round(launcher, hidden)
-    busy = nonempty if kernel.panel == 8 else panels
-    splits = kernel.splits(2 * inner, inputs.groups, busy, launcher.multiprocessors)
+    splits = inputs.splits(kernel, 2 * inner, busy, launcher)
     first = hidden.new_empty((splits, positions, 2 * inner), dtype=torch.float32)
     matrix = _Matrix(call.gate_up, call.gate_up_table, count, 0)
     _multiply(launcher, kernel, inputs, pair, k, panel, panels, matrix, first)
 
     between = _Codes(hidden, positions, inner, call.down_group, planes, family)
     between.glu(launcher, first, used, ACTIVATIONS.index(call.activation))
-    splits = kernel.splits(width, between.groups, busy, launcher.multiprocessors)
+    splits = between.splits(kernel, width, busy, launcher)
     second = hidden.new_empty((splits, positions, width), dtype=torch.float32)
     matrix = _Matrix(call.down, call.down_table, count, 0)
     _multiply(launcher, kernel, between, None, 1, panel, panels, matrix, second)
@@ -286,11 +287,15 @@ class _Codes:
         self, like: Tensor, rows: int, cols: int, group: int, planes: int, family: str
     ) -> None:
         self.rows, self.cols, self.group, self.planes = rows, cols, group, planes
-        self.groups = cols // group
+        groups = cols // group
         self.run = trellis.run_length(cols) if family == "trellis" else 0  # 0: not rotated
         self.q = like.new_empty((planes, rows, cols), dtype=torch.int8)
-        self.scale = like.new_empty((rows, self.groups), dtype=torch.float32)
-        self.sum = like.new_empty((rows, self.groups), dtype=torch.int32)
+        self.scale = like.new_empty((rows, groups), dtype=torch.float32)
+        self.sum = like.new_empty((rows, groups), dtype=torch.int32)
+
+    def splits(self, kernel: Product, rows: int, panels: int, launcher: Launcher) -> int:
+        """How many ranges of columns are multiplied by blocks of their own."""
+        return kernel.splits(rows, self.cols, self.group, panels, launcher.multiprocessors)
 
     def round(self, launcher: Launcher, x: Tensor) -> None:
         """Codes of x [rows, K]."""
