@@ -1,7 +1,7 @@
 """Every op on the card against the reference backend, which runs on the CPU.
 
 The oracle rounds activations as the kernels do (`reference.linear(rounded=True)`), in float32.
-Outputs are compared by |out - oracle| / |oracle|, over all tokens and for the worst token. A float32
+Outputs are compared by |out - oracle| / |oracle|, over all tokens and for the worst token. A number
 that lies between two activation codes may be rounded up here and down there, since sums are in
 another order; hence the tolerances.
 """
@@ -155,15 +155,18 @@ def check_linear(card: Card, family: str, bits: int) -> list[Row]:
         (codec,) = spec.codecs
         oracle = reference.linear(x, packed, None, rows, codec, activation_bits, rounded=True)
         here = [t.to(card.device) for t in (x, packed, bias)]
+
+        def call(
+            x: Tensor,
+            bias: Tensor | None = None,
+            packed: Tensor = here[1],
+            given: tuple[Any, ...] = (rows, bits, group, activation_bits, family),
+        ) -> Tensor:
+            y: Tensor = kernels.linear(x, packed, bias, *given)
+            return y
+
         for tokens in _tokens(card):
             card.poison()
-
-            def call(x: Tensor, bias: Tensor | None = None, packed: Tensor = here[1]) -> Tensor:
-                y: Tensor = kernels.linear(
-                    x, packed, bias, rows, bits, group, activation_bits, family
-                )
-                return y
-
             label = f"{rows}x{cols} g{group} a{activation_bits} T{tokens}"
             y = call(here[0][:tokens])
             allowed = TOLERANCE[activation_bits]
@@ -416,6 +419,8 @@ def check_graph(card: Card) -> list[Row]:
                 index: Tensor = index,
                 weights: Tensor = weights,
                 block: Block = block,
+                table: Tensor = table,
+                thresholds: Tensor = thresholds,
             ) -> tuple[Tensor, ...]:
                 y = block(x) + kernels.embedding(ids, table, 40, 256, 4, 64, torch.float32)
                 return y, *kernels.drop(index, weights, thresholds, True, None, 6)

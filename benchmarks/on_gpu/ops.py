@@ -197,8 +197,12 @@ def linears(card: Card) -> list[Row]:
         for tokens in (1, 16):
             x = torch.randn(tokens, cols, device=card.device, dtype=torch.bfloat16)
 
-            def ours(x: Tensor = x, packed: list[Tensor] = packed, family: str = family) -> Any:
-                return [kernels.linear(x, p, None, out, bits, 128, 8, family) for p in packed]
+            def ours(
+                x: Tensor = x,
+                packed: list[Tensor] = packed,
+                given: tuple[Any, ...] = (None, out, bits, 128, 8, family),
+            ) -> Any:
+                return [kernels.linear(x, p, *given) for p in packed]
 
             def theirs(x: Tensor = x, plain: list[Tensor] = plain) -> Any:
                 return [F.linear(x, w) for w in plain]
