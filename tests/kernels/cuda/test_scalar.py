@@ -15,13 +15,15 @@ from tests.kernels.cuda.emulate import EmulationError, launch, needs_compiler
 
 pytestmark = needs_compiler
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 KERNELS = {  # name: (rows of a block, threads, positions of a panel, stages)
     "moepress_scalar_decode": (128, 128, 8),
 }
 
 
 def shared_bytes(kernel: str, group: int, planes: int) -> int:
-    return 2 * (8 * planes * 1152 + 65536 // group)
+    return 2 * (8704 * planes + 65536 // group)
 
 
 def random_matrix(rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ def test_one_matrix(kernel: str, bits: int, group: int, planes: int) -> None:
         q, scale, sums, x = random_activations(tokens, cols, group, planes)
         out = torch.full((splits, tokens, rows), torch.nan)
         launch(
-            kernel,
+            f"{kernel}_g{group}_p{planes}",
             (-(-rows // row_block), splits, -(-tokens // size)),
             threads,
             shared_bytes(kernel, group, planes),
@@ -78,3 +80,20 @@ def test_one_matrix(kernel: str, bits: int, group: int, planes: int) -> None:
             at = slice(s, s + per)
             exact = x[:, at] @ weights[:, at].T
             close(part, exact, x[:, at].abs() @ weights[:, at].abs().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits, group", itertools.product(GRID_BITS, GROUP_SIZES))
+def test_embedding(bits: int, group: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    codec, rows, cols = Codec(bits, group), 37, 5 * group
+    packed, _ = random_matrix(rows, cols, codec)
+    ids = torch.cat([torch.randint(0, rows, (9,)), torch.tensor([0, 36])])
+    out = torch.empty(len(ids), cols, dtype=dtype)
+    args = [packed, rows, cols, bits, group, out, DTYPES.index(dtype)]
+    launch("moepress_embedding", (len(ids), 1, 1), 128, 0, [ids, len(ids), *args])
+    assert out.equal(reference.embedding(ids, packed, rows, cols, codec, dtype))
+    for bad in (-1, rows, 2**62):
+        ids[3] = bad
+        with pytest.raises(EmulationError, match="trap"):
+            launch("moepress_embedding", (len(ids), 1, 1), 128, 0, [ids, len(ids), *args])

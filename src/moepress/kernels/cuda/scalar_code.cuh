@@ -25,7 +25,7 @@ constexpr int kBlockRows = 16;
 constexpr int kWarpRows = 2 * kBlockRows;
 
 // Sums start at this integer: the bits of the float 1.5 * 2^23. The sum of a group is below 2^22
-// (at most 255 * 127 * 128), so the bits of kSumStart + sum are those of the float 1.5 * 2^23 + sum.
+// (at most 255 * 127 * 128), so kSumStart + sum has the bits of the float 1.5 * 2^23 + sum.
 constexpr int kSumStart = 0x4B400000;
 constexpr float kSumStartFloat = 12582912.0f;
 
@@ -49,32 +49,35 @@ struct Part {
 template <int bits, int group>
 struct Place {
     using P = Part<bits, group>;
-    const uint8_t *low, *high, *scale, *zero;
+    const uint8_t* start;               // of the block
+    uint32_t low, high, scale, zero;    // from there, for group 0
     int low_shift, high_shift;  // of the thread's fields in their words, if these have others too
 
     // Block `block` of a matrix [., cols] at `matrix`.
     DEVICE Place(const uint8_t* matrix, int block, int cols) {
-        const int groups = cols / group, quad = lane_id() >> 2 & 3, j = lane_id() & 3;
-        const int64_t block_bytes = 2 * int64_t(cols) * bits + (P::kHasZero ? 48 : 32) * groups;
-        const uint8_t* start = matrix + block * block_bytes;
-        const int field = j * P::kFields;
-        low = start + 64 * (field * P::kPlane / 8) + 16 * quad;
+        const uint32_t groups = uint32_t(cols) / group, codes = 2u * uint32_t(cols) * bits;
+        const int quad = lane_id() >> 2 & 3, field = (lane_id() & 3) * P::kFields;
+        start = matrix + block * int64_t(codes + (P::kHasZero ? 48 : 32) * groups);
+        low = 64 * (field * P::kPlane / 8) + 16 * quad;
         low_shift = field * P::kPlane % 8;
-        high = start + 4 * group + 64 * (field / 8) + 16 * quad;
+        high = 4 * group + 64 * (field / 8) + 16 * quad;
         high_shift = field % 8;
-        scale = start + 2 * int64_t(cols) * bits + 8 * quad;
-        zero = start + 2 * int64_t(cols) * bits + 32 * groups + 4 * quad;
+        scale = codes + 8 * quad;
+        zero = codes + 32 * groups + 4 * quad;
     }
 
-    DEVICE void load(P& part, int g) const {
+    DEVICE void load(P& part, int group_index) const {
+        const uint32_t g = uint32_t(group_index);
+        const uint8_t* codes = start + (low + g * P::kTile);
 #pragma unroll
-        for (int i = 0; i < P::kLow; ++i)
-            part.low[i] = load_stream_16(low + int64_t(g) * P::kTile + 64 * i);
+        for (int i = 0; i < P::kLow; ++i) part.low[i] = load_stream_16(codes + 64 * i);
+        if constexpr (bits == 3) {
+            const uint8_t* bit = start + (high + g * P::kTile);
 #pragma unroll
-        for (int i = 0; i < P::kHigh; ++i)
-            part.high[i] = load_stream_16(high + int64_t(g) * P::kTile + 64 * i);
-        part.scale = load_stream_8(scale + 32 * g);
-        if constexpr (P::kHasZero) part.zero = load_stream_4(zero + 16 * g);
+            for (int i = 0; i < P::kHigh; ++i) part.high[i] = load_stream_16(bit + 64 * i);
+        }
+        part.scale = load_stream_8(start + (scale + 32 * g));
+        if constexpr (P::kHasZero) part.zero = load_stream_4(start + (zero + 16 * g));
     }
 
     // To be called once for a loaded part: moves the fields of words that threads share.
@@ -193,6 +196,17 @@ DEVICE void read_activations(const int8_t* from, uint32_t (&x)[words]) {
             x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
         }
     }
+}
+
+// Adds a group's products of four rows and column `column` of the thread, whose activations have
+// the scale `a` and the sum `sum` in that group.
+template <int column, int planes>
+DEVICE void add_group(float (&y)[4], const Sums<planes>& sums, const float (&scale)[4],
+                      const float (&zero)[4], float a, int sum) {
+    const float total = float(sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        y[i] = fmaf(a, scale[i] * fmaf(-zero[i], total, sums.value(i, column)), y[i]);
 }
 
 // Writes the products of rows row .. row + 3 of `rows`, whose codes were 2^(8 - bits) as large.

@@ -2,9 +2,9 @@
 //
 // A block of threads has 128 rows, one panel of up to 8 tokens, and a range of columns; each of its
 // four warps has 32 rows. Weights stream from memory to registers, `kDepth` groups ahead, and are
-// operand A of the byte products as they are (scalar_code.cuh). Activations are operand B: they come
-// to shared memory 1024 columns at a time, while the columns before are multiplied. A panel is the 8
-// columns of B, so that 1 to 8 tokens cost the same products.
+// operand A of the byte products as they are (scalar_code.cuh). Activations are operand B: they
+// come to shared memory 1024 columns at a time, while the columns before are multiplied. A panel is
+// the 8 columns of B, so that 1 to 8 tokens cost the same products.
 //
 // Sums of a group are exact integers c. With the activations' scale a and sum, and the weights'
 // scale s and zero z: y += a * s * (c - z * sum). Up to 4 tokens take the even columns of B: then
@@ -56,7 +56,8 @@ DEVICE void multiply(const Call& call, const Work& work) {
     using S = Stage<group, planes>;
     constexpr int kColumns = group / 4;  // of a thread
     constexpr int kLoads = P::kLow + P::kHigh;
-    constexpr int kDepth = kLoads <= 2 ? 4 : kLoads <= 4 ? 2 : 1;
+    constexpr int kDeepest = kLoads <= 2 ? 4 : kLoads <= 4 ? 2 : 1;
+    constexpr int kDepth = planes == 1 || kDeepest == 1 ? kDeepest : kDeepest / 2;
     S* const stages = shared_memory<S>();
     const int lane = lane_id(), r = lane >> 2, j = lane & 3;
     const int blocks = (call.rows + kBlockRows - 1) / kBlockRows;
@@ -76,49 +77,39 @@ DEVICE void multiply(const Call& call, const Work& work) {
     const int mine = wide ? r : r >> 1;  // the token of column r of B
     const int token = mine < work.count ? mine : work.count - 1;
     const int result = wide ? 2 * j : j;  // the token of the thread's first result
-    const S* stage = stages;
     float y[2][4] = {};
-    for (int base = begin; base < end; base += kDepth) {
-        if ((base - begin) % S::kGroups == 0) {
-            stage = stages + (base - begin) / S::kGroups % 2;
-            cp_async_wait<0>();
-            __syncthreads();
-            const int next = base + S::kGroups, after = next + S::kGroups;
-            if (next < end)
-                stages[(next - begin) / S::kGroups % 2].start(call, work, next,
-                                                              after < end ? after : end);
-        }
+    S* stage = stages;
+    for (int from = begin; from < end; from += S::kGroups) {
+        const int to = from + S::kGroups < end ? from + S::kGroups : end;
+        S* const other = stages + (stage == stages);
+        cp_async_wait<0>();
+        __syncthreads();
+        if (to < end) other->start(call, work, to, to + S::kGroups < end ? to + S::kGroups : end);
+        for (int base = from; base < to; base += kDepth) {
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-            const int g = base + d;
-            if (g >= end) break;
-            const int at = (g - begin) % S::kGroups;
-            P& part = ring[d];
-            place.align(part);
-            uint32_t x[planes][kColumns / 4];
+            for (int d = 0; d < kDepth; ++d) {
+                const int g = base + d, at = g - from;
+                if (g >= to) break;
+                P& part = ring[d];
+                place.align(part);
+                uint32_t x[planes][kColumns / 4];
 #pragma unroll
-            for (int plane = 0; plane < planes; ++plane)
-                read_activations(stage->q[plane][token] + at * group + j * kColumns, x[plane]);
-            Sums<planes> sums;
+                for (int plane = 0; plane < planes; ++plane)
+                    read_activations(stage->q[plane][token] + at * group + j * kColumns, x[plane]);
+                Sums<planes> sums;
 #pragma unroll
-            for (int m = 0; m < kColumns / 8; ++m) sums.add(part, m, x);
-            float scale[4], zero[4];
-            scales_of(part, scale, zero);
-            if (g + kDepth < end) place.load(part, g + kDepth);
-            {
-                const float a = stage->scale[at][result], sum = float(stage->sum[at][result]);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    y[0][i] = fmaf(a, scale[i] * fmaf(-zero[i], sum, sums.value(i, 0)), y[0][i]);
-            }
-            if (wide) {
-                const float a = stage->scale[at][result + 1];
-                const float sum = float(stage->sum[at][result + 1]);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    y[1][i] = fmaf(a, scale[i] * fmaf(-zero[i], sum, sums.value(i, 1)), y[1][i]);
+                for (int m = 0; m < kColumns / 8; ++m) sums.add(part, m, x);
+                float scale[4], zero[4];
+                scales_of(part, scale, zero);
+                if (g + kDepth < end) place.load(part, g + kDepth);
+                add_group<0>(y[0], sums, scale, zero, stage->scale[at][result],
+                             stage->sum[at][result]);
+                if (wide)
+                    add_group<1>(y[1], sums, scale, zero, stage->scale[at][result + 1],
+                                 stage->sum[at][result + 1]);
             }
         }
+        stage = other;
     }
 
     const int row = block * kBlockRows + 4 * (r & 3);
@@ -142,25 +133,38 @@ DEVICE void multiply(const Call& call, const Work& work) {
 }  // namespace
 }  // namespace moepress
 
-// Grid: ceil(N / 128), splits, panels of 8. Threads: 128. Dynamic shared memory, in bytes:
-// 2 * (8 * planes * 1152 + 65536 / g) is enough (two stages). See scalar_code.cuh for the rest.
-extern "C" __global__ void __launch_bounds__(128, 4) moepress_scalar_decode(
-    const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows,
-    const int32_t* pair, int64_t k, const int32_t* panel, int64_t positions, const uint8_t* packed,
-    int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t N, int64_t K, int64_t g,
-    float* out, int64_t splits) {
-    using namespace moepress;
-    const Work work =
-        work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, g);
-    if (!work.count) return;
-    const int groups = int(K / g);
-    const Call call = {q,   scale,     sum,    rows,   pair, int(k),
-                       out, positions, int(N), int(K), int((groups + splits - 1) / splits)};
-    if (g == 128 && planes == 1) return multiply<128, 1>(call, work);
-    if (g == 64 && planes == 1) return multiply<64, 1>(call, work);
-    if (g == 32 && planes == 1) return multiply<32, 1>(call, work);
-    if (g == 128) return multiply<128, 2>(call, work);
-    if (g == 64) return multiply<64, 2>(call, work);
-    if (g == 32) return multiply<32, 2>(call, work);
-    trap();
-}
+// The kernels: one for each group size and number of planes, moepress_scalar_decode_g128_p1 and so
+// on. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, this file has only that one.
+//
+// Grid: ceil(N / 128), splits, panels of 8. Threads: 128. Dynamic shared memory: two stages, at
+// most 2 * (8704 * planes + 65536 / g) bytes. Parameters: scalar_code.cuh.
+#define MOEPRESS_SCALAR_DECODE(GROUP, PLANES)                                                      \
+    extern "C" __global__ void __launch_bounds__(128, 4)                                           \
+        moepress_scalar_decode_g##GROUP##_p##PLANES(                                               \
+            const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows, \
+            const int32_t* pair, int64_t k, const int32_t* panel, int64_t positions,               \
+            const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
+            int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
+        using namespace moepress;                                                                  \
+        if (planes != PLANES || g != GROUP) trap();                                                \
+        const Work work =                                                                          \
+            work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \
+        if (!work.count) return;                                                                   \
+        const int per_split = (int(K) / GROUP + int(splits) - 1) / int(splits);                    \
+        const Call call = {q,   scale,     sum,    rows,   pair,     int(k),                       \
+                           out, positions, int(N), int(K), per_split};                             \
+        multiply<GROUP, PLANES>(call, work);                                                       \
+    }
+
+#define MOEPRESS_SCALAR_DECODE_OF(GROUP, PLANES) MOEPRESS_SCALAR_DECODE(GROUP, PLANES)
+
+#ifdef MOEPRESS_GROUP
+MOEPRESS_SCALAR_DECODE_OF(MOEPRESS_GROUP, MOEPRESS_PLANES)
+#else
+MOEPRESS_SCALAR_DECODE(32, 1)
+MOEPRESS_SCALAR_DECODE(64, 1)
+MOEPRESS_SCALAR_DECODE(128, 1)
+MOEPRESS_SCALAR_DECODE(32, 2)
+MOEPRESS_SCALAR_DECODE(64, 2)
+MOEPRESS_SCALAR_DECODE(128, 2)
+#endif
