@@ -31,8 +31,8 @@ DEVICE uint32_t codes_of(const uint8_t* row, int bits, int field) {
 }  // namespace
 }  // namespace moepress
 
-// An id outside the table traps, as in torch's own embedding: the launch fails, and with it the
-// CUDA context. A check on the host would have to wait for the device at every token.
+// An id outside the table fails the launch and with it the CUDA context, as in torch's embedding.
+// A check on the host would have to wait for the device at every token.
 //
 // Grid: ids. Threads: 128. dtype: 0 float32, 1 float16, 2 bfloat16. out [ids][cols].
 extern "C" __global__ void __launch_bounds__(128)
@@ -42,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(128)
     const int64_t i = blockIdx.x;
     if (i >= n) return;
     const int64_t id = ids[i];
-    if (id < 0 || id >= rows) trap();
+    if (id < 0 || id >= rows)
+        fail("an embedding id lies outside the table: the tokenizer does not belong to this model");
     const int width = int(bits), group = int(g), columns = int(cols), groups = columns / group;
     const bool has_zero = width >= 2 && width <= 4;
     const int64_t codes = 2 * cols * width;
