@@ -52,8 +52,8 @@ def close(got: Tensor, exact: Tensor, size: Tensor) -> None:
     """`size` [...]: the sum of the terms' absolute values."""
     assert got.isfinite().all()
     assert ((got.double() - exact).abs() <= 1e-6 * size).all(), (
-        ((got.double() - exact).abs() / size).max()
-    )
+        (got.double() - exact).abs() / size
+    ).max()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
