@@ -341,7 +341,7 @@ def _multiply(
     splits, positions, rows = out.shape
     cols, group, planes = codes.cols, codes.group, codes.planes
     launcher.launch(
-        kernel.kernel,
+        kernel.name(group, planes),
         (kernel.row_blocks(rows), splits, panels),
         kernel.threads,
         kernel.shared(cols, group, splits, planes),
