@@ -7,8 +7,8 @@
 #ifndef MOEPRESS_TRELLIS_WARPS
 #define MOEPRESS_TRELLIS_WARPS 8
 #endif
-#ifndef MOEPRESS_TRELLIS_RING  // bytes of shared memory for the loads of a warp
-#define MOEPRESS_TRELLIS_RING 6144
+#ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
+#define MOEPRESS_TRELLIS_DEPTH 2
 #endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor
 #define MOEPRESS_TRELLIS_BLOCKS 3
@@ -17,7 +17,7 @@
 namespace moepress {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
-constexpr int kRing = MOEPRESS_TRELLIS_RING;
+constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
 constexpr int kUnitColumns = 32;     // columns: four tiles
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
@@ -32,7 +32,7 @@ struct DecodeCall {
     const int32_t* sum;
     const int32_t* pair;
     const int32_t* panel;
-    int n, k, group, bits, rows, positions, choices, splits;
+    int n, k, group, bits, rows, positions, choices, splits, slabs;
 };
 
 // The tokens of a block.
@@ -47,61 +47,8 @@ DEVICE int64_t row_of(const DecodeCall& call, const Panel& panel, int t) {
     return call.choices ? call.pair[position] / call.choices : position;
 }
 
-// Asynchronous copies of one lane. A stage of a warp's ring has bits + 2 parts of 256 bytes: codes
-// of 8 tokens, 32 bytes each; the last words of the tiles above; words 0, 1, ... of the four tiles,
-// 64 bytes each. A lane copies 16 bytes of every second part. In the tiles 2 and 3 the halves of a
-// word are swapped: that avoids bank conflicts.
-template <int bits>
-struct Loader {
-    static constexpr int parts = bits + 2;
-    static constexpr int stage_bytes = 256 * parts;
-    static constexpr int stages = kRing / stage_bytes;
-    static constexpr int copies = (parts + 1) / 2;
-
-    const uint8_t* from[2];  // copy 0; copy 1 (copy 2 is 128 bytes on)
-    int to[2];
-    int stride;  // bytes of copy 0 between two units
-    bool has_first;
-
-    DEVICE Loader(const DecodeCall& call, const Panel& panel, const uint8_t* above,
-                  const uint8_t* slab, int planes, int unit) {
-        const int lane = lane_id(), part = lane / 16, item = lane % 16;
-        const int tile = item / 4, quarter = item % 4;
-        const int swapped = 64 * tile + ((16 * quarter) ^ (tile / 2 * 32));
-        const int64_t words = int64_t(unit) * 256 * bits + tile * 64 * bits + 16 * quarter;
-        if (part == 0) {
-            const int column = item / 2;  // of the mma
-            has_first = column < panel.count * planes;
-            const int64_t plane = planes == 1 ? 0 : column % 2;
-            const int64_t row = has_first ? row_of(call, panel, column / planes) : 0;
-            from[0] = reinterpret_cast<const uint8_t*>(call.q) +
-                      (plane * call.rows + row) * call.k + unit * kUnitColumns + item % 2 * 16;
-            to[0] = 16 * item;
-            stride = kUnitColumns;
-        } else {
-            has_first = true;
-            from[0] = above + words + 64 * (bits - 1);
-            to[0] = 256 + swapped;
-            stride = 256 * bits;
-        }
-        from[1] = slab + words + 64 * part;
-        to[1] = 512 + 256 * part + swapped;
-    }
-
-    // Copy the next unit to a stage.
-    DEVICE void copy(uint8_t* stage) {
-        if (has_first) cp_async_16(stage + to[0], from[0]);
-#pragma unroll
-        for (int i = 1; i < copies; ++i)
-            if (2 * i + 1 < parts || lane_id() < 16)
-                cp_async_16(stage + to[1] + 512 * (i - 1), from[1] + 128 * (i - 1));
-        from[0] += stride;
-        from[1] += 256 * bits;
-    }
-};
-
-// The partial sums of a warp: rows 16 b + 2 r, + 1 of the slab for each row block b; tokens 2 j,
-// 2 j + 1 (one plane), or j (two planes).
+// The partial sums of a warp: rows 16 b + 2 r, + 1 of the slab for each row block b; tokens j,
+// j + 4 (one plane), or j (two planes).
 template <int planes>
 struct Sums {
     static constexpr int tokens = 2 / planes;
@@ -123,7 +70,8 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
             {__byte_perm(x.x, 0, 0x1100), __byte_perm(x.x, 0, 0x3322)},
             {__byte_perm(x.y, 0, 0x1100), __byte_perm(x.y, 0, 0x3322)}};
 #pragma unroll
-        for (int i = 0; i < kSteps; i += 2) {
+        for (int step = 0; step < kSteps; step += 2) {
+            const int i = step / 2 % 4 * 4 + step / 8 * 2;  // row blocks in turn
             const uint32_t a[4] = {
                 merged(product<bits>(first.window[0], i), product<bits>(first.window[1], i)),
                 merged(product<bits>(second.window[0], i), product<bits>(second.window[1], i)),
@@ -140,7 +88,8 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
                               {__byte_perm(x.y, 0, 0x0000), __byte_perm(x.y, 0, 0x1111)},
                               {__byte_perm(x.y, 0, 0x2222), __byte_perm(x.y, 0, 0x3333)}};
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int step = 0; step < kSteps; ++step) {
+        const int i = step % 4 * 4 + step / 4;  // row blocks in turn
         const uint32_t a[4] = {
             product<bits>(first.window[0], i), product<bits>(second.window[0], i),
             product<bits>(first.window[1], i), product<bits>(second.window[1], i)};
@@ -148,111 +97,152 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
     }
 }
 
+// What a lane loads for a unit.
+template <int bits>
+struct Unit {
+    Words<bits> words;
+    uint2 x;  // codes of 8 columns of the lane's token
+};
+
+// The loads of a lane, unit after unit.
+template <int bits>
+struct Loader {
+    const uint8_t* words;  // its path lanes of word 0
+    int64_t above;         // from there to the last word of the tile above
+    const uint8_t* x;
+    bool has;  // a token
+
+    DEVICE Loader(const DecodeCall& call, const Panel& panel, const uint8_t* over,
+                  const uint8_t* slab, int planes, int unit) {
+        const int r = lane_id() / 4, j = lane_id() % 4;
+        words = slab + int64_t(unit) * 256 * bits + 64 * bits * j + 8 * r;
+        above = over - slab + 64 * (bits - 1);
+        // Column r of the mma: token r / 2 + 4 (r mod 2), or plane r mod 2 of token r / 2.
+        const int token = planes == 1 ? r / 2 + r % 2 * 4 : r / 2;
+        has = token < panel.count;
+        const int64_t plane = planes == 1 ? 0 : r % 2, row = has ? row_of(call, panel, token) : 0;
+        x = reinterpret_cast<const uint8_t*>(call.q) + (plane * call.rows + row) * call.k +
+            unit * kUnitColumns + 8 * j;
+    }
+
+    DEVICE void load(Unit<bits>& unit, bool more) {
+        if (more) {
+            unit.words.word[0] = load_stream_8(words + above);
+#pragma unroll
+            for (int i = 0; i < bits; ++i)
+                unit.words.word[i + 1] = load_stream_8(words + 64 * i);
+        }
+        if (has && more) unit.x = __ldg(reinterpret_cast<const uint2*>(x));
+        words += 256 * bits;
+        x += kUnitColumns;
+    }
+};
+
 // The sums of a warp over units begin .. end - 1.
 template <int bits, int planes>
 DEVICE void add_units(const DecodeCall& call, const Panel& panel, const uint8_t* above,
-                      const uint8_t* slab, uint8_t* ring, int begin, int end,
-                      Sums<planes>& sums) {
-    using Load = Loader<bits>;
+                      const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
+    constexpr int depth = bits <= 2 ? kDepth : 1;
     constexpr int tokens = Sums<planes>::tokens;
-    const int lane = lane_id(), r = lane / 4, j = lane % 4;
+    const int j = lane_id() % 4;
+    const int units = call.group / kUnitColumns, groups = call.k / call.group;
+    int group = begin / units, left = units - begin % units;
 
-    for (int i = 0; i < Load::stages; ++i)  // tokens that do not exist have codes 0
-        *reinterpret_cast<uint2*>(ring + i * Load::stage_bytes + 8 * lane) = make_uint2(0, 0);
-    __syncwarp();
-
-    Load load(call, panel, above, slab, planes, begin);
-    int copied = begin;
+    Loader<bits> loader(call, panel, above, slab, planes, begin);
+    Unit<bits> next[depth] = {};
 #pragma unroll
-    for (int i = 0; i < Load::stages - 1; ++i) {
-        if (copied < end) load.copy(ring + i * Load::stage_bytes);
-        ++copied;
-        cp_async_commit();
-    }
+    for (int d = 0; d < depth; ++d) loader.load(next[d], begin + d < end);
 
-    // Scales and sums of the lane's tokens.
-    const int units = call.group / kUnitColumns;
-    const int groups = call.k / call.group;
+    // The scale of the group and the sum of the next one.
     const float* scale[tokens];
     const int32_t* sum[tokens];
     bool has[tokens];
+    float a[tokens] = {};
+    int next_sum[tokens] = {};
+    int acc[4][4];
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
-        const int token = tokens * j + t;
+        const int token = j + 4 * t;
         has[t] = token < panel.count;
-        const int64_t row = has[t] ? row_of(call, panel, token) : 0;
-        scale[t] = call.scale + row * groups;
-        sum[t] = call.sum + row * groups;
+        const int64_t at = (has[t] ? row_of(call, panel, token) : 0) * groups + group;
+        scale[t] = call.scale + at;
+        sum[t] = call.sum + at;
+        if (has[t]) a[t] = __ldg(scale[t]);
+        // The warp that starts a group subtracts the center from all of it.
+        if (has[t] && left == units) next_sum[t] = __ldg(sum[t]);
     }
-
-    const int words_at = 256 + 64 * j + ((8 * r) ^ (j / 2 * 32));
-    int stage = 0, free_stage = Load::stages - 1;
-    for (int unit = begin; unit < end;) {
-        const int group = unit / units;
-        const int stop = min(end, (group + 1) * units);
-        const bool whole_start = unit == group * units;
-        float a[tokens];
-        int correction[tokens];
+    const auto start_group = [&] {
 #pragma unroll
         for (int t = 0; t < tokens; ++t) {
-            a[t] = has[t] ? __ldg(scale[t] + group) : 0.0f;
-            correction[t] = has[t] && whole_start ? __ldg(sum[t] + group) : 0;
+            const int start = -kCenter[bits] * next_sum[t];
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+                acc[b][planes == 1 ? t : 1] = acc[b][planes == 1 ? 2 + t : 3] = start;
+                if (planes == 2) acc[b][0] = acc[b][2] = 0;
+            }
+            ++sum[t];
+            if (has[t] && group + 1 < groups) next_sum[t] = __ldg(sum[t]);
         }
-        int acc[4][4] = {};
-        for (; unit < stop; ++unit) {
-            cp_async_wait<Load::stages - 2>();
-            __syncwarp();
-            if (copied < end) load.copy(ring + free_stage * Load::stage_bytes);
-            ++copied;
-            cp_async_commit();
-            const uint8_t* at = ring + stage * Load::stage_bytes;
-            const uint2 x = *reinterpret_cast<const uint2*>(at + 8 * lane);
-            Words<bits> words;
+    };
+    const auto end_group = [&] {
 #pragma unroll
-            for (int w = 0; w <= bits; ++w)
-                words.word[w] = *reinterpret_cast<const uint2*>(at + words_at + 256 * w);
-            add_unit<bits>(words, x, acc);
-            free_stage = stage;
-            stage = stage + 1 == Load::stages ? 0 : stage + 1;
-        }
+        for (int t = 0; t < tokens; ++t) {
+            if (t && panel.count <= 4) break;
 #pragma unroll
-        for (int b = 0; b < 4; ++b)
+            for (int b = 0; b < 4; ++b)
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-#pragma unroll
-                for (int t = 0; t < tokens; ++t) {
+                for (int h = 0; h < 2; ++h) {
                     const int* c = acc[b] + 2 * h;
                     const int total = planes == 1 ? c[t] : 128 * c[0] + c[1];
-                    const int exact = total - kCenter[bits] * correction[t];
-                    sums.value[b][h][t] = fmaf(a[t], float(exact), sums.value[b][h][t]);
+                    sums.value[b][h][t] = fmaf(a[t], float(total), sums.value[b][h][t]);
                 }
-    }
-    cp_async_wait<0>();
+            ++scale[t];
+            if (has[t] && group + 1 < groups) a[t] = __ldg(scale[t]);
+        }
+        ++group;
+        left = units;
+    };
+
+    start_group();
+    for (int unit = begin; unit < end; unit += depth)
+#pragma unroll
+        for (int d = 0; d < depth; ++d) {
+            if (d && unit + d >= end) break;
+            const Unit<bits> now = next[d];
+            loader.load(next[d], unit + d + depth < end);
+            add_unit<bits>(now.words, now.x, acc);
+            if (--left == 0) {
+                end_group();
+                start_group();
+            }
+        }
+    if (left < units) end_group();
 }
 
 template <int bits, int planes>
 DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* matrix) {
-    auto* shared = shared_memory<uint8_t>();
-    const int slabs = (call.n + kSlabRows - 1) / kSlabRows, s = int(blockIdx.x);
+    const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
     const int64_t slab_bytes = int64_t(8) * call.k * bits;
-    const int units = call.k / kUnitColumns, parts = call.splits * kWarps;
-    const int part = int(blockIdx.y) * kWarps + warp_id();
+    // Warps of a block: slabs of it times ranges of columns.
+    const int ranges = kWarps / call.slabs, first_slab = int(blockIdx.x) * call.slabs;
+    const int s = first_slab + warp_id() % call.slabs;
+    const int units = call.k / kUnitColumns, parts = call.splits * ranges;
+    const int part = int(blockIdx.y) * ranges + warp_id() / call.slabs;
 
     Sums<planes> sums = {};
-    add_units<bits, planes>(call, panel, matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
-                            matrix + s * slab_bytes, shared + warp_id() * kRing,
-                            int(int64_t(units) * part / parts),
-                            int(int64_t(units) * (part + 1) / parts), sums);
+    if (s < slabs)
+        add_units<bits, planes>(call, panel, matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
+                                matrix + s * slab_bytes, int(int64_t(units) * part / parts),
+                                int(int64_t(units) * (part + 1) / parts), sums);
 
-    // Sum over the warps.
+    // Sum over the ranges.
     constexpr int tokens = Sums<planes>::tokens;
     constexpr int panel_tokens = kTokens / planes;
-    __syncthreads();
-    auto* partial = reinterpret_cast<float*>(shared);  // [warps][tokens][kPitch]
+    auto* partial = shared_memory<float>();  // [warps][tokens][kPitch]
     const int r = lane_id() / 4, j = lane_id() % 4;
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
-        const int token = tokens * j + t;
+        const int token = j + 4 * t;
         float* to = partial + (warp_id() * panel_tokens + token) * kPitch + 2 * r;
         if (token < panel.count)
 #pragma unroll
@@ -262,13 +252,14 @@ DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* ma
     }
     __syncthreads();
     const auto* scales = reinterpret_cast<const uint16_t*>(matrix + slabs * slab_bytes);
-    for (int i = int(threadIdx.x); i < panel.count * kSlabRows; i += 32 * kWarps) {
-        const int token = i / kSlabRows, row = i % kSlabRows, n = s * kSlabRows + row;
+    const int rows = call.slabs * kSlabRows;
+    for (int i = int(threadIdx.x); i < panel.count * rows; i += 32 * kWarps) {
+        const int token = i / rows, row = i % rows, n = first_slab * kSlabRows + row;
         if (n >= call.n) continue;
+        const int first = row / kSlabRows;  // the warp of the first range
         float total = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w)
-            total += partial[(w * panel_tokens + token) * kPitch + row];
+        for (int w = first; w < kWarps; w += call.slabs)
+            total += partial[(w * panel_tokens + token) * kPitch + row % kSlabRows];
         const int64_t position = int64_t(blockIdx.y) * call.positions + panel.first + token;
         call.out[position * call.n + n] = total * bfloat_to_float(__ldg(scales + n));
     }
@@ -304,10 +295,10 @@ DEVICE void decode_panel(const DecodeCall& call) {
         name(float* out, const uint8_t* packed, const int64_t* table, const int8_t* q,            \
              const float* scale, const int32_t* sum, const int32_t* pair, const int32_t* panel,   \
              int64_t n, int64_t k, int64_t group, int64_t bits, int64_t rows, int64_t positions,  \
-             int64_t choices, int64_t splits) {                                                   \
+             int64_t choices, int64_t splits, int64_t slabs) {                                    \
         moepress::decode_panel<planes>({out, packed, table, q, scale, sum, pair, panel, int(n),   \
                                         int(k), int(group), int(bits), int(rows), int(positions), \
-                                        int(choices), int(splits)});                              \
+                                        int(choices), int(splits), int(slabs)});                  \
     }
 
 MOEPRESS_TRELLIS_DECODE(moepress_trellis_decode_8, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 ROWS = 64  # of a slab: what a block of the decode kernel computes
 UNIT = 32  # columns that a warp takes at a time
 DECODE_WARPS = 8
-DECODE_SHARED = DECODE_WARPS * 6144  # MOEPRESS_TRELLIS_RING of trellis_decode.cu for each warp
+DECODE_SHARED = DECODE_WARPS * 8 * 68 * 4  # partial sums: [warps][tokens][kPitch] float32
 BLOCKS_PER_MULTIPROCESSOR = 3
 
 
