@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -90,7 +90,8 @@ def check(
     launch(
         f"moepress_trellis_{kernel}_{8 * product.planes}", how.grid, how.block, how.shared,
         [out, packed, table, product.q, product.scale, product.sum, pair, panel, product.rows,
-         product.cols, product.group, bits, product.q.shape[1], positions, choices, how.splits],
+         product.cols, product.group, bits, product.q.shape[1], positions, choices, how.splits,
+         how.slabs],
     )  # fmt: skip
     error = (out.double().sum(0) - product.expected).abs() / product.size
     assert error.max() < 3e-7
@@ -106,8 +107,7 @@ def routed(
     tokens = [int(p) // choices for p in pair] if choices else list(range(len(experts)))
     product = random_product(bits, rows, cols, group, planes, experts, tokens)
     panel = panels(experts, size)
-    grid = (how.grid[0], how.grid[1], len(panel))
-    how = trellis_products.Launch(grid, how.block, how.shared, how.splits)
+    how = replace(how, grid=(how.grid[0], how.grid[1], len(panel)))
     check(product, kernel, how, pair if choices else None, panel, choices)
 
 
@@ -129,7 +129,11 @@ def test_decode_experts_of_mixed_widths(rows: int, cols: int, group: int, planes
     routed("decode", (2, 3, 1, 4, 2), rows, cols, group, planes, [1, 9, 0, 3, 2], size, how, 3)
 
 
-def test_decode_splits() -> None:
+@pytest.mark.parametrize("slabs", [1, 2, 4])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_splits(splits: int, slabs: int) -> None:
     how = trellis_products.decode_launch(64, 4096, 1, 132)
     assert how.splits > 1
-    routed("decode", (2,), 64, 4096, 128, 1, [2], 8, how)
+    grid = (-(-3 // slabs), splits, 1)
+    how = replace(how, splits=splits, slabs=slabs, grid=grid)
+    routed("decode", (2,), 140, 1664, 128, 1, [2], 8, how)

@@ -5,20 +5,21 @@
 #define MOEPRESS_TRELLIS_MERGED 0
 #endif
 #ifndef MOEPRESS_TRELLIS_WARPS
-#define MOEPRESS_TRELLIS_WARPS 8
+#define MOEPRESS_TRELLIS_WARPS 4
 #endif
 #ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
 #define MOEPRESS_TRELLIS_DEPTH 2
 #endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor
-#define MOEPRESS_TRELLIS_BLOCKS 3
+#define MOEPRESS_TRELLIS_BLOCKS 5
 #endif
 
 namespace moepress {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
 constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
-constexpr int kUnitColumns = 32;     // columns: four tiles
+constexpr int kUnitColumns = 32;  // four tiles
+constexpr int kChunkUnits = 4;    // what a warp takes at a time: the columns of the largest group
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
@@ -55,9 +56,10 @@ struct Sums {
     float value[4][2][tokens];
 };
 
-// a of each row block: += the products of a unit.
+// acc[row block] = c + the products of a unit.
 template <int bits>
-DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
+DEVICE void add_unit(const Words<bits>& words, uint2 x, const int (&c)[4][4], int (&acc)[4][4]) {
+    using Sum = const int (&)[4];
     uint32_t even[bits + 1], odd[bits + 1];
 #pragma unroll
     for (int j = 0; j <= bits; ++j) {
@@ -70,8 +72,9 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
             {__byte_perm(x.x, 0, 0x1100), __byte_perm(x.x, 0, 0x3322)},
             {__byte_perm(x.y, 0, 0x1100), __byte_perm(x.y, 0, 0x3322)}};
 #pragma unroll
-        for (int step = 0; step < kSteps; step += 2) {
-            const int i = step / 2 % 4 * 4 + step / 8 * 2;  // row blocks in turn
+        for (int step = 0; step < kSteps / 2; ++step) {
+            const int block = step % 4, pair = step / 4;  // row blocks in turn
+            const int i = 4 * block + 2 * pair;
             const uint32_t a[4] = {
                 merged(product<bits>(first.window[0], i), product<bits>(first.window[1], i)),
                 merged(product<bits>(second.window[0], i), product<bits>(second.window[1], i)),
@@ -79,7 +82,7 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
                        product<bits>(first.window[1], i + 1)),
                 merged(product<bits>(second.window[0], i + 1),
                        product<bits>(second.window[1], i + 1))};
-            mma_u8s8(acc[i / 4], a, b[i / 2 % 2]);
+            mma_u8s8(acc[block], a, b[pair], pair ? Sum(acc[block]) : Sum(c[block]));
         }
         return;
     }
@@ -89,11 +92,12 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, int (&acc)[4][4]) {
                               {__byte_perm(x.y, 0, 0x2222), __byte_perm(x.y, 0, 0x3333)}};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        const int i = step % 4 * 4 + step / 4;  // row blocks in turn
+        const int block = step % 4, pair = step / 4;  // row blocks in turn
+        const int i = 4 * block + pair;
         const uint32_t a[4] = {
             product<bits>(first.window[0], i), product<bits>(second.window[0], i),
             product<bits>(first.window[1], i), product<bits>(second.window[1], i)};
-        mma_u8s8(acc[i / 4], a, b[i % 4]);
+        mma_u8s8(acc[block], a, b[pair], pair ? Sum(acc[block]) : Sum(c[block]));
     }
 }
 
@@ -125,64 +129,66 @@ struct Loader {
             unit * kUnitColumns + 8 * j;
     }
 
-    DEVICE void load(Unit<bits>& unit, bool more) {
+    // Load the next unit but one, ...: `ahead` units from the current one.
+    DEVICE void load(Unit<bits>& unit, int ahead, bool more) {
+        const uint8_t* at = words + ahead * 256 * bits;
         if (more) {
-            unit.words.word[0] = load_stream_8(words + above);
+            unit.words.word[0] = load_stream_8(at + above);
 #pragma unroll
-            for (int i = 0; i < bits; ++i)
-                unit.words.word[i + 1] = load_stream_8(words + 64 * i);
+            for (int i = 0; i < bits; ++i) unit.words.word[i + 1] = load_stream_8(at + 64 * i);
         }
-        if (has && more) unit.x = __ldg(reinterpret_cast<const uint2*>(x));
-        words += 256 * bits;
-        x += kUnitColumns;
+        unit.x = make_uint2(0, 0);
+        if (has && more)
+            unit.x = __ldg(reinterpret_cast<const uint2*>(x + ahead * kUnitColumns));
+    }
+    DEVICE void advance(int units) {
+        words += units * 256 * bits;
+        x += units * kUnitColumns;
     }
 };
 
-// The sums of a warp over units begin .. end - 1.
+// The sums of a warp over chunks begin .. end - 1. Units beyond the last column have activations 0.
 template <int bits, int planes>
-DEVICE void add_units(const DecodeCall& call, const Panel& panel, const uint8_t* above,
-                      const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
+DEVICE void add_chunks(const DecodeCall& call, const Panel& panel, const uint8_t* above,
+                       const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
     constexpr int depth = bits <= 2 ? kDepth : 1;
-    constexpr int tokens = Sums<planes>::tokens;
+    constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
     const int j = lane_id() % 4;
-    const int units = call.group / kUnitColumns, groups = call.k / call.group;
-    int group = begin / units, left = units - begin % units;
+    const int units = call.group / kUnitColumns;
+    const int groups = call.k / call.group;
+    int group = begin * kChunkUnits / units;
+    int rest = min(end * kChunkUnits, call.k / kUnitColumns) - begin * kChunkUnits;  // units
 
-    Loader<bits> loader(call, panel, above, slab, planes, begin);
+    Loader<bits> loader(call, panel, above, slab, planes, begin * kChunkUnits);
     Unit<bits> next[depth] = {};
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load(next[d], begin + d < end);
+    for (int d = 0; d < depth; ++d) loader.load(next[d], d, d < rest);
 
     // The scale of the group and the sum of the next one.
-    const float* scale[tokens];
-    const int32_t* sum[tokens];
+    int row[tokens];
     bool has[tokens];
-    float a[tokens] = {};
-    int next_sum[tokens] = {};
-    int acc[4][4];
+    float a[tokens];
+    int sum[tokens];
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
         const int token = j + 4 * t;
         has[t] = token < panel.count;
-        const int64_t at = (has[t] ? row_of(call, panel, token) : 0) * groups + group;
-        scale[t] = call.scale + at;
-        sum[t] = call.sum + at;
-        if (has[t]) a[t] = __ldg(scale[t]);
-        // The warp that starts a group subtracts the center from all of it.
-        if (has[t] && left == units) next_sum[t] = __ldg(sum[t]);
+        row[t] = has[t] ? int(row_of(call, panel, token)) * groups : 0;
+        a[t] = has[t] ? __ldg(call.scale + row[t] + group) : 0.0f;
+        sum[t] = has[t] ? __ldg(call.sum + row[t] + group) : 0;
     }
+    int acc[4][4];
+    int start[4][4];  // four times the same
     const auto start_group = [&] {
 #pragma unroll
-        for (int t = 0; t < tokens; ++t) {
-            const int start = -kCenter[bits] * next_sum[t];
-#pragma unroll
-            for (int b = 0; b < 4; ++b) {
-                acc[b][planes == 1 ? t : 1] = acc[b][planes == 1 ? 2 + t : 3] = start;
-                if (planes == 2) acc[b][0] = acc[b][2] = 0;
-            }
-            ++sum[t];
-            if (has[t] && group + 1 < groups) next_sum[t] = __ldg(sum[t]);
+        for (int b = 0; b < 4; ++b) {
+            start[b][0] = start[b][2] = planes == 1 ? -center * sum[0] : 0;
+            start[b][1] = start[b][3] = -center * sum[tokens - 1];
         }
+        ++group;
+#pragma unroll
+        for (int t = 0; t < tokens; ++t)
+            sum[t] = has[t] && group < groups ? __ldg(call.sum + row[t] + group) : 0;
     };
     const auto end_group = [&] {
 #pragma unroll
@@ -196,27 +202,32 @@ DEVICE void add_units(const DecodeCall& call, const Panel& panel, const uint8_t*
                     const int total = planes == 1 ? c[t] : 128 * c[0] + c[1];
                     sums.value[b][h][t] = fmaf(a[t], float(total), sums.value[b][h][t]);
                 }
-            ++scale[t];
-            if (has[t] && group + 1 < groups) a[t] = __ldg(scale[t]);
+            if (has[t] && group < groups) a[t] = __ldg(call.scale + row[t] + group);
         }
-        ++group;
-        left = units;
     };
 
-    start_group();
-    for (int unit = begin; unit < end; unit += depth)
+    for (; rest > 0; rest -= kChunkUnits) {
+        start_group();
 #pragma unroll
-        for (int d = 0; d < depth; ++d) {
-            if (d && unit + d >= end) break;
-            const Unit<bits> now = next[d];
-            loader.load(next[d], unit + d + depth < end);
-            add_unit<bits>(now.words, now.x, acc);
-            if (--left == 0) {
+        for (int u = 0; u < kChunkUnits; ++u) {
+            const Unit<bits> now = next[u % depth];
+            loader.load(next[u % depth], u + depth, u + depth < rest);
+            if (u == 0)
+                add_unit<bits>(now.words, now.x, start, acc);
+            else
+                add_unit<bits>(now.words, now.x, acc, acc);
+            if (u == 1 ? units <= 2 : u != 3 && units == 1) {
                 end_group();
                 start_group();
+#pragma unroll
+                for (int b = 0; b < 4; ++b)
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
             }
         }
-    if (left < units) end_group();
+        end_group();
+        loader.advance(kChunkUnits);
+    }
 }
 
 template <int bits, int planes>
@@ -226,14 +237,15 @@ DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* ma
     // Warps of a block: slabs of it times ranges of columns.
     const int ranges = kWarps / call.slabs, first_slab = int(blockIdx.x) * call.slabs;
     const int s = first_slab + warp_id() % call.slabs;
-    const int units = call.k / kUnitColumns, parts = call.splits * ranges;
+    const int chunks = (call.k + kChunkUnits * kUnitColumns - 1) / (kChunkUnits * kUnitColumns);
+    const int parts = call.splits * ranges;
     const int part = int(blockIdx.y) * ranges + warp_id() / call.slabs;
 
     Sums<planes> sums = {};
     if (s < slabs)
-        add_units<bits, planes>(call, panel, matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
-                                matrix + s * slab_bytes, int(int64_t(units) * part / parts),
-                                int(int64_t(units) * (part + 1) / parts), sums);
+        add_chunks<bits, planes>(call, panel, matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
+                                 matrix + s * slab_bytes, chunks * part / parts,
+                                 chunks * (part + 1) / parts, sums);
 
     // Sum over the ranges.
     constexpr int tokens = Sums<planes>::tokens;

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROWS = 64  # of a slab: what a block of the decode kernel computes
-UNIT = 32  # columns that a warp takes at a time
-DECODE_WARPS = 8
-DECODE_SHARED = DECODE_WARPS * 8 * 68 * 4  # partial sums: [warps][tokens][kPitch] float32
-BLOCKS_PER_MULTIPROCESSOR = 3
+ROWS = 64  # of a slab
+CHUNK = 128  # columns that a warp of the decode kernel takes at a time
+WARPS = 4  # MOEPRESS_TRELLIS_WARPS of trellis_decode.cu
+DECODE_SHARED = WARPS * 8 * 68 * 4  # partial sums: [warps][tokens][kPitch] float32
+BLOCKS = 5  # of a multiprocessor
+MOST_SPLITS = 8
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Launch:
     block: int
     shared: int  # bytes of dynamic shared memory
     splits: int  # ranges of columns, which blocks of their own compute
+    slabs: int  # slabs of a block; its warps share the columns of each
 
 
 def panel_size(planes: int) -> int:
@@ -29,15 +31,26 @@ def panel_size(planes: int) -> int:
 def decode_launch(rows: int, cols: int, panels: int, multiprocessors: int) -> Launch:
     """The launch for [rows, cols] matrices and up to `panels` panels of `panel_size` tokens.
 
-    Columns are split while that shortens the longest queue of a multiprocessor by a tenth or more,
-    and every warp keeps at least two units.
+    It minimizes the time of the busiest multiprocessor, in units of a chunk of a slab that one warp
+    computes while the multiprocessor is full, with a fixed cost for each warp.
     """
-    blocks = -(-rows // ROWS) * panels
-    most = max(1, cols // UNIT // (2 * DECODE_WARPS))
-    best, best_time = 1, float("inf")
-    for splits in range(1, min(most, 8) + 1):
-        waves = -(-blocks * splits // multiprocessors)  # blocks that one multiprocessor computes
-        time = waves / splits
-        if time < 0.9 * best_time:
-            best, best_time = splits, time
-    return Launch((-(-rows // ROWS), best, panels), 32 * DECODE_WARPS, DECODE_SHARED, best)
+    slabs, chunks = -(-rows // ROWS), -(-cols // CHUNK)
+    full = WARPS * BLOCKS
+    best: tuple[float, int, int] | None = None
+    for per_block in (4, 2, 1):
+        for splits in range(1, MOST_SPLITS + 1):
+            ranges = WARPS // per_block * splits
+            if ranges > chunks:
+                break
+            blocks = -(-slabs // per_block) * splits * panels
+            waves = -(-blocks // (multiprocessors * BLOCKS))
+            last = blocks - (waves - 1) * multiprocessors * BLOCKS
+            # A multiprocessor that is not full takes less time for each warp, down to a fifth.
+            warps = -(-last // multiprocessors) * WARPS
+            time = (waves - 1 + max(warps / full, 0.2)) * (-(-chunks // ranges) + 2) + 0.5 * splits
+            if best is None or time < best[0]:
+                best = time, splits, per_block
+    assert best is not None
+    _, splits, per_block = best
+    grid = (-(-slabs // per_block), splits, panels)
+    return Launch(grid, 32 * WARPS, DECODE_SHARED, splits, per_block)
