@@ -25,7 +25,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 import moepress.kernels.cuda as cuda
