@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from moepress.format.codec import Codec
 from moepress.kernels import trellis
-from moepress.kernels.cuda import trellis_products
-from tests.kernels.cuda.emulate import launch, needs_compiler
+from moepress.kernels.cuda.products import FEW, MANY
+from tests.kernels.cuda.emulate import EmulationError, launch, needs_compiler
 
 pytestmark = needs_compiler
+
+KERNELS = ("decode",)
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,20 @@ def panels(experts: list[int], size: int, unused: int = 1) -> Tensor:
 
 
 def check(
-    product: Product, kernel: str, how: trellis_products.Launch, pair: Tensor | None,
+    product: Product, kernel: str, grid: tuple[int, int, int], pair: Tensor | None,
     panel: Tensor | None, choices: int, bits: int = 0,
 ) -> None:  # fmt: skip
+    how = (FEW if kernel == "decode" else MANY)["trellis"]
     positions = len(product.expected)
-    out = torch.full((how.splits, positions, product.rows), torch.nan)
+    out = torch.full((grid[1], positions, product.rows), torch.nan)
     table = None if panel is None else product.table
     packed = product.packed if panel is not None else product.packed[64:]
     launch(
-        f"moepress_trellis_{kernel}_{8 * product.planes}", how.grid, how.block, how.shared,
-        [out, packed, table, product.q, product.scale, product.sum, pair, panel, product.rows,
-         product.cols, product.group, bits, product.q.shape[1], positions, choices, how.splits,
-         how.slabs],
+        how.kernel, grid, how.threads,
+        how.shared(product.cols, product.group, grid[1], product.planes),
+        [product.q, product.scale, product.sum, product.planes, product.q.shape[1], pair, choices,
+         panel, positions, packed, len(packed), table, bits, product.rows, product.cols,
+         product.group, out, grid[1]],
     )  # fmt: skip
     error = (out.double().sum(0) - product.expected).abs() / product.size
     assert error.max() < 3e-7
@@ -99,41 +103,49 @@ def check(
 
 def routed(
     kernel: str, bits: tuple[int, ...], rows: int, cols: int, group: int, planes: int,
-    counts: list[int], size: int, how: trellis_products.Launch, choices: int = 0,
+    counts: list[int], grid: tuple[int, int], choices: int = 0,
 ) -> None:  # fmt: skip
-    """`counts[e]` positions of expert e, in panels of `size`."""
+    """`counts[e]` positions of expert e; `grid`: blocks of rows, splits."""
+    how = (FEW if kernel == "decode" else MANY)["trellis"]
     experts = [e for e, n in enumerate(counts) for _ in range(n)]
     pair = torch.randperm(len(experts), generator=torch.Generator().manual_seed(1)).int()
     tokens = [int(p) // choices for p in pair] if choices else list(range(len(experts)))
     product = random_product(bits, rows, cols, group, planes, experts, tokens)
-    panel = panels(experts, size)
-    how = replace(how, grid=(how.grid[0], how.grid[1], len(panel)))
-    check(product, kernel, how, pair if choices else None, panel, choices)
+    panel = panels(experts, how.panel(planes))
+    check(product, kernel, (*grid, len(panel)), pair if choices else None, panel, choices)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_decode_one_matrix(bits: int, planes: int) -> None:
-    tokens = 11
+def test_one_matrix(kernel: str, bits: int, planes: int) -> None:
+    how = (FEW if kernel == "decode" else MANY)["trellis"]
+    size = how.panel(planes)
+    tokens = size + 3
     product = random_product((bits,), 130, 256, 64, planes, [0] * tokens, list(range(tokens)))
-    size = trellis_products.panel_size(planes)
-    how = trellis_products.decode_launch(130, 256, -(-tokens // size), 132)
-    check(product, "decode", how, None, None, 0, bits)
+    check(product, kernel, (how.row_blocks(130), 1, 2), None, None, 0, bits)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(64, 96, 32), (200, 1152, 128), (8, 192, 64)])
-def test_decode_experts_of_mixed_widths(rows: int, cols: int, group: int, planes: int) -> None:
-    how = trellis_products.decode_launch(rows, cols, 8, 132)
-    size = trellis_products.panel_size(planes)
-    routed("decode", (2, 3, 1, 4, 2), rows, cols, group, planes, [1, 9, 0, 3, 2], size, how, 3)
+def test_experts_of_mixed_widths(
+    kernel: str, rows: int, cols: int, group: int, planes: int
+) -> None:
+    blocks = (FEW if kernel == "decode" else MANY)["trellis"].row_blocks(rows)
+    counts = [1, 9, 0, 3, 2] if kernel == "decode" else [1, 70, 0, 30, 9]
+    routed(kernel, (2, 3, 1, 4, 2), rows, cols, group, planes, counts, (blocks, 1), 3)
 
 
-@pytest.mark.parametrize("slabs", [1, 2, 4])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_decode_splits(splits: int, slabs: int) -> None:
-    how = trellis_products.decode_launch(64, 4096, 1, 132)
-    assert how.splits > 1
-    grid = (-(-3 // slabs), splits, 1)
-    how = replace(how, splits=splits, slabs=slabs, grid=grid)
-    routed("decode", (2,), 140, 1664, 128, 1, [2], 8, how)
+def test_splits(kernel: str, splits: int) -> None:
+    for slabs in (1, 2, 4) if kernel == "decode" else (1,):
+        routed(kernel, (2,), 140, 1664, 128, 1, [2], (-(-3 // slabs), splits))
+
+
+def test_a_table_that_does_not_fit() -> None:
+    product = random_product((2,), 64, 128, 128, 1, [0], [0])
+    product.table[0, 0] += 64
+    with pytest.raises(EmulationError, match="trap"):
+        check(product, "decode", (1, 1, 2), None, panels([0], 8), 0)

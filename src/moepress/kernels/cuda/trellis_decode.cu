@@ -25,15 +25,12 @@ constexpr int kPitch = 68;    // floats between the tokens of partial sums, free
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
 
 struct DecodeCall {
-    float* out;
-    const uint8_t* packed;
-    const int64_t* table;
     const int8_t* q;
     const float* scale;
     const int32_t* sum;
     const int32_t* pair;
-    const int32_t* panel;
-    int n, k, group, bits, rows, positions, choices, splits, slabs;
+    float* out;
+    int rows, choices, positions, n, k, group, splits;
 };
 
 // The tokens of a block.
@@ -45,7 +42,7 @@ struct Panel {
 // The row of q that token t of a panel reads.
 DEVICE int64_t row_of(const DecodeCall& call, const Panel& panel, int t) {
     const int position = panel.first + t;
-    return call.choices ? call.pair[position] / call.choices : position;
+    return call.pair ? call.pair[position] / call.choices : position;
 }
 
 // The partial sums of a warp: rows 16 b + 2 r, + 1 of the slab for each row block b; tokens j,
@@ -234,12 +231,14 @@ template <int bits, int planes>
 DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* matrix) {
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
     const int64_t slab_bytes = int64_t(8) * call.k * bits;
-    // Warps of a block: slabs of it times ranges of columns.
-    const int ranges = kWarps / call.slabs, first_slab = int(blockIdx.x) * call.slabs;
-    const int s = first_slab + warp_id() % call.slabs;
+    // The warps of a block share the columns of 1, 2, 4, .. slabs: as many as the grid needs.
+    int slabs_here = 1;
+    while (slabs_here * int(gridDim.x) < slabs) slabs_here *= 2;
+    const int ranges = kWarps / slabs_here, first_slab = int(blockIdx.x) * slabs_here;
+    const int s = first_slab + warp_id() % slabs_here;
     const int chunks = (call.k + kChunkUnits * kUnitColumns - 1) / (kChunkUnits * kUnitColumns);
     const int parts = call.splits * ranges;
-    const int part = int(blockIdx.y) * ranges + warp_id() / call.slabs;
+    const int part = int(blockIdx.y) * ranges + warp_id() / slabs_here;
 
     Sums<planes> sums = {};
     if (s < slabs)
@@ -264,54 +263,63 @@ DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* ma
     }
     __syncthreads();
     const auto* scales = reinterpret_cast<const uint16_t*>(matrix + slabs * slab_bytes);
-    const int rows = call.slabs * kSlabRows;
+    const int rows = slabs_here * kSlabRows;
     for (int i = int(threadIdx.x); i < panel.count * rows; i += 32 * kWarps) {
         const int token = i / rows, row = i % rows, n = first_slab * kSlabRows + row;
         if (n >= call.n) continue;
         const int first = row / kSlabRows;  // the warp of the first range
         float total = 0;
-        for (int w = first; w < kWarps; w += call.slabs)
+        for (int w = first; w < kWarps; w += slabs_here)
             total += partial[(w * panel_tokens + token) * kPitch + row % kSlabRows];
         const int64_t position = int64_t(blockIdx.y) * call.positions + panel.first + token;
         call.out[position * call.n + n] = total * bfloat_to_float(__ldg(scales + n));
     }
 }
 
-template <int planes>
-DEVICE void decode_panel(const DecodeCall& call) {
-    constexpr int size = kTokens / planes;
-    Panel panel;
-    int expert = 0;
-    if (call.panel) {
-        const int32_t* entry = call.panel + 3 * blockIdx.z;
-        expert = entry[0];
-        panel = {entry[1], entry[2]};
-    } else {
-        panel.first = int(blockIdx.z) * size;
-        panel.count = min(size, call.positions - panel.first);
-    }
-    if (panel.count <= 0) return;
-    const int64_t offset = call.table ? call.table[2 * expert] : 0;
-    const int bits = call.table ? int(call.table[2 * expert + 1]) : call.bits;
-    const uint8_t* matrix = call.packed + offset;
-    if (bits == 1) decode<1, planes>(call, panel, matrix);
-    if (bits == 2) decode<2, planes>(call, panel, matrix);
-    if (bits == 3) decode<3, planes>(call, panel, matrix);
-    if (bits == 4) decode<4, planes>(call, panel, matrix);
-}
-
 }  // namespace moepress
 
-#define MOEPRESS_TRELLIS_DECODE(name, planes)                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * moepress::kWarps, MOEPRESS_TRELLIS_BLOCKS)  \
-        name(float* out, const uint8_t* packed, const int64_t* table, const int8_t* q,            \
-             const float* scale, const int32_t* sum, const int32_t* pair, const int32_t* panel,   \
-             int64_t n, int64_t k, int64_t group, int64_t bits, int64_t rows, int64_t positions,  \
-             int64_t choices, int64_t splits, int64_t slabs) {                                    \
-        moepress::decode_panel<planes>({out, packed, table, q, scale, sum, pair, panel, int(n),   \
-                                        int(k), int(group), int(bits), int(rows), int(positions), \
-                                        int(choices), int(splits), int(slabs)});                  \
+// The parameters of all products:
+//   q          [planes][rows][K]: codes of 8 bits, or codes 128 * q[0] + q[1] in two planes
+//   scale, sum [rows][K / g] of the codes
+//   pair       position p has row pair[p] / choices of q; null: row p
+//   panel      [gridDim.z][3]: expert, first position, count; null: positions in order
+//   table      [E][2]: first byte and code bits of each expert's matrix; null: one matrix of `bits`
+//   out        [splits][positions][N]: to be summed over the splits
+extern "C" __global__ void __launch_bounds__(32 * moepress::kWarps, MOEPRESS_TRELLIS_BLOCKS)
+    moepress_trellis_decode(const int8_t* q, const float* scale, const int32_t* sum,
+                            int64_t planes, int64_t rows, const int32_t* pair, int64_t choices,
+                            const int32_t* panel, int64_t positions, const uint8_t* packed,
+                            int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n,
+                            int64_t k, int64_t group, float* out, int64_t splits) {
+    using namespace moepress;
+    const DecodeCall call = {q,         scale,  sum,    pair,       out,       int(rows), int(choices),
+                             int(positions), int(n), int(k), int(group), int(splits)};
+    const int size = kTokens / int(planes);
+    int expert = 0;
+    Panel tokens;
+    if (panel) {
+        const int32_t* entry = panel + 3 * blockIdx.z;
+        expert = entry[0];
+        tokens = {entry[1], entry[2]};
+    } else {
+        tokens.first = int(blockIdx.z) * size;
+        tokens.count = min(size, call.positions - tokens.first);
     }
-
-MOEPRESS_TRELLIS_DECODE(moepress_trellis_decode_8, 1)
-MOEPRESS_TRELLIS_DECODE(moepress_trellis_decode_16, 2)
+    if (tokens.count <= 0) return;
+    const int64_t offset = table ? table[2 * expert] : 0;
+    const int width = int(table ? table[2 * expert + 1] : bits);
+    const int64_t bytes = (n + kSlabRows - 1) / kSlabRows * (8 * k * width + 2 * kSlabRows);
+    if (width < 1 || width > 4 || offset < 0 || offset + bytes > packed_bytes) trap();
+    const uint8_t* matrix = packed + offset;
+    if (planes == 1) {
+        if (width == 1) decode<1, 1>(call, tokens, matrix);
+        if (width == 2) decode<2, 1>(call, tokens, matrix);
+        if (width == 3) decode<3, 1>(call, tokens, matrix);
+        if (width == 4) decode<4, 1>(call, tokens, matrix);
+    } else {
+        if (width == 1) decode<1, 2>(call, tokens, matrix);
+        if (width == 2) decode<2, 2>(call, tokens, matrix);
+        if (width == 3) decode<3, 2>(call, tokens, matrix);
+        if (width == 4) decode<4, 2>(call, tokens, matrix);
+    }
+}
