@@ -848,6 +848,11 @@ void emulated_mma(C (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma8<uint8_t>, emulator::Mma8In>(d, a, b);
 }
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const int (&c)[4]) {
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+    mma_u8s8(d, a, b);
+}
 inline void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma8<int8_t>, emulator::Mma8In>(d, a, b);
 }

@@ -60,6 +60,10 @@ class Product:
         return -(-groups // -(-groups // best))
 
 
+def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> int:
+    return 4 * 8 * 68 * 4  # partial sums [warps][tokens][kPitch], float32
+
+
 def _no_shared(cols: int, group: int, splits: int, planes: int) -> int:
     return 0
 
@@ -73,7 +77,7 @@ MOST_SPLITS = 8
 
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
-    "trellis": Product("moepress_trellis_decode", (8, 8), 64, 128, _no_shared, 512),
+    "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
     "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
 }
 MANY = {
