@@ -2,9 +2,10 @@
 //
 // A block of threads has 128 rows and a panel of up to 64 tokens; each of its four warps has 32 rows
 // and all tokens. The codes of a group are unpacked once, into registers (operand A of the byte
-// products, scalar_code.cuh), and multiplied with 8 tokens at a time. Activations of a group (operand
-// B) come to shared memory `kStages` - 1 groups ahead, weights to registers one group ahead. Sums of
-// a group are exact integers; scales and zeros are applied to each of them, as in scalar_decode.cu.
+// products, scalar_code.cuh), and multiplied with 16 tokens at a time. Activations of a group
+// (operand B) come to shared memory `kStages` - 1 groups ahead, weights to registers one group
+// ahead. Sums of a group are exact integers; scales and zeros are applied to each of them, as in
+// scalar_decode.cu.
 #include "scalar_code.cuh"
 
 namespace moepress {
@@ -54,6 +55,21 @@ DEVICE void start(Stage<group, planes>& stage, const Call& call, const int* inpu
     }
 }
 
+// Activations of a thread's columns in a group, for two times 8 tokens: operand B.
+template <int group, int planes>
+struct Columns {
+    uint32_t x[2][planes][group / 16];
+
+    DEVICE void read(const int8_t* from) {
+        using S = Stage<group, planes>;
+#pragma unroll
+        for (int i = 0; i < 2 * planes; ++i) {
+            const int tile = i / planes, plane = i % planes;
+            read_activations(from + (plane * kPanel + 8 * tile) * S::kStride, x[tile][plane]);
+        }
+    }
+};
+
 template <int bits, int group, int planes>
 DEVICE void multiply(const Call& call, const Work& work) {
     using P = Part<bits, group>;
@@ -101,26 +117,31 @@ DEVICE void multiply(const Call& call, const Work& work) {
 
         const S& stage = stages[slot];
         slot = slot + 1 == kStages<planes> ? 0 : slot + 1;
+        const int8_t* const x = stage.q[0][r] + j * kColumns;
+        Columns<group, planes> columns;
+        columns.read(x);
 #pragma unroll
-        for (int n = 0; n < kPanel / 8; ++n) {
+        for (int n = 0; n < kPanel / 8; n += 2) {
             if (8 * n >= work.count) break;
-            Sums<planes> sums;
+            Sums<planes> sums[2];
 #pragma unroll
-            for (int plane = 0; plane < planes; ++plane) {
-                uint32_t x[kColumns / 4];
-                read_activations(stage.q[plane][8 * n + r] + j * kColumns, x);
-#pragma unroll
-                for (int m = 0; m < kProducts; ++m) {
-                    const uint32_t b[2] = {x[2 * m], x[2 * m + 1]};
-                    mma_u8s8(sums.first[plane], first[m], b);
-                    mma_u8s8(sums.second[plane], second[m], b);
-                }
+            for (int i = 0; i < 2 * planes * kProducts; ++i) {
+                const int m = i / 2 / planes, plane = i / 2 % planes, tile = i % 2;
+                const uint32_t b[2] = {columns.x[tile][plane][2 * m],
+                                       columns.x[tile][plane][2 * m + 1]};
+                mma_u8s8(sums[tile].first[plane], first[m], b);
+                mma_u8s8(sums[tile].second[plane], second[m], b);
             }
-            const int t = 8 * n + 2 * j;
-            const float2 a = *reinterpret_cast<const float2*>(stage.scale + t);
-            const int2 sum = *reinterpret_cast<const int2*>(stage.sum + t);
-            add_group<0>(even[n], sums, scale, zero, a.x, sum.x);
-            add_group<1>(odd[n], sums, scale, zero, a.y, sum.y);
+            // Those of the next tokens, while these products are under way.
+            if (n + 2 < kPanel / 8) columns.read(x + 8 * (n + 2) * S::kStride);
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+                const int t = 8 * (n + tile) + 2 * j;
+                const float2 a = *reinterpret_cast<const float2*>(stage.scale + t);
+                const int2 sum = *reinterpret_cast<const int2*>(stage.sum + t);
+                add_group<0>(even[n + tile], sums[tile], scale, zero, a.x, sum.x);
+                add_group<1>(odd[n + tile], sums[tile], scale, zero, a.y, sum.y);
+            }
         }
     }
 
