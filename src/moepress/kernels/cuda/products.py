@@ -73,6 +73,12 @@ def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
     return 2 * (8704 * planes + 65536 // group)
 
 
+def _ring(cols: int, group: int, splits: int, planes: int) -> int:
+    """3 or 2 stages of one group: 64 tokens, their scales and sums; then 64 rows' numbers."""
+    stride = group + (16 if group == 128 else 0)  # other banks for other tokens
+    return (4 - planes) * (64 * planes * stride + 512) + 256
+
+
 MOST_SPLITS = 8
 
 # Few positions for each expert (a panel of them costs what one position does), or many.
@@ -82,7 +88,7 @@ FEW = {
 }
 MANY = {
     "trellis": Product("moepress_trellis_prefill", (64, 64), 64, 128, _no_shared, 1024),
-    "int": Product("moepress_scalar_prefill", (64, 64), 64, 128, _no_shared, 1024),
+    "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone
