@@ -806,6 +806,7 @@ T* shared_memory() {
 inline int lane_id() { return emulator::state.lane->index & 31; }
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
+[[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
 inline void barrier_sync(int id, int threads) { emulator::barrier(id, threads); }
 
 template <class T>
@@ -846,6 +847,11 @@ void emulated_mma(C (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma8<uint8_t>, emulator::Mma8In>(d, a, b);
+}
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const int (&c)[4]) {
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+    mma_u8s8(d, a, b);
 }
 inline void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma8<int8_t>, emulator::Mma8In>(d, a, b);

@@ -45,6 +45,10 @@ DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 
 DEVICE void trap() { __trap(); }
 
+// Fails the launch as assert() does: the message is printed, with block and thread.
+extern "C" __device__ void __assertfail(const char*, const char*, unsigned, const char*, size_t);
+DEVICE void fail(const char* message) { __assertfail(message, __FILE__, __LINE__, "moepress", 1); }
+
 // Barrier `id` (1 to 15) of `threads` threads of the block, whole warps. Barrier 0: __syncthreads.
 DEVICE void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -125,6 +129,15 @@ DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d = c + A B.
+DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const int (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+          "r"(c[2]), "r"(c[3]));
 }
 DEVICE void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
