@@ -806,6 +806,7 @@ T* shared_memory() {
 inline int lane_id() { return emulator::state.lane->index & 31; }
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
+[[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
 inline void barrier_sync(int id, int threads) { emulator::barrier(id, threads); }
 
 template <class T>

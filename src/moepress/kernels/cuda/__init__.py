@@ -8,8 +8,9 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
 
     launch.py, compiler.py   how a .cu file becomes a kernel that runs
     products.py              which kernel multiplies, and its grid
-    routing.cu               (token, choice) pairs sorted by expert and cut into panels
-    activations.cu           rotating and rounding activations; the activation function of experts
+    inputs.cu                inputs rotated and rounded (rounding.cuh); (token, choice) pairs sorted
+                             by expert and cut into panels (routing.cuh)
+    gated.cu                 the activation function of experts; the same rounding
     trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
                              products with few and with many tokens
     combine.cu               sums of splits and of experts, bias, dtype of the result
@@ -34,11 +35,12 @@ from moepress.kernels.experts_call import ExpertsCall
 __all__ = ["drop", "embedding", "experts", "linear", "missing"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
-ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of activations.cu
+ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of gated.cu
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
 MOST_NUMBERS = 1 << 28  # of a product at a time: 1 GB in float32
-UNIT = 128  # columns that a warp of activations.cu takes
+NO_ROUTING = (None, 0, None, None, 0, 0, 0, None, None, None, None)
+UNIT = 128  # columns that a warp of rounding.cuh takes
 
 
 def linear(
@@ -227,28 +229,11 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
 
     ints = hidden.new_empty(2 * positions + 3 * panels + 1, dtype=torch.int32)
     pair, position, panel, used = ints.split_with_sizes((positions, positions, 3 * panels, 1))
-    warps = 8 if positions <= 2048 else 32
-    launcher.launch(
-        "moepress_routing",
-        (1, 1, 1),
-        32 * warps,
-        4 * count * (warps + 1),
-        (
-            call.top_k_index,
-            positions,
-            call.gate_up_table,
-            call.down_table,
-            count,
-            size,
-            panels,
-            pair,
-            position,
-            panel,
-            used,
-        ),
-    )
     inputs = _Codes(hidden, tokens, width, call.gate_up_group, planes, family)
-    inputs.round(launcher, hidden)
+    tables = call.gate_up_table, call.down_table
+    sizes = count, size, panels
+    routing = call.top_k_index, positions, *tables, *sizes, pair, position, panel, used
+    inputs.round(launcher, hidden, routing, count)
     splits = inputs.splits(kernel, 2 * inner, busy, launcher)
     first = hidden.new_empty((splits, positions, 2 * inner), dtype=torch.float32)
     matrix = _Matrix(call.gate_up, call.gate_up_table, count, 0)
@@ -297,26 +282,39 @@ class _Codes:
         """How many ranges of columns are multiplied by blocks of their own."""
         return kernel.splits(rows, self.cols, self.group, panels, launcher.multiprocessors)
 
-    def round(self, launcher: Launcher, x: Tensor) -> None:
-        """Codes of x [rows, K]."""
-        self._launch(
-            launcher, "moepress_activations_round", (x, DTYPES[x.dtype], self.rows, self.cols)
-        )
+    def round(
+        self,
+        launcher: Launcher,
+        x: Tensor,
+        routing: tuple[Tensor | int | None, ...] = NO_ROUTING,
+        experts: int = 0,
+    ) -> None:
+        """Codes of x [rows, K]. `routing`: arguments of routing.cuh; one more block sorts pairs."""
+        pairs = routing[1]
+        assert isinstance(pairs, int)
+        warps = 8 if pairs <= 2048 else 32
+        blocks, shared = self._grid(warps)
+        if pairs:
+            blocks, shared = blocks + 1, max(shared, 4 * experts * (warps + 1))
+        args = x, DTYPES[x.dtype], self.rows, self.cols, *self._rounding(), *routing
+        launcher.launch("moepress_inputs", (blocks, 1, 1), 32 * warps, shared, args)
 
     def glu(self, launcher: Launcher, out: Tensor, used: Tensor, activation: int) -> None:
         """Codes of act(gate) * up of the first used[0] rows; out [splits, rows, 2 K]."""
-        args = (out, out.shape[0], self.rows, used, self.cols, activation)
-        self._launch(launcher, "moepress_activations_glu", args)
+        blocks, shared = self._grid(8)
+        args = out, out.shape[0], self.rows, used, self.cols, activation, *self._rounding()
+        launcher.launch("moepress_gated", (blocks, 1, 1), 256, shared, args)
 
-    def _launch(self, launcher: Launcher, kernel: str, args: tuple[Tensor | int, ...]) -> None:
+    def _grid(self, warps: int) -> tuple[int, int]:
+        """Blocks of so many warps that round all rows, and their bytes of shared memory."""
         if self.run > UNIT:  # a block takes a run
-            blocks, threads, shared = self.rows * (self.cols // self.run), 256, 4 * self.run
-        else:  # a warp takes a unit
-            units = self.cols // min(UNIT, self.cols & -self.cols)
-            blocks, threads, shared = -(-self.rows * units // 4), 128, 0
+            return self.rows * (self.cols // self.run), 4 * self.run
+        units = self.rows * (self.cols // min(UNIT, self.cols & -self.cols))
+        return -(-units // warps), 0  # a warp takes a unit
+
+    def _rounding(self) -> tuple[int | float | Tensor, ...]:
         normal = self.run**-0.5 if self.run else 1.0
-        rest = (self.run, normal, self.group, self.planes, self.q, self.scale, self.sum)
-        launcher.launch(kernel, (blocks, 1, 1), threads, shared, (*args, *rest))
+        return self.run, normal, self.group, self.planes, self.q, self.scale, self.sum
 
 
 class _Matrix:
@@ -341,7 +339,7 @@ def _multiply(
     splits, positions, rows = out.shape
     cols, group, planes = codes.cols, codes.group, codes.planes
     launcher.launch(
-        kernel.kernel,
+        kernel.name(group, planes),
         (kernel.row_blocks(rows), splits, panels),
         kernel.threads,
         kernel.shared(cols, group, splits, planes),

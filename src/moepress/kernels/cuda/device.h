@@ -45,6 +45,10 @@ DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 
 DEVICE void trap() { __trap(); }
 
+// Fails the launch as assert() does: the message is printed, with block and thread.
+extern "C" __device__ void __assertfail(const char*, const char*, unsigned, const char*, size_t);
+DEVICE void fail(const char* message) { __assertfail(message, __FILE__, __LINE__, "moepress", 1); }
+
 // Barrier `id` (1 to 15) of `threads` threads of the block, whole warps. Barrier 0: __syncthreads.
 DEVICE void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

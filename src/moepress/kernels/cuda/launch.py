@@ -7,6 +7,7 @@ that the functions of this folder run without a card.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,6 +62,15 @@ def source_of(kernel: str) -> str:
     return max((s for s in SOURCES if kernel.startswith(f"moepress_{s}")), key=len)
 
 
+def defines_of(kernel: str) -> tuple[str, ...]:
+    """The macros with which the file of a kernel has only that kernel, if its name ends in _g_p.
+
+    Compiling the kernels of all group sizes and planes at once would take six times as long.
+    """
+    found = re.search(r"_g(\d+)_p(\d+)$", kernel)
+    return (f"MOEPRESS_GROUP={found[1]}", f"MOEPRESS_PLANES={found[2]}") if found else ()
+
+
 @lru_cache(maxsize=64)
 def _card(device: torch.device) -> Launcher:
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -93,7 +103,7 @@ class _Function:
         self.index = index
         self.driver = driver = _driver()
         self.success = driver.CUresult.CUDA_SUCCESS
-        module = _module(source_of(kernel), index)
+        module = _module(source_of(kernel), defines_of(kernel), index)
         self.handle = _checked(kernel, driver.cuModuleGetFunction(module, kernel.encode()))
         attributes = driver.CUfunction_attribute
         static = _checked(
@@ -151,8 +161,8 @@ class _Arguments:
 
 
 @lru_cache(maxsize=256)
-def _module(name: str, index: int) -> Any:
-    cubin = compiler.compiled(name, torch.cuda.get_device_capability(index))
+def _module(name: str, defines: tuple[str, ...], index: int) -> Any:
+    cubin = compiler.compiled(name, torch.cuda.get_device_capability(index), defines)
     _enter(index)
     return _checked(name, _driver().cuModuleLoadData(cubin))
 

@@ -17,12 +17,13 @@ class Product:
     """One kernel.
 
     Attributes:
-        kernel: its name.
+        kernel: its name; with variants, the beginning of it (see `name`).
         panels: the most positions of a panel, for codes of one and of two planes.
         rows: weight rows of a block.
         threads: of a block.
         shared: bytes of dynamic shared memory, from columns, group size, splits and planes.
         least: the fewest columns of a split.
+        variants: whether each group size and number of planes has a kernel of its own.
     """
 
     kernel: str
@@ -31,6 +32,11 @@ class Product:
     threads: int
     shared: Callable[[int, int, int, int], int]
     least: int
+    variants: bool = False
+
+    def name(self, group: int, planes: int) -> str:
+        """The name of the kernel for a group size and a number of planes."""
+        return f"{self.kernel}_g{group}_p{planes}" if self.variants else self.kernel
 
     def panel(self, planes: int) -> int:
         """The most positions of a panel."""
@@ -62,12 +68,17 @@ def _no_shared(cols: int, group: int, splits: int, planes: int) -> int:
     return 0
 
 
+def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
+    """8 tokens, 1024 columns and what keeps them in banks of their own, scales and sums; twice."""
+    return 2 * (8704 * planes + 65536 // group)
+
+
 MOST_SPLITS = 8
 
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
     "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
-    "int": Product("moepress_scalar_decode", (8, 8), 64, 128, _no_shared, 512),
+    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
 }
 MANY = {
     "trellis": Product("moepress_trellis_prefill", (64, 64), 64, 128, _no_shared, 1024),

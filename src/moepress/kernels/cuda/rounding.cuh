@@ -5,8 +5,11 @@
 // A warp takes a unit of 32, 64 or 128 columns of a row, n = 1, 2 or 4 neighbouring ones a lane. A
 // group, and a run of the rotation of up to 128 columns, lie within a unit. A block takes one longer
 // run, in shared memory.
+#pragma once
+
 #include "numbers.h"
 
+namespace moepress {
 namespace {
 
 constexpr int kUnit = 128;
@@ -148,16 +151,16 @@ DEVICE void long_run(const Source& source, int64_t index, int run, float normal,
     }
 }
 
-// The work of a block: a long run, or a unit for each of its warps. `rows` may be fewer than those
-// that the grid is made for.
+// The work of block `block`: a long run, or a unit for each of its warps. `rows` may be fewer than
+// those that the grid is made for.
 template <class Source>
-DEVICE void round_rows(const Source& source, int64_t rows, int run, float normal, const Codes& out) {
+DEVICE void round_rows(const Source& source, int64_t block, int64_t rows, int run, float normal,
+                       const Codes& out) {
     if (run > kUnit) {
-        if (int64_t(blockIdx.x) < rows * (out.cols / run))
-            long_run(source, blockIdx.x, run, normal, out);
+        if (block < rows * (out.cols / run)) long_run(source, block, run, normal, out);
         return;
     }
-    const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp_id();
+    const int64_t index = block * (blockDim.x / 32) + warp_id();
     if (out.cols % 128 == 0) {
         if (index < rows * (out.cols / 128)) unit<4>(source, index, run, normal, out);
     } else if (out.cols % 64 == 0) {
@@ -167,81 +170,5 @@ DEVICE void round_rows(const Source& source, int64_t rows, int run, float normal
     }
 }
 
-struct Inputs {
-    const void* x;  // [rows][K]
-    int64_t dtype, cols;
-
-    template <int n>
-    DEVICE void load(int64_t row, int64_t column, float (&out)[n]) const {
-        load_numbers(x, row * cols + column, dtype, out);
-    }
-};
-
-DEVICE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
-// In the order of ACTIVATIONS in kernels/cpu/__init__.py.
-DEVICE float activation_of(float x, int activation) {
-    switch (activation) {
-        case 0: return 0.5f * x * (1 + erff(x * 0.707106781f));
-        case 1: return 0.5f * x * (1 + tanhf(0.797884561f * (x + 0.044715f * x * x * x)));
-        case 2: {
-            float gate = x + 3;
-            gate = gate < 0 ? 0 : gate;  // these comparisons keep NaN
-            gate = gate > 6 ? 6 : gate;
-            return x * gate / 6;
-        }
-        case 3: return x * tanhf(log1pf(expf(x)));
-        case 4: return x * sigmoid(1.702f * x);
-        case 5: return x < 0 ? 0 : x;
-        case 6: {
-            const float y = x < 0 ? 0 : x;
-            return y * y;
-        }
-        case 7: return sigmoid(x);
-        case 8: return x / (1 + expf(-x));
-        default: return tanhf(x);
-    }
-}
-
-struct Gated {
-    const float* out;  // [splits][positions][2 I]: gate, then up
-    int64_t splits, positions, inner;
-    int activation;
-
-    template <int n>
-    DEVICE void load(int64_t row, int64_t column, float (&h)[n]) const {
-        float gate[n] = {}, up[n] = {}, part[n];
-        for (int64_t s = 0; s < splits; ++s) {
-            const int64_t at = (s * positions + row) * 2 * inner + column;
-            load_numbers(out, at, kFloat32, part);
-#pragma unroll
-            for (int j = 0; j < n; ++j) gate[j] += part[j];
-            load_numbers(out, at + inner, kFloat32, part);
-#pragma unroll
-            for (int j = 0; j < n; ++j) up[j] += part[j];
-        }
-#pragma unroll
-        for (int j = 0; j < n; ++j) h[j] = activation_of(gate[j], activation) * up[j];
-    }
-};
-
 }  // namespace
-
-// Codes of x [rows][K]. `normal` is 1 / sqrt(run). Grid: as `_codes` in __init__.py says.
-extern "C" __global__ void __launch_bounds__(256)
-    moepress_activations_round(const void* x, int64_t dtype, int64_t rows, int64_t cols,
-                               int64_t run, float normal, int64_t g, int64_t planes, int8_t* q,
-                               float* scale, int32_t* sum) {
-    round_rows(Inputs{x, dtype, cols}, rows, int(run), normal,
-               Codes{q, scale, sum, int(planes), int(g), rows, cols});
-}
-
-// Codes of act(gate) * up, [positions][I]; only of the first used[0] positions.
-extern "C" __global__ void __launch_bounds__(256)
-    moepress_activations_glu(const float* out, int64_t splits, int64_t positions,
-                             const int32_t* used, int64_t inner, int64_t activation, int64_t run,
-                             float normal, int64_t g, int64_t planes, int8_t* q, float* scale,
-                             int32_t* sum) {
-    round_rows(Gated{out, splits, positions, inner, int(activation)}, used[0], int(run), normal,
-               Codes{q, scale, sum, int(planes), int(g), positions, inner});
-}
+}  // namespace moepress

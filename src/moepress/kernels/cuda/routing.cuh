@@ -3,8 +3,11 @@
 // A counting sort, stable: the warps take ranges of pairs in order, and count per expert and warp.
 // The sums of all counts before it, expert by expert and warp by warp, are where a warp puts its
 // first pair of an expert.
+#pragma once
+
 #include "device.h"
 
+namespace moepress {
 namespace {
 
 // Replace a[0 .. length) by the sums of the elements before each, and return the sum of all.
@@ -37,22 +40,29 @@ DEVICE int exclusive_scan(int* a, int length) {
     return all;
 }
 
-}  // namespace
+struct Routing {
+    const int64_t* index;  // [pairs]: the expert of each; outside 0 .. experts - 1: none
+    const int64_t *gate_up_table, *down_table;  // an expert without bits in both counts as none
+    int64_t pairs, experts;
+    int64_t size;       // the most positions of a panel
+    int64_t panels;     // room for panels
+    int32_t* pair;      // [pairs]: the pairs of experts, sorted
+    int32_t* position;  // [pairs]: the place of each in `pair`, or -1
+    int32_t* panel;     // [panels][3]: expert, first position, count; count 0: unused
+    int32_t* used;      // [1]: how many pairs have a position
+};
 
-// index [pairs]: the expert of each pair; outside 0 .. experts - 1, or an expert without bits in both
-// tables: none. pair [pairs]: the pairs of experts, sorted; position [pairs]: the place of each in
-// `pair`, or -1; panel [panels][3]: expert, first position, count (at most `size`; 0: unused);
-// used [1]: how many pairs have a position. Shared memory: experts * (warps + 1) ints.
-extern "C" __global__ void __launch_bounds__(1024)
-    moepress_routing(const int64_t* index, int64_t pairs, const int64_t* gate_up_table,
-                     const int64_t* down_table, int64_t experts, int64_t size, int64_t panels,
-                     int32_t* pair, int32_t* position, int32_t* panel, int32_t* used) {
+// Shared memory: experts * (warps + 1) ints.
+DEVICE void route(const Routing& call) {
+    const int64_t *const index = call.index, experts = call.experts;
+    const int64_t *const gate_up_table = call.gate_up_table, *const down_table = call.down_table;
+    const int pairs = int(call.pairs), size = int(call.size);
     const int warps = int(blockDim.x) / 32, warp = warp_id(), lane = lane_id();
     const int thread = int(threadIdx.x), threads = int(blockDim.x), count = int(experts);
     int* const place = shared_memory<int>();    // [experts][warps]: next position
     int* const first = place + count * warps;   // [experts]: first panel
-    const int each = (int(pairs) + threads - 1) / threads * 32;  // pairs of a warp
-    const int begin = min(warp * each, int(pairs)), end = min(begin + each, int(pairs));
+    const int each = (pairs + threads - 1) / threads * 32;  // pairs of a warp
+    const int begin = min(warp * each, pairs), end = min(begin + each, pairs);
     for (int i = thread; i < count * warps; i += threads) place[i] = 0;
     __syncthreads();
 
@@ -73,20 +83,20 @@ extern "C" __global__ void __launch_bounds__(1024)
 
     const auto start_of = [&](int e) { return e < count ? place[e * warps] : total; };
     for (int e = thread; e < count; e += threads)
-        first[e] = (start_of(e + 1) - start_of(e) + int(size) - 1) / int(size);
+        first[e] = (start_of(e + 1) - start_of(e) + size - 1) / size;
     __syncthreads();
     const int made = exclusive_scan(first, count);
     for (int e = thread; e < count; e += threads) {
-        int32_t* to = panel + 3 * first[e];
+        int32_t* to = call.panel + 3 * first[e];
         const int stop = start_of(e + 1);
-        for (int at = start_of(e); at < stop; at += int(size), to += 3) {
+        for (int at = start_of(e); at < stop; at += size, to += 3) {
             to[0] = e;
             to[1] = at;
-            to[2] = min(int(size), stop - at);
+            to[2] = min(size, stop - at);
         }
     }
-    for (int i = 3 * made + thread; i < 3 * int(panels); i += threads) panel[i] = 0;
-    if (thread == 0) used[0] = total;
+    for (int i = 3 * made + thread; i < 3 * int(call.panels); i += threads) call.panel[i] = 0;
+    if (thread == 0) call.used[0] = total;
     __syncthreads();  // `place` is read above and changed below
 
     for (int i = begin + lane; i - lane < end; i += 32) {
@@ -97,7 +107,10 @@ extern "C" __global__ void __launch_bounds__(1024)
         __syncwarp();
         if (e >= 0 && rank == 0) place[e * warps + warp] += __popc(same);
         __syncwarp();
-        if (i < end) position[i] = at;
-        if (at >= 0) pair[at] = i;
+        if (i < end) call.position[i] = at;
+        if (at >= 0) call.pair[at] = i;
     }
 }
+
+}  // namespace
+}  // namespace moepress
