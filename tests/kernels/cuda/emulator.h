@@ -867,6 +867,8 @@ inline int dp4a_us(uint32_t a, uint32_t b, int c) {
     return c;
 }
 
+inline uint32_t multiplied(uint32_t x, uint32_t factor) { return x * factor; }
+
 inline float half_to_float(uint16_t h) { return emulator::half_value(h); }
 inline uint16_t float_to_half(float f) {
     const uint16_t sign = uint16_t(__float_as_uint(f) >> 16 & 0x8000);

@@ -173,6 +173,13 @@ DEVICE int dp4a_us(uint32_t a, uint32_t b, int c) {
     return d;
 }
 
+// x * factor, kept as a multiplication by compilers that would shift: other units do it.
+DEVICE uint32_t multiplied(uint32_t x, uint32_t factor) {
+    uint32_t y;
+    asm("mul.lo.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(factor));
+    return y;
+}
+
 // float16 and bfloat16 as their bits; rounding to nearest, half to even.
 DEVICE float half_to_float(uint16_t h) {
     float f;

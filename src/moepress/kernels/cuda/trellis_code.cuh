@@ -55,6 +55,9 @@ DEVICE uint32_t product(const uint32_t (&window)[bits], int i) {
     const int taken = end - 16 * j;  // bits of that word up to there, 1 to 16
     const int shift = 16 - taken;
     if (bits <= 2) return (window[j] & uint32_t(kStates - 1) << shift) * (multiplier << taken);
+    // Two ways to cut out a state, on different pipes: shift and mask, or two shifts, the first of
+    // which is a multiplication. Half of the weights take each.
+    if (shift && i % 2) return (multiplied(window[j], 1u << (20 - shift)) >> 20) * multiplier;
     return (window[j] >> shift & uint32_t(kStates - 1)) * multiplier;
 }
 
