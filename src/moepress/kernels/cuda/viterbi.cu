@@ -48,7 +48,7 @@ struct Shared {
         uint32_t keys[2][kStates / 2];
         uint32_t choices[2][kPartWords];
     };
-    float target[kRun];
+    float target[kRun + 1];  // one more is read, but not used
     uint16_t states[kRun];
     uint32_t least[kWarps];
     uint32_t group[kWarps];
@@ -115,10 +115,9 @@ DEVICE void step(const uint32_t* before, const float* value, float x, uint32_t l
 
 // The key of an owned group as the next step reads it: with the j of its own states.
 template <int bits>
-DEVICE uint32_t next_key(uint32_t key, int i) {
+DEVICE uint32_t next_key(uint32_t key) {
     using C = Code<bits>;
-    const uint32_t group = C::owned * threadIdx.x + i;
-    return (key & ~C::mask) | group / C::apart;
+    return (key & ~C::mask) | threadIdx.x / (C::apart / C::owned);
 }
 
 template <int bits>
@@ -127,7 +126,7 @@ DEVICE void store(uint32_t* after, const Keys<bits>& keys, uint32_t less) {
     const int first = C::owned * int(threadIdx.x);
     uint32_t next[C::owned];
 #pragma unroll
-    for (int i = 0; i < C::owned; ++i) next[i] = next_key<bits>(keys.at[i], i) - less;
+    for (int i = 0; i < C::owned; ++i) next[i] = next_key<bits>(keys.at[i]) - less;
     if constexpr (bits == 1) {
         *reinterpret_cast<uint4*>(after + first) = make_uint4(next[0], next[1], next[2], next[3]);
         *reinterpret_cast<uint4*>(after + first + 4) =
@@ -179,7 +178,7 @@ DEVICE int pass(Shared& shared, const float* value, int steps, uint32_t* choices
         uint32_t word = 0;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
-            const float next = shared.target[min(t + u + 1, kRun - 1)];
+            const float next = shared.target[t + u + 1];
             largest += added;
             if (bits > 2 || fabsf(x) > 32767.0f - C::widest)
                 step<bits, true>(shared.keys[u % 2], value, x, largest, keys);
@@ -271,14 +270,16 @@ template <int bits>
 DEVICE void start_keys(Shared& shared, int state) {
     using C = Code<bits>;
     for (int group = int(threadIdx.x); group < kStates >> bits; group += kThreads) {
-        const bool free = state < 0 || (state & (kStates >> bits) - 1) == group;
+        const bool free = state < 0 || state % (kStates >> bits) == group;
         shared.keys[0][C::place(group)] = (free ? 0 : kLargest * C::branches) | group / C::apart;
     }
 }
 
+// Not inlined: the values of the states of all widths would be computed first, and fill registers.
 template <int bits>
-DEVICE void find_path(Shared& shared, const Columns& columns, int path, uint32_t* choices) {
+__device__ __noinline__ void find_path(const Columns& columns, int path, uint32_t* choices) {
     using C = Code<bits>;
+    Shared& shared = *shared_memory<Shared>();
     const int thread = int(threadIdx.x);
     const int64_t steps = columns.rows / kSlabRows * kSteps;
     float value[16];
@@ -290,25 +291,24 @@ DEVICE void find_path(Shared& shared, const Columns& columns, int path, uint32_t
             value[i * C::branches + j] = float(C::value(state)) * C::unit;
         }
     const int window = int(min(int64_t(kWindow), steps));
-    for (int t = thread; t < 2 * window; t += kThreads)
-        shared.target[t] =
-            read_target<bits>(columns, path, t < window ? steps - window + t : t - window);
-    start_keys<bits>(shared, -1);
-    __syncthreads();
-    int end = pass<bits>(shared, value, 2 * window, choices);
-    trace<bits>(shared, choices, 2 * window, end, window - 1);
-    const int start = shared.states[window - 1];
-    int state = start;
-    for (int64_t first = 0; first < steps; first += kRun) {
-        const int here = int(min(int64_t(kRun), steps - first));
+    int start = -1, state = -1;  // no state: all are allowed
+    for (int64_t first = -kRun; first < steps; first += kRun) {
+        const bool seam = first < 0;
+        const int here = seam ? 2 * window : int(min(int64_t(kRun), steps - first));
         __syncthreads();
-        for (int t = thread; t < here; t += kThreads)
-            shared.target[t] = read_target<bits>(columns, path, first + t);
+        for (int t = thread; t < here; t += kThreads) {
+            const int64_t at_seam = t < window ? steps - window + t : t - window;
+            shared.target[t] = read_target<bits>(columns, path, seam ? at_seam : first + t);
+        }
         start_keys<bits>(shared, state);
         __syncthreads();
-        end = pass<bits>(shared, value, here, choices);
-        if (first + kRun >= steps) end = start;
-        trace<bits>(shared, choices, here, end, 0);
+        state = pass<bits>(shared, value, here, choices);
+        if (first + kRun >= steps) state = start;
+        trace<bits>(shared, choices, here, state, seam ? window - 1 : 0);
+        if (seam) {
+            start = state = shared.states[window - 1];
+            continue;
+        }
         for (int t = thread; t < here; t += kThreads) {
             const int64_t at = place_of(path, first + t, columns.rows);
             const int passed = shared.states[t];
@@ -316,7 +316,6 @@ DEVICE void find_path(Shared& shared, const Columns& columns, int path, uint32_t
             if (columns.feedback)
                 columns.feedback[at] = columns.target[at] - float(C::value(passed));
         }
-        state = end;
     }
     __syncthreads();
 }
@@ -331,21 +330,20 @@ DEVICE void find_path(Shared& shared, const Columns& columns, int path, uint32_t
 //   branches: the same shape, of bytes.
 //   bits: [matrices], each 1 to 4.
 //   choices: [blocks, kRun / kAtOnce, kThreads], scratch.
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
 moepress_viterbi_search(const float* target, float* feedback, uint8_t* branches,
                         const int32_t* bits, int64_t matrices, int64_t columns, int64_t rows,
                         int64_t first, uint32_t* choices) {
-    Shared& shared = *shared_memory<Shared>();
     uint32_t* mine = choices + int64_t(blockIdx.x) * (kRun / kAtOnce * kThreads);
     for (int64_t i = blockIdx.x; i < matrices * kPaths; i += gridDim.x) {
         const int64_t matrix = i / kPaths, at = (matrix * columns + first) * rows;
         const int path = int(i % kPaths);
         const Columns here{target + at, feedback ? feedback + at : nullptr, branches + at, rows};
         switch (bits[matrix]) {
-            case 1: find_path<1>(shared, here, path, mine); break;
-            case 2: find_path<2>(shared, here, path, mine); break;
-            case 3: find_path<3>(shared, here, path, mine); break;
-            case 4: find_path<4>(shared, here, path, mine); break;
+            case 1: find_path<1>(here, path, mine); break;
+            case 2: find_path<2>(here, path, mine); break;
+            case 3: find_path<3>(here, path, mine); break;
+            case 4: find_path<4>(here, path, mine); break;
         }
     }
 }
