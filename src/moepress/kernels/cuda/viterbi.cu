@@ -1,7 +1,7 @@
 // The best paths of a trellis code through eight columns of many matrices: the CUDA side of
 // rounding/methods/viterbi.py, which is the definition and oracle. Same integer costs, same ties.
 #include "device.h"
-#include "../cpu/trellis_code.h"
+#include "trellis_code.h"
 
 using namespace moepress;
 
