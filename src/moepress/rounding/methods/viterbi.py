@@ -18,23 +18,34 @@ Take its state where the two meet (docs/log.md#tail-biting). A path of more than
 in runs, each of which starts in the state where the one before ended.
 
 `search` uses the compiled C++ (kernels/cpu/viterbi.cpp) if there is one and the weights are on the
-CPU. `search_plainly` is its oracle and runs on every device.
+CPU, and the CUDA kernel (kernels/cuda/viterbi.cu) on NVIDIA cards. `search_plainly` is their oracle
+and runs on every device. `round_together` searches the same columns of many matrices: a card runs
+several hundred paths at a time, and eight columns of a matrix have 32.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from moepress.kernels import cpu
+from moepress.kernels.cuda import search as cuda
 from moepress.kernels.trellis import (
     STATE_BITS,
     STATES,
     STEPS,
+    TILE_COLUMNS,
+    code_matrix,
     code_values,
     from_paths,
     to_paths,
 )
+
+logger = logging.getLogger(__name__)
 
 UNITS = {1: 40, 2: 64, 3: 80, 4: 80}  # by code bits: a target of 1 is this many integer steps
 RUN = 1024  # steps of a path that are decided together
@@ -52,9 +63,44 @@ def search(target: Tensor, bits: int) -> Tensor:
     Returns:
         [8, 64 S] uint8.
     """
+    if has_kernel(target.device):
+        return cuda.trellis_search(target, bits)
     if target.device.type == "cpu" and cpu.missing() is None:
         return cpu.trellis_search(target, bits)
     return search_plainly(target, bits)
+
+
+def round_together(
+    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[int], first: int
+) -> None:
+    """Round columns first .. first + 7 of M matrices to the best paths, in place.
+
+    Args:
+        target: [M, K, 64 S] float32, columns first, in the units of `code_values`.
+        feedback: [M, K, 64 S] float32, added to the target. Overwritten with the errors: the target
+            without feedback, minus the values of the codes.
+        branches: [M, K, 64 S] uint8, overwritten with the codes.
+        bits: [M] of the codes.
+        first: a multiple of 8.
+    """
+    if has_kernel(target.device):
+        cuda.trellis_search_together(target, feedback, branches, bits, first)
+        return
+    columns = slice(first, first + TILE_COLUMNS)
+    for number, width in enumerate(bits):
+        wanted, errors = target[number, columns], feedback[number, columns]
+        found = search(wanted + errors, width)
+        branches[number, columns] = found
+        torch.sub(wanted, code_matrix(found.T.contiguous(), width).T, out=errors)
+
+
+@lru_cache(maxsize=64)
+def has_kernel(device: torch.device) -> bool:
+    """Whether the CUDA kernel runs on a device. A warning says why it does not run on a card."""
+    reason = cuda.refuses(device)
+    if reason is not None and device.type == "cuda":
+        logger.warning("%s searches trellis paths slowly, without the kernel: %s", device, reason)
+    return reason is None
 
 
 def search_plainly(target: Tensor, bits: int) -> Tensor:
