@@ -7,16 +7,19 @@ CPU is the oracle. Weights are random and made on the card. Each part runs in pr
 so that a kernel that fails or hangs costs one case and not the run. Results go to stdout and, as
 lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
 
-    checks     every op against the oracle; CUDA graphs; torch.compile
-    ops        the MoE op and the linear op with few tokens, beside copy bandwidth
+    checks     every op against the oracle; CUDA graphs
+    ops        the MoE op of Mixtral-8x7B with few tokens, beside copy bandwidth; its kernels
     prefill    the MoE op with many tokens, beside torch's grouped bfloat16 product
     model      decoding with Mixtral-8x7B's shape at 2.5 bits, beside transformers in bfloat16
-    search     the trellis search
-    compress   compression of two layers of Mixtral-8x7B's shape
     kl         small compressed models beside the same on the CPU (folder made by on_gpu/kl.py)
+    search     the trellis search
+    shapes     the MoE op of other models with few tokens; the linear op
+    compile    torch.compile of a packed block
     sanitize   compute-sanitizer on a small run of every kernel
+    compress   compression of two layers of Mixtral-8x7B's shape (only when named)
 
-`--device cpu --tiny` proves the script on a machine without a card.
+`--device cpu --tiny` proves the script on a machine without a card, and with `--emulate` the
+kernels too, in the emulator of tests/kernels/cuda.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,47 +44,84 @@ sys.path.insert(0, str(Path(__file__).parent))
 from on_gpu.case import Case, Row
 
 PARTS = {  # name: share of the time
-    "checks": 0.25,
-    "kl": 0.08,
-    "ops": 0.2,
+    "checks": 0.3,
+    "ops": 0.1,
     "prefill": 0.1,
-    "model": 0.25,
+    "model": 0.2,
+    "kl": 0.08,
     "search": 0.06,
-    "compress": 0.1,
+    "shapes": 0.15,
+    "compile": 0.12,
     "sanitize": 0.12,
+    "compress": 0.3,
 }
 OPTIONAL = ("compress",)  # run only when named
-RESTARTS = 8  # of a part whose process died
+RESTARTS = 12  # of a worker that died
 START_SECONDS = 90  # to import torch and to reach the first case
 EXIT_BROKEN = 3  # of a worker whose CUDA context is lost
 
 
-# A worker runs the cases of one part, one line of JSON for each.
+# A worker runs the cases of all parts, one line of JSON for each.
 
 
-def work(part: str, first: int, given: argparse.Namespace) -> None:
+def work(given: argparse.Namespace) -> None:
+    """Run cases from number `first` on. A part whose time is over is left."""
     import torch
 
     from on_gpu.card import Card
 
     card = Card(given.device, given.tiny)
     torch.manual_seed(0)
-    for number, case in enumerate(cases_of(part, card, given)):
-        if number < first:
-            continue
-        say(event="start", number=number, case=case.name, seconds=case.seconds)
-        started = time.perf_counter()
-        try:
-            rows = case.run()
-            card.synchronize()
-            end: Row = {"ok": True, "rows": rows}
-        except Exception as error:
-            lines = traceback.format_exc().strip().splitlines()
-            name = type(error).__name__
-            end = {"ok": False, "error": f"{name}: {error}"[:4000], "trace": lines[-12:]}
-        say(event="end", number=number, took=time.perf_counter() - started, **end)
-        card_is_lost(card)
-        card.release()
+    if given.emulate:
+        emulate()
+    number = -1
+    for item in given.part.split(","):
+        part, _, until = item.partition("@")
+        for case in cases_of(part, card, given):
+            number += 1
+            if number < given.first:
+                continue
+            say(event="start", number=number, part=part, case=case.name, seconds=case.seconds)
+            started = time.perf_counter()
+            end: Row
+            if until and time.time() > float(until):
+                end = {"ok": False, "error": "no time left"}
+            else:
+                end = result_of(case, card)
+            say(event="end", took=time.perf_counter() - started, **end)
+            card_is_lost(card)
+            card.release()
+
+
+def result_of(case: Case, card: Any) -> Row:
+    try:
+        rows = case.run()
+        card.synchronize()
+        return {"ok": True, "rows": rows}
+    except Exception as error:
+        lines = traceback.format_exc().strip().splitlines()
+        name = type(error).__name__
+        return {"ok": False, "error": f"{name}: {error}"[:4000], "trace": lines[-12:]}
+
+
+def emulate() -> None:
+    """Run the CUDA kernels on the CPU, in the emulator of tests/kernels/cuda."""
+    import dataclasses
+
+    from moepress import kernels
+    from moepress.kernels.cuda import launch
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.kernels.cuda import emulate as emulator
+
+    launcher = launch.Launcher(emulator.launch, multiprocessors=8)
+    launch.LAUNCHERS["cpu"] = lambda device: launcher
+    backend = kernels.BACKENDS["cuda"]
+    kernels.register_backend(
+        dataclasses.replace(
+            backend, name="cpu", rank=99, device_types=("cpu",), refuses=lambda device: None
+        )
+    )
 
 
 def card_is_lost(card: Any) -> None:
@@ -95,14 +136,13 @@ def card_is_lost(card: Any) -> None:
 def cases_of(part: str, card: Any, given: argparse.Namespace) -> Iterator[Case]:
     from importlib import import_module
 
-    if part == "compress":
-        yield from import_module("on_gpu.search").compress_cases(card)
-    elif part == "prefill":
-        yield from import_module("on_gpu.ops").prefill_cases(card)
+    homes = {"prefill": "ops", "shapes": "ops", "compile": "checks", "compress": "search"}
+    if part == "sanitized":
+        yield Case("all kernels", import_module("on_gpu.checks").sanitized(card), 600)
     elif part == "kl":
         yield from import_module("on_gpu.kl").cases(card, Path(given.models))
-    elif part == "sanitized":
-        yield Case("all kernels", import_module("on_gpu.checks").sanitized(card), 600)
+    elif part in homes:
+        yield from getattr(import_module(f"on_gpu.{homes[part]}"), f"{part}_cases")(card)
     else:
         yield from import_module(f"on_gpu.{part}").cases(card)
 
@@ -137,33 +177,38 @@ class Run:
             print(json.dumps(row), file=self.file, flush=True)
         print(f"[{time.monotonic() - self.started:5.0f} s] {short(row)}", flush=True)
 
-    def part(self, name: str, seconds: float) -> None:
-        """Run the cases of a part, within so many seconds."""
-        end = min(self.deadline, time.monotonic() + seconds)
-        first = 0
+    def parts(self, names: Sequence[str], ends: Sequence[float]) -> None:
+        """Run the cases of parts, each until its end (monotonic seconds)."""
+        first, offset = 0, time.time() - time.monotonic()
+        passed = ",".join(f"{n}@{e + offset:.0f}" for n, e in zip(names, ends, strict=True))
         for _ in range(RESTARTS):
-            first, finished = self._worker(name, first, end)
-            if finished or time.monotonic() > end - 5:
+            first, finished = self._worker(passed, first, ends[-1])
+            if finished or time.monotonic() > ends[-1]:
                 return
 
-    def _worker(self, part: str, first: int, end: float) -> tuple[int, bool]:
-        """Run one worker: (the case to continue with, whether the part is finished)."""
-        command = [sys.executable, __file__, "--part", part, "--first", str(first), *self._passed()]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def _worker(self, parts: str, first: int, end: float) -> tuple[int, bool]:
+        """Run one worker: (the case to continue with, whether all are finished)."""
+        command = [sys.executable, __file__, "--part", parts, "--first", str(first)]
+        process = subprocess.Popen(
+            command + self._passed(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         lines: queue.Queue[bytes | None] = queue.Queue()
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
-        limit, running, noise = START_SECONDS, "", []  # running: name of the case
+        limit, noise = float(START_SECONDS), list[str]()
+        running: Row | None = None
+        now = {"part": "worker", "case": "start"}
         number = first - 1
         while True:
-            wait = min(limit, end - time.monotonic())
+            wait = min(limit, end + 20 - time.monotonic())
             try:
                 line = lines.get(timeout=max(wait, 0.1))
             except queue.Empty:
                 process.kill()
-                out_of_time = end - time.monotonic() < 1
-                why = "the part's time is over" if out_of_time else f"no answer in {limit:.0f} s"
-                self.keep(part=part, case=running or "start", ok=False, error=f"killed: {why}")
-                return number + 1 if running else first, out_of_time or not running
+                process.wait()
+                over = time.monotonic() > end
+                why = "the time is over" if over else f"no answer in {limit:.0f} s"
+                self.keep(**now, ok=False, error=f"killed: {why}", trace=noise)
+                return number + 1, over or number < first
             if line is None:
                 break
             if not line.startswith(b"\x1e"):
@@ -171,23 +216,22 @@ class Run:
                 continue
             told = json.loads(line[1:])
             if told.pop("event") == "start":
-                number, running = told["number"], told["case"]
-                limit = told["seconds"]
+                number, limit = told["number"], told["seconds"]
+                running = now = {"part": told["part"], "case": told["case"]}
             else:
-                told.pop("number")
-                self.keep(part=part, case=running, **told)
-                running, limit, noise = "", START_SECONDS, []
+                self.keep(**now, **told)
+                running, limit, noise = None, float(START_SECONDS), []
         code = process.wait()
         if code == 0:
             return number + 1, True
-        if running or number < first:
-            error = f"process ended with {code}"
-            self.keep(part=part, case=running or "start", ok=False, error=error, trace=noise)
-        return number + 1 if number >= first else first, number < first
+        if running is not None or number < first:
+            self.keep(**now, ok=False, error=f"process ended with {code}", trace=noise)
+        return number + 1, number < first
 
     def _passed(self) -> list[str]:
         passed = ["--device", self.given.device, "--models", str(self.given.models)]
-        return [*passed, "--tiny"] if self.given.tiny else passed
+        switches = [f"--{name}" for name in ("tiny", "emulate") if getattr(self.given, name)]
+        return passed + switches
 
     def sanitize(self, seconds: float) -> None:
         tool = sanitizer()
@@ -224,9 +268,10 @@ def _read(process: subprocess.Popen[bytes], lines: queue.Queue[bytes | None]) ->
 
 
 def sanitizer() -> str | None:
-    found = shutil.which("compute-sanitizer")
-    places = (Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer"))
-    return found or next((str(p / "compute-sanitizer") for p in places if p.is_dir()), None)
+    name = "compute-sanitizer"
+    folders = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/bin")
+    found = next((p for p in (Path(f) / name for f in folders) if p.is_file()), None)
+    return shutil.which(name) or (str(found) if found else None)
 
 
 def short(row: Row) -> str:
@@ -253,7 +298,7 @@ def figure(value: Any) -> str:
 def table(results: list[Row], started: float) -> str:
     """Counts of checks, what failed, and all measured figures."""
     lines = []
-    checks = [r for r in results if r["part"] in ("checks", "kl", "sanitize")]
+    checks = [r for r in results if r["part"] in ("checks", "kl", "search", "compile", "sanitize")]
     good = sum(r["ok"] for r in checks)
     failed = [f"{r['part']}: {r['case']}: {r['error'][:300]}" for r in results if not r["ok"]]
     lines += [f"checks passed: {good} of {len(checks)}; {time.monotonic() - started:.0f} s in all"]
@@ -262,7 +307,7 @@ def table(results: list[Row], started: float) -> str:
         rows = [
             {"case": r["case"], **row}
             for r in results
-            if r["part"] == part and r["ok"] and part != "checks"
+            if r["part"] == part and r["ok"] and part not in ("checks", "compile")
             for row in r.get("rows") or []
         ]
         groups: dict[tuple[str, ...], list[Row]] = {}
@@ -280,18 +325,14 @@ def main(given: argparse.Namespace) -> None:
     unknown = set(names) - set(PARTS)
     if unknown:
         raise SystemExit(f"no part {sorted(unknown)}. Expected some of {list(PARTS)}.")
-    whole = 60 * given.minutes - 20
-    for name in names:
-        shares = sum(PARTS[n] for n in names[names.index(name) :])
-        seconds = max(15.0, (run.left - 10) * PARTS[name] / shares)
-        if name == "checks":
-            seconds = max(seconds, 0.4 * whole)
-        if run.left < 20:
-            run.keep(part=name, case="start", ok=False, error="no time left")
-        elif name == "sanitize":
-            run.sanitize(seconds)
-        else:
-            run.part(name, seconds)
+    shares = sum(PARTS[n] for n in names)
+    seconds = [(run.left - 10) * PARTS[n] / shares for n in names]
+    ends = [time.monotonic() + t for t in accumulate(seconds)]
+    in_workers = [i for i, name in enumerate(names) if name != "sanitize"]
+    if in_workers:
+        run.parts([names[i] for i in in_workers], [ends[i] for i in in_workers])
+    if "sanitize" in names:
+        run.sanitize(run.left - 5)
     text = table(run.results, run.started)
     if given.out is not None:
         (given.out / "gpu.md").write_text(text + "\n")
@@ -305,15 +346,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="of the whole run")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--emulate", action="store_true", help="with --device cpu: CUDA's kernels")
     parser.add_argument("--models", default=".gpu/kl", help="folder made by on_gpu/kl.py")
-    parser.add_argument("--part", help="internal: run the cases of one part")
+    parser.add_argument("--part", help="internal: run the cases of parts, NAME@END,...")
     parser.add_argument("--first", type=int, default=0, help="internal: the first case to run")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     chosen = arguments()
-    call: Callable[[], None] = (
-        (lambda: work(chosen.part, chosen.first, chosen)) if chosen.part else (lambda: main(chosen))
-    )
-    call()
+    work(chosen) if chosen.part else main(chosen)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from on_gpu.case import Row
+
 COPY_BYTES = 2 << 30
-POISON_BYTES = 256 << 20
+POISON_BYTES = 64 << 20
 
 
 class Card:
@@ -60,7 +62,7 @@ class Card:
     def poison(self) -> None:
         """Fill memory that the next `torch.empty` will get with NaN."""
         sizes = (1 << 10, 64 << 10, 1 << 20, *(() if self.tiny else (16 << 20, POISON_BYTES)))
-        count = 1 if self.tiny else 4
+        count = 1 if self.tiny else 2
         held = [
             torch.full((n,), 255, dtype=torch.uint8, device=self.device)
             for n in sizes
@@ -110,6 +112,35 @@ class Card:
         last.record()
         last.synchronize()
         return first.elapsed_time(last) / 1e3 / repeats
+
+    def profiled(self, work: Callable[[], Any], repeats: int = 3) -> list[Row]:
+        """The kernels that `work` runs: calls and microseconds of each, longest first.
+
+        Empty without a card, or if the profiler does not work here.
+        """
+        if not self.is_cuda:
+            return []
+        from torch.profiler import ProfilerActivity, profile
+
+        work()
+        self.synchronize()
+        try:
+            with profile(activities=[ProfilerActivity.CUDA]) as measured:
+                for _ in range(repeats):
+                    work()
+                self.synchronize()
+        except Exception as error:  # figures of the profiler are a bonus
+            return [{"kernel": f"profiler: {error}"[:200], "calls": 0.0, "us": 0.0}]
+        rows = [
+            {
+                "kernel": event.key[:60],
+                "calls": event.count / repeats,
+                "us": event.self_device_time_total / repeats,
+            }
+            for event in measured.key_averages()
+            if event.self_device_time_total > 0
+        ]
+        return sorted(rows, key=lambda row: -row["us"])[:14]
 
     def copy_rate(self) -> float:
         """Bytes read and written per second by a large copy on the device."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress import kernels
+from moepress.errors import MoepressError
 from moepress.format.codec import CODE_BITS, GRID_BITS, Codec, PackedSpec
 from moepress.kernels import ExpertsCall, reference
 from moepress.kernels.modules import PackedExperts, PackedLinear
@@ -56,7 +57,11 @@ def cases(card: Card) -> Iterator[Case]:
     yield Case("CUDA graph", partial(check_graph, card), 60)
     for family in CODE_BITS:
         yield Case(f"large {family}", partial(check_large, card, family), 120)
-    yield Case("torch.compile", partial(check_compile, card), 180)
+
+
+def compile_cases(card: Card) -> Iterator[Case]:
+    for family in CODE_BITS:
+        yield Case(f"{family}", partial(check_compile, card, family), 120)
 
 
 def check_backend(card: Card) -> list[Row]:
@@ -168,8 +173,12 @@ def check_linear(card: Card, family: str, bits: int) -> list[Row]:
         for tokens in _tokens(card):
             card.poison()
             label = f"{rows}x{cols} g{group} a{activation_bits} T{tokens}"
-            y = call(here[0][:tokens])
             allowed = TOLERANCE[activation_bits]
+            try:
+                y = call(here[0][:tokens])
+            except MoepressError as error:  # other numbers of tokens take other kernels
+                worst.wrong.append(f"{label}: {str(error)[:300]}")
+                break
             worst(label, y, oracle[:tokens], allowed, torch.float32)
             worst.same(label + " twice", call(here[0][:tokens]), y)
             if tokens in (1, 17):
@@ -440,21 +449,20 @@ def check_graph(card: Card) -> list[Row]:
     return worst.rows()
 
 
-def check_compile(card: Card) -> list[Row]:
-    """torch.compile(fullgraph=True) changes no bit of what a block computes, but its own sums."""
+def check_compile(card: Card, family: str) -> list[Row]:
+    """torch.compile(fullgraph=True) of a block: the same but for the order of torch's own sums."""
     worst, rows = Worst(), []
-    ways: tuple[dict[str, Any], ...] = ({"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"})
-    for options in ways if card.is_cuda else ways[:1]:
-        for family in CODE_BITS:
-            block = Block(card, family)
-            torch._dynamo.reset()
-            compiled = torch.compile(block, fullgraph=True, dynamic=False, **options)
-            with torch.inference_mode():
-                for seed in range(3):
-                    x = torch.randn(4, 256, device=card.device, generator=card.generator(seed))
-                    y = compiled(x).clone()
-                    worst(f"{options} {family}", y, block(x).cpu(), 4e-3, torch.float32)
-        rows.append({"compiled": options or "inductor"})
+    ways: tuple[dict[str, Any], ...] = ({}, {"mode": "reduce-overhead"})
+    for options in ways if card.is_cuda else ({"backend": "aot_eager"},):
+        block = Block(card, family)
+        torch._dynamo.reset()
+        compiled = torch.compile(block, fullgraph=True, dynamic=False, **options)
+        with torch.inference_mode():
+            for seed in range(4):
+                x = torch.randn(4, 256, device=card.device, generator=card.generator(seed))
+                y = compiled(x).clone()
+                worst(f"{options} {family}", y, block(x).cpu(), TOLERANCE[8], torch.float32)
+        rows.append({"compiled": str(options or "inductor")})
     return [*worst.rows(), *rows]
 
 

@@ -47,7 +47,7 @@ def make(folder: Path, originals: list[Path]) -> None:
     figures: dict[str, Any] = {}
     for original in (MODEL, *originals):
         name = "carried" if original == MODEL else original.name
-        kept = folder / name
+        kept = original_of(folder, name)
         if not kept.exists():
             shutil.copytree(original, kept)
         tokenizer = AutoTokenizer.from_pretrained(original)
@@ -68,6 +68,12 @@ def make(folder: Path, originals: list[Path]) -> None:
             figures[out.name] = {"original": name, "kl": found, "oracle": rounded}
             print(out.name, figures[out.name], flush=True)
             (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def original_of(folder: Path, name: str) -> Path:
+    from moepress.demo import MODEL
+
+    return MODEL if name == "carried" else folder / name
 
 
 @contextmanager
@@ -133,7 +139,7 @@ def missing(path: Path) -> list[Row]:
 def compared(card: Card, folder: Path, name: str, about: Row) -> list[Row]:
     """The divergence on this device beside those on the CPU, from when the folder was made."""
     ids = torch.load(folder / f"{about['original']}.ids.pt")
-    exact = log_probabilities(folder / about["original"], card.device, ids)
+    exact = log_probabilities(original_of(folder, about["original"]), card.device, ids)
     rows: list[Row] = []
     for bits, rounded in about["oracle"].items():
         here = divergence(folder / name, card.device, ids, exact, int(bits))

@@ -175,17 +175,22 @@ def use_compiled_parts() -> str:
     except Exception as error:  # the rest of the benchmark goes without
         return f"no: {type(error).__name__}: {str(error)[:200]}"
 
+    # Prompts take the plain functions: other shapes would be compiled anew.
     def norm_forward(self: Any, x: Tensor) -> Tensor:
-        y: Tensor = norm(x, self.weight, self.variance_epsilon)
+        function = norm if x.shape[-2] == 1 else rms_norm
+        y: Tensor = function(x, self.weight, self.variance_epsilon)
         return y
 
     def router_forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(x.reshape(-1, self.hidden_dim), self.weight)
-        return logits, *route(logits, self.top_k)
+        return logits, *(route if len(logits) == 1 else routed)(logits, self.top_k)
+
+    def turned(q: Tensor, k: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return (turn if q.shape[-2] == 1 else rotary)(q, k, *given, **named)
 
     mixtral.MixtralRMSNorm.forward = norm_forward
     mixtral.MixtralTopKRouter.forward = router_forward
-    mixtral.apply_rotary_pos_emb = turn
+    mixtral.apply_rotary_pos_emb = turned
     return "yes"
 
 
@@ -246,12 +251,20 @@ class Decoder:
 
 
 @torch.inference_mode()
-def decoded(card: Card, model: Any, layers: int) -> tuple[float, bool]:
-    """Seconds per token with the first `layers` layers, and whether logits are finite."""
+def decoded(
+    card: Card, model: Any, layers: int, rows: list[Row] | None = None
+) -> tuple[float, bool]:
+    """Seconds per token with the first `layers` layers, and whether logits are finite.
+
+    Args:
+        rows: gets the kernels of a token and their times; None: not measured.
+    """
     before = model.config.num_hidden_layers
     model.config.num_hidden_layers = layers
     try:
         decoder = Decoder(card, model)
+        if rows is not None:
+            rows += card.profiled(decoder.replay)
         return decoder.seconds(), decoder.finite
     finally:
         model.config.num_hidden_layers = before
@@ -288,14 +301,15 @@ def depths(layers: int) -> tuple[int, ...]:
 
 
 def measured(card: Card, model: Any, name: str, numbers: tuple[int, ...], fused: str) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
+    profiled: list[Row] = []
     for number in numbers:
-        seconds, finite = decoded(card, model, number)
+        seconds, finite = decoded(card, model, number, profiled if number == numbers[0] else None)
         if not finite:
             raise CheckError(f"{name}: logits of {number} layers are not finite")
         rows.append({"model": name, "layers": number, "ms_per_token": 1e3 * seconds,
                      "tokens_per_s": 1 / seconds, "small_kernels_compiled": fused})  # fmt: skip
-    return rows
+    return rows + profiled
 
 
 def bfloat16_decode(card: Card) -> list[Row]:

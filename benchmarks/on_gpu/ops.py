@@ -42,9 +42,17 @@ INSTRUCTIONS = {1: 2, 2: 2, 3: 3, 4: 3}  # of a trellis weight, at least: CUDA.m
 
 def cases(card: Card) -> Iterator[Case]:
     yield Case("ceilings", partial(ceilings, card), 60)
-    for shape, codec in ((s, c) for s in SHAPES for c in CODECS):
-        yield Case(f"{shape}, {codec}", partial(few_tokens, card, shape, codec), 60)
+    for codec in CODECS:
+        yield Case(f"Mixtral-8x7B, {codec}", partial(few_tokens, card, "Mixtral-8x7B", codec), 60)
+    for codec in ("trellis 2", "int 2"):
+        yield Case(f"kernels, {codec}", partial(kernels_of, card, "Mixtral-8x7B", codec), 60)
+
+
+def shapes_cases(card: Card) -> Iterator[Case]:
     yield Case("linear", partial(linears, card), 60)
+    for shape, codec in ((s, c) for s in SHAPES if s != "Mixtral-8x7B" for c in CODECS):
+        yield Case(f"{shape}, {codec}", partial(few_tokens, card, shape, codec), 60)
+    yield Case("kernels", partial(kernels_of, card, "Qwen3-30B-A3B", "trellis 2"), 60)
 
 
 def prefill_cases(card: Card) -> Iterator[Case]:
@@ -161,6 +169,27 @@ def few_tokens(card: Card, shape: str, codec: str) -> list[Row]:
         if card.is_cuda:
             row["of_issue_rate"] = issue_share(card, layers.spec, weights / seconds)
         rows.append(row)
+    return rows
+
+
+def kernels_of(card: Card, shape: str, codec: str) -> list[Row]:
+    """The kernels of one call of the op, with one token and with 512."""
+    layers = Layers(card, shape, codec, READ)
+    rows: list[Row] = []
+    for tokens in (1, 512):
+        index = routing(card, shape, tokens)
+        calls = [layers.call(n, index, card.generator(n), torch.bfloat16) for n in range(4)]
+        with torch.inference_mode():
+            found = card.profiled(lambda calls=calls: [call() for call in calls])
+        rows += [
+            {
+                "tokens": tokens,
+                "kernel": row["kernel"],
+                "calls": row["calls"] / len(calls),
+                "us_per_call_of_the_op": row["us"] / len(calls),
+            }
+            for row in found
+        ]
     return rows
 
 
