@@ -15,7 +15,7 @@ from tests.kernels.cuda.emulate import EmulationError, launch, needs_compiler
 
 pytestmark = needs_compiler
 
-KERNELS = ("decode",)
+KERNELS = ("decode", "prefill")
 
 
 @dataclass(frozen=True)
