@@ -22,6 +22,7 @@ from moepress.errors import MoepressError
 from moepress.kernels.cuda import compiler
 
 Argument = Tensor | int | float | None
+NUMBERS = (int, float)
 
 SOURCES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.cu")))
 
@@ -116,7 +117,7 @@ class _Function:
         self.most = _checked(kernel, driver.cuDeviceGetAttribute(optin, device)) - static
         dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(kernel, driver.cuFuncSetAttribute(self.handle, dynamic, self.most))
-        self.pools: dict[str, list[_Arguments]] = {}
+        self.pool: list[_Arguments] = []
 
     def __call__(
         self, grid: tuple[int, int, int], threads: int, shared: int, args: Sequence[Argument]
@@ -125,19 +126,14 @@ class _Function:
             raise MoepressError(
                 f"{self.kernel} needs {shared} bytes of shared memory, this card has {self.most}."
             )
-        kinds, words = [], []
-        for arg in args:
-            if isinstance(arg, float):
-                kinds.append("f4x")
-                words.append(arg)
-            else:
-                kinds.append("q")
-                words.append(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0)
-        layout = "".join(kinds)
         # Storage is taken out of the pool during a launch, in which other threads may run.
-        pool = self.pools.setdefault(layout, [])
-        arguments = pool.pop() if pool else _Arguments(layout, len(words))
-        arguments.pack(arguments.words, 0, *words)
+        pool = self.pool
+        arguments = pool.pop() if pool else _Arguments(args)
+        words = [
+            arg if type(arg) in NUMBERS else 0 if arg is None else arg.data_ptr()  # type: ignore[union-attr]
+            for arg in args
+        ]
+        arguments.pack.pack_into(arguments.words, 0, *words)
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         launch = (self.handle, *grid, threads, 1, 1, shared, stream, arguments.address, 0)
         (error,) = self.driver.cuLaunchKernel(*launch)
@@ -152,9 +148,10 @@ class _Function:
 class _Arguments:
     """Storage of a kernel's arguments, 8 bytes each, and the array of their addresses."""
 
-    def __init__(self, layout: str, count: int) -> None:
+    def __init__(self, args: Sequence[Argument]) -> None:
+        count = len(args)
         self.words = ctypes.create_string_buffer(8 * count)
-        self.pack = Struct("=" + layout).pack_into
+        self.pack = Struct("=" + "".join("f4x" if isinstance(a, float) else "q" for a in args))
         first = ctypes.addressof(self.words)
         self.pointers = (ctypes.c_void_p * count)(*(first + 8 * i for i in range(count)))
         self.address = ctypes.addressof(self.pointers)

@@ -68,27 +68,31 @@ def _trellis_prefill_shared(cols: int, group: int, splits: int, planes: int) -> 
     return 3 * 30720  # stages of kStageBytes
 
 
-def _no_shared(cols: int, group: int, splits: int, planes: int) -> int:
-    return 0
-
-
 def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
     """8 tokens, 1024 columns and what keeps them in banks of their own, scales and sums; twice."""
     return 2 * (8704 * planes + 65536 // group)
+
+
+def _ring(cols: int, group: int, splits: int, planes: int) -> int:
+    """3 or 2 stages of one group: 64 tokens, their scales and sums; then 64 rows' numbers."""
+    stride = group + (16 if group == 128 else 0)  # other banks for other tokens
+    return (4 - planes) * (64 * planes * stride + 512) + 256
 
 
 MOST_SPLITS = 8
 
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
-    "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
+    "trellis": Product(
+        "moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512, True
+    ),
     "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
 }
 MANY = {
     "trellis": Product(
-        "moepress_trellis_prefill", (128, 64), 128, 256, _trellis_prefill_shared, 1024
+        "moepress_trellis_prefill", (128, 64), 128, 256, _trellis_prefill_shared, 1024, True
     ),
-    "int": Product("moepress_scalar_prefill", (64, 64), 64, 128, _no_shared, 1024),
+    "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone

@@ -5,6 +5,7 @@
 // an activation is multiplied with each byte of a weight's product. Steps of 128 columns go through a
 // ring in shared memory. The sums of a group are exact integers in registers; then they are scaled
 // and added to sums in float32.
+#include "trellis_call.cuh"
 #include "trellis_code.cuh"
 
 #ifndef MOEPRESS_TRELLIS_STAGES
@@ -14,9 +15,6 @@
 namespace moepress {
 namespace {
 
-constexpr int kUnitColumns = 32;  // four tiles
-constexpr int kStepUnits = 4;
-constexpr int kStep = kUnitColumns * kStepUnits;  // columns: of the largest group
 constexpr int kSlabs = 2;                         // of a block
 constexpr int kColumns = 128;  // of the product: tokens times planes
 constexpr int kStages = MOEPRESS_TRELLIS_STAGES;
@@ -37,24 +35,10 @@ constexpr int kStageBytes = kSumsAt + 4 * kStepUnits * kColumns;
 DEVICE int swapped(int tile, int byte) { return 64 * tile + (byte ^ (tile / 2 * 32)); }
 DEVICE int piece_of(int column, int piece) { return piece ^ (column % 4 * 2); }
 
-struct PrefillCall {
-    const int8_t* q;
-    const float* scale;
-    const int32_t* sum;
-    const int32_t* pair;
-    float* out;
-    int rows, choices, positions, n, k, group, splits;
-    int first, count;  // the panel
-};
-
-DEVICE int64_t row_of(const PrefillCall& call, int t) {
-    const int position = call.first + t;
-    return call.pair ? call.pair[position] / call.choices : position;
-}
-
 // The copies of one thread.
-template <int bits, int planes>
+template <int bits, int group_columns, int planes>
 struct Loader {
+    static constexpr int units = group_columns / kUnitColumns;
     static constexpr int tokens = kColumns / planes;
     static constexpr int parts = (bits + 2) / 2;  // of the words that a thread copies
 
@@ -63,9 +47,9 @@ struct Loader {
     const int8_t* codes[4];
     const uint32_t* group;  // scale or sum
     bool has[4], has_group;
-    int units, groups, cols;
+    int groups, cols;
 
-    DEVICE Loader(const PrefillCall& call, const uint8_t* above, const uint8_t* slab, int step) {
+    DEVICE Loader(const Call& call, const Work& work, const uint8_t* above, const uint8_t* slab, int step) {
         const int t = int(threadIdx.x), item = t % 64, part = t % 128 / 64;
         const int64_t at = int64_t(step * kStepUnits + item / 16) * 256 * bits +
                            item / 4 % 4 * 64 * bits + item % 4 * 16;
@@ -75,17 +59,16 @@ struct Loader {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int column = t / 8 + 32 * i, token = column / planes, plane = column % planes;
-            has[i] = token < call.count;
-            const int64_t row = has[i] ? row_of(call, token) : 0;
+            has[i] = token < work.count;
+            const int64_t row = has[i] ? row_of(call, work, token) : 0;
             codes[i] = call.q + (int64_t(plane) * call.rows + row) * cols;
         }
         const int token = t % 128;
-        has_group = token < call.count && token < tokens;
-        groups = call.k / call.group;
-        units = call.group / kUnitColumns;
+        has_group = token < work.count && token < tokens;
+        groups = call.k / group_columns;
         const void* numbers = t < 128 ? static_cast<const void*>(call.scale) : call.sum;
         group = static_cast<const uint32_t*>(numbers) +
-                (has_group ? row_of(call, token) : 0) * groups;
+                (has_group ? row_of(call, work, token) : 0) * groups;
     }
 
     DEVICE void copy(uint8_t* stage, int step) {
@@ -112,8 +95,7 @@ struct Loader {
         }
         if (has_group)
 #pragma unroll
-            for (int i = 0; i < kStepUnits; ++i) {
-                if (i * units >= kStepUnits) break;
+            for (int i = 0; i < kStepUnits / units; ++i) {
                 const int g = step * kStepUnits / units + i;
                 cp_async_4_or_zero(stage + kScalesAt + (t / 128 * kStepUnits + i) * 4 * kColumns +
                                        t % 128 * 4,
@@ -172,20 +154,21 @@ DEVICE void add_group(const Exact& acc, const float* scales, Sums<planes>& sums)
     }
 }
 
-template <int bits, int planes>
-DEVICE void prefill(const PrefillCall& call, const uint8_t* matrix) {
+template <int bits, int group, int planes>
+DEVICE void prefill(const Call& call, const Work& work) {
     constexpr int center = kCenter[bits];
     auto* const shared = shared_memory<uint8_t>();
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
     const int64_t slab_bytes = int64_t(8) * call.k * bits;
-    const int s = int(blockIdx.x) * kSlabs + warp_id() / 4;
+    const uint8_t* const matrix = work.matrix;
+    const int s = work.row_block * kSlabs + warp_id() / 4;
     const int mine = s < slabs ? s : slabs - 1;  // a warp without a slab works for nobody
     const int steps = (call.k + kStep - 1) / kStep;
-    const int begin = int(int64_t(steps) * blockIdx.y / call.splits);
-    const int end = int(int64_t(steps) * (blockIdx.y + 1) / call.splits);
-    const int units = call.group / kUnitColumns;
+    const int begin = int(int64_t(steps) * work.split / call.splits);
+    const int end = int(int64_t(steps) * (work.split + 1) / call.splits);
+    constexpr int units = group / kUnitColumns;
 
-    Loader<bits, planes> loader(call, matrix + (mine ? mine - 1 : slabs - 1) * slab_bytes,
+    Loader<bits, group, planes> loader(call, work, matrix + (mine ? mine - 1 : slabs - 1) * slab_bytes,
                                 matrix + mine * slab_bytes, begin);
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
@@ -212,7 +195,8 @@ DEVICE void prefill(const PrefillCall& call, const uint8_t* matrix) {
         const auto* scales = reinterpret_cast<const float*>(now + kScalesAt);
         if (int(threadIdx.x) < kColumns / planes) {
             const auto* exact = reinterpret_cast<const int32_t*>(now + kSumsAt);
-            for (int i = 0; i * units < kStepUnits; ++i) {
+#pragma unroll
+            for (int i = 0; i < kStepUnits / units; ++i) {
                 const int at = i * kColumns + int(threadIdx.x);
                 correction = fmaf(scales[at], float(center * exact[at]), correction);
             }
@@ -227,12 +211,8 @@ DEVICE void prefill(const PrefillCall& call, const uint8_t* matrix) {
             if (bits == 3) word[0] = *reinterpret_cast<const uint2*>(from + oldest);
             uint32_t a[kCounted<bits>][4];
             fragments<bits>(word, block.shift, a);
-            multiply(a, now + kCodesAt, u, u == 0, acc);
-            if (u == 1 ? units <= 2 : u == 3 || units == 1) {
-                add_group<planes>(acc, scales, sums);
-                scales += kColumns;
-                if (u + 1 < kStepUnits) acc = {};
-            }
+            multiply(a, now + kCodesAt, u, u % units == 0, acc);
+            if ((u + 1) % units == 0) add_group<planes>(acc, scales + u / units * kColumns, sums);
         }
         stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -247,13 +227,13 @@ DEVICE void prefill(const PrefillCall& call, const uint8_t* matrix) {
     const int n = s * kSlabRows + warp_id() % 4 * 16 + 2 * r;
     const float scale[2] = {bfloat_to_float(__ldg(row_scales + n)),
                             bfloat_to_float(__ldg(row_scales + n + 1))};
-    const int64_t first = int64_t(blockIdx.y) * call.positions + call.first;
+    const int64_t first = work.split * call.positions + work.first;
 #pragma unroll
     for (int c = 0; c < kColumns / 8; ++c)
 #pragma unroll
         for (int t = 0; t < 2 / planes; ++t) {
             const int token = planes == 1 ? 8 * c + 2 * j + t : 4 * c + j;
-            if (token >= call.count) continue;
+            if (token >= work.count) continue;
             float* to = call.out + (first + token) * call.n + n;
             const float less = corrections[token];
             const float2 y =
@@ -271,40 +251,19 @@ DEVICE void prefill(const PrefillCall& call, const uint8_t* matrix) {
 }  // namespace
 }  // namespace moepress
 
-// The parameters are those of trellis_decode.cu.
-extern "C" __global__ void __launch_bounds__(256, 1)
-    moepress_trellis_prefill(const int8_t* q, const float* scale, const int32_t* sum,
-                             int64_t planes, int64_t rows, const int32_t* pair, int64_t choices,
-                             const int32_t* panel, int64_t positions, const uint8_t* packed,
-                             int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n,
-                             int64_t k, int64_t group, float* out, int64_t splits) {
-    using namespace moepress;
-    const int size = kColumns / int(planes);
-    int expert = 0, first = int(blockIdx.z) * size, count = min(size, int(positions) - first);
-    if (panel) {
-        const int32_t* entry = panel + 3 * blockIdx.z;
-        expert = entry[0];
-        first = entry[1];
-        count = entry[2];
-    }
-    if (count <= 0) return;
-    const PrefillCall call = {q,      scale,  sum,      pair, out,        int(rows), int(choices),
-                              int(positions), int(n),   int(k), int(group), int(splits), first,
-                              count};
-    const int64_t offset = table ? table[2 * expert] : 0;
-    const int width = int(table ? table[2 * expert + 1] : bits);
-    const int64_t bytes = (n + kSlabRows - 1) / kSlabRows * (8 * k * width + 2 * kSlabRows);
-    if (width < 1 || width > 4 || offset < 0 || offset + bytes > packed_bytes) trap();
-    const uint8_t* matrix = packed + offset;
-    if (planes == 1) {
-        if (width == 1) prefill<1, 1>(call, matrix);
-        if (width == 2) prefill<2, 1>(call, matrix);
-        if (width == 3) prefill<3, 1>(call, matrix);
-        if (width == 4) prefill<4, 1>(call, matrix);
-    } else {
-        if (width == 1) prefill<1, 2>(call, matrix);
-        if (width == 2) prefill<2, 2>(call, matrix);
-        if (width == 3) prefill<3, 2>(call, matrix);
-        if (width == 4) prefill<4, 2>(call, matrix);
-    }
-}
+// Grid: ceil(N / 128) blocks of rows, splits, panels of 128 positions (64 in two planes). Dynamic
+// shared memory: kStages kStageBytes.
+#define MOEPRESS_TRELLIS_PREFILL(GROUP, PLANES)                                         \
+    MOEPRESS_TRELLIS_KERNEL(moepress_trellis_prefill, GROUP, PLANES, 128 * moepress::kSlabs, 1, \
+                            kColumns, prefill)
+
+#ifdef MOEPRESS_GROUP
+MOEPRESS_TRELLIS_PREFILL(MOEPRESS_GROUP, MOEPRESS_PLANES)
+#else
+MOEPRESS_TRELLIS_PREFILL(32, 1)
+MOEPRESS_TRELLIS_PREFILL(64, 1)
+MOEPRESS_TRELLIS_PREFILL(128, 1)
+MOEPRESS_TRELLIS_PREFILL(32, 2)
+MOEPRESS_TRELLIS_PREFILL(64, 2)
+MOEPRESS_TRELLIS_PREFILL(128, 2)
+#endif
