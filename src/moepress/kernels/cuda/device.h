@@ -96,6 +96,17 @@ DEVICE void cp_async_4(void* shared, const void* global) {
                  "l"(global)
                  : "memory");
 }
+// Zeros instead, unless `given`; the address must be valid all the same.
+DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool given) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(given ? 16 : 0)
+                 : "memory");
+}
+DEVICE void cp_async_4_or_zero(void* shared, const void* global, bool given) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(given ? 4 : 0)
+                 : "memory");
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are under way.
 template <int pending>
