@@ -84,7 +84,7 @@ MOST_SPLITS = 8
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
     "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
-    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
+    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 512, variants=True),
 }
 MANY = {
     "trellis": Product("moepress_trellis_prefill", (64, 64), 64, 128, _no_shared, 1024),
