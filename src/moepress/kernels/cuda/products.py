@@ -86,7 +86,7 @@ FEW = {
     "trellis": Product(
         "moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512, True
     ),
-    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
+    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 512, variants=True),
 }
 MANY = {
     "trellis": Product(
