@@ -40,7 +40,7 @@ from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measur
 from moepress.costs.texts import Texts
 from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
-from moepress.original.batches import chunks, empty
+from moepress.original.batches import chunks
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -157,7 +157,7 @@ def score_layer(
         return {"linear_cost": linear_cost}
     experts = source.experts[layer].experts
     routed = walk.route(layer).with_sensitivity(of_layer.get(EXPERTS))
-    output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+    output = walk.zeros(routed)
     rounding = Rounding.of_experts(recipe, recipe.measure)
     options = (len(ROUNDED), len(recipe.expert_bits))
     errors = torch.zeros(experts, *options, dtype=torch.float64)

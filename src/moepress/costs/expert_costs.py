@@ -86,7 +86,7 @@ def measure(
         g = expert.gate[chunk, None].to(x.device)
         hidden = expert_hidden(expert.module, weights.gate_up, x)
         exact = F.linear(hidden, weights.down).float() * g
-        output.index_add_(0, token, exact.cpu())
+        output.index_add_(0, token.to(output.device), exact.to(output.device))
         for option, candidate in enumerate(offered):
             for row, y in enumerate(_outputs(expert, candidate, hidden, x)):
                 error = exact if y is None else y.float() * g - exact

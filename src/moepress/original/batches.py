@@ -11,6 +11,8 @@ from torch import Tensor
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
+SHARE = 0.3  # of a card's free memory, that an array of all tokens may take
+SHARE_IN_ORDER = 0.06  # the same for an array that is read in order, which costs less on the host
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 
 
@@ -42,11 +44,33 @@ def logit_tokens(vocabulary: int) -> int:
     return min(BATCH_TOKENS, LOGITS // vocabulary)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor. A large one is mapped from a temporary file without a name."""
+def empty(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    share: float = SHARE,
+) -> Tensor:
+    """An uninitialised tensor, on a card if it takes at most a share of the card's free memory.
+
+    Else it is on the CPU. A large one there is mapped from a temporary file without a name.
+
+    Args:
+        device: None: the CPU.
+    """
     count = torch.Size(shape).numel()
-    if count * dtype.itemsize <= IN_MEMORY:
+    size = count * dtype.itemsize
+    if device is not None and device.type == "cuda" and size <= share * free_memory(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)  # the file has no name any more; it lives as long as the mapping
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a card."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free + held, int(allowed) - torch.cuda.memory_allocated(device))

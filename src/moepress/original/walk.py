@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import NumericalError
-from moepress.original.batches import batches, empty, logit_tokens
+from moepress.original.batches import SHARE_IN_ORDER, batches, empty, logit_tokens
 from moepress.original.calls import Call, record_calls, replaced_forward, replaced_forwards
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.source import Source
@@ -44,7 +44,8 @@ class Walk:
         self.ids = ids
         self.batches = batches(ids)
         shape = (*ids.shape, source.hidden)
-        self.states = empty(shape, source.compute_dtype)  # [S, L, H] input of the next layer
+        # [S, L, H] input of the next layer
+        self.states = empty(shape, source.compute_dtype, source.device, SHARE_IN_ORDER)
         self._calls: list[list[Call]] = []  # [batch][layer]
         self._begin()
 
@@ -54,15 +55,20 @@ class Walk:
         with self.source.loaded(None):
             for batch in self.batches:
                 calls = record_calls(self.source, self.ids[batch])
-                self.states[batch] = calls[0].hidden.to("cpu")
+                self.states[batch] = calls[0].hidden
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
 
     def fork(self) -> Walk:
         """A second walk that starts at the same layer. The two share everything but the states."""
         other = copy.copy(self)
-        other.states = empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
+        other.states = self.states_like().copy_(self.states)
         return other
+
+    def states_like(self) -> Tensor:
+        """An uninitialised tensor of the shape and dtype of the states."""
+        shape, dtype = tuple(self.states.shape), self.states.dtype
+        return empty(shape, dtype, self.source.device, SHARE_IN_ORDER)
 
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
@@ -72,13 +78,14 @@ class Walk:
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
         tokens = self.ids.numel()
-        hidden = empty((tokens, self.source.hidden), self.source.compute_dtype)
+        shape = tokens, self.source.hidden
+        hidden = empty(shape, self.source.compute_dtype, self.source.device)
         index, weight = [], []
         done = 0
 
         def record(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             nonlocal done
-            hidden[done : done + len(x)] = x.to("cpu")
+            hidden[done : done + len(x)] = x
             done += len(x)
             index.append(top_k_index.to("cpu"))
             weight.append(top_k_weights.to("cpu", torch.float32))
@@ -133,7 +140,7 @@ class Walk:
                         "Expected finite numbers: a float16 model may overflow; try a bfloat16 one."
                     )
                 energy += out.float().square().sum().item()
-                self.states[batch] = out.to("cpu")
+                self.states[batch] = out
         return energy
 
     def expert(self, layer: int, number: int, routed: Routed) -> RoutedExpert:
@@ -147,6 +154,10 @@ class Walk:
             if (routed.index == number).any():
                 yield self.expert(layer, number, routed)
 
+    def zeros(self, routed: Routed) -> Tensor:
+        """[T, H] float32 zeros, to add the outputs of a layer's experts to."""
+        return empty(tuple(routed.hidden.shape), torch.float32, self.source.device).zero_()
+
     @torch.inference_mode()
     def experts_output(
         self, layer: int, routed: Routed, also: Callable[[RoutedExpert], None] | None = None
@@ -156,7 +167,7 @@ class Walk:
         Args:
             also: called with each expert that some token chose.
         """
-        output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+        output = self.zeros(routed)
         for expert in self.chosen_experts(layer, routed):
             expert.add_output(output)
             if also is not None:

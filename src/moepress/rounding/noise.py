@@ -72,7 +72,9 @@ def noisy_weights(
     feedback = block_feedback(factor.feedback)
     noise = noise.to(target.device)
     for bits in widths:
-        kept = target - drawn_errors(target, feedback, code_error(bits, len(rows)), noise)
+        kept = target - drawn_errors(
+            target, feedback, code_error(bits, len(rows), rows.device), noise
+        )
         codes = kept.T * size[:, None]
         gain = best_scale(rows, codes, torch.ones_like(size), factor)
         yield rotate_back(codes * gain[:, None])
@@ -100,7 +102,7 @@ def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) 
     return buffer
 
 
-def code_error(bits: int, rows: int) -> float:
+def code_error(bits: int, rows: int, device: torch.device | str = "cpu") -> float:
     """Relative squared error of a trellis code on Gaussian numbers, with the best scale.
 
     It is larger for few rows, because a tail-biting path must end where it starts, and smaller
@@ -108,18 +110,20 @@ def code_error(bits: int, rows: int) -> float:
 
     Args:
         rows: of the matrix.
+        device: where the paths are searched; the result does not depend on it.
     """
-    return _code_error(bits, min(rows, LONGEST))
+    return _code_error(bits, min(rows, LONGEST), torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _code_error(bits: int, rows: int) -> float:
+def _code_error(bits: int, rows: int, device: torch.device) -> float:
     padding = -rows % ROWS_PER_SLAB
     blocks = SAMPLE // ((rows + padding) * TILE_COLUMNS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(blocks, TILE_COLUMNS, rows, generator=generator)
     scale = START[bits] / code_values(bits).double().std(correction=0).item()
-    branches = [search(F.pad(block / scale, (0, padding)), bits) for block in x]
+    padded = F.pad(x / scale, (0, padding)).to(device)
+    branches = [search(block, bits).cpu() for block in padded]
     codes = code_matrix(torch.cat(branches).T.contiguous(), bits)[:rows].T.flatten().double()
     x = x.flatten().double()
     explained = (x @ codes).square() / ((x @ x) * (codes @ codes))

@@ -174,6 +174,8 @@ def rotated_rows(weight: Tensor) -> Tensor:
 def block_feedback(feedback: Tensor) -> Tensor:
     """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
     size = TILE_COLUMNS
+    if feedback.device.type != "cpu":
+        return _block_feedback_at_once(feedback)
     result = torch.empty_like(feedback)
     for start in range(0, len(feedback), size):
         block = slice(start, start + size)
@@ -181,6 +183,17 @@ def block_feedback(feedback: Tensor) -> Tensor:
             feedback[block, block], feedback[:, block], upper=True, left=False, unitriangular=True
         )
     return result
+
+
+def _block_feedback_at_once(feedback: Tensor) -> Tensor:
+    """`block_feedback` in few operations: on a card one call for each block would take longer."""
+    size, columns = TILE_COLUMNS, len(feedback)
+    places = torch.arange(columns, device=feedback.device).view(-1, size)
+    inside = feedback[places[:, :, None], places[:, None, :]]  # [K / 8, 8, 8]
+    one = torch.eye(size, device=feedback.device).expand_as(inside)
+    inverse = torch.linalg.solve_triangular(inside, one, upper=True, unitriangular=True)
+    by_block = feedback.view(columns, -1, size).transpose(0, 1)  # [K / 8, K, 8]
+    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
 
 
 def refit(
