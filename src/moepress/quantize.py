@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -198,10 +199,11 @@ def quantize_experts(
     stored: dict[str, list[Tensor]] = {name: [nothing] for name in experts.parameters}
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     step = experts_at_once(walk.source, layer, rounding)
-    for some in (numbers[first : first + step] for first in range(0, len(numbers), step)):
-        progress.update(layer=layer, expert=some[0], experts=experts.experts)
-        originals = [walk.expert(layer, number, routed) for number in some]
-        together = round_experts(originals, rounding, [widths_of[number] for number in some])
+    read = walk.experts(layer, numbers, routed)
+    while originals := list(islice(read, step)):
+        progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
+        widths = [widths_of[expert.number] for expert in originals]
+        together = round_experts(originals, rounding, widths)
         for expert, matrices in zip(originals, together, strict=True):
             for name, matrix in zip(experts.parameters, matrices, strict=True):
                 stored[name].append(_packed_bytes(matrix))

@@ -17,7 +17,7 @@ The calls of all layers are recorded once, while the tokens are embedded (calls.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -145,14 +145,21 @@ class Walk:
 
     def expert(self, layer: int, number: int, routed: Routed) -> RoutedExpert:
         """Read one expert of the original model, and pair it with its tokens."""
-        weights = self.source.expert(layer, number)
-        return RoutedExpert(layer, number, self.experts_module(layer), weights, routed)
+        (expert,) = self.experts(layer, [number], routed)
+        return expert
+
+    def experts(self, layer: int, numbers: Sequence[int], routed: Routed) -> Iterator[RoutedExpert]:
+        """Read experts of the original model one by one, and pair them with their tokens."""
+        module = self.experts_module(layer)
+        read = self.source.experts_in_turn(layer, numbers)
+        for number, weights in zip(numbers, read, strict=True):
+            yield RoutedExpert(layer, number, module, weights, routed)
 
     def chosen_experts(self, layer: int, routed: Routed) -> Iterator[RoutedExpert]:
         """The experts of a layer that some token chose, read one by one."""
-        for number in range(self.source.experts[layer].experts):
-            if (routed.index == number).any():
-                yield self.expert(layer, number, routed)
+        count = self.source.experts[layer].experts
+        chosen = [number for number in range(count) if (routed.index == number).any()]
+        yield from self.experts(layer, chosen, routed)
 
     def zeros(self, routed: Routed) -> Tensor:
         """[T, H] float32 zeros, to add the outputs of a layer's experts to."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate_back
-from moepress.rounding.hessian import Factor
+from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.trellis import (
     START,
@@ -38,19 +39,43 @@ from moepress.rounding.methods.trellis import (
 from moepress.rounding.methods.viterbi import search
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
+DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
 LONGEST = 2048  # rows; the error of a code does not change any more with longer paths
+
+
+_ahead: dict[tuple[tuple[int, ...], int, str], Future[Tensor]] = {}  # begun, not asked for yet
 
 
 def draw(shape: Sequence[int], seed: int, name: str) -> Tensor:
     """[K, N] float32 standard Gaussian numbers that depend on the arguments alone.
 
+    They are drawn on the CPU, so that they are the same for every device.
+
     Args:
         shape: N, K of the matrix.
         name: of the matrix, different for every matrix of a model.
     """
+    key = (tuple(shape), seed, name)
+    ahead = _ahead.pop(key, None)
+    return _draw(*key) if ahead is None else ahead.result()
+
+
+def draw_ahead(shape: Sequence[int], seed: int, name: str) -> None:
+    """Begin a `draw` that will be asked for soon, on another thread."""
+    key = (tuple(shape), seed, name)
+    if key not in _ahead:
+        _ahead[key] = _threads().submit(_draw, *key)
+
+
+def _draw(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(*reversed(shape), generator=generator)
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(DRAWING_THREADS, "moepress-draw")
 
 
 def noisy_weights(
@@ -72,11 +97,11 @@ def noisy_weights(
     feedback = block_feedback(factor.feedback)
     noise = noise.to(target.device)
     for bits in widths:
-        kept = target - drawn_errors(
-            target, feedback, code_error(bits, len(rows), rows.device), noise
-        )
-        codes = kept.T * size[:, None]
-        gain = best_scale(rows, codes, torch.ones_like(size), factor)
+        error = code_error(bits, len(rows), rows.device)
+        with tensor_cores(rows.device):
+            kept = target - drawn_errors(target, feedback, error, noise)
+            codes = kept.T * size[:, None]
+            gain = best_scale(rows, codes, torch.ones_like(size), factor)
         yield rotate_back(codes * gain[:, None])
 
 
