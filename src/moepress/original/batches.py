@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moepress.kernels.memory import free_memory
+
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
@@ -66,11 +68,3 @@ def empty(
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)  # the file has no name any more; it lives as long as the mapping
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a card."""
-    free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free + held, int(allowed) - torch.cuda.memory_allocated(device))

@@ -10,12 +10,13 @@ from functools import partial
 
 from torch import Tensor
 
-from moepress.original.batches import chunks, free_memory
+from moepress.kernels.memory import free_memory
+from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
 from moepress.original.source import Source
 from moepress.rounding.hessian import Factor
 from moepress.rounding.inputs import Inputs
-from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices, quantize_matrix
+from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
 from moepress.rounding.tokens import hessian_tokens
 
@@ -169,7 +170,9 @@ def _round(
     weight: Tensor, factor: Factor | None, rounding: Rounding, widths: Sequence[int]
 ) -> list[Matrix]:
     codecs = [rounding.codec(bits, weight.shape[1]) for bits in widths]
-    return [quantize_matrix(rounding.quantizer, weight, codec, factor) for codec in codecs]
+    return quantize_matrices(
+        rounding.quantizer, [Unrounded(weight, codec, factor) for codec in codecs]
+    )
 
 
 def _unchanged(x: Tensor) -> Tensor:
