@@ -35,7 +35,7 @@ from moepress.errors import CheckpointError
 from moepress.format.checkpoint import load_tensors, save_tensors
 from moepress.format.journal import check_identity
 from moepress.original.backward import BackwardWalk, outputs_as_leaves
-from moepress.original.batches import empty, position_chunks
+from moepress.original.batches import position_chunks
 from moepress.original.calls import record_calls
 from moepress.original.source import Source
 from moepress.original.walk import Walk
@@ -156,7 +156,7 @@ def head_gradient(walk: Walk, seed: int) -> Tensor:
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
-    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    gradient = walk.states_like()
     with source.loaded(None):
         for number in range(len(walk.ids)):
             one = slice(number, number + 1)
@@ -176,7 +176,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
-    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    gradient = walk.states_like()
     gradient.copy_(load_tensors(_gradient(folder, first + 1))["gradient"])
     walk_back = BackwardWalk(walk, gradient)
     for layer in reversed(todo):

@@ -32,7 +32,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.hessian import COLUMNS_PER_SLICE, TOKENS_PER_CHUNK, Factor, Hessian
+from moepress.rounding.hessian import (
+    COLUMNS_PER_SLICE,
+    TOKENS_PER_CHUNK,
+    Factor,
+    Hessian,
+    tensor_cores,
+)
 
 
 class Correction:
@@ -55,7 +61,8 @@ class Correction:
             now = x[chunk].detach().to(self._sum)
             difference = original[chunk].detach().to(self._sum) - now
             difference *= weight[chunk].to(difference)[:, None]
-            self._sum.addmm_(difference.T, now)
+            with tensor_cores(now.device):
+                self._sum.addmm_(difference.T, now)
 
     def corrected(
         self, weight: Tensor, hessian: Hessian, damping: float, strength: float

@@ -31,10 +31,11 @@ from torch import Tensor
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import trellis
+from moepress.kernels.memory import free_memory
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate, rotate_back
 from moepress.rounding.hessian import Factor
 from moepress.rounding.methods.gptq import sweep_together
-from moepress.rounding.methods.viterbi import round_together
+from moepress.rounding.methods.viterbi import has_kernel, round_together
 
 # By code bits. The scale of the search makes the standard deviation of the values START times that
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
@@ -85,11 +86,10 @@ def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> Tre
 
 
 def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
-    """Round weight matrices of one shape to trellis codes, the same columns of all at a time.
+    """Round weight matrices of one shape to trellis codes.
 
-    Each result is what the matrix alone would give. On a card it takes less time: the search for
-    the paths of one matrix would leave most of it idle. Memory beside the arguments: 13 bytes per
-    weight, and K * K floats for each matrix with a factor.
+    Each result is what the matrix alone would give. A card searches the same columns of several
+    matrices at a time, as many as have room: the paths of one would leave most of it idle.
 
     Raises:
         InputError: a weight is no matrix, shapes differ, or K is no multiple of a group size.
@@ -102,7 +102,25 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     shapes = {weight.shape for weight, *_ in matrices}
     if len(shapes) > 1:
         raise InputError(f"Matrices of one shape can be rounded together, got {shapes}.")
-    rows = [rotated_rows(weight) for weight, *_ in matrices]
+    step = 1
+    device = matrices[0].weight.device
+    if has_kernel(device):
+        # Beside the arguments: three copies in float32, two of bytes, and V of each factor.
+        each = 14 * matrices[0].weight.numel() + 4 * matrices[0].weight.shape[1] ** 2
+        step = max(1, free_memory(device) // (2 * each))
+    return [
+        matrix
+        for first in range(0, len(matrices), step)
+        for matrix in _quantize(matrices[first : first + step])
+    ]
+
+
+def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
+    rotated: dict[int, Tensor] = {}  # by weight
+    for weight, *_ in matrices:
+        if id(weight) not in rotated:
+            rotated[id(weight)] = rotated_rows(weight)
+    rows = [rotated[id(weight)] for weight, *_ in matrices]
     scales = [
         first_scale(some, one.codec, one.factor is not None)
         for some, one in zip(rows, matrices, strict=True)
@@ -150,11 +168,13 @@ def _searched(
     def round_block(start: int, stop: int) -> None:
         round_together(target, buffer, branches, bits, start)
 
-    pairs = [
-        (buffer[number], block_feedback(one.factor.feedback))
-        for number, one in enumerate(matrices)
-        if one.factor is not None
-    ]
+    feedback: dict[int, Tensor] = {}  # V by factor
+    pairs = []
+    for number, (*_, factor) in enumerate(matrices):
+        if factor is not None:
+            if id(factor) not in feedback:
+                feedback[id(factor)] = block_feedback(factor.feedback)
+            pairs.append((buffer[number], feedback[id(factor)]))
     sweep_together(pairs, 0, columns, TILE_COLUMNS, round_block)
     return branches
 
@@ -174,6 +194,8 @@ def rotated_rows(weight: Tensor) -> Tensor:
 def block_feedback(feedback: Tensor) -> Tensor:
     """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
     size = TILE_COLUMNS
+    if feedback.device.type != "cpu":
+        return _block_feedback_at_once(feedback)
     result = torch.empty_like(feedback)
     for start in range(0, len(feedback), size):
         block = slice(start, start + size)
@@ -181,6 +203,17 @@ def block_feedback(feedback: Tensor) -> Tensor:
             feedback[block, block], feedback[:, block], upper=True, left=False, unitriangular=True
         )
     return result
+
+
+def _block_feedback_at_once(feedback: Tensor) -> Tensor:
+    """`block_feedback` in few operations: on a card one call for each block would take longer."""
+    size, columns = TILE_COLUMNS, len(feedback)
+    places = torch.arange(columns, device=feedback.device).view(-1, size)
+    inside = feedback[places[:, :, None], places[:, None, :]]  # [K / 8, 8, 8]
+    one = torch.eye(size, device=feedback.device).expand_as(inside)
+    inverse = torch.linalg.solve_triangular(inside, one, upper=True, unitriangular=True)
+    by_block = feedback.view(columns, -1, size).transpose(0, 1)  # [K / 8, K, 8]
+    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
 
 
 def refit(
