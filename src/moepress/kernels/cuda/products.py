@@ -65,7 +65,7 @@ def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> i
 
 
 def _trellis_prefill_shared(cols: int, group: int, splits: int, planes: int) -> int:
-    return 3 * 30720  # stages of kStageBytes
+    return 99 << 10  # kShared
 
 
 def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
