@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec, PackedSpec
-from moepress.kernels import cpu, cuda, reference, trellis
+from moepress.kernels import backends, cpu, cuda, reference, trellis
 from moepress.kernels.cuda.launch import Launcher, launcher_for
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.reference import ACTIVATION_RANGE, ACTIVATIONS
@@ -230,3 +231,17 @@ def test_drop(tokens: int, k: int, dtype: torch.dtype, renormalise: bool) -> Non
 
 def test_a_launcher_is_chosen_by_device() -> None:
     assert isinstance(launcher_for(HERE), Launcher)
+
+
+def test_ops_reach_the_kernels_and_compile() -> None:
+    backend = dataclasses.replace(
+        backends.BACKENDS["cuda"], device_types=("cpu",), refuses=lambda device: None
+    )
+    call = experts_call("trellis", 3, 2, 8, "silu")
+    expected = cuda.experts(call)
+    with kernels.only("cuda"):
+        kernels.register_backend(backend)
+        compiled = torch.compile(kernels.experts, fullgraph=True, backend="aot_eager")
+        assert compiled(*scalar_tests.op_arguments(call)).equal(expected)
+        torch.library.opcheck(kernels.experts, scalar_tests.op_arguments(call))
+    torch._dynamo.reset()

@@ -15,7 +15,7 @@ from tests.kernels.cuda.emulate import EmulationError, launch, needs_compiler
 
 pytestmark = needs_compiler
 
-KERNELS = ("decode",)
+KERNELS = ("decode", "prefill")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def check(
     table = None if panel is None else product.table
     packed = product.packed if panel is not None else product.packed[64:]
     launch(
-        how.kernel, grid, how.threads,
+        how.name(product.group, product.planes), grid, how.threads,
         how.shared(product.cols, product.group, grid[1], product.planes),
         [product.q, product.scale, product.sum, product.planes, product.q.shape[1], pair, choices,
          panel, positions, packed, len(packed), table, bits, product.rows, product.cols,

@@ -96,6 +96,17 @@ DEVICE void cp_async_4(void* shared, const void* global) {
                  "l"(global)
                  : "memory");
 }
+// Zeros instead, unless `given`; the address must be valid all the same.
+DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool given) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(given ? 16 : 0)
+                 : "memory");
+}
+DEVICE void cp_async_4_or_zero(void* shared, const void* global, bool given) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(given ? 4 : 0)
+                 : "memory");
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are under way.
 template <int pending>
@@ -171,6 +182,13 @@ DEVICE int dp4a_us(uint32_t a, uint32_t b, int c) {
     int d;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
+}
+
+// x * factor, kept as a multiplication by compilers that would shift: other units do it.
+DEVICE uint32_t multiplied(uint32_t x, uint32_t factor) {
+    uint32_t y;
+    asm("mul.lo.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(factor));
+    return y;
 }
 
 // float16 and bfloat16 as their bits; rounding to nearest, half to even.

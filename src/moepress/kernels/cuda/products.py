@@ -64,8 +64,8 @@ def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> i
     return 4 * 8 * 68 * 4  # partial sums [warps][tokens][kPitch], float32
 
 
-def _no_shared(cols: int, group: int, splits: int, planes: int) -> int:
-    return 0
+def _trellis_prefill_shared(cols: int, group: int, splits: int, planes: int) -> int:
+    return 3 * 30720  # stages of kStageBytes
 
 
 def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
@@ -83,11 +83,15 @@ MOST_SPLITS = 8
 
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
-    "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
+    "trellis": Product(
+        "moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512, True
+    ),
     "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 512, variants=True),
 }
 MANY = {
-    "trellis": Product("moepress_trellis_prefill", (64, 64), 64, 128, _no_shared, 1024),
+    "trellis": Product(
+        "moepress_trellis_prefill", (128, 64), 128, 256, _trellis_prefill_shared, 1024, True
+    ),
     "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
