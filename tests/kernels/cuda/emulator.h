@@ -805,6 +805,7 @@ T* shared_memory() {
     return reinterpret_cast<T*>(emulator::state.shared);
 }
 inline int lane_id() { return emulator::state.lane->index & 31; }
+inline void begin() {}
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
 [[noreturn]] inline void fail(const char* message) { emulator::fail(message); }

@@ -35,6 +35,12 @@ def test_every_source_compiles(capability: tuple[int, int], cache: Path) -> None
     assert len(list(cache.glob("*.cubin"))) == len(launch.SOURCES)
 
 
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    for path in (*compiler.HERE.glob("*.cu"), *compiler.HERE.glob("*.cuh")):
+        text = path.read_text()
+        assert text.count("__global__") == text.count("begin();"), path.name
+
+
 @needs_nvrtc
 def test_a_source_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compiler.compiled("combine", (9, 0))

@@ -43,6 +43,14 @@ DEVICE T* shared_memory() {
 DEVICE int lane_id() { return int(threadIdx.x & 31); }
 DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 
+// What every kernel does first: wait until the kernel before it on the stream has ended, where this
+// one was launched without waiting (OVERLAP in launch.py), and let the next one come to the card.
+DEVICE void begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEVICE void trap() { __trap(); }
 
 // Fails the launch as assert() does: the message is printed, with block and thread.

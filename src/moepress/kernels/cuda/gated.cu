@@ -62,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(256)
                    int64_t inner, int64_t activation, int64_t run, float normal, int64_t g,
                    int64_t planes, int8_t* q, float* scale, int32_t* sum) {
     using namespace moepress;
+    begin();
     round_rows(Gated{out, splits, positions, inner, int(activation)}, blockIdx.x, used[0], int(run),
                normal, Codes{q, scale, sum, int(planes), int(g), positions, inner});
 }

@@ -28,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
                     const int64_t* down_table, int64_t experts, int64_t size, int64_t panels,
                     int32_t* pair, int32_t* position, int32_t* panel, int32_t* used) {
     using namespace moepress;
+    begin();
     const bool sorts = index != nullptr;
     if (sorts && blockIdx.x == 0) {
         route(Routing{index, gate_up_table, down_table, pairs, experts, size, panels, pair,
