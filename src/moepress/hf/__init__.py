@@ -28,7 +28,7 @@ from moepress.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, is_compress
 from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
-from moepress.kernels.modules import set_activation_bits
+from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.prune import Pruning, Strength, prune
 
 
@@ -102,6 +102,9 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             read_ahead(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, PackedExperts) and not module.gate_up_proj.is_meta:
+                module.place_tables(module.gate_up_proj.device)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))

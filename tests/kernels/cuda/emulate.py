@@ -35,7 +35,7 @@ COMPILER = shutil.which("g++") or shutil.which("c++")
 OPTIONS = (
     "-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-ffp-contract=off",
     "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra",
-    "-Wno-unknown-pragmas", "-Wno-unused-function",
+    "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-unused-function",
     f"-I{SOURCES}", f"-I{SOURCES.parent / 'cpu'}", f"-I{HERE}",
 )  # fmt: skip
 PAGE = mmap.PAGESIZE

@@ -411,7 +411,7 @@ struct Mma16 {
     }
 };
 
-inline void copy_later(void* shared, const void* global, int bytes) {
+inline void copy_later(void* shared, const void* global, int bytes, bool given = true) {
     const auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
     if (to % bytes || from % bytes) fail("cp.async of a misaligned address");
     if (static_cast<uint8_t*>(shared) < state.shared ||
@@ -420,7 +420,8 @@ inline void copy_later(void* shared, const void* global, int bytes) {
     poison(shared, bytes);
     auto& copies = state.lane->copies;
     if (copies.empty()) copies.emplace_back();
-    copies.back().push_back({shared, global, bytes});
+    static const uint8_t zeros[16] = {};
+    copies.back().push_back({shared, given ? global : zeros, bytes});
 }
 inline void copy_commit() {
     auto& copies = state.lane->copies;
@@ -806,6 +807,7 @@ T* shared_memory() {
 inline int lane_id() { return emulator::state.lane->index & 31; }
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
+[[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
 inline void barrier_sync(int id, int threads) { emulator::barrier(id, threads); }
 
 template <class T>
@@ -824,6 +826,12 @@ inline void cp_async_16(void* shared, const void* global) {
 }
 inline void cp_async_8(void* shared, const void* global) { emulator::copy_later(shared, global, 8); }
 inline void cp_async_4(void* shared, const void* global) { emulator::copy_later(shared, global, 4); }
+inline void cp_async_16_or_zero(void* shared, const void* global, bool given) {
+    emulator::copy_later(shared, global, 16, given);
+}
+inline void cp_async_4_or_zero(void* shared, const void* global, bool given) {
+    emulator::copy_later(shared, global, 4, given);
+}
 inline void cp_async_commit() { emulator::copy_commit(); }
 template <int pending>
 void cp_async_wait() {
@@ -847,6 +855,11 @@ void emulated_mma(C (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma8<uint8_t>, emulator::Mma8In>(d, a, b);
 }
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const int (&c)[4]) {
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+    mma_u8s8(d, a, b);
+}
 inline void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma8<int8_t>, emulator::Mma8In>(d, a, b);
 }
@@ -860,6 +873,8 @@ inline int dp4a_us(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 4; ++i) c += int(uint8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
     return c;
 }
+
+inline uint32_t multiplied(uint32_t x, uint32_t factor) { return x * factor; }
 
 inline float half_to_float(uint16_t h) { return emulator::half_value(h); }
 inline uint16_t float_to_half(float f) {

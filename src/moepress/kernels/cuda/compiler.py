@@ -27,8 +27,11 @@ OPTIONS = (
 )
 
 
-def compiled(name: str, capability: tuple[int, int]) -> bytes:
+def compiled(name: str, capability: tuple[int, int], defines: tuple[str, ...] = ()) -> bytes:
     """The cubin of `name`.cu for cards of a compute capability; compiled once, then from disk.
+
+    Args:
+        defines: macros, each as NAME=VALUE.
 
     Raises:
         MoepressError: NVRTC is not here, does not know the card, or refuses the source.
@@ -36,7 +39,7 @@ def compiled(name: str, capability: tuple[int, int]) -> bytes:
     nvrtc, version = _nvrtc()
     arch = architecture(capability)
     source, headers = _sources(name)
-    options = (f"--gpu-architecture={arch}", *OPTIONS)
+    options = (f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{define}" for define in defines))
     parts = (repr((version, options)), source, *(f"{n}\n{text}" for n, text in headers.items()))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     path = _cache() / f"{name}-{arch}-{key[:32]}.cubin"

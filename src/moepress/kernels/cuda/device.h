@@ -45,6 +45,10 @@ DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 
 DEVICE void trap() { __trap(); }
 
+// Fails the launch as assert() does: the message is printed, with block and thread.
+extern "C" __device__ void __assertfail(const char*, const char*, unsigned, const char*, size_t);
+DEVICE void fail(const char* message) { __assertfail(message, __FILE__, __LINE__, "moepress", 1); }
+
 // Barrier `id` (1 to 15) of `threads` threads of the block, whole warps. Barrier 0: __syncthreads.
 DEVICE void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -92,6 +96,17 @@ DEVICE void cp_async_4(void* shared, const void* global) {
                  "l"(global)
                  : "memory");
 }
+// Zeros instead, unless `given`; the address must be valid all the same.
+DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool given) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(given ? 16 : 0)
+                 : "memory");
+}
+DEVICE void cp_async_4_or_zero(void* shared, const void* global, bool given) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(given ? 4 : 0)
+                 : "memory");
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are under way.
 template <int pending>
@@ -126,6 +141,15 @@ DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// d = c + A B.
+DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const int (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+          "r"(c[2]), "r"(c[3]));
+}
 DEVICE void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -158,6 +182,13 @@ DEVICE int dp4a_us(uint32_t a, uint32_t b, int c) {
     int d;
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
+}
+
+// x * factor, kept as a multiplication by compilers that would shift: other units do it.
+DEVICE uint32_t multiplied(uint32_t x, uint32_t factor) {
+    uint32_t y;
+    asm("mul.lo.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(factor));
+    return y;
 }
 
 // float16 and bfloat16 as their bits; rounding to nearest, half to even.

@@ -7,6 +7,7 @@ that the functions of this folder run without a card.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ from moepress.errors import MoepressError
 from moepress.kernels.cuda import compiler
 
 Argument = Tensor | int | float | None
+NUMBERS = (int, float)
 
 SOURCES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.cu")))
 
@@ -61,6 +63,15 @@ def source_of(kernel: str) -> str:
     return max((s for s in SOURCES if kernel.startswith(f"moepress_{s}")), key=len)
 
 
+def defines_of(kernel: str) -> tuple[str, ...]:
+    """The macros with which the file of a kernel has only that kernel, if its name ends in _g_p.
+
+    Compiling the kernels of all group sizes and planes at once would take six times as long.
+    """
+    found = re.search(r"_g(\d+)_p(\d+)$", kernel)
+    return (f"MOEPRESS_GROUP={found[1]}", f"MOEPRESS_PLANES={found[2]}") if found else ()
+
+
 @lru_cache(maxsize=64)
 def _card(device: torch.device) -> Launcher:
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -93,7 +104,7 @@ class _Function:
         self.index = index
         self.driver = driver = _driver()
         self.success = driver.CUresult.CUDA_SUCCESS
-        module = _module(source_of(kernel), index)
+        module = _module(source_of(kernel), defines_of(kernel), index)
         self.handle = _checked(kernel, driver.cuModuleGetFunction(module, kernel.encode()))
         attributes = driver.CUfunction_attribute
         static = _checked(
@@ -106,7 +117,7 @@ class _Function:
         self.most = _checked(kernel, driver.cuDeviceGetAttribute(optin, device)) - static
         dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(kernel, driver.cuFuncSetAttribute(self.handle, dynamic, self.most))
-        self.pools: dict[str, list[_Arguments]] = {}
+        self.pool: list[_Arguments] = []
 
     def __call__(
         self, grid: tuple[int, int, int], threads: int, shared: int, args: Sequence[Argument]
@@ -115,19 +126,14 @@ class _Function:
             raise MoepressError(
                 f"{self.kernel} needs {shared} bytes of shared memory, this card has {self.most}."
             )
-        kinds, words = [], []
-        for arg in args:
-            if isinstance(arg, float):
-                kinds.append("f4x")
-                words.append(arg)
-            else:
-                kinds.append("q")
-                words.append(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0)
-        layout = "".join(kinds)
         # Storage is taken out of the pool during a launch, in which other threads may run.
-        pool = self.pools.setdefault(layout, [])
-        arguments = pool.pop() if pool else _Arguments(layout, len(words))
-        arguments.pack(arguments.words, 0, *words)
+        pool = self.pool
+        arguments = pool.pop() if pool else _Arguments(args)
+        words = [
+            arg if type(arg) in NUMBERS else 0 if arg is None else arg.data_ptr()  # type: ignore[union-attr]
+            for arg in args
+        ]
+        arguments.pack.pack_into(arguments.words, 0, *words)
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         launch = (self.handle, *grid, threads, 1, 1, shared, stream, arguments.address, 0)
         (error,) = self.driver.cuLaunchKernel(*launch)
@@ -142,17 +148,18 @@ class _Function:
 class _Arguments:
     """Storage of a kernel's arguments, 8 bytes each, and the array of their addresses."""
 
-    def __init__(self, layout: str, count: int) -> None:
+    def __init__(self, args: Sequence[Argument]) -> None:
+        count = len(args)
         self.words = ctypes.create_string_buffer(8 * count)
-        self.pack = Struct("=" + layout).pack_into
+        self.pack = Struct("=" + "".join("f4x" if isinstance(a, float) else "q" for a in args))
         first = ctypes.addressof(self.words)
         self.pointers = (ctypes.c_void_p * count)(*(first + 8 * i for i in range(count)))
         self.address = ctypes.addressof(self.pointers)
 
 
 @lru_cache(maxsize=256)
-def _module(name: str, index: int) -> Any:
-    cubin = compiler.compiled(name, torch.cuda.get_device_capability(index))
+def _module(name: str, defines: tuple[str, ...], index: int) -> Any:
+    cubin = compiler.compiled(name, torch.cuda.get_device_capability(index), defines)
     _enter(index)
     return _checked(name, _driver().cuModuleLoadData(cubin))
 
