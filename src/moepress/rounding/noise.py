@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate_back
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
 from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.trellis import (
@@ -37,6 +37,7 @@ from moepress.rounding.methods.trellis import (
     rotated_rows,
 )
 from moepress.rounding.methods.viterbi import search
+from moepress.rounding.rotation import rotate_back
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
 DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
