@@ -117,7 +117,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
         stage = other;
     }
 
-    const int row = block * kBlockRows + 4 * (r & 3);
+    const int row = (work.row_block * kWarps + warp_id()) * kWarpRows + 4 * r;
     float* out = call.out + (work.split * call.positions + work.first + result) * call.rows;
     if (result < work.count) store_rows<bits>(out, row, call.rows, y[0]);
     if (wide && result + 1 < work.count) store_rows<bits>(out + call.rows, row, call.rows, y[1]);
