@@ -24,6 +24,7 @@ class Product:
         shared: bytes of dynamic shared memory, from columns, group size, splits and planes.
         least: the fewest columns of a split.
         variants: whether each group size and number of planes has a kernel of its own.
+        halves: the order of the codes it reads, as in rounding.cuh.
     """
 
     kernel: str
@@ -33,6 +34,7 @@ class Product:
     shared: Callable[[int, int, int, int], int]
     least: int
     variants: bool = False
+    halves: bool = False
 
     def name(self, group: int, planes: int) -> str:
         """The name of the kernel for a group size and a number of planes."""
@@ -65,7 +67,7 @@ def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> i
 
 
 def _trellis_prefill_shared(cols: int, group: int, splits: int, planes: int) -> int:
-    return 3 * 30720  # stages of kStageBytes
+    return 99 << 10  # kShared
 
 
 def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
@@ -90,7 +92,7 @@ FEW = {
 }
 MANY = {
     "trellis": Product(
-        "moepress_trellis_prefill", (128, 64), 128, 256, _trellis_prefill_shared, 1024, True
+        "moepress_trellis_prefill", (128, 64), 128, 256, _trellis_prefill_shared, 1024, True, True
     ),
     "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
 }

@@ -197,6 +197,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
             const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
             int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
         using namespace moepress;                                                                  \
+        begin();                                                                                   \
         if (planes != PLANES || g != GROUP) trap();                                                \
         const Work work =                                                                          \
             work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \

@@ -11,6 +11,9 @@
 #ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
 #define MOEPRESS_TRELLIS_DEPTH 2
 #endif
+#ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
+#define MOEPRESS_TRELLIS_DEPTH_WIDE 1
+#endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor
 #define MOEPRESS_TRELLIS_BLOCKS 5
 #endif
@@ -20,6 +23,7 @@ namespace {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
 constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
+constexpr int kDepthWide = MOEPRESS_TRELLIS_DEPTH_WIDE;
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
@@ -127,7 +131,7 @@ struct Loader {
 template <int bits, int group_columns, int planes>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                        const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
-    constexpr int depth = bits <= 2 ? kDepth : 1;
+    constexpr int depth = bits <= 2 ? kDepth : kDepthWide;
     constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
     const int j = lane_id() % 4;
     constexpr int units = group_columns / kUnitColumns;
