@@ -117,7 +117,8 @@ DEVICE void multiply(const Call& call, const Work& work) {
         stage = other;
     }
 
-    const int row = block * kBlockRows + 4 * (r & 3);
+    const int warp = work.row_block * kWarps + warp_id();
+    const int row = (2 * warp + (r >> 2)) * kBlockRows + 4 * (r & 3);
     float* out = call.out + (work.split * call.positions + work.first + result) * call.rows;
     if (result < work.count) store_rows<bits>(out, row, call.rows, y[0]);
     if (wide && result + 1 < work.count) store_rows<bits>(out + call.rows, row, call.rows, y[1]);

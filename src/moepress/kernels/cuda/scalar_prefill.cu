@@ -157,7 +157,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
         }
     }
 
-    const int row = block * kBlockRows + 4 * (r & 3);
+    const int row = (work.row_block * kWarps + warp_id()) * kWarpRows + 4 * r;
     float* out = call.out + (work.split * call.positions + work.first) * call.rows;
 #pragma unroll
     for (int n = 0; n < kPanel / 8; ++n) {

@@ -14,8 +14,12 @@
 #ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
 #define MOEPRESS_TRELLIS_DEPTH_WIDE 1
 #endif
-#ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor
+#ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define MOEPRESS_TRELLIS_BLOCKS 4
+#else
 #define MOEPRESS_TRELLIS_BLOCKS 5
+#endif
 #endif
 
 namespace moepress {
@@ -265,7 +269,7 @@ DEVICE void decode(const Call& call, const Work& work) {
 // Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
 #define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
-                            MOEPRESS_TRELLIS_BLOCKS, kTokens, decode)
+                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, decode)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)
