@@ -103,7 +103,17 @@ FEW = {
         resident=5,
         enough=4,
     ),
-    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
+    "int": Product(
+        "moepress_scalar_decode",
+        (8, 8),
+        128,
+        128,
+        _two_stages,
+        512,
+        variants=True,
+        resident=4,
+        enough=3,
+    ),
 }
 MANY = {
     "trellis": Product(
@@ -116,7 +126,16 @@ MANY = {
         variants=True,
         halves=True,
     ),
-    "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
+    "int": Product(
+        "moepress_scalar_prefill",
+        (64, 64),
+        128,
+        128,
+        _ring,
+        1024,
+        variants=True,
+        resident=2,
+    ),
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone
