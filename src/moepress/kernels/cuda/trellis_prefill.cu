@@ -257,7 +257,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
             word[1] = *reinterpret_cast<const uint2*>(from);
             word[0] = make_uint2(0, 0);
             if (bits == 3) word[0] = *reinterpret_cast<const uint2*>(from + oldest);
-            fragments<bits>(word, block.shift, a[u % 2]);
+            fragments<bits>(word, block, a[u % 2]);
             multiply(a[u % 2], now, u, u % units == 0, acc);
             if ((u + 1) % units == 0) {
                 finished<0>();
