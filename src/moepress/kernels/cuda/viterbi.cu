@@ -1,9 +1,9 @@
 // The best paths of a trellis code through eight columns of many matrices: the CUDA side of
 // rounding/methods/viterbi.py, which is the definition and oracle. Same integer costs, same ties.
 //
-// A block of 256 threads searches one path. A thread owns 16 states: `owned` groups q of all 2^bits
-// states (j, q) that have the predecessors of the next step's states 2^bits q + b in common; j are
-// the oldest bits. As on the CPU (../cpu/viterbi_tiles.h) a step keeps only the least cost of each
+// A block of 256 threads searches one path. A thread owns 16 states, in groups: group q is the 2^bits
+// states (j, q), where j are their oldest bits. They are the predecessors of the next step's states
+// (q, b), where b are the newest. As on the CPU (../cpu/viterbi_tiles.h) a step keeps only the least cost of each
 // group. Here the choice of j is kept too, a few bits for a group, since computing it again would
 // take more memory: choices of four steps make a word of a thread, 256 KB in global memory for the
 // 1024 steps of a run. One thread then follows them back, through shared memory.
