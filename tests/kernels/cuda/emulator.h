@@ -805,6 +805,7 @@ T* shared_memory() {
     return reinterpret_cast<T*>(emulator::state.shared);
 }
 inline int lane_id() { return emulator::state.lane->index & 31; }
+inline void begin() {}
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
 [[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
@@ -869,6 +870,33 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma16<emulator::bfloat_value>, emulator::Mma16In>(d, a, b);
 }
+// Products of a warpgroup: done at once, each warp by itself.
+#define MOEPRESS_WARPGROUP 1
+inline uint64_t warpgroup_columns(const void* shared, int rows) {
+    const uint64_t at = static_cast<const uint8_t*>(shared) - emulator::state.shared;
+    if (at % 1024) emulator::fail("B of a warpgroup that is not aligned to 1024 bytes");
+    return at + rows;
+}
+inline void warpgroup_begin() {}
+inline void warpgroup_commit() {}
+template <int pending>
+void warpgroup_wait() {}
+inline void warpgroup_see_shared() {}
+inline void warpgroup_u8s8(int (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    const int lane = lane_id();
+    for (int c = 0; c < 16; ++c) {
+        uint32_t x[2];
+        for (int half = 0; half < 2; ++half) {
+            // The hardware permutes addresses: bits 4 to 6 by bits 7 to 9.
+            uint64_t at = b + 1024 * c + 128 * (lane / 4) + 16 * half + 4 * (lane % 4);
+            at ^= (at >> 7 & 7) << 4;
+            std::memcpy(&x[half], emulator::state.shared + at, 4);
+        }
+        if (!add) std::memset(d[c], 0, sizeof(d[c]));
+        mma_u8s8(d[c], a, x);
+    }
+}
+
 inline int dp4a_us(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 4; ++i) c += int(uint8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
     return c;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def test_every_source_compiles(capability: tuple[int, int], cache: Path) -> None
         variant = ("MOEPRESS_GROUP=128", "MOEPRESS_PLANES=1") if "MOEPRESS_GROUP" in text else ()
         assert compiler.compiled(name, capability, variant)[:4] == b"\x7fELF"
     assert len(list(cache.glob("*.cubin"))) == len(launch.SOURCES)
+
+
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    for path in (*compiler.HERE.glob("*.cu"), *compiler.HERE.glob("*.cuh")):
+        text = path.read_text()
+        assert text.count("__global__") == len(re.findall(r"\bbegin\(\);", text)), path.name
 
 
 @needs_nvrtc

@@ -33,15 +33,23 @@ typedef unsigned long long uint64_t;
 
 #define DEVICE __device__ __forceinline__
 
-// The dynamic shared memory of the block, aligned to 128 bytes.
+// The dynamic shared memory of the block, aligned to 1024 bytes.
 template <class T>
 DEVICE T* shared_memory() {
-    extern __shared__ __align__(128) unsigned char moepress_shared[];
+    extern __shared__ __align__(1024) unsigned char moepress_shared[];
     return reinterpret_cast<T*>(moepress_shared);
 }
 
 DEVICE int lane_id() { return int(threadIdx.x & 31); }
 DEVICE int warp_id() { return int(threadIdx.x >> 5); }
+
+// What every kernel does first: wait until the kernel before it on the stream has ended, where this
+// one was launched without waiting (OVERLAP in launch.py), and let the next one come to the card.
+DEVICE void begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 DEVICE void trap() { __trap(); }
 
@@ -176,6 +184,52 @@ DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// Products of a warpgroup, 4 warps, which run beside other instructions. Only where the compiler
+// builds for compute capability 9.0 itself (sm_90a).
+//
+// d = A B, or d += A B where `add`: A [64, 32] unsigned bytes, the 16 rows of each warp in its
+// registers as in mma_u8s8; B [32, 128] signed bytes in shared memory, as warpgroup_columns says;
+// d[c] as in mma_u8s8, columns 8 c .. 8 c + 7. Registers of a and d must stay as they are until
+// warpgroup_wait; warpgroup_begin comes before a product that uses registers which other instructions
+// wrote.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOEPRESS_WARPGROUP 1
+
+// Where B is: 128 bytes of each column follow each other, 1024 bytes aligned; the 16-byte pieces of
+// column n are permuted: piece i is at i ^ n % 8. `rows`: of those 128 bytes, where the 32 begin.
+DEVICE uint64_t warpgroup_columns(const void* shared, int rows) {
+    const uint64_t start = (shared_address(shared) + rows) >> 4 & 0x3FFF;
+    return start | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+DEVICE void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+DEVICE void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Copies that this thread waited for become visible to the products.
+DEVICE void warpgroup_see_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void warpgroup_u8s8(int (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %69, 0; "
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, p;}"
+        : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]),
+          "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]), "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]),
+          "+r"(d[4][0]), "+r"(d[4][1]), "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
+          "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]), "+r"(d[7][2]), "+r"(d[7][3]),
+          "+r"(d[8][0]), "+r"(d[8][1]), "+r"(d[8][2]), "+r"(d[8][3]), "+r"(d[9][0]), "+r"(d[9][1]), "+r"(d[9][2]), "+r"(d[9][3]),
+          "+r"(d[10][0]), "+r"(d[10][1]), "+r"(d[10][2]), "+r"(d[10][3]), "+r"(d[11][0]), "+r"(d[11][1]), "+r"(d[11][2]), "+r"(d[11][3]),
+          "+r"(d[12][0]), "+r"(d[12][1]), "+r"(d[12][2]), "+r"(d[12][3]), "+r"(d[13][0]), "+r"(d[13][1]), "+r"(d[13][2]), "+r"(d[13][3]),
+          "+r"(d[14][0]), "+r"(d[14][1]), "+r"(d[14][2]), "+r"(d[14][3]), "+r"(d[15][0]), "+r"(d[15][1]), "+r"(d[15][2]), "+r"(d[15][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+#endif
 
 // c + the sum over four bytes of a (unsigned) times b (signed).
 DEVICE int dp4a_us(uint32_t a, uint32_t b, int c) {

@@ -60,8 +60,9 @@ struct Gated {
 extern "C" __global__ void __launch_bounds__(256)
     moepress_gated(const float* out, int64_t splits, int64_t positions, const int32_t* used,
                    int64_t inner, int64_t activation, int64_t run, float normal, int64_t g,
-                   int64_t planes, int8_t* q, float* scale, int32_t* sum) {
+                   int64_t planes, int64_t halves, int8_t* q, float* scale, int32_t* sum) {
     using namespace moepress;
+    begin();
     round_rows(Gated{out, splits, positions, inner, int(activation)}, blockIdx.x, used[0], int(run),
-               normal, Codes{q, scale, sum, int(planes), int(g), positions, inner});
+               normal, Codes{q, scale, sum, int(planes), int(g), halves != 0, positions, inner});
 }

@@ -48,8 +48,16 @@ struct Codes {
     float* scale;    // [rows][K / g]
     int32_t* sum;    // [rows][K / g]
     int planes, g;
+    bool halves;
     int64_t rows, cols;
 };
+
+// Where the code of a column is. With halves, the codes of 32 columns are those of the first 4
+// columns of each 8, then the others: a lane's 4 bytes of two registers of trellis_code.cuh.
+DEVICE int64_t place_of(int64_t column, bool halves) {
+    if (!halves) return column;
+    return (column & ~int64_t(31)) | (column & 4) << 2 | (column >> 1 & 12) | (column & 3);
+}
 
 template <int n>
 DEVICE void store_codes(int8_t* to, const int (&code)[n]) {
@@ -83,7 +91,7 @@ DEVICE void round_unit(const float (&x)[n], int64_t row, int64_t column, const C
         sum += code[j];
     }
     for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    int8_t* to = out.q + row * out.cols + column;
+    int8_t* to = out.q + row * out.cols + place_of(column, out.halves);
     if (out.planes == 2) {
         int low[n];
 #pragma unroll

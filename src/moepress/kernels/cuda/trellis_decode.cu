@@ -11,8 +11,15 @@
 #ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
 #define MOEPRESS_TRELLIS_DEPTH 2
 #endif
-#ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor
+#ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
+#define MOEPRESS_TRELLIS_DEPTH_WIDE 1
+#endif
+#ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define MOEPRESS_TRELLIS_BLOCKS 4
+#else
 #define MOEPRESS_TRELLIS_BLOCKS 5
+#endif
 #endif
 
 namespace moepress {
@@ -20,6 +27,7 @@ namespace {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
 constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
+constexpr int kDepthWide = MOEPRESS_TRELLIS_DEPTH_WIDE;
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
@@ -127,7 +135,7 @@ struct Loader {
 template <int bits, int group_columns, int planes>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                        const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
-    constexpr int depth = bits <= 2 ? kDepth : 1;
+    constexpr int depth = bits <= 2 ? kDepth : kDepthWide;
     constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
     const int j = lane_id() % 4;
     constexpr int units = group_columns / kUnitColumns;
@@ -261,7 +269,7 @@ DEVICE void decode(const Call& call, const Work& work) {
 // Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
 #define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
-                            MOEPRESS_TRELLIS_BLOCKS, kTokens, decode)
+                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, decode)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)

@@ -8,37 +8,47 @@
 #include "trellis_call.cuh"
 #include "trellis_code.cuh"
 
-#ifndef MOEPRESS_TRELLIS_STAGES
-#define MOEPRESS_TRELLIS_STAGES 3
+#ifndef MOEPRESS_TRELLIS_WGMMA  // 1: products of warpgroups
+#ifdef MOEPRESS_WARPGROUP
+#define MOEPRESS_TRELLIS_WGMMA 1
+#else
+#define MOEPRESS_TRELLIS_WGMMA 0
+#endif
 #endif
 
 namespace moepress {
 namespace {
 
-constexpr int kSlabs = 2;                         // of a block
-constexpr int kColumns = 128;  // of the product: tokens times planes
-constexpr int kStages = MOEPRESS_TRELLIS_STAGES;
+constexpr int kSlabs = 2;          // of a block, four warps each
+constexpr int kColumns = 128;      // of the product: tokens times planes
+constexpr int kShared = 99 << 10;  // bytes of the ring: what every card has
 
 // A stage of the ring.
+//   codes   [128 columns of the product][128 bytes, of one token each]; the 16-byte pieces of column
+//           n are permuted: piece i is at i ^ n % 8
 //   words   [slabs][bits + 1 parts][4 units][4 tiles][64 bytes]; part 0: the last words of the tiles
 //           above. In the tiles 2 and 3 the halves are swapped: that avoids bank conflicts.
-//   codes   [128 columns of the product][128 bytes, of one token each]; its 16-byte pieces are
-//           permuted by the column, see `piece_of`
-//   scales  [4 groups][128 tokens] float32
+//   scales  [groups][128 tokens] float32
 //   sums    the same, int32
-constexpr int kWordsBytes = 1024 * 5;  // of a slab
-constexpr int kCodesAt = kSlabs * kWordsBytes;
-constexpr int kScalesAt = kCodesAt + kColumns * kStep;
-constexpr int kSumsAt = kScalesAt + 4 * kStepUnits * kColumns;
-constexpr int kStageBytes = kSumsAt + 4 * kStepUnits * kColumns;
+template <int bits, int group>
+struct Stage {
+    static constexpr int groups = kStep / group;
+    static constexpr int slab_words = 1024 * (bits + 1);
+    static constexpr int words = kColumns * kStep;  // where the words are
+    static constexpr int scales = words + kSlabs * slab_words;
+    static constexpr int sums = scales + 4 * groups * kColumns;
+    static constexpr int bytes = sums + 4 * groups * kColumns;
+    static constexpr int count = kShared / bytes < 4 ? kShared / bytes : 4;
+    static_assert(bytes % 1024 == 0 && count >= 3);
+};
 
 DEVICE int swapped(int tile, int byte) { return 64 * tile + (byte ^ (tile / 2 * 32)); }
-DEVICE int piece_of(int column, int piece) { return piece ^ (column % 4 * 2); }
+DEVICE int piece_of(int column, int piece) { return piece ^ column % 8; }
 
 // The copies of one thread.
 template <int bits, int group_columns, int planes>
 struct Loader {
-    static constexpr int units = group_columns / kUnitColumns;
+    using To = Stage<bits, group_columns>;
     static constexpr int tokens = kColumns / planes;
     static constexpr int parts = (bits + 2) / 2;  // of the words that a thread copies
 
@@ -74,7 +84,7 @@ struct Loader {
     DEVICE void copy(uint8_t* stage, int step) {
         const int t = int(threadIdx.x), item = t % 64;
         const int left = cols / kUnitColumns - step * kStepUnits;  // units
-        uint8_t* to = stage + t / 128 * kWordsBytes + t % 128 / 64 * 1024 + item / 16 * 256 +
+        uint8_t* to = stage + To::words + t / 128 * To::slab_words + t % 128 / 64 * 1024 + item / 16 * 256 +
                       swapped(item / 4 % 4, item % 4 * 16);
         if (item / 16 < left) {
             cp_async_16(to, words[0]);
@@ -90,14 +100,14 @@ struct Loader {
         for (int i = 0; i < 4; ++i) {
             const int at = t / 8 + 32 * i;
             if (has[i])
-                cp_async_16_or_zero(stage + kCodesAt + at * kStep + 16 * piece_of(at, piece),
+                cp_async_16_or_zero(stage + at * kStep + 16 * piece_of(at, piece),
                                     codes[i] + (column < cols ? column : 0), column < cols);
         }
         if (has_group)
 #pragma unroll
-            for (int i = 0; i < kStepUnits / units; ++i) {
-                const int g = step * kStepUnits / units + i;
-                cp_async_4_or_zero(stage + kScalesAt + (t / 128 * kStepUnits + i) * 4 * kColumns +
+            for (int i = 0; i < To::groups; ++i) {
+                const int g = step * To::groups + i;
+                cp_async_4_or_zero(stage + (t < 128 ? To::scales : To::sums) + 4 * kColumns * i +
                                        t % 128 * 4,
                                    group + (g < groups ? g : 0), g < groups);
             }
@@ -113,24 +123,47 @@ struct Sums {
     float value[kColumns / 8][4 / planes];
 };
 
-// acc = c + A B over a unit of a stage's codes.
+// acc = A B over a unit of a stage's codes; added to acc unless it is the `first` of a group. The
+// result is there after `finished`.
 template <int count>
 DEVICE void multiply(const uint32_t (&a)[count][4], const uint8_t* codes, int unit, bool first,
                      Exact& acc) {
-    const int r = lane_id() / 4, j = lane_id() % 4;
-    const int none[4] = {};
-    const int at = r * kStep + 16 * piece_of(r, 2 * unit + j / 2) + j % 2 * 8;
+#if MOEPRESS_TRELLIS_WGMMA
+    const uint64_t b = warpgroup_columns(codes, unit * kUnitColumns);
+    warpgroup_begin();
 #pragma unroll
-    for (int c = 0; c < kColumns / 8; ++c) {
-        const uint2 x = *reinterpret_cast<const uint2*>(codes + at + 8 * kStep * c);
-        const uint32_t b[2] = {x.x, x.y};
-        if (first)
-            mma_u8s8(acc.value[c], a[0], b, none);
-        else
-            mma_u8s8(acc.value[c], a[0], b, acc.value[c]);
+    for (int i = 0; i < count; ++i) warpgroup_u8s8(acc.value, a[i], b, i > 0 || !first);
+    warpgroup_commit();
+#else
+    if (first) acc = {};
+    // Each load brings both halves of a unit for 16 columns.
+    const int row = lane_id() % 8 + lane_id() / 16 * 8;
+    const uint8_t* at = codes + row * kStep + 16 * piece_of(row, 2 * unit + lane_id() / 8 % 2);
 #pragma unroll
-        for (int i = 1; i < count; ++i) mma_u8s8(acc.value[c], a[i], b, acc.value[c]);
+    for (int c = 0; c < kColumns / 8; c += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b, at + 8 * kStep * c);
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+        for (int i = 0; i < count; ++i) mma_u8s8(acc.value[c], a[i], left, acc.value[c]);
+#pragma unroll
+        for (int i = 0; i < count; ++i) mma_u8s8(acc.value[c + 1], a[i], right, acc.value[c + 1]);
     }
+#endif
+}
+// Wait until at most `pending` of this warp's calls of `multiply` are under way.
+template <int pending>
+DEVICE void finished() {
+#if MOEPRESS_TRELLIS_WGMMA
+    warpgroup_wait<pending>();
+#endif
+}
+
+// After waiting for copies, before the barrier: products of warpgroups will see them.
+DEVICE void see_copies() {
+#if MOEPRESS_TRELLIS_WGMMA
+    warpgroup_see_shared();
+#endif
 }
 
 template <int planes>
@@ -156,66 +189,86 @@ DEVICE void add_group(const Exact& acc, const float* scales, Sums<planes>& sums)
 
 template <int bits, int group, int planes>
 DEVICE void prefill(const Call& call, const Work& work) {
-    constexpr int center = kCenter[bits];
+    using Ring = Stage<bits, group>;
+    constexpr int center = kCenter[bits], units = group / kUnitColumns;
+    constexpr int ahead = Ring::count - 2;  // steps
     auto* const shared = shared_memory<uint8_t>();
+    const uint8_t* const matrix = work.matrix;
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
     const int64_t slab_bytes = int64_t(8) * call.k * bits;
-    const uint8_t* const matrix = work.matrix;
-    const int s = work.row_block * kSlabs + warp_id() / 4;
-    const int mine = s < slabs ? s : slabs - 1;  // a warp without a slab works for nobody
+    const int warps = warp_id() / 4;  // which four: they take a slab
+    const int s = work.row_block * kSlabs + warps;
+    const int mine = s < slabs ? s : slabs - 1;  // warps without a slab work for nobody
     const int steps = (call.k + kStep - 1) / kStep;
     const int begin = int(int64_t(steps) * work.split / call.splits);
     const int end = int(int64_t(steps) * (work.split + 1) / call.splits);
-    constexpr int units = group / kUnitColumns;
 
-    Loader<bits, group, planes> loader(call, work, matrix + (mine ? mine - 1 : slabs - 1) * slab_bytes,
-                                matrix + mine * slab_bytes, begin);
+    Loader<bits, group, planes> loader(call, work,
+                                       matrix + (mine ? mine - 1 : slabs - 1) * slab_bytes,
+                                       matrix + mine * slab_bytes, begin);
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-        if (begin + i < end) loader.copy(shared + i * kStageBytes, begin + i);
+    for (int i = 0; i < ahead; ++i) {
+        if (begin + i < end) loader.copy(shared + i * Ring::bytes, begin + i);
         cp_async_commit();
     }
 
     const RowBlock<bits> block(warp_id() % 4);
     const int r = lane_id() / 4, j = lane_id() % 4;
-    const int words_at = warp_id() / 4 * kWordsBytes + block.last * 1024 + swapped(j, 8 * r);
+    const int words_at =
+        Ring::words + warps * Ring::slab_words + block.last * 1024 + swapped(j, 8 * r);
     const int oldest = block.last > 0 ? -1024 : 0;  // of the words; used where it is not 0
     Exact acc;
     Sums<planes> sums = {};
     float correction = 0;  // of token threadIdx.x
-    int stage = 0;
+    // The second four warps are half a step behind the first, so that the tensor cores have work
+    // while one of them adds up a group. There are two barriers in a step. At that which begins a
+    // step of the first four warps, the copies of this step are there; the second four are in the
+    // middle of the step before, and all have finished the one before that.
+    cp_async_wait<ahead - 1>();
+    see_copies();
+    if (warps) __syncthreads();
+    int stage = 0, free_stage = ahead;  // of the current step; of the next copy
     for (int step = begin; step < end; ++step) {
-        cp_async_wait<kStages - 2>();
         __syncthreads();
-        if (step + kStages - 1 < end)
-            loader.copy(shared + (stage ? stage - 1 : kStages - 1) * kStageBytes,
-                        step + kStages - 1);
+        if (step + ahead < end) loader.copy(shared + free_stage * Ring::bytes, step + ahead);
         cp_async_commit();
-        const uint8_t* const now = shared + stage * kStageBytes;
-        const auto* scales = reinterpret_cast<const float*>(now + kScalesAt);
+        free_stage = free_stage + 1 == Ring::count ? 0 : free_stage + 1;
+        const uint8_t* const now = shared + stage * Ring::bytes;
+        const auto* scales = reinterpret_cast<const float*>(now + Ring::scales);
         if (int(threadIdx.x) < kColumns / planes) {
-            const auto* exact = reinterpret_cast<const int32_t*>(now + kSumsAt);
+            const auto* exact = reinterpret_cast<const int32_t*>(now + Ring::sums);
 #pragma unroll
-            for (int i = 0; i < kStepUnits / units; ++i) {
+            for (int i = 0; i < Ring::groups; ++i) {
                 const int at = i * kColumns + int(threadIdx.x);
                 correction = fmaf(scales[at], float(center * exact[at]), correction);
             }
         }
+        uint32_t a[2][kCounted<bits>][4];
 #pragma unroll
         for (int u = 0; u < kStepUnits; ++u) {
-            uint2 word[3];
+            if (u == 2) {
+                cp_async_wait<ahead - 1>();
+                see_copies();
+                __syncthreads();
+            }
             const uint8_t* from = now + words_at + 256 * u;
+            uint2 word[3];
             word[2] = *reinterpret_cast<const uint2*>(from + 1024);
             word[1] = *reinterpret_cast<const uint2*>(from);
             word[0] = make_uint2(0, 0);
             if (bits == 3) word[0] = *reinterpret_cast<const uint2*>(from + oldest);
-            uint32_t a[kCounted<bits>][4];
-            fragments<bits>(word, block.shift, a);
-            multiply(a, now + kCodesAt, u, u % units == 0, acc);
-            if ((u + 1) % units == 0) add_group<planes>(acc, scales + u / units * kColumns, sums);
+            fragments<bits>(word, block.shift, a[u % 2]);
+            multiply(a[u % 2], now, u, u % units == 0, acc);
+            if ((u + 1) % units == 0) {
+                finished<0>();
+                add_group<planes>(acc, scales + u / units * kColumns, sums);
+            } else {
+                finished<1>();
+            }
         }
-        stage = stage + 1 == kStages ? 0 : stage + 1;
+        stage = stage + 1 == Ring::count ? 0 : stage + 1;
     }
+    if (!warps) __syncthreads();
     cp_async_wait<0>();
     __syncthreads();
     auto* const corrections = reinterpret_cast<float*>(shared);
@@ -252,7 +305,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
 }  // namespace moepress
 
 // Grid: ceil(N / 128) blocks of rows, splits, panels of 128 positions (64 in two planes). Dynamic
-// shared memory: kStages kStageBytes.
+// shared memory: kShared.
 #define MOEPRESS_TRELLIS_PREFILL(GROUP, PLANES)                                         \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_prefill, GROUP, PLANES, 128 * moepress::kSlabs, 1, \
                             kColumns, prefill)
