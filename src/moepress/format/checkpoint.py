@@ -108,7 +108,7 @@ class Writer:
         write: Callable[[Path, Mapping[str, Tensor]], None] = save_tensors,
     ) -> None:
         self._write = write
-        self._later = device is not None and device.type == "cuda"
+        self._card = device if device is not None and device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "moepress-write")
         self._begun: list[Future[None]] = []
 
@@ -118,16 +118,16 @@ class Writer:
         Raises:
             CheckpointError: this file or one before it cannot be written.
         """
-        if not self._later:
+        if self._card is None:
             self._write(path, tensors)
             return
         copies = {name: _host_copy(tensor) for name, tensor in tensors.items()}
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._card)
         self.run(lambda: self._write(path, copies))
 
     def run(self, work: Callable[[], None]) -> None:
         """Do something after the files that were saved before."""
-        if not self._later:
+        if self._card is None:
             work()
             return
         if len(self._begun) > 3:  # copies take memory
