@@ -14,6 +14,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -130,6 +131,65 @@ def cases(card: Card, folder: Path) -> Iterator[Case]:
         return
     for name, about in json.loads(path.read_text()).items():
         yield Case(name, partial(compared, card, folder, name, about), 60)
+    yield Case("ways to load", partial(check_loading, card, folder), 60)
+
+
+@torch.inference_mode()
+def check_loading(card: Card, folder: Path) -> list[Row]:
+    """Packed modules on the card give the same, however they came there."""
+    from transformers import AutoModelForCausalLM
+
+    from moepress.hf import load_model
+
+    path, ids = folder / "carried-default", torch.arange(3, 40)[None]
+    moved = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(card.device)
+    places = {str(p.device) for p in load_model(path, str(card.device)).parameters()}
+    if places != {str(card.device)}:
+        raise CheckError(f"parameters are on {places}, expected {card.device}")
+    exact = moved(ids.to(card.device)).logits
+    layer = {f"model.layers.{n}": card.device if n < 2 else "cpu" for n in range(4)}
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    maps = {
+        "one device": {"": card.device},
+        "auto": "auto",
+        "two layers on the CPU": layer | dict.fromkeys(names, card.device),
+    }
+    wrong = []
+    for label, device_map in maps.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map)
+        if not torch.equal(model(ids.to(card.device)).logits, exact):
+            wrong.append(label)
+    text = moved.generate(ids.to(card.device), max_new_tokens=8, do_sample=False)
+    if wrong or text.shape[1] != ids.shape[1] + 8:
+        raise CheckError(f"other logits with device_map: {wrong}; generated {text.shape}")
+    return [{"ways": len(maps), "parameters_on": str(places)}]
+
+
+@torch.inference_mode()
+def check_static_generate(card: Card, folder: Path) -> list[Row]:
+    """transformers' own way to decode fast: a static cache, the forward pass compiled."""
+    from transformers import AutoModelForCausalLM
+
+    import moepress  # noqa: F401  # registers the loader
+    from moepress.kernels.modules import set_activation_bits
+
+    path = folder / "carried-default"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(card.device)
+    set_activation_bits(model, 16)
+    ids = torch.arange(3, 20, device=card.device)[None]
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    plain = model.generate(ids, **options)
+    started = time.perf_counter()
+    first = model.generate(ids, cache_implementation="static", **options)
+    compiled_s = time.perf_counter() - started
+    started = time.perf_counter()
+    model.generate(ids, cache_implementation="static", **options)
+    card.synchronize()
+    again = time.perf_counter() - started
+    same = float((plain == first).float().mean())
+    if same < 0.9:  # sums in another order may choose another token once
+        raise CheckError(f"{same:.0%} of the tokens are those without compilation")
+    return [{"same_tokens": same, "first_s": compiled_s, "tokens_per_s": 24 / again}]
 
 
 def missing(path: Path) -> list[Row]:

@@ -93,7 +93,8 @@ def quantize_tensors(
         return out
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
-    journal = Journal(out / WORK / "quantize", work, len(layers), lambda i: out / shard_name(i))
+    folder = out / WORK / "quantize"
+    journal = Journal(folder, work, len(layers), lambda i: out / shard_name(i), source.device)
     todo = journal.todo
     check_space(out, plan, len(todo) / len(layers), ids.numel() * source.hidden)
     plan.save(out / PLAN)

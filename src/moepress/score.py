@@ -97,7 +97,9 @@ def score_tensors(
     """
     keep_ids(folder, ids)
     texts = Texts.of(ids, [weight for _, weight in recipe.calib])
-    journal = Journal(folder, identity(source, recipe, ids), len(source.layers))
+    journal = Journal(
+        folder, identity(source, recipe, ids), len(source.layers), device=source.device
+    )
     if journal.todo:
         sensitivity = _sensitivity(source, recipe, ids, folder / SENSITIVITY)
         walk = Walk(source, ids)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from moepress.errors import MoepressError
 from moepress.format.codec import Codec
-from moepress.kernels.trellis import rotate
 from moepress.original.walk import Walk
 from moepress.rounding.hessian import Factor
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices, quantize_matrix
 from moepress.rounding.options import Rounding
+from moepress.rounding.rotation import rotate
 
 
 class SharedInputs(NamedTuple):

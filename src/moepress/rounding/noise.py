@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate_back
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
 from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.trellis import (
@@ -37,6 +37,7 @@ from moepress.rounding.methods.trellis import (
     rotated_rows,
 )
 from moepress.rounding.methods.viterbi import search
+from moepress.rounding.rotation import rotate_back
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
 DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
@@ -96,13 +97,36 @@ def noisy_weights(
     target = (rows * inverse(size)[:, None]).T.contiguous()  # [K, N], every row of variance 1
     feedback = block_feedback(factor.feedback)
     noise = noise.to(target.device)
-    for bits in widths:
-        error = code_error(bits, len(rows), rows.device)
+    errors = [code_error(bits, len(rows), rows.device) for bits in widths]
+    for drawn in _drawn_for_widths(target, feedback, errors, noise):
         with tensor_cores(rows.device):
-            kept = target - drawn_errors(target, feedback, error, noise)
-            codes = kept.T * size[:, None]
+            codes = (target - drawn).T * size[:, None]
             gain = best_scale(rows, codes, torch.ones_like(size), factor)
         yield rotate_back(codes * gain[:, None])
+
+
+def _drawn_for_widths(
+    target: Tensor, feedback: Tensor, errors: Sequence[float], noise: Tensor
+) -> Iterator[Tensor]:
+    """`drawn_errors` for each of `errors`; on a card all in one visit of the columns."""
+    if target.device.type == "cpu":
+        for error in errors:
+            yield drawn_errors(target, feedback, error, noise)
+        return
+    each = torch.tensor(errors, device=target.device)[:, None]  # [W, 1]
+    spread = (each * (1 - each)).sqrt()
+    buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
+
+    def visit(start: int, stop: int) -> None:
+        received = buffer[start:stop]
+        adjusted = target[start:stop, None] + received
+        deviation = adjusted.square().mean((0, 2), keepdim=True).sqrt() * spread
+        residual = torch.addcmul(each * adjusted, deviation, noise[start:stop, None])
+        torch.sub(residual, received, out=received)
+
+    with tensor_cores(target.device):
+        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
+    yield from buffer.unbind(1)
 
 
 def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) -> Tensor:

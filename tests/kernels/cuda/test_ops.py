@@ -97,7 +97,9 @@ def test_activations_have_the_order_of_the_kernels() -> None:
     assert cuda.ACTIVATIONS == cpu.ACTIVATIONS == tuple(sorted(ACTIVATIONS))
 
 
-@pytest.mark.parametrize("pairs, experts, size", [(1, 4, 8), (40, 3, 8), (3000, 70, 64)])
+@pytest.mark.parametrize(
+    "pairs, experts, size", [(1, 4, 8), (31, 3, 8), (32, 200, 4), (40, 3, 8), (3000, 70, 64)]
+)
 def test_routing_sorts_pairs_by_expert(pairs: int, experts: int, size: int) -> None:
     torch.manual_seed(pairs)
     index = torch.randint(-1, experts + 1, (pairs,))

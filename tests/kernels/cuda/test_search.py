@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from moepress.compress import compress
 from moepress.format.codec import Codec
+from moepress.kernels import trellis
 from moepress.kernels.cuda.launch import LAUNCHERS, Launcher
+from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import code_matrix
 from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.methods import viterbi
 from moepress.rounding.methods.trellis import Unrounded, quantize_together, quantize_trellis
+from moepress.rounding.rotation import rotate, rotate_back
+from tests.conftest import small_recipe
 from tests.kernels.cuda.emulate import launch, needs_compiler
 
 pytestmark = needs_compiler
@@ -30,9 +36,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     LAUNCHES.clear()
     monkeypatch.setitem(LAUNCHERS, "cpu", lambda device: Launcher(run, 1))
-    viterbi.has_kernel.cache_clear()
+    available.cache_clear()
     yield
-    viterbi.has_kernel.cache_clear()
+    available.cache_clear()
 
 
 def targets(rows: int, bits: int) -> dict[str, Tensor]:
@@ -77,6 +83,16 @@ def test_many_matrices_at_a_time(card: None) -> None:
         assert errors[number, 8:].equal(target[number, 8:] - values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 32), (5, 7, 96), (2, 4096), (3, 14336)])
+def test_rotation(dtype: torch.dtype, shape: tuple[int, ...], card: None) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert rotate(x).equal(trellis.rotate(x))
+    assert set(LAUNCHES) == {"moepress_rotation"}
+    weight = x.float()
+    assert rotate_back(weight).equal(trellis.rotate_back(weight))
+
+
 def test_rounding_together_equals_rounding_alone(
     card: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,9 +108,28 @@ def test_rounding_together_equals_rounding_alone(
         for bits, one in ((2, factor()), (4, None), (1, factor()))
     ]
     together = quantize_together(given)
-    assert len(LAUNCHES) == 4
+    assert LAUNCHES.count("moepress_viterbi_search") == 4
     monkeypatch.delitem(LAUNCHERS, "cpu")
-    viterbi.has_kernel.cache_clear()
+    available.cache_clear()
     for matrix, one in zip(together, given, strict=True):
         alone = quantize_trellis(*one)
         assert matrix.branches.equal(alone.branches) and matrix.scales.equal(alone.scales)
+
+
+def test_a_whole_compression(
+    card: None,
+    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    recipe = small_recipe(
+        text_file, "default", bits=2.0, expert_bits=(2,), linear_bits=(8,), sensitivity="none"
+    )
+    emulated = compress(model_folder(), tmp_path / "emulated", recipe)
+    assert set(LAUNCHES) == {"moepress_viterbi_search", "moepress_rotation"}
+    monkeypatch.delitem(LAUNCHERS, "cpu")
+    available.cache_clear()
+    usual = compress(model_folder(), tmp_path / "usual", recipe)
+    for file in usual.glob("*.safetensors"):
+        assert file.read_bytes() == (emulated / file.name).read_bytes()

@@ -7,6 +7,7 @@ extern "C" __global__ void __launch_bounds__(128)
     moepress_combine_experts(const float* out, int64_t splits, int64_t positions,
                              const int32_t* position, const void* weight, int64_t weight_dtype,
                              int64_t k, int64_t cols, void* y, int64_t dtype) {
+    begin();
     const int64_t token = blockIdx.y;
     const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (column >= cols) return;
@@ -32,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(128)
 extern "C" __global__ void __launch_bounds__(128)
     moepress_combine_linear(const float* out, int64_t splits, int64_t rows, int64_t cols,
                             const void* bias, int64_t bias_dtype, void* y, int64_t dtype) {
+    begin();
     const int64_t row = blockIdx.y, column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (column >= cols) return;
     float sum = 0;

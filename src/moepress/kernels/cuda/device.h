@@ -43,6 +43,14 @@ DEVICE T* shared_memory() {
 DEVICE int lane_id() { return int(threadIdx.x & 31); }
 DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 
+// What every kernel does first: wait until the kernel before it on the stream has ended, where this
+// one was launched without waiting (OVERLAP in launch.py), and let the next one come to the card.
+DEVICE void begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEVICE void trap() { __trap(); }
 
 // Fails the launch as assert() does: the message is printed, with block and thread.
@@ -52,6 +60,12 @@ DEVICE void fail(const char* message) { __assertfail(message, __FILE__, __LINE__
 // Barrier `id` (1 to 15) of `threads` threads of the block, whole warps. Barrier 0: __syncthreads.
 DEVICE void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Count as one of the `threads` that barrier `id` waits for, and go on. What this thread wrote before is
+// visible to threads that wait there.
+DEVICE void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Loads of data that is read once: past L1, through the read-only path.

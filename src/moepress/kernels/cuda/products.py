@@ -24,6 +24,9 @@ class Product:
         shared: bytes of dynamic shared memory, from columns, group size, splits and planes.
         least: the fewest columns of a split.
         variants: whether each group size and number of planes has a kernel of its own.
+        halves: the order of the codes it reads, as in rounding.cuh.
+        resident: the blocks that run on a multiprocessor at the same time.
+        enough: how many of them it takes to keep a multiprocessor busy.
     """
 
     kernel: str
@@ -33,6 +36,9 @@ class Product:
     shared: Callable[[int, int, int, int], int]
     least: int
     variants: bool = False
+    halves: bool = False
+    resident: int = 1
+    enough: int = 1
 
     def name(self, group: int, planes: int) -> str:
         """The name of the kernel for a group size and a number of planes."""
@@ -50,11 +56,14 @@ class Product:
         """The number of splits, none of them empty, for matrices [rows, cols] and busy panels.
 
         More splits are taken while they shorten the longest queue of a multiprocessor by a tenth.
+        Fewer blocks than `enough` at the same time take as long as these.
         """
         groups, blocks = cols // group, self.row_blocks(rows) * panels
         best, least_time = 1, math.inf
         for splits in range(1, min(MOST_SPLITS, cols // self.least) + 1):
-            time = -(-blocks * splits // multiprocessors) / splits
+            queue = -(-blocks * splits // multiprocessors)
+            last = queue % self.resident
+            time = (queue - last + (max(last, self.enough) if last else 0)) / splits
             if time < 0.9 * least_time:
                 best, least_time = splits, time
         return -(-groups // -(-groups // best))
@@ -84,15 +93,49 @@ MOST_SPLITS = 8
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
     "trellis": Product(
-        "moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512, True
+        "moepress_trellis_decode",
+        (8, 4),
+        64,
+        128,
+        _trellis_decode_shared,
+        512,
+        variants=True,
+        resident=5,
+        enough=4,
     ),
-    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 512, variants=True),
+    "int": Product(
+        "moepress_scalar_decode",
+        (8, 8),
+        128,
+        128,
+        _two_stages,
+        512,
+        variants=True,
+        resident=4,
+        enough=3,
+    ),
 }
 MANY = {
     "trellis": Product(
-        "moepress_trellis_prefill", (128, 64), 128, 256, _trellis_prefill_shared, 1024, True
+        "moepress_trellis_prefill",
+        (128, 64),
+        128,
+        256,
+        _trellis_prefill_shared,
+        1024,
+        variants=True,
+        halves=True,
     ),
-    "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
+    "int": Product(
+        "moepress_scalar_prefill",
+        (64, 64),
+        128,
+        128,
+        _ring,
+        1024,
+        variants=True,
+        resident=2,
+    ),
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone

@@ -117,7 +117,8 @@ DEVICE void multiply(const Call& call, const Work& work) {
         stage = other;
     }
 
-    const int row = block * kBlockRows + 4 * (r & 3);
+    const int warp = work.row_block * kWarps + warp_id();
+    const int row = (2 * warp + (r >> 2)) * kBlockRows + 4 * (r & 3);
     float* out = call.out + (work.split * call.positions + work.first + result) * call.rows;
     if (result < work.count) store_rows<bits>(out, row, call.rows, y[0]);
     if (wide && result + 1 < work.count) store_rows<bits>(out + call.rows, row, call.rows, y[1]);
@@ -151,6 +152,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
             const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
             int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
         using namespace moepress;                                                                  \
+        begin();                                                                                   \
         if (planes != PLANES || g != GROUP) trap();                                                \
         const Work work =                                                                          \
             work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \

@@ -157,7 +157,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
         }
     }
 
-    const int row = block * kBlockRows + 4 * (r & 3);
+    const int row = (work.row_block * kWarps + warp_id()) * kWarpRows + 4 * r;
     float* out = call.out + (work.split * call.positions + work.first) * call.rows;
 #pragma unroll
     for (int n = 0; n < kPanel / 8; ++n) {
@@ -197,6 +197,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
             const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
             int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
         using namespace moepress;                                                                  \
+        begin();                                                                                   \
         if (planes != PLANES || g != GROUP) trap();                                                \
         const Work work =                                                                          \
             work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for, missing
 
+logger = logging.getLogger(__name__)
+
 THREADS = 256
 PATHS = 32  # through eight columns of a matrix
 BLOCKS = 3  # of threads that a multiprocessor runs at a time, by their registers
@@ -17,11 +20,15 @@ CHOICES = 1024 // 4 * THREADS  # words of scratch of a block
 SHARED_BYTES = 2 * 8192 + 1025 * 4 + 1024 * 2 + 2 * 8 * 4  # struct Shared of viterbi.cu
 
 
-def refuses(device: torch.device) -> str | None:
-    """The reason why the search cannot run on a device, or None if it can."""
+@lru_cache(maxsize=64)
+def available(device: torch.device) -> bool:
+    """Whether the kernels for rounding run on a device. A warning says why not on a card."""
     if device.type not in LAUNCHERS:
-        return "there is no kernel for it"
-    return missing(device) if device.type == "cuda" else None
+        return False
+    reason = missing(device) if device.type == "cuda" else None
+    if reason is not None:
+        logger.warning("%s rounds trellis codes slowly, without kernels: %s", device, reason)
+    return reason is None
 
 
 def trellis_search(target: Tensor, bits: int) -> Tensor:

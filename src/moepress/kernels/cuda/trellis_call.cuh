@@ -92,6 +92,7 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
         const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n, \
         int64_t k, int64_t group, float* out, int64_t splits) {                                     \
         using namespace moepress;                                                                   \
+        begin();                                                                                    \
         if (planes != PLANES || group != GROUP) trap();                                             \
         const Call call = {q,    scale,     sum,          pair,   out,    rows,                     \
                            positions, int(choices), int(n), int(k), int(splits)};                   \

@@ -1,5 +1,24 @@
 // The best paths of a trellis code through eight columns of many matrices: the CUDA side of
 // rounding/methods/viterbi.py, which is the definition and oracle. Same integer costs, same ties.
+//
+// A block of 256 threads searches one path. A thread owns 16 states, in groups: group q is the 2^bits
+// states (j, q), where j are their oldest bits. They are the predecessors of the next step's states
+// (q, b), where b are the newest. As on the CPU (../cpu/viterbi_tiles.h) a step keeps only the least cost of each
+// group. Here the choice of j is kept too, a few bits for a group, since computing it again would
+// take more memory: choices of four steps make a word of a thread, 256 KB in global memory for the
+// 1024 steps of a run. One thread then follows them back, through shared memory.
+//
+// Costs are keys, cost * 2^bits + j: the least key has the first j of the least cost. They carry
+// the constant that float32 squares bring with them (`kMagic`); every 16 steps it is taken off
+// together with the least cost. No sum needs to saturate: the minimum starts with the largest cost.
+//
+// Instructions for a state: difference, square (both float32), key (IMAD) and a minimum, half a one
+// on Hopper, where a minimum has three inputs; at 3 and 4 bits, and with large targets, one more to
+// limit the difference. A step takes 75 (1, 2 bits) to 95 instructions of a thread by its machine
+// code, with loads, stores and choices. So an SM, which starts four warps of them in a cycle, takes
+// 150 to 190 cycles for the 4096 states of a step: 5 to 6.3e12 states/s on an H100's 132 SMs at
+// 1.755 GHz, or 1.2 to 1.5e9 weights/s. Memory: 256 bytes a step are written and read again, .5 TB/s.
+// The way back takes about 50 cycles a step in one thread, beside the steps of other blocks.
 #include "device.h"
 #include "trellis_code.h"
 

@@ -31,11 +31,13 @@ from torch import Tensor
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import trellis
+from moepress.kernels.cuda.search import available
 from moepress.kernels.memory import free_memory
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate, rotate_back
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
 from moepress.rounding.hessian import Factor
 from moepress.rounding.methods.gptq import sweep_together
-from moepress.rounding.methods.viterbi import has_kernel, round_together
+from moepress.rounding.methods.viterbi import round_together
+from moepress.rounding.rotation import rotate, rotate_back
 
 # By code bits. The scale of the search makes the standard deviation of the values START times that
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
@@ -104,7 +106,7 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
         raise InputError(f"Matrices of one shape can be rounded together, got {shapes}.")
     step = 1
     device = matrices[0].weight.device
-    if has_kernel(device):
+    if available(device):
         # Beside the arguments: three copies in float32, two of bytes, and V of each factor.
         each = 14 * matrices[0].weight.numel() + 4 * matrices[0].weight.shape[1] ** 2
         step = max(1, free_memory(device) // (2 * each))

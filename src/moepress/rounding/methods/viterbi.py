@@ -25,9 +25,7 @@ several hundred paths at a time, and eight columns of a matrix have 32.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,8 +43,6 @@ from moepress.kernels.trellis import (
     to_paths,
 )
 
-logger = logging.getLogger(__name__)
-
 UNITS = {1: 40, 2: 64, 3: 80, 4: 80}  # by code bits: a target of 1 is this many integer steps
 RUN = 1024  # steps of a path that are decided together
 SEAM = 64  # targets on each side of the seam, where the end of a path meets its start
@@ -63,7 +59,7 @@ def search(target: Tensor, bits: int) -> Tensor:
     Returns:
         [8, 64 S] uint8.
     """
-    if has_kernel(target.device):
+    if cuda.available(target.device):
         return cuda.trellis_search(target, bits)
     if target.device.type == "cpu" and cpu.missing() is None:
         return cpu.trellis_search(target, bits)
@@ -83,7 +79,7 @@ def round_together(
         bits: [M] of the codes.
         first: a multiple of 8.
     """
-    if has_kernel(target.device):
+    if cuda.available(target.device):
         cuda.trellis_search_together(target, feedback, branches, bits, first)
         return
     columns = slice(first, first + TILE_COLUMNS)
@@ -92,15 +88,6 @@ def round_together(
         found = search(wanted + errors, width)
         branches[number, columns] = found
         torch.sub(wanted, code_matrix(found.T.contiguous(), width).T, out=errors)
-
-
-@lru_cache(maxsize=64)
-def has_kernel(device: torch.device) -> bool:
-    """Whether the CUDA kernel runs on a device. A warning says why it does not run on a card."""
-    reason = cuda.refuses(device)
-    if reason is not None and device.type == "cuda":
-        logger.warning("%s searches trellis paths slowly, without the kernel: %s", device, reason)
-    return reason is None
 
 
 def search_plainly(target: Tensor, bits: int) -> Tensor:
