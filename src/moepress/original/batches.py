@@ -13,7 +13,7 @@ from moepress.kernels.memory import free_memory
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
-SHARE = 0.3  # of a card's free memory, that an array of all tokens may take
+SHARE = 0.35  # of a card's free memory, that an array of all tokens may take
 SHARE_IN_ORDER = 0.06  # the same for an array that is read in order, which costs less on the host
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 

@@ -51,9 +51,10 @@ class Factor:
 def tensor_cores(device: torch.device) -> Iterator[None]:
     """Inside the `with` statement, a card rounds factors of float32 matrix products to TF32.
 
-    TF32 keeps 11 bits of a number, which takes an eighth of the time. Inputs of layers have 8 or 11
-    bits before they are rotated, so a Hessian of rounded ones is as good. It stays positive
-    semidefinite: it is the exact one of slightly different inputs.
+    TF32 keeps 11 bits of a number, which takes an eighth of the time. It is for Hessians, whose
+    inputs have 8 or 11 bits (a Hessian of rounded inputs stays positive semidefinite), and for
+    scales, which are rounded to 8 bits. The feedback of errors is computed in float32: there,
+    rounding would change codes.
     """
     if device.type != "cuda":
         yield

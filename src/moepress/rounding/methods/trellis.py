@@ -34,7 +34,7 @@ from moepress.kernels import trellis
 from moepress.kernels.cuda.search import available
 from moepress.kernels.memory import free_memory
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
-from moepress.rounding.hessian import Factor
+from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep_together
 from moepress.rounding.methods.viterbi import round_together
 from moepress.rounding.rotation import rotate, rotate_back
@@ -230,7 +230,8 @@ def refit(
         factor: of the Hessian of the rotated inputs; None: all inputs alike.
     """
     codes = code_matrix(branches, codec.bits)[: len(rows)]
-    return best_scale(rows, codes, scale, factor)
+    with tensor_cores(rows.device):
+        return best_scale(rows, codes, scale, factor)
 
 
 def best_scale(rows: Tensor, codes: Tensor, scale: Tensor, factor: Factor | None) -> Tensor:
