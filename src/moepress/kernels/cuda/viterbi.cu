@@ -6,7 +6,7 @@
 // (q, b), where b are the newest. As on the CPU (../cpu/viterbi_tiles.h) a step keeps only the least cost of each
 // group. Here the choice of j is kept too, a few bits for a group, since computing it again would
 // take more memory: choices of four steps make a word of a thread, 256 KB in global memory for the
-// 1024 steps of a run. One thread then follows them back, through shared memory.
+// 1024 steps of a run.
 //
 // Costs are keys, cost * 2^bits + j: the least key has the first j of the least cost. They carry
 // the constant that float32 squares bring with them (`kMagic`); every 16 steps it is taken off
@@ -18,7 +18,7 @@
 // code, with loads, stores and choices. So an SM, which starts four warps of them in a cycle, takes
 // 150 to 190 cycles for the 4096 states of a step: 5 to 6.3e12 states/s on an H100's 132 SMs at
 // 1.755 GHz, or 1.2 to 1.5e9 weights/s. Memory: 256 bytes a step are written and read again, .5 TB/s.
-// The way back takes about 50 cycles a step in one thread, beside the steps of other blocks.
+// The way back is a chain of some 40 to 112 loads from the second-level cache for 1024 steps.
 #include "device.h"
 #include "trellis_code.h"
 
@@ -31,8 +31,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kRun = 1024;   // steps that are decided together
 constexpr int kWindow = 64;  // steps on each side of the seam
 constexpr int kAtOnce = 4;   // steps whose choices a thread keeps in one word
-constexpr int kPart = 32;    // steps whose choices are in shared memory while a path is traced
-constexpr int kPartWords = kPart / kAtOnce * kThreads;
+constexpr int kPart = 16;    // steps that a thread goes back
 constexpr uint32_t kLargest = 65535;  // cost
 constexpr uint32_t kMagic = 0x52800001;  // 2^38 + 2^15 as float32, whose steps there are 2^15
 
@@ -63,14 +62,13 @@ struct Code {
 };
 
 struct Shared {
-    union {
-        uint32_t keys[2][kStates / 2];
-        uint32_t choices[2][kPartWords];
-    };
+    uint32_t keys[2][kStates / 2];
+    uint32_t below[kRun / kPart];  // state before the first step of a part
     float target[kRun + 1];  // one more is read, but not used
     uint16_t states[kRun];
     uint32_t least[kWarps];
     uint32_t group[kWarps];
+    bool again[kWarps];
 };
 
 // The keys of a thread's groups after a step.
@@ -221,42 +219,48 @@ DEVICE int pass(Shared& shared, const float* value, int steps, uint32_t* choices
 }
 
 // Find the states from step `steps` - 1, where the state is `end`, back to step `last`.
+//
+// Going back is a chain of loads. So 64 threads take 16 steps each, and start `lead` steps later in
+// any state: paths that go back from different states meet soon. A thread that did not meet the
+// path of the next one, which shows where the two parts meet, takes its steps once more.
 template <int bits>
 DEVICE void trace(Shared& shared, const uint32_t* choices, int steps, int end, int last) {
     using C = Code<bits>;
-    const auto load = [&](int part, int thread, int threads) {
-        const auto* from = reinterpret_cast<const uint4*>(choices + part * kPartWords);
-        auto* to = reinterpret_cast<uint4*>(shared.choices[part % 2]);
-        const int words = min(kPartWords, (steps / kAtOnce * kThreads - part * kPartWords));
-        for (int i = thread; i < words / 4; i += threads) to[i] = from[i];
+    constexpr int lead = 96 / bits;
+    const int thread = int(threadIdx.x), parts = steps / kPart;
+    // From a state of step t to the one before.
+    const auto back = [&](uint32_t state, int t) {
+        const uint32_t group = state >> bits;
+        const uint32_t word = choices[(t - 1) / kAtOnce * kThreads + int(group) / C::owned];
+        const uint32_t place = uint32_t(t - 1) % kAtOnce * C::owned + group % C::owned;
+        return (word >> (C::first_bit + bits * place) & C::mask) << C::older | group;
     };
-    const int thread = int(threadIdx.x);
-    int part = (steps - 1) / kPart;
-    load(part, thread, kThreads);
-    __syncthreads();
+    const int first = thread * kPart, top = first + kPart - 1;
+    bool again = thread < parts && top >= last;
     uint32_t state = uint32_t(end);
-    for (; part >= last / kPart; --part) {
-        if (thread >= 32) {
-            if (part > 0) load(part - 1, thread - 32, kThreads - 32);
-        } else if (thread == 0) {
-            const uint32_t* words = shared.choices[part % 2] + kPartWords;
-            int t = part * kPart + kPart - 1;
-            for (int row = kPart / kAtOnce - 1; row >= 0; --row) {
-                words -= kThreads;
-#pragma unroll
-                for (int u = kAtOnce - 1; u >= 0; --u, --t) {
-                    // The state of step t; at the end of the path, nothing is left to choose.
-                    if (t < steps - 1) {
-                        const uint32_t group = state >> bits;
-                        const uint32_t word = words[group / C::owned];
-                        const uint32_t at = C::first_bit + bits * (u * C::owned + group % C::owned);
-                        state = (word >> at & C::mask) << C::older | group;
-                    }
-                    if (t < steps) shared.states[t] = uint16_t(state);
-                }
-            }
+    if (again) {
+        const int from = min(top + lead, steps - 1);
+        if (from < steps - 1) state = 0;
+        for (int t = from; t > top; --t) state = back(state, t);
+    }
+    for (;;) {
+        if (again) {
+            shared.states[top] = uint16_t(state);
+            for (int t = top; t > first; --t) shared.states[t - 1] = uint16_t(state = back(state, t));
+            shared.below[thread] = first ? back(state, first) : 0;
         }
         __syncthreads();
+        again = false;
+        if (thread < parts - 1 && top >= last) {
+            state = shared.below[thread + 1];
+            again = shared.states[top] != state;
+        }
+        const bool any = __any_sync(~0u, again);
+        if (lane_id() == 0) shared.again[warp_id()] = any;
+        __syncthreads();
+        bool more = false;
+        for (int w = 0; w < kWarps; ++w) more |= shared.again[w];
+        if (!more) return;
     }
 }
 
