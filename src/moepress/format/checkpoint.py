@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,10 +65,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise CheckpointError(f"Cannot write {path}: {error}.") from error
 
 
+_umask = threading.Lock()  # two threads could each take the other's mask for the process's
+
+
 def current_umask() -> int:
     """The umask of the process. It can only be read by setting it, so it is set twice."""
-    mask = os.umask(0o077)
-    os.umask(mask)
+    with _umask:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 

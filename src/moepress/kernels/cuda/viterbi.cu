@@ -77,19 +77,39 @@ struct Keys {
     uint32_t at[Code<bits>::owned];
 };
 
-// One step: from the keys before it to those after it.
+// The rounded squares of the distances between a target and the values of a thread's states, plus
+// kMagic.
+template <int bits, bool clamps>
+DEVICE void square(const float* value, float x, uint32_t* squares) {
+    const float sign = x > 0 ? -1.0f : 1.0f, size = fabsf(x), limit = x > 0 ? 32767.0f : 32768.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        const float d = clamps ? fminf(fmaf(value[i], sign, size), limit) : x - value[i];
+        // (d * d + 2^14) >> 15 above kMagic: float32 rounds the sum to a multiple of 2^15. A half
+        // is rounded to even, which is up: d is then 128 times an odd number, so d * d is
+        // 4 n + 1/2 times 2^15, and kMagic is odd.
+        squares[i] = __float_as_uint(fmaf(d, d, __uint_as_float(kMagic)));
+    }
+}
+
+template <int bits>
+DEVICE void square(const float* value, float x, uint32_t* squares) {
+    if (bits > 2 || fabsf(x) > 32767.0f - Code<bits>::widest)
+        square<bits, true>(value, x, squares);
+    else
+        square<bits, false>(value, x, squares);
+}
+
+// One step: from the keys before it, in shared memory, to those after it.
 //
 // Args:
-//   before, after: in shared memory, in the order of Code::place.
-//   value: of the thread's states, [owned][branches].
-//   x: target of the step.
+//   squares: of the thread's states, [owned][branches].
 //   largest: key of the cost 65535, with j = 0.
-template <int bits, bool clamps>
-DEVICE void step(const uint32_t* before, const float* value, float x, uint32_t largest,
+template <int bits>
+DEVICE void step(const uint32_t* before, const uint32_t* squares, uint32_t largest,
                  Keys<bits>& keys) {
     using C = Code<bits>;
     const int thread = int(threadIdx.x);
-    const float sign = x > 0 ? -1.0f : 1.0f, size = fabsf(x), limit = x > 0 ? 32767.0f : 32768.0f;
     uint32_t from[C::runs][C::branches];
     if constexpr (bits == 1) {
 #pragma unroll
@@ -114,18 +134,9 @@ DEVICE void step(const uint32_t* before, const float* value, float x, uint32_t l
     for (int i = 0; i < C::owned; ++i) {
         uint32_t least = largest;
 #pragma unroll
-        for (int j = 0; j < C::branches; ++j) {
-            float d;
-            if constexpr (clamps)
-                d = fminf(fmaf(value[i * C::branches + j], sign, size), limit);
-            else
-                d = x - value[i * C::branches + j];
-            // (d * d + 2^14) >> 15 above kMagic: float32 rounds the sum to a multiple of 2^15. A
-            // half is rounded to even, which is up: d is then 128 times an odd number, so d * d is
-            // 4 n + 1/2 times 2^15, and kMagic is odd.
-            const uint32_t square = __float_as_uint(fmaf(d, d, __uint_as_float(kMagic)));
-            least = min(least, square * uint32_t(C::branches) + from[i * C::runs / C::owned][j]);
-        }
+        for (int j = 0; j < C::branches; ++j)
+            least = min(least, squares[i * C::branches + j] * uint32_t(C::branches) +
+                                   from[i * C::runs / C::owned][j]);
         keys.at[i] = least;
     }
 }
@@ -190,21 +201,19 @@ DEVICE int pass(Shared& shared, const float* value, int steps, uint32_t* choices
     Keys<bits> keys;
     uint32_t largest = kLargest * C::branches;
     uint2 least = make_uint2(0, 0);
-    float x = shared.target[0];
+    uint32_t squares[16];
+    square<bits>(value, shared.target[0], squares);
     for (int t = 0; t < steps; t += kAtOnce) {
         uint32_t word = 0;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
             const float next = shared.target[t + u + 1];
             largest += added;
-            if (bits > 2 || fabsf(x) > 32767.0f - C::widest)
-                step<bits, true>(shared.keys[u % 2], value, x, largest, keys);
-            else
-                step<bits, false>(shared.keys[u % 2], value, x, largest, keys);
+            step<bits>(shared.keys[u % 2], squares, largest, keys);
+            store<bits>(shared.keys[1 - u % 2], keys, 0);
 #pragma unroll
             for (int i = 0; i < C::owned; ++i) word = __funnelshift_r(word, keys.at[i], bits);
-            store<bits>(shared.keys[1 - u % 2], keys, 0);
-            x = next;
+            square<bits>(value, next, squares);  // while other warps are at this step
             if (u < kAtOnce - 1) __syncthreads();
         }
         choices[t / kAtOnce * kThreads + int(threadIdx.x)] = word;
