@@ -79,8 +79,8 @@ def test_files_written_beside_the_work_of_a_card(
     for layer in range(3):
         kept = load_tensors(tmp_path / f"states-{layer}")["x"]
         assert kept.equal(torch.arange(4) + layer)
-    (tmp_path / "file").write_text("no folder")
-    writer.save({tmp_path / "file" / "x": {"x": states}})
+    (tmp_path / "taken").mkdir()
+    writer.save({tmp_path / "taken": {"x": states}})
     with pytest.raises(CheckpointError, match="Cannot write"):
         writer.save({tmp_path / "next": {"x": states}})
 
