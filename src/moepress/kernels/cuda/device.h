@@ -62,6 +62,12 @@ DEVICE void barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Count as one of the `threads` that barrier `id` waits for, and go on. What this thread wrote before is
+// visible to threads that wait there.
+DEVICE void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Loads of data that is read once: past L1, through the read-only path.
 DEVICE uint32_t load_stream_4(const void* p) {
     uint32_t v;

@@ -14,6 +14,9 @@
 #ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
 #define MOEPRESS_TRELLIS_DEPTH_WIDE 1
 #endif
+#ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
+#define MOEPRESS_TRELLIS_UNROLL 4
+#endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define MOEPRESS_TRELLIS_BLOCKS 4
@@ -26,6 +29,7 @@ namespace moepress {
 namespace {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
+constexpr int kUnroll = MOEPRESS_TRELLIS_UNROLL;
 constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
 constexpr int kDepthWide = MOEPRESS_TRELLIS_DEPTH_WIDE;
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
@@ -131,7 +135,8 @@ struct Loader {
     }
 };
 
-// The sums of a warp over chunks begin .. end - 1. Units beyond the last column have activations 0.
+// The sums of a warp over chunks of 128 columns, begin .. end - 1; the last one of a matrix may have
+// fewer columns.
 template <int bits, int group_columns, int planes>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                        const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
@@ -139,6 +144,7 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
     const int j = lane_id() % 4;
     constexpr int units = group_columns / kUnitColumns;
+    constexpr int unroll = kUnroll < units ? kUnroll : units;
     const int groups = call.k / group_columns;
     int group = begin * kStepUnits / units;
     int rest = min(end * kStepUnits, call.k / kUnitColumns) - begin * kStepUnits;  // units
@@ -190,27 +196,34 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
         }
     };
 
-    for (; rest > 0; rest -= kStepUnits) {
+    while (rest > 0) {
         start_group();
+        if (unroll < units)
 #pragma unroll
-        for (int u = 0; u < kStepUnits; ++u) {
-            const Unit<bits> now = next[u % depth];
-            loader.load(next[u % depth], u + depth, u + depth < rest);
-            if (u == 0)
-                add_unit<bits>(now.words, now.x, start, acc);
-            else
-                add_unit<bits>(now.words, now.x, acc, acc);
-            if (u == 1 ? units <= 2 : u != 3 && units == 1) {
-                end_group();
-                start_group();
+            for (int b = 0; b < 4; ++b)
 #pragma unroll
-                for (int b = 0; b < 4; ++b)
+                for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+#pragma unroll 1
+        for (int v = 0; v < units; v += unroll) {
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+            for (int u = 0; u < unroll; ++u) {
+                const Unit<bits> now = next[unroll % depth ? 0 : u % depth];
+                if (unroll % depth) {
+#pragma unroll
+                    for (int d = 0; d + 1 < depth; ++d) next[d] = next[d + 1];
+                    loader.load(next[depth - 1], u + depth, u + depth < rest);
+                } else {
+                    loader.load(next[u % depth], u + depth, u + depth < rest);
+                }
+                if (unroll == units && u == 0)
+                    add_unit<bits>(now.words, now.x, start, acc);
+                else
+                    add_unit<bits>(now.words, now.x, acc, acc);
             }
+            loader.advance(unroll);
+            rest -= unroll;
         }
         end_group();
-        loader.advance(kStepUnits);
     }
 }
 

@@ -220,18 +220,24 @@ DEVICE void prefill(const Call& call, const Work& work) {
     Exact acc;
     Sums<planes> sums = {};
     float correction = 0;  // of token threadIdx.x
-    // The second four warps are half a step behind the first, so that the tensor cores have work
-    // while one of them adds up a group. There are two barriers in a step. At that which begins a
-    // step of the first four warps, the copies of this step are there; the second four are in the
-    // middle of the step before, and all have finished the one before that.
-    cp_async_wait<ahead - 1>();
-    see_copies();
-    if (warps) __syncthreads();
+    // The two fours of warps are up to a step apart, so that the tensor cores have work while one of
+    // them adds up a group. Each copies half of a step. To begin a step, a four needs the other's word
+    // that its copies for this step are there, and that it has finished the step before the last one,
+    // whose place in the ring is filled next. The other gives it when it is in the step before this
+    // one: early, if its copies had a step's time.
+    const auto barrier = [&](int whose, int step) { return 1 + 2 * whose + step % 2; };
+    const auto give_word = [&](int step) {
+        cp_async_wait<ahead - 1>();
+        see_copies();
+        if (step < end) barrier_arrive(barrier(1 - warps, step), 2 * 128);
+    };
+    give_word(begin);
     int stage = 0, free_stage = ahead;  // of the current step; of the next copy
     for (int step = begin; step < end; ++step) {
-        __syncthreads();
+        barrier_sync(barrier(warps, step), 2 * 128);
         if (step + ahead < end) loader.copy(shared + free_stage * Ring::bytes, step + ahead);
         cp_async_commit();
+        if (ahead > 1) give_word(step + 1);
         free_stage = free_stage + 1 == Ring::count ? 0 : free_stage + 1;
         const uint8_t* const now = shared + stage * Ring::bytes;
         const auto* scales = reinterpret_cast<const float*>(now + Ring::scales);
@@ -246,11 +252,6 @@ DEVICE void prefill(const Call& call, const Work& work) {
         uint32_t a[2][kCounted<bits>][4];
 #pragma unroll
         for (int u = 0; u < kStepUnits; ++u) {
-            if (u == 2) {
-                cp_async_wait<ahead - 1>();
-                see_copies();
-                __syncthreads();
-            }
             const uint8_t* from = now + words_at + 256 * u;
             uint2 word[3];
             word[2] = *reinterpret_cast<const uint2*>(from + 1024);
@@ -259,6 +260,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
             if (bits == 3) word[0] = *reinterpret_cast<const uint2*>(from + oldest);
             fragments<bits>(word, block, a[u % 2]);
             multiply(a[u % 2], now, u, u % units == 0, acc);
+            if (ahead == 1 && u + 1 == kStepUnits) give_word(step + 1);
             if ((u + 1) % units == 0) {
                 finished<0>();
                 add_group<planes>(acc, scales + u / units * kColumns, sums);
@@ -268,7 +270,6 @@ DEVICE void prefill(const Call& call, const Work& work) {
         }
         stage = stage + 1 == Ring::count ? 0 : stage + 1;
     }
-    if (!warps) __syncthreads();
     cp_async_wait<0>();
     __syncthreads();
     auto* const corrections = reinterpret_cast<float*>(shared);
