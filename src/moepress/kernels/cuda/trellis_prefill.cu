@@ -318,7 +318,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
 // shared memory: kShared.
 #define MOEPRESS_TRELLIS_PREFILL(GROUP, PLANES)                                         \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_prefill, GROUP, PLANES, 128 * moepress::kSlabs, 1, \
-                            kColumns, prefill)
+                            kColumns, 0, prefill)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_PREFILL(MOEPRESS_GROUP, MOEPRESS_PLANES)
