@@ -141,16 +141,18 @@ def load_model(
 
     Args:
         folder: a folder made by moepress, or an original model that fits in memory.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
+            Tensors go to a card straight from the files.
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
     """
     from transformers import AutoModelForCausalLM
 
     register()
+    where = {} if device == "cpu" else {"device_map": {"": device}}
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model = model.to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **where)
+    model = model.eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
     if pruning is not None:

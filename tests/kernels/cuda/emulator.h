@@ -192,6 +192,18 @@ inline void pause() {
 
 inline void make_ready(int index) { state.warps[index / kLanes].ready |= 1u << index % kLanes; }
 
+// Let the threads go on that wait at a barrier.
+inline void release(int id) {
+    state.waiting[id] = 0;
+    for (int i = 0; i < state.threads; ++i)
+        if (state.lanes[i].barrier == id) {
+            state.lanes[i].barrier = -1;
+            make_ready(i);
+        }
+    for (int w = 0; w < state.warp_count; ++w)
+        state.warps[w].order = state.warps[w].order * 1664525u + 1013904223u >> 1;
+}
+
 inline void barrier(int id, int threads) {
     Lane& lane = *state.lane;
     if (threads % kLanes) fail("a barrier of a part of a warp");
@@ -202,15 +214,15 @@ inline void barrier(int id, int threads) {
         pause();
         return;
     }
-    state.waiting[id] = 0;
     lane.barrier = -1;
-    for (int i = 0; i < state.threads; ++i)
-        if (state.lanes[i].barrier == id) {
-            state.lanes[i].barrier = -1;
-            make_ready(i);
-        }
-    for (int w = 0; w < state.warp_count; ++w)
-        state.warps[w].order = state.warps[w].order * 1664525u + 1013904223u >> 1;
+    release(id);
+}
+
+inline void arrive(int id, int threads) {
+    if (threads % kLanes) fail("a barrier of a part of a warp");
+    if (state.waiting[id] && state.needed[id] != threads) fail("a barrier of two sizes");
+    state.needed[id] = threads;
+    if (++state.waiting[id] == threads) release(id);
 }
 
 // An operation of the lanes of a warp in `mask`: op(lanes, mask), run by the last to arrive, reads
@@ -810,6 +822,7 @@ inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
 [[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
 inline void barrier_sync(int id, int threads) { emulator::barrier(id, threads); }
+inline void barrier_arrive(int id, int threads) { emulator::arrive(id, threads); }
 
 template <class T>
 T emulated_load(const void* p) {
@@ -827,11 +840,18 @@ inline void cp_async_16(void* shared, const void* global) {
 }
 inline void cp_async_8(void* shared, const void* global) { emulator::copy_later(shared, global, 8); }
 inline void cp_async_4(void* shared, const void* global) { emulator::copy_later(shared, global, 4); }
-inline void cp_async_16_or_zero(void* shared, const void* global, bool given) {
-    emulator::copy_later(shared, global, 16, given);
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const uint8_t*>(p) - emulator::state.shared);
 }
-inline void cp_async_4_or_zero(void* shared, const void* global, bool given) {
-    emulator::copy_later(shared, global, 4, given);
+inline uint32_t kept_shared_address(const void* p) { return shared_address(p); }
+inline void cp_async_16(uint32_t shared, const void* global) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16);
+}
+inline void cp_async_16_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16, given);
+}
+inline void cp_async_4_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 4, given);
 }
 inline void cp_async_commit() { emulator::copy_commit(); }
 template <int pending>

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -81,9 +82,17 @@ def missing() -> str | None:
 
 
 def _sources(name: str) -> tuple[str, dict[str, str]]:
-    """The text of a .cu file, and of all headers by the name under which files include them."""
-    headers = (*sorted(HERE.glob("*.h")), *sorted(HERE.glob("*.cuh")), *SHARED)
-    return (HERE / f"{name}.cu").read_text(), {path.name: path.read_text() for path in headers}
+    """The text of a .cu file, and of the headers that it includes, by their names in includes."""
+    known = {p.name: p for p in (*HERE.glob("*.h"), *HERE.glob("*.cuh"), *SHARED)}
+    source = (HERE / f"{name}.cu").read_text()
+    headers: dict[str, str] = {}
+    unread = [source]
+    while unread:
+        for header in re.findall(r'^#include "(.+)"', unread.pop(), re.MULTILINE):
+            if header in known and header not in headers:
+                headers[header] = known[header].read_text()
+                unread.append(headers[header])
+    return source, headers
 
 
 def _compile(

@@ -11,7 +11,7 @@ struct Inputs {
     int64_t dtype, cols;
 
     template <int n>
-    DEVICE void load(int64_t row, int64_t column, float (&out)[n]) const {
+    DEVICE void load(int row, int column, float (&out)[n]) const {
         load_numbers(x, row * cols + column, dtype, out);
     }
 };
@@ -35,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
                       position, panel, used});
         return;
     }
-    round_rows(Inputs{x, dtype, cols}, int64_t(blockIdx.x) - sorts, rows, int(run), normal,
-               Codes{q, scale, sum, int(planes), int(g), halves != 0, rows, cols});
+    const int group_shift = __ffs(int(g)) - 1;
+    round_rows(Inputs{x, dtype, cols}, int(blockIdx.x) - sorts, int(rows), int(run), normal,
+               Codes{q, scale, sum, int(planes), group_shift, halves != 0, int(rows), int(cols)});
 }

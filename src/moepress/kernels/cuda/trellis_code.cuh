@@ -76,16 +76,20 @@ DEVICE uint32_t merged(uint32_t first, uint32_t second) {
 
 // The other way to share a slab: warp b of four takes row block b, 16 rows, of the four tiles, and a
 // lane the weights 4 b .. 4 b + 3 of its four paths: columns 8 j .. 8 j + 7 of rows 2 r and 2 r + 1.
-// They lie within a window of 32 bits that ends `shift` bits before the end of word `last`.
+// They lie within a window of up to 32 bits that ends `shift` bits before the end of word `last`.
 template <int bits>
 struct RowBlock {
     int last;   // 0 .. bits - 1
     int shift;  // 0 .. 15
+    uint32_t bytes[2];  // selectors of the window's bytes, for each parity
 
     DEVICE explicit RowBlock(int block) {
         const int end = 4 * bits * (block + 1);  // in bits of the tile
         last = (end - 1) / 16;
         shift = 16 * (last + 1) - end;
+        // At 2 bits the window begins at a byte.
+        bytes[0] = bits == 2 && shift ? 0x0541 : 0x5410;
+        bytes[1] = bits == 2 && shift ? 0x0763 : 0x7632;
     }
 };
 
@@ -96,18 +100,20 @@ constexpr int kCounted = bits <= 2 ? 2 : 4;  // bytes of a product
 // 2 r, 2 r + 1; a[byte][2], [3]: columns 8 j + 4 .. 8 j + 7. `word`: the words last - 2, last - 1,
 // last of the row block (the first one is used at 3 bits only).
 template <int bits>
-DEVICE void fragments(const uint2 (&word)[3], int shift, uint32_t (&a)[kCounted<bits>][4]) {
+DEVICE void fragments(const uint2 (&word)[3], const RowBlock<bits>& block,
+                      uint32_t (&a)[kCounted<bits>][4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const uint32_t oldest = h ? word[0].y : word[0].x, old = h ? word[1].y : word[1].x;
         const uint32_t now = h ? word[2].y : word[2].x;
-        uint32_t window[2] = {__byte_perm(now, old, 0x5410), __byte_perm(now, old, 0x7632)};
+        uint32_t window[2] = {__byte_perm(now, old, block.bytes[0]),
+                              __byte_perm(now, old, block.bytes[1])};
         if (bits == 3) {
-            window[0] = __funnelshift_r(window[0], oldest, shift);
-            window[1] = __funnelshift_r(window[1], oldest >> 16, shift);
-        } else if (bits != 4) {
-            window[0] >>= shift;
-            window[1] >>= shift;
+            window[0] = __funnelshift_r(window[0], oldest, block.shift);
+            window[1] = __funnelshift_r(window[1], oldest >> 16, block.shift);
+        } else if (bits == 1) {
+            window[0] >>= block.shift;
+            window[1] >>= block.shift;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

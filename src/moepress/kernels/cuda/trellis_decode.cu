@@ -14,6 +14,9 @@
 #ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
 #define MOEPRESS_TRELLIS_DEPTH_WIDE 1
 #endif
+#ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
+#define MOEPRESS_TRELLIS_UNROLL 4
+#endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define MOEPRESS_TRELLIS_BLOCKS 4
@@ -26,6 +29,7 @@ namespace moepress {
 namespace {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
+constexpr int kUnroll = MOEPRESS_TRELLIS_UNROLL;
 constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
 constexpr int kDepthWide = MOEPRESS_TRELLIS_DEPTH_WIDE;
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
@@ -113,14 +117,20 @@ struct Loader {
             unit * kUnitColumns + 8 * j;
     }
 
-    // Load the next unit but one, ...: `ahead` units from the current one.
+    // Load what is `ahead` units from the current one.
     DEVICE void load(Unit<bits>& unit, int ahead, bool more) {
+        load_words(unit, ahead, more);
+        load_codes(unit, ahead, more);
+    }
+    DEVICE void load_words(Unit<bits>& unit, int ahead, bool more) {
         const uint8_t* at = words + ahead * 256 * bits;
         if (more) {
             unit.words.word[0] = load_stream_8(at + above);
 #pragma unroll
             for (int i = 0; i < bits; ++i) unit.words.word[i + 1] = load_stream_8(at + 64 * i);
         }
+    }
+    DEVICE void load_codes(Unit<bits>& unit, int ahead, bool more) {
         unit.x = make_uint2(0, 0);
         if (has && more)
             unit.x = __ldg(reinterpret_cast<const uint2*>(x + ahead * kUnitColumns));
@@ -131,7 +141,8 @@ struct Loader {
     }
 };
 
-// The sums of a warp over chunks begin .. end - 1. Units beyond the last column have activations 0.
+// The sums of a warp over chunks of 128 columns, begin .. end - 1; the last one of a matrix may have
+// fewer columns.
 template <int bits, int group_columns, int planes>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                        const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
@@ -139,6 +150,7 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
     const int j = lane_id() % 4;
     constexpr int units = group_columns / kUnitColumns;
+    constexpr int unroll = kUnroll < units ? kUnroll : units;
     const int groups = call.k / group_columns;
     int group = begin * kStepUnits / units;
     int rest = min(end * kStepUnits, call.k / kUnitColumns) - begin * kStepUnits;  // units
@@ -146,7 +158,11 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     Loader<bits> loader(call, work, above, slab, planes, begin * kStepUnits);
     Unit<bits> next[depth] = {};
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load(next[d], d, d < rest);
+    for (int d = 0; d < depth; ++d) loader.load_words(next[d], d, d < rest);
+
+    wait_for_codes(call.late);
+#pragma unroll
+    for (int d = 0; d < depth; ++d) loader.load_codes(next[d], d, d < rest);
 
     // The scale of the group and the sum of the next one.
     int row[tokens];
@@ -190,27 +206,34 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
         }
     };
 
-    for (; rest > 0; rest -= kStepUnits) {
+    while (rest > 0) {
         start_group();
+        if (unroll < units)
 #pragma unroll
-        for (int u = 0; u < kStepUnits; ++u) {
-            const Unit<bits> now = next[u % depth];
-            loader.load(next[u % depth], u + depth, u + depth < rest);
-            if (u == 0)
-                add_unit<bits>(now.words, now.x, start, acc);
-            else
-                add_unit<bits>(now.words, now.x, acc, acc);
-            if (u == 1 ? units <= 2 : u != 3 && units == 1) {
-                end_group();
-                start_group();
+            for (int b = 0; b < 4; ++b)
 #pragma unroll
-                for (int b = 0; b < 4; ++b)
+                for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+#pragma unroll 1
+        for (int v = 0; v < units; v += unroll) {
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+            for (int u = 0; u < unroll; ++u) {
+                const Unit<bits> now = next[unroll % depth ? 0 : u % depth];
+                if (unroll % depth) {
+#pragma unroll
+                    for (int d = 0; d + 1 < depth; ++d) next[d] = next[d + 1];
+                    loader.load(next[depth - 1], u + depth, u + depth < rest);
+                } else {
+                    loader.load(next[u % depth], u + depth, u + depth < rest);
+                }
+                if (unroll == units && u == 0)
+                    add_unit<bits>(now.words, now.x, start, acc);
+                else
+                    add_unit<bits>(now.words, now.x, acc, acc);
             }
+            loader.advance(unroll);
+            rest -= unroll;
         }
         end_group();
-        loader.advance(kStepUnits);
     }
 }
 
@@ -269,7 +292,7 @@ DEVICE void decode(const Call& call, const Work& work) {
 // Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
 #define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
-                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, decode)
+                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, 1, decode)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)

@@ -366,6 +366,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
 moepress_viterbi_search(const float* target, float* feedback, uint8_t* branches,
                         const int32_t* bits, int64_t matrices, int64_t columns, int64_t rows,
                         int64_t first, uint32_t* choices) {
+    begin();
     uint32_t* mine = choices + int64_t(blockIdx.x) * (kRun / kAtOnce * kThreads);
     for (int64_t i = blockIdx.x; i < matrices * kPaths; i += gridDim.x) {
         const int64_t matrix = i / kPaths, at = (matrix * columns + first) * rows;
