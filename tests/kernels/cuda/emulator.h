@@ -840,11 +840,18 @@ inline void cp_async_16(void* shared, const void* global) {
 }
 inline void cp_async_8(void* shared, const void* global) { emulator::copy_later(shared, global, 8); }
 inline void cp_async_4(void* shared, const void* global) { emulator::copy_later(shared, global, 4); }
-inline void cp_async_16_or_zero(void* shared, const void* global, bool given) {
-    emulator::copy_later(shared, global, 16, given);
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const uint8_t*>(p) - emulator::state.shared);
 }
-inline void cp_async_4_or_zero(void* shared, const void* global, bool given) {
-    emulator::copy_later(shared, global, 4, given);
+inline uint32_t kept_shared_address(const void* p) { return shared_address(p); }
+inline void cp_async_16(uint32_t shared, const void* global) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16);
+}
+inline void cp_async_16_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16, given);
+}
+inline void cp_async_4_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 4, given);
 }
 inline void cp_async_commit() { emulator::copy_commit(); }
 template <int pending>

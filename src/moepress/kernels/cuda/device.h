@@ -93,6 +93,13 @@ DEVICE uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The same, in a register: compilers would compute it again and again.
+DEVICE uint32_t kept_shared_address(const void* p) {
+    uint32_t kept;
+    asm volatile("mov.b32 %0, %1;" : "=r"(kept) : "r"(shared_address(p)));
+    return kept;
+}
+
 // Asynchronous copies from global to shared memory. Their data is there after cp_async_wait, for
 // this thread; for other threads after a barrier too.
 DEVICE void cp_async_16(void* shared, const void* global) {
@@ -110,15 +117,18 @@ DEVICE void cp_async_4(void* shared, const void* global) {
                  "l"(global)
                  : "memory");
 }
-// Zeros instead, unless `given`; the address must be valid all the same.
-DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool given) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(given ? 16 : 0)
+// The same to a shared_address. Zeros and no read, unless `given`.
+DEVICE void cp_async_16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+DEVICE void cp_async_16_or_zero(uint32_t shared, const void* global, bool given) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(given ? 16 : 0)
                  : "memory");
 }
-DEVICE void cp_async_4_or_zero(void* shared, const void* global, bool given) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(given ? 4 : 0)
+DEVICE void cp_async_4_or_zero(uint32_t shared, const void* global, bool given) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+                 "r"(given ? 4 : 0)
                  : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -19,7 +19,13 @@ struct Call {
     float* out;            // [splits][positions][N]: to be summed over the splits
     int64_t rows, positions;
     int choices, n, k, splits;
+    bool late;  // wait_for_codes has not been called
 };
+
+// See `begin`. A kernel that needs no routing can read weights before, while the codes are being made.
+DEVICE void wait_for_codes(bool now) {
+    if (now) begin();
+}
 
 // What a block computes.
 struct Work {
@@ -85,17 +91,17 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
 // The kernels of a file: one for each group size and number of planes, such as
 // moepress_trellis_decode_g128_p1. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, the file
 // has only that one. product<bits, group, planes>(call, work) is what a block does.
-#define MOEPRESS_TRELLIS_KERNEL(NAME, GROUP, PLANES, THREADS, BLOCKS, SIZE, PRODUCT)                \
+#define MOEPRESS_TRELLIS_KERNEL(NAME, GROUP, PLANES, THREADS, BLOCKS, SIZE, LATE, PRODUCT)                \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_g##GROUP##_p##PLANES(      \
         const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows,      \
         const int32_t* pair, int64_t choices, const int32_t* panel, int64_t positions,              \
         const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n, \
         int64_t k, int64_t group, float* out, int64_t splits) {                                     \
         using namespace moepress;                                                                   \
-        begin();                                                                                    \
+        wait_for_codes(!(LATE) || panel || table); \
         if (planes != PLANES || group != GROUP) trap();                                             \
         const Call call = {q,    scale,     sum,          pair,   out,    rows,                     \
-                           positions, int(choices), int(n), int(k), int(splits)};                   \
+                           positions, int(choices), int(n), int(k), int(splits), (LATE) && !panel && !table};                   \
         const Work work =                                                                           \
             work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);               \
         if (!work.count) return;                                                                    \

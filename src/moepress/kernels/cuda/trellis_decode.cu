@@ -117,14 +117,20 @@ struct Loader {
             unit * kUnitColumns + 8 * j;
     }
 
-    // Load the next unit but one, ...: `ahead` units from the current one.
+    // Load what is `ahead` units from the current one.
     DEVICE void load(Unit<bits>& unit, int ahead, bool more) {
+        load_words(unit, ahead, more);
+        load_codes(unit, ahead, more);
+    }
+    DEVICE void load_words(Unit<bits>& unit, int ahead, bool more) {
         const uint8_t* at = words + ahead * 256 * bits;
         if (more) {
             unit.words.word[0] = load_stream_8(at + above);
 #pragma unroll
             for (int i = 0; i < bits; ++i) unit.words.word[i + 1] = load_stream_8(at + 64 * i);
         }
+    }
+    DEVICE void load_codes(Unit<bits>& unit, int ahead, bool more) {
         unit.x = make_uint2(0, 0);
         if (has && more)
             unit.x = __ldg(reinterpret_cast<const uint2*>(x + ahead * kUnitColumns));
@@ -152,7 +158,11 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     Loader<bits> loader(call, work, above, slab, planes, begin * kStepUnits);
     Unit<bits> next[depth] = {};
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load(next[d], d, d < rest);
+    for (int d = 0; d < depth; ++d) loader.load_words(next[d], d, d < rest);
+
+    wait_for_codes(call.late);
+#pragma unroll
+    for (int d = 0; d < depth; ++d) loader.load_codes(next[d], d, d < rest);
 
     // The scale of the group and the sum of the next one.
     int row[tokens];
@@ -282,7 +292,7 @@ DEVICE void decode(const Call& call, const Work& work) {
 // Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
 #define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
-                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, decode)
+                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, 1, decode)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)
