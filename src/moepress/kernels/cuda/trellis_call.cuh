@@ -22,7 +22,8 @@ struct Call {
     bool late;  // wait_for_codes has not been called
 };
 
-// See `begin`. A kernel that needs no routing can read weights before, while the codes are being made.
+// See `begin`. Without `pair`, panels are older than the kernel before this one, which makes the codes:
+// weights can be read while it runs.
 DEVICE void wait_for_codes(bool now) {
     if (now) begin();
 }
@@ -98,10 +99,10 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
         const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n, \
         int64_t k, int64_t group, float* out, int64_t splits) {                                     \
         using namespace moepress;                                                                   \
-        wait_for_codes(!(LATE) || panel || table); \
+        wait_for_codes(!(LATE) || pair); \
         if (planes != PLANES || group != GROUP) trap();                                             \
         const Call call = {q,    scale,     sum,          pair,   out,    rows,                     \
-                           positions, int(choices), int(n), int(k), int(splits), (LATE) && !panel && !table};                   \
+                           positions, int(choices), int(n), int(k), int(splits), (LATE) && !pair};                   \
         const Work work =                                                                           \
             work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);               \
         if (!work.count) return;                                                                    \
