@@ -57,7 +57,7 @@ class Product:
     def splits(self, rows: int, cols: int, group: int, panels: int, multiprocessors: int) -> int:
         """The number of splits, none of them empty, for matrices [rows, cols] and busy panels.
 
-        More splits are taken where they make the work of the busiest multiprocessor a tenth shorter.
+        More splits are taken where the work of the busiest multiprocessor gets a tenth shorter.
         """
         groups, blocks = cols // group, self.row_blocks(rows) * panels
         best, least_time = 1, math.inf
