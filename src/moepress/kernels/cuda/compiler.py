@@ -61,7 +61,8 @@ def architecture(capability: tuple[int, int]) -> str:
     """
     if capability < OLDEST:
         raise MoepressError(
-            f"its kernels need compute capability {_text(OLDEST)}, this card has {_text(capability)}"
+            f"its kernels need compute capability {_text(OLDEST)}, this card has "
+            f"{_text(capability)}"
         )
     nvrtc, version = _nvrtc()
     known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
