@@ -713,6 +713,10 @@ template <class T>
 T __ldg(const T* p) {
     return *p;
 }
+template <class T>
+T __ldcg(const T* p) {
+    return *p;
+}
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
