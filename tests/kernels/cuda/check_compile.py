@@ -25,9 +25,9 @@ VARIANT = ("MOEPRESS_GROUP=128", "MOEPRESS_PLANES=1")
 SPILLS = {  # bytes that a kernel may spill, all loads and stores of its program
     # Five blocks of a multiprocessor, of 96 registers, are as fast as four without spills at 2
     # bits, and 5 % faster at 3 (docs/log.md#cuda-few-variants).
-    "moepress_trellis_decode_g128_p1": 256,
-    # Registers that are saved around the call of the search of a width: once in 1024 steps.
-    "moepress_viterbi_search": 128,
+    "moepress_trellis_decode_g128_p1": 512,
+    # Three blocks of a multiprocessor, of 80 registers: others hide what a step of one waits for.
+    "moepress_viterbi_search": 384,
     # A few, once a thread.
     "moepress_combine_experts": 16,
     "moepress_drop": 16,
