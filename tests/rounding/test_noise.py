@@ -188,9 +188,26 @@ def test_experts_may_be_left_out(model_folder: Folder, text_file: Path) -> None:
     assert (scores.cost[..., 0] > scores.cost[..., 1]).all()
 
 
-@pytest.mark.parametrize("family", ["expert_codec", "linear_codec"])
-def test_scalar_codes_are_not_drawn(family: str) -> None:
-    with pytest.raises(InputError, match=r"trellis codes only.*Measure with gptq"):
-        Recipe(measure="noise").with_changes(**{family: "int"})
+@pytest.mark.parametrize(
+    ("family", "costs"), [("expert_codec", "cost"), ("linear_codec", "linear_cost")]
+)
+def test_scalar_codes_are_not_drawn(
+    model_folder: Folder, text_file: Path, family: str, costs: str
+) -> None:
+    """Where codes are scalar, costs are those of gptq, to the bit."""
+    recipe = noise_recipe(text_file, **{family: "int"})
+    drawn, searched = (
+        getattr(score(model_folder(), recipe.with_changes(measure=measure)), costs)
+        for measure in ("noise", "gptq")
+    )
+    assert np.array_equal(drawn, searched)
+
+
+def test_noise_measures_and_quantizes_not() -> None:
     with pytest.raises(InputError, match="quantizer is 'noise'"):
         Recipe().with_changes(quantizer="noise")
+
+
+def test_default_draws() -> None:
+    assert Recipe.load("default").measure == "noise"
+    assert [Recipe.load(name).measure for name in ("fast", "paper")] == ["gptq", "rtn"]

@@ -106,6 +106,17 @@ def check_identity(path: Path, identity: Mapping[str, str]) -> None:
     if not path.is_file():
         save_json(path, dict(identity))
         return
+    compare_identity(path, identity)
+
+
+def compare_identity(path: Path, identity: Mapping[str, str]) -> None:
+    """Compare the identity of work with the one in the file `path`, if there is one.
+
+    Raises:
+        InputError: the file has another identity.
+    """
+    if not path.is_file():
+        return
     found = load_json(path)
     differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
     if differs:
