@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from moepress.doctor import doctor as doctor
     from moepress.errors import InputError as InputError
     from moepress.errors import MoepressError as MoepressError
-    from moepress.estimate import Estimate as Estimate
     from moepress.estimate import estimate as estimate
     from moepress.evaluate import evaluate as evaluate
     from moepress.generate import generate as generate
@@ -53,7 +52,6 @@ _VERBS = (
     "generate", "inspect", "propose", "prune", "quantize", "report", "score", "serve",
 )  # fmt: skip
 _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
-    "Estimate": "moepress.estimate",
     "InputError": "moepress.errors",
     "MoepressError": "moepress.errors",
     "Pruning": "moepress.prune",

@@ -2,6 +2,10 @@
 
 The sums name the arrays of the code, in bytes. They are upper bounds: arrays that follow each other
 closely are added. Not counted is what the process holds before the work starts.
+
+An allocator keeps some of the memory that is freed: arrays of less than 32 MB lie in heaps that do
+not shrink. `with_kept` adds half of the arrays for that, KEPT bytes at most, and what libraries
+take when they first run.
 """
 
 from __future__ import annotations
@@ -31,7 +35,15 @@ DRAWING, DRAWN = 3 * FLOAT, 4 * FLOAT
 # Correction: the target, the weights rotated, the solutions of two triangular systems.
 CORRECTING = 5 * FLOAT
 # Activations of a layer for a token: of states and attention, in the dtype of the walk and float32.
-ACTIVATIONS = 10
+ACTIVATIONS = 5
+# Inputs of a matrix on a chunk: rotated and weighted in float32, with the steps of the transform.
+GATHERING = 6 * FLOAT
+KEPT, LIBRARIES = 500_000_000, 500_000_000
+
+
+def with_kept(arrays: int) -> int:
+    """Resident memory for `arrays` bytes of arrays."""
+    return arrays + min(arrays // 2, KEPT) + LIBRARIES
 
 
 def sampling(task: Task) -> int:
@@ -47,10 +59,14 @@ def sensitivity(task: Task) -> int:
     gradient = _states(task, copies=1)
     back = walk + gradient + _routed(task, copies=2)
     layers = [
-        back + layer.weights * task.shape.compute_itemsize + _batch(task, graph=True)
-        + layer.has_experts * (_expert(task) + _expert_run(task, graph=True))
+        back
+        + layer.weights * task.shape.compute_itemsize
+        + max(
+            _batch(task, graph=True),
+            layer.has_experts * (_expert(task) + _expert_run(task, graph=True)),
+        )
         for layer in task.shape.layers
-    ]  # fmt: skip
+    ]
     head = walk + gradient + _outside(task) + _logits(task)
     return max(*layers, head)
 
@@ -68,8 +84,8 @@ def score(task: Task) -> int:
         widths = [bits for name in names for bits in task.open[name]]
         most.append(held + _batch(task) + _linears(layer, names, widths, linears, corrects=False))
         if layer.has_experts:
-            run = max(_expert_run(task), _chunk(task))
-            most.append(held + run + _expert(task) + _rounded_expert(task, experts))
+            rounded = _rounded_expert(task, experts)
+            most.append(held + _expert(task) + max(rounded, _expert_run(task)))
     return max(most)
 
 
@@ -101,8 +117,8 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
                 _rounded_matrix(task, *size, experts, widths.experts)
                 for size in (shape.gate_up, shape.down)
             )
-            run = max(_expert_run(task), _chunk(task))
-            most.append(held + meter + run + 2 * _expert(task) + rounded)
+            run = max(_expert_run(task), rounded)
+            most.append(held + meter + run + 2 * _expert(task))
     return max(most)
 
 
@@ -156,11 +172,10 @@ def _expert_run(task: Task, graph: bool = False) -> int:
     return (1 + graph) * tokens * (inner + outer)
 
 
-def _chunk(task: Task) -> int:
-    """Inputs of an expert's matrices on a chunk of tokens, rotated, in float32, twice."""
-    shape = task.shape
-    tokens = min(TOKENS_PER_CHUNK, task.hessian_tokens * 2)
-    return tokens * max(shape.hidden, 3 * shape.intermediate) * (shape.compute_itemsize + 4 * FLOAT)
+def _chunk(task: Task, cols: int) -> int:
+    """Inputs of an expert's matrix [N, cols] on a chunk of tokens, while they are gathered."""
+    tokens = min(TOKENS_PER_CHUNK, 2 * task.hessian_tokens)
+    return tokens * cols * (4 * task.shape.compute_itemsize + GATHERING)
 
 
 def _linears(
@@ -195,13 +210,16 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     sizes = [shape.gate_up, shape.down]
     weights = count * shape.expert_weights * shape.compute_itemsize
     largest = max(rows * cols for rows, cols in sizes)
+    square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
+    chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
     if rounding.draws:  # both projections side by side: factor, block feedback
         squares = sum(2 * cols**2 * FLOAT for _, cols in sizes)
-        return weights + squares + DRAWING * shape.expert_weights + DRAWN * largest
+        drawing = squares + DRAWING * shape.expert_weights + DRAWN * largest + weights
+        return max(drawing, squares + FLOAT * largest + chunk)
     codes = count * shape.expert_weights
-    square = 3 * max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
     one = largest * _rounding_bytes(task.recipe.widths, rounding, corrects=False)
-    return codes + max(square + one, weights + DECODING * largest)
+    # Two squares while a Hessian is factored, or for a factor and its block feedback.
+    return codes + max(2 * square + one, square + chunk, weights + DECODING * largest)
 
 
 def _rounded_matrix(
@@ -210,9 +228,13 @@ def _rounded_matrix(
     """A matrix of an expert while it is rounded to one width."""
     offered = [bits for both in widths for bits in both if bits]
     square = cols**2 * FLOAT if rounding.needs_hessian else 0
-    # Hessian, correction, and the factor of a copy; then correction, factor and block feedback.
-    held = square * (5 if rounding.corrects else 3)
-    return held + rows * cols * _rounding_bytes(offered, rounding, rounding.corrects)
+    one = rows * cols * _rounding_bytes(offered, rounding, rounding.corrects)
+    gathering = (1 + rounding.corrects) * (square + _chunk(task, cols)) * bool(square)
+    if not rounding.corrects:
+        return max(gathering, 2 * square + one)
+    # Hessian, correction and a copy of the Hessian while that is factored; then correction, factor
+    # and block feedback.
+    return max(gathering, 4 * square, 3 * square + one)
 
 
 def _tables(task: Task) -> int:

@@ -4,8 +4,9 @@ Work is a `Counter` from the name of an operation to how many times it is done. 
 one of each is:
 
     product     floating-point operation of a matrix product in the dtype of the walk
+    attend      pair of a token and one that attention may see, in one head
     float32     the same in float32: Hessians, feedback, refits, triangular solves
-    cholesky    floating-point operation of a Cholesky factorization
+    cholesky    element of a matrix that is factored, beyond the products of the factorization
     copy        element that a step on whole matrices reads and writes
     rotate      element in one of the steps of a Hadamard transform
     search k    weight that a search for paths of k bits passes
@@ -71,7 +72,8 @@ def hessian(tokens: int, cols: int) -> Work:
 
 def factor(cols: int) -> Work:
     """The LDL factorization of a Hessian."""
-    return Work({"cholesky": cols**3 / 3, "copy": PASSES_OF_FACTOR * cols**2})
+    work = Work({"float32": cols**3 / 3})  # nearly all of it in products, if the matrix is large
+    return work + Work({"cholesky": cols**2, "copy": PASSES_OF_FACTOR * cols**2})
 
 
 def rotation(rows: int, cols: int) -> Work:

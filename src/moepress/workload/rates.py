@@ -31,6 +31,8 @@ ENOUGH = 0.03  # seconds to time one operation
 SLOW = 0.5  # seconds of a first run that is not repeated; other first runs are not counted
 RUNS = 3  # the fastest counts
 TOKENS, ROWS, COLUMNS = 512, 2048, 1024  # at most, of the matrices that are timed
+FACTORED = 2048  # columns at most
+HEADS = 8  # at most
 ELEMENTS = 1 << 20  # at most, of arrays that are passed over
 LOGITS = 1 << 21  # at most, whose gradient is timed
 PLACES, PLACE_BYTES = 32, 1 << 20  # of the model's files that are read
@@ -45,6 +47,7 @@ class Machine:
     stored: torch.dtype  # of the weights on disk
     dtype: torch.dtype  # of the walk
     shape: ModelShape
+    length: int  # tokens of a sequence
     group_size: int
     files: tuple[Path, ...]  # of the model's weights
 
@@ -99,6 +102,13 @@ def _product(machine: Machine, _: int) -> float:
     return machine.seconds(lambda: F.linear(x, w)) / flops
 
 
+def _attend(machine: Machine, _: int) -> float:
+    heads, length = min(machine.shape.heads, HEADS), min(machine.length, TOKENS)
+    q, k, v = machine.random(3, 1, heads, length, machine.shape.head, dtype=machine.dtype)
+    run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return run / (heads * length**2)
+
+
 def _float32(machine: Machine, _: int) -> float:
     rows, cols = machine.shape.gate_up
     w = machine.random(min(rows, ROWS), min(cols, COLUMNS))
@@ -108,10 +118,10 @@ def _float32(machine: Machine, _: int) -> float:
 
 
 def _cholesky(machine: Machine, _: int) -> float:
-    cols = min(max(machine.shape.hidden, machine.shape.intermediate), COLUMNS)
+    cols = min(max(machine.shape.hidden, machine.shape.intermediate), FACTORED)
     matrix = torch.eye(cols, device=machine.device) + 0.5 / cols
     run = machine.seconds(lambda: torch.linalg.cholesky_ex(matrix.mT, upper=True))
-    return run / op.factor(cols)["cholesky"]
+    return max(0.0, run - op.factor(cols)["float32"] * _float32(machine, 0)) / cols**2
 
 
 def _copy(machine: Machine, _: int) -> float:
@@ -211,6 +221,7 @@ def _call(machine: Machine, _: int) -> float:
 
 PROBES: Mapping[str, Callable[[Machine, int], float]] = {
     "product": _product,
+    "attend": _attend,
     "float32": _float32,
     "cholesky": _cholesky,
     "copy": _copy,

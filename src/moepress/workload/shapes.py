@@ -63,7 +63,8 @@ class ModelShape:
     experts: int  # E of a layer
     experts_per_token: int  # k
     vocabulary: int  # V
-    attention: int  # heads times the size of a head
+    heads: int
+    head: int  # size of a head
     outside: int  # weights outside the layers: embedding, head, norms
     itemsize: int  # bytes of a weight on disk
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
@@ -88,11 +89,17 @@ class ModelShape:
             experts=one.experts,
             experts_per_token=min(experts_per_token(source.config), one.experts),
             vocabulary=int(config.vocab_size),
-            attention=heads * head,
+            heads=heads,
+            head=head,
             outside=sum(source.shape(name).numel() for name in source.names(None)),
             itemsize=source.dtype.itemsize,
             compute_itemsize=source.compute_dtype.itemsize,
         )
+
+    @property
+    def attention(self) -> int:
+        """Elements of the queries of a token."""
+        return self.heads * self.head
 
     @property
     def gate_up(self) -> tuple[int, int]:

@@ -328,7 +328,7 @@ def layer_forward(task: Task, layer: Layer) -> Work:
     """One run of a layer, except its routed experts, on all tokens."""
     shape, tokens = task.shape, task.tokens
     work = op.product(tokens, layer.weights, 1)
-    work += times(2, op.product(tokens, shape.attention, task.length))  # scores, and their use
+    work += Work({"attend": tokens * task.length * shape.heads})
     passes = PASSES_OF_LAYER * tokens * (shape.hidden + shape.attention)
     return work + Work({"copy": passes, "call": CALLS_OF_LAYER * task.batches})
 
