@@ -47,7 +47,7 @@ def compress(
         CheckpointError: no space left; everything finished is kept.
     """
     out = Path(out)
-    request = Request.of(model, recipe, device, **changes)
+    request = Request.of(model, recipe, device, needs_budget=True, **changes)
     source, recipe, tensors = request.source, request.recipe, request.tensors
     check_output(out)
     announce_estimate(request, out)

@@ -26,12 +26,18 @@ class Request:
 
     @classmethod
     def of(
-        cls, model: str | Path, recipe: Recipe | str | Path, device: str, **changes: Any
+        cls,
+        model: str | Path,
+        recipe: Recipe | str | Path,
+        device: str,
+        *,
+        needs_budget: bool = False,
+        **changes: Any,
     ) -> Request:
         """The request for a model and a recipe, some fields of it changed.
 
         Raises:
-            InputError: model or recipe cannot be used.
+            InputError: model or recipe cannot be used, or there is no budget and one is needed.
             BudgetError: no allocation meets the budget.
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -40,7 +46,7 @@ class Request:
         check_group_sizes(source, recipe)
         tensors = ModelTensors.of(source, recipe)
         sizes = unmeasured(source, recipe, tensors)
-        if recipe.has_budget:
+        if recipe.has_budget or needs_budget:
             # Raise BudgetError for an impossible budget now, not after hours of scoring.
             Budget.of(sizes, recipe, Choices.of(sizes, recipe)).warn_of_excess()
         return cls(source, recipe, tensors, sizes)

@@ -20,7 +20,14 @@ from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.linear import output_cost
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.methods.trellis import block_feedback
-from moepress.rounding.noise import code_error, draw, drawn_errors, noisy_weights
+from moepress.rounding.noise import (
+    code_error,
+    draw,
+    drawn_errors,
+    noisy_weights,
+    upper_product,
+    within_blocks,
+)
 from moepress.score import score
 from tests.conftest import small_recipe
 from tests.rounding.test_trellis import DISTORTION
@@ -62,8 +69,15 @@ def test_what_is_left_after_feedback_is_the_draw(error: float) -> None:
     weight, factor = weight_and_factor(96, 64)
     target, noise = weight.T.contiguous(), draw((96, 64), 0, "x")
     feedback = block_feedback(factor.feedback)
-    errors = drawn_errors(target, feedback, error, noise).T.double()
+    errors, residual = (x.T.double() for x in drawn_errors(target, feedback, error, noise))
     left = errors @ feedback.double()
+    torch.testing.assert_close(residual, left, rtol=1e-4, atol=1e-5)
+    root = within_blocks(residual.T.float(), factor.feedback).T
+    torch.testing.assert_close(
+        root, (errors @ factor.feedback.double()).float(), rtol=1e-4, atol=1e-5
+    )
+    product = upper_product(target, factor.feedback).T
+    torch.testing.assert_close(product, weight @ factor.feedback, rtol=1e-4, atol=1e-5)
     adjusted = weight.double() + left - errors
     for start in range(0, 64, TILE_COLUMNS):
         block = slice(start, start + TILE_COLUMNS)

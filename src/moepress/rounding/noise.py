@@ -12,6 +12,10 @@ where d is the relative squared error of the code. The term d a says that roundi
 alone, r = sqrt(d v) z, predicts half of the cost of gate and up at 1 bit (docs/log.md#noise-costs).
 So the columns are visited as in rounding, with a draw in place of the search, and the scale of each
 row is fitted as in rounding. The same z serves every width of a matrix.
+
+The fit needs <w, c>_H and <c, c>_H, H = R D R^T, of the target w and c = w - E (trellis.py). With
+V_JB = R_JB R_BB^(-1), E V = r gives (E R)_B = r_B R_BB at almost no cost. So one product for all
+widths is left, w R, instead of two for each.
 """
 
 from __future__ import annotations
@@ -26,11 +30,10 @@ from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate_back
-from moepress.rounding.hessian import Factor
+from moepress.rounding.hessian import COLUMNS_PER_SLICE, Factor
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.trellis import (
     START,
-    best_scale,
     block_feedback,
     inverse,
     rotated_rows,
@@ -69,17 +72,21 @@ def noisy_weights(
     rows = rotated_rows(weight)
     size = rows.square().mean(1).sqrt()  # [N]
     target = (rows * inverse(size)[:, None]).T.contiguous()  # [K, N], every row of variance 1
+    count = len(rows)
+    del rows
     feedback = block_feedback(factor.feedback)
+    weighted = upper_product(target, factor.feedback)
     noise = noise.to(target.device)
     for bits in widths:
-        kept = target - drawn_errors(target, feedback, code_error(bits, len(rows)), noise)
-        codes = kept.T * size[:, None]
-        gain = best_scale(rows, codes, torch.ones_like(size), factor)
-        yield rotate_back(codes * gain[:, None])
+        errors, residual = drawn_errors(target, feedback, code_error(bits, count), noise)
+        scale = size * gain(weighted, within_blocks(residual, factor.feedback), factor.curvature)
+        yield rotate_back((target - errors).T * scale[:, None])
 
 
-def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) -> Tensor:
-    """Errors E [K, N] of the columns: E V = r.
+def drawn_errors(
+    target: Tensor, feedback: Tensor, error: float, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Errors E of the columns and what is left after feedback, r = E V, both [K, N].
 
     Args:
         target: [K, N] the rotated weights, rows of variance 1.
@@ -88,16 +95,57 @@ def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) 
         noise: [K, N] z.
     """
     buffer = torch.zeros_like(target)  # feedback until a block is visited, then its errors
+    residual = torch.empty_like(target)
 
     def visit(start: int, stop: int) -> None:
         block, received = target[start:stop], buffer[start:stop]
         adjusted = block + received
         deviation = adjusted.square().mean().sqrt() * (error * (1 - error)) ** 0.5
-        residual = error * adjusted + deviation * noise[start:stop]
-        torch.sub(residual, received, out=buffer[start:stop])
+        torch.add(error * adjusted, deviation * noise[start:stop], out=residual[start:stop])
+        torch.sub(residual[start:stop], received, out=buffer[start:stop])
 
     sweep(buffer, feedback, 0, len(target), TILE_COLUMNS, visit)
-    return buffer
+    return buffer, residual
+
+
+def upper_product(columns: Tensor, upper: Tensor) -> Tensor:
+    """R^T w, [K, N]: the product w R with the upper triangular R, columns first.
+
+    Args:
+        columns: [K, N].
+        upper: [K, K].
+    """
+    result = torch.empty_like(columns)
+    for start in range(0, len(columns), COLUMNS_PER_SLICE):
+        stop = min(start + COLUMNS_PER_SLICE, len(columns))
+        torch.mm(upper[:stop, start:stop].T, columns[:stop], out=result[start:stop])
+    return result
+
+
+def within_blocks(residual: Tensor, feedback: Tensor) -> Tensor:
+    """(E R)^T from r, [K, N]: every column block times its diagonal block of R.
+
+    Args:
+        residual: [K, N] r = E V.
+        feedback: [K, K] R.
+    """
+    size = TILE_COLUMNS
+    blocks = feedback.unfold(0, size, size).unfold(1, size, size)  # [K / 8, K / 8, 8, 8]
+    diagonal = blocks.diagonal().permute(2, 1, 0)  # [K / 8, 8, 8], transposed
+    return torch.bmm(diagonal, residual.view(-1, size, residual.shape[1])).view_as(residual)
+
+
+def gain(weighted: Tensor, errors: Tensor, curvature: Tensor) -> Tensor:
+    """<w, c>_H / <c, c>_H of each row, [N] float32, for c = w - E; 1 where <c, c>_H is 0.
+
+    Args:
+        weighted: [K, N] R^T w.
+        errors: [K, N] R^T E.
+        curvature: [K] D.
+    """
+    left = weighted - errors
+    product, energy = curvature @ (weighted * left), curvature @ left.square()
+    return torch.where(energy > 0, product / energy, 1.0)
 
 
 def code_error(bits: int, rows: int) -> float:

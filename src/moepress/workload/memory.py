@@ -30,8 +30,9 @@ ROUNDING_TRELLIS = 3 * FLOAT + 2 + FLOAT + 3 * 4 + 8
 ROUNDING_SCALAR = 1 + FLOAT
 # A rounded matrix as weights: values with their states, then rotated.
 DECODING = 2 * FLOAT + 3 * 4 + 8
-# Rows, target and noise in float32; then errors, kept weights, and the rotation back.
-DRAWING, DRAWN = 3 * FLOAT, 4 * FLOAT
+# Target, its product with the factor, and noise in float32; then errors, what is left after
+# feedback, three in the fit of the scale or the rotation back.
+DRAWING, DRAWN = 3 * FLOAT, 5 * FLOAT
 # Correction: the target, the weights rotated, the solutions of two triangular systems.
 CORRECTING = 5 * FLOAT
 # Activations of a layer for a token: of states and attention, in the dtype of the walk and float32.

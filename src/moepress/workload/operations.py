@@ -104,17 +104,18 @@ def corrected(rows: int, cols: int, rotates: bool) -> Work:
 
 def gain(rows: int, cols: int, rotates: bool) -> Work:
     """The gain of a rounded matrix."""
-    work = product(rows, cols, cols, "float32") + upper_products(rows, cols)
+    work = product(rows, cols, cols, "float32")
+    work += times(2, upper_product(rows, cols))
     work += Work({"copy": 8 * rows * cols + 2 * cols**2})
     return work + times(2 * rotates, rotation(rows, cols))
 
 
-def upper_products(rows: int, cols: int) -> Work:
-    """Products of two matrices [rows, cols] with an upper triangular factor, in column slices."""
+def upper_product(rows: int, cols: int) -> Work:
+    """The product of a matrix [rows, cols] with an upper triangular factor, in column slices."""
     flops = 0
     for start in range(0, cols, COLUMNS_PER_SLICE):
         stop = min(start + COLUMNS_PER_SLICE, cols)
-        flops += 2 * 2 * rows * stop * (stop - start)
+        flops += 2 * rows * stop * (stop - start)
     return Work({"float32": flops})
 
 
@@ -183,16 +184,17 @@ def round_trellis(rows: int, cols: int, bits: int, feedback: bool) -> Work:
 
 def refit(rows: int, cols: int) -> Work:
     """The best scale of each row, with a factor (`trellis.best_scale`)."""
-    assert trellis.COLUMNS_PER_SLICE == COLUMNS_PER_SLICE  # as `upper_products` assumes
-    return upper_products(rows, cols) + Work({"copy": 2 * cols**2})
+    assert trellis.COLUMNS_PER_SLICE == COLUMNS_PER_SLICE  # as `upper_product` assumes
+    return times(2, upper_product(rows, cols)) + Work({"copy": 2 * cols**2})
 
 
 def draw_errors(rows: int, cols: int, widths: int) -> Work:
     """Give a matrix the errors of trellis codes of several widths, drawn (noise.py)."""
-    of_one = sweep(rows, cols, TILE_COLUMNS) + refit(rows, cols) + rotation(rows, cols)
+    of_one = sweep(rows, cols, TILE_COLUMNS) + rotation(rows, cols)
+    of_one += product(rows, TILE_COLUMNS, cols, "float32") + product(2, cols, rows, "float32")
     calls = CALLS_OF_DRAWN_VISIT * (cols // TILE_COLUMNS)
     of_one += Work({"copy": PASSES_OF_DRAWING * rows * cols, "call": calls})
-    shared = rotation(rows, cols) + block_feedback(cols)
+    shared = rotation(rows, cols) + block_feedback(cols) + upper_product(rows, cols)
     shared += Work({"draw": rows * cols, "copy": 3 * rows * cols})
     return shared + times(widths, of_one)
 
