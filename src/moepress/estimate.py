@@ -1,8 +1,9 @@
 """What a compression will take: time, peak memory and disk, before the work starts.
 
 The operations of every stage are counted from the model's shapes (workload/) and multiplied by
-rates that are measured on this machine in about a second. No weight is loaded and nothing is
-written. The plan does not exist yet: its widths are estimated by assumed costs.
+rates that are measured on this machine in about a second, as busy as it is then. No weight is
+loaded and nothing is written. The plan does not exist yet: its widths are estimated by assumed
+costs. With a GPU, peak memory is that of both memories together.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import torch
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
 from moepress.costs.scores import ROUNDED, ExpertScores
+from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, is_compressed, shard_name
+from moepress.format.journal import layer_file
 from moepress.original.sizes import byte_unit
 from moepress.progress import announce
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.text.named import SELF
-from moepress.work import WORK, check_output, check_text, check_unfinished
+from moepress.work import TEXT, WORK, check_output, check_text, check_unfinished
 from moepress.workload import disk, memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import REREAD, Machine, measured, seconds
@@ -284,11 +287,9 @@ def shares_left(out: Path, layers: int) -> dict[str, float]:
     work = out / WORK / "score"
     scored = (out / SCORES).is_file()
     files = {
-        "sample": [(out / WORK / "text.safetensors")],
-        "sensitivity": [
-            work / "sensitivity" / f"sensitivity-{layer:04d}.safetensors" for layer in range(layers)
-        ],
-        "score": [work / f"layer-{layer:04d}.safetensors" for layer in range(layers)],
+        "sample": [out / WORK / TEXT],
+        "sensitivity": [result_file(work / SENSITIVITY, layer) for layer in range(layers)],
+        "score": [layer_file(work, layer) for layer in range(layers)],
         "quantize": [out / shard_name(layer) for layer in range(layers)],
     }
     left = {name: sum(not p.is_file() for p in paths) / len(paths) for name, paths in files.items()}

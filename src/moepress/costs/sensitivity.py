@@ -54,7 +54,7 @@ class Sensitivity:
 
     def layer(self, layer: int) -> Mapping[str, Tensor]:
         """s [T] float32 by output: EXPERTS, linears by name, and EMBEDDING in the first layer."""
-        return load_tensors(_result(self.folder, layer))
+        return load_tensors(result_file(self.folder, layer))
 
 
 @torch.inference_mode(False)  # a caller's inference mode would rule autograd out
@@ -77,7 +77,7 @@ def measure_sensitivity(
     """
     count = len(source.layers)
     check_identity(folder / "identity.json", identity)
-    todo = [layer for layer in range(count) if not _result(folder, layer).is_file()]
+    todo = [layer for layer in range(count) if not result_file(folder, layer).is_file()]
     _clear_after(folder, todo[-1] if todo else -1, count)
     if not todo:
         return Sensitivity(folder)
@@ -195,7 +195,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
             result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
         else:
             save_tensors(_gradient(folder, layer), {"gradient": walk_back.gradient})
-        save_tensors(_result(folder, layer), result)
+        save_tensors(result_file(folder, layer), result)
         _gradient(folder, layer + 1).unlink(missing_ok=True)
         _states(folder, layer + 1).unlink(missing_ok=True)
         progress.advance()
@@ -231,5 +231,6 @@ def _gradient(folder: Path, layer: int) -> Path:
     return folder / f"gradient-{layer:04d}.safetensors"
 
 
-def _result(folder: Path, layer: int) -> Path:
+def result_file(folder: Path, layer: int) -> Path:
+    """File of the sensitivities of a finished layer."""
     return folder / f"sensitivity-{layer:04d}.safetensors"

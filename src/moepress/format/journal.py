@@ -7,6 +7,7 @@ Each decoder layer's result has a file of its own. Beside these files is the ide
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -40,7 +41,7 @@ class Journal:
     ) -> None:
         self.folder = folder
         self.layers = range(layers)
-        self._file = file or (lambda layer: folder / f"layer-{layer:04d}.safetensors")
+        self._file = file or partial(layer_file, folder)
         check_identity(folder / "identity.json", identity)
 
     def done(self, layer: int) -> bool:
@@ -95,6 +96,11 @@ class Journal:
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """File of a layer's result in the folder of a journal."""
+    return folder / f"layer-{layer:04d}.safetensors"
 
 
 def check_identity(path: Path, identity: Mapping[str, str]) -> None:
