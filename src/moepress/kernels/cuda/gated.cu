@@ -40,7 +40,7 @@ struct Gated {
     DEVICE void load(int row, int column, float (&h)[n]) const {
         float gate[n] = {}, up[n] = {}, part[2][n];
         const float* at = out + row * 2 * inner + column;
-#pragma unroll 1
+#pragma unroll 4
         for (int s = 0; s < splits; ++s, at += positions * 2 * inner) {
             load_numbers(at, 0, kFloat32, part[0]);
             load_numbers(at, inner, kFloat32, part[1]);
