@@ -38,17 +38,21 @@ inline void trellis_rotate(float* x, int64_t cols) {
     for (int64_t c = 0; c < cols; ++c) x[c] *= normal;
 }
 
-// Round a rotated token to codes from -16256 (128 * 127) to 16256, one scale for each group.
-inline void trellis_round(const float* x, int64_t cols, int group, const TrellisTokens& out,
-                          int64_t place) {
+// Round a rotated token to codes from -127 to 127 or, with activation bits 16, from -16256 (128 *
+// 127) to 16256, one scale for each group. `twice`: write an 8-bit code to both bytes.
+template <bool twice>
+void trellis_round(const float* x, int64_t cols, int group, int activation_bits,
+                   const TrellisTokens& out, int64_t place) {
+    const float range = activation_bits == 8 ? 127.0f : 16256.0f;
+    const bool both = twice && activation_bits == 8;
     const int64_t groups = cols / group;
     int16_t* to = out.codes + place * cols;
     for (int64_t g = 0; g < groups; ++g, x += group, to += group) {
-        const GroupScale by = group_scale(x, group, 16256.0f);
+        const GroupScale by = group_scale(x, group, range);
         int32_t sum = 0;
         for (int i = 0; i < group; ++i) {
             const int32_t code = by.code(x[i]);
-            to[i] = int16_t(code);
+            to[i] = int16_t(both ? (code & 255) * 257 : code);
             sum += code;
         }
         out.scale[place * groups + g] = by.scale;
