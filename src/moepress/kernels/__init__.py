@@ -8,6 +8,7 @@ reference.py     the backend in plain PyTorch: the definition of correct
 scalar.py        bytes of scalar codes
 trellis.py       trellis codes: values, paths, bytes, rotation
 cpu/             the backend in C++ for CPUs
+cuda/            the backend in CUDA C++ for NVIDIA cards
 modules.py       nn.Modules whose weights stay packed (import it by its own name)
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec
-from moepress.kernels import cpu, reference
+from moepress.kernels import cpu, cuda, reference
 from moepress.kernels.experts_call import ExpertsCall
 
 logger = logging.getLogger(__name__)
@@ -144,5 +144,17 @@ register_backend(
         experts=cpu.experts,
         embedding=cpu.embedding,
         drop=cpu.drop,
+    )
+)
+register_backend(
+    Backend(
+        name="cuda",
+        rank=10,
+        device_types=("cuda",),
+        refuses=cuda.missing,
+        linear=cuda.linear,
+        experts=cuda.experts,
+        embedding=cuda.embedding,
+        drop=cuda.drop,
     )
 )

@@ -66,13 +66,13 @@ def linear(
     """x W^T + bias with W packed: x [..., K] to [..., N], in the dtype of x.
 
     Args:
-        activation_bits: see `rounded`. Trellis codes always take 16 bits.
+        activation_bits: see `rounded`.
         rounded: round activations to `activation_bits` first (trellis codes: the rotated ones), as
             kernels that multiply integers do; tests use this as their oracle. Otherwise activations
             keep their dtype, which satisfies any `activation_bits`.
     """
     if codec.family == "trellis":
-        x, activation_bits = trellis.rotate(x), 16
+        x = trellis.rotate(x)
     if rounded:
         x = round_activations(x, codec.group_size, activation_bits)
     out = x.new_empty((*x.shape[:-1], out_features))

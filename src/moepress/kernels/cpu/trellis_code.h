@@ -1,7 +1,10 @@
 // The constants of the trellis code and the value of a state. kernels/trellis.py explains the code.
+// Kernels for CUDA include this file too.
 #pragma once
 
+#ifndef __CUDACC_RTC__  // NVRTC has no headers of the host: cuda/device.h has the types
 #include <cstdint>
+#endif
 
 namespace moepress {
 

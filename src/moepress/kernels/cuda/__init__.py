@@ -1,0 +1,377 @@
+"""The operations on NVIDIA cards: kernels in CUDA C++ in this folder, compiled when first used.
+
+Activations are rounded to integer codes, one scale for each group of columns, and multiplied with
+the packed codes by the tensor cores: exact in 32-bit integers, and summed over groups in float32.
+The oracle of this arithmetic is `reference.linear(..., rounded=True)`. Nothing here waits for the
+card or reads from it, so the operations can be captured in CUDA graphs. A token's result does not
+depend on the other tokens of a call beyond the choice of a kernel, which is made from shapes.
+
+    launch.py, compiler.py   how a .cu file becomes a kernel that runs
+    products.py              which kernel multiplies, and its grid
+    inputs.cu                inputs rotated and rounded (rounding.cuh); (token, choice) pairs sorted
+                             by expert and cut into panels (routing.cuh)
+    gated.cu                 the activation function of experts; the same rounding
+    trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
+                             products with few and with many tokens
+    combine.cu               sums of splits and of experts, bias, dtype of the result
+    embedding.cu, drop.cu    rows of a packed table; online pruning
+    device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moepress.errors import InputError
+from moepress.format.codec import FAMILIES, Codec
+from moepress.kernels import reference, trellis
+from moepress.kernels.cuda.launch import Launcher, launcher_for, missing
+from moepress.kernels.cuda.products import Product, product
+from moepress.kernels.experts_call import ExpertsCall
+
+__all__ = ["drop", "embedding", "experts", "linear", "missing"]
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
+ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of gated.cu
+PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
+MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
+MOST_NUMBERS = 1 << 28  # of a product at a time: 1 GB in float32
+NO_ROUTING = (None, 0, None, None, 0, 0, 0, None, None, None, None)
+UNIT = 128  # columns that a warp of rounding.cuh takes
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    codec: Codec,
+    activation_bits: int,
+) -> Tensor:
+    """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
+    if x.dtype not in DTYPES:
+        return reference.linear(x, packed, bias, out_features, codec)
+    rows, packed = _aligned(x.reshape(-1, x.shape[-1])), _aligned(packed)
+    bias = None if bias is None else _number(bias.contiguous())
+    y = x.new_empty(len(rows), out_features)
+    step = max(1, min(MOST_TOKENS, MOST_NUMBERS // max(1, out_features)))
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        _linear(rows[part], packed, bias, codec, PLANES[activation_bits], y[part])
+    return y.view(*x.shape[:-1], out_features)
+
+
+def experts(call: ExpertsCall) -> Tensor:
+    """The op `moepress::experts`. Sums are in float32; float64 inputs go to the reference."""
+    hidden = call.hidden
+    if hidden.dtype not in DTYPES:
+        return reference.experts(call)
+    _check(call)
+    tokens, k = call.top_k_index.shape
+    if not k or not len(call.gate_up_table):
+        return torch.zeros_like(hidden)
+    given = replace(
+        call,
+        hidden=_aligned(hidden),
+        top_k_index=call.top_k_index.long().contiguous(),
+        top_k_weights=_number(call.top_k_weights.contiguous()),
+        gate_up=_aligned(call.gate_up),
+        down=_aligned(call.down),
+        gate_up_table=call.gate_up_table.contiguous(),
+        down_table=call.down_table.contiguous(),
+    )
+    y = torch.empty_like(given.hidden)
+    step = max(1, min(MOST_TOKENS, MOST_NUMBERS // (k * 2 * call.intermediate_size)))
+    if tokens <= step:
+        if tokens:
+            _experts(given, y)
+        return y
+    for first in range(0, tokens, step):
+        part = slice(first, first + step)
+        some = replace(
+            given,
+            hidden=given.hidden[part],
+            top_k_index=given.top_k_index[part],
+            top_k_weights=given.top_k_weights[part],
+        )
+        _experts(some, y[part])
+    return y
+
+
+def embedding(
+    ids: Tensor, packed: Tensor, rows: int, cols: int, codec: Codec, dtype: torch.dtype
+) -> Tensor:
+    """The op `moepress::embedding`. An id outside the table stops the kernel, as torch's does."""
+    if dtype not in DTYPES:
+        return embedding(ids, packed, rows, cols, codec, torch.float32).to(dtype)
+    out = packed.new_empty((*ids.shape, cols), dtype=dtype)
+    if ids.numel():
+        launcher_for(ids.device).launch(
+            "moepress_embedding",
+            (ids.numel(), 1, 1),
+            128,
+            0,
+            (
+                ids.long().contiguous(),
+                ids.numel(),
+                _aligned(packed),
+                rows,
+                cols,
+                codec.bits,
+                codec.group_size,
+                out,
+                DTYPES[dtype],
+            ),
+        )
+    return out
+
+
+def drop(
+    index: Tensor,
+    weights: Tensor,
+    thresholds: Tensor,
+    renormalise: bool,
+    keep: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `moepress::drop`. Weights are compared and scaled in float32."""
+    chosen, given = index.long().contiguous(), _number(weights.contiguous())
+    tokens, k = chosen.shape
+    ranked, kept = torch.empty_like(chosen), torch.empty_like(given)
+    dropped = torch.empty_like(chosen, dtype=torch.bool)
+    if chosen.numel():
+        warps = 4
+        launcher_for(index.device).launch(
+            "moepress_drop",
+            (-(-tokens // warps), 1, 1),
+            32 * warps,
+            12 * k * warps,
+            (
+                chosen,
+                given,
+                DTYPES[given.dtype],
+                tokens,
+                k,
+                num_experts,
+                thresholds.contiguous(),
+                int(renormalise),
+                None if keep is None else keep.contiguous(),
+                ranked,
+                kept,
+                dropped,
+            ),
+        )
+    return ranked, kept.to(weights.dtype), dropped
+
+
+def _check(call: ExpertsCall) -> None:
+    """Check what can be checked without reading from the card; kernels check the tables."""
+    reference.activation_function(call.activation)  # raises InputError for an unknown name
+    if len(call.gate_up_table) != len(call.down_table):
+        raise InputError(
+            f"gate_up_table has {len(call.gate_up_table)} experts, down_table "
+            f"{len(call.down_table)}."
+        )
+    if call.family not in FAMILIES:
+        raise InputError(f"No codec family '{call.family}'. Expected one of {list(FAMILIES)}.")
+    # The group sizes exist and divide the columns:
+    Codec(1, call.gate_up_group).groups(call.hidden.shape[1])
+    Codec(1, call.down_group).groups(call.intermediate_size)
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, codec: Codec, planes: int, y: Tensor
+) -> None:
+    """y [T, N] = x [T, K] W^T + bias."""
+    tokens, rows = y.shape
+    launcher = launcher_for(x.device)
+    codes = _Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family)
+    codes.round(launcher, x)
+    kernel = product(codec.family, tokens, 1)
+    panels = -(-tokens // kernel.panel(planes))
+    splits = codes.splits(kernel, rows, panels, launcher)
+    out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
+    matrix = _Matrix(packed, None, 0, codec.bits)
+    _multiply(launcher, kernel, codes, None, 1, None, panels, matrix, out)
+    launcher.launch(
+        "moepress_combine_linear",
+        (-(-rows // 128), tokens, 1),
+        128,
+        0,
+        (
+            out,
+            splits,
+            tokens,
+            rows,
+            bias,
+            0 if bias is None else DTYPES[bias.dtype],
+            y,
+            DTYPES[y.dtype],
+        ),
+    )
+
+
+def _experts(call: ExpertsCall, y: Tensor) -> None:
+    """y [T, H] = the routed experts of hidden [T, H]; T and k are not 0."""
+    hidden, inner, weights = call.hidden, call.intermediate_size, call.top_k_weights
+    (tokens, k), count = call.top_k_index.shape, len(call.gate_up_table)
+    positions, width = tokens * k, hidden.shape[1]
+    planes, family = PLANES[call.activation_bits], call.family
+    launcher = launcher_for(hidden.device)
+    kernel = product(family, positions, count)
+    nonempty = min(count, positions)  # the most experts that are chosen
+    size = kernel.panel(planes)
+    panels = min(positions, nonempty + positions // size)
+    busy = max(nonempty, positions // size)  # about how many of them are used
+
+    ints = hidden.new_empty(2 * positions + 3 * panels + 1, dtype=torch.int32)
+    pair, position, panel, used = ints.split_with_sizes((positions, positions, 3 * panels, 1))
+    inputs = _Codes(hidden, tokens, width, call.gate_up_group, planes, family)
+    tables = call.gate_up_table, call.down_table
+    sizes = count, size, panels
+    routing = call.top_k_index, positions, *tables, *sizes, pair, position, panel, used
+    inputs.round(launcher, hidden, routing, count)
+    splits = inputs.splits(kernel, 2 * inner, busy, launcher)
+    first = hidden.new_empty((splits, positions, 2 * inner), dtype=torch.float32)
+    matrix = _Matrix(call.gate_up, call.gate_up_table, count, 0)
+    _multiply(launcher, kernel, inputs, pair, k, panel, panels, matrix, first)
+
+    between = _Codes(hidden, positions, inner, call.down_group, planes, family)
+    between.glu(launcher, first, used, ACTIVATIONS.index(call.activation))
+    splits = between.splits(kernel, width, busy, launcher)
+    second = hidden.new_empty((splits, positions, width), dtype=torch.float32)
+    matrix = _Matrix(call.down, call.down_table, count, 0)
+    _multiply(launcher, kernel, between, None, 1, panel, panels, matrix, second)
+    launcher.launch(
+        "moepress_combine_experts",
+        (-(-width // 512), tokens, 1),
+        128,
+        0,
+        (
+            second,
+            splits,
+            positions,
+            position,
+            weights,
+            DTYPES[weights.dtype],
+            k,
+            width,
+            y,
+            DTYPES[y.dtype],
+        ),
+    )
+
+
+class _Codes:
+    """Rounded activations: codes [planes, rows, K], scales and sums [rows, K / g]."""
+
+    def __init__(
+        self, like: Tensor, rows: int, cols: int, group: int, planes: int, family: str
+    ) -> None:
+        self.rows, self.cols, self.group, self.planes = rows, cols, group, planes
+        groups = cols // group
+        self.run = trellis.run_length(cols) if family == "trellis" else 0  # 0: not rotated
+        self.q = like.new_empty((planes, rows, cols), dtype=torch.int8)
+        self.scale = like.new_empty((rows, groups), dtype=torch.float32)
+        self.sum = like.new_empty((rows, groups), dtype=torch.int32)
+
+    def splits(self, kernel: Product, rows: int, panels: int, launcher: Launcher) -> int:
+        """How many ranges of columns are multiplied by blocks of their own."""
+        return kernel.splits(rows, self.cols, self.group, panels, launcher.multiprocessors)
+
+    def round(
+        self,
+        launcher: Launcher,
+        x: Tensor,
+        routing: tuple[Tensor | int | None, ...] = NO_ROUTING,
+        experts: int = 0,
+    ) -> None:
+        """Codes of x [rows, K]. `routing`: arguments of routing.cuh; one more block sorts pairs."""
+        pairs = routing[1]
+        assert isinstance(pairs, int)
+        warps = 8 if pairs <= 2048 else 32
+        blocks, shared = self._grid(warps)
+        if pairs:
+            blocks, shared = blocks + 1, max(shared, 4 * experts * (warps + 1))
+        args = x, DTYPES[x.dtype], self.rows, self.cols, *self._rounding(), *routing
+        launcher.launch("moepress_inputs", (blocks, 1, 1), 32 * warps, shared, args)
+
+    def glu(self, launcher: Launcher, out: Tensor, used: Tensor, activation: int) -> None:
+        """Codes of act(gate) * up of the first used[0] rows; out [splits, rows, 2 K]."""
+        blocks, shared = self._grid(8)
+        args = out, out.shape[0], self.rows, used, self.cols, activation, *self._rounding()
+        launcher.launch("moepress_gated", (blocks, 1, 1), 256, shared, args)
+
+    def _grid(self, warps: int) -> tuple[int, int]:
+        """Blocks of so many warps that round all rows, and their bytes of shared memory."""
+        if self.run > UNIT:  # a block takes a run
+            return self.rows * (self.cols // self.run), 4 * self.run
+        units = self.rows * (self.cols // min(UNIT, self.cols & -self.cols))
+        return -(-units // warps), 0  # a warp takes a unit
+
+    def _rounding(self) -> tuple[int | float | Tensor, ...]:
+        normal = self.run**-0.5 if self.run else 1.0
+        return self.run, normal, self.group, self.planes, self.q, self.scale, self.sum
+
+
+class _Matrix:
+    """Packed matrices, found by their table, or one matrix of a width."""
+
+    def __init__(self, packed: Tensor, table: Tensor | None, experts: int, bits: int) -> None:
+        self.packed, self.table, self.experts, self.bits = packed, table, experts, bits
+
+
+def _multiply(
+    launcher: Launcher,
+    kernel: Product,
+    codes: _Codes,
+    pair: Tensor | None,
+    k: int,
+    panel: Tensor | None,
+    panels: int,
+    matrix: _Matrix,
+    out: Tensor,
+) -> None:
+    """out [splits, positions, N] = the product of each position with its panel's matrix."""
+    splits, positions, rows = out.shape
+    cols, group, planes = codes.cols, codes.group, codes.planes
+    launcher.launch(
+        kernel.name(group, planes),
+        (kernel.row_blocks(rows), splits, panels),
+        kernel.threads,
+        kernel.shared(cols, group, splits, planes),
+        (
+            codes.q,
+            codes.scale,
+            codes.sum,
+            planes,
+            codes.rows,
+            pair,
+            k,
+            panel,
+            positions,
+            matrix.packed,
+            matrix.packed.numel(),
+            matrix.table,
+            matrix.bits,
+            rows,
+            cols,
+            group,
+            out,
+            splits,
+        ),
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at an address for loads of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _number(x: Tensor) -> Tensor:
+    """x in a dtype that kernels read."""
+    return x if x.dtype in DTYPES else x.float()

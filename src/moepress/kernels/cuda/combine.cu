@@ -1,0 +1,41 @@
+// The last step of a product: sums of its splits, in a fixed order, in the dtype of the result.
+#include "numbers.h"
+
+// y [T][N] = sum over j of weight[t][j] * sum over s of out[s][position[t k + j]]; pairs without a
+// position add nothing. N is a multiple of 4. Grid: (N / 4 / threads, T).
+extern "C" __global__ void __launch_bounds__(128)
+    moepress_combine_experts(const float* out, int64_t splits, int64_t positions,
+                             const int32_t* position, const void* weight, int64_t weight_dtype,
+                             int64_t k, int64_t cols, void* y, int64_t dtype) {
+    const int64_t token = blockIdx.y;
+    const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (column >= cols) return;
+    float total[4] = {};
+    for (int64_t j = 0; j < k; ++j) {
+        const int64_t at = position[token * k + j];
+        if (at < 0) continue;
+        float sum[4] = {}, part[4];
+        for (int64_t s = 0; s < splits; ++s) {
+            load_numbers(out, (s * positions + at) * cols + column, kFloat32, part);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sum[c] += part[c];
+        }
+        const float w = load_number(weight, token * k + j, weight_dtype);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) total[c] += w * sum[c];
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) store_number(y, token * cols + column + c, dtype, total[c]);
+}
+
+// y [T][N] = sum over s of out[s] + bias [N] (null: none). Grid: (N / threads, T).
+extern "C" __global__ void __launch_bounds__(128)
+    moepress_combine_linear(const float* out, int64_t splits, int64_t rows, int64_t cols,
+                            const void* bias, int64_t bias_dtype, void* y, int64_t dtype) {
+    const int64_t row = blockIdx.y, column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (column >= cols) return;
+    float sum = 0;
+    for (int64_t s = 0; s < splits; ++s) sum += out[(s * rows + row) * cols + column];
+    if (bias != nullptr) sum += load_number(bias, column, bias_dtype);
+    store_number(y, row * cols + column, dtype, sum);
+}

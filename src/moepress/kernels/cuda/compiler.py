@@ -1,0 +1,162 @@
+"""Compile a kernel's source with NVRTC, and keep the result on disk.
+
+NVRTC is NVIDIA's compiler as a library. torch's CUDA wheels bring it, and cuda-bindings, through
+which it is called here. Each .cu file is a program of its own. Its compiled form (a cubin) is kept
+under a name that is a hash of all that it depends on, in MOEPRESS_CACHE, or in the user's folder
+for caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from moepress.errors import MoepressError
+
+HERE = Path(__file__).parent
+SHARED = (HERE.parent / "cpu/trellis_code.h",)  # headers of the C++ backend that kernels include
+OLDEST = (8, 0)  # compute capability: the kernels need cp.async and products of 8-bit matrices
+OPTIONS = (
+    "--std=c++17",
+    "--fmad=false",  # products and sums are rounded one by one, as in the oracles
+    "--device-as-default-execution-space",
+)
+
+
+def compiled(name: str, capability: tuple[int, int], defines: tuple[str, ...] = ()) -> bytes:
+    """The cubin of `name`.cu for cards of a compute capability; compiled once, then from disk.
+
+    Args:
+        defines: macros, each as NAME=VALUE.
+
+    Raises:
+        MoepressError: NVRTC is not here, does not know the card, or refuses the source.
+    """
+    nvrtc, version = _nvrtc()
+    arch = architecture(capability)
+    source, headers = _sources(name)
+    options = (f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{define}" for define in defines))
+    parts = (repr((version, options)), source, *(f"{n}\n{text}" for n, text in headers.items()))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    path = _cache() / f"{name}-{arch}-{key[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    cubin = _compile(nvrtc, name, source, headers, options)
+    _keep(path, cubin)
+    return cubin
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What to compile for, such as sm_90a: the card's own, or the nearest older of its generation.
+
+    Raises:
+        MoepressError: NVRTC knows no such card.
+    """
+    nvrtc, version = _nvrtc()
+    known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
+    wanted = capability[0] * 10 + capability[1]
+    fitting = [arch for arch in known if wanted // 10 * 10 <= arch <= wanted]
+    if not fitting or capability < OLDEST:
+        raise MoepressError(
+            f"NVRTC {version[0]}.{version[1]} does not compile for compute capability "
+            f"{capability[0]}.{capability[1]}. Use a torch with a newer CUDA"
+        )
+    # "a": with the instructions of this very generation, here products of whole warpgroups.
+    return f"sm_{max(fitting)}" + ("a" if max(fitting) == 90 else "")
+
+
+def missing() -> str | None:
+    """The reason why sources cannot be compiled, or None if they can."""
+    try:
+        _nvrtc()
+    except MoepressError as error:
+        return str(error)
+    return None
+
+
+def _sources(name: str) -> tuple[str, dict[str, str]]:
+    """The text of a .cu file, and of all headers by the name under which files include them."""
+    headers = (*sorted(HERE.glob("*.h")), *sorted(HERE.glob("*.cuh")), *SHARED)
+    return (HERE / f"{name}.cu").read_text(), {path.name: path.read_text() for path in headers}
+
+
+def _compile(
+    nvrtc: Any, name: str, source: str, headers: dict[str, str], options: tuple[str, ...]
+) -> bytes:
+    texts, names = [t.encode() for t in headers.values()], [n.encode() for n in headers]
+    program = _checked(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(
+            source.encode(), f"{name}.cu".encode(), len(headers), texts, names
+        ),
+    )
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(
+            program, len(options), [option.encode() for option in options]
+        )
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
+            _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
+            raise MoepressError(f"NVRTC refuses {name}.cu ({' '.join(options)}):\n{_text(log)}")
+        cubin = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return bytes(cubin)
+
+
+def _text(log: bytearray) -> str:
+    return bytes(log).rstrip(b"\0").decode(errors="replace").strip()
+
+
+def _cache() -> Path:
+    own = os.environ.get("MOEPRESS_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moepress" / "cuda"
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """Write a file whole or not at all. A folder that cannot be written costs time, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        Path(file.name).replace(path)
+    except OSError:
+        return
+
+
+@lru_cache(maxsize=1)
+def _nvrtc() -> tuple[Any, tuple[int, int]]:
+    """The module cuda.bindings.nvrtc, and the version of NVRTC."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise MoepressError(
+            f"cuda-bindings cannot be imported ({error}). Install it: pip install cuda-bindings"
+        ) from error
+    try:
+        result, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # what cuda-bindings raises differs between its versions
+        raise MoepressError(
+            f"NVRTC cannot be loaded ({error}). Install it: pip install nvidia-cuda-nvrtc"
+        ) from error
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise MoepressError(f"NVRTC does not run: {result.name}")
+    return nvrtc, (int(major), int(minor))
+
+
+def _checked(nvrtc: Any, result: tuple[Any, ...]) -> Any:
+    """The value of a call of NVRTC."""
+    error, *values = result
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise MoepressError(f"NVRTC: {error.name}")
+    return values[0] if values else None

@@ -1,0 +1,67 @@
+// The inputs of the second product of experts: act(gate) * up, as codes.
+#include "rounding.cuh"
+
+namespace moepress {
+namespace {
+
+DEVICE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// In the order of ACTIVATIONS in kernels/cpu/__init__.py.
+DEVICE float activation_of(float x, int activation) {
+    switch (activation) {
+        case 0: return 0.5f * x * (1 + erff(x * 0.707106781f));
+        case 1: return 0.5f * x * (1 + tanhf(0.797884561f * (x + 0.044715f * x * x * x)));
+        case 2: {
+            float gate = x + 3;
+            gate = gate < 0 ? 0 : gate;  // these comparisons keep NaN
+            gate = gate > 6 ? 6 : gate;
+            return x * gate / 6;
+        }
+        case 3: return x * tanhf(log1pf(expf(x)));
+        case 4: return x * sigmoid(1.702f * x);
+        case 5: return x < 0 ? 0 : x;
+        case 6: {
+            const float y = x < 0 ? 0 : x;
+            return y * y;
+        }
+        case 7: return sigmoid(x);
+        case 8: return x / (1 + expf(-x));
+        default: return tanhf(x);
+    }
+}
+
+struct Gated {
+    const float* out;  // [splits][positions][2 I]: gate, then up
+    int64_t splits, positions, inner;
+    int activation;
+
+    template <int n>
+    DEVICE void load(int64_t row, int64_t column, float (&h)[n]) const {
+        float gate[n] = {}, up[n] = {}, part[n];
+        for (int64_t s = 0; s < splits; ++s) {
+            const int64_t at = (s * positions + row) * 2 * inner + column;
+            load_numbers(out, at, kFloat32, part);
+#pragma unroll
+            for (int j = 0; j < n; ++j) gate[j] += part[j];
+            load_numbers(out, at + inner, kFloat32, part);
+#pragma unroll
+            for (int j = 0; j < n; ++j) up[j] += part[j];
+        }
+#pragma unroll
+        for (int j = 0; j < n; ++j) h[j] = activation_of(gate[j], activation) * up[j];
+    }
+};
+
+}  // namespace
+}  // namespace moepress
+
+// Codes of act(gate) * up, [positions][I]; only of the first used[0] positions. `normal` is
+// 1 / sqrt(run). Grid: as _Codes in __init__.py says.
+extern "C" __global__ void __launch_bounds__(256)
+    moepress_gated(const float* out, int64_t splits, int64_t positions, const int32_t* used,
+                   int64_t inner, int64_t activation, int64_t run, float normal, int64_t g,
+                   int64_t planes, int8_t* q, float* scale, int32_t* sum) {
+    using namespace moepress;
+    round_rows(Gated{out, splits, positions, inner, int(activation)}, blockIdx.x, used[0], int(run),
+               normal, Codes{q, scale, sum, int(planes), int(g), positions, inner});
+}

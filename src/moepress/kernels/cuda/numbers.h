@@ -1,0 +1,40 @@
+// Tensors whose dtype is known when a kernel runs: loads as float32, stores rounded to the dtype.
+#pragma once
+
+#include "device.h"
+
+enum Dtype { kFloat32, kFloat16, kBfloat16 };  // as in __init__.py
+
+DEVICE float load_number(const void* p, int64_t i, int64_t dtype) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(p)[i];
+    return dtype == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+}
+
+DEVICE void store_number(void* p, int64_t i, int64_t dtype, float value) {
+    if (dtype == kFloat32)
+        static_cast<float*>(p)[i] = value;
+    else
+        static_cast<uint16_t*>(p)[i] =
+            dtype == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
+}
+
+// n neighbouring numbers from an address that is a multiple of their size. n = 1, 2 or 4.
+template <int n>
+DEVICE void load_numbers(const void* p, int64_t i, int64_t dtype, float (&out)[n]) {
+    if (n == 4 && dtype == kFloat32) {
+        const float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(p) + i);
+        out[0] = v.x, out[1 % n] = v.y, out[2 % n] = v.z, out[3 % n] = v.w;
+    } else if (n == 4) {
+        const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i);
+        const uint32_t words[2] = {v.x, v.y};
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+            const uint16_t bits = uint16_t(words[j / 2] >> 16 * (j % 2));
+            out[j] = dtype == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < n; ++j) out[j] = load_number(p, i + j, dtype);
+    }
+}

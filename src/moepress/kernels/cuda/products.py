@@ -1,0 +1,100 @@
+"""The kernels that multiply activation codes with packed matrices, and how their grids are chosen.
+
+All have the same parameters (trellis_decode.cu lists them) and the same grid: blocks of weight
+rows, splits, panels. A panel is some positions of one expert. A split is a range of columns, in
+whole groups; the parts of a product that splits make are added up afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kernel.
+
+    Attributes:
+        kernel: its name; with variants, the beginning of it (see `name`).
+        panels: the most positions of a panel, for codes of one and of two planes.
+        rows: weight rows of a block.
+        threads: of a block.
+        shared: bytes of dynamic shared memory, from columns, group size, splits and planes.
+        least: the fewest columns of a split.
+        variants: whether each group size and number of planes has a kernel of its own.
+    """
+
+    kernel: str
+    panels: tuple[int, int]
+    rows: int
+    threads: int
+    shared: Callable[[int, int, int, int], int]
+    least: int
+    variants: bool = False
+
+    def name(self, group: int, planes: int) -> str:
+        """The name of the kernel for a group size and a number of planes."""
+        return f"{self.kernel}_g{group}_p{planes}" if self.variants else self.kernel
+
+    def panel(self, planes: int) -> int:
+        """The most positions of a panel."""
+        return self.panels[planes - 1]
+
+    def row_blocks(self, rows: int) -> int:
+        """How many blocks share the rows of a matrix."""
+        return -(-rows // self.rows)
+
+    def splits(self, rows: int, cols: int, group: int, panels: int, multiprocessors: int) -> int:
+        """The number of splits, none of them empty, for matrices [rows, cols] and busy panels.
+
+        More splits are taken while they shorten the longest queue of a multiprocessor by a tenth.
+        """
+        groups, blocks = cols // group, self.row_blocks(rows) * panels
+        best, least_time = 1, math.inf
+        for splits in range(1, min(MOST_SPLITS, cols // self.least) + 1):
+            time = -(-blocks * splits // multiprocessors) / splits
+            if time < 0.9 * least_time:
+                best, least_time = splits, time
+        return -(-groups // -(-groups // best))
+
+
+def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> int:
+    return 4 * 8 * 68 * 4  # partial sums [warps][tokens][kPitch], float32
+
+
+def _no_shared(cols: int, group: int, splits: int, planes: int) -> int:
+    return 0
+
+
+def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
+    """8 tokens, 1024 columns and what keeps them in banks of their own, scales and sums; twice."""
+    return 2 * (8704 * planes + 65536 // group)
+
+
+def _ring(cols: int, group: int, splits: int, planes: int) -> int:
+    """3 or 2 stages of one group: 64 tokens, their scales and sums; then 64 rows' numbers."""
+    stride = group + (16 if group == 128 else 0)  # other banks for other tokens
+    return (4 - planes) * (64 * planes * stride + 512) + 256
+
+
+MOST_SPLITS = 8
+
+# Few positions for each expert (a panel of them costs what one position does), or many.
+FEW = {
+    "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
+    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
+}
+MANY = {
+    "trellis": Product("moepress_trellis_prefill", (64, 64), 64, 128, _no_shared, 1024),
+    "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
+}
+FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
+FEW_ROWS = 16  # the same for a matrix alone
+
+
+def product(family: str, positions: int, matrices: int) -> Product:
+    """The kernel for a number of positions that are shared by some matrices."""
+    few = FEW_ROWS if matrices == 1 else FEW_PER_EXPERT * matrices
+    return (FEW if positions <= few else MANY)[family]
