@@ -1,10 +1,10 @@
 """The operations on CPUs: C++ in this folder, compiled when moepress is installed.
 
 Activations are rounded to integer codes, one scale for each group of columns, and multiplied with
-the packed codes as they are: integer dot products, exact in 32 bits. Activations have 8 bits or 15;
-for scalar matrices those of 15 bits are split into two of 8, for trellis matrices activations are
-rotated first. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's result
-depends neither on the other tokens of the call nor on the number of threads.
+the packed codes as they are: integer dot products, exact in 32 bits. The codes have 8 bits or 15.
+For scalar matrices those of 15 bits are split into two of 8; for trellis matrices activations are
+rotated first. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's
+result depends neither on the other tokens of the call nor on the number of threads.
 
 From the C interface (moepress.h) down:
 
