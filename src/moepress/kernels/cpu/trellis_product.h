@@ -25,7 +25,7 @@
 // columns, summed in 32 bits. Before word 0 comes the last word of the tile one slab above; it was
 // read for that slab and is still in the cache. At 2 bits a step takes 4 instructions for each
 // register with `bytes` (window, mask, product, dot product), 5 without: 32 weights in a register
-// of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-product-speed.
+// of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-bytes.
 #pragma once
 
 #include <cstdint>
