@@ -1,6 +1,6 @@
 // Activations as integer codes, one scale for each group of columns: rotated where the weights are
 // trellis codes (kernels/trellis.py), then rounded (reference.round_activations). The same floats in
-// the same order as there, so the codes are equal too.
+// the same order as there, so the codes are equal too. Or as bfloat16 numbers.
 //
 // A warp takes a unit of 32, 64 or 128 columns of a row, n = 1, 2 or 4 neighbouring ones a lane. A
 // group, and a run of the rotation of up to 128 columns, lie within a unit. A block takes one longer
@@ -53,6 +53,16 @@ struct Codes {
     int group_shift;
     bool halves;
     int rows, cols;
+    static constexpr int first = 0;
+};
+
+// Where rounded numbers go: the columns first .. first + cols - 1 of matrices of `stride` columns.
+struct Bfloats {
+    uint16_t* out;            // [..][stride]
+    const int32_t* position;  // [rows][copies]: rows of `out`, or -1; null: the same row
+    int copies;
+    int64_t stride;
+    int first, cols;
 };
 
 // Where the code of a column is. With halves, the codes of 32 columns are those of the first 4
@@ -120,11 +130,29 @@ DEVICE void round_unit(const float (&x)[n], int row, int column, const Codes& ou
     }
 }
 
+template <int n>
+DEVICE void round_unit(const float (&x)[n], int row, int column, const Bfloats& out) {
+    uint32_t words[(n + 1) / 2];
+#pragma unroll
+    for (int j = 0; j < n; j += 2) words[j / 2] = floats_to_bfloats(x[j], x[n == 1 ? 0 : j + 1]);
+    for (int i = 0; i < out.copies; ++i) {
+        const int64_t at = out.position ? out.position[int64_t(row) * out.copies + i] : row;
+        if (at < 0) continue;
+        uint16_t* const to = out.out + at * out.stride + (out.first + column);
+        if (n == 4)
+            *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[n / 4]);
+        else if (n == 2)
+            *reinterpret_cast<uint32_t*>(to) = words[0];
+        else
+            *to = uint16_t(words[0]);
+    }
+}
+
 // The unit of 32 n columns with a number, among those of `rows` rows: `source` gives its inputs.
 // run = 0: not rotated.
-template <int n, class Source>
+template <int n, class Source, class Sink>
 DEVICE void unit(const Source& source, uint32_t index, int rows, int run, float normal,
-                 const Codes& out) {
+                 const Sink& out) {
     const uint32_t units = uint32_t(out.cols) / (32 * n), row = index / units;
     if (row >= uint32_t(rows)) return;
     const int column = int(index - row * units) * (32 * n) + lane_id() * n;
@@ -132,7 +160,7 @@ DEVICE void unit(const Source& source, uint32_t index, int rows, int run, float 
     source.template load<n>(int(row), column, x);
     if (run) {
 #pragma unroll
-        for (int j = 0; j < n; ++j) x[j] = with_sign(x[j], uint32_t(column + j));
+        for (int j = 0; j < n; ++j) x[j] = with_sign(x[j], uint32_t(out.first + column + j));
         hadamard(x, run);
 #pragma unroll
         for (int j = 0; j < n; ++j) x[j] *= normal;
@@ -141,9 +169,9 @@ DEVICE void unit(const Source& source, uint32_t index, int rows, int run, float 
 }
 
 // One run of more than 128 columns, by a block. Shared memory: the run in float32.
-template <class Source>
+template <class Source, class Sink>
 DEVICE void long_run(const Source& source, uint32_t index, int rows, int run, float normal,
-                     const Codes& out) {
+                     const Sink& out) {
     auto* const buffer = shared_memory<float>();
     const uint32_t runs = uint32_t(out.cols) / uint32_t(run), row = index / runs;
     if (row >= uint32_t(rows)) return;
@@ -152,7 +180,7 @@ DEVICE void long_run(const Source& source, uint32_t index, int rows, int run, fl
     for (int at = int(threadIdx.x) * 4; at < run; at += threads * 4) {
         source.template load<4>(int(row), first + at, x);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = with_sign(x[j], uint32_t(first + at + j));
+        for (int j = 0; j < 4; ++j) x[j] = with_sign(x[j], uint32_t(out.first + first + at + j));
         hadamard(x, kUnit);
 #pragma unroll
         for (int j = 0; j < 4; ++j) buffer[at + j] = x[j];
@@ -176,9 +204,9 @@ DEVICE void long_run(const Source& source, uint32_t index, int rows, int run, fl
 
 // The work of block `block`: a long run, or a unit for each of its warps. `rows` may be fewer than
 // those that the grid is made for.
-template <class Source>
+template <class Source, class Sink>
 DEVICE void round_rows(const Source& source, int block, int rows, int run, float normal,
-                       const Codes& out) {
+                       const Sink& out) {
     if (run > kUnit) return long_run(source, uint32_t(block), rows, run, normal, out);
     const uint32_t index = uint32_t(block) * (blockDim.x / 32) + uint32_t(warp_id());
     if (out.cols % 128 == 0)
