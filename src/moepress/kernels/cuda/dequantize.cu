@@ -221,7 +221,7 @@ DEVICE void scalar_weights(const Call& call, const Work& work) {
 //
 // Grid: ceil(cols / 512); blocks of 64 rows (trellis) or 16 rows (scalar) that the rows lie in, first
 // `blocks` for those from `first` on; panels, or 1. Threads: 128.
-extern "C" __global__ void __launch_bounds__(128, 8)
+extern "C" __global__ void __launch_bounds__(128, 7)
     moepress_dequantize_trellis(const uint8_t* packed, int64_t packed_bytes, const int64_t* table,
                                 int64_t bits, const int32_t* panel, int64_t rows, int64_t cols,
                                 int64_t group, int64_t first, int64_t second, int64_t count,
