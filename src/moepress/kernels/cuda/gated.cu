@@ -1,34 +1,9 @@
-// The inputs of the second product of experts: act(gate) * up, as codes or in bfloat16.
+// The inputs of the second product of experts: act(gate) * up, as codes.
+#include "activation.cuh"
 #include "rounding.cuh"
 
 namespace moepress {
 namespace {
-
-DEVICE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
-// In the order of ACTIVATIONS in kernels/cpu/__init__.py.
-DEVICE float activation_of(float x, int activation) {
-    switch (activation) {
-        case 0: return 0.5f * x * (1 + erff(x * 0.707106781f));
-        case 1: return 0.5f * x * (1 + tanhf(0.797884561f * (x + 0.044715f * x * x * x)));
-        case 2: {
-            float gate = x + 3;
-            gate = gate < 0 ? 0 : gate;  // these comparisons keep NaN
-            gate = gate > 6 ? 6 : gate;
-            return x * gate / 6;
-        }
-        case 3: return x * tanhf(log1pf(expf(x)));
-        case 4: return x * sigmoid(1.702f * x);
-        case 5: return x < 0 ? 0 : x;
-        case 6: {
-            const float y = x < 0 ? 0 : x;
-            return y * y;
-        }
-        case 7: return sigmoid(x);
-        case 8: return x / (1 + expf(-x));
-        default: return tanhf(x);
-    }
-}
 
 struct Gated {
     const float* out;  // [splits][positions][2 I]: gate, then up
@@ -54,22 +29,6 @@ struct Gated {
     }
 };
 
-// Products in bfloat16 of some columns of gate, then of the same columns of up.
-struct GatedChunk {
-    const uint16_t* out;  // [positions][2 cols]
-    int64_t cols;
-    int activation;
-
-    template <int n>
-    DEVICE void load(int row, int column, float (&h)[n]) const {
-        float gate[n], up[n];
-        load_numbers(out, row * 2 * cols + column, kBfloat16, gate);
-        load_numbers(out, row * 2 * cols + cols + column, kBfloat16, up);
-#pragma unroll
-        for (int j = 0; j < n; ++j) h[j] = activation_of(gate[j], activation) * up[j];
-    }
-};
-
 }  // namespace
 }  // namespace moepress
 
@@ -86,18 +45,4 @@ extern "C" __global__ void __launch_bounds__(256)
                used[0], int(run), normal,
                Codes{q, scale, sum, int(planes), group_shift, halves != 0, int(positions),
                      int(inner)});
-}
-
-// h [positions][I] in bfloat16: its columns first .. first + cols - 1 of the first used[0] positions,
-// act(gate) * up, rotated (run = 0: not). out [positions][2 cols]. `first` and `cols` are multiples
-// of the run. Grid: as grid_of in grouped.py says.
-extern "C" __global__ void __launch_bounds__(256)
-    moepress_gated_chunk(const uint16_t* out, int64_t positions, const int32_t* used, int64_t first,
-                         int64_t cols, int64_t activation, int64_t run, float normal, uint16_t* h,
-                         int64_t inner) {
-    using namespace moepress;
-    begin();
-    round_rows(GatedChunk{out, cols, int(activation)}, int(blockIdx.x),
-               min(used[0], int(positions)), int(run), normal,
-               Bfloats{h, nullptr, 1, inner, int(first), int(cols)});
 }

@@ -1,5 +1,5 @@
-// Steps of the products that torch makes, in bfloat16 (grouped.py): before the first one and after
-// the second one.
+// The steps before, between and after the products that torch makes, in bfloat16 (grouped.py).
+#include "activation.cuh"
 #include "rounding.cuh"
 #include "routing.cuh"
 
@@ -13,6 +13,22 @@ struct Inputs {
     template <int n>
     DEVICE void load(int row, int column, float (&out)[n]) const {
         load_numbers(x, row * cols + column, dtype, out);
+    }
+};
+
+// Products in bfloat16 of some columns of gate, then of the same columns of up.
+struct Gated {
+    const uint16_t* out;  // [positions][2 cols]
+    int64_t cols;
+    int activation;
+
+    template <int n>
+    DEVICE void load(int row, int column, float (&h)[n]) const {
+        float gate[n], up[n];
+        load_numbers(out, row * 2 * cols + column, kBfloat16, gate);
+        load_numbers(out, row * 2 * cols + cols + column, kBfloat16, up);
+#pragma unroll
+        for (int j = 0; j < n; ++j) h[j] = activation_of(gate[j], activation) * up[j];
     }
 };
 
@@ -39,6 +55,20 @@ extern "C" __global__ void __launch_bounds__(256)
     begin();
     round_rows(Inputs{x, dtype, cols}, int(blockIdx.x), int(rows), int(run), normal,
                Bfloats{out, position, int(k), cols, 0, int(cols)});
+}
+
+// h [positions][I] in bfloat16: its columns first .. first + cols - 1 of the first used[0] positions,
+// act(gate) * up, rotated (run = 0: not). out [positions][2 cols]. `first` and `cols` are multiples
+// of the run. Grid: as grid_of in grouped.py says.
+extern "C" __global__ void __launch_bounds__(256)
+    moepress_grouped_gate(const uint16_t* out, int64_t positions, const int32_t* used, int64_t first,
+                          int64_t cols, int64_t activation, int64_t run, float normal, uint16_t* h,
+                          int64_t inner) {
+    using namespace moepress;
+    begin();
+    round_rows(Gated{out, cols, int(activation)}, int(blockIdx.x),
+               min(used[0], int(positions)), int(run), normal,
+               Bfloats{h, nullptr, 1, inner, int(first), int(cols)});
 }
 
 // y [T][stride], its columns first .. first + cols - 1: sum over j of weight[t][j] *

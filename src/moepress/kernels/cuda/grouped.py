@@ -35,11 +35,7 @@ COLUMNS = 512  # of a block of dequantize.cu
 
 def takes_linear(x: Tensor, activation_bits: int) -> bool:
     """Whether x [T, K] is multiplied this way."""
-    return (
-        activation_bits == 8
-        and len(x) >= products.GROUPED_ROWS
-        and _new_enough(x.device)
-    )
+    return activation_bits == 8 and len(x) >= products.GROUPED_ROWS and _new_enough(x.device)
 
 
 def takes_experts(call: ExpertsCall) -> bool:
@@ -114,7 +110,7 @@ def experts(call: ExpertsCall, y: Tensor) -> None:
         activation = tuple(ACTIVATIONS).index(call.activation)
         given = out, positions, used, first, rows, activation, *run, between, inner
         grid, shared = grid_of(positions, rows, run[0])
-        launcher.launch("moepress_gated_chunk", grid, 32 * WARPS, shared, given)
+        launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, shared, given)
 
     group = call.down_group
     matrices = _Matrices(call.down, tables[1], 0, family, group, panel, width, inner)
