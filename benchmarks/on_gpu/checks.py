@@ -115,7 +115,9 @@ class Worst:
             return
         allowed = tolerance + HALF[dtype]
         rows = ours.reshape(-1, ours.shape[-1]), exact.reshape(-1, ours.shape[-1])
-        norms = rows[1].norm(dim=1).clamp(min=1e-30)
+        norms = rows[1].norm(dim=1)
+        # The few outputs of a short row may cancel out: then the error is one of a typical token.
+        norms = norms.clamp(min=float(norms.square().mean().sqrt()) * 0.3 + 1e-30)
         errors = (rows[0] - rows[1]).norm(dim=1) / norms
         error = float((ours - exact).norm() / exact.norm().clamp(min=1e-30))
         worst = float(errors.nan_to_num(nan=9e9, posinf=9e9).max())

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.recipe import TABLE_BITS, Recipe
+from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
 from moepress.work import identity, keep_ids, kept_ids, text_digest
 
@@ -170,14 +172,19 @@ def score_layer(
     tokens, routing_weight = routed.statistics(experts)
     # An expert that no token chose has no output and no error: its weights are not read.
     chosen = tokens.nonzero().flatten().tolist()
-    for place, expert in enumerate(walk.experts(layer, chosen, routed)):
+    step = 1 if rounding.draws else experts_at_once(source, layer, rounding, len(recipe.widths))
+    read = walk.experts(layer, chosen, routed)
+    done = 0
+    while together := list(islice(read, step)):
         if rounding.draws and source.device.type == "cuda":
-            soon = chosen[place : place + 1 + EXPERTS_AHEAD]
+            soon = chosen[done : done + 1 + EXPERTS_AHEAD]
             draw_experts_ahead(layer, soon, source.experts[layer], rounding)
-        progress.update(layer=layer, expert=expert.number, experts=experts)
-        offered = rounded_weights(expert, rounding, recipe.expert_bits)
-        measured = measure(expert, offered, texts, output)
-        errors[expert.number], costs[:, expert.number] = measured
+        offered = rounded_weights(together, rounding, recipe.expert_bits)
+        for expert, weights in zip(together, offered, strict=True):
+            progress.update(layer=layer, expert=expert.number, experts=experts)
+            measured = measure(expert, weights, texts, output)
+            errors[expert.number], costs[:, expert.number] = measured
+            done += 1
     output_energy = sum(output[chunk].square().sum().item() for chunk in chunks(output))
     residual_energy = walk.advance(layer, output)
     return {

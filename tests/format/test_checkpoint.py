@@ -9,6 +9,7 @@ import torch
 
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
+    Writer,
     folder_bytes,
     load_json,
     load_tensors,
@@ -61,6 +62,27 @@ def test_tensors_round_trip_in_equal_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
     assert read_about(tmp_path / FILE) == "words"
     assert tensor_bytes(tmp_path / FILE) == 5 * 8 + 6 * 2
+
+
+def test_files_written_beside_the_work_of_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    writer = Writer(torch.device("cuda:0"))
+    states, order = torch.arange(4), []
+    for layer in range(3):
+        files = {tmp_path / f"{name}-{layer}": {"x": states} for name in ("states", "result")}
+        writer.save(files, then=lambda layer=layer: order.append(layer))
+        states += 1  # the next layer changes them at once
+    writer.finish()
+    assert order == [0, 1, 2] and len(list(tmp_path.iterdir())) == 6
+    for layer in range(3):
+        kept = load_tensors(tmp_path / f"states-{layer}")["x"]
+        assert kept.equal(torch.arange(4) + layer)
+    (tmp_path / "taken").mkdir()
+    writer.save({tmp_path / "taken": {"x": states}})
+    with pytest.raises(CheckpointError, match="Cannot write"):
+        writer.save({tmp_path / "next": {"x": states}})
 
 
 def test_damaged_files_are_one_error(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from moepress.rounding.expert import (
     dequantized,
     down_inputs,
     gate_up_inputs,
-    round_down,
-    round_gate_up,
+    round_downs,
+    round_gate_ups,
 )
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
@@ -27,9 +27,9 @@ from moepress.rounding.options import Rounding
 
 
 def rounded_weights(
-    expert: RoutedExpert, rounding: Rounding, expert_bits: Sequence[int]
-) -> list[ExpertWeights | None]:
-    """The expert at every offered width, dequantized; None for width 0, which leaves it out.
+    experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[int]
+) -> Iterator[list[ExpertWeights | None]]:
+    """Each expert at every offered width, dequantized; None for width 0, which leaves it out.
 
     Each projection is rounded, or gets the error that rounding would leave, on the inputs that it
     has while the other one is original.
@@ -37,14 +37,15 @@ def rounded_weights(
     widths = [bits for bits in expert_bits if bits != LEFT_OUT]
     left_out = [None] * (LEFT_OUT in expert_bits)
     if rounding.draws:
-        return [*left_out, *_noisy(expert, rounding, widths)]
-    gate_ups = round_gate_up(expert, rounding, widths)
-    downs = round_down(expert, expert.weights.gate_up, rounding, widths)
-    rounded = [
-        dequantized(gate_up, down, expert.weights)
-        for gate_up, down in zip(gate_ups, downs, strict=True)
-    ]
-    return [*left_out, *rounded]
+        yield from ([*left_out, *_noisy(expert, rounding, widths)] for expert in experts)
+        return
+    same = [widths] * len(experts)
+    gate_ups = round_gate_ups(experts, rounding, same)
+    originals = [expert.weights.gate_up for expert in experts]
+    downs = round_downs(experts, originals, rounding, same)
+    for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
+        pairs = zip(*matrices, strict=True)
+        yield [*left_out, *(dequantized(g, d, expert.weights) for g, d in pairs)]
 
 
 def _noisy(

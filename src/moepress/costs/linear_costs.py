@@ -18,7 +18,7 @@ from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
 from moepress.rounding.hessian import Factor
 from moepress.rounding.linear import linear_inputs, output_cost, round_linear_to_all
-from moepress.rounding.noise import draw, noisy_weights
+from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ def score_linears(
         modules: the open linears, by parameter name.
         sensitivity: s [T] of each linear's output, by parameter name.
     """
+    if rounding.draws and walk.source.device.type == "cuda":  # while the card gathers Hessians
+        for name, module in modules.items():
+            draw_ahead(module.weight.shape, rounding.tokens.seed, name)
     factors: dict[str, Factor] = {}
     for names, inputs in linear_inputs(walk, layer, modules, rounding.family):
         factors |= dict.fromkeys(names, inputs.factor(rounding.damping))

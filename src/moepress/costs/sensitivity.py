@@ -141,13 +141,13 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
             progress.skip(1)
             continue
         if layer == 0:
-            writer.save(_states(folder, 0), {"states": walk.states})
+            writer.save({_states(folder, 0): {"states": walk.states}})
         elif at != layer:
             walk.states.copy_(load_tensors(_states(folder, layer))["states"])
         with source.layer_loaded(layer):
             walk.pass_layer(layer)
         at = layer + 1
-        writer.save(_states(folder, at), {"states": walk.states})
+        writer.save({_states(folder, at): {"states": walk.states}})
         progress.advance()
     writer.finish()
     if at != len(source.layers):
@@ -198,12 +198,13 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
         }
         if at_experts is not None:
             result[EXPERTS] = at_experts / (2 * tokens * source.hidden)
+        files: dict[Path, dict[str, Tensor]] = {}
         if layer == 0:
             result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
         else:
-            writer.save(_gradient(folder, layer), {"gradient": walk_back.gradient})
-        writer.save(_result(folder, layer), result)
-        writer.run(partial(_forget, folder, layer + 1))
+            files[_gradient(folder, layer)] = {"gradient": walk_back.gradient}
+        files[_result(folder, layer)] = result
+        writer.save(files, partial(_forget, folder, layer + 1))
         progress.advance()
     writer.finish()
     _states(folder, 0).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,10 +65,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise CheckpointError(f"Cannot write {path}: {error}.") from error
 
 
+_umask = threading.Lock()  # two threads could each take the other's mask for the process's
+
+
 def current_umask() -> int:
     """The umask of the process. It can only be read by setting it, so it is set twice."""
-    mask = os.umask(0o077)
-    os.umask(mask)
+    with _umask:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 
@@ -98,7 +103,7 @@ class Writer:
 
     Args:
         device: of the computation. If it is a card, `save` copies the tensors and returns; one
-            thread writes them, in the order of the calls.
+            thread writes them.
         write: writes one file.
     """
 
@@ -110,29 +115,31 @@ class Writer:
         self._write = write
         self._card = device if device is not None and device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "moepress-write")
-        self._begun: list[Future[None]] = []
+        self._begun: Future[None] | None = None
 
-    def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """`save_tensors`, perhaps later.
+    def save(
+        self, files: Mapping[Path, Mapping[str, Tensor]], then: Callable[[], None] | None = None
+    ) -> None:
+        """`save_tensors` for each of some files in turn, perhaps later.
+
+        Waits for the files of the last call, so that memory holds the copies of one call.
+
+        Args:
+            then: called after that.
 
         Raises:
-            CheckpointError: this file or one before it cannot be written.
+            CheckpointError: a file of this call, or of the last one, cannot be written.
         """
         if self._card is None:
-            self._write(path, tensors)
+            self._save(files, then)
             return
-        copies = {name: _host_copy(tensor) for name, tensor in tensors.items()}
+        self.finish()
+        copies = {
+            path: {name: _host_copy(tensor) for name, tensor in tensors.items()}
+            for path, tensors in files.items()
+        }
         torch.cuda.synchronize(self._card)
-        self.run(lambda: self._write(path, copies))
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Do something after the files that were saved before."""
-        if self._card is None:
-            work()
-            return
-        if len(self._begun) > 3:  # copies take memory
-            self._begun.pop(0).result()
-        self._begun.append(self._pool.submit(work))
+        self._begun = self._pool.submit(self._save, copies, then)
 
     def finish(self) -> None:
         """Wait until everything is written.
@@ -140,8 +147,17 @@ class Writer:
         Raises:
             CheckpointError: a file cannot be written.
         """
-        while self._begun:
-            self._begun.pop(0).result()
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            begun.result()
+
+    def _save(
+        self, files: Mapping[Path, Mapping[str, Tensor]], then: Callable[[], None] | None
+    ) -> None:
+        for path, tensors in files.items():
+            self._write(path, tensors)
+        if then is not None:
+            then()
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -80,10 +80,11 @@ class Journal:
         self, layer: int, result: Mapping[str, Tensor], states: Mapping[str, Tensor]
     ) -> None:
         """Record a layer's result, and the states after the layer."""
-        if layer + 1 < len(self.layers):
-            self._writer.save(self._states(layer + 1), states)
-        self._writer.save(self._file(layer), result)
-        self._writer.run(lambda: self._states(layer).unlink(missing_ok=True))
+        files = {self._states(layer + 1): states} if layer + 1 < len(self.layers) else {}
+        self._writer.save(
+            {**files, self._file(layer): result},
+            then=lambda: self._states(layer).unlink(missing_ok=True),
+        )
 
     def result(self, layer: int) -> dict[str, Tensor]:
         """The result that `commit` recorded for a layer."""

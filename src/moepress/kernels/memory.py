@@ -12,5 +12,6 @@ def free_memory(device: torch.device) -> int:
         return int(psutil.virtual_memory().available)
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = torch.cuda.get_per_process_memory_fraction(index) * total
     return min(free + held, int(allowed) - torch.cuda.memory_allocated(device))

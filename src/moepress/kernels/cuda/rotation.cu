@@ -64,11 +64,12 @@ DEVICE void pass(float* values, int span, int log) {
 extern "C" __global__ void __launch_bounds__(kThreads)
 moepress_rotation(const void* in, void* out, const float* sign, int64_t kind, int64_t total,
                   int64_t columns, int64_t log, int64_t span, int64_t after, float normal) {
+    begin();
     float* values = shared_memory<float>();
     const int64_t first = int64_t(blockIdx.x) * span;
     const int here = int(min(span, total - first));
     int column = int((first + threadIdx.x) % columns);
-    const int begin = column, ahead = int(kThreads % columns);
+    const int start = column, ahead = int(kThreads % columns);
     const auto next = [&] {
         column += ahead;
         if (column >= columns) column -= int(columns);
@@ -82,7 +83,7 @@ moepress_rotation(const void* in, void* out, const float* sign, int64_t kind, in
     for (; done + 3 <= int(log); done += 3) pass<3>(values, here, done);
     if (int(log) - done == 2) pass<2>(values, here, done);
     if (int(log) - done == 1) pass<1>(values, here, done);
-    column = begin;
+    column = start;
     for (int i = int(threadIdx.x); i < here; i += kThreads, next()) {
         const float y = values[place(i)] * normal;
         write(out, kind, first + i, after ? y * sign[column] : y);

@@ -263,9 +263,9 @@ DEVICE Work work_of(int size, const int32_t* panel, int64_t positions, const uin
     work.split = int(other % gridDim.y);
     int64_t offset = 0, expert = 0;
     if (panel) {
-        expert = panel[3 * at];
-        work.first = panel[3 * at + 1];
-        work.count = panel[3 * at + 2];
+        expert = __ldcg(panel + 3 * at);
+        work.first = __ldcg(panel + 3 * at + 1);
+        work.count = __ldcg(panel + 3 * at + 2);
     } else {
         const int64_t left = positions - int64_t(at) * size;
         work.first = int(at) * size;

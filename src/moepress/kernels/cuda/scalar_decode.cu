@@ -76,6 +76,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
         if (begin + d < end) place.load(ring[d], begin + d);
+    if (!call.pair) ::begin();  // see the kernels below
     stages[0].start(call, work, begin, begin + S::kGroups < end ? begin + S::kGroups : end);
 
     const bool wide = work.count > 4;
@@ -152,11 +153,11 @@ DEVICE void multiply(const Call& call, const Work& work) {
             const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
             int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
         using namespace moepress;                                                                  \
-        begin();                                                                                   \
+        if (pair) begin(); /* else the panels are there, and weights can be read before */         \
         if (planes != PLANES || g != GROUP) trap();                                                \
         const Work work =                                                                          \
             work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \
-        if (!work.count) return;                                                                   \
+        if (!work.count) return pair ? void() : begin();                                           \
         const int per_split = (int(K) / GROUP + int(splits) - 1) / int(splits);                    \
         const Call call = {q,   scale,     sum,    rows,   pair,     int(k),                       \
                            out, positions, int(N), int(K), per_split};                             \

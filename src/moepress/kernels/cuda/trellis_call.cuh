@@ -19,7 +19,14 @@ struct Call {
     float* out;            // [splits][positions][N]: to be summed over the splits
     int64_t rows, positions;
     int choices, n, k, splits;
+    bool late;  // wait_for_codes has not been called
 };
+
+// See `begin`. Weights can be read before, while the codes are being made, unless the kernel before
+// this one may have made the panels too: then there are pairs.
+DEVICE void wait_for_codes(bool now) {
+    if (now) begin();
+}
 
 // What a block computes.
 struct Work {
@@ -53,9 +60,9 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
     work.split = other % int(gridDim.y);
     int expert = 0;
     if (panel) {
-        expert = panel[3 * at];
-        work.first = panel[3 * at + 1];
-        work.count = panel[3 * at + 2];
+        expert = __ldcg(panel + 3 * at);
+        work.first = __ldcg(panel + 3 * at + 1);
+        work.count = __ldcg(panel + 3 * at + 2);
     } else {
         work.first = at * size;
         work.count = int(min(int64_t(size), call.positions - work.first));
@@ -85,22 +92,23 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
 // The kernels of a file: one for each group size and number of planes, such as
 // moepress_trellis_decode_g128_p1. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, the file
 // has only that one. product<bits, group, planes>(call, work) is what a block does.
-#define MOEPRESS_TRELLIS_KERNEL(NAME, GROUP, PLANES, THREADS, BLOCKS, SIZE, PRODUCT)                \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_g##GROUP##_p##PLANES(      \
-        const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows,      \
-        const int32_t* pair, int64_t choices, const int32_t* panel, int64_t positions,              \
+#define MOEPRESS_TRELLIS_KERNEL(NAME, GROUP, PLANES, THREADS, BLOCKS, SIZE, LATE, PRODUCT)         \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_g##GROUP##_p##PLANES(     \
+        const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows,     \
+        const int32_t* pair, int64_t choices, const int32_t* panel, int64_t positions,             \
         const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n, \
-        int64_t k, int64_t group, float* out, int64_t splits) {                                     \
-        using namespace moepress;                                                                   \
-        begin();                                                                                    \
-        if (planes != PLANES || group != GROUP) trap();                                             \
-        const Call call = {q,    scale,     sum,          pair,   out,    rows,                     \
-                           positions, int(choices), int(n), int(k), int(splits)};                   \
-        const Work work =                                                                           \
-            work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);               \
-        if (!work.count) return;                                                                    \
-        if (work.bits == 1) PRODUCT<1, GROUP, PLANES>(call, work);                                  \
-        if (work.bits == 2) PRODUCT<2, GROUP, PLANES>(call, work);                                  \
-        if (work.bits == 3) PRODUCT<3, GROUP, PLANES>(call, work);                                  \
-        if (work.bits == 4) PRODUCT<4, GROUP, PLANES>(call, work);                                  \
+        int64_t k, int64_t group, float* out, int64_t splits) {                                    \
+        using namespace moepress;                                                                  \
+        const bool late = (LATE) && !pair;                                                         \
+        wait_for_codes(!late);                                                                     \
+        if (planes != PLANES || group != GROUP) trap();                                            \
+        const Call call = {q,    scale,     sum,          pair,   out,    rows,                    \
+                           positions, int(choices), int(n), int(k), int(splits), late};            \
+        const Work work =                                                                          \
+            work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);              \
+        if (!work.count) return wait_for_codes(late);                                              \
+        if (work.bits == 1) PRODUCT<1, GROUP, PLANES>(call, work);                                 \
+        if (work.bits == 2) PRODUCT<2, GROUP, PLANES>(call, work);                                 \
+        if (work.bits == 3) PRODUCT<3, GROUP, PLANES>(call, work);                                 \
+        if (work.bits == 4) PRODUCT<4, GROUP, PLANES>(call, work);                                 \
     }

@@ -36,11 +36,10 @@ constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of fou
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
 
-// The partial sums of a warp: rows 16 b + 2 r, + 1 of the slab for each row block b; tokens j,
-// j + 4 (one plane), or j (two planes).
-template <int planes>
+// The partial sums of a warp: rows 16 b + 2 r, + 1 of the slab for each row block b; token j, and j + 4
+// where a panel has more than four.
+template <int tokens>
 struct Sums {
-    static constexpr int tokens = 2 / planes;
     float value[4][2][tokens];
 };
 
@@ -117,14 +116,20 @@ struct Loader {
             unit * kUnitColumns + 8 * j;
     }
 
-    // Load the next unit but one, ...: `ahead` units from the current one.
+    // Load what is `ahead` units from the current one.
     DEVICE void load(Unit<bits>& unit, int ahead, bool more) {
+        load_words(unit, ahead, more);
+        load_codes(unit, ahead, more);
+    }
+    DEVICE void load_words(Unit<bits>& unit, int ahead, bool more) {
         const uint8_t* at = words + ahead * 256 * bits;
         if (more) {
             unit.words.word[0] = load_stream_8(at + above);
 #pragma unroll
             for (int i = 0; i < bits; ++i) unit.words.word[i + 1] = load_stream_8(at + 64 * i);
         }
+    }
+    DEVICE void load_codes(Unit<bits>& unit, int ahead, bool more) {
         unit.x = make_uint2(0, 0);
         if (has && more)
             unit.x = __ldg(reinterpret_cast<const uint2*>(x + ahead * kUnitColumns));
@@ -137,11 +142,11 @@ struct Loader {
 
 // The sums of a warp over chunks of 128 columns, begin .. end - 1; the last one of a matrix may have
 // fewer columns.
-template <int bits, int group_columns, int planes>
+template <int bits, int group_columns, int planes, int tokens>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
-                       const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
+                       const uint8_t* slab, int begin, int end, Sums<tokens>& sums) {
     constexpr int depth = bits <= 2 ? kDepth : kDepthWide;
-    constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
+    constexpr int center = kCenter[bits];
     const int j = lane_id() % 4;
     constexpr int units = group_columns / kUnitColumns;
     constexpr int unroll = kUnroll < units ? kUnroll : units;
@@ -152,7 +157,11 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     Loader<bits> loader(call, work, above, slab, planes, begin * kStepUnits);
     Unit<bits> next[depth] = {};
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load(next[d], d, d < rest);
+    for (int d = 0; d < depth; ++d) loader.load_words(next[d], d, d < rest);
+
+    wait_for_codes(call.late);
+#pragma unroll
+    for (int d = 0; d < depth; ++d) loader.load_codes(next[d], d, d < rest);
 
     // The scale of the group and the sum of the next one.
     int row[tokens];
@@ -173,7 +182,7 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
             start[b][0] = start[b][2] = planes == 1 ? -center * sum[0] : 0;
-            start[b][1] = start[b][3] = -center * sum[tokens - 1];
+            start[b][1] = start[b][3] = tokens == planes ? 0 : -center * sum[tokens - 1];
         }
         ++group;
 #pragma unroll
@@ -183,7 +192,6 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     const auto end_group = [&] {
 #pragma unroll
         for (int t = 0; t < tokens; ++t) {
-            if (t && work.count <= 4) break;
 #pragma unroll
             for (int b = 0; b < 4; ++b)
 #pragma unroll
@@ -227,8 +235,8 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     }
 }
 
-template <int bits, int group, int planes>
-DEVICE void decode(const Call& call, const Work& work) {
+template <int bits, int group, int planes, int tokens>
+DEVICE void decode_some(const Call& call, const Work& work) {
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
     const int64_t slab_bytes = int64_t(8) * call.k * bits;
     // The warps of a block share the columns of 1, 2, 4, .. slabs: as many as the grid needs.
@@ -240,14 +248,13 @@ DEVICE void decode(const Call& call, const Work& work) {
     const int parts = call.splits * ranges;
     const int part = work.split * ranges + warp_id() / slabs_here;
 
-    Sums<planes> sums = {};
+    Sums<tokens> sums = {};
     if (s < slabs)
-        add_chunks<bits, group, planes>(
+        add_chunks<bits, group, planes, tokens>(
             call, work, work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
             work.matrix + s * slab_bytes, chunks * part / parts, chunks * (part + 1) / parts, sums);
 
     // Sum over the ranges.
-    constexpr int tokens = Sums<planes>::tokens;
     constexpr int panel_tokens = kTokens / planes;
     auto* partial = shared_memory<float>();  // [warps][tokens][kPitch]
     const int r = lane_id() / 4, j = lane_id() % 4;
@@ -275,6 +282,14 @@ DEVICE void decode(const Call& call, const Work& work) {
     }
 }
 
+template <int bits, int group, int planes>
+DEVICE void decode(const Call& call, const Work& work) {
+    if (planes == 1 && work.count > 4)
+        decode_some<bits, group, planes, 2>(call, work);
+    else
+        decode_some<bits, group, planes, 1>(call, work);
+}
+
 }  // namespace
 }  // namespace moepress
 
@@ -282,7 +297,7 @@ DEVICE void decode(const Call& call, const Work& work) {
 // Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
 #define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
-                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, decode)
+                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, 1, decode)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)

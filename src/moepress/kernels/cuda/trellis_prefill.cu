@@ -45,72 +45,81 @@ struct Stage {
 DEVICE int swapped(int tile, int byte) { return 64 * tile + (byte ^ (tile / 2 * 32)); }
 DEVICE int piece_of(int column, int piece) { return piece ^ column % 8; }
 
-// The copies of one thread.
+// The copies of one thread, step after step: 16 bytes of the words of a unit, of every second part; 16
+// bytes of the codes of four columns of the product; a token's scales, or its sums.
 template <int bits, int group_columns, int planes>
 struct Loader {
     using To = Stage<bits, group_columns>;
     static constexpr int tokens = kColumns / planes;
-    static constexpr int parts = (bits + 2) / 2;  // of the words that a thread copies
 
     const uint8_t* words[2];  // of the slab above (or word 0); of word 1 or 2
-    int stride;
     const int8_t* codes[4];
-    const uint32_t* group;  // scale or sum
-    bool has[4], has_group;
-    int groups, cols;
+    const uint32_t* numbers;                       // scales or sums
+    uint32_t words_to, codes_to, numbers_to;       // where, in shared memory
+    int words_column, codes_column;                // which, in a step
+    int left;                                      // columns that are not copied yet
+    bool has[4], has_numbers, has_last;
 
-    DEVICE Loader(const Call& call, const Work& work, const uint8_t* above, const uint8_t* slab, int step) {
-        const int t = int(threadIdx.x), item = t % 64, part = t % 128 / 64;
-        const int64_t at = int64_t(step * kStepUnits + item / 16) * 256 * bits +
-                           item / 4 % 4 * 64 * bits + item % 4 * 16;
+    DEVICE Loader(const Call& call, const Work& work, const uint8_t* above, const uint8_t* slab,
+                  int step, const uint8_t* shared) {
+        const int t = int(threadIdx.x), part = t % 128 / 64;
+        const int unit = t % 64 / 16, tile = t / 4 % 4, quarter = t % 4;
+        const int64_t at = int64_t(step * kStepUnits + unit) * 256 * bits + tile * 64 * bits +
+                           quarter * 16;
+        const uint32_t base = kept_shared_address(shared);
         words[0] = part == 0 ? above + at + 64 * (bits - 1) : slab + at;
         words[1] = slab + at + 64 * (part + 1);
-        cols = call.k;
+        words_to = base + To::words + t / 128 * To::slab_words + part * 1024 + unit * 256 +
+                   swapped(tile, quarter * 16);
+        words_column = kUnitColumns * unit;
+        has_last = part == 0;
+
+        const int column = t / 8, piece = t % 8;
+        codes_to = base + column * kStep + 16 * piece_of(column, piece);
+        codes_column = 16 * piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int column = t / 8 + 32 * i, token = column / planes, plane = column % planes;
+            const int token = (column + 32 * i) / planes, plane = (column + 32 * i) % planes;
             has[i] = token < work.count;
             const int64_t row = has[i] ? row_of(call, work, token) : 0;
-            codes[i] = call.q + (int64_t(plane) * call.rows + row) * cols;
+            codes[i] = call.q + (plane * call.rows + row) * call.k + step * kStep + codes_column;
         }
+
         const int token = t % 128;
-        has_group = token < work.count && token < tokens;
-        groups = call.k / group_columns;
-        const void* numbers = t < 128 ? static_cast<const void*>(call.scale) : call.sum;
-        group = static_cast<const uint32_t*>(numbers) +
-                (has_group ? row_of(call, work, token) : 0) * groups;
+        has_numbers = token < work.count && token < tokens;
+        const int64_t row = has_numbers ? row_of(call, work, token) : 0;
+        const void* all = t < 128 ? static_cast<const void*>(call.scale) : call.sum;
+        numbers = static_cast<const uint32_t*>(all) + row * (call.k / group_columns) +
+                  step * To::groups;
+        numbers_to = base + (t < 128 ? To::scales : To::sums) + 4 * token;
+        left = call.k - step * kStep;
     }
 
-    DEVICE void copy(uint8_t* stage, int step) {
-        const int t = int(threadIdx.x), item = t % 64;
-        const int left = cols / kUnitColumns - step * kStepUnits;  // units
-        uint8_t* to = stage + To::words + t / 128 * To::slab_words + t % 128 / 64 * 1024 + item / 16 * 256 +
-                      swapped(item / 4 % 4, item % 4 * 16);
-        if (item / 16 < left) {
-            cp_async_16(to, words[0]);
+    // Copy the next step to a stage of the ring.
+    DEVICE void copy(int stage) {
+        constexpr int parts = (bits + 2) / 2;
+        const uint32_t place = uint32_t(stage * To::bytes);
+        const bool has_words = words_column < left, has_codes = codes_column < left;
+        if (has_words) cp_async_16(words_to + place, words[0]);
 #pragma unroll
-            for (int i = 1; i < parts; ++i)
-                if (2 * i < bits || t % 128 < 64)
-                    cp_async_16(to + 2048 * i, words[1] + 128 * (i - 1));
-        }
-        words[0] += kStepUnits * 256 * bits;
-        words[1] += kStepUnits * 256 * bits;
-        const int piece = t % 8, column = step * kStep + 16 * piece;
+        for (int i = 1; i < parts; ++i)
+            if (has_words && (2 * i < bits || has_last))
+                cp_async_16(words_to + place + 2048 * i, words[1] + 128 * (i - 1));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int at = t / 8 + 32 * i;
+        for (int i = 0; i < 4; ++i)
             if (has[i])
-                cp_async_16_or_zero(stage + at * kStep + 16 * piece_of(at, piece),
-                                    codes[i] + (column < cols ? column : 0), column < cols);
-        }
-        if (has_group)
+                cp_async_16_or_zero(codes_to + place + 32 * kStep * i, codes[i], has_codes);
 #pragma unroll
-            for (int i = 0; i < To::groups; ++i) {
-                const int g = step * To::groups + i;
-                cp_async_4_or_zero(stage + (t < 128 ? To::scales : To::sums) + 4 * kColumns * i +
-                                       t % 128 * 4,
-                                   group + (g < groups ? g : 0), g < groups);
-            }
+        for (int i = 0; i < To::groups; ++i)
+            if (has_numbers)
+                cp_async_4_or_zero(numbers_to + place + 4 * kColumns * i, numbers + i,
+                                   group_columns * i < left);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) words[i] += kStepUnits * 256 * bits;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) codes[i] += kStep;
+        numbers += To::groups;
+        left -= kStep;
     }
 };
 
@@ -205,10 +214,10 @@ DEVICE void prefill(const Call& call, const Work& work) {
 
     Loader<bits, group, planes> loader(call, work,
                                        matrix + (mine ? mine - 1 : slabs - 1) * slab_bytes,
-                                       matrix + mine * slab_bytes, begin);
+                                       matrix + mine * slab_bytes, begin, shared);
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
-        if (begin + i < end) loader.copy(shared + i * Ring::bytes, begin + i);
+        if (begin + i < end) loader.copy(i);
         cp_async_commit();
     }
 
@@ -235,7 +244,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
     int stage = 0, free_stage = ahead;  // of the current step; of the next copy
     for (int step = begin; step < end; ++step) {
         barrier_sync(barrier(warps, step), 2 * 128);
-        if (step + ahead < end) loader.copy(shared + free_stage * Ring::bytes, step + ahead);
+        if (step + ahead < end) loader.copy(free_stage);
         cp_async_commit();
         if (ahead > 1) give_word(step + 1);
         free_stage = free_stage + 1 == Ring::count ? 0 : free_stage + 1;
@@ -309,7 +318,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
 // shared memory: kShared.
 #define MOEPRESS_TRELLIS_PREFILL(GROUP, PLANES)                                         \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_prefill, GROUP, PLANES, 128 * moepress::kSlabs, 1, \
-                            kColumns, prefill)
+                            kColumns, 0, prefill)
 
 #ifdef MOEPRESS_GROUP
 MOEPRESS_TRELLIS_PREFILL(MOEPRESS_GROUP, MOEPRESS_PLANES)

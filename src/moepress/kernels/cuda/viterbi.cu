@@ -6,7 +6,7 @@
 // (q, b), where b are the newest. As on the CPU (../cpu/viterbi_tiles.h) a step keeps only the least cost of each
 // group. Here the choice of j is kept too, a few bits for a group, since computing it again would
 // take more memory: choices of four steps make a word of a thread, 256 KB in global memory for the
-// 1024 steps of a run. One thread then follows them back, through shared memory.
+// 1024 steps of a run.
 //
 // Costs are keys, cost * 2^bits + j: the least key has the first j of the least cost. They carry
 // the constant that float32 squares bring with them (`kMagic`); every 16 steps it is taken off
@@ -18,7 +18,7 @@
 // code, with loads, stores and choices. So an SM, which starts four warps of them in a cycle, takes
 // 150 to 190 cycles for the 4096 states of a step: 5 to 6.3e12 states/s on an H100's 132 SMs at
 // 1.755 GHz, or 1.2 to 1.5e9 weights/s. Memory: 256 bytes a step are written and read again, .5 TB/s.
-// The way back takes about 50 cycles a step in one thread, beside the steps of other blocks.
+// The way back is a chain of some 40 to 112 loads from the second-level cache for 1024 steps.
 #include "device.h"
 #include "trellis_code.h"
 
@@ -31,8 +31,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kRun = 1024;   // steps that are decided together
 constexpr int kWindow = 64;  // steps on each side of the seam
 constexpr int kAtOnce = 4;   // steps whose choices a thread keeps in one word
-constexpr int kPart = 32;    // steps whose choices are in shared memory while a path is traced
-constexpr int kPartWords = kPart / kAtOnce * kThreads;
+constexpr int kPart = 16;    // steps that a thread goes back
 constexpr uint32_t kLargest = 65535;  // cost
 constexpr uint32_t kMagic = 0x52800001;  // 2^38 + 2^15 as float32, whose steps there are 2^15
 
@@ -63,14 +62,13 @@ struct Code {
 };
 
 struct Shared {
-    union {
-        uint32_t keys[2][kStates / 2];
-        uint32_t choices[2][kPartWords];
-    };
+    uint32_t keys[2][kStates / 2];
+    uint32_t below[kRun / kPart];  // state before the first step of a part
     float target[kRun + 1];  // one more is read, but not used
     uint16_t states[kRun];
     uint32_t least[kWarps];
     uint32_t group[kWarps];
+    bool again[kWarps];
 };
 
 // The keys of a thread's groups after a step.
@@ -79,19 +77,39 @@ struct Keys {
     uint32_t at[Code<bits>::owned];
 };
 
-// One step: from the keys before it to those after it.
+// The rounded squares of the distances between a target and the values of a thread's states, plus
+// kMagic.
+template <int bits, bool clamps>
+DEVICE void square(const float* value, float x, uint32_t* squares) {
+    const float sign = x > 0 ? -1.0f : 1.0f, size = fabsf(x), limit = x > 0 ? 32767.0f : 32768.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        const float d = clamps ? fminf(fmaf(value[i], sign, size), limit) : x - value[i];
+        // (d * d + 2^14) >> 15 above kMagic: float32 rounds the sum to a multiple of 2^15. A half
+        // is rounded to even, which is up: d is then 128 times an odd number, so d * d is
+        // 4 n + 1/2 times 2^15, and kMagic is odd.
+        squares[i] = __float_as_uint(fmaf(d, d, __uint_as_float(kMagic)));
+    }
+}
+
+template <int bits>
+DEVICE void square(const float* value, float x, uint32_t* squares) {
+    if (bits > 2 || fabsf(x) > 32767.0f - Code<bits>::widest)
+        square<bits, true>(value, x, squares);
+    else
+        square<bits, false>(value, x, squares);
+}
+
+// One step: from the keys before it, in shared memory, to those after it.
 //
 // Args:
-//   before, after: in shared memory, in the order of Code::place.
-//   value: of the thread's states, [owned][branches].
-//   x: target of the step.
+//   squares: of the thread's states, [owned][branches].
 //   largest: key of the cost 65535, with j = 0.
-template <int bits, bool clamps>
-DEVICE void step(const uint32_t* before, const float* value, float x, uint32_t largest,
+template <int bits>
+DEVICE void step(const uint32_t* before, const uint32_t* squares, uint32_t largest,
                  Keys<bits>& keys) {
     using C = Code<bits>;
     const int thread = int(threadIdx.x);
-    const float sign = x > 0 ? -1.0f : 1.0f, size = fabsf(x), limit = x > 0 ? 32767.0f : 32768.0f;
     uint32_t from[C::runs][C::branches];
     if constexpr (bits == 1) {
 #pragma unroll
@@ -116,18 +134,9 @@ DEVICE void step(const uint32_t* before, const float* value, float x, uint32_t l
     for (int i = 0; i < C::owned; ++i) {
         uint32_t least = largest;
 #pragma unroll
-        for (int j = 0; j < C::branches; ++j) {
-            float d;
-            if constexpr (clamps)
-                d = fminf(fmaf(value[i * C::branches + j], sign, size), limit);
-            else
-                d = x - value[i * C::branches + j];
-            // (d * d + 2^14) >> 15 above kMagic: float32 rounds the sum to a multiple of 2^15. A
-            // half is rounded to even, which is up: d is then 128 times an odd number, so d * d is
-            // 4 n + 1/2 times 2^15, and kMagic is odd.
-            const uint32_t square = __float_as_uint(fmaf(d, d, __uint_as_float(kMagic)));
-            least = min(least, square * uint32_t(C::branches) + from[i * C::runs / C::owned][j]);
-        }
+        for (int j = 0; j < C::branches; ++j)
+            least = min(least, squares[i * C::branches + j] * uint32_t(C::branches) +
+                                   from[i * C::runs / C::owned][j]);
         keys.at[i] = least;
     }
 }
@@ -192,21 +201,19 @@ DEVICE int pass(Shared& shared, const float* value, int steps, uint32_t* choices
     Keys<bits> keys;
     uint32_t largest = kLargest * C::branches;
     uint2 least = make_uint2(0, 0);
-    float x = shared.target[0];
+    uint32_t squares[16];
+    square<bits>(value, shared.target[0], squares);
     for (int t = 0; t < steps; t += kAtOnce) {
         uint32_t word = 0;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
             const float next = shared.target[t + u + 1];
             largest += added;
-            if (bits > 2 || fabsf(x) > 32767.0f - C::widest)
-                step<bits, true>(shared.keys[u % 2], value, x, largest, keys);
-            else
-                step<bits, false>(shared.keys[u % 2], value, x, largest, keys);
+            step<bits>(shared.keys[u % 2], squares, largest, keys);
+            store<bits>(shared.keys[1 - u % 2], keys, 0);
 #pragma unroll
             for (int i = 0; i < C::owned; ++i) word = __funnelshift_r(word, keys.at[i], bits);
-            store<bits>(shared.keys[1 - u % 2], keys, 0);
-            x = next;
+            square<bits>(value, next, squares);  // while other warps are at this step
             if (u < kAtOnce - 1) __syncthreads();
         }
         choices[t / kAtOnce * kThreads + int(threadIdx.x)] = word;
@@ -221,42 +228,48 @@ DEVICE int pass(Shared& shared, const float* value, int steps, uint32_t* choices
 }
 
 // Find the states from step `steps` - 1, where the state is `end`, back to step `last`.
+//
+// Going back is a chain of loads. So 64 threads take 16 steps each, and start `lead` steps later in
+// any state: paths that go back from different states meet soon. A thread that did not meet the
+// path of the next one, which shows where the two parts meet, takes its steps once more.
 template <int bits>
 DEVICE void trace(Shared& shared, const uint32_t* choices, int steps, int end, int last) {
     using C = Code<bits>;
-    const auto load = [&](int part, int thread, int threads) {
-        const auto* from = reinterpret_cast<const uint4*>(choices + part * kPartWords);
-        auto* to = reinterpret_cast<uint4*>(shared.choices[part % 2]);
-        const int words = min(kPartWords, (steps / kAtOnce * kThreads - part * kPartWords));
-        for (int i = thread; i < words / 4; i += threads) to[i] = from[i];
+    constexpr int lead = 96 / bits;
+    const int thread = int(threadIdx.x), parts = steps / kPart;
+    // From a state of step t to the one before.
+    const auto back = [&](uint32_t state, int t) {
+        const uint32_t group = state >> bits;
+        const uint32_t word = choices[(t - 1) / kAtOnce * kThreads + int(group) / C::owned];
+        const uint32_t place = uint32_t(t - 1) % kAtOnce * C::owned + group % C::owned;
+        return (word >> (C::first_bit + bits * place) & C::mask) << C::older | group;
     };
-    const int thread = int(threadIdx.x);
-    int part = (steps - 1) / kPart;
-    load(part, thread, kThreads);
-    __syncthreads();
+    const int first = thread * kPart, top = first + kPart - 1;
+    bool again = thread < parts && top >= last;
     uint32_t state = uint32_t(end);
-    for (; part >= last / kPart; --part) {
-        if (thread >= 32) {
-            if (part > 0) load(part - 1, thread - 32, kThreads - 32);
-        } else if (thread == 0) {
-            const uint32_t* words = shared.choices[part % 2] + kPartWords;
-            int t = part * kPart + kPart - 1;
-            for (int row = kPart / kAtOnce - 1; row >= 0; --row) {
-                words -= kThreads;
-#pragma unroll
-                for (int u = kAtOnce - 1; u >= 0; --u, --t) {
-                    // The state of step t; at the end of the path, nothing is left to choose.
-                    if (t < steps - 1) {
-                        const uint32_t group = state >> bits;
-                        const uint32_t word = words[group / C::owned];
-                        const uint32_t at = C::first_bit + bits * (u * C::owned + group % C::owned);
-                        state = (word >> at & C::mask) << C::older | group;
-                    }
-                    if (t < steps) shared.states[t] = uint16_t(state);
-                }
-            }
+    if (again) {
+        const int from = min(top + lead, steps - 1);
+        if (from < steps - 1) state = 0;
+        for (int t = from; t > top; --t) state = back(state, t);
+    }
+    for (;;) {
+        if (again) {
+            shared.states[top] = uint16_t(state);
+            for (int t = top; t > first; --t) shared.states[t - 1] = uint16_t(state = back(state, t));
+            shared.below[thread] = first ? back(state, first) : 0;
         }
         __syncthreads();
+        again = false;
+        if (thread < parts - 1 && top >= last) {
+            state = shared.below[thread + 1];
+            again = shared.states[top] != state;
+        }
+        const bool any = __any_sync(~0u, again);
+        if (lane_id() == 0) shared.again[warp_id()] = any;
+        __syncthreads();
+        bool more = false;
+        for (int w = 0; w < kWarps; ++w) more |= shared.again[w];
+        if (!more) return;
     }
 }
 
@@ -353,6 +366,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
 moepress_viterbi_search(const float* target, float* feedback, uint8_t* branches,
                         const int32_t* bits, int64_t matrices, int64_t columns, int64_t rows,
                         int64_t first, uint32_t* choices) {
+    begin();
     uint32_t* mine = choices + int64_t(blockIdx.x) * (kRun / kAtOnce * kThreads);
     for (int64_t i = blockIdx.x; i < matrices * kPaths; i += gridDim.x) {
         const int64_t matrix = i / kPaths, at = (matrix * columns + first) * rows;

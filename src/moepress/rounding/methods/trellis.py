@@ -108,8 +108,12 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     device = matrices[0].weight.device
     if available(device):
         # Beside the arguments: three copies in float32, two of bytes, and V of each factor.
-        each = 14 * matrices[0].weight.numel() + 4 * matrices[0].weight.shape[1] ** 2
-        step = max(1, free_memory(device) // (2 * each))
+        count, columns = matrices[0].weight.numel(), matrices[0].weight.shape[1]
+        weights, factors = (len({id(one[part]) for one in matrices}) for part in (0, 2))
+        shared = 12 * count + 4 * weights * count + 4 * factors * columns**2
+        room = free_memory(device) - 1.1 * shared
+        step = min(max(1, int(room // (10 * count))), len(matrices))
+        step = -(-len(matrices) // -(-len(matrices) // step))  # groups of equal size
     return [
         matrix
         for first in range(0, len(matrices), step)
