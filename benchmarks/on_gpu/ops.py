@@ -56,6 +56,9 @@ def shapes_cases(card: Card) -> Iterator[Case]:
 
 
 def prefill_cases(card: Card) -> Iterator[Case]:
+    from on_gpu import grouped
+
+    yield from grouped.prefill_cases(card)
     shape = "Mixtral-8x7B"
     yield Case("torch bfloat16", partial(grouped_product, card, shape), 60)
     for codec in ("trellis 2", "trellis 2.5", "int 2", "trellis 4", "int 4"):

@@ -14,6 +14,8 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
                              products with few and with many tokens
     combine.cu               sums of splits and of experts, bias, dtype of the result
+    grouped.py               very many tokens: weights decoded to bfloat16, and torch's products
+    dequantize.cu, grouped.cu  its kernels
     embedding.cu, drop.cu    rows of a packed table; online pruning
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """
@@ -28,13 +30,13 @@ from torch import Tensor
 from moepress.errors import InputError
 from moepress.format.codec import FAMILIES, Codec
 from moepress.kernels import reference, trellis
-from moepress.kernels.cuda.launch import Launcher, launcher_for, missing
+from moepress.kernels.cuda import grouped
+from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.experts_call import ExpertsCall
 
 __all__ = ["drop", "embedding", "experts", "linear", "missing"]
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
 ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of gated.cu
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
@@ -60,7 +62,10 @@ def linear(
     step = max(1, min(MOST_TOKENS, MOST_NUMBERS // max(1, out_features)))
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        _linear(rows[part], packed, bias, codec, PLANES[activation_bits], y[part])
+        if grouped.takes_linear(rows[part], activation_bits):
+            grouped.linear(rows[part], packed, bias, codec, y[part])
+        else:
+            _linear(rows[part], packed, bias, codec, PLANES[activation_bits], y[part])
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -217,6 +222,9 @@ def _linear(
 
 def _experts(call: ExpertsCall, y: Tensor) -> None:
     """y [T, H] = the routed experts of hidden [T, H]; T and k are not 0."""
+    if grouped.takes_experts(call):
+        grouped.experts(call, y)
+        return
     hidden, inner, weights = call.hidden, call.intermediate_size, call.top_k_weights
     (tokens, k), count = call.top_k_index.shape, len(call.gate_up_table)
     positions, width = tokens * k, hidden.shape[1]

@@ -1,6 +1,6 @@
 // Activations as integer codes, one scale for each group of columns: rotated where the weights are
 // trellis codes (kernels/trellis.py), then rounded (reference.round_activations). The same floats in
-// the same order as there, so the codes are equal too.
+// the same order as there, so the codes are equal too. Or as bfloat16 numbers.
 //
 // A warp takes a unit of a row: a run of the rotation, 32, 64, 128 or 256 columns, or up to 128 columns
 // that are not rotated. A lane has n = 1, 2, 4 or 8 neighbouring ones. A group lies within a unit.
@@ -46,6 +46,9 @@ DEVICE void rotate(float (&x)[n]) {
     for (int j = 0; j < n; ++j) x[j] *= normal;  // 1 / sqrt(32 n)
 }
 
+// The columns of a unit: the largest power of two up to `most` that divides `cols`.
+DEVICE int largest_unit(int cols, int most) { return min(cols & -cols, most); }
+
 // Where the codes go, and how they are made. Sizes are powers of two where a shift is kept.
 struct Codes {
     int8_t* q;       // [planes][rows][K]
@@ -53,8 +56,24 @@ struct Codes {
     int32_t* sum;    // [rows][K / g]
     int planes;
     int group_shift;
-    bool rotated, halves;
+    bool rotates, halves;
     int rows, cols;
+
+    DEVICE bool rotated() const { return rotates; }
+    DEVICE int unit() const { return largest_unit(cols, rotates ? 256 : 128); }
+};
+
+// Where rounded numbers go: the columns first .. first + cols - 1 of matrices of `stride` columns.
+struct Bfloats {
+    uint16_t* out;            // [..][stride]
+    const int32_t* position;  // [rows][copies]: rows of `out`, or -1; null: the same row
+    int copies;
+    int64_t stride;
+    int first, cols;
+    int run;  // of the rotation; 0: not rotated
+
+    DEVICE bool rotated() const { return run > 0; }
+    DEVICE int unit() const { return run ? run : largest_unit(cols, 128); }
 };
 
 // Where the code of a column is. With halves, the codes of 32 columns are those of the first 4
@@ -124,28 +143,50 @@ DEVICE void round_unit(const float (&x)[n], int row, int column, const Codes& ou
     }
 }
 
+template <int n>
+DEVICE void round_unit(const float (&x)[n], int row, int column, const Bfloats& out) {
+    uint32_t words[(n + 1) / 2];
+#pragma unroll
+    for (int j = 0; j < n; j += 2) words[j / 2] = floats_to_bfloats(x[j], x[n == 1 ? 0 : j + 1]);
+    for (int i = 0; i < out.copies; ++i) {
+        const int64_t at = out.position ? out.position[int64_t(row) * out.copies + i] : row;
+        if (at < 0) continue;
+        uint16_t* const to = out.out + at * out.stride + (out.first + column);
+        if constexpr (n == 8)
+            *reinterpret_cast<uint4*>(to) =
+                make_uint4(words[0], words[1], words[2], words[3]);
+        else if constexpr (n == 4)
+            *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+        else if constexpr (n == 2)
+            *reinterpret_cast<uint32_t*>(to) = words[0];
+        else
+            *to = uint16_t(words[0]);
+    }
+}
+
 // The unit of 32 n columns with a number, among those of `rows` rows: `source` gives its inputs.
-template <int n, class Source>
-DEVICE void round_numbered(const Source& source, uint32_t index, int rows, const Codes& out) {
+template <int n, class Source, class Sink>
+DEVICE void round_numbered(const Source& source, uint32_t index, int rows, const Sink& out) {
     const uint32_t units = uint32_t(out.cols) / (32 * n), row = index / units;
     if (row >= uint32_t(rows)) return;
     const int column = int(index - row * units) * (32 * n) + lane_id() * n;
     float x[n];
     source.template load<n>(int(row), column, x);
-    if (out.rotated) rotate(x);
+    if (out.rotated()) rotate(x);
     round_unit(x, int(row), column, out);
 }
 
 // The work of block `block`: a unit for each of its warps. `rows` may be fewer than those that the
 // grid is made for.
-template <class Source>
-DEVICE void round_rows(const Source& source, int block, int rows, const Codes& out) {
+template <class Source, class Sink>
+DEVICE void round_rows(const Source& source, int block, int rows, const Sink& out) {
     const uint32_t index = uint32_t(block) * (blockDim.x / 32) + uint32_t(warp_id());
-    if (out.rotated && out.cols % 256 == 0)
+    const int unit = out.unit();
+    if (unit == 256)
         round_numbered<8>(source, index, rows, out);
-    else if (out.cols % 128 == 0)
+    else if (unit == 128)
         round_numbered<4>(source, index, rows, out);
-    else if (out.cols % 64 == 0)
+    else if (unit == 64)
         round_numbered<2>(source, index, rows, out);
     else
         round_numbered<1>(source, index, rows, out);
