@@ -9,13 +9,13 @@
 #define MOEPRESS_TRELLIS_WARPS 4
 #endif
 #ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
-#define MOEPRESS_TRELLIS_DEPTH 2
+#define MOEPRESS_TRELLIS_DEPTH 1
 #endif
 #ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
 #define MOEPRESS_TRELLIS_DEPTH_WIDE 1
 #endif
 #ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
-#define MOEPRESS_TRELLIS_UNROLL 4
+#define MOEPRESS_TRELLIS_UNROLL 1
 #endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
