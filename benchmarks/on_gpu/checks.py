@@ -43,6 +43,14 @@ HALF = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def cases(card: Card) -> Iterator[Case]:
+    from on_gpu import grouped
+
+    for case in integer_cases(card):
+        yield grouped.by_integers(case)
+    yield from grouped.check_cases(card)
+
+
+def integer_cases(card: Card) -> Iterator[Case]:
     yield Case("the cuda backend runs here", partial(check_backend, card), 60)
     yield Case("first call", partial(first_call, card), 150)
     families = [(family, bits) for family, widths in CODE_BITS.items() for bits in widths]
@@ -506,12 +514,15 @@ def check_large(card: Card, family: str) -> list[Row]:
 
 def sanitized(card: Card) -> Callable[[], None]:
     """A small run of every kernel, for compute-sanitizer."""
+    from on_gpu import grouped
 
     def run() -> None:
         for family in CODE_BITS:
             for tokens in (1, 40):
-                call = experts_call(family, 128, 96, (32, 32), 2, tokens)
-                run_experts(on(card.device, call)).sum().item()
+                call = on(card.device, experts_call(family, 128, 96, (32, 32), 2, tokens))
+                run_experts(call).sum().item()
+                with grouped.way(True):
+                    run_experts(call).sum().item()
             for bits in CODE_BITS[family]:
                 spec = PackedSpec((bits,), 32, family)
                 packed = random_packed(spec, 70, 96, torch.Generator()).to(card.device)

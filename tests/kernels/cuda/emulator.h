@@ -947,3 +947,6 @@ inline uint16_t float_to_bfloat(float f) {
     if (std::isnan(f)) return 0x7FFF;
     return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
+inline uint32_t floats_to_bfloats(float low, float high) {
+    return float_to_bfloat(low) | uint32_t(float_to_bfloat(high)) << 16;
+}

@@ -14,6 +14,8 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
                              products with few and with many tokens
     combine.cu               sums of splits and of experts, bias, dtype of the result
+    grouped.py               very many tokens: weights decoded to bfloat16, and torch's products
+    dequantize.cu, grouped.cu  its kernels
     embedding.cu, drop.cu    rows of a packed table; online pruning
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """
@@ -28,19 +30,19 @@ from torch import Tensor
 from moepress.errors import InputError
 from moepress.format.codec import FAMILIES, Codec
 from moepress.kernels import reference, trellis
-from moepress.kernels.cuda.launch import Launcher, launcher_for, missing
+from moepress.kernels.cuda import grouped
+from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.experts_call import ExpertsCall
 
 __all__ = ["drop", "embedding", "experts", "linear", "missing"]
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
 ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of gated.cu
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
 MOST_NUMBERS = 1 << 28  # of a product at a time: 1 GB in float32
 NO_ROUTING = (None, 0, None, None, 0, 0, 0, None, None, None, None)
-UNIT = 128  # columns that a warp of rounding.cuh takes
+UNIT = 128  # columns that a warp of rounding.cuh takes if they are not rotated
 
 
 def linear(
@@ -60,7 +62,10 @@ def linear(
     step = max(1, min(MOST_TOKENS, MOST_NUMBERS // max(1, out_features)))
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        _linear(rows[part], packed, bias, codec, PLANES[activation_bits], y[part])
+        if grouped.takes_linear(rows[part], activation_bits):
+            grouped.linear(rows[part], packed, bias, codec, y[part])
+        else:
+            _linear(rows[part], packed, bias, codec, PLANES[activation_bits], y[part])
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -217,6 +222,9 @@ def _linear(
 
 def _experts(call: ExpertsCall, y: Tensor) -> None:
     """y [T, H] = the routed experts of hidden [T, H]; T and k are not 0."""
+    if grouped.takes_experts(call):
+        grouped.experts(call, y)
+        return
     hidden, inner, weights = call.hidden, call.intermediate_size, call.top_k_weights
     (tokens, k), count = call.top_k_index.shape, len(call.gate_up_table)
     positions, width = tokens * k, hidden.shape[1]
@@ -284,7 +292,7 @@ class _Codes:
         self.rows, self.cols, self.group, self.planes = rows, cols, group, planes
         self.halves = int(halves)  # the order of codes, as in rounding.cuh
         groups = cols // group
-        self.run = trellis.run_length(cols) if family == "trellis" else 0  # 0: not rotated
+        self.rotated = family == "trellis"
         self.q = like.new_empty((planes, rows, cols), dtype=torch.int8)
         self.scale = like.new_empty((rows, groups), dtype=torch.float32)
         self.sum = like.new_empty((rows, groups), dtype=torch.int32)
@@ -304,28 +312,24 @@ class _Codes:
         pairs = routing[1]
         assert isinstance(pairs, int)
         warps = 8 if pairs <= 2048 else 32
-        blocks, shared = self._grid(warps)
-        if pairs:
-            blocks, shared = blocks + 1, max(shared, 4 * experts * (warps + 1))
+        blocks = self._blocks(warps) + (pairs > 0)
+        shared = 4 * experts * (warps + 1)
         args = x, DTYPES[x.dtype], self.rows, self.cols, *self._rounding(), *routing
         launcher.launch("moepress_inputs", (blocks, 1, 1), 32 * warps, shared, args)
 
     def glu(self, launcher: Launcher, out: Tensor, used: Tensor, activation: int) -> None:
         """Codes of act(gate) * up of the first used[0] rows; out [splits, rows, 2 K]."""
-        blocks, shared = self._grid(8)
+        blocks = self._blocks(8)
         args = out, out.shape[0], self.rows, used, self.cols, activation, *self._rounding()
-        launcher.launch("moepress_gated", (blocks, 1, 1), 256, shared, args)
+        launcher.launch("moepress_gated", (blocks, 1, 1), 256, 0, args)
 
-    def _grid(self, warps: int) -> tuple[int, int]:
-        """Blocks of so many warps that round all rows, and their bytes of shared memory."""
-        if self.run > UNIT:  # a block takes a run
-            return self.rows * (self.cols // self.run), 4 * self.run
-        units = self.rows * (self.cols // min(UNIT, self.cols & -self.cols))
-        return -(-units // warps), 0  # a warp takes a unit
+    def _blocks(self, warps: int) -> int:
+        """Blocks of so many warps that round all rows; a warp takes a unit."""
+        unit = trellis.run_length(self.cols) if self.rotated else min(UNIT, self.cols & -self.cols)
+        return -(-self.rows * (self.cols // unit) // warps)
 
-    def _rounding(self) -> tuple[int | float | Tensor, ...]:
-        normal = self.run**-0.5 if self.run else 1.0
-        how = self.run, normal, self.group, self.planes, self.halves
+    def _rounding(self) -> tuple[int | Tensor, ...]:
+        how = int(self.rotated), self.group, self.planes, self.halves
         return *how, self.q, self.scale, self.sum
 
 

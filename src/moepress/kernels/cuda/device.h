@@ -281,5 +281,11 @@ DEVICE uint16_t float_to_bfloat(float f) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(f));
     return b;
 }
+// Two of them in a register, the first one in the lower half.
+DEVICE uint32_t floats_to_bfloats(float low, float high) {
+    uint32_t two;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+}
 
 #endif

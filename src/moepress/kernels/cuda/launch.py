@@ -24,6 +24,7 @@ from moepress.kernels.cuda import compiler
 Argument = Tensor | int | float | None
 Grid = tuple[int, int, int]
 NUMBERS = (int, float)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
 
 # Whether a kernel's blocks may come to the card while the kernel before it ends (compute capability
 # 9.0 and later). They wait for it in `begin` of device.h.

@@ -163,6 +163,8 @@ MANY = {
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone
+GROUPED_PER_EXPERT = 128  # those from which products are torch's (grouped.py)
+GROUPED_ROWS = 256  # the same for a matrix alone
 
 
 def product(family: str, positions: int, matrices: int) -> Product:
