@@ -37,7 +37,7 @@ READ = 600 << 20  # bytes that one replay reads, at least: several times the L2 
 CALLS = 64  # of the op in one replay, at most
 FEW = (1, 4, 16)
 MANY = (512, 4096)
-INSTRUCTIONS = {1: 2, 2: 2, 3: 3, 4: 3}  # of a trellis weight, at least: CUDA.md's count
+INSTRUCTIONS = {1: 2, 2: 2, 3: 3, 4: 3}  # of a trellis weight, at least (trellis_code.cuh)
 
 
 def cases(card: Card) -> Iterator[Case]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moepress.doctor import doctor as doctor
     from moepress.errors import InputError as InputError
     from moepress.errors import MoepressError as MoepressError
+    from moepress.estimate import estimate as estimate
     from moepress.evaluate import evaluate as evaluate
     from moepress.generate import generate as generate
     from moepress.inspect import inspect as inspect
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _VERBS = (
-    "allocate", "calibrate", "chat", "compress", "demo", "doctor", "evaluate", "generate",
-    "inspect", "propose", "prune", "quantize", "report", "score", "serve",
+    "allocate", "calibrate", "chat", "compress", "demo", "doctor", "estimate", "evaluate",
+    "generate", "inspect", "propose", "prune", "quantize", "report", "score", "serve",
 )  # fmt: skip
 _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
     "InputError": "moepress.errors",

@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from moepress.allocate import allocate, warn_of_left_out
-from moepress.allocation.budget import Budget
-from moepress.allocation.choices import Choices
-from moepress.allocation.tensors import ModelTensors, check_group_sizes
+from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ExpertScores
+from moepress.estimate import announce_estimate
 from moepress.format.checkpoint import SCORES
 from moepress.format.journal import check_identity
 from moepress.original.source import Source
 from moepress.quantize import quantize_tensors
 from moepress.recipe import Recipe
-from moepress.score import score_tensors, unmeasured
-from moepress.work import WORK, claim, identity, keep_ids, kept_ids, stored_scores
+from moepress.request import Request
+from moepress.score import score_tensors
+from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, stored_scores
 
 
 def compress(
@@ -47,14 +47,10 @@ def compress(
         CheckpointError: no space left; everything finished is kept.
     """
     out = Path(out)
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    recipe = recipe.with_changes(**changes)
-    source = Source(model, device)
-    check_group_sizes(source, recipe)
-    tensors = ModelTensors.of(source, recipe)
-    sizes = unmeasured(source, recipe, tensors)
-    # Raise BudgetError for an impossible budget now, not after hours of scoring.
-    Budget.of(sizes, recipe, Choices.of(sizes, recipe)).warn_of_excess()
+    request = Request.of(model, recipe, device, needs_budget=True, **changes)
+    source, recipe, tensors = request.source, request.recipe, request.tensors
+    check_output(out)
+    announce_estimate(request, out)
     ids = kept_ids(out / WORK, source, recipe)
     made_of = identity(source, recipe, ids)
     work = made_of | {"full_recipe": recipe.digest()}

@@ -11,6 +11,7 @@ at most twice a second. Nothing is written to stdout, which is for results.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Literal, Self, get_args
@@ -37,6 +38,17 @@ def set_verbosity(verbosity: Verbosity) -> None:
         raise InputError(f"Verbosity {verbosity!r}: expected one of {list(get_args(Verbosity))}.")
     global _verbosity
     _verbosity = verbosity
+
+
+def announce(name: str, text: Callable[[], str]) -> None:
+    """Show one line "name: text" on stderr, unless progress is hidden.
+
+    Args:
+        text: called only if the line is shown.
+    """
+    if _verbosity != "quiet":
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"{name}: {text()}", markup=False)
 
 
 class Progress:

@@ -20,12 +20,12 @@ from moepress.allocate import allocate, frontier
 from moepress.allocation.budget import budget_range
 from moepress.allocation.choices import offered
 from moepress.allocation.plan import BitAllocation
-from moepress.allocation.tensors import ModelTensors, check_group_sizes
 from moepress.compress import score_and_store
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
-from moepress.original.source import Source
+from moepress.estimate import announce_estimate
 from moepress.recipe import Recipe
+from moepress.request import Request
 from moepress.work import WORK, check_output, identity, kept_ids, stored_scores
 
 STEP = 0.25  # bits between the budgets of the table
@@ -75,14 +75,14 @@ def propose(
     """
     out = Path(out)
     recipe = (recipe or Recipe()).with_changes(bits=None, bpw=None, size=None)
-    source = Source(model, device)
-    check_group_sizes(source, recipe)
+    request = Request.of(model, recipe, device)
+    source = request.source
     check_output(out)
+    announce_estimate(request, out)
     ids = kept_ids(out / WORK, source, recipe)
     scores = stored_scores(out, identity(source, recipe, ids))
     if scores is None:
-        tensors = ModelTensors.of(source, recipe)
-        scores = score_and_store(source, recipe, tensors, ids, out)
+        scores = score_and_store(source, recipe, request.tensors, ids, out)
     return proposal(scores, recipe, memory())
 
 

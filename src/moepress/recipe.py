@@ -78,9 +78,10 @@ class Recipe:
     correction: float = 0.5  # share of earlier layers' errors that weights make up for
 
     # How costs are measured, and how the allocator uses them.
-    # measure: the quantizer whose error is epsilon. Or "noise", for trellis codes only: the error
-    # that gptq would leave is drawn, without the search for the codes (rounding/noise.py).
-    measure: MeasureName = "gptq"
+    # measure: the quantizer whose error is epsilon. Or "noise": the error that gptq would leave in
+    # trellis codes is drawn, without the search for the codes (rounding/noise.py); the errors of
+    # scalar codes are those of gptq.
+    measure: MeasureName = "noise"
     cost: Cost = "error"
     over: Over = "mean"  # minimise the mean loss over all calibration text, or the worst text's
     scope: Scope = "model"  # one budget for the model, or the same for every layer
@@ -158,12 +159,6 @@ class Recipe:
             raise InputError(f"correction must lie between 0 and 1, got {self.correction}.")
         if not self.calib or any(weight <= 0 for _, weight in self.calib):
             raise InputError("calib needs at least one text, each with a weight above 0.")
-        if self.measure == NOISE and (self.expert_codec, self.linear_codec) != ("trellis",) * 2:
-            raise InputError(
-                "measure 'noise' knows the errors of trellis codes only, but expert_codec is "
-                f"'{self.expert_codec}' and linear_codec '{self.linear_codec}'. Measure with gptq "
-                "or rtn."
-            )
         if "trellis" in (self.expert_codec, self.linear_codec):
             for name, known in (("quantizer", TRELLIS), ("measure", (*TRELLIS, NOISE))):
                 if getattr(self, name) not in known:
@@ -279,10 +274,11 @@ FIELDS_AFTER_SCORING = (
 )  # fmt: skip
 LINEAR_ROLES = ("attention_bits", "shared_expert_bits", "dense_mlp_bits")
 
-# Without the two slow stages: the backward walk and the trellis search.
+# Without the two slow steps: the backward walk and the trellis search.
 FAST = Recipe(
     expert_codec="int",
     linear_codec="int",
+    measure="gptq",
     sensitivity="none",
     attention_bits=FALLBACK_BITS,
     shared_expert_bits=FALLBACK_BITS,

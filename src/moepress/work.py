@@ -24,9 +24,11 @@ from moepress.format.checkpoint import (
     load_tensors,
     save_tensors,
 )
+from moepress.format.journal import compare_identity
 from moepress.original.source import Source
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
+from moepress.text.named import SELF
 
 WORK = ".moepress"  # the work folder inside the output
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
@@ -78,6 +80,26 @@ def kept_ids(folder: Path, source: Source, recipe: Recipe) -> Tensor:
     """
     path = folder / TEXT
     return load_tensors(path)["ids"] if path.is_file() else calibration_ids(source, recipe)
+
+
+def check_text(folder: Path, source: Source, recipe: Recipe) -> Tensor | None:
+    """The sequences of `kept_ids`; None if the model has yet to write some of them itself.
+
+    Then the other texts are read, to check that they can be.
+
+    Raises:
+        InputError: a text cannot be read or is too short.
+    """
+    names = [text for text, _ in recipe.calib]
+    if SELF not in names or (folder / TEXT).is_file():
+        return kept_ids(folder, source, recipe)
+    shares = windows.divide(recipe.sequences, [weight for _, weight in recipe.calib])
+    tokenizer = _tokenizer(source)
+    for text, share in zip(names, shares, strict=True):
+        if text != SELF:
+            texts = [(text, 1.0)]
+            windows.load_tokens(texts, tokenizer, share, recipe.sequence_length, recipe.seed)
+    return None
 
 
 def keep_ids(folder: Path, ids: Tensor) -> None:
@@ -133,18 +155,43 @@ def claim(out: Path, work: Mapping[str, str]) -> bool:
     if not out.exists():
         out.mkdir(parents=True)
         return False
-    if out.is_dir() and is_compressed(out):
-        made = load_json(out / "config.json")["quantization_config"].get("provenance", {})
-        differs = sorted(key for key, value in work.items() if made.get(key) != value)
-        if differs:
-            raise InputError(
-                f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
-                "Choose another output or delete that folder."
-            )
+    if holds_finished(out, work):
         shutil.rmtree(out / WORK, ignore_errors=True)
         return True
-    check_output(out)
     return False
+
+
+def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
+    """Whether `out` holds the finished work already. Nothing is written.
+
+    Raises:
+        InputError: `out` holds finished work of another identity, or files that are not of
+            moepress.
+    """
+    if not (out.is_dir() and is_compressed(out)):
+        check_output(out)
+        return False
+    made = load_json(out / "config.json")["quantization_config"].get("provenance", {})
+    differs = sorted(key for key, value in work.items() if made.get(key) != value)
+    if differs:
+        raise InputError(
+            f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
+            "Choose another output or delete that folder."
+        )
+    return True
+
+
+def check_unfinished(out: Path, source: Source, recipe: Recipe, ids: Tensor) -> None:
+    """Check that `compress` could begin or continue in `out`. Nothing is written.
+
+    Raises:
+        InputError: `out` holds work of another identity, or files that are not of moepress.
+    """
+    made_of = identity(source, recipe, ids)
+    work = made_of | {"full_recipe": recipe.digest()}
+    if not holds_finished(out, work):
+        stored_scores(out, made_of)
+        compare_identity(out / WORK / "compress.json", work)
 
 
 def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:

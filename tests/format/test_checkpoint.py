@@ -21,6 +21,7 @@ from moepress.format.checkpoint import (
     write_atomically,
 )
 from moepress.format.codec import Codec, PackedSpec, fitting_group_size
+from moepress.hf import MoePressConfig
 
 FILE = "x.safetensors"
 
@@ -107,6 +108,21 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     save_json(tmp_path / "config.json", config)
     with pytest.raises(InputError, match="format version 99"):
         packed_specs(tmp_path)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_trellis_codes_of_an_older_rotation_are_refused(tmp_path: Path, version: int) -> None:
+    modules = {"w": {"bits": "2", "group_size": 32, "family": "trellis"}}
+    quantization = {"quant_method": "moepress", "format_version": version, "modules": modules}
+    save_json(tmp_path / "config.json", {"quantization_config": quantization})
+    message = f"trellis codes of format version {version}.*Compress the original model again"
+    with pytest.raises(InputError, match=message):
+        packed_specs(tmp_path)
+    with pytest.raises(InputError, match=message):
+        MoePressConfig(**quantization)
+    del modules["w"]["family"]  # scalar codes are as they were
+    save_json(tmp_path / "config.json", {"quantization_config": quantization})
+    assert packed_specs(tmp_path)["w"].family == MoePressConfig(**quantization).specs()["w"].family
 
 
 def test_byte_accounting() -> None:

@@ -1,4 +1,8 @@
-"""Files of every format version open for ever: these bytes were written once and never change."""
+"""Files of every format version open for ever: these bytes were written once and never change.
+
+There are none of version 2: its trellis codes were rotated in other runs, and are refused
+(test_checkpoint.py).
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,9 @@ def test_format_1(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_format_2(bits: int) -> None:
+def test_format_4(bits: int) -> None:
     """The trellis family; `weights` [70, 64] are the rotated ones."""
-    stored = load_file(FOLDER / "format-2.safetensors")
+    stored = load_file(FOLDER / "format-4.safetensors")
     packed, weights = stored[f"{bits}.packed"], stored[f"{bits}.weights"]
     codec = Codec(bits, 32, "trellis")
     found = torch.cat([part for _, part in trellis.strips(packed, *weights.shape, codec)])
@@ -46,3 +50,10 @@ def test_format_2(bits: int) -> None:
     assert torch.equal(trellis.pack(*trellis.unpack(packed, *weights.shape, codec), codec), packed)
     back = dequantize(packed, *weights.shape, codec, torch.float64)
     torch.testing.assert_close(trellis.rotate(back), weights.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cols", [96, 768])
+def test_rotation_of_format_4(cols: int) -> None:
+    stored = load_file(FOLDER / "format-4.safetensors")
+    x, rotated = stored[f"rotation.{cols}.x"], stored[f"rotation.{cols}.qx"]
+    torch.testing.assert_close(trellis.rotate(x.double()), rotated.double(), rtol=0, atol=1e-6)

@@ -154,7 +154,7 @@ int64_t trellis_bytes(int64_t rows, int64_t cols, int bits) {  // docs/format.md
 
 void trellis_linear() {
     const int bits = one_of({1, 2, 3, 4}), group = one_of({32, 64, 128});
-    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 2, 5}) : 300;
+    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 2, 5, 7}) : 300;
     const int64_t rows = pick(1, 140), cols = group * pick(1, 3);
     const int64_t right = trellis_bytes(rows, cols, bits);
     const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
@@ -162,7 +162,7 @@ void trellis_linear() {
     Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
     const int32_t result = moepress_trellis_linear(
         x.get(), tokens, cols, packed.get(), given, rows, bits, group,
-        pick(0, 1) ? bias.get() : nullptr, int(pick(1, 3)), y.get());
+        pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), y.get());
     expect(result == (given == right ? kOk : kBadBytes), "trellis linear: wrong result");
 }
 
@@ -192,7 +192,7 @@ void trellis_experts() {
     const int32_t result = moepress_trellis_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
-        groups[1], count, inner, int(pick(0, 9)), int(pick(1, 3)), y.get());
+        groups[1], count, inner, int(pick(0, 9)), one_of({8, 16}), int(pick(1, 3)), y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes,
            "trellis experts: wrong result");
 }

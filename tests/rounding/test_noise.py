@@ -20,7 +20,14 @@ from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.linear import output_cost
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.methods.trellis import block_feedback
-from moepress.rounding.noise import code_error, draw, drawn_errors, noisy_weights
+from moepress.rounding.noise import (
+    code_error,
+    draw,
+    drawn_errors,
+    noisy_weights,
+    upper_product,
+    within_blocks,
+)
 from moepress.score import score
 from tests.conftest import small_recipe
 from tests.rounding.test_trellis import DISTORTION
@@ -62,8 +69,15 @@ def test_what_is_left_after_feedback_is_the_draw(error: float) -> None:
     weight, factor = weight_and_factor(96, 64)
     target, noise = weight.T.contiguous(), draw((96, 64), 0, "x")
     feedback = block_feedback(factor.feedback)
-    errors = drawn_errors(target, feedback, error, noise).T.double()
+    errors, residual = (x.T.double() for x in drawn_errors(target, feedback, error, noise))
     left = errors @ feedback.double()
+    torch.testing.assert_close(residual, left, rtol=1e-4, atol=1e-5)
+    root = within_blocks(residual.T.float(), factor.feedback).T
+    torch.testing.assert_close(
+        root, (errors @ factor.feedback.double()).float(), rtol=1e-4, atol=1e-5
+    )
+    product = upper_product(target, factor.feedback).T
+    torch.testing.assert_close(product, weight @ factor.feedback, rtol=1e-4, atol=1e-5)
     adjusted = weight.double() + left - errors
     for start in range(0, 64, TILE_COLUMNS):
         block = slice(start, start + TILE_COLUMNS)
@@ -188,9 +202,26 @@ def test_experts_may_be_left_out(model_folder: Folder, text_file: Path) -> None:
     assert (scores.cost[..., 0] > scores.cost[..., 1]).all()
 
 
-@pytest.mark.parametrize("family", ["expert_codec", "linear_codec"])
-def test_scalar_codes_are_not_drawn(family: str) -> None:
-    with pytest.raises(InputError, match=r"trellis codes only.*Measure with gptq"):
-        Recipe(measure="noise").with_changes(**{family: "int"})
+@pytest.mark.parametrize(
+    ("family", "costs"), [("expert_codec", "cost"), ("linear_codec", "linear_cost")]
+)
+def test_scalar_codes_are_not_drawn(
+    model_folder: Folder, text_file: Path, family: str, costs: str
+) -> None:
+    """Where codes are scalar, costs are those of gptq, to the bit."""
+    recipe = noise_recipe(text_file, **{family: "int"})
+    drawn, searched = (
+        getattr(score(model_folder(), recipe.with_changes(measure=measure)), costs)
+        for measure in ("noise", "gptq")
+    )
+    assert np.array_equal(drawn, searched)
+
+
+def test_noise_measures_and_quantizes_not() -> None:
     with pytest.raises(InputError, match="quantizer is 'noise'"):
         Recipe().with_changes(quantizer="noise")
+
+
+def test_default_draws() -> None:
+    assert Recipe.load("default").measure == "noise"
+    assert [Recipe.load(name).measure for name in ("fast", "paper")] == ["gptq", "rtn"]

@@ -44,7 +44,16 @@ def compress(
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Without a budget: print JSON.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Estimate time, peak memory and disk, check the input, and write nothing.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Without a budget, or with --dry-run: print JSON.")
+    ] = False,
 ) -> None:
     """Compress a model: score, allocate, quantize. Run again to continue a stopped run.
 
@@ -52,8 +61,9 @@ def compress(
 
     Example: moepress compress Mixtral-8x7B-v0.1 mixtral-2.5bit --bits 2.5 --calib text/
     """
-    from moepress.cli.tables import proposal_table
+    from moepress.cli.tables import estimate_table, proposal_table
     from moepress.compress import compress as run
+    from moepress.estimate import estimate
     from moepress.propose import propose
 
     chosen = recipe_of(
@@ -70,6 +80,10 @@ def compress(
         group_size=group_size,
         seed=seed,
     )
+    if dry_run:
+        expected = estimate(model, out, chosen, device=checked_device(device))
+        show(expected.to_dict(), as_json, estimate_table)
+        return
     if chosen.has_budget:
         typer.echo(run(model, out, chosen, device=checked_device(device)))
         return

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from moepress.estimate import duration, size_text
 from moepress.evaluation.tables import evaluation_tables
 
 
@@ -89,6 +90,33 @@ def proposal_table(result: Mapping[str, Any]) -> str:
                 f"{best['folder_bytes']:,} bytes. Add it to the same command."
             )
     return "\n".join([lines[0], "", *lines[1:]])
+
+
+def estimate_table(result: Mapping[str, Any]) -> str:
+    """Format the result of `moepress compress --dry-run`."""
+    rows = [
+        [
+            row["name"],
+            duration(row["seconds"]),
+            size_text(row["memory_bytes"]),
+            size_text(row["disk_bytes"]),
+        ]
+        for row in [*result["stages"], {"name": "all", **result}]
+    ]
+    lines = [
+        table(("stage", "time", "peak memory", "peak disk"), rows),
+        "",
+        f"{result['tokens']:,} calibration tokens, {result['threads']} threads, "
+        f"device {result['device']}. Free: {size_text(result['free_memory_bytes'])} of memory, "
+        f"{size_text(result['free_disk_bytes'])} of disk.",
+    ]
+    if result["folder_bytes"] is not None:
+        lines.append(f"The compressed model takes about {size_text(result['folder_bytes'])}.")
+    if done := [row["name"] for row in result["stages"] if row["left"] < 1]:
+        lines.append(f"An earlier run has finished part of: {', '.join(done)}.")
+    if result["memory_bytes"] > result["free_memory_bytes"]:
+        lines.append("This needs more memory than is free.")
+    return "\n".join(lines)
 
 
 def nested_table(result: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ class Sensitivity:
 
     def layer(self, layer: int) -> Mapping[str, Tensor]:
         """s [T] float32 by output: EXPERTS, linears by name, and EMBEDDING in the first layer."""
-        return load_tensors(_result(self.folder, layer))
+        return load_tensors(result_file(self.folder, layer))
 
 
 @torch.inference_mode(False)  # a caller's inference mode would rule autograd out
@@ -78,7 +78,7 @@ def measure_sensitivity(
     """
     count = len(source.layers)
     check_identity(folder / "identity.json", identity)
-    todo = [layer for layer in range(count) if not _result(folder, layer).is_file()]
+    todo = [layer for layer in range(count) if not result_file(folder, layer).is_file()]
     _clear_after(folder, todo[-1] if todo else -1, count)
     if not todo:
         return Sensitivity(folder)
@@ -203,7 +203,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
             result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
         else:
             files[_gradient(folder, layer)] = {"gradient": walk_back.gradient}
-        files[_result(folder, layer)] = result
+        files[result_file(folder, layer)] = result
         writer.save(files, partial(_forget, folder, layer + 1))
         progress.advance()
     writer.finish()
@@ -245,5 +245,6 @@ def _gradient(folder: Path, layer: int) -> Path:
     return folder / f"gradient-{layer:04d}.safetensors"
 
 
-def _result(folder: Path, layer: int) -> Path:
+def result_file(folder: Path, layer: int) -> Path:
+    """File of the sensitivities of a finished layer."""
     return folder / f"sensitivity-{layer:04d}.safetensors"

@@ -29,7 +29,8 @@ from torch import Tensor
 from moepress.errors import CheckpointError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 
-FORMAT_VERSION = 3  # the highest; a folder gets the lowest version that can express its tensors
+FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can express its tensors
+TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
@@ -222,9 +223,31 @@ def shard_name(layer: int | None) -> str:
 
 def format_version(packed: Collection[PackedSpec]) -> int:
     """The lowest format version that can express these packed tensors."""
-    if any(LEFT_OUT in spec.bits for spec in packed):
-        return 3
-    return 2 if any(spec.family != "int" for spec in packed) else 1
+    if any(spec.family == "trellis" for spec in packed):
+        return TRELLIS_VERSION
+    return 3 if any(LEFT_OUT in spec.bits for spec in packed) else 1
+
+
+def check_version(version: int, modules: Mapping[str, Mapping[str, Any]], what: str) -> None:
+    """Raise InputError if packed tensors of that format version cannot be read.
+
+    Trellis codes of versions 2 and 3 are of another rotation (docs/log.md#rotation-runs).
+
+    Args:
+        modules: the field of `quantization_config`.
+        what: names the folder or model in the message.
+    """
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{what} has format version {version}; this moepress reads up to {FORMAT_VERSION}. "
+            "Upgrade moepress."
+        )
+    old = version < TRELLIS_VERSION
+    if old and any(fields.get("family") == "trellis" for fields in modules.values()):
+        raise InputError(
+            f"{what} has trellis codes of format version {version}; this moepress reads those of "
+            f"version {TRELLIS_VERSION}. Compress the original model again."
+        )
 
 
 def quantization_config(
@@ -300,17 +323,14 @@ def packed_specs(folder: Path) -> dict[str, PackedSpec]:
     """The packed tensors of a compressed folder, by parameter name.
 
     Raises:
-        InputError: it is not a compressed folder, or of a later format version.
+        InputError: it is not a compressed folder, or of a format version that cannot be read.
     """
     if not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
     config = load_json(folder / "config.json")["quantization_config"]
-    if config["format_version"] > FORMAT_VERSION:
-        raise InputError(
-            f"{folder} has format version {config['format_version']}; this moepress reads up to "
-            f"{FORMAT_VERSION}. Upgrade moepress."
-        )
-    return {name: PackedSpec.from_json(fields) for name, fields in config["modules"].items()}
+    modules = config.get("modules", {})
+    check_version(config["format_version"], modules, str(folder))
+    return {name: PackedSpec.from_json(fields) for name, fields in modules.items()}
 
 
 def _write_text(path: Path, text: str) -> None:

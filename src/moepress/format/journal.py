@@ -7,6 +7,7 @@ Each decoder layer's result has a file of its own. Beside these files is the ide
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Journal:
     ) -> None:
         self.folder = folder
         self.layers = range(layers)
-        self._file = file or (lambda layer: folder / f"layer-{layer:04d}.safetensors")
+        self._file = file or partial(layer_file, folder)
         self._writer = Writer(device)
         check_identity(folder / "identity.json", identity)
 
@@ -105,6 +106,11 @@ class Journal:
         return self.folder / f"states-{layer:04d}.safetensors"
 
 
+def layer_file(folder: Path, layer: int) -> Path:
+    """File of a layer's result in the folder of a journal."""
+    return folder / f"layer-{layer:04d}.safetensors"
+
+
 def check_identity(path: Path, identity: Mapping[str, str]) -> None:
     """Write the identity of work to `path`, or compare it with the one that is there.
 
@@ -113,6 +119,17 @@ def check_identity(path: Path, identity: Mapping[str, str]) -> None:
     """
     if not path.is_file():
         save_json(path, dict(identity))
+        return
+    compare_identity(path, identity)
+
+
+def compare_identity(path: Path, identity: Mapping[str, str]) -> None:
+    """Compare the identity of work with the one in the file `path`, if there is one.
+
+    Raises:
+        InputError: the file has another identity.
+    """
+    if not path.is_file():
         return
     found = load_json(path)
     differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))

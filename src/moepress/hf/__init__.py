@@ -24,7 +24,12 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moepress.errors import InputError
-from moepress.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, is_compressed
+from moepress.format.checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    check_version,
+    is_compressed,
+)
 from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
@@ -44,7 +49,7 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         quant_method: "moepress".
 
     Raises:
-        InputError: a newer format version, or fields that the format does not have.
+        InputError: a format version that cannot be read, or fields that the format does not have.
     """
 
     def __init__(
@@ -58,11 +63,7 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
     ) -> None:
         if quant_method != QUANT_METHOD:
             raise InputError(f"quant_method is '{quant_method}', expected '{QUANT_METHOD}'.")
-        if format_version > FORMAT_VERSION:
-            raise InputError(
-                f"This model has format version {format_version}; this moepress reads up to "
-                f"{FORMAT_VERSION}. Upgrade moepress."
-            )
+        check_version(format_version, modules, "This model")
         if unknown:
             raise InputError(
                 f"quantization_config of config.json has unknown fields {sorted(unknown)}. The "

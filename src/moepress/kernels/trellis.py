@@ -13,10 +13,12 @@ at 3 and 4 bits, where the tails matter more, it takes all four. The search for 
 and the error of other codes: docs/log.md#trellis-values; fewer and more states:
 docs/log.md#trellis-states. rounding/methods/viterbi.py finds the best path.
 
-Rotation. An orthogonal map Q multiplies columns by fixed random signs, cuts them into runs whose
-length is the largest power of two that divides K, and multiplies each run by a Hadamard matrix. The
-same map is applied to the inputs of a layer: W x = (W Q^T)(Q x). The rows of W Q^T are nearly
-Gaussian, whatever the distribution of W.
+Rotation. An orthogonal map Q cuts the columns into runs, whose length is 256, or the largest power
+of two that divides K if that is less. It multiplies each run by fixed random signs, the same in
+every run, and by a Hadamard matrix. The same map is applied to the inputs of a layer: W x =
+(W Q^T)(Q x). The rows of W Q^T are nearly Gaussian, whatever the distribution of W. Shorter
+runs raise the error (docs/log.md#rotation-runs). Longer ones leave the nearest memory, and the
+columns of some runs are a matrix of their own (shards.py).
 
 Paths. A path runs down the rows and takes every sixteenth row of four columns. Rounding therefore
 finishes eight columns at a time, and later columns can compensate for the errors of earlier ones.
@@ -51,6 +53,7 @@ STATES = 1 << STATE_BITS
 MULTIPLIERS = {1: 47255, 2: 54641, 3: 44529, 4: 15601}
 BYTES_SUMMED = {1: 2, 2: 2, 3: 4, 4: 4}  # how many bytes of the product, from the lowest
 CENTERS = {1: 255, 2: 255, 3: 386, 4: 379}  # mean of the sum over all states, rounded
+LONGEST_RUN = 256  # columns that a rotation mixes
 TILE_COLUMNS = 8
 STEPS = 16  # weights of a path in a tile
 STRIP_WEIGHTS = 1 << 21  # weights decoded at a time: 8 MB in float32
@@ -121,7 +124,7 @@ def unpack(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, 
     Raises:
         InputError: the number of bytes is not that of such a matrix.
     """
-    codes, scales = _split(packed, rows, cols, codec)
+    codes, scales = split(packed, rows, cols, codec)
     return _branches(codes, cols, codec), scales[:rows]
 
 
@@ -173,7 +176,7 @@ def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple
 
     Each weight is scale * value, one float32 product.
     """
-    codes, scales = _split(packed, rows, cols, codec)
+    codes, scales = split(packed, rows, cols, codec)
     step = max(1, STRIP_WEIGHTS // (ROWS_PER_SLAB * cols))
     for first in range(0, len(codes), step):
         # A path has 16 branches in a slab, 16 bits or more. A state spans 12 bits, so it reaches
@@ -207,9 +210,9 @@ def rotate_back(weight: Tensor) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """Multiply runs of columns by the orthonormal Hadamard matrix: [..., K] to [..., K].
 
-    A run is as long as the largest power of two n that divides K. The matrix is Sylvester's,
-    H_2n = [[H_n, H_n], [H_n, -H_n]], over sqrt(n); it is its own inverse. It takes log2(n) steps of
-    sums and differences.
+    A run has n = `run_length(K)` columns. The matrix is Sylvester's, H_2n = [[H_n, H_n],
+    [H_n, -H_n]], over sqrt(n); it is its own inverse. It takes log2(n) steps of sums and
+    differences.
     """
     if x.numel() > WEIGHTS_AT_ONCE and x.dim() > 1 and len(x) > 1:
         out = torch.empty_like(x)
@@ -234,21 +237,21 @@ def _hadamard(x: Tensor) -> Tensor:
 
 
 def run_length(cols: int) -> int:
-    """The largest power of two that divides `cols`."""
-    return cols & -cols
+    """The largest power of two up to LONGEST_RUN that divides `cols`."""
+    return min(cols & -cols, LONGEST_RUN)
 
 
 @lru_cache(maxsize=32)
 def signs(cols: int) -> Tensor:
-    """+1 or -1 for each column, [K] float32: the lowest bit of a hash of the column's index."""
-    h = torch.arange(cols, dtype=torch.int64)
+    """+1 or -1 for each column, [K] float32: the lowest bit of a hash of its place in its run."""
+    h = torch.arange(cols, dtype=torch.int64) % run_length(cols)
     h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
     h = h ^ h >> 16
     return (1 - 2 * (h & 1)).float()
 
 
-def _split(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
+def split(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
     """Codes [slabs, slab bytes] uint8 and scales [64 slabs] bfloat16, views of the packed bytes."""
     expected = codec.nbytes(rows, cols)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):

@@ -212,12 +212,11 @@ class Source:
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
         def read(number: int) -> ExpertWeights:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._reading):
                 weights = self.expert(layer, number)
-            stream.synchronize()
+            self._reading.synchronize()
             return weights
 
         with ThreadPoolExecutor(1) as pool:
@@ -228,6 +227,11 @@ class Source:
                     yield self._in_use(ahead.popleft().result())
             while ahead:
                 yield self._in_use(ahead.popleft().result())
+
+    @cached_property
+    def _reading(self) -> torch.cuda.Stream:
+        """The stream of `experts_in_turn`; only one, as freed memory stays with its stream."""
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
         """Weights that were made on another stream: their memory is kept until this one is done."""

@@ -12,6 +12,10 @@ where d is the relative squared error of the code. The term d a says that roundi
 alone, r = sqrt(d v) z, predicts half of the cost of gate and up at 1 bit (docs/log.md#noise-costs).
 So the columns are visited as in rounding, with a draw in place of the search, and the scale of each
 row is fitted as in rounding. The same z serves every width of a matrix.
+
+The fit needs <w, c>_H and <c, c>_H, H = R D R^T, of the target w and c = w - E (trellis.py). With
+V_JB = R_JB R_BB^(-1), E V = r gives (E R)_B = r_B R_BB at almost no cost. So one product for all
+widths is left, w R, instead of two for each.
 """
 
 from __future__ import annotations
@@ -27,11 +31,10 @@ from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
-from moepress.rounding.hessian import Factor, tensor_cores
+from moepress.rounding.hessian import COLUMNS_PER_SLICE, Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.trellis import (
     START,
-    best_scale,
     block_feedback,
     inverse,
     rotated_rows,
@@ -95,19 +98,22 @@ def noisy_weights(
     rows = rotated_rows(weight)
     size = rows.square().mean(1).sqrt()  # [N]
     target = (rows * inverse(size)[:, None]).T.contiguous()  # [K, N], every row of variance 1
+    count = len(rows)
+    del rows
     feedback = block_feedback(factor.feedback)
+    weighted = upper_product(target, factor.feedback)
     noise = noise.to(target.device)
-    errors = [code_error(bits, len(rows), rows.device) for bits in widths]
-    for drawn in _drawn_for_widths(target, feedback, errors, noise):
-        with tensor_cores(rows.device):
-            codes = (target - drawn).T * size[:, None]
-            gain = best_scale(rows, codes, torch.ones_like(size), factor)
-        yield rotate_back(codes * gain[:, None])
+    errors = [code_error(bits, count, target.device) for bits in widths]
+    for drawn, residual in _drawn_for_widths(target, feedback, errors, noise):
+        with tensor_cores(target.device):
+            left = within_blocks(residual, factor.feedback)
+            scale = size * gain(weighted, left, factor.curvature)
+        yield rotate_back((target - drawn).T * scale[:, None])
 
 
 def _drawn_for_widths(
     target: Tensor, feedback: Tensor, errors: Sequence[float], noise: Tensor
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """`drawn_errors` for each of `errors`; on a card all in one visit of the columns."""
     if target.device.type == "cpu":
         for error in errors:
@@ -116,21 +122,24 @@ def _drawn_for_widths(
     each = torch.tensor(errors, device=target.device)[:, None]  # [W, 1]
     spread = (each * (1 - each)).sqrt()
     buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
+    residual = torch.empty_like(buffer)
 
     def visit(start: int, stop: int) -> None:
-        received = buffer[start:stop]
+        received, left = buffer[start:stop], residual[start:stop]
         adjusted = target[start:stop, None] + received
         deviation = adjusted.square().mean((0, 2), keepdim=True).sqrt() * spread
-        residual = torch.addcmul(each * adjusted, deviation, noise[start:stop, None])
-        torch.sub(residual, received, out=received)
+        torch.addcmul(each * adjusted, deviation, noise[start:stop, None], out=left)
+        torch.sub(left, received, out=received)
 
     with tensor_cores(target.device):
         sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
-    yield from buffer.unbind(1)
+    yield from zip(buffer.unbind(1), residual.unbind(1), strict=True)
 
 
-def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) -> Tensor:
-    """Errors E [K, N] of the columns: E V = r.
+def drawn_errors(
+    target: Tensor, feedback: Tensor, error: float, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Errors E of the columns and what is left after feedback, r = E V, both [K, N].
 
     Args:
         target: [K, N] the rotated weights, rows of variance 1.
@@ -139,16 +148,57 @@ def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) 
         noise: [K, N] z.
     """
     buffer = torch.zeros_like(target)  # feedback until a block is visited, then its errors
+    residual = torch.empty_like(target)
 
     def visit(start: int, stop: int) -> None:
         block, received = target[start:stop], buffer[start:stop]
         adjusted = block + received
         deviation = adjusted.square().mean().sqrt() * (error * (1 - error)) ** 0.5
-        residual = error * adjusted + deviation * noise[start:stop]
-        torch.sub(residual, received, out=buffer[start:stop])
+        torch.add(error * adjusted, deviation * noise[start:stop], out=residual[start:stop])
+        torch.sub(residual[start:stop], received, out=buffer[start:stop])
 
     sweep(buffer, feedback, 0, len(target), TILE_COLUMNS, visit)
-    return buffer
+    return buffer, residual
+
+
+def upper_product(columns: Tensor, upper: Tensor) -> Tensor:
+    """R^T w, [K, N]: the product w R with the upper triangular R, columns first.
+
+    Args:
+        columns: [K, N].
+        upper: [K, K].
+    """
+    result = torch.empty_like(columns)
+    for start in range(0, len(columns), COLUMNS_PER_SLICE):
+        stop = min(start + COLUMNS_PER_SLICE, len(columns))
+        torch.mm(upper[:stop, start:stop].T, columns[:stop], out=result[start:stop])
+    return result
+
+
+def within_blocks(residual: Tensor, feedback: Tensor) -> Tensor:
+    """(E R)^T from r, [K, N]: every column block times its diagonal block of R.
+
+    Args:
+        residual: [K, N] r = E V.
+        feedback: [K, K] R.
+    """
+    size = TILE_COLUMNS
+    blocks = feedback.unfold(0, size, size).unfold(1, size, size)  # [K / 8, K / 8, 8, 8]
+    diagonal = blocks.diagonal().permute(2, 1, 0)  # [K / 8, 8, 8], transposed
+    return torch.bmm(diagonal, residual.view(-1, size, residual.shape[1])).view_as(residual)
+
+
+def gain(weighted: Tensor, errors: Tensor, curvature: Tensor) -> Tensor:
+    """<w, c>_H / <c, c>_H of each row, [N] float32, for c = w - E; 1 where <c, c>_H is 0.
+
+    Args:
+        weighted: [K, N] R^T w.
+        errors: [K, N] R^T E.
+        curvature: [K] D.
+    """
+    left = weighted - errors
+    product, energy = curvature @ (weighted * left), curvature @ left.square()
+    return torch.where(energy > 0, product / energy, 1.0)
 
 
 def code_error(bits: int, rows: int, device: torch.device | str = "cpu") -> float:

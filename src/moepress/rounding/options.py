@@ -32,6 +32,8 @@ class Rounding:
 
     @classmethod
     def _of(cls, recipe: Recipe, quantizer: str, family: str) -> Rounding:
+        if quantizer == NOISE and family != "trellis":
+            quantizer = "gptq"  # only errors of trellis codes are drawn
         policy = TokenPolicy(recipe.hessian_weight == "routing", recipe.token_floor, recipe.seed)
         return cls(quantizer, family, recipe.group_size, recipe.damping, recipe.correction, policy)
 

@@ -1,10 +1,10 @@
 """The operations on CPUs: C++ in this folder, compiled when moepress is installed.
 
 Activations are rounded to integer codes, one scale for each group of columns, and multiplied with
-the packed codes as they are: integer dot products, exact in 32 bits. Scalar matrices take
-activations of 8 bits, or of 15 bits split into two of 8; trellis matrices take rotated ones of 15
-bits. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's result
-depends neither on the other tokens of the call nor on the number of threads.
+the packed codes as they are: integer dot products, exact in 32 bits. The codes have 8 bits or 15.
+For scalar matrices those of 15 bits are split into two of 8; for trellis matrices activations are
+rotated first. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's
+result depends neither on the other tokens of the call nor on the number of threads.
 
 From the C interface (moepress.h) down:
 
@@ -17,11 +17,12 @@ From the C interface (moepress.h) down:
                               trellis_code.h: sizes and constants
     isa.h                     the functions that an instruction set provides:
       scalar_product.h        16 rows of a scalar matrix times a panel; `codes_of` decodes them
-      trellis_product.h       64 rows of a trellis matrix times a panel; `sums_at` decodes them
+      trellis_product.h       64 rows of a trellis matrix times a panel; `state_at` decodes them
       *_activations.h         rounding and rotating activations; rounding.h: what they share
       activation_functions.h  gelu, silu and others
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)
-    lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, AVX2, portable vectors
+    lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, with or without VBMI2; AVX2,
+                              with or without VNNI; portable vectors
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
     dispatch.cpp              which instruction set runs on this CPU
     expert_tables.h           which experts there are, found through their tables
@@ -47,7 +48,7 @@ from moepress.format.codec import Codec
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 
-INTERFACE = 5  # version of moepress.h
+INTERFACE = 6  # version of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -83,11 +84,12 @@ _SIGNATURES = {
     ),
     "moepress_trellis_linear": (
         c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
-        c_int32, c_void_p,
+        c_int32, c_int32, c_void_p,
     ),
     "moepress_trellis_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32, c_void_p,
+        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
+        c_int32, c_void_p,
     ),
     "moepress_trellis_search": (c_void_p, c_int64, c_int32, c_int32, c_void_p),
 }  # fmt: skip
@@ -144,9 +146,8 @@ def linear(
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = rows.new_empty(len(rows), out_features)
-    trellis = codec.family == "trellis"  # activations always have 16 bits
     _call(
-        "moepress_trellis_linear" if trellis else "moepress_scalar_linear",
+        "moepress_trellis_linear" if codec.family == "trellis" else "moepress_scalar_linear",
         rows.data_ptr(),
         *rows.shape,
         packed.data_ptr(),
@@ -155,7 +156,7 @@ def linear(
         codec.bits,
         codec.group_size,
         None if bias is None else bias.data_ptr(),
-        *(() if trellis else (activation_bits,)),
+        activation_bits,
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -176,9 +177,8 @@ def experts(call: ExpertsCall) -> Tensor:
     index, weights = call.top_k_index.long().contiguous(), call.top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
     out = torch.empty_like(x)
-    trellis = call.family == "trellis"  # activations always have 16 bits
     _call(
-        "moepress_trellis_experts" if trellis else "moepress_scalar_experts",
+        "moepress_trellis_experts" if call.family == "trellis" else "moepress_scalar_experts",
         x.data_ptr(),
         *x.shape,
         index.data_ptr(),
@@ -195,7 +195,7 @@ def experts(call: ExpertsCall) -> Tensor:
         len(gate_up_table),
         call.intermediate_size,
         ACTIVATIONS.index(call.activation),
-        *(() if trellis else (call.activation_bits,)),
+        call.activation_bits,
         torch.get_num_threads(),
         out.data_ptr(),
     )

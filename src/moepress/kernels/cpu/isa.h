@@ -1,6 +1,6 @@
 // What an instruction set provides (`Isa`): a table of functions that each do a small piece of
-// work. The functions are compiled once for each instruction set, by avx512.cpp, avx2.cpp and
-// portable.cpp. dispatch.cpp picks the table that runs.
+// work. The functions are compiled once for each instruction set, by avx512.cpp and others.
+// dispatch.cpp picks the table that runs.
 #pragma once
 
 #include <cstdint>
@@ -46,9 +46,11 @@ using ScalarRound = void (*)(const float* x, int64_t cols, int group, int activa
 
 // ---- Trellis matrices ------------------------------------------------------------------------
 
-// Rotated activations of some tokens, rounded to 15-bit codes: x = scale * code.
+// Rotated activations of some tokens, rounded to codes: x = scale * code. With activation bits 16
+// the codes have 15 bits, from -16256 to 16256. With 8 they are from -127 to 127; instruction sets
+// that multiply bytes (`sums_any_byte`, lanes_portable.h) keep such a code twice, in both bytes.
 struct TrellisTokens {
-    int16_t* codes;  // [tokens][K], from -16256 to 16256
+    int16_t* codes;  // [tokens][K]
     float* scale;    // [tokens][G]
     int32_t* sum;    // [tokens][G]: sum of the codes of the group
 };
@@ -69,8 +71,8 @@ using TrellisDot = void (*)(const uint8_t* above, const uint8_t* slab, int64_t c
 using TrellisRotate = void (*)(float* x, int64_t cols);
 
 // Round one rotated token, x [cols], to place `place` of `out`.
-using TrellisRound = void (*)(const float* x, int64_t cols, int group, const TrellisTokens& out,
-                              int64_t place);
+using TrellisRound = void (*)(const float* x, int64_t cols, int group, int activation_bits,
+                              const TrellisTokens& out, int64_t place);
 
 // Viterbi's algorithm (viterbi.cpp). Its costs are by group: states with the same older bits, which
 // have the same predecessors. `best` [2^(12 - bits)] holds the least cost of the predecessors of
@@ -102,7 +104,7 @@ struct Isa {
                                            // null where the width is above max_width
     ScalarRound scalar_round;
 
-    TrellisDot trellis_dot[5];  // by code bits, 1 to 4
+    TrellisDot trellis_dot[2][5];  // by activation bits, 8 and 16, and code bits, 1 to 4
     TrellisRotate trellis_rotate;
     TrellisRound trellis_round;
     ViterbiStep viterbi_step[5];
@@ -112,7 +114,9 @@ struct Isa {
 };
 
 // One for each instruction set; null where the compiler does not have it.
+extern const Isa* const kAvx512Vbmi2;
 extern const Isa* const kAvx512;
+extern const Isa* const kAvxVnni;
 extern const Isa* const kAvx2;
 extern const Isa* const kPortable;
 

@@ -12,7 +12,7 @@ namespace {
 struct Avx2Lanes {
     static constexpr int max_width = 4;  // 8 of 16 registers hold integer sums
     static constexpr bool sums_any_byte = false;  // 16 bits are too few
-    static constexpr int sums = 2;
+    static constexpr int sums = 2, most_sums = 2;
 
     struct Codes {  // [16 rows][4 columns] uint8
         __m256i low, high;
@@ -70,14 +70,14 @@ struct Avx2Lanes {
                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk + 32))};
     }
 
-    // Bits `shift` to `shift + bits - 1` of each byte, moved to bit 0. Never in place here.
+    // Bits `shift` to `shift + bits - 1` of each byte, moved to bit 0; in place: not moved.
     template <int bits, int shift, bool in_place = false>
     static Codes field(Codes chunk) {
-        static_assert(!in_place);
         if constexpr (bits == 8) return chunk;
-        const __m256i mask = _mm256_set1_epi8(int8_t((1 << bits) - 1));
-        return {_mm256_and_si256(_mm256_srli_epi32(chunk.low, shift), mask),
-                _mm256_and_si256(_mm256_srli_epi32(chunk.high, shift), mask)};
+        constexpr int moved = in_place ? 0 : shift, kept = in_place ? shift : 0;
+        const __m256i mask = _mm256_set1_epi8(int8_t(((1 << bits) - 1) << kept));
+        return {_mm256_and_si256(_mm256_srli_epi32(chunk.low, moved), mask),
+                _mm256_and_si256(_mm256_srli_epi32(chunk.high, moved), mask)};
     }
 
     // `low`, with bit `shift` of each byte of `high` as bit 2.
@@ -121,6 +121,8 @@ struct Avx2Lanes {
 
     // Trellis matrices (trellis_product.h).
 
+    static constexpr int tokens = 2, runs = 2;  // 8 of 16 registers hold sums
+    static constexpr bool cheap_windows = false;
     using Words = Codes;
     static Words words(const uint8_t* at) { return load(at); }
     // Of each word: the low 16 - end bits of `before`, then the high `end` bits of `word`.

@@ -13,6 +13,7 @@ struct Avx512Lanes {
     static constexpr int max_width = 16;  // 32 registers: 16 integer and 16 float sums
     static constexpr bool sums_any_byte = true;
     static constexpr int sums = 4;  // vpdpbusd takes 4 cycles, and one starts every cycle
+    static constexpr int most_sums = 8;
 
     using Codes = __m512i;  // [16 rows][4 columns] uint8
     using Int = __m512i;    // [16] int32
@@ -74,6 +75,8 @@ struct Avx512Lanes {
 
     // Trellis matrices (trellis_product.h).
 
+    static constexpr int tokens = 4, runs = 4;  // 16 of 32 registers hold sums
+    static constexpr bool cheap_windows = false;
     using Words = __m512i;
     static Words words(const uint8_t* at) { return load(at); }
     // Of each word: the low 16 - end bits of `before`, then the high `end` bits of `word`.
@@ -88,19 +91,30 @@ struct Avx512Lanes {
     static Words masked(Words a, int mask) {
         return _mm512_and_si512(a, _mm512_set1_epi16(int16_t(mask)));
     }
-    // Of each word * multiplier, 32 bits: the sum of the low two bytes, or of all four.
+    // Of each word * multiplier, 32 bits: the low half, the high half.
+    static Words low_products(Words a, int multiplier) {
+        return _mm512_mullo_epi16(a, _mm512_set1_epi16(int16_t(multiplier)));
+    }
+    static Words high_products(Words a, int multiplier) {
+        return _mm512_mulhi_epu16(a, _mm512_set1_epi16(int16_t(multiplier)));
+    }
+    // Of the same: the sum of the low two bytes, or of all four.
     template <bool four>
     static Words byte_sums(Words a, int multiplier) {
-        const __m512i m = _mm512_set1_epi16(int16_t(multiplier)), ones = _mm512_set1_epi8(1);
-        __m512i sum = _mm512_maddubs_epi16(_mm512_mullo_epi16(a, m), ones);
+        const __m512i ones = _mm512_set1_epi8(1);
+        __m512i sum = _mm512_maddubs_epi16(low_products(a, multiplier), ones);
         if constexpr (four)
-            sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(_mm512_mulhi_epu16(a, m), ones));
+            sum = _mm512_add_epi16(sum,
+                                   _mm512_maddubs_epi16(high_products(a, multiplier), ones));
         return sum;
     }
     struct Pairs {  // [16 rows] int32: sums over pairs of columns
         Int sum = _mm512_setzero_si512();
         void add(Words a, int32_t pair) {
             sum = _mm512_dpwssd_epi32(sum, a, _mm512_set1_epi32(pair));
+        }
+        void add_bytes(Words a, int32_t four) {
+            sum = _mm512_dpbusd_epi32(sum, a, _mm512_set1_epi32(four));
         }
         Float value(int32_t less) const {
             return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(less)));

@@ -8,6 +8,7 @@
 //     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits
 //                     may stay where they are in their bytes (scalar_product.h, kInPlace)
 //     sums            sums that one token should have, to hide the latency of an addition
+//     most_sums       sums that one token may have where codes stay where they are
 //
 //     Codes           [16 rows][4 columns] uint8: a quad of scalar codes
 //     load            64 bytes of packed codes
@@ -18,13 +19,19 @@
 //       join          add another sum, shifted right by `shift` where codes were left in place
 //       value         the sum as floats
 //
+//     tokens, runs    of a trellis panel and slab that are multiplied together: their sums must fit
+//                     the registers (trellis_product.h, add_group)
+//     cheap_windows   whether `window` takes one instruction
 //     Words           [16 rows][2 columns] uint16: a word of the 32 paths of a trellis tile
 //     words           load 64 bytes
 //     window          of each path, the 16 bits that end at bit `end` (trellis_product.h)
 //     shift_right, masked     per word
 //     byte_sums       per word, see `code_value` (trellis_code.h)
+//     low_products, high_products   if sums_any_byte: halves of the products that it sums
 //     Pairs           [16 rows] int32, a sum over pairs of columns
 //       add           words times the activations of their 2 columns, 2 int16 in an int32
+//       add_bytes     if sums_any_byte: bytes [16 rows][2 columns][2] times the activations of
+//                     their 2 columns, 4 int8 in an int32
 //       value         (sum - less) as floats
 //
 //     Float           [16 rows] float
@@ -42,7 +49,7 @@ namespace {
 struct PortableLanes {
     static constexpr int max_width = 4;
     static constexpr bool sums_any_byte = false;  // 16 bits are too few
-    static constexpr int sums = 1;
+    static constexpr int sums = 1, most_sums = 1;
 
     typedef uint32_t Word __attribute__((vector_size(16)));  // [4 rows], 4 columns to a word
     typedef int32_t Int4 __attribute__((vector_size(16)));   // [4 rows]
@@ -170,6 +177,8 @@ struct PortableLanes {
 
     // Trellis matrices (trellis_product.h).
 
+    static constexpr int tokens = 1, runs = 4;
+    static constexpr bool cheap_windows = false;
     typedef uint16_t Word8 __attribute__((vector_size(16)));
     struct Words {
         Word8 part[4];

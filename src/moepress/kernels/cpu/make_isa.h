@@ -43,7 +43,8 @@ constexpr void set_scalar(Isa& isa) {
 
 template <class Lanes, class Search, int bits>
 constexpr void set_trellis(Isa& isa) {
-    isa.trellis_dot[bits] = trellis_dot<Lanes, bits>;
+    isa.trellis_dot[0][bits] = trellis_dot<Lanes, bits, Lanes::sums_any_byte>;
+    isa.trellis_dot[1][bits] = trellis_dot<Lanes, bits, false>;
     isa.viterbi_step[bits] = Search::template step<bits>;
     isa.viterbi_best[bits] = best_state<bits>;
     isa.viterbi_trace[bits] = trace_back<Search, bits>;
@@ -66,7 +67,7 @@ constexpr Isa make_isa(const char* name) {
     set_trellis<Lanes, Search, 3>(isa);
     set_trellis<Lanes, Search, 4>(isa);
     isa.trellis_rotate = trellis_rotate;
-    isa.trellis_round = trellis_round;
+    isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;
     return isa;
 }

@@ -36,7 +36,7 @@ MOEPRESS_API int32_t moepress_use(const char* instruction_set);
 // Lend a team of threads (threads.h), or null.
 MOEPRESS_API void moepress_lend_team(void* gomp_parallel);
 
-// ---- Scalar matrices (scalar.cpp): activations are rounded to activation_bits ------------------
+// ---- Scalar matrices (scalar.cpp): activations are rounded to activation_bits, 8 or 16 ----------
 
 // y [tokens][rows] = x [tokens][cols] W^T + bias [rows]; bias may be null.
 MOEPRESS_API int32_t moepress_scalar_linear(const float* x, int64_t tokens, int64_t cols,
@@ -61,19 +61,20 @@ MOEPRESS_API int32_t moepress_scalar_embedding(const int64_t* ids, int64_t n,
                                                int64_t rows, int64_t cols, int32_t bits,
                                                int32_t group, float* y);
 
-// ---- Trellis matrices (trellis.cpp): activations are rotated and rounded to 15 bits ------------
+// ---- Trellis matrices (trellis.cpp): activations are rotated and rounded -----------------------
 
 // As moepress_scalar_linear and moepress_scalar_experts.
 MOEPRESS_API int32_t moepress_trellis_linear(const float* x, int64_t tokens, int64_t cols,
                                              const uint8_t* packed, int64_t packed_bytes,
                                              int64_t rows, int32_t bits, int32_t group,
-                                             const float* bias, int32_t threads, float* y);
+                                             const float* bias, int32_t activation_bits,
+                                             int32_t threads, float* y);
 MOEPRESS_API int32_t moepress_trellis_experts(
     const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
-    int32_t down_group, int64_t experts, int64_t intermediate, int32_t activation, int32_t threads,
-    float* y);
+    int32_t down_group, int64_t experts, int64_t intermediate, int32_t activation,
+    int32_t activation_bits, int32_t threads, float* y);
 
 // branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in
 // units of code values (rounding/methods/viterbi.py). viterbi.cpp.

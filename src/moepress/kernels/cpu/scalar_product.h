@@ -34,7 +34,7 @@ namespace {
 // the group. This replaces a shift for each quad by one for each sum.
 template <class Lanes, int bits, int width>
 constexpr bool kInPlace = Lanes::sums_any_byte && width == 1 &&
-                          (bits == 1 || bits == 2 || bits == 4);
+                          (bits == 1 || bits == 2 || bits == 4) && 8 / bits <= Lanes::most_sums;
 
 // Decode quad `quad`, 0 to 7, of a unit: the codes of 16 rows and 4 columns. `plane` holds the
 // unit's codes, 8 / bits quads in each run of 64 bytes; at 3 bits their low two bits, and `high`

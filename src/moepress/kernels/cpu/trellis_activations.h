@@ -12,43 +12,111 @@
 namespace moepress {
 namespace {
 
-// x <- A D x in place (docs/format.md): the operations of `rotate` in kernels/trellis.py, in the
-// same order, so that the floats are the same. D flips the signs of columns whose hash is odd; A is
-// a Hadamard matrix for each run of `size` columns, the largest power of two that divides `cols`.
-inline void trellis_rotate(float* x, int64_t cols) {
-    for (int64_t c = 0; c < cols; ++c) {
-        uint32_t h = uint32_t(c);
-        h = (h ^ h >> 16) * 0x85EBCA6Bu;
-        h = (h ^ h >> 13) * 0xC2B2AE35u;
-        h ^= h >> 16;
-        uint32_t bits;
-        std::memcpy(&bits, x + c, 4);
-        bits ^= h << 31;
-        std::memcpy(x + c, &bits, 4);
-    }
-    const int64_t size = cols & -cols;
-    for (int64_t half = 1; half < size; half *= 2)
-        for (int64_t start = 0; start < cols; start += 2 * half)
-            for (int64_t i = start; i < start + half; ++i) {
-                const float a = x[i], b = x[i + half];
-                x[i] = a + b;
-                x[i + half] = a - b;
-            }
-    const float normal = float(1 / std::sqrt(double(size)));
-    for (int64_t c = 0; c < cols; ++c) x[c] *= normal;
+// Vectors of as many floats as every CPU of the instruction set has.
+#if defined(__AVX2__)
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+#else
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+#endif
+constexpr int kFloats = sizeof(Floats) / sizeof(float);
+
+// Each float in the place of the one `half` places away: place i has that of place i xor half.
+template <int half>
+inline Floats swapped(Floats x) {
+#if defined(__clang__)
+#define MOEPRESS_SHUFFLE(...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define MOEPRESS_SHUFFLE(...) __builtin_shuffle(x, Ints{__VA_ARGS__})
+#endif
+#if defined(__AVX2__)
+    if constexpr (half == 1) return MOEPRESS_SHUFFLE(1, 0, 3, 2, 5, 4, 7, 6);
+    if constexpr (half == 2) return MOEPRESS_SHUFFLE(2, 3, 0, 1, 6, 7, 4, 5);
+    if constexpr (half == 4) return MOEPRESS_SHUFFLE(4, 5, 6, 7, 0, 1, 2, 3);
+#else
+    if constexpr (half == 1) return MOEPRESS_SHUFFLE(1, 0, 3, 2);
+    if constexpr (half == 2) return MOEPRESS_SHUFFLE(2, 3, 0, 1);
+#endif
+#undef MOEPRESS_SHUFFLE
 }
 
-// Round a rotated token to codes from -16256 (128 * 127) to 16256, one scale for each group.
-inline void trellis_round(const float* x, int64_t cols, int group, const TrellisTokens& out,
-                          int64_t place) {
+// Levels half, 2 half, ... of the sums and differences of a run of vectors, each a + b and a - b.
+template <int vectors, int half>
+[[gnu::always_inline]] inline void hadamard_levels(Floats* x) {
+    if constexpr (half < kFloats) {
+        Ints minus;  // the sign bit of the second of each pair
+        for (int i = 0; i < kFloats; ++i) minus[i] = i & half ? INT32_MIN : 0;
+#pragma GCC unroll 64
+        for (int v = 0; v < vectors; ++v) x[v] = swapped<half>(x[v]) + (Floats)((Ints)x[v] ^ minus);
+    } else {
+        constexpr int step = half / kFloats;
+#pragma GCC unroll 64
+        for (int v = 0; v < vectors; ++v)
+            if (!(v & step)) {
+                const Floats a = x[v], b = x[v + step];
+                x[v] = a + b;
+                x[v + step] = a - b;
+            }
+    }
+    if constexpr (2 * half < vectors * kFloats) hadamard_levels<vectors, 2 * half>(x);
+}
+
+// The sign bit of a column that D flips, by its place in a run.
+inline int32_t flipped(uint32_t place) {
+    uint32_t h = place;
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    h = (h ^ h >> 13) * 0xC2B2AE35u;
+    h ^= h >> 16;
+    return int32_t(h << 31);
+}
+
+template <int size>
+void rotate_runs(float* x, int64_t cols) {
+    constexpr int vectors = size / kFloats;
+    const float normal = float(1 / std::sqrt(double(size)));
+    Ints sign[vectors];
+    for (int i = 0; i < size; ++i) sign[i / kFloats][i % kFloats] = flipped(uint32_t(i));
+    for (int64_t start = 0; start < cols; start += size) {
+        Floats run[vectors];
+#pragma GCC unroll 64
+        for (int v = 0; v < vectors; ++v) {
+            std::memcpy(&run[v], x + start + v * kFloats, sizeof run[v]);
+            run[v] = (Floats)((Ints)run[v] ^ sign[v]);
+        }
+        hadamard_levels<vectors, 1>(run);
+#pragma GCC unroll 64
+        for (int v = 0; v < vectors; ++v) {
+            run[v] *= normal;
+            std::memcpy(x + start + v * kFloats, &run[v], sizeof run[v]);
+        }
+    }
+}
+
+// x <- A D x in place (docs/format.md): the operations of `rotate` in kernels/trellis.py, in the
+// same order, so that the floats are the same. A is a Hadamard matrix for each run of columns.
+inline void trellis_rotate(float* x, int64_t cols) {
+    if (cols % 256 == 0) return rotate_runs<256>(x, cols);
+    if (cols % 128 == 0) return rotate_runs<128>(x, cols);
+    if (cols % 64 == 0) return rotate_runs<64>(x, cols);
+    rotate_runs<32>(x, cols);  // a group, and so a row, has a multiple of 32 columns
+}
+
+// Round a rotated token to codes from -127 to 127 or, with activation bits 16, from -16256 (128 *
+// 127) to 16256, one scale for each group. `twice`: write an 8-bit code to both bytes.
+template <bool twice>
+void trellis_round(const float* x, int64_t cols, int group, int activation_bits,
+                   const TrellisTokens& out, int64_t place) {
+    const float range = activation_bits == 8 ? 127.0f : 16256.0f;
+    const bool both = twice && activation_bits == 8;
     const int64_t groups = cols / group;
     int16_t* to = out.codes + place * cols;
     for (int64_t g = 0; g < groups; ++g, x += group, to += group) {
-        const GroupScale by = group_scale(x, group, 16256.0f);
+        const GroupScale by = group_scale(x, group, range);
         int32_t sum = 0;
         for (int i = 0; i < group; ++i) {
             const int32_t code = by.code(x[i]);
-            to[i] = int16_t(code);
+            to[i] = int16_t(both ? (code & 255) * 257 : code);
             sum += code;
         }
         out.scale[place * groups + g] = by.scale;

@@ -1,7 +1,6 @@
 // The codec of trellis matrices, for the driver (codec.h says what the members mean).
 //
-// The activations of a token are rotated, which mixes its columns, and rounded to 15 bits. All
-// tokens lie in one array, under Of::kPairs with one row for each pair; a panel lists the rows that
+// The activations of a token are rotated, which mixes its columns, and rounded. All tokens lie in one array, under Of::kPairs with one row for each pair; a panel lists the rows that
 // it takes (isa.h, TrellisPanel).
 #pragma once
 
@@ -32,9 +31,11 @@ class TrellisCodec {
     static constexpr int64_t kChunkTokens = 256;  // bounds the memory between gate, up and down
     static constexpr int kProductTokens = 256;    // 64 KB on the stack: small stacks have 128 KB
 
-    explicit TrellisCodec(const Isa& isa) : isa_(isa) {}
+    TrellisCodec(const Isa& isa, int activation_bits)
+        : isa_(isa), activation_bits_(activation_bits) {}
 
     const Isa& isa() const { return isa_; }
+    int activation_bits() const { return activation_bits_; }
     static int panel_tokens() { return kProductTokens; }
 
     static int64_t strips(const Matrix& w) { return w.slabs(); }
@@ -56,13 +57,14 @@ class TrellisCodec {
 
   private:
     const Isa& isa_;
+    int activation_bits_;
 };
 
 class TrellisActivations {
   public:
     TrellisActivations(const TrellisCodec& codec, const Routing& routing, int64_t cols, int group,
                        Of of)
-        : isa_(codec.isa()), cols_(cols), group_(group), tokens_(routing.tokens) {
+        : codec_(codec), cols_(cols), group_(group), tokens_(routing.tokens) {
         if (of == Of::kTokens) {
             scratch_.reset(new float[size_t(tokens_ * cols)]);
             places_ = routing.token.data();
@@ -86,8 +88,8 @@ class TrellisActivations {
     }
 
     void fill_row(int64_t place, float* row) {
-        isa_.trellis_rotate(row, cols_);
-        isa_.trellis_round(row, cols_, group_, all(), place);
+        codec_.isa().trellis_rotate(row, cols_);
+        codec_.isa().trellis_round(row, cols_, group_, codec_.activation_bits(), all(), place);
     }
 
     TrellisPanel panel(const Panel& panel) const {
@@ -97,7 +99,7 @@ class TrellisActivations {
   private:
     TrellisTokens all() const { return {codes_.get(), scale_.get(), sum_.get()}; }
 
-    const Isa& isa_;
+    const TrellisCodec& codec_;
     int64_t cols_;
     int group_;
     int64_t tokens_;
@@ -111,8 +113,9 @@ class TrellisActivations {
 
 inline void TrellisCodec::multiply(const Matrix& w, int64_t slab, const Activations& activations,
                                    size_t, const Panel& panel, float* out) const {
-    isa_.trellis_dot[w.bits](w.slab_above(slab), w.slab(slab), w.cols, w.group,
-                             activations.panel(panel), w.scales(slab), out);
+    const auto& dot = isa_.trellis_dot[activation_bits_ / 8 - 1];
+    dot[w.bits](w.slab_above(slab), w.slab(slab), w.cols, w.group,
+                activations.panel(panel), w.scales(slab), out);
 }
 
 }  // namespace moepress

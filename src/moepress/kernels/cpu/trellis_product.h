@@ -3,11 +3,16 @@
 // set.
 //
 // A weight's value is a sum t of bytes of state * multiplier, minus a center z. With the scale s of
-// a row, and activations x = a q in 15-bit codes q:
+// a row, and activations x = a q in codes q of 8 or 15 bits:
 //
 //     y = s sum over groups of  a (sum(t q) - z sum(q))
 //
 // The difference in parentheses is an exact integer: sum(t q) is at most 751 * 16256 * 128 < 2^31.
+//
+// `bytes`: q has 8 bits, and the instruction set sums products of any bytes (lanes_portable.h,
+// sums_any_byte). Then the bytes of state * multiplier need not be added to t first: each is an
+// operand of a dot product of bytes, beside its q, which the panel holds once for each byte. In all
+// other cases t is an operand of a dot product of 16-bit numbers.
 //
 //     slab     K / 8 tiles
 //     tile     64 rows x 8 columns: `bits` words for each of 32 paths; word j of all paths is one
@@ -16,11 +21,11 @@
 //              then the start of this word. Shifted and masked to 12 bits: the state of a weight.
 //     step i   weight i of all paths: row 16 (i div 4) + lane, column 2 (i mod 4) + parity
 //
-// `sums_at` decodes a step. A step is multiplied with the activations of its two columns: a dot
-// product of pairs, summed in 32 bits. Before word 0 comes the last word of the tile one slab
-// above; it was read for that slab and is still in the cache. At 2 bits a step takes 7
-// instructions for each register: 32 weights in a register of 512 bits, 16 in one of 256 bits.
-// Speed: docs/log.md#trellis-product-speed.
+// `state_at` finds the states of a step. A step is multiplied with the activations of its two
+// columns, summed in 32 bits. Before word 0 comes the last word of the tile one slab above; it was
+// read for that slab and is still in the cache. At 2 bits a step takes 4 instructions for each
+// register with `bytes` (window, mask, product, dot product), 5 without: 32 weights in a register
+// of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-bytes.
 #pragma once
 
 #include <cstdint>
@@ -62,58 +67,138 @@ MOEPRESS_INLINE typename Lanes::Words window(const Tile<Lanes, bits>& tile) {
     return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
 }
 
-// Decode step i of a tile: the sums of bytes of 32 weights. A window of 16 bits holds the 12 bits
-// of every state that ends at one of its last 5 bits (12 to 16). So four windows for each word,
-// which end at its bits 16, 11, 6 and 1, serve all steps; the compiler computes each once.
+// Ends of the windows that a word's states are taken from, bit e for a window that ends at bit e,
+// by code bits and word. A window of 16 bits holds the 12 bits of every state that ends at one of
+// its last 5 bits: for the last of them a mask gives the state, for the first a shift, for the
+// others both. The word itself, end 16, is always there. These sets have the fewest instructions
+// (tried all), if a window takes 3 of them or, where it is cheap, 1. The compiler computes each
+// window once.
+template <bool cheap>
+constexpr uint32_t window_ends(int bits, int word) {
+    constexpr int three[] = {1 << 3 | 1 << 9, 1 << 5 | 1 << 11, 1 << 4 | 1 << 10};
+    const int ends = bits == 1   ? (cheap ? 0xE1E0 : 1 << 5 | 1 << 6 | 1 << 11)
+                     : bits == 2 ? (cheap ? 1 << 6 | 1 << 8 | 1 << 14 : 1 << 4 | 1 << 10)
+                     : bits == 3 ? three[word]
+                                 : 1 << 8;
+    return uint32_t(ends) | 1 << 16;
+}
+
+// The end of the window for a state that ends at bit `taken`, 1 to 16.
+constexpr int window_end(uint32_t ends, int taken) {
+    constexpr int order[] = {0, 4, 1, 2, 3};
+    for (int more : order)
+        if (ends >> (taken + more) & 1) return taken + more;
+    return -1;
+}
+
+// The states of step i of a tile, 32 weights.
 template <class Lanes, int bits, int i>
-MOEPRESS_INLINE typename Lanes::Words sums_at(const Tile<Lanes, bits>& tile) {
+MOEPRESS_INLINE typename Lanes::Words state_at(const Tile<Lanes, bits>& tile) {
     constexpr int end = bits * (i + 1);  // of the state, in bits of the tile
     constexpr int j = (end - 1) / 16;    // the word that holds its last bit
     constexpr int taken = end - 16 * j;  // bits of that word up to there, 1 to 16
-    constexpr int last = taken > 11 ? 16 : taken > 6 ? 11 : taken > 1 ? 6 : 1;  // of its window
-    static_assert(16 - kStateBits >= 4);
+    constexpr int last = window_end(window_ends<Lanes::cheap_windows>(bits, j), taken);
+    static_assert(last >= taken);
     typename Lanes::Words state = window<Lanes, bits, j, last>(tile);
     if constexpr (last > taken) state = Lanes::template shift_right<last - taken>(state);
-    state = Lanes::masked(state, kStates - 1);
-    return Lanes::template byte_sums<(bits > 2)>(state, kMultiplier[bits]);
+    if constexpr (last - taken < 16 - kStateBits) state = Lanes::masked(state, kStates - 1);
+    return state;
 }
 
 // One token: add the products of steps i to 15 of a tile to the sums of the four runs of 16 rows.
 // `x` are the codes of the tile's 8 columns.
-template <class Lanes, int bits, int i = 0>
+template <class Lanes, int bits, bool bytes, int i = 0>
 MOEPRESS_INLINE void add_steps(const Tile<Lanes, bits>& tile, const int16_t* x,
                                typename Lanes::Pairs* sum) {
+    const typename Lanes::Words state = state_at<Lanes, bits, i>(tile);
     int32_t pair;
     std::memcpy(&pair, x + 2 * (i % 4), 4);
-    sum[i / 4].add(sums_at<Lanes, bits, i>(tile), pair);
-    if constexpr (i + 1 < kSteps) add_steps<Lanes, bits, i + 1>(tile, x, sum);
+    if constexpr (bytes) {
+        sum[i / 4].add_bytes(Lanes::low_products(state, kMultiplier[bits]), pair);
+        if constexpr (bits > 2)
+            sum[i / 4].add_bytes(Lanes::high_products(state, kMultiplier[bits]), pair);
+    } else {
+        sum[i / 4].add(Lanes::template byte_sums<(bits > 2)>(state, kMultiplier[bits]), pair);
+    }
+    if constexpr (i + 1 < kSteps) add_steps<Lanes, bits, bytes, i + 1>(tile, x, sum);
 }
 
-// Several tokens: decode steps i to 15 of a tile into out [16].
-template <class Lanes, int bits, int i = 0>
+// Several tokens: decode steps i to 15 of a tile into out [16], as bytes of products or as t.
+template <class Lanes, int bits, bool bytes, int i = 0>
 MOEPRESS_INLINE void decode_steps(const Tile<Lanes, bits>& tile, typename Lanes::Words* out) {
-    out[i] = sums_at<Lanes, bits, i>(tile);
-    if constexpr (i + 1 < kSteps) decode_steps<Lanes, bits, i + 1>(tile, out);
+    const typename Lanes::Words state = state_at<Lanes, bits, i>(tile);
+    if constexpr (bytes)
+        out[i] = Lanes::low_products(state, kMultiplier[bits]);
+    else
+        out[i] = Lanes::template byte_sums<(bits > 2)>(state, kMultiplier[bits]);
+    if constexpr (i + 1 < kSteps) decode_steps<Lanes, bits, bytes, i + 1>(tile, out);
 }
 
-// out[r] += a (sum - correction) for the 64 rows of a slab; correction = z sum(q).
+// out [16] += a (sum - correction); correction = z sum(q).
 template <class Lanes>
-MOEPRESS_INLINE void finish_group(const typename Lanes::Pairs* sum, float a, int32_t correction,
+MOEPRESS_INLINE void finish_group(const typename Lanes::Pairs& sum, float a, int32_t correction,
                                   float* out) {
-    for (int run = 0; run < 4; ++run)
-        Lanes::store(out + 16 * run,
-                     Lanes::mul_add(Lanes::splat(a), sum[run].value(correction),
-                                    Lanes::load_floats(out + 16 * run)));
+    Lanes::store(out, Lanes::mul_add(Lanes::splat(a), sum.value(correction),
+                                     Lanes::load_floats(out)));
+}
+
+// A group of columns, times tokens p to count - 1 of a panel: `tokens` of them at a time, as long
+// as there are so many, then half as many. Several tokens and runs of 16 rows together, so that
+// each decoded register and each pair of activations is loaded for several products.
+template <class Lanes, int bits, bool bytes, int tokens>
+void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, int64_t g,
+               const TrellisPanel& x, int64_t p, float* out) {
+    // At 3 and 4 bits, t is decoded, and codes that are there twice become 16-bit numbers again.
+    constexpr bool widen = bytes && bits > 2;
+    constexpr int runs = tokens < Lanes::tokens ? 4 : Lanes::runs;
+    const int tiles = group / kTileColumns;
+    for (; p + tokens <= x.count; p += tokens) {
+        const int16_t* codes[tokens];
+        int16_t wide[tokens][kMaxGroup];
+        for (int q = 0; q < tokens; ++q) {
+            codes[q] = x.all.codes + x.places[p + q] * cols + g * group;
+            if constexpr (widen) {
+                for (int i = 0; i < group; ++i) wide[q][i] = int16_t(codes[q][i] >> 8);
+                codes[q] = wide[q];
+            }
+        }
+        for (int run = 0; run < 4; run += runs) {
+            typename Lanes::Pairs sum[tokens][runs];
+            for (int t = 0; t < tiles; ++t)
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; ++c) {
+                    const typename Lanes::Words* w = decoded + t * kSteps + 4 * run + c;
+#pragma GCC unroll 4
+                    for (int q = 0; q < tokens; ++q) {
+                        int32_t pair;
+                        std::memcpy(&pair, codes[q] + t * kTileColumns + 2 * c, 4);
+#pragma GCC unroll 4
+                        for (int r = 0; r < runs; ++r)
+                            if constexpr (bytes && !widen)
+                                sum[q][r].add_bytes(w[4 * r], pair);
+                            else
+                                sum[q][r].add(w[4 * r], pair);
+                    }
+                }
+            for (int q = 0; q < tokens; ++q) {
+                const int64_t at = x.places[p + q] * (cols / group) + g;
+                for (int r = 0; r < runs; ++r)
+                    finish_group<Lanes>(sum[q][r], x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                                        out + (p + q) * kSlabRows + 16 * (run + r));
+            }
+        }
+    }
+    if constexpr (tokens > 1)
+        add_group<Lanes, bits, bytes, tokens / 2>(decoded, cols, group, g, x, p, out);
 }
 
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
-template <class Lanes, int bits>
+template <class Lanes, int bits, bool bytes>
 void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
     constexpr int tile_bytes = 64 * bits;
-    constexpr int center = kCenter[bits];
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
@@ -128,33 +213,21 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
 #pragma GCC unroll 4
                 for (int j = 0; j < bits; ++j)
                     Lanes::prefetch(from + t * tile_bytes + 64 * j + kWordsAhead);
-                add_steps<Lanes, bits>(
+                add_steps<Lanes, bits, bytes>(
                     load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
                     codes + t * kTileColumns, sum);
             }
             const int64_t at = x.places[0] * groups + g;
-            finish_group<Lanes>(sum, x.all.scale[at], center * x.all.sum[at], out);
+            for (int run = 0; run < 4; ++run)
+                finish_group<Lanes>(sum[run], x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                                    out + 16 * run);
             continue;
         }
         for (int t = 0; t < tiles; ++t)
-            decode_steps<Lanes, bits>(
+            decode_steps<Lanes, bits, bytes && bits <= 2>(
                 load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
                 decoded + t * kSteps);
-        for (int64_t p = 0; p < x.count; ++p) {
-            const int16_t* codes = x.all.codes + x.places[p] * cols + g * group;
-            typename Lanes::Pairs sum[4];
-            for (int t = 0; t < tiles; ++t)
-#pragma GCC unroll 4
-                for (int c = 0; c < 4; ++c) {
-                    int32_t pair;
-                    std::memcpy(&pair, codes + t * kTileColumns + 2 * c, 4);
-#pragma GCC unroll 4
-                    for (int run = 0; run < 4; ++run)
-                        sum[run].add(decoded[t * kSteps + 4 * run + c], pair);
-                }
-            const int64_t at = x.places[p] * groups + g;
-            finish_group<Lanes>(sum, x.all.scale[at], center * x.all.sum[at], out + p * kSlabRows);
-        }
+        add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
     }
     for (int run = 0; run < 4; ++run) {
         const typename Lanes::Float s = Lanes::bfloat16(scales + 32 * run);

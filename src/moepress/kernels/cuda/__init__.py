@@ -42,7 +42,7 @@ PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
 MOST_NUMBERS = 1 << 28  # of a product at a time: 1 GB in float32
 NO_ROUTING = (None, 0, None, None, 0, 0, 0, None, None, None, None)
-UNIT = 128  # columns that a warp of rounding.cuh takes
+UNIT = 128  # columns that a warp of rounding.cuh takes if they are not rotated
 
 
 def linear(
@@ -292,7 +292,7 @@ class _Codes:
         self.rows, self.cols, self.group, self.planes = rows, cols, group, planes
         self.halves = int(halves)  # the order of codes, as in rounding.cuh
         groups = cols // group
-        self.run = trellis.run_length(cols) if family == "trellis" else 0  # 0: not rotated
+        self.rotated = family == "trellis"
         self.q = like.new_empty((planes, rows, cols), dtype=torch.int8)
         self.scale = like.new_empty((rows, groups), dtype=torch.float32)
         self.sum = like.new_empty((rows, groups), dtype=torch.int32)
@@ -312,28 +312,24 @@ class _Codes:
         pairs = routing[1]
         assert isinstance(pairs, int)
         warps = 8 if pairs <= 2048 else 32
-        blocks, shared = self._grid(warps)
-        if pairs:
-            blocks, shared = blocks + 1, max(shared, 4 * experts * (warps + 1))
+        blocks = self._blocks(warps) + (pairs > 0)
+        shared = 4 * experts * (warps + 1)
         args = x, DTYPES[x.dtype], self.rows, self.cols, *self._rounding(), *routing
         launcher.launch("moepress_inputs", (blocks, 1, 1), 32 * warps, shared, args)
 
     def glu(self, launcher: Launcher, out: Tensor, used: Tensor, activation: int) -> None:
         """Codes of act(gate) * up of the first used[0] rows; out [splits, rows, 2 K]."""
-        blocks, shared = self._grid(8)
+        blocks = self._blocks(8)
         args = out, out.shape[0], self.rows, used, self.cols, activation, *self._rounding()
-        launcher.launch("moepress_gated", (blocks, 1, 1), 256, shared, args)
+        launcher.launch("moepress_gated", (blocks, 1, 1), 256, 0, args)
 
-    def _grid(self, warps: int) -> tuple[int, int]:
-        """Blocks of so many warps that round all rows, and their bytes of shared memory."""
-        if self.run > UNIT:  # a block takes a run
-            return self.rows * (self.cols // self.run), 4 * self.run
-        units = self.rows * (self.cols // min(UNIT, self.cols & -self.cols))
-        return -(-units // warps), 0  # a warp takes a unit
+    def _blocks(self, warps: int) -> int:
+        """Blocks of so many warps that round all rows; a warp takes a unit."""
+        unit = trellis.run_length(self.cols) if self.rotated else min(UNIT, self.cols & -self.cols)
+        return -(-self.rows * (self.cols // unit) // warps)
 
-    def _rounding(self) -> tuple[int | float | Tensor, ...]:
-        normal = self.run**-0.5 if self.run else 1.0
-        how = self.run, normal, self.group, self.planes, self.halves
+    def _rounding(self) -> tuple[int | Tensor, ...]:
+        how = int(self.rotated), self.group, self.planes, self.halves
         return *how, self.q, self.scale, self.sum
 
 

@@ -15,7 +15,7 @@ struct Gated {
     DEVICE void load(int row, int column, float (&h)[n]) const {
         float gate[n] = {}, up[n] = {}, part[2][n];
         const float* at = out + row * 2 * inner + column;
-#pragma unroll 1
+#pragma unroll 4
         for (int s = 0; s < splits; ++s, at += positions * 2 * inner) {
             load_numbers(at, 0, kFloat32, part[0]);
             load_numbers(at, inner, kFloat32, part[1]);
@@ -32,17 +32,17 @@ struct Gated {
 }  // namespace
 }  // namespace moepress
 
-// Codes of act(gate) * up, [positions][I]; only of the first used[0] positions. `normal` is
-// 1 / sqrt(run). Grid: as _Codes in __init__.py says.
+// Codes of act(gate) * up, [positions][I]; only of the first used[0] positions. Grid: as _Codes in
+// __init__.py says.
 extern "C" __global__ void __launch_bounds__(256)
     moepress_gated(const float* out, int64_t splits, int64_t positions, const int32_t* used,
-                   int64_t inner, int64_t activation, int64_t run, float normal, int64_t g,
+                   int64_t inner, int64_t activation, int64_t rotated, int64_t g,
                    int64_t planes, int64_t halves, int8_t* q, float* scale, int32_t* sum) {
     using namespace moepress;
     begin();
     const int group_shift = __ffs(int(g)) - 1;
+    const Codes codes = {q,       scale,         sum,         int(planes), group_shift,
+                         rotated != 0, halves != 0, int(positions), int(inner)};
     round_rows(Gated{out, int(splits), positions, inner, int(activation)}, int(blockIdx.x),
-               used[0], int(run), normal,
-               Codes{q, scale, sum, int(planes), group_shift, halves != 0, int(positions),
-                     int(inner)});
+               used[0], codes);
 }

@@ -28,7 +28,7 @@ MOST_SCRATCH_BYTES = 1 << 30  # where it does not
 GRAIN = 128  # rows of a chunk: a multiple of this number, unless it is the last one
 GENERATIONS = (9, 10)  # major compute capabilities for which torch has grouped products of its own
 MOST_GROUPS = 1023  # of torch's grouped product
-UNIT = 128  # columns that a warp of rounding.cuh takes
+UNIT = 128  # columns that a warp of rounding.cuh takes if they are not rotated
 WARPS = 8  # of a block of rounding.cuh
 COLUMNS = 512  # of a block of dequantize.cu
 
@@ -102,15 +102,15 @@ def experts(call: ExpertsCall, y: Tensor) -> None:
     # Rows of gate and the same rows of up together.
     group = call.gate_up_group
     matrices = _Matrices(call.gate_up, tables[0], 0, family, group, panel, 2 * inner, width)
-    run = _run(inner, family)
+    unit, rotated = _unit(inner, family), int(family == "trellis")
     for first in range(0, inner, step):
         rows = min(step, inner - first)
         weight = matrices.rows_from(launcher, scratch, first, inner + first, rows)
         out = F.grouped_mm(inputs, weight.transpose(1, 2), offs=ends)
         activation = tuple(ACTIVATIONS).index(call.activation)
-        given = out, positions, used, first, rows, activation, *run, between, inner
-        grid, shared = grid_of(positions, rows, run[0])
-        launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, shared, given)
+        given = out, positions, used, first, rows, activation, rotated, between, inner
+        grid = blocks_of(positions, rows, unit)
+        launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, 0, given)
 
     group = call.down_group
     matrices = _Matrices(call.down, tables[1], 0, family, group, panel, width, inner)
@@ -184,12 +184,9 @@ class _Matrices:
         return out
 
 
-def grid_of(rows: int, cols: int, run: int) -> tuple[tuple[int, int, int], int]:
-    """The grid of blocks of WARPS warps that round rows, and their bytes of shared memory."""
-    if run > UNIT:  # a block takes a run
-        return (rows * (cols // run), 1, 1), 4 * run
-    units = rows * (cols // min(UNIT, cols & -cols))
-    return (-(-units // WARPS), 1, 1), 0  # a warp takes a unit
+def blocks_of(rows: int, cols: int, unit: int) -> tuple[int, int, int]:
+    """The grid of blocks of WARPS warps that round rows; a warp takes a unit."""
+    return -(-rows * (cols // unit) // WARPS), 1, 1
 
 
 def _round_inputs(
@@ -197,22 +194,19 @@ def _round_inputs(
 ) -> None:
     """Rows of x to their positions in `out`, in bfloat16; rotated for trellis codes."""
     rows, cols = x.shape
-    run = _run(cols, family)
-    grid, shared = grid_of(rows, cols, run[0])
-    args = x, DTYPES[x.dtype], rows, cols, *run, position, k, out
-    launcher.launch("moepress_grouped_inputs", grid, 32 * WARPS, shared, args)
+    grid = blocks_of(rows, cols, _unit(cols, family))
+    args = x, DTYPES[x.dtype], rows, cols, int(family == "trellis"), position, k, out
+    launcher.launch("moepress_grouped_inputs", grid, 32 * WARPS, 0, args)
 
 
-def _run(cols: int, family: str) -> tuple[int, float]:
-    """The columns that a rotation mixes, 0 for none, and the factor that keeps lengths."""
-    run = trellis.run_length(cols) if family == "trellis" else 0
-    return run, run**-0.5 if run else 1.0
+def _unit(cols: int, family: str) -> int:
+    """The columns that a warp rounds: a run of the rotation, for trellis codes."""
+    return trellis.run_length(cols) if family == "trellis" else min(UNIT, cols & -cols)
 
 
 def _grain(call: ExpertsCall) -> int:
-    """The least rows of a chunk of gate: whole runs of the rotation between the products."""
-    run, _ = _run(call.intermediate_size, call.family)
-    return max(GRAIN, run)
+    """The least rows of a chunk of gate: whole units between the products."""
+    return max(GRAIN, _unit(call.intermediate_size, call.family))
 
 
 def _chunk(rows: int, row_bytes: int, grain: int) -> int:

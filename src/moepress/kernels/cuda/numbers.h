@@ -19,18 +19,23 @@ DEVICE void store_number(void* p, int64_t i, int64_t dtype, float value) {
             dtype == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
 }
 
-// n neighbouring numbers from an address that is a multiple of their size. n = 1, 2 or 4.
+// n neighbouring numbers from an address that is a multiple of n of them, or of 4. n = 1, 2, 4 or 8.
 template <int n>
 DEVICE void load_numbers(const void* p, int64_t i, int64_t dtype, float (&out)[n]) {
-    if (n == 4 && dtype == kFloat32) {
-        const float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(p) + i);
-        out[0] = v.x, out[1 % n] = v.y, out[2 % n] = v.z, out[3 % n] = v.w;
-    } else if (n == 4) {
-        const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i);
-        const uint32_t words[2] = {v.x, v.y};
+    if (n >= 4 && dtype == kFloat32) {
+        const float4* at = reinterpret_cast<const float4*>(static_cast<const float*>(p) + i);
+#pragma unroll
+        for (int j = 0; j + 4 <= n; j += 4) {
+            const float4 v = at[j / 4];
+            out[j] = v.x, out[j + 1 < n ? j + 1 : 0] = v.y;
+            out[j + 2 < n ? j + 2 : 0] = v.z, out[j + 3 < n ? j + 3 : 0] = v.w;
+        }
+    } else if (n >= 4) {
+        const uint2* at = reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p) + i);
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-            const uint16_t bits = uint16_t(words[j / 2] >> 16 * (j % 2));
+            const uint2 v = at[j / 4];
+            const uint16_t bits = uint16_t((j / 2 % 2 ? v.y : v.x) >> 16 * (j % 2));
             out[j] = dtype == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
         }
     } else {

@@ -2,9 +2,8 @@
 // trellis codes (kernels/trellis.py), then rounded (reference.round_activations). The same floats in
 // the same order as there, so the codes are equal too. Or as bfloat16 numbers.
 //
-// A warp takes a unit of 32, 64 or 128 columns of a row, n = 1, 2 or 4 neighbouring ones a lane. A
-// group, and a run of the rotation of up to 128 columns, lie within a unit. A block takes one longer
-// run, in shared memory.
+// A warp takes a unit of a row: a run of the rotation, 32, 64, 128 or 256 columns, or up to 128 columns
+// that are not rotated. A lane has n = 1, 2, 4 or 8 neighbouring ones. A group lies within a unit.
 #pragma once
 
 #include "numbers.h"
@@ -12,36 +11,39 @@
 namespace moepress {
 namespace {
 
-constexpr int kUnit = 128;
-
-// x of a lane <- x of the rotation, for runs inside a warp's unit: steps of halves 1, 2, 4 ..
+// The rotation of a unit: signs, then sums and differences of columns 1, 2, 4 .. apart.
 template <int n>
-DEVICE void hadamard(float (&x)[n], int run) {
+DEVICE void rotate(float (&x)[n]) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+        uint32_t h = uint32_t(lane * n + j);
+        h = (h ^ h >> 16) * 0x85EBCA6Bu;
+        h = (h ^ h >> 13) * 0xC2B2AE35u;
+        h ^= h >> 16;
+        x[j] = __uint_as_float(__float_as_uint(x[j]) ^ h << 31);
+    }
 #pragma unroll
     for (int half = 1; half < n; half *= 2) {
-        if (half >= run) return;
         float y[n];
 #pragma unroll
         for (int j = 0; j < n; ++j) y[j] = j & half ? x[j ^ half] - x[j] : x[j] + x[j ^ half];
 #pragma unroll
         for (int j = 0; j < n; ++j) x[j] = y[j];
     }
-    const int lane = lane_id();
-#pragma unroll 1
-    for (int step = 1; step * n < run; step *= 2)
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2)
 #pragma unroll
         for (int j = 0; j < n; ++j) {
             const float other = __shfl_xor_sync(~0u, x[j], step);
             x[j] = lane & step ? other - x[j] : x[j] + other;
         }
-}
-
-DEVICE float with_sign(float x, uint32_t column) {
-    uint32_t h = column;
-    h = (h ^ h >> 16) * 0x85EBCA6Bu;
-    h = (h ^ h >> 13) * 0xC2B2AE35u;
-    h ^= h >> 16;
-    return __uint_as_float(__float_as_uint(x) ^ h << 31);
+    constexpr float normal = n == 1   ? 0.17677669529663689f
+                             : n == 2 ? 0.125f
+                             : n == 4 ? 0.08838834764831845f
+                                      : 0.0625f;
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] *= normal;  // 1 / sqrt(32 n)
 }
 
 // Where the codes go, and how they are made. Sizes are powers of two where a shift is kept.
@@ -51,18 +53,22 @@ struct Codes {
     int32_t* sum;    // [rows][K / g]
     int planes;
     int group_shift;
-    bool halves;
+    bool rotated, halves;
     int rows, cols;
-    static constexpr int first = 0;
+
+    DEVICE int whole() const { return cols; }
 };
 
-// Where rounded numbers go: the columns first .. first + cols - 1 of matrices of `stride` columns.
+// Where rounded numbers go: the columns first .. first + cols - 1 of matrices of `stride` columns,
+// whole units.
 struct Bfloats {
     uint16_t* out;            // [..][stride]
     const int32_t* position;  // [rows][copies]: rows of `out`, or -1; null: the same row
     int copies;
-    int64_t stride;
-    int first, cols;
+    bool rotated;
+    int stride, first, cols;
+
+    DEVICE int whole() const { return stride; }
 };
 
 // Where the code of a column is. With halves, the codes of 32 columns are those of the first 4
@@ -73,12 +79,14 @@ DEVICE int place_of(int column, bool halves) {
 }
 
 template <int n>
-DEVICE void store_codes(int8_t* to, const int (&code)[n]) {
-    if (n == 4) {
-        uint32_t word = 0;
+DEVICE void store_codes(int8_t* to, const int (&code)[n], bool halves) {
+    if (n >= 4) {
+        uint32_t word[(n + 3) / 4] = {};
 #pragma unroll
-        for (int j = 0; j < n; ++j) word |= (uint32_t(code[j]) & 255) << 8 * j;
-        *reinterpret_cast<uint32_t*>(to) = word;
+        for (int j = 0; j < n; ++j) word[j / 4] |= (uint32_t(code[j]) & 255) << 8 * (j % 4);
+#pragma unroll
+        for (int j = 0; j < n / 4; ++j)
+            *reinterpret_cast<uint32_t*>(to + (halves ? 16 * j : 4 * j)) = word[j];
     } else {
 #pragma unroll
         for (int j = 0; j < n; ++j) to[j] = int8_t(code[j]);
@@ -119,9 +127,9 @@ DEVICE void round_unit(const float (&x)[n], int row, int column, const Codes& ou
             low[j] = code[j] - 128 * high;
             code[j] = high;
         }
-        store_codes(to + int64_t(out.rows) * out.cols, low);
+        store_codes(to + int64_t(out.rows) * out.cols, low, out.halves);
     }
-    store_codes(to, code);
+    store_codes(to, code, out.halves);
     if ((lane_id() & (lanes - 1)) == 0) {
         const int64_t groups = out.cols >> out.group_shift;
         const int64_t at = row * groups + (column >> out.group_shift);
@@ -139,9 +147,11 @@ DEVICE void round_unit(const float (&x)[n], int row, int column, const Bfloats& 
         const int64_t at = out.position ? out.position[int64_t(row) * out.copies + i] : row;
         if (at < 0) continue;
         uint16_t* const to = out.out + at * out.stride + (out.first + column);
-        if (n == 4)
-            *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[n / 4]);
-        else if (n == 2)
+        if constexpr (n == 8)
+            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        else if constexpr (n == 4)
+            *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+        else if constexpr (n == 2)
             *reinterpret_cast<uint32_t*>(to) = words[0];
         else
             *to = uint16_t(words[0]);
@@ -149,72 +159,30 @@ DEVICE void round_unit(const float (&x)[n], int row, int column, const Bfloats& 
 }
 
 // The unit of 32 n columns with a number, among those of `rows` rows: `source` gives its inputs.
-// run = 0: not rotated.
 template <int n, class Source, class Sink>
-DEVICE void unit(const Source& source, uint32_t index, int rows, int run, float normal,
-                 const Sink& out) {
+DEVICE void round_numbered(const Source& source, uint32_t index, int rows, const Sink& out) {
     const uint32_t units = uint32_t(out.cols) / (32 * n), row = index / units;
     if (row >= uint32_t(rows)) return;
     const int column = int(index - row * units) * (32 * n) + lane_id() * n;
     float x[n];
     source.template load<n>(int(row), column, x);
-    if (run) {
-#pragma unroll
-        for (int j = 0; j < n; ++j) x[j] = with_sign(x[j], uint32_t(out.first + column + j));
-        hadamard(x, run);
-#pragma unroll
-        for (int j = 0; j < n; ++j) x[j] *= normal;
-    }
+    if (out.rotated) rotate(x);
     round_unit(x, int(row), column, out);
 }
 
-// One run of more than 128 columns, by a block. Shared memory: the run in float32.
+// The work of block `block`: a unit for each of its warps. `rows` may be fewer than those that the
+// grid is made for.
 template <class Source, class Sink>
-DEVICE void long_run(const Source& source, uint32_t index, int rows, int run, float normal,
-                     const Sink& out) {
-    auto* const buffer = shared_memory<float>();
-    const uint32_t runs = uint32_t(out.cols) / uint32_t(run), row = index / runs;
-    if (row >= uint32_t(rows)) return;
-    const int first = int(index - row * runs) * run, threads = int(blockDim.x);
-    float x[4];
-    for (int at = int(threadIdx.x) * 4; at < run; at += threads * 4) {
-        source.template load<4>(int(row), first + at, x);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = with_sign(x[j], uint32_t(out.first + first + at + j));
-        hadamard(x, kUnit);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) buffer[at + j] = x[j];
-    }
-    __syncthreads();
-    for (int half = kUnit; half < run; half *= 2) {
-        for (int pair = int(threadIdx.x); pair < run / 2; pair += threads) {
-            const int low = 2 * (pair & ~(half - 1)) | (pair & (half - 1));
-            const float a = buffer[low], b = buffer[low + half];
-            buffer[low] = a + b;
-            buffer[low + half] = a - b;
-        }
-        __syncthreads();
-    }
-    for (int at = int(threadIdx.x) * 4; at < run; at += threads * 4) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = buffer[at + j] * normal;
-        round_unit(x, int(row), first + at, out);
-    }
-}
-
-// The work of block `block`: a long run, or a unit for each of its warps. `rows` may be fewer than
-// those that the grid is made for.
-template <class Source, class Sink>
-DEVICE void round_rows(const Source& source, int block, int rows, int run, float normal,
-                       const Sink& out) {
-    if (run > kUnit) return long_run(source, uint32_t(block), rows, run, normal, out);
+DEVICE void round_rows(const Source& source, int block, int rows, const Sink& out) {
     const uint32_t index = uint32_t(block) * (blockDim.x / 32) + uint32_t(warp_id());
-    if (out.cols % 128 == 0)
-        unit<4>(source, index, rows, run, normal, out);
-    else if (out.cols % 64 == 0)
-        unit<2>(source, index, rows, run, normal, out);
+    if (out.rotated && out.whole() % 256 == 0)
+        round_numbered<8>(source, index, rows, out);
+    else if (out.whole() % 128 == 0)
+        round_numbered<4>(source, index, rows, out);
+    else if (out.whole() % 64 == 0)
+        round_numbered<2>(source, index, rows, out);
     else
-        unit<1>(source, index, rows, run, normal, out);
+        round_numbered<1>(source, index, rows, out);
 }
 
 }  // namespace

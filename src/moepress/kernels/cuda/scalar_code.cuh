@@ -235,6 +235,7 @@ struct Call {
     float* out;
     int64_t positions;
     int rows, cols, groups_per_split;  // of the matrices
+    bool late;  // `begin` has not been called
 
     // The row of q that belongs to a position.
     DEVICE int64_t input_of(int position) const { return pair ? pair[position] / k : position; }
@@ -291,3 +292,34 @@ DEVICE Work work_of(int size, const int32_t* panel, int64_t positions, const uin
 
 }  // namespace
 }  // namespace moepress
+
+// The kernels of a file: one for each group size and number of planes, such as
+// moepress_scalar_decode_g128_p1. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, the file
+// has only that one. SIZE: positions of a panel. multiply<bits, group, planes>(call, work) is what a
+// block does. With LATE it reads weights first, and calls `begin` where call.late says so: not where
+// the kernel before may have made the panels too, since then there are pairs.
+#define MOEPRESS_SCALAR_KERNEL(NAME, GROUP, PLANES, BLOCKS, SIZE, LATE)                            \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME##_g##GROUP##_p##PLANES(         \
+        const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows,     \
+        const int32_t* pair, int64_t k, const int32_t* panel, int64_t positions,                   \
+        const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,           \
+        int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                             \
+        using namespace moepress;                                                                  \
+        const bool late = (LATE) && !pair;                                                         \
+        if (!late) begin();                                                                        \
+        if (planes != PLANES || g != GROUP) trap();                                                \
+        const Work work =                                                                          \
+            work_of(SIZE, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);       \
+        if (!work.count) return late ? begin() : void();                                           \
+        const int per_split = (int(K) / GROUP + int(splits) - 1) / int(splits);                    \
+        const Call call = {q,   scale,     sum,    rows,   pair,      int(k),                      \
+                           out, positions, int(N), int(K), per_split, late};                       \
+        switch (work.bits) {                                                                       \
+            case 1: return multiply<1, GROUP, PLANES>(call, work);                                 \
+            case 2: return multiply<2, GROUP, PLANES>(call, work);                                 \
+            case 3: return multiply<3, GROUP, PLANES>(call, work);                                 \
+            case 4: return multiply<4, GROUP, PLANES>(call, work);                                 \
+            case 8: return multiply<8, GROUP, PLANES>(call, work);                                 \
+            default: trap();                                                                       \
+        }                                                                                          \
+    }

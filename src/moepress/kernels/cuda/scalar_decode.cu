@@ -76,7 +76,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
 #pragma unroll
     for (int d = 0; d < kDepth; ++d)
         if (begin + d < end) place.load(ring[d], begin + d);
-    if (!call.pair) ::begin();  // see the kernels below
+    if (call.late) ::begin();
     stages[0].start(call, work, begin, begin + S::kGroups < end ? begin + S::kGroups : end);
 
     const bool wide = work.count > 4;
@@ -125,49 +125,16 @@ DEVICE void multiply(const Call& call, const Work& work) {
     if (wide && result + 1 < work.count) store_rows<bits>(out + call.rows, row, call.rows, y[1]);
 }
 
-template <int group, int planes>
-DEVICE void multiply(const Call& call, const Work& work) {
-    switch (work.bits) {
-        case 1: return multiply<1, group, planes>(call, work);
-        case 2: return multiply<2, group, planes>(call, work);
-        case 3: return multiply<3, group, planes>(call, work);
-        case 4: return multiply<4, group, planes>(call, work);
-        case 8: return multiply<8, group, planes>(call, work);
-        default: trap();
-    }
-}
-
 }  // namespace
 }  // namespace moepress
 
-// The kernels: one for each group size and number of planes, moepress_scalar_decode_g128_p1 and so
-// on. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, this file has only that one.
-//
 // Grid: ceil(N / 128), splits, panels of 8. Threads: 128. Dynamic shared memory: two stages, at
 // most 2 * (8704 * planes + 65536 / g) bytes. Parameters: scalar_code.cuh.
-#define MOEPRESS_SCALAR_DECODE(GROUP, PLANES)                                                      \
-    extern "C" __global__ void __launch_bounds__(128, 4)                                           \
-        moepress_scalar_decode_g##GROUP##_p##PLANES(                                               \
-            const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows, \
-            const int32_t* pair, int64_t k, const int32_t* panel, int64_t positions,               \
-            const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
-            int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
-        using namespace moepress;                                                                  \
-        if (pair) begin(); /* else the panels are there, and weights can be read before */         \
-        if (planes != PLANES || g != GROUP) trap();                                                \
-        const Work work =                                                                          \
-            work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \
-        if (!work.count) return pair ? void() : begin();                                           \
-        const int per_split = (int(K) / GROUP + int(splits) - 1) / int(splits);                    \
-        const Call call = {q,   scale,     sum,    rows,   pair,     int(k),                       \
-                           out, positions, int(N), int(K), per_split};                             \
-        multiply<GROUP, PLANES>(call, work);                                                       \
-    }
-
-#define MOEPRESS_SCALAR_DECODE_OF(GROUP, PLANES) MOEPRESS_SCALAR_DECODE(GROUP, PLANES)
+#define MOEPRESS_SCALAR_DECODE(GROUP, PLANES) \
+    MOEPRESS_SCALAR_KERNEL(moepress_scalar_decode, GROUP, PLANES, 4, kPanel, 1)
 
 #ifdef MOEPRESS_GROUP
-MOEPRESS_SCALAR_DECODE_OF(MOEPRESS_GROUP, MOEPRESS_PLANES)
+MOEPRESS_SCALAR_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)
 #else
 MOEPRESS_SCALAR_DECODE(32, 1)
 MOEPRESS_SCALAR_DECODE(64, 1)

@@ -168,49 +168,17 @@ DEVICE void multiply(const Call& call, const Work& work) {
     }
 }
 
-template <int group, int planes>
-DEVICE void multiply(const Call& call, const Work& work) {
-    switch (work.bits) {
-        case 1: return multiply<1, group, planes>(call, work);
-        case 2: return multiply<2, group, planes>(call, work);
-        case 3: return multiply<3, group, planes>(call, work);
-        case 4: return multiply<4, group, planes>(call, work);
-        case 8: return multiply<8, group, planes>(call, work);
-        default: trap();
-    }
-}
-
 }  // namespace
 }  // namespace moepress
 
-// The kernels: one for each group size and number of planes, moepress_scalar_prefill_g128_p1 and so
-// on. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, this file has only that one.
-//
 // Grid: ceil(N / 128), splits, panels of 64. Threads: 128. Dynamic shared memory, in bytes:
 // (4 - planes) * (64 * planes * (g + (g == 128 ? 16 : 0)) + 512) + 256. Parameters:
 // scalar_code.cuh.
-#define MOEPRESS_SCALAR_PREFILL(GROUP, PLANES)                                                     \
-    extern "C" __global__ void __launch_bounds__(128, 2)                                           \
-        moepress_scalar_prefill_g##GROUP##_p##PLANES(                                              \
-            const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows, \
-            const int32_t* pair, int64_t k, const int32_t* panel, int64_t positions,               \
-            const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
-            int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
-        using namespace moepress;                                                                  \
-        begin();                                                                                   \
-        if (planes != PLANES || g != GROUP) trap();                                                \
-        const Work work =                                                                          \
-            work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \
-        if (!work.count) return;                                                                   \
-        const int per_split = (int(K) / GROUP + int(splits) - 1) / int(splits);                    \
-        const Call call = {q,   scale,     sum,    rows,   pair,     int(k),                       \
-                           out, positions, int(N), int(K), per_split};                             \
-        multiply<GROUP, PLANES>(call, work);                                                       \
-    }
-#define MOEPRESS_SCALAR_PREFILL_OF(GROUP, PLANES) MOEPRESS_SCALAR_PREFILL(GROUP, PLANES)
+#define MOEPRESS_SCALAR_PREFILL(GROUP, PLANES) \
+    MOEPRESS_SCALAR_KERNEL(moepress_scalar_prefill, GROUP, PLANES, 2, kPanel, 0)
 
 #ifdef MOEPRESS_GROUP
-MOEPRESS_SCALAR_PREFILL_OF(MOEPRESS_GROUP, MOEPRESS_PLANES)
+MOEPRESS_SCALAR_PREFILL(MOEPRESS_GROUP, MOEPRESS_PLANES)
 #else
 MOEPRESS_SCALAR_PREFILL(32, 1)
 MOEPRESS_SCALAR_PREFILL(64, 1)

@@ -1,0 +1,320 @@
+"""What a compression will take: time, peak memory and disk, before the work starts.
+
+The operations of every stage are counted from the model's shapes (workload/) and multiplied by
+rates that are measured on this machine in about a second, as busy as it is then. No weight is
+loaded and nothing is written. The plan does not exist yet: its widths are estimated by assumed
+costs. With a GPU, peak memory is that of both memories together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from moepress.allocate import allocate
+from moepress.allocation.plan import BitAllocation
+from moepress.costs.scores import ROUNDED, ExpertScores
+from moepress.costs.sensitivity import SENSITIVITY, result_file
+from moepress.errors import CheckpointError
+from moepress.format.checkpoint import SCORES, is_compressed, shard_name
+from moepress.format.journal import layer_file
+from moepress.original.sizes import byte_unit
+from moepress.progress import announce
+from moepress.recipe import Recipe
+from moepress.request import Request
+from moepress.text.named import SELF
+from moepress.work import TEXT, WORK, check_output, check_text, check_unfinished
+from moepress.workload import disk, memory, stages
+from moepress.workload.operations import Work
+from moepress.workload.rates import REREAD, Machine, measured, seconds
+from moepress.workload.shapes import ModelShape
+from moepress.workload.stages import Task, Widths
+
+# Cost of a weight of a linear outside the experts, and of the head, over that of a weight of an
+# expert that as many tokens use. With these, folders have the size that measured costs give within
+# 13 % on small models, where embedding and head are large (docs/log.md#estimate).
+LINEARS, HEAD = 2, 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage takes."""
+
+    name: str  # as its progress bar calls it: sample, sensitivity, score or quantize
+    seconds: float  # of what is left of it
+    left: float  # share of its layers that no earlier run has finished
+    memory_bytes: int  # peak resident memory of the process
+    disk_bytes: int  # peak of the output folder and of temporary files
+    work: dict[str, float]  # operations of the whole stage (workload/operations.py)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a compression takes."""
+
+    stages: tuple[Stage, ...]
+    folder_bytes: int | None  # of the compressed model; None: the recipe has no budget
+    tokens: int  # of calibration
+    threads: int
+    device: str
+    free_memory_bytes: int
+    free_disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak over all stages."""
+        return max(stage.memory_bytes for stage in self.stages)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Peak over all stages."""
+        return max(stage.disk_bytes for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "estimate",
+            "seconds": self.seconds,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            **{k: v for k, v in vars(self).items() if k != "stages"},
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+        }
+
+    def line(self) -> str:
+        """The estimate in one line."""
+        each = ", ".join(f"{stage.name} {duration(stage.seconds)}" for stage in self.stages)
+        words = [f"about {duration(self.seconds)} ({each})"]
+        words.append(f"peak memory {size_text(self.memory_bytes)}")
+        if self.folder_bytes is not None:
+            words.append(f"result {size_text(self.folder_bytes)}")
+        return ", ".join([*words, f"disk {size_text(self.disk_bytes)} at most"])
+
+
+def estimate(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | str | Path = "default",
+    *,
+    device: str = "cpu",
+    **changes: Any,
+) -> Estimate:
+    """Estimate what `compress` with the same arguments takes, and check what can be checked.
+
+    Nothing is written. Without a budget, only the stages before it is needed are counted.
+
+    Args:
+        model: folder of the original model, or its hub id.
+        out: folder that `compress` would make or continue.
+        recipe: a Recipe, the name of one, or a TOML or JSON file.
+        device: "cpu" or "cuda".
+        changes: fields of the recipe to set.
+
+    Raises:
+        InputError: model, recipe, text or folder cannot be used.
+        BudgetError: no allocation meets the budget.
+        CheckpointError: the disk has too little space.
+    """
+    out = Path(out)
+    request = Request.of(model, recipe, device, **changes)
+    check_output(out)
+    ids = check_text(out / WORK, request.source, request.recipe)
+    if ids is not None:
+        check_unfinished(out, request.source, request.recipe, ids)
+    found = estimate_request(request, out)
+    if found.disk_bytes > found.free_disk_bytes:
+        raise CheckpointError(
+            f"No space left for {out}: the compressed model and the work files need about "
+            f"{found.disk_bytes:,} bytes, {found.free_disk_bytes:,} are free."
+        )
+    return found
+
+
+def announce_estimate(request: Request, out: Path) -> None:
+    """Show the estimate as the first line of progress, unless `out` is finished."""
+    if not is_compressed(out):
+        announce("estimate", lambda: estimate_request(request, out).line())
+
+
+def estimate_request(request: Request, out: Path) -> Estimate:
+    """The estimate of a checked request."""
+    task = task_of(request)
+    machine = Machine(
+        request.source.device,
+        request.source.dtype,
+        request.source.compute_dtype,
+        task.shape,
+        task.length,
+        request.recipe.group_size,
+        tuple(request.source.files),
+    )
+    plan = assumed_plan(request) if request.recipe.has_budget else None
+    counted = work_of(task, plan, request)
+    rates = measured({name for work in counted.values() for name in work}, machine)
+    left = shares_left(out, len(task.shape.layers))
+    base = psutil.Process().memory_info().rss
+    peaks, disks = _peaks(task, plan, request)
+    model_bytes = task.shape.weights * task.shape.itemsize
+    unread = float(model_bytes)  # of the model's bytes that the system has not yet in memory
+    fits = model_bytes < psutil.virtual_memory().available
+    rows = []
+    for name, work in counted.items():
+        fast = max(0.0, work["read"] - unread) if fits else 0.0
+        unread = max(0.0, unread - work["read"]) if fits else unread
+        times = seconds(work, rates) - fast * (rates["read"] - rates[REREAD])
+        share = left.get(name, 1.0)
+        peak = base + memory.with_kept(peaks[name])
+        rows.append(Stage(name, share * times, share, peak, disks[name], dict(work)))
+    return Estimate(
+        stages=tuple(rows),
+        folder_bytes=None if plan is None else plan.folder_bytes,
+        tokens=task.tokens,
+        threads=torch.get_num_threads(),
+        device=str(request.source.device),
+        free_memory_bytes=int(psutil.virtual_memory().available),
+        free_disk_bytes=_free(out),
+    )
+
+
+def task_of(request: Request) -> Task:
+    """The request as far as its work depends on it."""
+    source, tensors = request.source, request.tensors
+    return Task(
+        shape=ModelShape.of(source),
+        recipe=request.recipe,
+        sequences=request.recipe.sequences,
+        length=request.recipe.sequence_length,
+        open=tensors.open,
+        tables={name: tensors.shapes[name] for name in tensors.tables},  # type: ignore[misc]
+        head=tuple(name for name, roles in tensors.tables.items() if "head" in roles),
+    )
+
+
+def work_of(task: Task, plan: BitAllocation | None, request: Request) -> dict[str, Work]:
+    """Operations of each stage, in order."""
+    found = {}
+    if SELF in dict(task.recipe.calib):
+        found["sample"] = stages.sampling(task)
+    if task.recipe.sensitivity != "none":
+        found["sensitivity"] = stages.sensitivity(task)
+    found["score"] = stages.score(task)
+    if plan is not None:
+        found["quantize"] = stages.quantize(task, widths_of(plan, request))
+    return found
+
+
+def _peaks(
+    task: Task, plan: BitAllocation | None, request: Request
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Peak memory and peak disk of each stage."""
+    most = {
+        "sample": memory.sampling(task),
+        "sensitivity": memory.sensitivity(task),
+        "score": memory.score(task),
+    }
+    disks = {"sample": 0, "sensitivity": disk.sensitivity(task), "score": disk.score(task)}
+    if plan is not None:
+        folder = plan.folder_bytes
+        most["quantize"] = memory.quantize(task, widths_of(plan, request), folder)
+        disks["quantize"] = disk.quantize(task, folder)
+    return most, {name: size + disk.temporary(task) for name, size in disks.items()}
+
+
+def widths_of(plan: BitAllocation, request: Request) -> Widths:
+    """The widths that a plan gives to experts and tensors."""
+    specs = request.tensors.specs(plan.linear_bits)
+    pairs = plan.bits.reshape(-1, plan.bits.shape[-1]).tolist()
+    return Widths(
+        experts=Counter((gate_up, down) for gate_up, down in pairs),
+        tensors={name: spec.bits[0] for name, spec in specs.items()},
+    )
+
+
+def assumed_plan(request: Request) -> BitAllocation:
+    """A plan for costs that are assumed, because they are measured only later."""
+    return allocate(assumed_scores(request.sizes, request), request.recipe)
+
+
+def assumed_scores(sizes: ExpertScores, request: Request) -> ExpertScores:
+    """Costs by assumptions: weights are alike, tokens are alike, and a bit divides by four.
+
+    The cost of a width is 4^-bits, times the weights, times the share of the tokens that use them:
+    all for a linear and the head, k / E for an expert, 1 / V for the embedding. Linears and the
+    head count more (LINEARS, HEAD).
+    """
+    shape, tables = ModelShape.of(request.source), request.tensors.tables
+    factors = {("embedding",): 1 / shape.vocabulary, ("head",): HEAD, ("embedding", "head"): HEAD}
+    bits = 4.0 ** -np.array(sizes.bits, dtype=np.float64)
+    used = shape.experts_per_token / shape.experts
+    weights = np.array([rows * cols for rows, cols in (shape.gate_up, shape.down)], np.float64)
+    by_rounded = used * np.append(weights, weights.sum())
+    assert len(by_rounded) == len(ROUNDED)
+    cost = np.broadcast_to(by_rounded[:, None] * bits, sizes.cost.shape).copy()
+    of_linears = np.array(
+        [
+            request.source.shape(name).numel() * factors.get(tables.get(name, ()), LINEARS)
+            for name in sizes.linears
+        ],
+        dtype=np.float64,
+    )
+    linear_cost = of_linears[:, None] * 4.0 ** -np.array(sizes.linear_bits, dtype=np.float64)
+    return dataclasses.replace(
+        sizes,
+        tokens=np.ones_like(sizes.tokens),
+        routing_weight=np.ones_like(sizes.routing_weight),
+        total_tokens=1,
+        cost=cost,
+        squared_error=cost[0],
+        linear_cost=np.where(np.isfinite(sizes.linear_cost), linear_cost, np.inf),
+        residual_energy=np.ones_like(sizes.residual_energy),
+        output_energy=np.ones_like(sizes.output_energy),
+    )
+
+
+def shares_left(out: Path, layers: int) -> dict[str, float]:
+    """The share of the layers that each stage has still to do, by the files of an earlier run."""
+    work = out / WORK / "score"
+    scored = (out / SCORES).is_file()
+    files = {
+        "sample": [out / WORK / TEXT],
+        "sensitivity": [result_file(work / SENSITIVITY, layer) for layer in range(layers)],
+        "score": [layer_file(work, layer) for layer in range(layers)],
+        "quantize": [out / shard_name(layer) for layer in range(layers)],
+    }
+    left = {name: sum(not p.is_file() for p in paths) / len(paths) for name, paths in files.items()}
+    return left | dict.fromkeys(("sensitivity", "score") if scored else (), 0.0)
+
+
+def _free(out: Path) -> int:
+    """Free bytes of the disk that `out` lies on, or will lie on."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text of two units: "45 s", "3 min 10 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size_text(number: int) -> str:
+    """Bytes as text: "15.1 GB"."""
+    unit, name = byte_unit(number)
+    return f"{number / unit:.1f} {name}"

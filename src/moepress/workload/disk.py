@@ -1,0 +1,39 @@
+"""Bytes on disk while a stage runs."""
+
+from __future__ import annotations
+
+from moepress.original.batches import IN_MEMORY
+from moepress.rounding.options import Rounding
+from moepress.workload.stages import Task
+
+
+def _states(task: Task) -> int:
+    """Bytes of the hidden states of all tokens."""
+    return task.tokens * task.shape.hidden * task.shape.compute_itemsize
+
+
+def sensitivity(task: Task) -> int:
+    """The states before every layer and after the last, and two gradients (sensitivity.py).
+
+    Sensitivities take the place of states on the way back.
+    """
+    return (len(task.shape.layers) + 3) * _states(task)
+
+
+def score(task: Task) -> int:
+    """Sensitivities, and the states before and after a layer, which the next one continues from."""
+    linears = sum(len(layer.linears) + 1 for layer in task.shape.layers)
+    return linears * task.tokens * 4 * (task.recipe.sensitivity != "none") + 2 * _states(task)
+
+
+def quantize(task: Task, folder: int) -> int:
+    """The compressed model, and the states before and after a layer, of one walk or two."""
+    corrects = Rounding.of_experts(task.recipe, task.recipe.quantizer).corrects
+    return folder + 2 * (1 + corrects) * _states(task) + task.tokens * 8
+
+
+def temporary(task: Task) -> int:
+    """Temporary files of arrays too large for memory: states, inputs and outputs of experts."""
+    tokens = task.tokens * task.shape.hidden
+    sizes = [task.shape.compute_itemsize * tokens] * 4 + [4 * tokens] * 3
+    return sum(size for size in sizes if size > IN_MEMORY)

@@ -1,0 +1,251 @@
+"""Peak memory of each stage, from the shapes of the arrays that it holds at the same time.
+
+The sums name the arrays of the code, in bytes. They are upper bounds: arrays that follow each other
+closely are added. Not counted is what the process holds before the work starts.
+
+An allocator keeps some of the memory that is freed: arrays of less than 32 MB lie in heaps that do
+not shrink. `with_kept` adds half of the arrays for that, KEPT bytes at most, and what libraries
+take when they first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from moepress.costs.drop_costs import SAMPLE
+from moepress.costs.embedding_and_head import ROWS_AT_ONCE
+from moepress.format.codec import stored_family
+from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
+from moepress.recipe import UNQUANTIZED
+from moepress.rounding.hessian import TOKENS_PER_CHUNK
+from moepress.rounding.options import Rounding
+from moepress.workload.shapes import Layer
+from moepress.workload.stages import Task, Widths
+
+FLOAT = 4  # bytes of a float32
+# Bytes of a weight while a matrix is rounded to trellis codes: rows, target, errors in float32;
+# branches twice; then the values of the paths with their states (three int32, one int64).
+ROUNDING_TRELLIS = 3 * FLOAT + 2 + FLOAT + 3 * 4 + 8
+# The same for scalar codes: codes, a float32 copy. Only some thousand rows are held in float32.
+ROUNDING_SCALAR = 1 + FLOAT
+# A rounded matrix as weights: values with their states, then rotated.
+DECODING = 2 * FLOAT + 3 * 4 + 8
+# Target, its product with the factor, and noise in float32; then errors, what is left after
+# feedback, three in the fit of the scale or the rotation back.
+DRAWING, DRAWN = 3 * FLOAT, 5 * FLOAT
+# Correction: the target, the weights rotated, the solutions of two triangular systems.
+CORRECTING = 5 * FLOAT
+# Activations of a layer for a token: of states and attention, in the dtype of the walk and float32.
+ACTIVATIONS = 5
+# Inputs of a matrix on a chunk: rotated and weighted in float32, with the steps of the transform.
+GATHERING = 6 * FLOAT
+KEPT, LIBRARIES = 500_000_000, 500_000_000
+
+
+def with_kept(arrays: int) -> int:
+    """Resident memory for `arrays` bytes of arrays."""
+    return arrays + min(arrays // 2, KEPT) + LIBRARIES
+
+
+def sampling(task: Task) -> int:
+    """The whole model, and its KV cache."""
+    shape = task.shape
+    cache = 2 * 64 * task.length * shape.attention * len(shape.layers)
+    return (shape.weights + cache) * shape.compute_itemsize + shape.outside * shape.itemsize
+
+
+def sensitivity(task: Task) -> int:
+    """The forward and the backward walk."""
+    walk = _states(task, copies=2) + _routed(task, copies=1)
+    gradient = _states(task, copies=1)
+    back = walk + gradient + _routed(task, copies=2)
+    layers = [
+        back
+        + layer.weights * task.shape.compute_itemsize
+        + max(
+            _batch(task, graph=True),
+            layer.has_experts * (_expert(task) + _expert_run(task, graph=True)),
+        )
+        for layer in task.shape.layers
+    ]
+    head = walk + gradient + _outside(task) + _logits(task)
+    return max(*layers, head)
+
+
+def score(task: Task) -> int:
+    """Measuring every expert and every open tensor."""
+    recipe, shape = task.recipe, task.shape
+    walk = _states(task, copies=2) + _routed(task, copies=1) + task.tokens * FLOAT * 12
+    linears = Rounding.of_linears(recipe, recipe.measure)
+    experts = Rounding.of_experts(recipe, recipe.measure)
+    most = [_states(task, copies=1) + _outside(task) + _tables(task)]
+    for layer in shape.layers:
+        held = walk + layer.weights * shape.compute_itemsize
+        names = {linear.name for linear in layer.linears if linear.name in task.open}
+        widths = [bits for name in names for bits in task.open[name]]
+        most.append(held + _batch(task) + _linears(layer, names, widths, linears, corrects=False))
+        if layer.has_experts:
+            rounded = _rounded_expert(task, experts)
+            most.append(held + _expert(task) + max(rounded, _expert_run(task)))
+    return max(most)
+
+
+def quantize(task: Task, widths: Widths, folder: int) -> int:
+    """Rounding every weight.
+
+    Args:
+        folder: bytes of the compressed model.
+    """
+    recipe, shape = task.recipe, task.shape
+    linears = Rounding.of_linears(recipe, recipe.quantizer)
+    experts = Rounding.of_experts(recipe, recipe.quantizer)
+    walks = 2 if experts.corrects else 1
+    walk = _states(task, copies=walks + 1) + _routed(task, copies=1)
+    walk += walks * task.tokens * shape.hidden * shape.compute_itemsize  # inputs of the experts
+    # Packed bytes of a layer, once as matrices and once joined.
+    walk += 2 * folder // len(shape.layers)
+    most = [_states(task, copies=1) + _outside(task) + _tables(task)]
+    for layer in shape.layers:
+        held = walk + layer.weights * shape.compute_itemsize
+        names = {linear.name for linear in layer.linears if linear.name in widths.tensors}
+        of_linears = [widths.tensors[name] for name in names]
+        rounded = _linears(layer, names, of_linears, linears, corrects=walks == 2)
+        most.append(held + _batch(task) + rounded)
+        if layer.has_experts:
+            sample = min(SAMPLE, task.tokens)
+            meter = sample * shape.hidden * (2 * FLOAT + shape.experts_per_token * FLOAT)
+            rounded = max(
+                _rounded_matrix(task, *size, experts, widths.experts)
+                for size in (shape.gate_up, shape.down)
+            )
+            run = max(_expert_run(task), rounded)
+            most.append(held + meter + run + 2 * _expert(task))
+    return max(most)
+
+
+def _states(task: Task, copies: int) -> int:
+    """Hidden states of all tokens."""
+    return copies * task.tokens * task.shape.hidden * task.shape.compute_itemsize
+
+
+def _routed(task: Task, copies: int) -> int:
+    """Inputs of the experts and their output in float32, and `copies` more in float32."""
+    shape = task.shape
+    size = task.tokens * shape.hidden
+    return size * shape.compute_itemsize + copies * size * FLOAT
+
+
+def _outside(task: Task) -> int:
+    """The tensors outside the layers, and one of them while it is read."""
+    shape = task.shape
+    largest = max((rows * cols for rows, cols in task.tables.values()), default=0)
+    return shape.outside * shape.compute_itemsize + 2 * largest * shape.itemsize
+
+
+def _batch(task: Task, graph: bool = False) -> int:
+    """Activations of a batch in a layer; with `graph` all of them are kept for the way back."""
+    shape = task.shape
+    tokens = min(task.tokens, max(BATCH_TOKENS, task.length))
+    one = ACTIVATIONS * (shape.hidden + shape.attention) * (shape.compute_itemsize + FLOAT)
+    return (1 + graph) * tokens * one
+
+
+def _logits(task: Task) -> int:
+    """Logits of a few positions with their graph: in the dtype of the walk, and six in float32."""
+    shape = task.shape
+    positions = min(LOGIT_TOKENS, task.length)
+    return positions * shape.vocabulary * (2 * shape.compute_itemsize + 6 * FLOAT)
+
+
+def _expert(task: Task) -> int:
+    """An expert's weights, and its largest matrix while it is read: mapped, and copied."""
+    shape = task.shape
+    largest = max(rows * cols for rows, cols in (shape.gate_up, shape.down))
+    return shape.expert_weights * shape.compute_itemsize + 2 * largest * shape.itemsize
+
+
+def _expert_run(task: Task, graph: bool = False) -> int:
+    """Activations of an expert on a chunk of its tokens."""
+    shape = task.shape
+    tokens = min(BATCH_TOKENS, shape.expert_tokens(task.tokens) * 2)
+    inner = 5 * shape.intermediate * shape.compute_itemsize
+    outer = shape.hidden * (3 * shape.compute_itemsize + 4 * FLOAT)
+    return (1 + graph) * tokens * (inner + outer)
+
+
+def _chunk(task: Task, cols: int) -> int:
+    """Inputs of an expert's matrix [N, cols] on a chunk of tokens, while they are gathered."""
+    tokens = min(TOKENS_PER_CHUNK, 2 * task.hessian_tokens)
+    return tokens * cols * (4 * task.shape.compute_itemsize + GATHERING)
+
+
+def _linears(
+    layer: Layer,
+    names: Collection[str],
+    widths: Sequence[int],
+    rounding: Rounding,
+    corrects: bool,
+) -> int:
+    """Factors of all linears of a layer, with `corrects` corrections, and the largest rounded."""
+    groups = layer.sharing_inputs(names)
+    if not groups:
+        return 0
+    squares = [group[0].cols ** 2 for group in groups]
+    held = (1 + corrects) * FLOAT * sum(squares) if rounding.needs_hessian else 0
+    largest = max(linear.weights for group in groups for linear in group)
+    return held + 3 * FLOAT * max(squares) + largest * _rounding_bytes(widths, rounding, corrects)
+
+
+def _rounding_bytes(widths: Sequence[int], rounding: Rounding, corrects: bool) -> int:
+    """Bytes of a weight while its matrix is rounded to one of the widths."""
+    trellis = any(stored_family(bits, rounding.family) == "trellis" for bits in widths)
+    rounded = ROUNDING_TRELLIS if trellis else ROUNDING_SCALAR
+    if rounding.draws:
+        rounded = max(rounded, DRAWING + DRAWN)
+    return max(rounded, DECODING) + corrects * CORRECTING
+
+
+def _rounded_expert(task: Task, rounding: Rounding) -> int:
+    """An expert while it is rounded to every width, or given the errors of every width."""
+    shape, count = task.shape, len(task.recipe.widths)
+    sizes = [shape.gate_up, shape.down]
+    weights = count * shape.expert_weights * shape.compute_itemsize
+    largest = max(rows * cols for rows, cols in sizes)
+    square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
+    chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
+    if rounding.draws:  # both projections side by side: factor, block feedback
+        squares = sum(2 * cols**2 * FLOAT for _, cols in sizes)
+        drawing = squares + DRAWING * shape.expert_weights + DRAWN * largest + weights
+        return max(drawing, squares + FLOAT * largest + chunk)
+    codes = count * shape.expert_weights
+    one = largest * _rounding_bytes(task.recipe.widths, rounding, corrects=False)
+    # Two squares while a Hessian is factored, or for a factor and its block feedback.
+    return codes + max(2 * square + one, square + chunk, weights + DECODING * largest)
+
+
+def _rounded_matrix(
+    task: Task, rows: int, cols: int, rounding: Rounding, widths: Collection[tuple[int, int]]
+) -> int:
+    """A matrix of an expert while it is rounded to one width."""
+    offered = [bits for both in widths for bits in both if bits]
+    square = cols**2 * FLOAT if rounding.needs_hessian else 0
+    one = rows * cols * _rounding_bytes(offered, rounding, rounding.corrects)
+    gathering = (1 + rounding.corrects) * (square + _chunk(task, cols)) * bool(square)
+    if not rounding.corrects:
+        return max(gathering, 2 * square + one)
+    # Hessian, correction and a copy of the Hessian while that is factored; then correction, factor
+    # and block feedback.
+    return max(gathering, 4 * square, 3 * square + one)
+
+
+def _tables(task: Task) -> int:
+    """The largest of embedding and head, rounded and compared: its codes, three in float32."""
+    shape = task.shape
+    sizes = [
+        rows * cols
+        for name, (rows, cols) in task.tables.items()
+        if any(bits != UNQUANTIZED for bits in task.open.get(name, (0,)))
+    ]
+    largest = max(sizes, default=0)
+    rows = min(ROWS_AT_ONCE, shape.vocabulary) * shape.hidden * FLOAT
+    return largest * (shape.compute_itemsize + 1 + 3 * FLOAT) + rows + _logits(task)

@@ -1,0 +1,211 @@
+"""Operations of the steps of a compression, counted from the shapes of matrices.
+
+Work is a `Counter` from the name of an operation to how many times it is done. The names and what
+one of each is:
+
+    product     floating-point operation of a matrix product in the dtype of the walk
+    attend      pair of a token and one that attention may see, in one head
+    float32     the same in float32: Hessians, feedback, refits, triangular solves
+    cholesky    element of a matrix that is factored, beyond the products of the factorization
+    copy        element that a step on whole matrices reads and writes
+    rotate      element in one of the steps of a Hadamard transform
+    search k    weight that a search for paths of k bits passes
+    decode k    weight whose value is computed from its path of k bits
+    int k       weight rounded to a scalar grid of k bits inside its group, with feedback
+    nearest k   weight rounded to the nearest code on a scalar grid of k bits
+    draw        Gaussian number drawn
+    solve       element of a factor that `block_feedback` changes
+    logits      logit whose gradient is computed
+    load        weight read into a tensor, checked and converted
+    read        byte read from the model, or written
+    call        call of a PyTorch operation: its fixed cost, which small matrices feel
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+
+from moepress.format.codec import ROWS_PER_SLAB
+from moepress.kernels.trellis import STATE_BITS, STEPS, TILE_COLUMNS, run_length
+from moepress.rounding.hessian import COLUMNS_PER_SLICE
+from moepress.rounding.methods import trellis
+from moepress.rounding.methods.viterbi import SEAM
+
+Work = Counter[str]
+
+# Calls of PyTorch operations, counted in the source: views and slices count, as they cost the same.
+CALLS_OF_SWEEP = 5  # for each product that passes feedback on
+CALLS_OF_VISIT = 28  # to round eight columns, without the shifts that make the states
+CALLS_OF_DRAWN_VISIT = 16
+CALLS_OF_BLOCK_SOLVE = 5
+# Passes over a whole matrix besides products: every temporary is written once and read once.
+PASSES_OF_ROUNDING = 16  # scaling, padding, transposing, adding feedback; products of the refit
+PASSES_OF_DRAWING = 12
+PASSES_OF_FACTOR = 6  # two flips, two divisions, the diagonal's checks
+
+
+def total(works: Iterable[Work]) -> Work:
+    """The sum of several works."""
+    return sum(works, Work())
+
+
+def times(count: float, work: Work) -> Work:
+    """A work done `count` times."""
+    return Work({name: count * number for name, number in work.items()})
+
+
+def product(rows: int, inner: int, cols: int, dtype: str = "product") -> Work:
+    """A matrix product [rows, inner] @ [inner, cols]."""
+    return Work({dtype: 2 * rows * inner * cols})
+
+
+def hessian(tokens: int, cols: int) -> Work:
+    """Add tokens to a Hessian, which is summed in column slices from the diagonal on."""
+    flops = 0
+    for start in range(0, cols, COLUMNS_PER_SLICE):
+        flops += 2 * tokens * min(COLUMNS_PER_SLICE, cols - start) * (cols - start)
+    return Work({"float32": flops, "copy": 2 * tokens * cols})
+
+
+def factor(cols: int) -> Work:
+    """The LDL factorization of a Hessian."""
+    work = Work({"float32": cols**3 / 3})  # nearly all of it in products, if the matrix is large
+    return work + Work({"cholesky": cols**2, "copy": PASSES_OF_FACTOR * cols**2})
+
+
+def rotation(rows: int, cols: int) -> Work:
+    """The rotation of `rows` rows: a product with signs, then the steps of the transform."""
+    return Work({"rotate": rows * cols * (1 + int(math.log2(run_length(cols))))})
+
+
+def inputs(tokens: int, cols: int, rotates: bool, corrects: bool) -> Work:
+    """Gather the Hessian of a matrix's inputs, and with `corrects` its correction.
+
+    Args:
+        rotates: whether inputs are rotated, for trellis codes.
+    """
+    work = hessian(tokens, cols)
+    if corrects:
+        work += product(cols, tokens, cols, "float32") + Work({"copy": 3 * tokens * cols})
+    if rotates:
+        work += times(1 + corrects, rotation(tokens, cols))
+    return work
+
+
+def corrected(rows: int, cols: int, rotates: bool) -> Work:
+    """Move weights [rows, cols] to make up for earlier errors. Not counted: the factor it needs."""
+    solves = times(2, Work({"float32": rows * cols**2}))
+    work = product(rows, cols, cols, "float32") + solves + Work({"copy": 4 * rows * cols})
+    return work + times(2 * rotates, rotation(rows, cols))
+
+
+def gain(rows: int, cols: int, rotates: bool) -> Work:
+    """The gain of a rounded matrix."""
+    work = product(rows, cols, cols, "float32")
+    work += times(2, upper_product(rows, cols))
+    work += Work({"copy": 8 * rows * cols + 2 * cols**2})
+    return work + times(2 * rotates, rotation(rows, cols))
+
+
+def upper_product(rows: int, cols: int) -> Work:
+    """The product of a matrix [rows, cols] with an upper triangular factor, in column slices."""
+    flops = 0
+    for start in range(0, cols, COLUMNS_PER_SLICE):
+        stop = min(start + COLUMNS_PER_SLICE, cols)
+        flops += 2 * rows * stop * (stop - start)
+    return Work({"float32": flops})
+
+
+@lru_cache(maxsize=256)
+def _sweep(cols: int, leaf: int) -> tuple[int, int, int]:
+    """Of a sweep over `cols` columns: sum of left times right, sum of their lengths, products."""
+    leaves = -(-cols // leaf)
+    if leaves <= 1:
+        return 0, 0, 0
+    left = leaf * (leaves // 2)
+    right = cols - left
+    below = [_sweep(left, leaf), _sweep(right, leaf)]
+    own = left * right, cols, 1
+    return tuple(sum(numbers) for numbers in zip(own, *below, strict=True))
+
+
+def sweep(rows: int, cols: int, leaf: int) -> Work:
+    """The products that pass feedback on while columns are visited `leaf` at a time (gptq.py)."""
+    areas, lengths, products = _sweep(cols, leaf)
+    return Work(
+        {
+            "float32": 2 * rows * areas,
+            "copy": rows * lengths,
+            "call": CALLS_OF_SWEEP * products,
+        }
+    )
+
+
+def block_feedback(cols: int) -> Work:
+    """V from R, eight columns at a time (trellis.py)."""
+    calls = CALLS_OF_BLOCK_SOLVE * (cols // TILE_COLUMNS)
+    return Work({"solve": cols**2, "call": calls})
+
+
+def search(rows: int, cols: int, bits: int) -> Work:
+    """The search for trellis paths. Each path is also searched through its seam (viterbi.py)."""
+    steps = -(-rows // ROWS_PER_SLAB) * STEPS
+    paths = ROWS_PER_SLAB * TILE_COLUMNS // STEPS
+    with_seam = steps + 2 * min(SEAM, steps)
+    return Work({f"search {bits}": cols // TILE_COLUMNS * paths * with_seam})
+
+
+def decode(rows: int, cols: int, bits: int) -> Work:
+    """The values of trellis paths."""
+    padded = -(-rows // ROWS_PER_SLAB) * ROWS_PER_SLAB
+    return Work({f"decode {bits}": padded * cols})
+
+
+def dequantize(rows: int, cols: int, bits: int, family: str) -> Work:
+    """A rounded matrix as weights."""
+    if family == "trellis":
+        return decode(rows, cols, bits) + rotation(rows, cols) + Work({"copy": 2 * rows * cols})
+    return Work({"copy": 4 * rows * cols})
+
+
+def round_trellis(rows: int, cols: int, bits: int, feedback: bool) -> Work:
+    """Round a matrix to trellis codes; with feedback its factor is at hand."""
+    visits = cols // TILE_COLUMNS
+    calls = visits * (CALLS_OF_VISIT + 3 * -(-STATE_BITS // bits))
+    work = rotation(rows, cols) + search(rows, cols, bits) + times(2, decode(rows, cols, bits))
+    work += Work({"copy": PASSES_OF_ROUNDING * rows * cols, "call": calls})
+    if feedback:
+        work += block_feedback(cols) + sweep(rows, cols, TILE_COLUMNS) + refit(rows, cols)
+    return work
+
+
+def refit(rows: int, cols: int) -> Work:
+    """The best scale of each row, with a factor (`trellis.best_scale`)."""
+    assert trellis.COLUMNS_PER_SLICE == COLUMNS_PER_SLICE  # as `upper_product` assumes
+    return times(2, upper_product(rows, cols)) + Work({"copy": 2 * cols**2})
+
+
+def draw_errors(rows: int, cols: int, widths: int) -> Work:
+    """Give a matrix the errors of trellis codes of several widths, drawn (noise.py)."""
+    of_one = sweep(rows, cols, TILE_COLUMNS) + rotation(rows, cols)
+    of_one += product(rows, TILE_COLUMNS, cols, "float32") + product(2, cols, rows, "float32")
+    calls = CALLS_OF_DRAWN_VISIT * (cols // TILE_COLUMNS)
+    of_one += Work({"copy": PASSES_OF_DRAWING * rows * cols, "call": calls})
+    shared = rotation(rows, cols) + block_feedback(cols) + upper_product(rows, cols)
+    shared += Work({"draw": rows * cols, "copy": 3 * rows * cols})
+    return shared + times(widths, of_one)
+
+
+def round_scalar(rows: int, cols: int, bits: int, group: int, feedback: bool) -> Work:
+    """Round a matrix to scalar codes."""
+    if not feedback:
+        return Work({f"nearest {bits}": rows * cols})
+    return Work({f"int {bits}": rows * cols}) + sweep(rows, cols, group)
+
+
+def load(weights: int, itemsize: int) -> Work:
+    """Read weights from the model and convert them."""
+    return Work({"load": weights, "read": weights * itemsize})

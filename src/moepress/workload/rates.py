@@ -1,0 +1,261 @@
+"""Seconds that each operation takes on this machine, measured in about a second.
+
+Every operation is timed with the code that compression runs, on matrices of the model's own shapes,
+or on parts of them where they are large.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moepress.format.codec import Codec, codec_for
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, rotate
+from moepress.original.batches import LOGIT_TOKENS
+from moepress.rounding.hessian import Factor
+from moepress.rounding.methods import quantize_matrix
+from moepress.rounding.methods.trellis import block_feedback
+from moepress.rounding.methods.viterbi import search
+from moepress.workload import operations as op
+from moepress.workload.operations import Work
+from moepress.workload.shapes import ModelShape
+
+ENOUGH = 0.03  # seconds to time one operation
+SLOW = 0.5  # seconds of a first run that is not repeated; other first runs are not counted
+RUNS = 3  # the fastest counts
+TOKENS, ROWS, COLUMNS = 512, 2048, 1024  # at most, of the matrices that are timed
+FACTORED = 2048  # columns at most
+HEADS = 8  # at most
+ELEMENTS = 1 << 20  # at most, of arrays that are passed over
+LOGITS = 1 << 21  # at most, whose gradient is timed
+PLACES, PLACE_BYTES = 32, 1 << 20  # of the model's files that are read
+REREAD = "reread"  # rate of bytes that the system still holds in memory
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the work will run, and on what."""
+
+    device: torch.device
+    stored: torch.dtype  # of the weights on disk
+    dtype: torch.dtype  # of the walk
+    shape: ModelShape
+    length: int  # tokens of a sequence
+    group_size: int
+    files: tuple[Path, ...]  # of the model's weights
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(self.device, dtype)
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """The least time of a few runs, after a first one that prepares what later ones share."""
+        best = self._once(run)
+        if best > SLOW:
+            return best
+        spent, best = 0.0, float("inf")
+        for _ in range(RUNS):
+            best = min(best, self._once(run))
+            spent += best
+            if spent > ENOUGH:
+                break
+        return best
+
+    def _once(self, run: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
+
+
+def measured(names: Iterable[str], machine: Machine) -> dict[str, float]:
+    """Seconds for one of each named operation, and for REREAD."""
+    found: dict[str, float] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for name in sorted({*names, "read"}):
+            kind, _, bits = name.partition(" ")
+            if kind == "read":
+                found[name], found[REREAD] = _reading(machine.files)
+            else:
+                found[name] = PROBES[kind](machine, int(bits or 0))
+    return found
+
+
+def seconds(work: Work, rates: Mapping[str, float]) -> float:
+    """The time that a work takes."""
+    return sum(count * rates[name] for name, count in work.items())
+
+
+def _product(machine: Machine, _: int) -> float:
+    rows, cols = machine.shape.gate_up
+    x = machine.random(TOKENS, min(cols, COLUMNS), dtype=machine.dtype)
+    w = machine.random(min(rows, ROWS), x.shape[1], dtype=machine.dtype)
+    flops = op.product(len(x), x.shape[1], len(w))["product"]
+    return machine.seconds(lambda: F.linear(x, w)) / flops
+
+
+def _attend(machine: Machine, _: int) -> float:
+    heads, length = min(machine.shape.heads, HEADS), min(machine.length, TOKENS)
+    q, k, v = machine.random(3, 1, heads, length, machine.shape.head, dtype=machine.dtype)
+    run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return run / (heads * length**2)
+
+
+def _float32(machine: Machine, _: int) -> float:
+    rows, cols = machine.shape.gate_up
+    w = machine.random(min(rows, ROWS), min(cols, COLUMNS))
+    square = machine.random(w.shape[1], w.shape[1])
+    flops = op.product(len(w), w.shape[1], w.shape[1])["product"]
+    return machine.seconds(lambda: w @ square) / flops
+
+
+def _cholesky(machine: Machine, _: int) -> float:
+    cols = min(max(machine.shape.hidden, machine.shape.intermediate), FACTORED)
+    matrix = torch.eye(cols, device=machine.device) + 0.5 / cols
+    run = machine.seconds(lambda: torch.linalg.cholesky_ex(matrix.mT, upper=True))
+    return max(0.0, run - op.factor(cols)["float32"] * _float32(machine, 0)) / cols**2
+
+
+def _copy(machine: Machine, _: int) -> float:
+    rows, cols = machine.shape.gate_up
+    x = machine.random(min(rows * cols, ELEMENTS))
+    return machine.seconds(lambda: x * 2) / len(x)
+
+
+def _rotate(machine: Machine, _: int) -> float:
+    rows, cols = machine.shape.gate_up
+    x = machine.random(max(1, min(rows, ELEMENTS // cols)), cols)
+    return machine.seconds(lambda: rotate(x)) / op.rotation(*x.shape)["rotate"]
+
+
+def _search(machine: Machine, bits: int) -> float:
+    rows = max(64, min(machine.shape.gate_up[0], ROWS) // 64 * 64)
+    target = machine.random(TILE_COLUMNS, rows)
+    counted = op.search(rows, TILE_COLUMNS, bits)[f"search {bits}"]
+    return machine.seconds(lambda: search(target, bits)) / counted
+
+
+def _decode(machine: Machine, bits: int) -> float:
+    rows, cols = machine.shape.gate_up
+    size = max(64, min(rows, TOKENS) // 64 * 64), max(8, min(cols, COLUMNS) // 8 * 8)
+    branches = torch.zeros(size, dtype=torch.uint8, device=machine.device)
+    return machine.seconds(lambda: code_matrix(branches, bits)) / branches.numel()
+
+
+def _int(machine: Machine, bits: int) -> float:
+    codec = _codec(machine, bits)
+    cols = codec.group_size
+    weight = machine.random(min(machine.shape.gate_up[0], ROWS), cols)
+    eye = torch.eye(cols, device=machine.device)
+    factor = Factor(eye, torch.ones(cols, device=machine.device), 0.01)
+    run = machine.seconds(lambda: quantize_matrix("gptq", weight, codec, factor))
+    return run / weight.numel()
+
+
+def _nearest(machine: Machine, bits: int) -> float:
+    codec = _codec(machine, bits)
+    cols = min(machine.shape.hidden, COLUMNS) // codec.group_size * codec.group_size
+    weight = machine.random(min(machine.shape.gate_up[0], ROWS), cols)
+    return machine.seconds(lambda: quantize_matrix("rtn", weight, codec)) / weight.numel()
+
+
+def _codec(machine: Machine, bits: int) -> Codec:
+    return codec_for(bits, machine.shape.hidden, machine.group_size)
+
+
+def _draw(machine: Machine, _: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    return machine.seconds(lambda: torch.randn(ELEMENTS, generator=generator)) / ELEMENTS
+
+
+def _solve(machine: Machine, _: int) -> float:
+    cols = min(max(machine.shape.hidden, machine.shape.intermediate), COLUMNS) // 8 * 8
+    matrix = torch.eye(cols, device=machine.device)
+    return machine.seconds(lambda: block_feedback(matrix)) / cols**2
+
+
+def _logits(machine: Machine, _: int) -> float:
+    vocabulary = machine.shape.vocabulary
+    tokens = max(1, min(LOGIT_TOKENS, LOGITS // vocabulary))
+    logits = machine.random(tokens, vocabulary, dtype=machine.dtype).requires_grad_()
+    generator = torch.Generator(device=machine.device).manual_seed(0)
+
+    def run() -> None:
+        with torch.enable_grad():
+            likely = logits.float().log_softmax(-1)
+            with torch.no_grad():
+                drawn = torch.multinomial(likely.exp(), 1, generator=generator)
+            torch.autograd.grad(likely.gather(-1, drawn).sum(), logits)
+
+    return machine.seconds(run) / logits.numel()
+
+
+def _load(machine: Machine, _: int) -> float:
+    stored = machine.random(ELEMENTS, dtype=machine.stored).cpu()
+
+    def run() -> None:
+        value = stored.clone()
+        assert torch.isfinite(value).all()
+        value.to(machine.device, machine.dtype)
+
+    return machine.seconds(run) / ELEMENTS
+
+
+def _call(machine: Machine, _: int) -> float:
+    x = machine.random(256)
+
+    def run() -> None:
+        for _ in range(100):
+            x.sub(x)
+
+    return machine.seconds(run) / 100
+
+
+PROBES: Mapping[str, Callable[[Machine, int], float]] = {
+    "product": _product,
+    "attend": _attend,
+    "float32": _float32,
+    "cholesky": _cholesky,
+    "copy": _copy,
+    "rotate": _rotate,
+    "search": _search,
+    "decode": _decode,
+    "int": _int,
+    "nearest": _nearest,
+    "draw": _draw,
+    "solve": _solve,
+    "logits": _logits,
+    "load": _load,
+    "call": _call,
+}
+
+
+def _reading(files: Iterable[Path]) -> tuple[float, float]:
+    """Seconds for a byte of the model's files: read at places all over them, and read again."""
+    sizes = [(path, path.stat().st_size) for path in files]
+    whole = sum(size for _, size in sizes)
+    places = []
+    for place in range(PLACES):
+        at = whole * place // PLACES
+        for path, size in sizes:
+            if at < size:
+                places.append((path, at))
+                break
+            at -= size
+    found = []
+    for _ in range(2):
+        started, done = time.perf_counter(), 0
+        for path, at in places:
+            with path.open("rb", buffering=0) as file:
+                file.seek(at)
+                done += len(file.read(PLACE_BYTES) or b"")
+        found.append((time.perf_counter() - started) / max(done, 1))
+    return found[0], found[1]

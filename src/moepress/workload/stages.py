@@ -1,0 +1,347 @@
+"""Operations of each stage of a compression, from the shapes of the model.
+
+Each function mirrors the code of its stage; the comments name what is counted. All experts are
+assumed to be chosen equally often. Operations of a few tokens or rows are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moepress.costs.drop_costs import SAMPLE
+from moepress.costs.embedding_and_head import HEAD_TOKENS
+from moepress.costs.scores import ROUNDED
+from moepress.format.codec import LEFT_OUT, stored_family
+from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
+from moepress.recipe import UNQUANTIZED, Recipe
+from moepress.rounding.options import Rounding
+from moepress.text.samples import BATCH
+from moepress.workload import operations as op
+from moepress.workload.operations import Work, times, total
+from moepress.workload.shapes import Layer, Linear, ModelShape
+
+# Passes over the activations of a layer besides its products, per element of a hidden state and of
+# the inputs of attention: norms, residuals, rotary embeddings.
+PASSES_OF_LAYER = 16
+CALLS_OF_LAYER = 100  # of a batch
+CALLS_OF_EXPERT = 15  # of a chunk of its tokens
+BACKWARD = 2  # operations of a step forward and back, over those forward: weights get no gradient
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths that a plan is expected to give, for the stage that applies it."""
+
+    experts: Mapping[tuple[int, int], int]  # number of experts, by widths of gate_up and down
+    tensors: Mapping[str, int]  # of each packed linear and table, by name
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is compressed: a model, a recipe, an amount of text."""
+
+    shape: ModelShape
+    recipe: Recipe
+    sequences: int
+    length: int  # tokens of a sequence
+    open: Mapping[str, tuple[int, ...]]  # widths offered to each open tensor, by name
+    tables: Mapping[str, tuple[int, int]]  # shape of embedding and head, by name
+    head: tuple[str, ...]  # names of the tables that are a head
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def batches(self) -> int:
+        """Batches of a walk."""
+        return -(-self.sequences // max(1, BATCH_TOKENS // self.length))
+
+    @property
+    def hessian_tokens(self) -> int:
+        """Tokens of an expert's Hessian."""
+        own = self.shape.expert_tokens(self.tokens)
+        return max(own, min(self.recipe.token_floor, self.tokens))
+
+
+def sampling(task: Task) -> Work:
+    """The model writes its text itself: one token of up to 64 sequences at a time."""
+    shape = task.shape
+    active = shape.weights - shape.moe_layers * shape.expert_weights * (
+        shape.experts - shape.experts_per_token
+    )
+    steps = -(-task.sequences // BATCH) * task.length
+    # Each step reads every weight once, and takes as long as a pass over as many bytes of float32.
+    step = Work(
+        {
+            "copy": shape.weights * shape.compute_itemsize / 8,
+            "call": sum(
+                CALLS_OF_LAYER + layer.has_experts * CALLS_OF_EXPERT * shape.experts
+                for layer in shape.layers
+            ),
+        }
+    )
+    written = op.product(task.tokens, active, 1)
+    return op.load(shape.weights, shape.itemsize) + times(steps, step) + written
+
+
+def sensitivity(task: Task) -> Work:
+    """The forward walk, the gradient at the head, the backward walk (costs/sensitivity.py)."""
+    shape, tokens = task.shape, task.tokens
+    states = tokens * shape.hidden * shape.compute_itemsize
+    works = [op.load(2 * shape.outside, shape.itemsize), head_gradient(task, tokens)]
+    for layer in shape.layers:
+        # Forward, and the layer again before the backward walk.
+        works.append(times(2, op.load(layer.weights, shape.itemsize)))
+        if not layer.has_experts:
+            works.append(times(1 + BACKWARD, layer_forward(task, layer)))
+        else:
+            # Forward: route, advance. Backward: route, then forward to the experts' output, then
+            # forward and back to the input.
+            works.append(times(4 + BACKWARD, layer_forward(task, layer)))
+            # Forward, forward again before the backward walk, forward and back.
+            works.append(times(2 + BACKWARD, experts_forward(task, tokens)))
+            works.append(times(3, op.load(shape.experts * shape.expert_weights, shape.itemsize)))
+            works.append(Work({"copy": 12 * tokens * shape.hidden}))  # sums in float32
+        works.append(Work({"read": 4 * states}))  # states and gradient, written and read
+    return total(works)
+
+
+def head_gradient(task: Task, tokens: int) -> Work:
+    """The gradient of drawn next tokens at the last states."""
+    logits = tokens * task.shape.vocabulary
+    chunks = -(-tokens // min(LOGIT_TOKENS, task.length))
+    work = times(BACKWARD, op.product(tokens, task.shape.hidden, task.shape.vocabulary))
+    return work + Work({"logits": logits, "call": chunks * (CALLS_OF_LAYER + 30)})
+
+
+def score(task: Task) -> Work:
+    """Measure every expert and every open tensor at every width (score.py)."""
+    shape, recipe = task.shape, task.recipe
+    works = [op.load(shape.outside, shape.itemsize)]  # to embed the text
+    linears = Rounding.of_linears(recipe, recipe.measure)
+    experts = Rounding.of_experts(recipe, recipe.measure)
+    for layer in shape.layers:
+        works.append(op.load(layer.weights, shape.itemsize))
+        names = {linear.name for linear in layer.linears if linear.name in task.open}
+        runs = 1 + bool(names)  # advance; linear_inputs
+        works += (_score_linears(task, group, linears) for group in layer.sharing_inputs(names))
+        if layer.has_experts:
+            runs += 1  # route
+            works.append(times(shape.experts, _score_expert(task, experts)))
+        works.append(times(runs, layer_forward(task, layer)))
+    works.append(_score_tables(task))
+    return total(works)
+
+
+def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> Work:
+    """Linears with the same inputs, at all widths offered to them."""
+    cols, rotates = group[0].cols, rounding.family == "trellis"
+    works = [op.inputs(task.tokens, cols, rotates, corrects=False), op.factor(cols)]
+    for linear in group:
+        size = linear.rows, cols
+        widths = task.open[linear.name]
+        works.append(_offered(*size, widths, rounding))
+        cost = op.product(linear.rows, cols, cols, "float32") + Work({"copy": 6 * linear.weights})
+        cost += times(rotates, op.rotation(*size))
+        works.append(times(len(widths), cost))
+    return total(works)
+
+
+def _score_expert(task: Task, rounding: Rounding) -> Work:
+    """One expert at all widths, and its error on its tokens at each."""
+    shape, widths = task.shape, task.recipe.widths
+    works = [op.load(shape.expert_weights, shape.itemsize)]
+    if rounding.needs_hessian:
+        works.append(expert_inputs(task, rounding, corrects=False, runs=1))
+        works += (op.factor(cols) for _, cols in (shape.gate_up, shape.down))
+    for size in (shape.gate_up, shape.down):
+        works.append(_offered(*size, widths, rounding))
+    tokens = shape.expert_tokens(task.tokens)
+    gate_up, down = (op.product(tokens, cols, rows) for rows, cols in (shape.gate_up, shape.down))
+    inner = Work({"copy": 5 * tokens * shape.intermediate})
+    # The exact output, then for each width gate and up once and down for each of ROUNDED.
+    works.append(gate_up + down + inner)
+    errors = Work({"copy": 4 * tokens * shape.hidden})
+    each = gate_up + inner + times(len(ROUNDED), down + errors)
+    chunks = -(-tokens // BATCH_TOKENS)
+    works.append(times(len(widths), each + Work({"call": 30 * chunks})))
+    return total(works)
+
+
+def _offered(rows: int, cols: int, widths: Sequence[int], rounding: Rounding) -> Work:
+    """A matrix rounded to, or given the error of, each width, and dequantized."""
+    drawn = [
+        bits
+        for bits in widths
+        if rounding.draws and stored_family(bits, rounding.family) == "trellis"
+    ]
+    works = [op.draw_errors(rows, cols, len(drawn))] if drawn else []
+    for bits in widths:
+        if bits not in drawn:
+            works.append(_rounded(rows, cols, bits, rounding))
+            family = stored_family(bits, rounding.family)
+            works.append(op.dequantize(rows, cols, bits, family))
+    return total(works)
+
+
+def _rounded(rows: int, cols: int, bits: int, rounding: Rounding) -> Work:
+    """A matrix rounded to one width; widths of another family are rounded to nearest."""
+    family = stored_family(bits, rounding.family)
+    if family != rounding.family:
+        return op.round_scalar(rows, cols, bits, rounding.group_size, feedback=False)
+    if family == "trellis":
+        return op.round_trellis(rows, cols, bits, rounding.needs_hessian)
+    group = rounding.codec(bits, cols).group_size
+    return op.round_scalar(rows, cols, bits, group, rounding.needs_hessian)
+
+
+def _score_tables(task: Task) -> Work:
+    """Embedding and head rounded to nearest; the errors of a sample of logits."""
+    works = []
+    sampled = min(task.tokens, HEAD_TOKENS)
+    for name, (rows, cols) in task.tables.items():
+        if name not in task.open:
+            continue
+        works.append(op.load(rows * cols, task.shape.itemsize))
+        for bits in task.open[name]:
+            if bits == UNQUANTIZED:
+                continue
+            works.append(Work({f"nearest {bits}": rows * cols, "copy": 6 * rows * cols}))
+            if name in task.head:
+                works.append(op.load(task.shape.outside, task.shape.itemsize))
+                works.append(op.product(sampled, cols, rows))
+                works.append(op.product(sampled, cols, rows, "float32"))
+                works.append(Work({"logits": sampled * rows}))
+    return total(works)
+
+
+def quantize(task: Task, widths: Widths) -> Work:
+    """Round every weight to the widths of a plan (quantize.py)."""
+    shape, recipe = task.shape, task.recipe
+    linears = Rounding.of_linears(recipe, recipe.quantizer)
+    experts = Rounding.of_experts(recipe, recipe.quantizer)
+    walks = 2 if experts.corrects else 1
+    states = task.tokens * shape.hidden * shape.compute_itemsize
+    works = [op.load(2 * shape.outside, shape.itemsize), _tables(task, widths)]
+    for layer in shape.layers:
+        works.append(op.load(layer.weights, shape.itemsize))
+        works.append(Work({"read": walks * states}))  # states that are kept to continue from
+        packed = {linear.name for linear in layer.linears if linear.name in widths.tensors}
+        runs = 1  # advance
+        if linears.needs_hessian and packed:
+            runs += walks  # linear_inputs
+        works += (
+            _quantize_linears(task, group, linears, widths, corrects=walks == 2)
+            for group in layer.sharing_inputs(packed)
+        )
+        if layer.has_experts:
+            runs += 1  # route
+        if walks == 2:
+            runs += 1 + layer.has_experts  # pass_layer of the original: route, advance
+        works.append(times(runs, layer_forward(task, layer)))
+        if layer.has_experts and walks == 2:
+            works.append(experts_forward(task, task.tokens))
+            works.append(op.load(shape.experts * shape.expert_weights, shape.itemsize))
+    works += (
+        times(count, _quantize_expert(task, both, experts))
+        for both, count in widths.experts.items()
+        if LEFT_OUT not in both
+    )
+    return total(works)
+
+
+def _quantize_linears(
+    task: Task, group: Sequence[Linear], rounding: Rounding, widths: Widths, corrects: bool
+) -> Work:
+    """Linears with the same inputs, each rounded to its width."""
+    cols, rotates = group[0].cols, rounding.family == "trellis"
+    works = []
+    if rounding.needs_hessian:
+        works = [op.inputs(task.tokens, cols, rotates, corrects), op.factor(cols)]
+    for linear in group:
+        bits = widths.tensors[linear.name]
+        if corrects and rounding.needs_hessian:
+            works += [op.factor(cols), op.corrected(linear.rows, cols, rotates)]
+        works.append(_rounded(linear.rows, cols, bits, rounding))
+        works.append(_stored(linear.rows, cols, bits, rounding))
+    return total(works)
+
+
+def _quantize_expert(task: Task, widths: tuple[int, int], rounding: Rounding) -> Work:
+    """One expert rounded to its two widths, and run."""
+    shape, rotates = task.shape, rounding.family == "trellis"
+    works = [op.load(shape.expert_weights, shape.itemsize)]
+    if rounding.needs_hessian:
+        runs = 2 if rounding.corrects else 1
+        works.append(expert_inputs(task, rounding, rounding.corrects, runs))
+    for (rows, cols), bits in zip((shape.gate_up, shape.down), widths, strict=True):
+        if rounding.needs_hessian:
+            works.append(op.factor(cols))
+        if rounding.corrects:
+            works += [op.factor(cols), op.corrected(rows, cols, rotates)]
+        works.append(_rounded(rows, cols, bits, rounding))
+        works.append(times(2, _stored(rows, cols, bits, rounding)))  # gate_up for down, both after
+    if rounding.corrects:
+        works.append(op.gain(*shape.down, rotates))
+    sampled = min(task.tokens, SAMPLE)
+    for tokens in (task.tokens, sampled):  # add_output, DropMeter
+        works.append(expert_forward(task, shape.expert_tokens(tokens)))
+    return total(works)
+
+
+def _stored(rows: int, cols: int, bits: int, rounding: Rounding) -> Work:
+    """A rounded matrix packed and dequantized."""
+    family = stored_family(bits, rounding.family)
+    packing = Work({"copy": 2 * bits * rows * cols, "read": rows * cols * bits // 8})
+    return packing + op.dequantize(rows, cols, bits, family)
+
+
+def _tables(task: Task, widths: Widths) -> Work:
+    """Embedding and head rounded to nearest, or stored as they are."""
+    works = []
+    for name, (rows, cols) in task.tables.items():
+        bits = widths.tensors.get(name, UNQUANTIZED)
+        if bits == UNQUANTIZED:
+            works.append(Work({"read": rows * cols * task.shape.itemsize}))
+        else:
+            works.append(Work({f"nearest {bits}": rows * cols, "copy": 2 * bits * rows * cols}))
+    return total(works)
+
+
+def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> Work:
+    """Statistics of the inputs of an expert's two projections.
+
+    Args:
+        runs: of gate and up, which make the inputs of down.
+    """
+    shape, tokens = task.shape, task.hessian_tokens
+    rotates = rounding.family == "trellis"
+    rows, cols = shape.gate_up
+    inner = op.product(tokens, cols, rows) + Work({"copy": 5 * tokens * shape.intermediate})
+    works = [op.inputs(tokens, cols, rotates, corrects) for _, cols in (shape.gate_up, shape.down)]
+    return total([*works, times(runs, inner), Work({"call": 60})])
+
+
+def layer_forward(task: Task, layer: Layer) -> Work:
+    """One run of a layer, except its routed experts, on all tokens."""
+    shape, tokens = task.shape, task.tokens
+    work = op.product(tokens, layer.weights, 1)
+    work += Work({"attend": tokens * task.length * shape.heads})
+    passes = PASSES_OF_LAYER * tokens * (shape.hidden + shape.attention)
+    return work + Work({"copy": passes, "call": CALLS_OF_LAYER * task.batches})
+
+
+def experts_forward(task: Task, tokens: int) -> Work:
+    """All experts of a layer on the tokens that chose them."""
+    return times(task.shape.experts, expert_forward(task, task.shape.expert_tokens(tokens)))
+
+
+def expert_forward(task: Task, tokens: int) -> Work:
+    """One expert on some tokens."""
+    shape = task.shape
+    copies = tokens * (5 * shape.intermediate + 6 * shape.hidden)
+    work = op.product(tokens, shape.expert_weights, 1)
+    calls = CALLS_OF_EXPERT * -(-tokens // BATCH_TOKENS)
+    return work + Work({"copy": copies, "call": calls})

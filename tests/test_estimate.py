@@ -1,0 +1,176 @@
+"""The estimate before the work: nothing is written, what can be checked is, and sizes are right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moepress
+from moepress.compress import compress
+from moepress.errors import BudgetError, CheckpointError, InputError
+from moepress.estimate import Estimate, duration, estimate, shares_left
+from moepress.format import checkpoint
+from moepress.format.checkpoint import folder_bytes, write_atomically
+from tests.conftest import small_recipe
+
+Folder = Callable[..., Path]
+NAMES = ("sensitivity", "score", "quantize")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "budget"), [("fast", {"bits": 2.5}), ("default", {"size": 300_000})]
+)
+def test_disk_is_what_is_written(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    budget: dict[str, float],
+) -> None:
+    """The size of the folder, and the most that lay on disk while it was made."""
+    wanted = small_recipe(text_file, recipe, **budget)
+    out = tmp_path / "out"
+    expected = estimate(model_folder(), out, wanted)
+    assert not out.exists()
+    most = 0
+
+    def measured(path: Path, write: Callable[[Path], None]) -> None:
+        nonlocal most
+        write_atomically(path, write)
+        most = max(most, sum(p.stat().st_size for p in out.rglob("*") if p.is_file()))
+
+    monkeypatch.setattr(checkpoint, "write_atomically", measured)
+    compress(model_folder(), out, wanted)
+    assert expected.folder_bytes == pytest.approx(folder_bytes(out), rel=0.03)
+    assert 0.9 * most < expected.disk_bytes < 1.3 * most
+
+
+def test_memory_is_an_upper_bound(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose peak is that of the compression."""
+    code = f"""
+import json
+from moepress.compress import compress
+from moepress.estimate import estimate
+from tests.conftest import small_recipe
+recipe = small_recipe({str(text_file)!r}, "default", bits=2.5)
+expected = estimate({str(model_folder())!r}, {str(tmp_path / "out")!r}, recipe)
+compress({str(model_folder())!r}, {str(tmp_path / "out")!r}, recipe)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([expected.memory_bytes, 1024 * int(peak.split()[1])]))
+"""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak is read from /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected, peak = json.loads(done.stdout)
+    assert peak < expected < 3 * peak
+
+
+@pytest.fixture(scope="module")
+def found(
+    model_folder: Folder, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Estimate:
+    folder = tmp_path_factory.mktemp("estimate") / "out"
+    return estimate(model_folder(), folder, small_recipe(text_file, "default", bits=2.5))
+
+
+def test_stages_add_up(found: Estimate) -> None:
+    assert tuple(stage.name for stage in found.stages) == NAMES
+    assert found.seconds == sum(stage.seconds for stage in found.stages) > 0
+    assert found.memory_bytes == max(stage.memory_bytes for stage in found.stages)
+    assert found.tokens == 6 * 32
+
+
+def test_to_dict_and_line(found: Estimate) -> None:
+    fields = json.loads(json.dumps(found.to_dict()))
+    assert fields["kind"] == "estimate" and fields["folder_bytes"] == found.folder_bytes
+    assert [stage["name"] for stage in fields["stages"]] == list(NAMES)
+    assert all(f"{name} " in found.line() for name in (*NAMES, "peak memory", "disk"))
+
+
+def test_without_a_budget_nothing_is_quantized(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    expected = estimate(model_folder(), tmp_path / "out", small_recipe(text_file, "fast"))
+    assert [stage.name for stage in expected.stages] == ["score"]
+    assert expected.folder_bytes is None
+
+
+def test_text_of_the_model_itself_is_not_written(
+    model_folder: Folder, tmp_path: Path, text_file: Path
+) -> None:
+    recipe = small_recipe(text_file, "fast", bits=2.5, calib=(("self", 1.0),))
+    expected = estimate(model_folder(), tmp_path / "out", recipe)
+    assert [stage.name for stage in expected.stages] == ["sample", "score", "quantize"]
+    missing = recipe.with_changes(calib=(("self", 1.0), (str(tmp_path / "none.txt"), 1.0)))
+    with pytest.raises(InputError, match=r"none\.txt"):
+        estimate(model_folder(), tmp_path / "out", missing)
+
+
+def test_what_compress_would_refuse_is_refused(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = small_recipe(text_file, "fast", bits=2.5), tmp_path / "out"
+    with pytest.raises(BudgetError, match="is impossible"):
+        estimate(model_folder(), out, recipe, bits=0.5)
+    with pytest.raises(InputError):
+        estimate(model_folder(), out, recipe, calib=((str(tmp_path / "none.txt"), 1.0),))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(InputError, match="not made by moepress"):
+        estimate(model_folder(), tmp_path / "other", recipe)
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        estimate(model_folder(), out, recipe)
+    assert not out.exists()
+
+
+def test_a_continued_run_has_less_left(
+    model_folder: Folder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = small_recipe(text_file, "fast", bits=2.5), tmp_path / "out"
+    assert set(shares_left(out, 2).values()) == {1.0}
+    compress(model_folder(), out, recipe)
+    assert "estimate: about" in capsys.readouterr().err
+    (out / "model-layer-0001.safetensors").unlink()
+    (out / "config.json").unlink()
+    (out / ".moepress").mkdir()
+    left = {stage.name: stage.left for stage in estimate(model_folder(), out, recipe).stages}
+    assert left == {"score": 0, "quantize": 0.5}
+    with pytest.raises(InputError, match="differ"):
+        estimate(model_folder(), out, recipe, seed=7)
+
+
+def test_dry_run(
+    model_folder: Folder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from typer.testing import CliRunner
+
+    from moepress.cli import app
+
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(small_recipe(text_file, "fast", bits=2.5).to_dict()))
+    arguments = ["compress", str(model_folder()), str(tmp_path / "out")]
+    arguments += ["--recipe", str(recipe), "--dry-run"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0
+    assert all(word in shown.stdout for word in ("stage", "score", "quantize", "peak memory"))
+    printed = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(printed.stdout)["kind"] == "estimate"
+    assert not (tmp_path / "out").exists()
+
+
+def test_durations() -> None:
+    shown = [duration(seconds) for seconds in (0.4, 59, 190, 7500)]
+    assert shown == ["0 s", "59 s", "3 min 10 s", "2 h 5 min"]
+
+
+def test_the_package_has_it() -> None:
+    assert moepress.estimate is estimate

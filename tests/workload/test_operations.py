@@ -1,0 +1,114 @@
+"""Counted operations are those of hand counts, and those that PyTorch runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moepress.format.codec import Codec
+from moepress.rounding.correction import Correction
+from moepress.rounding.hessian import Hessian
+from moepress.rounding.methods import quantize_matrix
+from moepress.rounding.methods.gptq import sweep
+from moepress.rounding.noise import draw, noisy_weights
+from moepress.workload import operations as op
+from tests.workload.flops import FlopCount
+
+
+def test_product() -> None:
+    assert op.product(3, 4, 5) == {"product": 120}
+    assert op.product(3, 4, 5, "float32") == {"float32": 120}
+
+
+def test_works_add_up() -> None:
+    one = op.product(1, 2, 3)
+    assert op.total([one, op.times(2, one), op.Work({"copy": 7})]) == {"product": 36, "copy": 7}
+
+
+def test_hessian_by_hand() -> None:
+    """Column slices of 1024, each from the diagonal on."""
+    flops = 2 * 10 * (1024 * 1500 + 476 * 476)
+    assert op.hessian(10, 1500) == {"float32": flops, "copy": 30000}
+
+
+def test_factor_by_hand() -> None:
+    assert op.factor(30)["float32"] == 9000
+    assert op.factor(30)["cholesky"] == 900
+
+
+def test_rotation_by_hand() -> None:
+    """Runs of 32 columns take five steps; the signs take one more."""
+    assert op.rotation(7, 96) == {"rotate": 7 * 96 * 6}
+
+
+def test_sweep_by_hand() -> None:
+    """Four leaves of 8 columns: one product of 16 x 16, then two of 8 x 8."""
+    expected = {"float32": 2 * 5 * (16 * 16 + 2 * 8 * 8), "copy": 5 * (32 + 16 + 16)}
+    assert op.sweep(5, 32, 8) == expected | {"call": 3 * op.CALLS_OF_SWEEP}
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(64, 16 + 2 * 16), (100, 32 + 64), (640, 160 + 128)])
+def test_search_by_hand(rows: int, steps: int) -> None:
+    """32 paths for each eight columns, of 16 steps a slab, and the seam of up to 2 x 64 steps."""
+    assert op.search(rows, 24, 3) == {"search 3": 3 * 32 * steps}
+
+
+def test_load_by_hand() -> None:
+    assert op.load(100, 2) == {"load": 100, "read": 200}
+
+
+@pytest.mark.parametrize("cols", [64, 1100])
+def test_hessian(cols: int) -> None:
+    with FlopCount() as counted:
+        Hessian(cols, "cpu").add(torch.randn(50, cols))
+    assert op.hessian(50, cols)["float32"] == counted.flops
+
+
+@pytest.mark.parametrize("cols", [64, 72, 200])
+def test_sweep(cols: int) -> None:
+    buffer, feedback = torch.zeros(cols, 6), torch.eye(cols)
+    with FlopCount() as counted:
+        sweep(buffer, feedback, 0, cols, 8, lambda start, stop: None)
+    assert op.sweep(6, cols, 8)["float32"] == counted.flops
+
+
+@pytest.mark.parametrize("family", ["trellis", "int"])
+def test_rounding(family: str) -> None:
+    weight = torch.randn(128, 128)
+    hessian = Hessian(128, "cpu")
+    hessian.add(torch.randn(300, 128))
+    factor = hessian.factor(0.1)
+    with FlopCount() as counted:
+        quantize_matrix("gptq", weight, Codec(2, 32, family), factor)
+    if family == "trellis":
+        assert op.round_trellis(128, 128, 2, feedback=True)["float32"] == counted.flops
+    else:  # inside a group there are small products, which are part of the rate of "int"
+        counted_by_us = op.round_scalar(128, 128, 2, 32, feedback=True)["float32"]
+        assert 0.5 * counted.flops < counted_by_us <= counted.flops
+
+
+def test_drawing() -> None:
+    weight = torch.randn(64, 128)
+    hessian = Hessian(128, "cpu")
+    hessian.add(torch.randn(300, 128))
+    factor, noise = hessian.factor(0.1), draw((64, 128), 0, "x")
+    list(noisy_weights(weight, (1, 2, 3), factor, noise))  # measures the error of codes once
+    with FlopCount() as counted:
+        list(noisy_weights(weight, (1, 2, 3), factor, noise))
+    assert op.draw_errors(64, 128, 3)["float32"] == counted.flops
+
+
+def test_correction() -> None:
+    x, original, weight = torch.randn(90, 64), torch.randn(90, 64), torch.randn(32, 64)
+    hessian, correction = Hessian(64, "cpu"), Correction(64, "cpu")
+    with FlopCount() as gathering:
+        hessian.add(x)
+        correction.add(x, original)
+    assert op.inputs(90, 64, rotates=False, corrects=True)["float32"] == gathering.flops
+    with FlopCount() as correcting:
+        correction.corrected(weight, hessian.copy(), 0.1, 0.5)
+    assert op.corrected(32, 64, rotates=False)["float32"] == correcting.flops
+    factor = hessian.factor(0.1)
+    with FlopCount() as gaining:
+        correction.gain(weight, weight, factor)
+    assert op.gain(32, 64, rotates=False)["float32"] == gaining.flops

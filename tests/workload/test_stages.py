@@ -1,0 +1,112 @@
+"""Operations of whole stages, against hand counts and against the products that PyTorch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moepress.allocate import allocate
+from moepress.estimate import assumed_plan, task_of, widths_of, work_of
+from moepress.quantize import quantize_tensors
+from moepress.recipe import Recipe
+from moepress.request import Request
+from moepress.score import score, score_tensors
+from moepress.work import calibration_ids
+from moepress.workload import stages
+from moepress.workload.operations import Work
+from moepress.workload.shapes import Layer, Linear, ModelShape
+from moepress.workload.stages import Task
+from tests.conftest import small_recipe
+from tests.workload.flops import FlopCount
+
+Folder = Callable[..., Path]
+
+
+def task(layers: int = 2, **changes: object) -> Task:
+    """A model of few weights, with one linear in a layer, all of whose widths are fixed."""
+    linear = Linear("layers.0.mixer.proj.weight", 8, 8)
+    shape = ModelShape(
+        layers=(Layer(100, (linear,), True),) * layers,
+        hidden=32, intermediate=64, experts=4, experts_per_token=2, vocabulary=50,
+        heads=2, head=4, outside=800, itemsize=2, compute_itemsize=4,
+    )  # fmt: skip
+    recipe = Recipe.load("fast", token_floor=0, **changes)
+    return Task(shape, recipe, 5, 20, open={}, tables={}, head=())
+
+
+def test_a_layer_by_hand() -> None:
+    """100 tokens: a product with 100 weights, and attention to 20 tokens in 2 heads."""
+    work = stages.layer_forward(task(), task().shape.layers[0])
+    assert work["product"] == 2 * 100 * 100
+    assert work["attend"] == 100 * 20 * 2
+
+
+def test_experts_by_hand() -> None:
+    """100 tokens choose 2 of 4 experts, each of 3 x 32 x 64 weights."""
+    assert stages.experts_forward(task(), 100)["product"] == 4 * 2 * 50 * 3 * 32 * 64
+
+
+def test_sensitivity_by_hand() -> None:
+    work = stages.sensitivity(task())
+    layer, experts = 2 * 100 * 100, 4 * 2 * 50 * 6144
+    head = 2 * 2 * 100 * 32 * 50  # forward and back
+    assert work["product"] == 2 * (6 * layer + 4 * experts) + head
+    assert work["logits"] == 100 * 50
+    # Outside twice; for each layer its tensors twice and its experts three times.
+    loaded = 2 * 800 + 2 * (2 * 100 + 3 * 4 * 6144)
+    assert work["load"] == loaded
+    assert work["read"] == 2 * loaded + 2 * 4 * (100 * 32 * 4)  # and states, 4 bytes an element
+
+
+def test_score_by_hand() -> None:
+    """Round to nearest: no Hessian, nothing but the experts at each width."""
+    work = stages.score(task(measure="rtn", expert_bits=(1, 2)))
+    layer, gate_up, down = 2 * 100 * 100, 2 * 50 * 32 * 128, 2 * 50 * 32 * 64
+    expert = gate_up + down + 2 * (gate_up + 3 * down)
+    assert work["product"] == 2 * (2 * layer + 4 * expert)
+    assert work["nearest 1"] == work["nearest 2"] == 2 * 4 * 6144
+    assert work["load"] == 800 + 2 * (100 + 4 * 6144)
+    assert "float32" not in work and "cholesky" not in work
+
+
+def test_quantize_by_hand() -> None:
+    """Each expert once, at the width of the plan."""
+    one = task(quantizer="rtn", correction=0.0)
+    work = stages.quantize(one, stages.Widths({(1, 2): 3, (2, 2): 4, (0, 0): 1}, {}))
+    assert work["nearest 1"] == 3 * 32 * 128
+    assert work["nearest 2"] == 4 * 32 * 128 + 7 * 32 * 64
+
+
+def test_linears_that_share_inputs() -> None:
+    names = ("a.q", "a.k", "a.v", "a.o", "b.gate", "b.up", "b.down")
+    cols = (8, 8, 8, 8, 8, 8, 16)
+    linears = tuple(Linear(f"{n}.weight", 8, k) for n, k in zip(names, cols, strict=True))
+    groups = Layer(0, linears, False).sharing_inputs([linear.name for linear in linears])
+    assert [[linear.name[:-7] for linear in group] for group in groups] == [
+        ["a.q", "a.k", "a.v"], ["a.o"], ["b.gate", "b.up"], ["b.down"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["default", "fast"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_products_of_whole_stages(
+    model_folder: Folder, text_file: Path, tmp_path: Path, family: str, name: str
+) -> None:
+    """The tiny models are float32, so the two kinds of products are counted together."""
+    request = Request.of(model_folder(family), small_recipe(text_file, name, bits=2.5), "cpu")
+    source, recipe = request.source, request.recipe
+    ids = calibration_ids(source, recipe)
+    score(source, recipe.with_changes(sequences=1), ids=ids[:1])  # the error of codes, once
+    with FlopCount() as scoring:
+        scores = score_tensors(source, recipe, request.tensors, ids, tmp_path / "work")
+    plan = allocate(scores, recipe)
+    with FlopCount() as quantizing:
+        quantize_tensors(source, plan, request.tensors, ids, tmp_path / "out")
+    one = task_of(request)
+    work = work_of(one, assumed_plan(request), request)
+    scored = work["score"] + work.get("sensitivity", Work())
+    assert scored["product"] + scored["float32"] == pytest.approx(scoring.flops, rel=0.15)
+    quantized = stages.quantize(one, widths_of(plan, request))
+    assert quantized["product"] + quantized["float32"] == pytest.approx(quantizing.flops, rel=0.15)
