@@ -46,29 +46,28 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
                   panel, used});
 }
 
-// x [T][K], rotated if asked, in bfloat16: row t goes to the rows position[t][..] of out that
-// are not -1; to row t where position is null. Grid: as blocks_of in grouped.py says.
+// x [T][K], rotated (run = 0: not), in bfloat16: row t goes to the rows position[t][..] of out that
+// are not -1; to row t where position is null. Grid: as grid_of in grouped.py says.
 extern "C" __global__ void __launch_bounds__(256)
-    moepress_grouped_inputs(const void* x, int64_t dtype, int64_t rows, int64_t cols,
-                            int64_t rotated, const int32_t* position, int64_t k, uint16_t* out) {
+    moepress_grouped_inputs(const void* x, int64_t dtype, int64_t rows, int64_t cols, int64_t run,
+                            const int32_t* position, int64_t k, uint16_t* out) {
     using namespace moepress;
     begin();
     round_rows(Inputs{x, dtype, cols}, int(blockIdx.x), int(rows),
-               Bfloats{out, position, int(k), rotated != 0, int(cols), 0, int(cols)});
+               Bfloats{out, position, int(k), cols, 0, int(cols), int(run)});
 }
 
 // h [positions][I] in bfloat16: its columns first .. first + cols - 1 of the first used[0] positions,
-// act(gate) * up, rotated if asked. out [positions][2 cols]. Columns are whole units of rounding.cuh.
-// Grid: as blocks_of in grouped.py says.
+// act(gate) * up, rotated (run = 0: not). out [positions][2 cols]. `first` and `cols` are multiples
+// of the run. Grid: as grid_of in grouped.py says.
 extern "C" __global__ void __launch_bounds__(256)
     moepress_grouped_gate(const uint16_t* out, int64_t positions, const int32_t* used, int64_t first,
-                          int64_t cols, int64_t activation, int64_t rotated, uint16_t* h,
-                          int64_t inner) {
+                          int64_t cols, int64_t activation, int64_t run, uint16_t* h, int64_t inner) {
     using namespace moepress;
     begin();
     round_rows(Gated{out, cols, int(activation)}, int(blockIdx.x),
                min(used[0], int(positions)),
-               Bfloats{h, nullptr, 1, rotated != 0, int(inner), int(first), int(cols)});
+               Bfloats{h, nullptr, 1, inner, int(first), int(cols), int(run)});
 }
 
 // y [T][stride], its columns first .. first + cols - 1: sum over j of weight[t][j] *

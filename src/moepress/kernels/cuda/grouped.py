@@ -102,14 +102,14 @@ def experts(call: ExpertsCall, y: Tensor) -> None:
     # Rows of gate and the same rows of up together.
     group = call.gate_up_group
     matrices = _Matrices(call.gate_up, tables[0], 0, family, group, panel, 2 * inner, width)
-    unit, rotated = _unit(inner, family), int(family == "trellis")
+    run = _run(inner, family)
     for first in range(0, inner, step):
         rows = min(step, inner - first)
         weight = matrices.rows_from(launcher, scratch, first, inner + first, rows)
         out = F.grouped_mm(inputs, weight.transpose(1, 2), offs=ends)
         activation = tuple(ACTIVATIONS).index(call.activation)
-        given = out, positions, used, first, rows, activation, rotated, between, inner
-        grid = blocks_of(positions, rows, unit)
+        given = out, positions, used, first, rows, activation, run, between, inner
+        grid = grid_of(positions, rows, run)
         launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, 0, given)
 
     group = call.down_group
@@ -184,9 +184,10 @@ class _Matrices:
         return out
 
 
-def blocks_of(rows: int, cols: int, unit: int) -> tuple[int, int, int]:
-    """The grid of blocks of WARPS warps that round rows; a warp takes a unit."""
-    return -(-rows * (cols // unit) // WARPS), 1, 1
+def grid_of(rows: int, cols: int, run: int) -> tuple[int, int, int]:
+    """The grid of blocks of WARPS warps that round rows: a warp takes a unit of columns."""
+    units = rows * (cols // (run or min(UNIT, cols & -cols)))
+    return -(-units // WARPS), 1, 1
 
 
 def _round_inputs(
@@ -194,19 +195,19 @@ def _round_inputs(
 ) -> None:
     """Rows of x to their positions in `out`, in bfloat16; rotated for trellis codes."""
     rows, cols = x.shape
-    grid = blocks_of(rows, cols, _unit(cols, family))
-    args = x, DTYPES[x.dtype], rows, cols, int(family == "trellis"), position, k, out
-    launcher.launch("moepress_grouped_inputs", grid, 32 * WARPS, 0, args)
+    run = _run(cols, family)
+    args = x, DTYPES[x.dtype], rows, cols, run, position, k, out
+    launcher.launch("moepress_grouped_inputs", grid_of(rows, cols, run), 32 * WARPS, 0, args)
 
 
-def _unit(cols: int, family: str) -> int:
-    """The columns that a warp rounds: a run of the rotation, for trellis codes."""
-    return trellis.run_length(cols) if family == "trellis" else min(UNIT, cols & -cols)
+def _run(cols: int, family: str) -> int:
+    """The columns that a rotation mixes; 0: none."""
+    return trellis.run_length(cols) if family == "trellis" else 0
 
 
 def _grain(call: ExpertsCall) -> int:
-    """The least rows of a chunk of gate: whole units between the products."""
-    return max(GRAIN, _unit(call.intermediate_size, call.family))
+    """The least rows of a chunk of gate: whole runs of the rotation between the products."""
+    return max(GRAIN, _run(call.intermediate_size, call.family))
 
 
 def _chunk(rows: int, row_bytes: int, grain: int) -> int:

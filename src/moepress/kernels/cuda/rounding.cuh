@@ -46,6 +46,9 @@ DEVICE void rotate(float (&x)[n]) {
     for (int j = 0; j < n; ++j) x[j] *= normal;  // 1 / sqrt(32 n)
 }
 
+// The columns of a unit: the largest power of two up to `most` that divides `cols`.
+DEVICE int largest_unit(int cols, int most) { return min(cols & -cols, most); }
+
 // Where the codes go, and how they are made. Sizes are powers of two where a shift is kept.
 struct Codes {
     int8_t* q;       // [planes][rows][K]
@@ -53,22 +56,24 @@ struct Codes {
     int32_t* sum;    // [rows][K / g]
     int planes;
     int group_shift;
-    bool rotated, halves;
+    bool rotates, halves;
     int rows, cols;
 
-    DEVICE int whole() const { return cols; }
+    DEVICE bool rotated() const { return rotates; }
+    DEVICE int unit() const { return largest_unit(cols, rotates ? 256 : 128); }
 };
 
-// Where rounded numbers go: the columns first .. first + cols - 1 of matrices of `stride` columns,
-// whole units.
+// Where rounded numbers go: the columns first .. first + cols - 1 of matrices of `stride` columns.
 struct Bfloats {
     uint16_t* out;            // [..][stride]
     const int32_t* position;  // [rows][copies]: rows of `out`, or -1; null: the same row
     int copies;
-    bool rotated;
-    int stride, first, cols;
+    int64_t stride;
+    int first, cols;
+    int run;  // of the rotation; 0: not rotated
 
-    DEVICE int whole() const { return stride; }
+    DEVICE bool rotated() const { return run > 0; }
+    DEVICE int unit() const { return run ? run : largest_unit(cols, 128); }
 };
 
 // Where the code of a column is. With halves, the codes of 32 columns are those of the first 4
@@ -148,7 +153,8 @@ DEVICE void round_unit(const float (&x)[n], int row, int column, const Bfloats& 
         if (at < 0) continue;
         uint16_t* const to = out.out + at * out.stride + (out.first + column);
         if constexpr (n == 8)
-            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+            *reinterpret_cast<uint4*>(to) =
+                make_uint4(words[0], words[1], words[2], words[3]);
         else if constexpr (n == 4)
             *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
         else if constexpr (n == 2)
@@ -166,7 +172,7 @@ DEVICE void round_numbered(const Source& source, uint32_t index, int rows, const
     const int column = int(index - row * units) * (32 * n) + lane_id() * n;
     float x[n];
     source.template load<n>(int(row), column, x);
-    if (out.rotated) rotate(x);
+    if (out.rotated()) rotate(x);
     round_unit(x, int(row), column, out);
 }
 
@@ -175,11 +181,12 @@ DEVICE void round_numbered(const Source& source, uint32_t index, int rows, const
 template <class Source, class Sink>
 DEVICE void round_rows(const Source& source, int block, int rows, const Sink& out) {
     const uint32_t index = uint32_t(block) * (blockDim.x / 32) + uint32_t(warp_id());
-    if (out.rotated && out.whole() % 256 == 0)
+    const int unit = out.unit();
+    if (unit == 256)
         round_numbered<8>(source, index, rows, out);
-    else if (out.whole() % 128 == 0)
+    else if (unit == 128)
         round_numbered<4>(source, index, rows, out);
-    else if (out.whole() % 64 == 0)
+    else if (unit == 64)
         round_numbered<2>(source, index, rows, out);
     else
         round_numbered<1>(source, index, rows, out);

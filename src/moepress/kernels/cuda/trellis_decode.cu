@@ -132,7 +132,7 @@ struct Loader {
     DEVICE void load_codes(Unit<bits>& unit, int ahead, bool more) {
         unit.x = make_uint2(0, 0);
         if (has && more)
-            unit.x = __ldg(reinterpret_cast<const uint2*>(x + ahead * kUnitColumns));
+            unit.x = *reinterpret_cast<const uint2*>(x + ahead * kUnitColumns);  // no __ldg: see late
     }
     DEVICE void advance(int units) {
         words += units * 256 * bits;
@@ -173,8 +173,8 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
         const int token = j + 4 * t;
         has[t] = token < work.count;
         row[t] = has[t] ? int(row_of(call, work, token)) * groups : 0;
-        a[t] = has[t] ? __ldg(call.scale + row[t] + group) : 0.0f;
-        sum[t] = has[t] ? __ldg(call.sum + row[t] + group) : 0;
+        a[t] = has[t] ? call.scale[row[t] + group] : 0.0f;
+        sum[t] = has[t] ? call.sum[row[t] + group] : 0;
     }
     int acc[4][4];
     int start[4][4];  // four times the same
@@ -187,7 +187,7 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
         ++group;
 #pragma unroll
         for (int t = 0; t < tokens; ++t)
-            sum[t] = has[t] && group < groups ? __ldg(call.sum + row[t] + group) : 0;
+            sum[t] = has[t] && group < groups ? call.sum[row[t] + group] : 0;
     };
     const auto end_group = [&] {
 #pragma unroll
@@ -200,7 +200,7 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                     const int total = planes == 1 ? c[t] : 128 * c[0] + c[1];
                     sums.value[b][h][t] = fmaf(a[t], float(total), sums.value[b][h][t]);
                 }
-            if (has[t] && group < groups) a[t] = __ldg(call.scale + row[t] + group);
+            if (has[t] && group < groups) a[t] = call.scale[row[t] + group];
         }
     };
 
