@@ -31,19 +31,29 @@ from safetensors.torch import save_file
 HIDDEN, INTERMEDIATE, EXPERTS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 8, 32, 8, 32000
 
 
-def make(folder: Path, layers: int) -> None:
-    """Write the folder, one shard per layer, in the layout of the published checkpoints."""
+def make(folder: Path, layers: int, device: torch.device | str = "cpu") -> None:
+    """Write the folder, one shard per layer, in the layout of the published checkpoints.
+
+    Args:
+        device: draws the random weights.
+    """
     from transformers import MixtralConfig
 
     folder.mkdir(parents=True)
-    config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
+    config = MixtralConfig(
+        num_hidden_layers=layers,
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        dtype="bfloat16",
+    )
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        values = torch.empty(shape, dtype=torch.bfloat16)
-        return values.normal_(0, 0.02, generator=generator)
+        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return values.normal_(0, 0.02, generator=generator).cpu()
 
     weight_map = {}
 

@@ -105,9 +105,13 @@ def test_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70_000_000_000, 80_000_000_000))
     first, second = module._cuda()
     assert (first.name, second.name) == ("cuda:0", "cuda:1")
-    assert first.found == "Big GPU, compute capability 9.0, 80.0 GB, CUDA 13.0"
+    assert first.found == (
+        "Big GPU, compute capability 9.0, CUDA 13.0, 70.0 of 80.0 GB free: models of up to about "
+        "202 billion weights at 2.5 bits fit"
+    )
 
 
 def test_refused_kernels_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def chat(
         folder: a folder made by moepress, or an original model that fits in memory.
         system, raw, tokens, temperature: see `Conversation`.
         threads: CPU threads; None: torch's setting.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         turns: what the user says; None: lines of stdin.

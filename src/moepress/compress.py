@@ -35,7 +35,7 @@ def compress(
         model: folder of the original model, or its hub id.
         out: folder to make. A stopped run is continued by the same call.
         recipe: a Recipe, the name of one ("default", "fast", "paper"), or a TOML or JSON file.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
         changes: fields of the recipe to set, such as bits=2.5 or calib=(("text.txt", 1.0),).
 
     Returns:

@@ -29,6 +29,8 @@ EXTRAS = {  # package: (extra that installs it, purpose)
     "lm-eval": ("eval", "for moepress evaluate --tasks"),
     "fastapi": ("serve", "for moepress serve"),
 }
+FITTING_BITS = 2.5  # of all weights, on average, of the models said to fit in a GPU
+SHARE = 0.9  # of its memory that weights may take; the rest is for cache and activations
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 
@@ -160,9 +162,12 @@ def _cuda() -> Iterable[Check]:
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
         found = (
-            f"{device.name}, compute capability {device.major}.{device.minor}, "
-            f"{device.total_memory / 1e9:.1f} GB, CUDA {torch.version.cuda}"
+            f"{device.name}, compute capability {device.major}.{device.minor}, CUDA "
+            f"{torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free: models of up to "
+            f"about {SHARE * free * 8 / FITTING_BITS / 1e9:.0f} billion weights at {FITTING_BITS} "
+            "bits fit"
         )
         yield Check(f"cuda:{index}", "ok", found)
 

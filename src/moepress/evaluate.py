@@ -128,7 +128,7 @@ def evaluate(
         length: tokens per window. Windows do not overlap; all tokens of a window but the first are
             predicted.
         limit: windows per text; None: the whole text.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         generations: how many beginnings of the texts the model continues, to count how often it
             loops. The original does the same if it fits in memory.

@@ -25,7 +25,7 @@ def generate(
         folder: a folder made by moepress, or an original model that fits in memory.
         prompt: any text, not empty.
         tokens: most new tokens.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
 

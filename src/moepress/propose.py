@@ -67,7 +67,7 @@ def propose(
         model: folder of the original model, or its hub id.
         out: the folder that `compress` will make; scores are stored there.
         recipe: as for `compress`; its budget is ignored.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
 
     Raises:
         InputError: model, recipe, text or folder cannot be used, or `out` holds scores of other

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,12 +34,11 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
-from moepress.original.batches import empty
 from moepress.original.experts import Routed
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
-from moepress.rounding.expert import dequantized, round_expert
+from moepress.rounding.expert import dequantized, experts_at_once, round_experts
 from moepress.rounding.hessian import Factor
 from moepress.rounding.linear import SharedInputs, linear_inputs, round_linear
 from moepress.rounding.methods import Matrix, quantize_matrix
@@ -93,7 +93,8 @@ def quantize_tensors(
         return out
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
-    journal = Journal(out / WORK / "quantize", work, len(layers), lambda i: out / shard_name(i))
+    folder = out / WORK / "quantize"
+    journal = Journal(folder, work, len(layers), lambda i: out / shard_name(i), source.device)
     todo = journal.todo
     check_space(out, plan, len(todo) / len(layers), ids.numel() * source.hidden)
     plan.save(out / PLAN)
@@ -193,21 +194,23 @@ def quantize_experts(
     rounding = Rounding.of_experts(plan.recipe, plan.recipe.quantizer)
     widths_of = plan.bits[plan.layers.index(layer)].tolist()
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
-    output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+    output = walk.zeros(routed)
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe.seed, layer), left_out)
     nothing = torch.empty(0, dtype=torch.uint8)  # of a layer without experts
     stored: dict[str, list[Tensor]] = {name: [nothing] for name in experts.parameters}
-    for number, widths in enumerate(widths_of):
-        progress.update(layer=layer, expert=number, experts=experts.experts)
-        if number in left_out:
-            continue
-        expert = walk.expert(layer, number, routed)
-        matrices = round_expert(expert, rounding, widths)
-        for name, matrix in zip(experts.parameters, matrices, strict=True):
-            stored[name].append(_packed_bytes(matrix))
-        rounded = expert.with_weights(dequantized(*matrices, expert.weights))
-        rounded.add_output(output)
-        meter.add(rounded)
+    numbers = [number for number in range(len(widths_of)) if number not in left_out]
+    step = experts_at_once(walk.source, layer, rounding)
+    read = walk.experts(layer, numbers, routed)
+    while originals := list(islice(read, step)):
+        progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
+        widths = [widths_of[expert.number] for expert in originals]
+        together = round_experts(originals, rounding, widths)
+        for expert, matrices in zip(originals, together, strict=True):
+            for name, matrix in zip(experts.parameters, matrices, strict=True):
+                stored[name].append(_packed_bytes(matrix))
+            rounded = expert.with_weights(dequantized(*matrices, expert.weights))
+            rounded.add_output(output)
+            meter.add(rounded)
     energy = walk.advance(layer, output)
     tensors = {name: torch.cat(matrices_) for name, matrices_ in stored.items()}
     return tensors, meter.result(energy / walk.ids.numel())
@@ -264,11 +267,11 @@ def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str
     """Stored tensors outside the layers. Embedding and head, if packed, are rounded to nearest."""
     tensors = {}
     for name in source.names(None):
-        value = source.tensor(name).to("cpu")
+        value = source.tensor(name)
         if name in packed:
             (codec,) = packed[name].codecs
             value = _packed_bytes(quantize_matrix("rtn", value, codec, None))
-        tensors[name] = value
+        tensors[name] = value.to("cpu")
     return tensors
 
 

@@ -33,14 +33,14 @@ from torch import Tensor
 
 from moepress.allocation.tensors import ModelTensors, check_group_sizes, file_bytes
 from moepress.costs.embedding_and_head import score_embedding_and_head
-from moepress.costs.expert_costs import measure, rounded_weights
+from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
 from moepress.costs.linear_costs import score_linears
 from moepress.costs.scores import EXPERT_ARRAYS, ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measure_sensitivity
 from moepress.costs.texts import Texts
 from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
-from moepress.original.batches import chunks, empty
+from moepress.original.batches import chunks
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -55,6 +55,9 @@ Floats = npt.NDArray[np.float64]
 # Key of the costs of embedding and head in the last layer's file of the work folder. The name is
 # older than the words used elsewhere; it is kept because unfinished work on disk has it.
 TABLES_COST = "ends_cost"
+
+
+EXPERTS_AHEAD = 3  # experts of a layer whose errors are drawn while a card scores another
 
 
 def score(
@@ -94,7 +97,9 @@ def score_tensors(
     """
     keep_ids(folder, ids)
     texts = Texts.of(ids, [weight for _, weight in recipe.calib])
-    journal = Journal(folder, identity(source, recipe, ids), len(source.layers))
+    journal = Journal(
+        folder, identity(source, recipe, ids), len(source.layers), device=source.device
+    )
     if journal.todo:
         sensitivity = _sensitivity(source, recipe, ids, folder / SENSITIVITY)
         walk = Walk(source, ids)
@@ -157,19 +162,22 @@ def score_layer(
         return {"linear_cost": linear_cost}
     experts = source.experts[layer].experts
     routed = walk.route(layer).with_sensitivity(of_layer.get(EXPERTS))
-    output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+    output = walk.zeros(routed)
     rounding = Rounding.of_experts(recipe, recipe.measure)
     options = (len(ROUNDED), len(recipe.expert_bits))
     errors = torch.zeros(experts, *options, dtype=torch.float64)
     costs = torch.zeros(texts.count, experts, *options, dtype=torch.float64)
     tokens, routing_weight = routed.statistics(experts)
-    for number in range(experts):
-        progress.update(layer=layer, expert=number, experts=experts)
-        if not tokens[number]:
-            continue  # no token chose it: no output and no error, so its weights are not read
-        expert = walk.expert(layer, number, routed)
+    # An expert that no token chose has no output and no error: its weights are not read.
+    chosen = tokens.nonzero().flatten().tolist()
+    for place, expert in enumerate(walk.experts(layer, chosen, routed)):
+        if rounding.draws and source.device.type == "cuda":
+            soon = chosen[place : place + 1 + EXPERTS_AHEAD]
+            draw_experts_ahead(layer, soon, source.experts[layer], rounding)
+        progress.update(layer=layer, expert=expert.number, experts=experts)
         offered = rounded_weights(expert, rounding, recipe.expert_bits)
-        errors[number], costs[:, number] = measure(expert, offered, texts, output)
+        measured = measure(expert, offered, texts, output)
+        errors[expert.number], costs[:, expert.number] = measured
     output_energy = sum(output[chunk].square().sum().item() for chunk in chunks(output))
     residual_energy = walk.advance(layer, output)
     return {

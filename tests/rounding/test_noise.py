@@ -145,7 +145,7 @@ def test_nothing_is_searched_but_the_error_of_the_code(
     def fails(*_: object) -> None:
         raise AssertionError("a weight matrix was searched")
 
-    monkeypatch.setattr(methods, "quantize_trellis", fails)
+    monkeypatch.setattr(methods, "quantize_together", fails)
     score(model_folder(), noise_recipe(text_file))
     with pytest.raises(AssertionError, match="was searched"):
         score(model_folder(), noise_recipe(text_file, measure="gptq"))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or one card of several, such as cuda:1.")]
 ActivationBits = Annotated[
     int,
     typer.Option(
@@ -36,8 +36,14 @@ def checked_device(name: str) -> str:
 
     from moepress.errors import InputError
 
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise InputError(f"Device '{name}' is not available here. Expected cpu, or cuda on a GPU.")
+    cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in ("cpu", *cards) and not (name == "cuda" and cards):
+        here = (
+            f"Expected cpu, cuda, or one of {cards}."
+            if cards
+            else ("Expected cpu: torch finds no CUDA card here, `moepress doctor` may say why.")
+        )
+        raise InputError(f"Device '{name}' is not available here. {here}")
     return name
 
 

@@ -166,7 +166,8 @@ class DropMeter:
         self.sample = Routed(routed.hidden[some], routed.index[some], weight)
         self._real = real
         shape = (*weight.shape, routed.hidden.shape[1])
-        self._outputs = empty(shape, torch.float32).zero_()  # [S, k, H], weighted
+        # [S, k, H], weighted
+        self._outputs = empty(shape, torch.float32, routed.hidden.device).zero_()
 
     @torch.inference_mode()
     def add(self, expert: RoutedExpert) -> None:
@@ -174,8 +175,8 @@ class DropMeter:
         token, place = self.sample.of(expert.number)
         for chunk in chunks(token):
             x = self.sample.hidden[token[chunk]].to(expert.weights.down.device)
-            y = expert_forward(expert.module, expert.weights, x).float().cpu()
-            gate = self.sample.weight[token[chunk], place[chunk], None]
+            y = expert_forward(expert.module, expert.weights, x).float().to(self._outputs.device)
+            gate = self.sample.weight[token[chunk], place[chunk], None].to(y.device)
             self._outputs[token[chunk], place[chunk]] = y * gate
 
     @torch.inference_mode()
@@ -213,13 +214,16 @@ class DropMeter:
             chunk: tokens of the sample.
             order: [s, k], their choices by falling weight.
         """
-        weight = self.sample.weight[chunk].gather(1, order).cumsum(1)  # [s, k] sum of the m largest
-        outputs = self._outputs[chunk].gather(1, order[..., None].expand_as(self._outputs[chunk]))
+        outputs = self._outputs[chunk]
+        order = order.to(outputs.device)
+        # [s, k] sum of the m largest
+        weight = self.sample.weight[chunk].to(outputs.device).gather(1, order).cumsum(1)
+        outputs = outputs.gather(1, order[..., None].expand_as(outputs))
         kept = outputs.cumsum(1)  # [s, k, H], y_m for m = 1 .. k
         scale = weight[:, -1:] / weight.clamp(min=torch.finfo(weight.dtype).tiny)
         plain = (kept[:, -1:] - kept).square().sum(-1)
         renormalised = (kept[:, -1:] - scale[..., None] * kept).square().sum(-1)
-        return -plain.diff(dim=1), -renormalised.diff(dim=1)
+        return -plain.diff(dim=1).cpu(), -renormalised.diff(dim=1).cpu()
 
 
 def _bin_means(values: Tensor, sizes: list[int]) -> Tensor:

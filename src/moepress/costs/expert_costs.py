@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from moepress.costs.scores import ROUNDED
 from moepress.costs.texts import Texts
 from moepress.format.codec import LEFT_OUT
+from moepress.original.architectures import Experts
 from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
 from moepress.rounding.expert import (
@@ -21,7 +22,7 @@ from moepress.rounding.expert import (
     round_gate_up,
 )
 from moepress.rounding.inputs import Inputs
-from moepress.rounding.noise import draw, noisy_weights
+from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
 
 
@@ -53,14 +54,27 @@ def _noisy(
     weights, seed = expert.weights, rounding.tokens.seed
 
     def noisy(weight: Tensor, projection: str, inputs: Inputs) -> Iterator[Tensor]:
-        name = f"layer {expert.layer}, expert {expert.number}, {projection}"
-        noise = draw(weight.shape, seed, name)
+        noise = draw(weight.shape, seed, _name(expert.layer, expert.number, projection))
         factor = inputs.factor(rounding.damping)
         return (w.to(weight.dtype) for w in noisy_weights(weight, widths, factor, noise))
 
     gate_ups = noisy(weights.gate_up, ROUNDED[0], gate_up_inputs(expert, rounding))
     downs = noisy(weights.down, ROUNDED[1], down_inputs(expert, weights.gate_up, rounding))
     return (ExpertWeights(*pair) for pair in zip(gate_ups, downs, strict=True))
+
+
+def draw_experts_ahead(
+    layer: int, numbers: Sequence[int], experts: Experts, rounding: Rounding
+) -> None:
+    """Begin to draw the errors of experts that will be scored soon."""
+    shapes = experts.gate_up_shape, experts.down_shape
+    for number in numbers:
+        for shape, projection in zip(shapes, ROUNDED[:2], strict=True):
+            draw_ahead(shape, rounding.tokens.seed, _name(layer, number, projection))
+
+
+def _name(layer: int, number: int, projection: str) -> str:
+    return f"layer {layer}, expert {number}, {projection}"
 
 
 def measure(
@@ -86,7 +100,7 @@ def measure(
         g = expert.gate[chunk, None].to(x.device)
         hidden = expert_hidden(expert.module, weights.gate_up, x)
         exact = F.linear(hidden, weights.down).float() * g
-        output.index_add_(0, token, exact.cpu())
+        output.index_add_(0, token.to(output.device), exact.to(output.device))
         for option, candidate in enumerate(offered):
             for row, y in enumerate(_outputs(expert, candidate, hidden, x)):
                 error = exact if y is None else y.float() * g - exact

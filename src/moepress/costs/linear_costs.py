@@ -17,7 +17,7 @@ from moepress.costs.texts import Texts
 from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
 from moepress.rounding.hessian import Factor
-from moepress.rounding.linear import linear_inputs, output_cost, round_linear
+from moepress.rounding.linear import linear_inputs, output_cost, round_linear_to_all
 from moepress.rounding.noise import draw, noisy_weights
 from moepress.rounding.options import Rounding
 
@@ -71,11 +71,13 @@ def rounded_weights(
     drawn = [codec.bits for codec in codecs if rounding.draws and codec.family == "trellis"]
     noise = draw(weight.shape, rounding.tokens.seed, name) if drawn else torch.zeros(0)
     noisy = noisy_weights(weight, drawn, factor, noise)
+    rest = [codec for codec in codecs if codec.bits not in drawn]
+    rounded = iter(round_linear_to_all(weight, rest, factor, rounding))
     for codec in codecs:
         if codec.bits in drawn:
             yield next(noisy).to(weight.dtype)
         else:
-            yield round_linear(weight, codec, factor, rounding).dequantize(weight.dtype)
+            yield next(rounded).dequantize(weight.dtype)
 
 
 def _fallback_only(name: str, widths: Sequence[int]) -> Tensor:

@@ -26,16 +26,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError
-from moepress.format.checkpoint import load_tensors, save_tensors
+from moepress.format.checkpoint import Writer, load_tensors, save_tensors
 from moepress.format.journal import check_identity
 from moepress.original.backward import BackwardWalk, outputs_as_leaves
-from moepress.original.batches import empty, position_chunks
+from moepress.original.batches import position_chunks
 from moepress.original.calls import record_calls
 from moepress.original.source import Source
 from moepress.original.walk import Walk
@@ -132,20 +133,25 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
 def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
     """Write the states before every layer; leave the walk after the last one."""
     source = walk.source
+    writer = Writer(source.device, save_tensors)
+    at = 0  # the layer whose input the walk's states are
     for layer in range(len(source.layers)):
         progress.update(layer=layer, note="forward")
         if _states(folder, layer + 1).is_file():
             progress.skip(1)
             continue
         if layer == 0:
-            save_tensors(_states(folder, 0), {"states": walk.states})
-        else:
+            writer.save(_states(folder, 0), {"states": walk.states})
+        elif at != layer:
             walk.states.copy_(load_tensors(_states(folder, layer))["states"])
         with source.layer_loaded(layer):
             walk.pass_layer(layer)
-        save_tensors(_states(folder, layer + 1), {"states": walk.states})
+        at = layer + 1
+        writer.save(_states(folder, at), {"states": walk.states})
         progress.advance()
-    walk.states.copy_(load_tensors(_states(folder, len(source.layers)))["states"])
+    writer.finish()
+    if at != len(source.layers):
+        walk.states.copy_(load_tensors(_states(folder, len(source.layers)))["states"])
 
 
 def head_gradient(walk: Walk, seed: int) -> Tensor:
@@ -156,7 +162,7 @@ def head_gradient(walk: Walk, seed: int) -> Tensor:
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
-    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    gradient = walk.states_like()
     with source.loaded(None):
         for number in range(len(walk.ids)):
             one = slice(number, number + 1)
@@ -176,9 +182,10 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
-    gradient = empty(tuple(walk.states.shape), source.compute_dtype)
+    gradient = walk.states_like()
     gradient.copy_(load_tensors(_gradient(folder, first + 1))["gradient"])
     walk_back = BackwardWalk(walk, gradient)
+    writer = Writer(source.device, save_tensors)
     for layer in reversed(todo):
         progress.update(layer=layer, note="backward")
         walk.states.copy_(load_tensors(_states(folder, layer))["states"])
@@ -194,12 +201,18 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
         if layer == 0:
             result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
         else:
-            save_tensors(_gradient(folder, layer), {"gradient": walk_back.gradient})
-        save_tensors(_result(folder, layer), result)
-        _gradient(folder, layer + 1).unlink(missing_ok=True)
-        _states(folder, layer + 1).unlink(missing_ok=True)
+            writer.save(_gradient(folder, layer), {"gradient": walk_back.gradient})
+        writer.save(_result(folder, layer), result)
+        writer.run(partial(_forget, folder, layer + 1))
         progress.advance()
+    writer.finish()
     _states(folder, 0).unlink(missing_ok=True)
+
+
+def _forget(folder: Path, layer: int) -> None:
+    """Delete the states and the gradient before a layer."""
+    _gradient(folder, layer).unlink(missing_ok=True)
+    _states(folder, layer).unlink(missing_ok=True)
 
 
 def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:

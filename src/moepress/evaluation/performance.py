@@ -72,15 +72,18 @@ def measure_performance(model: Any, prompt: Tensor) -> Performance:
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
     """Median time of `REPEATS` runs, after a warm-up run."""
-    run()
-    times = []
-    for _ in range(REPEATS):
+
+    def timed() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         started = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        return time.perf_counter() - started
+
+    timed()
+    return statistics.median(timed() for _ in range(REPEATS))
 
 
 def forget_peak(device: torch.device) -> None:

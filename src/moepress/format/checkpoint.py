@@ -14,11 +14,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -90,6 +92,65 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = 
     whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     metadata = {"format": "pt"} if about is None else {"moepress": about}
     write_atomically(path, lambda to: save_file(whole, to, metadata=metadata))
+
+
+class Writer:
+    """Writes files, at once or while the caller goes on.
+
+    Args:
+        device: of the computation. If it is a card, `save` copies the tensors and returns; one
+            thread writes them, in the order of the calls.
+        write: writes one file.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None,
+        write: Callable[[Path, Mapping[str, Tensor]], None] = save_tensors,
+    ) -> None:
+        self._write = write
+        self._card = device if device is not None and device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(1, "moepress-write")
+        self._begun: list[Future[None]] = []
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """`save_tensors`, perhaps later.
+
+        Raises:
+            CheckpointError: this file or one before it cannot be written.
+        """
+        if self._card is None:
+            self._write(path, tensors)
+            return
+        copies = {name: _host_copy(tensor) for name, tensor in tensors.items()}
+        torch.cuda.synchronize(self._card)
+        self.run(lambda: self._write(path, copies))
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do something after the files that were saved before."""
+        if self._card is None:
+            work()
+            return
+        if len(self._begun) > 3:  # copies take memory
+            self._begun.pop(0).result()
+        self._begun.append(self._pool.submit(work))
+
+    def finish(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        while self._begun:
+            self._begun.pop(0).result()
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A copy in memory from which a card can be read fast. It is there after a synchronisation."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

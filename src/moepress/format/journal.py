@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import load_json, load_tensors, save_json, save_tensors
+from moepress.format.checkpoint import Writer, load_json, load_tensors, save_json
 
 
 class Journal:
@@ -26,6 +27,7 @@ class Journal:
         identity: what the work depends on (model, recipe, text).
         layers: number of decoder layers.
         file: returns the path of a layer's result; None: it is a file in `folder`.
+        device: of the computation; files are written while a card goes on with the next layer.
 
     Raises:
         InputError: `folder` holds work of another identity.
@@ -37,10 +39,12 @@ class Journal:
         identity: Mapping[str, str],
         layers: int,
         file: Callable[[int], Path] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.folder = folder
         self.layers = range(layers)
         self._file = file or (lambda layer: folder / f"layer-{layer:04d}.safetensors")
+        self._writer = Writer(device)
         check_identity(folder / "identity.json", identity)
 
     def done(self, layer: int) -> bool:
@@ -67,16 +71,19 @@ class Journal:
         first = self.first
         if 0 < first < len(self.layers):
             self._restore(first, states)
-        yield from range(first, len(self.layers))
+        try:
+            yield from range(first, len(self.layers))
+        finally:
+            self._writer.finish()
 
     def commit(
         self, layer: int, result: Mapping[str, Tensor], states: Mapping[str, Tensor]
     ) -> None:
         """Record a layer's result, and the states after the layer."""
         if layer + 1 < len(self.layers):
-            save_tensors(self._states(layer + 1), states)
-        save_tensors(self._file(layer), result)
-        self._states(layer).unlink(missing_ok=True)
+            self._writer.save(self._states(layer + 1), states)
+        self._writer.save(self._file(layer), result)
+        self._writer.run(lambda: self._states(layer).unlink(missing_ok=True))
 
     def result(self, layer: int) -> dict[str, Tensor]:
         """The result that `commit` recorded for a layer."""

@@ -33,7 +33,7 @@ from moepress.format.checkpoint import (
 from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
-from moepress.kernels.modules import set_activation_bits
+from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.prune import Pruning, Strength, prune
 
 
@@ -103,6 +103,9 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             read_ahead(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, PackedExperts) and not module.gate_up_proj.is_meta:
+                module.place_tables(module.gate_up_proj.device)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
@@ -139,16 +142,18 @@ def load_model(
 
     Args:
         folder: a folder made by moepress, or an original model that fits in memory.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
+            Tensors go to a card straight from the files.
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
     """
     from transformers import AutoModelForCausalLM
 
     register()
+    where = {} if device == "cpu" else {"device_map": {"": device}}
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model = model.to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **where)
+    model = model.eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
     if pruning is not None:

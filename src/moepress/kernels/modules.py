@@ -11,6 +11,7 @@ gradient.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -161,14 +162,12 @@ class PackedExperts(nn.Module):
             torch.tensor(gate_up.table(*gate_up_shape), device="cpu"),
             torch.tensor(down.table(*down_shape), device="cpu"),
         )
-        self._tables_here = self._tables  # copies on the device of the last forward
+        self._tables_here = self._tables  # copies on a device, see place_tables
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self._tables_here[0].device != hidden_states.device:
-            gate_up_table, down_table = self._tables
-            device = hidden_states.device
-            self._tables_here = gate_up_table.to(device), down_table.to(device)
+            self.place_tables(hidden_states.device)
         y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,
             top_k_index,
@@ -184,6 +183,21 @@ class PackedExperts(nn.Module):
             self.gate_up.family,
         )
         return y
+
+    def place_tables(self, device: torch.device) -> None:
+        """Copy the tables to a device.
+
+        `forward` does so where it has to, but it cannot while a CUDA graph is captured. So loading
+        and `.to` do it before.
+        """
+        gate_up_table, down_table = self._tables
+        self._tables_here = gate_up_table.to(device), down_table.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.gate_up_proj.is_meta:
+            self.place_tables(self.gate_up_proj.device)
+        return self
 
     def extra_repr(self) -> str:
         size = self.gate_up_proj.numel() + self.down_proj.numel()

@@ -57,6 +57,7 @@ LONGEST_RUN = 256  # columns that a rotation mixes
 TILE_COLUMNS = 8
 STEPS = 16  # weights of a path in a tile
 STRIP_WEIGHTS = 1 << 21  # weights decoded at a time: 8 MB in float32
+WEIGHTS_AT_ONCE = 1 << 24  # packed, rotated, or brought from branches to values; bounds memory
 
 
 def code_values(bits: int) -> Tensor:
@@ -97,14 +98,20 @@ def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
             f"{codec.name} has branches 0 to {codec.levels}, got {int(branches.max())}."
         )
     codec.groups(branches.shape[1])  # raises InputError if the group size does not divide K
+    step = max(1, WEIGHTS_AT_ONCE // (ROWS_PER_SLAB * branches.shape[1])) * ROWS_PER_SLAB
+    codes = [_pack(branches[i : i + step], codec.bits) for i in range(0, rows, step)]
+    return torch.cat([*codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
+
+
+def _pack(branches: Tensor, bits: int) -> Tensor:
+    """The bytes of whole slabs."""
     paths = to_paths(branches)  # [slabs, tiles, 16, 2, STEPS]
-    positions = torch.arange(codec.bits - 1, -1, -1, device=branches.device)
-    bits = (paths[..., None] >> positions & 1).flatten(-2)  # highest first
-    words = torch.unflatten(bits, -1, (codec.bits, 2, 8)).int()  # [..., words, high and low, 8]
+    positions = torch.arange(bits - 1, -1, -1, device=branches.device)
+    ones = (paths[..., None] >> positions & 1).flatten(-2)  # highest first
+    words = torch.unflatten(ones, -1, (bits, 2, 8)).int()  # [..., words, high and low, 8]
     powers = 1 << torch.arange(7, -1, -1, device=branches.device, dtype=torch.int32)
     octets = (words * powers).sum(-1).flip(-1).to(torch.uint8)  # low byte first
-    codes = octets.permute(0, 1, 4, 2, 3, 5).reshape(-1)  # [slabs, tiles, words, 16, 2, 2]
-    return torch.cat([codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
+    return octets.permute(0, 1, 4, 2, 3, 5).reshape(-1)  # [slabs, tiles, words, 16, 2, 2]
 
 
 def unpack(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
@@ -146,6 +153,18 @@ def states(branches: Tensor, bits: int) -> Tensor:
 
 def code_matrix(branches: Tensor, bits: int) -> Tensor:
     """The values that branches [64 S, K] choose: [64 S, K] float32, as in `code_values`."""
+    rows, cols = branches.shape
+    step = max(1, WEIGHTS_AT_ONCE // (TILE_COLUMNS * rows)) * TILE_COLUMNS
+    if cols <= step:
+        return _code_matrix(branches, bits)
+    values = torch.empty(rows, cols, device=branches.device)
+    for first in range(0, cols, step):
+        some = branches[:, first : first + step].contiguous()
+        values[:, first : first + step] = _code_matrix(some, bits)
+    return values
+
+
+def _code_matrix(branches: Tensor, bits: int) -> Tensor:
     paths = to_paths(branches)
     runs = paths.permute(1, 2, 3, 0, 4)  # [tiles, 16, 2, slabs, STEPS]
     chosen = _values(bits, branches.device)[states(runs.flatten(-2), bits)]
@@ -195,6 +214,16 @@ def hadamard(x: Tensor) -> Tensor:
     [H_n, -H_n]], over sqrt(n); it is its own inverse. It takes log2(n) steps of sums and
     differences.
     """
+    if x.numel() > WEIGHTS_AT_ONCE and x.dim() > 1 and len(x) > 1:
+        out = torch.empty_like(x)
+        step = max(1, WEIGHTS_AT_ONCE // (x.numel() // len(x)))
+        for first in range(0, len(x), step):
+            out[first : first + step] = _hadamard(x[first : first + step])
+        return out
+    return _hadamard(x)
+
+
+def _hadamard(x: Tensor) -> Tensor:
     size = run_length(x.shape[-1])
     y = x
     half = 1

@@ -81,22 +81,23 @@ class BackwardWalk:
         at_output = self._at_experts_output(layer, output)
         inside = self._through_experts(layer, routed, at_output)
         norms = torch.cat([at_output[chunk].square().sum(1) for chunk in chunks(at_output)])
+        norms = norms.cpu()
         return norms, self._to_input(layer, output, inside, linears)
 
     def _at_experts_output(self, layer: int, output: Tensor) -> Tensor:
         """Step 1: g_y [T, H] float32."""
-        gradient = empty(tuple(output.shape), torch.float32)
+        gradient = empty(tuple(output.shape), torch.float32, output.device)
         for run in self._runs(layer, output, to_experts=True):
             assert run.y is not None
             (found,) = _gradients([run.out], [run.y], [run.at_out], layer)
-            gradient[run.tokens] = found.float().cpu()
+            gradient[run.tokens] = found.float()
         return gradient
 
     def _through_experts(
         self, layer: int, routed: Routed, at_output: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Step 2: g_h [T, H] float32 and g_w [T, k] float32, one expert in memory at a time."""
-        at_hidden = empty(tuple(at_output.shape), torch.float32).zero_()
+        at_hidden = self.walk.zeros(routed)
         at_weight = torch.zeros_like(routed.weight)
         for expert in self.walk.chosen_experts(layer, routed):
             device = expert.weights.down.device
@@ -107,7 +108,8 @@ class BackwardWalk:
                 g_y = at_output[token].to(device)
                 y = expert_forward(expert.module, expert.weights, x)
                 (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
-                at_hidden.index_add_(0, token, found.float().cpu())
+                found = found.float().to(at_hidden.device)
+                at_hidden.index_add_(0, token.to(found.device), found)
                 at_weight[token, place] = (g_y * y.detach().float()).sum(1).cpu()
         return at_hidden, at_weight
 
@@ -135,7 +137,7 @@ class BackwardWalk:
                         outputs.append(tensor)
                         at_outputs.append(at_tensor[run.tokens].to(tensor).view_as(tensor))
                 (found,) = _gradients(outputs, [run.x], at_outputs, layer)
-                self.gradient.view(-1, found.shape[-1])[run.tokens] = found.flatten(0, 1).cpu()
+                self.gradient.view(-1, found.shape[-1])[run.tokens] = found.flatten(0, 1)
         return {name: torch.cat(found) for name, found in norms.items() if found}
 
     def _runs(self, layer: int, output: Tensor | None, to_experts: bool) -> Iterator[_Run]:

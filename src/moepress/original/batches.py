@@ -8,9 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moepress.kernels.memory import free_memory
+
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
+SHARE = 0.35  # of a card's free memory, that an array of all tokens may take
+SHARE_IN_ORDER = 0.06  # the same for an array that is read in order, which costs less on the host
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 
 
@@ -42,10 +46,24 @@ def logit_tokens(vocabulary: int) -> int:
     return min(BATCH_TOKENS, LOGITS // vocabulary)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor. A large one is mapped from a temporary file without a name."""
+def empty(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    share: float = SHARE,
+) -> Tensor:
+    """An uninitialised tensor, on a card if it takes at most a share of the card's free memory.
+
+    Else it is on the CPU. A large one there is mapped from a temporary file without a name.
+
+    Args:
+        device: None: the CPU.
+    """
     count = torch.Size(shape).numel()
-    if count * dtype.itemsize <= IN_MEMORY:
+    size = count * dtype.itemsize
+    if device is not None and device.type == "cuda" and size <= share * free_memory(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)

@@ -90,8 +90,9 @@ class RoutedExpert:
         for chunk in chunks(self.tokens):
             tokens = self.tokens[chunk]
             x = self.routed.hidden[tokens].to(self.weights.down.device)
-            y = expert_forward(self.module, self.weights, x).float().cpu() * self.gate[chunk, None]
-            output.index_add_(0, tokens, y)
+            y = expert_forward(self.module, self.weights, x).float().to(output.device)
+            gate = self.gate[chunk, None].to(output.device)
+            output.index_add_(0, tokens.to(output.device), y * gate)
 
 
 def expert_hidden(module: Any, gate_up: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ Nothing larger is ever in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -203,6 +205,34 @@ class Source:
             )
         return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
 
+    def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
+        """`expert` for each of `numbers`. A card gets the next one while this one is in use."""
+        if self.device.type != "cuda":
+            yield from (self.expert(layer, number) for number in numbers)
+            return
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+        def read(number: int) -> ExpertWeights:
+            with torch.cuda.stream(stream):
+                weights = self.expert(layer, number)
+            stream.synchronize()
+            return weights
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[Future[ExpertWeights]] = deque()
+            for number in numbers:
+                ahead.append(pool.submit(read, number))
+                if len(ahead) > 1:
+                    yield self._in_use(ahead.popleft().result())
+            while ahead:
+                yield self._in_use(ahead.popleft().result())
+
+    def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
+        """Weights that were made on another stream: their memory is kept until this one is done."""
+        for value in weights:
+            value.record_stream(torch.cuda.current_stream(self.device))
+        return weights
+
     @contextmanager
     def loaded(self, prefix: str | None) -> Iterator[None]:
         """Inside the `with` statement, the skeleton holds the tensors `names(prefix)`."""
@@ -277,12 +307,15 @@ class Source:
         return {key: self._finished(key, value) for key, value in made.items()}
 
     def _read(self, key: str, expert: int | None) -> Tensor:
-        """A tensor of the checkpoint, or row `expert` of it, copied out of the mapped file."""
+        """A tensor of the checkpoint, or row `expert` of it, copied out of the mapped file.
+
+        It is on the device.
+        """
         try:
             with opened(self.keys[key]) as file:
                 rows = file.get_slice(key)
-                value = rows[...] if expert is None else rows[expert : expert + 1]
-                return value.clone()  # type: ignore[no-any-return]  # safetensors is untyped
+                value: Tensor = rows[...] if expert is None else rows[expert : expert + 1]
+                return value.clone() if self.device.type == "cpu" else value.to(self.device)
         except SafetensorError as error:
             raise CheckpointError(
                 f"Cannot read {key} from {self.keys[key]}: {error}. Fetch the file again."

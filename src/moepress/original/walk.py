@@ -17,14 +17,14 @@ The calls of all layers are recorded once, while the tokens are embedded (calls.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from moepress.errors import NumericalError
-from moepress.original.batches import batches, empty, logit_tokens
+from moepress.original.batches import SHARE_IN_ORDER, batches, empty, logit_tokens
 from moepress.original.calls import Call, record_calls, replaced_forward, replaced_forwards
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.source import Source
@@ -44,7 +44,8 @@ class Walk:
         self.ids = ids
         self.batches = batches(ids)
         shape = (*ids.shape, source.hidden)
-        self.states = empty(shape, source.compute_dtype)  # [S, L, H] input of the next layer
+        # [S, L, H] input of the next layer
+        self.states = empty(shape, source.compute_dtype, source.device, SHARE_IN_ORDER)
         self._calls: list[list[Call]] = []  # [batch][layer]
         self._begin()
 
@@ -54,15 +55,20 @@ class Walk:
         with self.source.loaded(None):
             for batch in self.batches:
                 calls = record_calls(self.source, self.ids[batch])
-                self.states[batch] = calls[0].hidden.to("cpu")
+                self.states[batch] = calls[0].hidden
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
 
     def fork(self) -> Walk:
         """A second walk that starts at the same layer. The two share everything but the states."""
         other = copy.copy(self)
-        other.states = empty(tuple(self.states.shape), self.states.dtype).copy_(self.states)
+        other.states = self.states_like().copy_(self.states)
         return other
+
+    def states_like(self) -> Tensor:
+        """An uninitialised tensor of the shape and dtype of the states."""
+        shape, dtype = tuple(self.states.shape), self.states.dtype
+        return empty(shape, dtype, self.source.device, SHARE_IN_ORDER)
 
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
@@ -72,13 +78,14 @@ class Walk:
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
         tokens = self.ids.numel()
-        hidden = empty((tokens, self.source.hidden), self.source.compute_dtype)
+        shape = tokens, self.source.hidden
+        hidden = empty(shape, self.source.compute_dtype, self.source.device)
         index, weight = [], []
         done = 0
 
         def record(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             nonlocal done
-            hidden[done : done + len(x)] = x.to("cpu")
+            hidden[done : done + len(x)] = x
             done += len(x)
             index.append(top_k_index.to("cpu"))
             weight.append(top_k_weights.to("cpu", torch.float32))
@@ -133,19 +140,30 @@ class Walk:
                         "Expected finite numbers: a float16 model may overflow; try a bfloat16 one."
                     )
                 energy += out.float().square().sum().item()
-                self.states[batch] = out.to("cpu")
+                self.states[batch] = out
         return energy
 
     def expert(self, layer: int, number: int, routed: Routed) -> RoutedExpert:
         """Read one expert of the original model, and pair it with its tokens."""
-        weights = self.source.expert(layer, number)
-        return RoutedExpert(layer, number, self.experts_module(layer), weights, routed)
+        (expert,) = self.experts(layer, [number], routed)
+        return expert
+
+    def experts(self, layer: int, numbers: Sequence[int], routed: Routed) -> Iterator[RoutedExpert]:
+        """Read experts of the original model one by one, and pair them with their tokens."""
+        module = self.experts_module(layer)
+        read = self.source.experts_in_turn(layer, numbers)
+        for number, weights in zip(numbers, read, strict=True):
+            yield RoutedExpert(layer, number, module, weights, routed)
 
     def chosen_experts(self, layer: int, routed: Routed) -> Iterator[RoutedExpert]:
         """The experts of a layer that some token chose, read one by one."""
-        for number in range(self.source.experts[layer].experts):
-            if (routed.index == number).any():
-                yield self.expert(layer, number, routed)
+        count = self.source.experts[layer].experts
+        chosen = [number for number in range(count) if (routed.index == number).any()]
+        yield from self.experts(layer, chosen, routed)
+
+    def zeros(self, routed: Routed) -> Tensor:
+        """[T, H] float32 zeros, to add the outputs of a layer's experts to."""
+        return empty(tuple(routed.hidden.shape), torch.float32, self.source.device).zero_()
 
     @torch.inference_mode()
     def experts_output(
@@ -156,7 +174,7 @@ class Walk:
         Args:
             also: called with each expert that some token chose.
         """
-        output = empty(tuple(routed.hidden.shape), torch.float32).zero_()
+        output = self.zeros(routed)
         for expert in self.chosen_experts(layer, routed):
             expert.add_output(output)
             if also is not None:

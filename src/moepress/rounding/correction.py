@@ -32,7 +32,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.hessian import COLUMNS_PER_SLICE, TOKENS_PER_CHUNK, Factor, Hessian
+from moepress.rounding.hessian import (
+    COLUMNS_PER_SLICE,
+    TOKENS_PER_CHUNK,
+    Factor,
+    Hessian,
+    tensor_cores,
+)
 
 
 class Correction:
@@ -55,7 +61,8 @@ class Correction:
             now = x[chunk].detach().to(self._sum)
             difference = original[chunk].detach().to(self._sum) - now
             difference *= weight[chunk].to(difference)[:, None]
-            self._sum.addmm_(difference.T, now)
+            with tensor_cores(now.device):
+                self._sum.addmm_(difference.T, now)
 
     def corrected(
         self, weight: Tensor, hessian: Hessian, damping: float, strength: float
@@ -75,7 +82,8 @@ class Correction:
         if not hessian.tokens:
             return w
         factor = hessian.factor(max(damping, weight.shape[1] / hessian.tokens))
-        y = w @ self._sum
+        with tensor_cores(w.device):
+            y = w @ self._sum
         lower = factor.feedback.T  # y H^-1 = ((y R^-T) D^-1) R^-1
         y = torch.linalg.solve_triangular(lower, y, upper=False, left=False, unitriangular=True)
         y /= factor.curvature
@@ -95,7 +103,10 @@ class Correction:
         Returns:
             g; 1 where the least squares give no g above 0.
         """
-        w = weight.float()
+        with tensor_cores(weight.device):
+            return self._gain(weight.float(), rounded, factor)
+
+    def _gain(self, w: Tensor, rounded: Tensor, factor: Factor) -> float:
         # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).
         trace = (factor.feedback.square() @ factor.curvature).double().sum().item()
         added = trace / w.shape[1] * factor.damping / (1 + factor.damping)

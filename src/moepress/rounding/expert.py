@@ -5,16 +5,18 @@ Scoring rounds at every width, quantizing at the widths of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import Tensor
 
+from moepress.kernels.memory import free_memory
 from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
+from moepress.original.source import Source
 from moepress.rounding.hessian import Factor
 from moepress.rounding.inputs import Inputs
-from moepress.rounding.methods import Matrix, quantize_matrix
+from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
 from moepress.rounding.tokens import hessian_tokens
 
@@ -22,17 +24,57 @@ from moepress.rounding.tokens import hessian_tokens
 ToMatrixInputs = Callable[[Tensor], Tensor]
 
 
-def round_expert(
-    expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]
-) -> tuple[Matrix, Matrix]:
-    """Round gate and up to the first width, then down to the second.
+def round_experts(
+    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[int]]
+) -> list[tuple[Matrix, Matrix]]:
+    """Round gate and up of each expert to its first width, then down to its second.
 
-    Down is rounded on the inputs that the rounded gate and up give it.
+    Down is rounded on the inputs that the rounded gate and up give it. Each expert is rounded as if
+    alone; several at a time take less time on a card (`experts_at_once`).
     """
-    (gate_up,) = round_gate_up(expert, rounding, widths[:1])
-    rounded = gate_up.dequantize(expert.weights.gate_up.dtype)
-    (down,) = round_down(expert, rounded, rounding, widths[1:])
-    return gate_up, down
+
+    def rounded(targets: Iterable[tuple[Tensor, Factor | None]], which: int) -> list[Matrix]:
+        matrices = [
+            Unrounded(target, rounding.codec(of_expert[which], target.shape[1]), factor)
+            for (target, factor), of_expert in zip(targets, widths, strict=True)
+        ]
+        return quantize_matrices(rounding.quantizer, matrices)
+
+    gate_ups = rounded((_gate_up_target(expert, rounding) for expert in experts), 0)
+    if not rounding.needs_hessian:
+        downs = rounded(((expert.weights.down, None) for expert in experts), 1)
+        return list(zip(gate_ups, downs, strict=True))
+    weights = [expert.weights.down for expert in experts]
+    inputs = [
+        down_inputs(expert, gate_up.dequantize(expert.weights.gate_up.dtype), rounding)
+        for expert, gate_up in zip(experts, gate_ups, strict=True)
+    ]
+    targets = [_target(*pair, rounding) for pair in zip(weights, inputs, strict=True)]
+    downs = [
+        one.rescaled(down, weight, factor)
+        for one, down, weight, (_, factor) in zip(
+            inputs, rounded(targets, 1), weights, targets, strict=True
+        )
+    ]
+    return list(zip(gate_ups, downs, strict=True))
+
+
+def experts_at_once(source: Source, layer: int, rounding: Rounding) -> int:
+    """How many experts of a layer `round_experts` should get: on a card as many as have room."""
+    if source.device.type != "cuda" or rounding.family != "trellis":
+        return 1
+    experts = source.experts[layer]
+    gate_up, down = (rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
+    hidden, inner = experts.gate_up_shape[1], experts.down_shape[1]
+    size = source.compute_dtype.itemsize
+    # Beside the weights, one expert takes four copies in float32 and one of bytes of a matrix, and
+    # for its inputs a Hessian's factor, the feedback made of it, and a correction.
+    first = 17 * gate_up + 12 * hidden * hidden
+    second = (1 + size) * gate_up + 17 * down + 12 * inner * inner
+    each = size * (gate_up + down) + max(first, second)
+    passing = 8 * gate_up + 8 * inner * inner  # what is used for one matrix after the other
+    fitting = max(1, int((free_memory(source.device) - passing) / (1.1 * each)))
+    return -(-experts.experts // -(-experts.experts // fitting))  # groups of equal size
 
 
 def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]) -> list[Matrix]:
@@ -41,11 +83,7 @@ def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int
     If the expert comes with its inputs in the original model (`Routed.original`), the weights make
     up for a share of the difference between the expert's inputs now and these (correction.py).
     """
-    weight = expert.weights.gate_up
-    if not rounding.needs_hessian:
-        return _round(weight, None, rounding, widths)
-    target, factor = _target(weight, gate_up_inputs(expert, rounding), rounding)
-    return _round(target, factor, rounding, widths)
+    return _round(*_gate_up_target(expert, rounding), rounding, widths)
 
 
 def round_down(
@@ -68,6 +106,13 @@ def round_down(
     target, factor = _target(weight, inputs, rounding)
     matrices = _round(target, factor, rounding, widths)
     return [inputs.rescaled(matrix, weight, factor) for matrix in matrices]
+
+
+def _gate_up_target(expert: RoutedExpert, rounding: Rounding) -> tuple[Tensor, Factor | None]:
+    weight = expert.weights.gate_up
+    if not rounding.needs_hessian:
+        return weight, None
+    return _target(weight, gate_up_inputs(expert, rounding), rounding)
 
 
 def gate_up_inputs(expert: RoutedExpert, rounding: Rounding) -> Inputs:
@@ -125,7 +170,9 @@ def _round(
     weight: Tensor, factor: Factor | None, rounding: Rounding, widths: Sequence[int]
 ) -> list[Matrix]:
     codecs = [rounding.codec(bits, weight.shape[1]) for bits in widths]
-    return [quantize_matrix(rounding.quantizer, weight, codec, factor) for codec in codecs]
+    return quantize_matrices(
+        rounding.quantizer, [Unrounded(weight, codec, factor) for codec in codecs]
+    )
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.kernels.trellis import rotate, rotate_back
 from moepress.rounding.correction import Correction
 from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.methods import Matrix
+from moepress.rounding.rotation import rotate, rotate_back
 
 # For K inputs and T tokens, Hessians for trellis codes are damped by at least RIDGE * K / T
 # (docs/log.md#damping-by-tokens).

@@ -5,7 +5,7 @@ Scoring rounds at every width, quantizing at the width of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from moepress.errors import MoepressError
 from moepress.format.codec import Codec
-from moepress.kernels.trellis import rotate
 from moepress.original.walk import Walk
 from moepress.rounding.hessian import Factor
 from moepress.rounding.inputs import Inputs
-from moepress.rounding.methods import Matrix, quantize_matrix
+from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices, quantize_matrix
 from moepress.rounding.options import Rounding
+from moepress.rounding.rotation import rotate
 
 
 class SharedInputs(NamedTuple):
@@ -103,16 +103,28 @@ def linear_inputs(
 
 
 def round_linear(weight: Tensor, codec: Codec, factor: Factor | None, rounding: Rounding) -> Matrix:
-    """Round a linear's weight [N, K] to one codec.
+    """Round a linear's weight [N, K] to one codec, see `round_linear_to_all`."""
+    (matrix,) = round_linear_to_all(weight, [codec], factor, rounding)
+    return matrix
+
+
+def round_linear_to_all(
+    weight: Tensor, codecs: Sequence[Codec], factor: Factor | None, rounding: Rounding
+) -> list[Matrix]:
+    """Round a linear's weight [N, K] to each of several codecs.
 
     A codec of another family than that of `rounding` (8 bits beside trellis codes) is rounded to
     nearest: the factor is of rotated inputs, and at 8 bits feedback gains nothing.
     """
-    if codec.family != rounding.family:
-        return quantize_matrix("rtn", weight, codec, None)
-    return quantize_matrix(
-        rounding.quantizer, weight, codec, factor if rounding.needs_hessian else None
-    )
+    used = factor if rounding.needs_hessian else None
+    alike = [Unrounded(weight, codec, used) for codec in codecs if codec.family == rounding.family]
+    matrices = iter(quantize_matrices(rounding.quantizer, alike) if alike else [])
+    return [
+        next(matrices)
+        if codec.family == rounding.family
+        else quantize_matrix("rtn", weight, codec, None)
+        for codec in codecs
+    ]
 
 
 def output_cost(weight: Tensor, rounded: Tensor, factor: Factor, family: str) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate_back
-from moepress.rounding.hessian import Factor
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.methods.trellis import (
     START,
@@ -36,21 +37,46 @@ from moepress.rounding.methods.trellis import (
     rotated_rows,
 )
 from moepress.rounding.methods.viterbi import search
+from moepress.rounding.rotation import rotate_back
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
+DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
 LONGEST = 2048  # rows; the error of a code does not change any more with longer paths
+
+
+_ahead: dict[tuple[tuple[int, ...], int, str], Future[Tensor]] = {}  # begun, not asked for yet
 
 
 def draw(shape: Sequence[int], seed: int, name: str) -> Tensor:
     """[K, N] float32 standard Gaussian numbers that depend on the arguments alone.
 
+    They are drawn on the CPU, so that they are the same for every device.
+
     Args:
         shape: N, K of the matrix.
         name: of the matrix, different for every matrix of a model.
     """
+    key = (tuple(shape), seed, name)
+    ahead = _ahead.pop(key, None)
+    return _draw(*key) if ahead is None else ahead.result()
+
+
+def draw_ahead(shape: Sequence[int], seed: int, name: str) -> None:
+    """Begin a `draw` that will be asked for soon, on another thread."""
+    key = (tuple(shape), seed, name)
+    if key not in _ahead:
+        _ahead[key] = _threads().submit(_draw, *key)
+
+
+def _draw(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(*reversed(shape), generator=generator)
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(DRAWING_THREADS, "moepress-draw")
 
 
 def noisy_weights(
@@ -71,11 +97,36 @@ def noisy_weights(
     target = (rows * inverse(size)[:, None]).T.contiguous()  # [K, N], every row of variance 1
     feedback = block_feedback(factor.feedback)
     noise = noise.to(target.device)
-    for bits in widths:
-        kept = target - drawn_errors(target, feedback, code_error(bits, len(rows)), noise)
-        codes = kept.T * size[:, None]
-        gain = best_scale(rows, codes, torch.ones_like(size), factor)
+    errors = [code_error(bits, len(rows), rows.device) for bits in widths]
+    for drawn in _drawn_for_widths(target, feedback, errors, noise):
+        with tensor_cores(rows.device):
+            codes = (target - drawn).T * size[:, None]
+            gain = best_scale(rows, codes, torch.ones_like(size), factor)
         yield rotate_back(codes * gain[:, None])
+
+
+def _drawn_for_widths(
+    target: Tensor, feedback: Tensor, errors: Sequence[float], noise: Tensor
+) -> Iterator[Tensor]:
+    """`drawn_errors` for each of `errors`; on a card all in one visit of the columns."""
+    if target.device.type == "cpu":
+        for error in errors:
+            yield drawn_errors(target, feedback, error, noise)
+        return
+    each = torch.tensor(errors, device=target.device)[:, None]  # [W, 1]
+    spread = (each * (1 - each)).sqrt()
+    buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
+
+    def visit(start: int, stop: int) -> None:
+        received = buffer[start:stop]
+        adjusted = target[start:stop, None] + received
+        deviation = adjusted.square().mean((0, 2), keepdim=True).sqrt() * spread
+        residual = torch.addcmul(each * adjusted, deviation, noise[start:stop, None])
+        torch.sub(residual, received, out=received)
+
+    with tensor_cores(target.device):
+        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
+    yield from buffer.unbind(1)
 
 
 def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) -> Tensor:
@@ -100,7 +151,7 @@ def drawn_errors(target: Tensor, feedback: Tensor, error: float, noise: Tensor) 
     return buffer
 
 
-def code_error(bits: int, rows: int) -> float:
+def code_error(bits: int, rows: int, device: torch.device | str = "cpu") -> float:
     """Relative squared error of a trellis code on Gaussian numbers, with the best scale.
 
     It is larger for few rows, because a tail-biting path must end where it starts, and smaller
@@ -108,18 +159,20 @@ def code_error(bits: int, rows: int) -> float:
 
     Args:
         rows: of the matrix.
+        device: where the paths are searched; the result does not depend on it.
     """
-    return _code_error(bits, min(rows, LONGEST))
+    return _code_error(bits, min(rows, LONGEST), torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _code_error(bits: int, rows: int) -> float:
+def _code_error(bits: int, rows: int, device: torch.device) -> float:
     padding = -rows % ROWS_PER_SLAB
     blocks = SAMPLE // ((rows + padding) * TILE_COLUMNS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(blocks, TILE_COLUMNS, rows, generator=generator)
     scale = START[bits] / code_values(bits).double().std(correction=0).item()
-    branches = [search(F.pad(block / scale, (0, padding)), bits) for block in x]
+    padded = F.pad(x / scale, (0, padding)).to(device)
+    branches = [search(block, bits).cpu() for block in padded]
     codes = code_matrix(torch.cat(branches).T.contiguous(), bits)[:rows].T.flatten().double()
     x = x.flatten().double()
     explained = (x @ codes).square() / ((x @ x) * (codes @ codes))

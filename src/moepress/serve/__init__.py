@@ -42,7 +42,7 @@ def serve(
             given here, is the model's name in requests.
         host, port: address to listen on; the default host accepts only this machine.
         threads: CPU threads; None: torch's setting.
-        device: "cpu" or "cuda".
+        device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
 

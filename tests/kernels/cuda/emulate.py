@@ -133,6 +133,8 @@ def library(source: Path) -> ctypes.CDLL:
     """A .cu file, compiled for the CPU; kept in the folder for temporary files, by content."""
     files = [source, *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), HERE / "emulator.h"]
     files.append(SOURCES.parent / "cpu/trellis_code.h")
+    if source.parent != SOURCES:  # it may include one of these
+        files += SOURCES.glob("*.cu")
     key = hashlib.sha256(str((COMPILER, OPTIONS)).encode())
     for file in files:
         key.update(file.read_bytes())

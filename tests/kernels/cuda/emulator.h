@@ -192,6 +192,18 @@ inline void pause() {
 
 inline void make_ready(int index) { state.warps[index / kLanes].ready |= 1u << index % kLanes; }
 
+// Let the threads go on that wait at a barrier.
+inline void release(int id) {
+    state.waiting[id] = 0;
+    for (int i = 0; i < state.threads; ++i)
+        if (state.lanes[i].barrier == id) {
+            state.lanes[i].barrier = -1;
+            make_ready(i);
+        }
+    for (int w = 0; w < state.warp_count; ++w)
+        state.warps[w].order = state.warps[w].order * 1664525u + 1013904223u >> 1;
+}
+
 inline void barrier(int id, int threads) {
     Lane& lane = *state.lane;
     if (threads % kLanes) fail("a barrier of a part of a warp");
@@ -202,15 +214,15 @@ inline void barrier(int id, int threads) {
         pause();
         return;
     }
-    state.waiting[id] = 0;
     lane.barrier = -1;
-    for (int i = 0; i < state.threads; ++i)
-        if (state.lanes[i].barrier == id) {
-            state.lanes[i].barrier = -1;
-            make_ready(i);
-        }
-    for (int w = 0; w < state.warp_count; ++w)
-        state.warps[w].order = state.warps[w].order * 1664525u + 1013904223u >> 1;
+    release(id);
+}
+
+inline void arrive(int id, int threads) {
+    if (threads % kLanes) fail("a barrier of a part of a warp");
+    if (state.waiting[id] && state.needed[id] != threads) fail("a barrier of two sizes");
+    state.needed[id] = threads;
+    if (++state.waiting[id] == threads) release(id);
 }
 
 // An operation of the lanes of a warp in `mask`: op(lanes, mask), run by the last to arrive, reads
@@ -411,7 +423,7 @@ struct Mma16 {
     }
 };
 
-inline void copy_later(void* shared, const void* global, int bytes) {
+inline void copy_later(void* shared, const void* global, int bytes, bool given = true) {
     const auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
     if (to % bytes || from % bytes) fail("cp.async of a misaligned address");
     if (static_cast<uint8_t*>(shared) < state.shared ||
@@ -420,7 +432,8 @@ inline void copy_later(void* shared, const void* global, int bytes) {
     poison(shared, bytes);
     auto& copies = state.lane->copies;
     if (copies.empty()) copies.emplace_back();
-    copies.back().push_back({shared, global, bytes});
+    static const uint8_t zeros[16] = {};
+    copies.back().push_back({shared, given ? global : zeros, bytes});
 }
 inline void copy_commit() {
     auto& copies = state.lane->copies;
@@ -700,6 +713,10 @@ template <class T>
 T __ldg(const T* p) {
     return *p;
 }
+template <class T>
+T __ldcg(const T* p) {
+    return *p;
+}
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
@@ -804,10 +821,12 @@ T* shared_memory() {
     return reinterpret_cast<T*>(emulator::state.shared);
 }
 inline int lane_id() { return emulator::state.lane->index & 31; }
+inline void begin() {}
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
 [[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
 inline void barrier_sync(int id, int threads) { emulator::barrier(id, threads); }
+inline void barrier_arrive(int id, int threads) { emulator::arrive(id, threads); }
 
 template <class T>
 T emulated_load(const void* p) {
@@ -825,6 +844,19 @@ inline void cp_async_16(void* shared, const void* global) {
 }
 inline void cp_async_8(void* shared, const void* global) { emulator::copy_later(shared, global, 8); }
 inline void cp_async_4(void* shared, const void* global) { emulator::copy_later(shared, global, 4); }
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const uint8_t*>(p) - emulator::state.shared);
+}
+inline uint32_t kept_shared_address(const void* p) { return shared_address(p); }
+inline void cp_async_16(uint32_t shared, const void* global) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16);
+}
+inline void cp_async_16_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 16, given);
+}
+inline void cp_async_4_or_zero(uint32_t shared, const void* global, bool given) {
+    emulator::copy_later(emulator::state.shared + shared, global, 4, given);
+}
 inline void cp_async_commit() { emulator::copy_commit(); }
 template <int pending>
 void cp_async_wait() {
@@ -862,10 +894,39 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma16<emulator::bfloat_value>, emulator::Mma16In>(d, a, b);
 }
+// Products of a warpgroup: done at once, each warp by itself.
+#define MOEPRESS_WARPGROUP 1
+inline uint64_t warpgroup_columns(const void* shared, int rows) {
+    const uint64_t at = static_cast<const uint8_t*>(shared) - emulator::state.shared;
+    if (at % 1024) emulator::fail("B of a warpgroup that is not aligned to 1024 bytes");
+    return at + rows;
+}
+inline void warpgroup_begin() {}
+inline void warpgroup_commit() {}
+template <int pending>
+void warpgroup_wait() {}
+inline void warpgroup_see_shared() {}
+inline void warpgroup_u8s8(int (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    const int lane = lane_id();
+    for (int c = 0; c < 16; ++c) {
+        uint32_t x[2];
+        for (int half = 0; half < 2; ++half) {
+            // The hardware permutes addresses: bits 4 to 6 by bits 7 to 9.
+            uint64_t at = b + 1024 * c + 128 * (lane / 4) + 16 * half + 4 * (lane % 4);
+            at ^= (at >> 7 & 7) << 4;
+            std::memcpy(&x[half], emulator::state.shared + at, 4);
+        }
+        if (!add) std::memset(d[c], 0, sizeof(d[c]));
+        mma_u8s8(d[c], a, x);
+    }
+}
+
 inline int dp4a_us(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 4; ++i) c += int(uint8_t(a >> 8 * i)) * int8_t(b >> 8 * i);
     return c;
 }
+
+inline uint32_t multiplied(uint32_t x, uint32_t factor) { return x * factor; }
 
 inline float half_to_float(uint16_t h) { return emulator::half_value(h); }
 inline uint16_t float_to_half(float f) {

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec, PackedSpec
-from moepress.kernels import cpu, cuda, reference, trellis
+from moepress.kernels import backends, cpu, cuda, reference, trellis
 from moepress.kernels.cuda.launch import Launcher, launcher_for
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.reference import ACTIVATION_RANGE, ACTIVATIONS
@@ -96,7 +97,9 @@ def test_activations_have_the_order_of_the_kernels() -> None:
     assert cuda.ACTIVATIONS == cpu.ACTIVATIONS == tuple(sorted(ACTIVATIONS))
 
 
-@pytest.mark.parametrize("pairs, experts, size", [(1, 4, 8), (40, 3, 8), (3000, 70, 64)])
+@pytest.mark.parametrize(
+    "pairs, experts, size", [(1, 4, 8), (31, 3, 8), (32, 200, 4), (40, 3, 8), (3000, 70, 64)]
+)
 def test_routing_sorts_pairs_by_expert(pairs: int, experts: int, size: int) -> None:
     torch.manual_seed(pairs)
     index = torch.randint(-1, experts + 1, (pairs,))
@@ -150,6 +153,32 @@ def test_linear(codec: Codec, activation_bits: int, tokens: int) -> None:
         x.bfloat16().float(), packed, bias.bfloat16().float(), *args[2:], rounded=True
     )
     close(got, wide.bfloat16()[None], rtol=0.01)
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_linear_of_any_memory(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, rows, cols = Codec(2, 32, family), 70, 96
+    packed, x = random_packed(rows, cols, codec), torch.randn(11, 2 * cols)
+    moved = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]
+    args = None, rows, codec, 8
+    expected = reference.linear(x[:, cols:], packed, *args, rounded=True)
+    close(cuda.linear(x[:, cols:], moved, *args), expected)
+    close(cuda.linear(x[:, cols:][:, None], packed, *args), expected[:, None])
+    assert cuda.linear(x[:0, :cols], packed, *args).shape == (0, rows)
+    assert cuda.linear(x[:, :cols].double(), packed, *args).dtype == torch.float64
+    monkeypatch.setattr(cuda, "MOST_NUMBERS", 3 * rows)
+    close(cuda.linear(x[:, cols:], packed, *args), expected)
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_a_token_that_is_not_finite_spoils_no_other_token(family: str) -> None:
+    codec = Codec(2, 64, family)
+    packed = random_packed(64, 64, codec)
+    for tokens in (3, 80):
+        x = torch.ones(tokens, 64)
+        x[0, 5], x[1] = torch.nan, 0.0
+        y = cuda.linear(x, packed, None, 64, codec, 8)
+        assert y[0].isnan().all() and y[1].eq(0).all() and y[2:].isfinite().all()
 
 
 def experts_call(family: str, tokens: int, k: int, bits: int, activation: str) -> ExpertsCall:
@@ -230,3 +259,17 @@ def test_drop(tokens: int, k: int, dtype: torch.dtype, renormalise: bool) -> Non
 
 def test_a_launcher_is_chosen_by_device() -> None:
     assert isinstance(launcher_for(HERE), Launcher)
+
+
+def test_ops_reach_the_kernels_and_compile() -> None:
+    backend = dataclasses.replace(
+        backends.BACKENDS["cuda"], device_types=("cpu",), refuses=lambda device: None
+    )
+    call = experts_call("trellis", 3, 2, 8, "silu")
+    expected = cuda.experts(call)
+    with kernels.only("cuda"):
+        kernels.register_backend(backend)
+        compiled = torch.compile(kernels.experts, fullgraph=True, backend="aot_eager")
+        assert compiled(*scalar_tests.op_arguments(call)).equal(expected)
+        torch.library.opcheck(kernels.experts, scalar_tests.op_arguments(call))
+    torch._dynamo.reset()

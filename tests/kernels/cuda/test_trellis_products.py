@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor
 from moepress.format.codec import Codec
 from moepress.kernels import trellis
 from moepress.kernels.cuda.products import FEW, MANY
-from tests.kernels.cuda.emulate import EmulationError, launch, needs_compiler
+from tests.kernels.cuda.emulate import SOURCES as FOLDER
+from tests.kernels.cuda.emulate import EmulationError, needs_compiler, run
 
 pytestmark = needs_compiler
 
-KERNELS = ("decode",)
+HERE = Path(__file__).parent
+SOURCES = {
+    "decode": FOLDER / "trellis_decode.cu",
+    "prefill": FOLDER / "trellis_prefill.cu",
+    "prefill by warps": HERE / "trellis_prefill_by_warps.cu",
+}
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,13 @@ def check(
     out = torch.full((grid[1], positions, product.rows), torch.nan)
     table = None if panel is None else product.table
     packed = product.packed if panel is not None else product.packed[64:]
-    launch(
-        how.kernel, grid, how.threads,
+    q = product.q
+    if how.halves:
+        q = torch.unflatten(q, -1, (-1, 4, 2, 4)).transpose(-3, -2).flatten(-4).contiguous()
+    run(
+        SOURCES[kernel], how.name(product.group, product.planes), grid, how.threads,
         how.shared(product.cols, product.group, grid[1], product.planes),
-        [product.q, product.scale, product.sum, product.planes, product.q.shape[1], pair, choices,
+        [q, product.scale, product.sum, product.planes, product.q.shape[1], pair, choices,
          panel, positions, packed, len(packed), table, bits, product.rows, product.cols,
          product.group, out, grid[1]],
     )  # fmt: skip
@@ -115,7 +125,7 @@ def routed(
     check(product, kernel, (*grid, len(panel)), pair if choices else None, panel, choices)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SOURCES)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_one_matrix(kernel: str, bits: int, planes: int) -> None:
@@ -126,7 +136,7 @@ def test_one_matrix(kernel: str, bits: int, planes: int) -> None:
     check(product, kernel, (how.row_blocks(130), 1, 2), None, None, 0, bits)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SOURCES)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(64, 96, 32), (200, 1152, 128), (8, 192, 64)])
 def test_experts_of_mixed_widths(
@@ -137,7 +147,7 @@ def test_experts_of_mixed_widths(
     routed(kernel, (2, 3, 1, 4, 2), rows, cols, group, planes, counts, (blocks, 1), 3)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SOURCES)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_splits(kernel: str, splits: int) -> None:
     for slabs in (1, 2, 4) if kernel == "decode" else (1,):

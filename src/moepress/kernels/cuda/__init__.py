@@ -188,9 +188,9 @@ def _linear(
     """y [T, N] = x [T, K] W^T + bias."""
     tokens, rows = y.shape
     launcher = launcher_for(x.device)
-    codes = _Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family)
-    codes.round(launcher, x)
     kernel = product(codec.family, tokens, 1)
+    codes = _Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family, kernel.halves)
+    codes.round(launcher, x)
     panels = -(-tokens // kernel.panel(planes))
     splits = codes.splits(kernel, rows, panels, launcher)
     out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
@@ -229,7 +229,7 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
 
     ints = hidden.new_empty(2 * positions + 3 * panels + 1, dtype=torch.int32)
     pair, position, panel, used = ints.split_with_sizes((positions, positions, 3 * panels, 1))
-    inputs = _Codes(hidden, tokens, width, call.gate_up_group, planes, family)
+    inputs = _Codes(hidden, tokens, width, call.gate_up_group, planes, family, kernel.halves)
     tables = call.gate_up_table, call.down_table
     sizes = count, size, panels
     routing = call.top_k_index, positions, *tables, *sizes, pair, position, panel, used
@@ -239,7 +239,7 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     matrix = _Matrix(call.gate_up, call.gate_up_table, count, 0)
     _multiply(launcher, kernel, inputs, pair, k, panel, panels, matrix, first)
 
-    between = _Codes(hidden, positions, inner, call.down_group, planes, family)
+    between = _Codes(hidden, positions, inner, call.down_group, planes, family, kernel.halves)
     between.glu(launcher, first, used, ACTIVATIONS.index(call.activation))
     splits = between.splits(kernel, width, busy, launcher)
     second = hidden.new_empty((splits, positions, width), dtype=torch.float32)
@@ -269,9 +269,17 @@ class _Codes:
     """Rounded activations: codes [planes, rows, K], scales and sums [rows, K / g]."""
 
     def __init__(
-        self, like: Tensor, rows: int, cols: int, group: int, planes: int, family: str
+        self,
+        like: Tensor,
+        rows: int,
+        cols: int,
+        group: int,
+        planes: int,
+        family: str,
+        halves: bool = False,
     ) -> None:
         self.rows, self.cols, self.group, self.planes = rows, cols, group, planes
+        self.halves = int(halves)  # the order of codes, as in rounding.cuh
         groups = cols // group
         self.run = trellis.run_length(cols) if family == "trellis" else 0  # 0: not rotated
         self.q = like.new_empty((planes, rows, cols), dtype=torch.int8)
@@ -314,7 +322,8 @@ class _Codes:
 
     def _rounding(self) -> tuple[int | float | Tensor, ...]:
         normal = self.run**-0.5 if self.run else 1.0
-        return self.run, normal, self.group, self.planes, self.q, self.scale, self.sum
+        how = self.run, normal, self.group, self.planes, self.halves
+        return *how, self.q, self.scale, self.sum
 
 
 class _Matrix:

@@ -7,22 +7,36 @@ extern "C" __global__ void __launch_bounds__(128)
     moepress_combine_experts(const float* out, int64_t splits, int64_t positions,
                              const int32_t* position, const void* weight, int64_t weight_dtype,
                              int64_t k, int64_t cols, void* y, int64_t dtype) {
+    begin();
     const int64_t token = blockIdx.y;
     const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (column >= cols) return;
     float total[4] = {};
-    for (int64_t j = 0; j < k; ++j) {
-        const int64_t at = position[token * k + j];
-        if (at < 0) continue;
-        float sum[4] = {}, part[4];
-        for (int64_t s = 0; s < splits; ++s) {
-            load_numbers(out, (s * positions + at) * cols + column, kFloat32, part);
+    constexpr int kAtOnce = 4;  // choices: their loads are under way together
+    for (int64_t first = token * k; first < (token + 1) * k; first += kAtOnce) {
+        int64_t at[kAtOnce];
+        float w[kAtOnce], sum[kAtOnce][4] = {};
 #pragma unroll
-            for (int c = 0; c < 4; ++c) sum[c] += part[c];
+        for (int j = 0; j < kAtOnce; ++j) {
+            const bool is = first + j < (token + 1) * k;
+            at[j] = is ? position[first + j] : -1;
+            w[j] = is ? load_number(weight, first + j, weight_dtype) : 0.0f;
         }
-        const float w = load_number(weight, token * k + j, weight_dtype);
+#pragma unroll 2
+        for (int64_t s = 0; s < splits; ++s)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) total[c] += w * sum[c];
+            for (int j = 0; j < kAtOnce; ++j) {
+                float part[4] = {};
+                if (at[j] >= 0)
+                    load_numbers(out, (s * positions + at[j]) * cols + column, kFloat32, part);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) sum[j][c] += part[c];
+            }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                if (at[j] >= 0) total[c] += w[j] * sum[j][c];
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) store_number(y, token * cols + column + c, dtype, total[c]);
@@ -32,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(128)
 extern "C" __global__ void __launch_bounds__(128)
     moepress_combine_linear(const float* out, int64_t splits, int64_t rows, int64_t cols,
                             const void* bias, int64_t bias_dtype, void* y, int64_t dtype) {
+    begin();
     const int64_t row = blockIdx.y, column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (column >= cols) return;
     float sum = 0;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -56,16 +57,21 @@ def architecture(capability: tuple[int, int]) -> str:
     """What to compile for, such as sm_90a: the card's own, or the nearest older of its generation.
 
     Raises:
-        MoepressError: NVRTC knows no such card.
+        MoepressError: the card is too old, or NVRTC does not know it.
     """
+    if capability < OLDEST:
+        raise MoepressError(
+            f"its kernels need compute capability {_text(OLDEST)}, this card has "
+            f"{_text(capability)}"
+        )
     nvrtc, version = _nvrtc()
     known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
     wanted = capability[0] * 10 + capability[1]
     fitting = [arch for arch in known if wanted // 10 * 10 <= arch <= wanted]
-    if not fitting or capability < OLDEST:
+    if not fitting:
         raise MoepressError(
-            f"NVRTC {version[0]}.{version[1]} does not compile for compute capability "
-            f"{capability[0]}.{capability[1]}. Use a torch with a newer CUDA"
+            f"NVRTC {_text(version)} does not compile for compute capability {_text(capability)}. "
+            "Install a torch with a newer CUDA"
         )
     # "a": with the instructions of this very generation, here products of whole warpgroups.
     return f"sm_{max(fitting)}" + ("a" if max(fitting) == 90 else "")
@@ -81,9 +87,17 @@ def missing() -> str | None:
 
 
 def _sources(name: str) -> tuple[str, dict[str, str]]:
-    """The text of a .cu file, and of all headers by the name under which files include them."""
-    headers = (*sorted(HERE.glob("*.h")), *sorted(HERE.glob("*.cuh")), *SHARED)
-    return (HERE / f"{name}.cu").read_text(), {path.name: path.read_text() for path in headers}
+    """The text of a .cu file, and of the headers that it includes, by their names in includes."""
+    known = {p.name: p for p in (*HERE.glob("*.h"), *HERE.glob("*.cuh"), *SHARED)}
+    source = (HERE / f"{name}.cu").read_text()
+    headers: dict[str, str] = {}
+    unread = [source]
+    while unread:
+        for header in re.findall(r'^#include "(.+)"', unread.pop(), re.MULTILINE):
+            if header in known and header not in headers:
+                headers[header] = known[header].read_text()
+                unread.append(headers[header])
+    return source, headers
 
 
 def _compile(
@@ -103,7 +117,7 @@ def _compile(
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
-            raise MoepressError(f"NVRTC refuses {name}.cu ({' '.join(options)}):\n{_text(log)}")
+            raise MoepressError(f"NVRTC refuses {name}.cu ({' '.join(options)}):\n{_log(log)}")
         cubin = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
@@ -111,7 +125,11 @@ def _compile(
     return bytes(cubin)
 
 
-def _text(log: bytearray) -> str:
+def _text(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _log(log: bytearray) -> str:
     return bytes(log).rstrip(b"\0").decode(errors="replace").strip()
 
 

@@ -14,6 +14,7 @@ extern "C" __global__ void __launch_bounds__(128)
     moepress_drop(const int64_t* index, const void* weight, int64_t dtype, int64_t tokens,
                   int64_t k, int64_t experts, const float* thresholds, int64_t renormalise,
                   const uint8_t* keep, int64_t* ranked, void* kept, uint8_t* dropped) {
+    begin();
     const int count = int(k), lane = lane_id(), warps = int(blockDim.x) / 32;
     const int64_t token = int64_t(blockIdx.x) * warps + warp_id(), first = token * k;
     if (token >= tokens) return;

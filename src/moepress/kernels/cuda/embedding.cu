@@ -39,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(128)
     moepress_embedding(const int64_t* ids, int64_t n, const uint8_t* packed, int64_t rows,
                        int64_t cols, int64_t bits, int64_t g, void* out, int64_t dtype) {
     using namespace moepress;
+    begin();
     const int64_t i = blockIdx.x;
     if (i >= n) return;
     const int64_t id = ids[i];

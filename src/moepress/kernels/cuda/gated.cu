@@ -32,20 +32,22 @@ DEVICE float activation_of(float x, int activation) {
 
 struct Gated {
     const float* out;  // [splits][positions][2 I]: gate, then up
-    int64_t splits, positions, inner;
+    int splits;
+    int64_t positions, inner;
     int activation;
 
     template <int n>
-    DEVICE void load(int64_t row, int64_t column, float (&h)[n]) const {
-        float gate[n] = {}, up[n] = {}, part[n];
-        for (int64_t s = 0; s < splits; ++s) {
-            const int64_t at = (s * positions + row) * 2 * inner + column;
-            load_numbers(out, at, kFloat32, part);
+    DEVICE void load(int row, int column, float (&h)[n]) const {
+        float gate[n] = {}, up[n] = {}, part[2][n];
+        const float* at = out + row * 2 * inner + column;
+#pragma unroll 4
+        for (int s = 0; s < splits; ++s, at += positions * 2 * inner) {
+            load_numbers(at, 0, kFloat32, part[0]);
+            load_numbers(at, inner, kFloat32, part[1]);
 #pragma unroll
-            for (int j = 0; j < n; ++j) gate[j] += part[j];
-            load_numbers(out, at + inner, kFloat32, part);
+            for (int j = 0; j < n; ++j) gate[j] += part[0][j];
 #pragma unroll
-            for (int j = 0; j < n; ++j) up[j] += part[j];
+            for (int j = 0; j < n; ++j) up[j] += part[1][j];
         }
 #pragma unroll
         for (int j = 0; j < n; ++j) h[j] = activation_of(gate[j], activation) * up[j];
@@ -60,8 +62,12 @@ struct Gated {
 extern "C" __global__ void __launch_bounds__(256)
     moepress_gated(const float* out, int64_t splits, int64_t positions, const int32_t* used,
                    int64_t inner, int64_t activation, int64_t run, float normal, int64_t g,
-                   int64_t planes, int8_t* q, float* scale, int32_t* sum) {
+                   int64_t planes, int64_t halves, int8_t* q, float* scale, int32_t* sum) {
     using namespace moepress;
-    round_rows(Gated{out, splits, positions, inner, int(activation)}, blockIdx.x, used[0], int(run),
-               normal, Codes{q, scale, sum, int(planes), int(g), positions, inner});
+    begin();
+    const int group_shift = __ffs(int(g)) - 1;
+    round_rows(Gated{out, int(splits), positions, inner, int(activation)}, int(blockIdx.x),
+               used[0], int(run), normal,
+               Codes{q, scale, sum, int(planes), group_shift, halves != 0, int(positions),
+                     int(inner)});
 }

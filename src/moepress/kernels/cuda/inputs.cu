@@ -11,7 +11,7 @@ struct Inputs {
     int64_t dtype, cols;
 
     template <int n>
-    DEVICE void load(int64_t row, int64_t column, float (&out)[n]) const {
+    DEVICE void load(int row, int column, float (&out)[n]) const {
         load_numbers(x, row * cols + column, dtype, out);
     }
 };
@@ -23,17 +23,19 @@ struct Inputs {
 // Grid: as _Codes in __init__.py says, and one more block for sorting.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     moepress_inputs(const void* x, int64_t dtype, int64_t rows, int64_t cols, int64_t run,
-                    float normal, int64_t g, int64_t planes, int8_t* q, float* scale, int32_t* sum,
-                    const int64_t* index, int64_t pairs, const int64_t* gate_up_table,
+                    float normal, int64_t g, int64_t planes, int64_t halves, int8_t* q, float* scale,
+                    int32_t* sum, const int64_t* index, int64_t pairs, const int64_t* gate_up_table,
                     const int64_t* down_table, int64_t experts, int64_t size, int64_t panels,
                     int32_t* pair, int32_t* position, int32_t* panel, int32_t* used) {
     using namespace moepress;
+    begin();
     const bool sorts = index != nullptr;
     if (sorts && blockIdx.x == 0) {
         route(Routing{index, gate_up_table, down_table, pairs, experts, size, panels, pair,
                       position, panel, used});
         return;
     }
-    round_rows(Inputs{x, dtype, cols}, int64_t(blockIdx.x) - sorts, rows, int(run), normal,
-               Codes{q, scale, sum, int(planes), int(g), rows, cols});
+    const int group_shift = __ffs(int(g)) - 1;
+    round_rows(Inputs{x, dtype, cols}, int(blockIdx.x) - sorts, int(rows), int(run), normal,
+               Codes{q, scale, sum, int(planes), group_shift, halves != 0, int(rows), int(cols)});
 }

@@ -22,7 +22,13 @@ from moepress.errors import MoepressError
 from moepress.kernels.cuda import compiler
 
 Argument = Tensor | int | float | None
+Grid = tuple[int, int, int]
 NUMBERS = (int, float)
+
+# Whether a kernel's blocks may come to the card while the kernel before it ends (compute capability
+# 9.0 and later). They wait for it in `begin` of device.h.
+OVERLAP = True
+MOST_CONFIGS = 256  # grids of a kernel that are kept
 
 SOURCES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.cu")))
 
@@ -37,7 +43,7 @@ class Launcher:
         multiprocessors: of the device.
     """
 
-    launch: Callable[[str, tuple[int, int, int], int, int, Sequence[Argument]], None]
+    launch: Callable[[str, Grid, int, int, Sequence[Argument]], None]
     multiprocessors: int
 
 
@@ -79,7 +85,7 @@ def _card(device: torch.device) -> Launcher:
 
     def launch(
         kernel: str,
-        grid: tuple[int, int, int],
+        grid: Grid,
         threads: int,
         shared: int,
         args: Sequence[Argument],
@@ -118,10 +124,9 @@ class _Function:
         dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(kernel, driver.cuFuncSetAttribute(self.handle, dynamic, self.most))
         self.pool: list[_Arguments] = []
+        self.configs: dict[tuple[Grid, int, int, int, bool], Any] = {}
 
-    def __call__(
-        self, grid: tuple[int, int, int], threads: int, shared: int, args: Sequence[Argument]
-    ) -> None:
+    def __call__(self, grid: Grid, threads: int, shared: int, args: Sequence[Argument]) -> None:
         if shared > self.most:
             raise MoepressError(
                 f"{self.kernel} needs {shared} bytes of shared memory, this card has {self.most}."
@@ -135,14 +140,34 @@ class _Function:
         ]
         arguments.pack.pack_into(arguments.words, 0, *words)
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        launch = (self.handle, *grid, threads, 1, 1, shared, stream, arguments.address, 0)
-        (error,) = self.driver.cuLaunchKernel(*launch)
+        config = self.configs.get((grid, threads, shared, stream, OVERLAP))
+        if config is None:
+            config = self._config(grid, threads, shared, stream)
+        launch = config, self.handle, arguments.address, 0
+        (error,) = self.driver.cuLaunchKernelEx(*launch)
         if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread's first launch
             _enter(self.index)
-            (error,) = self.driver.cuLaunchKernel(*launch)
+            (error,) = self.driver.cuLaunchKernelEx(*launch)
         pool.append(arguments)
         if error != self.success:
             raise MoepressError(f"{self.kernel} cannot be launched: {error.name}.")
+
+    def _config(self, grid: Grid, threads: int, shared: int, stream: int) -> Any:
+        driver = self.driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared, stream
+        if OVERLAP and torch.cuda.get_device_capability(self.index) >= (9, 0):
+            attribute = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        if len(self.configs) >= MOST_CONFIGS:
+            self.configs.clear()
+        self.configs[grid, threads, shared, stream, OVERLAP] = config
+        return config
 
 
 class _Arguments:

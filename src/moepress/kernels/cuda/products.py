@@ -24,6 +24,10 @@ class Product:
         shared: bytes of dynamic shared memory, from columns, group size, splits and planes.
         least: the fewest columns of a split.
         variants: whether each group size and number of planes has a kernel of its own.
+        halves: the order of the codes it reads, as in rounding.cuh.
+        resident: the blocks that run on a multiprocessor at the same time.
+        enough: how many of them it takes to keep a multiprocessor busy.
+        step: columns that a block takes at a time; 0: unknown.
     """
 
     kernel: str
@@ -33,6 +37,10 @@ class Product:
     shared: Callable[[int, int, int, int], int]
     least: int
     variants: bool = False
+    halves: bool = False
+    resident: int = 1
+    enough: int = 1
+    step: int = 0
 
     def name(self, group: int, planes: int) -> str:
         """The name of the kernel for a group size and a number of planes."""
@@ -49,23 +57,38 @@ class Product:
     def splits(self, rows: int, cols: int, group: int, panels: int, multiprocessors: int) -> int:
         """The number of splits, none of them empty, for matrices [rows, cols] and busy panels.
 
-        More splits are taken while they shorten the longest queue of a multiprocessor by a tenth.
+        More splits are taken where the work of the busiest multiprocessor gets a tenth shorter.
         """
         groups, blocks = cols // group, self.row_blocks(rows) * panels
         best, least_time = 1, math.inf
         for splits in range(1, min(MOST_SPLITS, cols // self.least) + 1):
-            time = -(-blocks * splits // multiprocessors) / splits
+            queue = -(-blocks * splits // multiprocessors)
+            time = self._time(queue, cols, splits)
             if time < 0.9 * least_time:
                 best, least_time = splits, time
         return -(-groups // -(-groups // best))
+
+    def _time(self, queue: int, cols: int, splits: int) -> float:
+        """The time that a multiprocessor takes for a queue of blocks, in an unknown unit.
+
+        With known steps, in the time of a step of a full multiprocessor. Blocks begin with half a
+        step; a step is shorter with fewer blocks beside. Measured with trellis_decode on an H200.
+        """
+        full, last = divmod(queue, self.resident)
+        if not self.step:
+            # Fewer blocks than enough at the same time take as long as these.
+            return (queue - last + (max(last, self.enough) if last else 0)) / splits
+        steps = -(-cols // (splits * self.step))
+        alone = steps * (0.31 + 0.69 * last / self.resident) + 0.5 if last else 0
+        return full * (steps + 0.5) + alone
 
 
 def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> int:
     return 4 * 8 * 68 * 4  # partial sums [warps][tokens][kPitch], float32
 
 
-def _no_shared(cols: int, group: int, splits: int, planes: int) -> int:
-    return 0
+def _trellis_prefill_shared(cols: int, group: int, splits: int, planes: int) -> int:
+    return 99 << 10  # kShared
 
 
 def _two_stages(cols: int, group: int, splits: int, planes: int) -> int:
@@ -83,12 +106,50 @@ MOST_SPLITS = 8
 
 # Few positions for each expert (a panel of them costs what one position does), or many.
 FEW = {
-    "trellis": Product("moepress_trellis_decode", (8, 4), 64, 128, _trellis_decode_shared, 512),
-    "int": Product("moepress_scalar_decode", (8, 8), 128, 128, _two_stages, 1024, variants=True),
+    "trellis": Product(
+        "moepress_trellis_decode",
+        (8, 4),
+        64,
+        128,
+        _trellis_decode_shared,
+        512,
+        variants=True,
+        resident=5,
+        step=512,
+    ),
+    "int": Product(
+        "moepress_scalar_decode",
+        (8, 8),
+        128,
+        128,
+        _two_stages,
+        512,
+        variants=True,
+        resident=4,
+        enough=3,
+    ),
 }
 MANY = {
-    "trellis": Product("moepress_trellis_prefill", (64, 64), 64, 128, _no_shared, 1024),
-    "int": Product("moepress_scalar_prefill", (64, 64), 128, 128, _ring, 1024, variants=True),
+    "trellis": Product(
+        "moepress_trellis_prefill",
+        (128, 64),
+        128,
+        256,
+        _trellis_prefill_shared,
+        1024,
+        variants=True,
+        halves=True,
+    ),
+    "int": Product(
+        "moepress_scalar_prefill",
+        (64, 64),
+        128,
+        128,
+        _ring,
+        1024,
+        variants=True,
+        resident=2,
+    ),
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone

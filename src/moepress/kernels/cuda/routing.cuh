@@ -52,13 +52,52 @@ struct Routing {
     int32_t* used;      // [1]: how many pairs have a position
 };
 
+// The expert of a pair, or -1.
+DEVICE int expert_of(const Routing& call, int i) {
+    const int64_t e = call.index[i];
+    if (e < 0 || e >= call.experts) return -1;
+    return call.gate_up_table[2 * e + 1] == 0 && call.down_table[2 * e + 1] == 0 ? -1 : int(e);
+}
+
+// Up to 32 pairs, by one warp: a lane has a pair.
+DEVICE void route_few(const Routing& call) {
+    const int pairs = int(call.pairs), size = int(call.size), lane = lane_id();
+    const int e = lane < pairs ? expert_of(call, lane) : -1;
+    const uint32_t same = __match_any_sync(~0u, e);
+    const int rank = __popc(same & ((1u << lane) - 1)), count = e < 0 ? 0 : __popc(same);
+    // The panels of an expert count at the lane of its first pair.
+    const int own = rank == 0 ? (count + size - 1) / size : 0;
+    int start = 0, first = 0, total = 0, made = 0;  // sums over smaller experts, and over all
+#pragma unroll 4
+    for (int j = 0; j < pairs; ++j) {
+        const int other = __shfl_sync(~0u, e, j), panels = __shfl_sync(~0u, own, j);
+        const bool real = other >= 0, smaller = real && other < e;
+        start += smaller;
+        first += smaller ? panels : 0;
+        total += real;
+        made += panels;
+    }
+    if (e >= 0) {
+        call.position[lane] = start + rank;
+        call.pair[start + rank] = lane;
+        if (rank % size == 0) {
+            int32_t* const to = call.panel + 3 * (first + rank / size);
+            to[0] = e;
+            to[1] = start + rank;
+            to[2] = min(size, count - rank);
+        }
+    } else if (lane < pairs) {
+        call.position[lane] = -1;
+    }
+    for (int i = 3 * made + lane; i < 3 * int(call.panels); i += 32) call.panel[i] = 0;
+    if (lane == 0) call.used[0] = total;
+}
+
 // Shared memory: experts * (warps + 1) ints.
-DEVICE void route(const Routing& call) {
-    const int64_t *const index = call.index, experts = call.experts;
-    const int64_t *const gate_up_table = call.gate_up_table, *const down_table = call.down_table;
+DEVICE void route_many(const Routing& call) {
     const int pairs = int(call.pairs), size = int(call.size);
     const int warps = int(blockDim.x) / 32, warp = warp_id(), lane = lane_id();
-    const int thread = int(threadIdx.x), threads = int(blockDim.x), count = int(experts);
+    const int thread = int(threadIdx.x), threads = int(blockDim.x), count = int(call.experts);
     int* const place = shared_memory<int>();    // [experts][warps]: next position
     int* const first = place + count * warps;   // [experts]: first panel
     const int each = (pairs + threads - 1) / threads * 32;  // pairs of a warp
@@ -66,14 +105,8 @@ DEVICE void route(const Routing& call) {
     for (int i = thread; i < count * warps; i += threads) place[i] = 0;
     __syncthreads();
 
-    const auto expert_of = [&](int i) {
-        if (i >= end) return -1;
-        const int64_t e = index[i];
-        if (e < 0 || e >= experts) return -1;
-        return gate_up_table[2 * e + 1] == 0 && down_table[2 * e + 1] == 0 ? -1 : int(e);
-    };
     for (int i = begin + lane; i - lane < end; i += 32) {
-        const int e = expert_of(i);
+        const int e = i < end ? expert_of(call, i) : -1;
         const uint32_t same = __match_any_sync(~0u, e);
         if (e >= 0 && __ffs(int(same)) - 1 == lane) place[e * warps + warp] += __popc(same);
         __syncwarp();
@@ -100,7 +133,7 @@ DEVICE void route(const Routing& call) {
     __syncthreads();  // `place` is read above and changed below
 
     for (int i = begin + lane; i - lane < end; i += 32) {
-        const int e = expert_of(i);
+        const int e = i < end ? expert_of(call, i) : -1;
         const uint32_t same = __match_any_sync(~0u, e);
         const int rank = __popc(same & ((1u << lane) - 1));
         const int at = e < 0 ? -1 : place[e * warps + warp] + rank;
@@ -110,6 +143,13 @@ DEVICE void route(const Routing& call) {
         if (i < end) call.position[i] = at;
         if (at >= 0) call.pair[at] = i;
     }
+}
+
+DEVICE void route(const Routing& call) {
+    if (call.pairs > 32)
+        route_many(call);
+    else if (warp_id() == 0)
+        route_few(call);
 }
 
 }  // namespace

@@ -254,21 +254,21 @@ DEVICE Work work_of(int size, const int32_t* panel, int64_t positions, const uin
                     int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t rows,
                     int64_t cols, int64_t group) {
     Work work;
-    const int panels = int(gridDim.z), others = int(gridDim.x * gridDim.y);
-    const int64_t id = blockIdx.x + int64_t(gridDim.x) * (blockIdx.y + gridDim.y * blockIdx.z);
-    const int bundle = int(id / (16 * others)), place = int(id % (16 * others));
-    const int width = panels - 16 * bundle < 16 ? panels - 16 * bundle : 16;
-    const int at = 16 * bundle + place % width, other = place / width;
-    work.row_block = other / int(gridDim.y);
-    work.split = other % int(gridDim.y);
+    const uint32_t panels = gridDim.z, others = gridDim.x * gridDim.y;
+    const uint32_t id = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    const uint32_t bundle = id / (16 * others), place = id - bundle * (16 * others);
+    const uint32_t width = panels - 16 * bundle < 16 ? panels - 16 * bundle : 16;
+    const uint32_t other = place / width, at = 16 * bundle + (place - other * width);
+    work.row_block = int(other / gridDim.y);
+    work.split = int(other % gridDim.y);
     int64_t offset = 0, expert = 0;
     if (panel) {
-        expert = panel[3 * at];
-        work.first = panel[3 * at + 1];
-        work.count = panel[3 * at + 2];
+        expert = __ldcg(panel + 3 * at);
+        work.first = __ldcg(panel + 3 * at + 1);
+        work.count = __ldcg(panel + 3 * at + 2);
     } else {
         const int64_t left = positions - int64_t(at) * size;
-        work.first = at * size;
+        work.first = int(at) * size;
         work.count = int(left < size ? left : size);
     }
     work.matrix = packed;

@@ -1,11 +1,15 @@
 // Products of scalar matrices with many tokens.
 //
-// A block of threads has 128 rows and a panel of up to 64 tokens; each of its four warps has 32 rows
-// and all tokens. The codes of a group are unpacked once, into registers (operand A of the byte
-// products, scalar_code.cuh), and multiplied with 16 tokens at a time. Activations of a group
-// (operand B) come to shared memory `kStages` - 1 groups ahead, weights to registers one group
-// ahead. Sums of a group are exact integers; scales and zeros are applied to each of them, as in
-// scalar_decode.cu.
+// A block of threads has 128 rows and a panel of up to 64 tokens; each of its four warps has 32
+// rows and all tokens. The codes of a group are unpacked once, into registers (operand A of the
+// byte products, scalar_code.cuh), and multiplied with 16 tokens at a time. Activations of a group
+// (operand B) come to shared memory `kStages` - 1 groups ahead, weights to registers `kDepth`
+// groups ahead. Sums of a group are exact integers; scales and zeros are applied to each of them,
+// as in scalar_decode.cu.
+//
+// Instructions of a warp for a group of 128 columns and 64 tokens (2^18 products), sm_90: 610 to
+// 690 by width, of which 64 are byte products and 330 apply scales and zeros. An H100 can issue 528
+// in a clock, so that at most 4e14 products a second are made.
 #include "scalar_code.cuh"
 
 namespace moepress {
@@ -77,6 +81,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
     constexpr int kColumns = group / 4;  // of a thread
     constexpr int kProducts = kColumns / 8;
     constexpr int kAhead = kStages<planes> - 1;
+    constexpr int kDepth = P::kLow + P::kHigh <= 2 ? 2 : 1;  // at least 64 bytes a thread
     S* const stages = shared_memory<S>();
     int* const input = reinterpret_cast<int*>(stages + kStages<planes>);
     const int lane = lane_id(), r = lane >> 2, j = lane & 3;
@@ -87,8 +92,10 @@ DEVICE void multiply(const Call& call, const Work& work) {
                         ? begin + call.groups_per_split
                         : call.cols / group;
     const Place<bits, group> place(work.matrix, block < blocks ? block : blocks - 1, call.cols);
-    P next;
-    place.load(next, begin);
+    P ring[kDepth];
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d)
+        if (begin + d < end) place.load(ring[d], begin + d);
     for (int t = threadIdx.x; t < work.count; t += kThreads)
         input[t] = int(call.input_of(work.first + t));
     __syncthreads();
@@ -100,52 +107,57 @@ DEVICE void multiply(const Call& call, const Work& work) {
 
     float even[kPanel / 8][4] = {}, odd[kPanel / 8][4] = {};  // tokens 8 n + 2 j and 8 n + 2 j + 1
     int slot = 0;
-    for (int g = begin; g < end; ++g) {
-        uint32_t first[kProducts][4], second[kProducts][4];
-        float scale[4], zero[4];
-        place.align(next);
+    for (int base = begin; base < end; base += kDepth) {
 #pragma unroll
-        for (int m = 0; m < kProducts; ++m) operands(next, m, first[m], second[m]);
-        scales_of(next, scale, zero);
-        if (g + 1 < end) place.load(next, g + 1);
+        for (int d = 0; d < kDepth; ++d) {
+            const int g = base + d;
+            if (g >= end) break;
+            uint32_t first[kProducts][4], second[kProducts][4];
+            float scale[4], zero[4];
+            place.align(ring[d]);
+#pragma unroll
+            for (int m = 0; m < kProducts; ++m) operands(ring[d], m, first[m], second[m]);
+            scales_of(ring[d], scale, zero);
+            if (g + kDepth < end) place.load(ring[d], g + kDepth);
 
-        cp_async_wait<kAhead - 1>();
-        __syncthreads();
-        const int free = slot == 0 ? kStages<planes> - 1 : slot - 1;  // read in the last round
-        if (g + kAhead < end) start(stages[free], call, input, work.count, g + kAhead);
-        cp_async_commit();
+            cp_async_wait<kAhead - 1>();
+            __syncthreads();
+            const int free = slot == 0 ? kStages<planes> - 1 : slot - 1;  // read in the last round
+            if (g + kAhead < end) start(stages[free], call, input, work.count, g + kAhead);
+            cp_async_commit();
 
-        const S& stage = stages[slot];
-        slot = slot + 1 == kStages<planes> ? 0 : slot + 1;
-        const int8_t* const x = stage.q[0][r] + j * kColumns;
-        Columns<group, planes> columns;
-        columns.read(x);
+            const S& stage = stages[slot];
+            slot = slot + 1 == kStages<planes> ? 0 : slot + 1;
+            const int8_t* const x = stage.q[0][r] + j * kColumns;
+            Columns<group, planes> columns;
+            columns.read(x);
 #pragma unroll
-        for (int n = 0; n < kPanel / 8; n += 2) {
-            if (8 * n >= work.count) break;
-            Sums<planes> sums[2];
+            for (int n = 0; n < kPanel / 8; n += 2) {
+                if (8 * n >= work.count) break;
+                Sums<planes> sums[2];
 #pragma unroll
-            for (int i = 0; i < 2 * planes * kProducts; ++i) {
-                const int m = i / 2 / planes, plane = i / 2 % planes, tile = i % 2;
-                const uint32_t b[2] = {columns.x[tile][plane][2 * m],
-                                       columns.x[tile][plane][2 * m + 1]};
-                mma_u8s8(sums[tile].first[plane], first[m], b);
-                mma_u8s8(sums[tile].second[plane], second[m], b);
-            }
-            // Those of the next tokens, while these products are under way.
-            if (n + 2 < kPanel / 8) columns.read(x + 8 * (n + 2) * S::kStride);
+                for (int i = 0; i < 2 * planes * kProducts; ++i) {
+                    const int m = i / 2 / planes, plane = i / 2 % planes, tile = i % 2;
+                    const uint32_t b[2] = {columns.x[tile][plane][2 * m],
+                                           columns.x[tile][plane][2 * m + 1]};
+                    mma_u8s8(sums[tile].first[plane], first[m], b);
+                    mma_u8s8(sums[tile].second[plane], second[m], b);
+                }
+                // Those of the next tokens, while these products are under way.
+                if (n + 2 < kPanel / 8) columns.read(x + 8 * (n + 2) * S::kStride);
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                const int t = 8 * (n + tile) + 2 * j;
-                const float2 a = *reinterpret_cast<const float2*>(stage.scale + t);
-                const int2 sum = *reinterpret_cast<const int2*>(stage.sum + t);
-                add_group<0>(even[n + tile], sums[tile], scale, zero, a.x, sum.x);
-                add_group<1>(odd[n + tile], sums[tile], scale, zero, a.y, sum.y);
+                for (int tile = 0; tile < 2; ++tile) {
+                    const int t = 8 * (n + tile) + 2 * j;
+                    const float2 a = *reinterpret_cast<const float2*>(stage.scale + t);
+                    const int2 sum = *reinterpret_cast<const int2*>(stage.sum + t);
+                    add_group<0>(even[n + tile], sums[tile], scale, zero, a.x, sum.x);
+                    add_group<1>(odd[n + tile], sums[tile], scale, zero, a.y, sum.y);
+                }
             }
         }
     }
 
-    const int row = block * kBlockRows + 4 * (r & 3);
+    const int row = (work.row_block * kWarps + warp_id()) * kWarpRows + 4 * r;
     float* out = call.out + (work.split * call.positions + work.first) * call.rows;
 #pragma unroll
     for (int n = 0; n < kPanel / 8; ++n) {
@@ -175,7 +187,8 @@ DEVICE void multiply(const Call& call, const Work& work) {
 // on. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, this file has only that one.
 //
 // Grid: ceil(N / 128), splits, panels of 64. Threads: 128. Dynamic shared memory, in bytes:
-// (4 - planes) * (64 * planes * (g + (g == 128 ? 16 : 0)) + 512) + 256. Parameters: scalar_code.cuh.
+// (4 - planes) * (64 * planes * (g + (g == 128 ? 16 : 0)) + 512) + 256. Parameters:
+// scalar_code.cuh.
 #define MOEPRESS_SCALAR_PREFILL(GROUP, PLANES)                                                     \
     extern "C" __global__ void __launch_bounds__(128, 2)                                           \
         moepress_scalar_prefill_g##GROUP##_p##PLANES(                                              \
@@ -184,6 +197,7 @@ DEVICE void multiply(const Call& call, const Work& work) {
             const uint8_t* packed, int64_t packed_bytes, const int64_t* table, int64_t bits,       \
             int64_t N, int64_t K, int64_t g, float* out, int64_t splits) {                         \
         using namespace moepress;                                                                  \
+        begin();                                                                                   \
         if (planes != PLANES || g != GROUP) trap();                                                \
         const Work work =                                                                          \
             work_of(kPanel, panel, positions, packed, packed_bytes, table, bits, N, K, GROUP);     \

@@ -1,4 +1,5 @@
 // Products of trellis matrices with few tokens. See trellis_code.cuh for the fragments.
+#include "trellis_call.cuh"
 #include "trellis_code.cuh"
 
 #ifndef MOEPRESS_TRELLIS_MERGED  // 1: two weights of 1 or 2 bits in a register of A, half as many mma
@@ -10,40 +11,30 @@
 #ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
 #define MOEPRESS_TRELLIS_DEPTH 2
 #endif
-#ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor
+#ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
+#define MOEPRESS_TRELLIS_DEPTH_WIDE 1
+#endif
+#ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
+#define MOEPRESS_TRELLIS_UNROLL 4
+#endif
+#ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define MOEPRESS_TRELLIS_BLOCKS 4
+#else
 #define MOEPRESS_TRELLIS_BLOCKS 5
+#endif
 #endif
 
 namespace moepress {
+namespace {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
+constexpr int kUnroll = MOEPRESS_TRELLIS_UNROLL;
 constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
-constexpr int kUnitColumns = 32;  // four tiles
-constexpr int kChunkUnits = 4;    // what a warp takes at a time: the columns of the largest group
+constexpr int kDepthWide = MOEPRESS_TRELLIS_DEPTH_WIDE;
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
-
-struct DecodeCall {
-    const int8_t* q;
-    const float* scale;
-    const int32_t* sum;
-    const int32_t* pair;
-    float* out;
-    int rows, choices, positions, n, k, group, splits;
-};
-
-// The tokens of a block.
-struct Panel {
-    int first;  // position
-    int count;
-};
-
-// The row of q that token t of a panel reads.
-DEVICE int64_t row_of(const DecodeCall& call, const Panel& panel, int t) {
-    const int position = panel.first + t;
-    return call.pair ? call.pair[position] / call.choices : position;
-}
 
 // The partial sums of a warp: rows 16 b + 2 r, + 1 of the slab for each row block b; tokens j,
 // j + 4 (one plane), or j (two planes).
@@ -113,27 +104,33 @@ struct Loader {
     const uint8_t* x;
     bool has;  // a token
 
-    DEVICE Loader(const DecodeCall& call, const Panel& panel, const uint8_t* over,
+    DEVICE Loader(const Call& call, const Work& work, const uint8_t* over,
                   const uint8_t* slab, int planes, int unit) {
         const int r = lane_id() / 4, j = lane_id() % 4;
         words = slab + int64_t(unit) * 256 * bits + 64 * bits * j + 8 * r;
         above = over - slab + 64 * (bits - 1);
         // Column r of the mma: token r / 2 + 4 (r mod 2), or plane r mod 2 of token r / 2.
         const int token = planes == 1 ? r / 2 + r % 2 * 4 : r / 2;
-        has = token < panel.count;
-        const int64_t plane = planes == 1 ? 0 : r % 2, row = has ? row_of(call, panel, token) : 0;
+        has = token < work.count;
+        const int64_t plane = planes == 1 ? 0 : r % 2, row = has ? row_of(call, work, token) : 0;
         x = reinterpret_cast<const uint8_t*>(call.q) + (plane * call.rows + row) * call.k +
             unit * kUnitColumns + 8 * j;
     }
 
-    // Load the next unit but one, ...: `ahead` units from the current one.
+    // Load what is `ahead` units from the current one.
     DEVICE void load(Unit<bits>& unit, int ahead, bool more) {
+        load_words(unit, ahead, more);
+        load_codes(unit, ahead, more);
+    }
+    DEVICE void load_words(Unit<bits>& unit, int ahead, bool more) {
         const uint8_t* at = words + ahead * 256 * bits;
         if (more) {
             unit.words.word[0] = load_stream_8(at + above);
 #pragma unroll
             for (int i = 0; i < bits; ++i) unit.words.word[i + 1] = load_stream_8(at + 64 * i);
         }
+    }
+    DEVICE void load_codes(Unit<bits>& unit, int ahead, bool more) {
         unit.x = make_uint2(0, 0);
         if (has && more)
             unit.x = __ldg(reinterpret_cast<const uint2*>(x + ahead * kUnitColumns));
@@ -144,22 +141,28 @@ struct Loader {
     }
 };
 
-// The sums of a warp over chunks begin .. end - 1. Units beyond the last column have activations 0.
-template <int bits, int planes>
-DEVICE void add_chunks(const DecodeCall& call, const Panel& panel, const uint8_t* above,
+// The sums of a warp over chunks of 128 columns, begin .. end - 1; the last one of a matrix may have
+// fewer columns.
+template <int bits, int group_columns, int planes>
+DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                        const uint8_t* slab, int begin, int end, Sums<planes>& sums) {
-    constexpr int depth = bits <= 2 ? kDepth : 1;
+    constexpr int depth = bits <= 2 ? kDepth : kDepthWide;
     constexpr int tokens = Sums<planes>::tokens, center = kCenter[bits];
     const int j = lane_id() % 4;
-    const int units = call.group / kUnitColumns;
-    const int groups = call.k / call.group;
-    int group = begin * kChunkUnits / units;
-    int rest = min(end * kChunkUnits, call.k / kUnitColumns) - begin * kChunkUnits;  // units
+    constexpr int units = group_columns / kUnitColumns;
+    constexpr int unroll = kUnroll < units ? kUnroll : units;
+    const int groups = call.k / group_columns;
+    int group = begin * kStepUnits / units;
+    int rest = min(end * kStepUnits, call.k / kUnitColumns) - begin * kStepUnits;  // units
 
-    Loader<bits> loader(call, panel, above, slab, planes, begin * kChunkUnits);
+    Loader<bits> loader(call, work, above, slab, planes, begin * kStepUnits);
     Unit<bits> next[depth] = {};
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load(next[d], d, d < rest);
+    for (int d = 0; d < depth; ++d) loader.load_words(next[d], d, d < rest);
+
+    wait_for_codes(call.late);
+#pragma unroll
+    for (int d = 0; d < depth; ++d) loader.load_codes(next[d], d, d < rest);
 
     // The scale of the group and the sum of the next one.
     int row[tokens];
@@ -169,8 +172,8 @@ DEVICE void add_chunks(const DecodeCall& call, const Panel& panel, const uint8_t
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
         const int token = j + 4 * t;
-        has[t] = token < panel.count;
-        row[t] = has[t] ? int(row_of(call, panel, token)) * groups : 0;
+        has[t] = token < work.count;
+        row[t] = has[t] ? int(row_of(call, work, token)) * groups : 0;
         a[t] = has[t] ? __ldg(call.scale + row[t] + group) : 0.0f;
         sum[t] = has[t] ? __ldg(call.sum + row[t] + group) : 0;
     }
@@ -190,7 +193,7 @@ DEVICE void add_chunks(const DecodeCall& call, const Panel& panel, const uint8_t
     const auto end_group = [&] {
 #pragma unroll
         for (int t = 0; t < tokens; ++t) {
-            if (t && panel.count <= 4) break;
+            if (t && work.count <= 4) break;
 #pragma unroll
             for (int b = 0; b < 4; ++b)
 #pragma unroll
@@ -203,48 +206,55 @@ DEVICE void add_chunks(const DecodeCall& call, const Panel& panel, const uint8_t
         }
     };
 
-    for (; rest > 0; rest -= kChunkUnits) {
+    while (rest > 0) {
         start_group();
+        if (unroll < units)
 #pragma unroll
-        for (int u = 0; u < kChunkUnits; ++u) {
-            const Unit<bits> now = next[u % depth];
-            loader.load(next[u % depth], u + depth, u + depth < rest);
-            if (u == 0)
-                add_unit<bits>(now.words, now.x, start, acc);
-            else
-                add_unit<bits>(now.words, now.x, acc, acc);
-            if (u == 1 ? units <= 2 : u != 3 && units == 1) {
-                end_group();
-                start_group();
+            for (int b = 0; b < 4; ++b)
 #pragma unroll
-                for (int b = 0; b < 4; ++b)
+                for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+#pragma unroll 1
+        for (int v = 0; v < units; v += unroll) {
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+            for (int u = 0; u < unroll; ++u) {
+                const Unit<bits> now = next[unroll % depth ? 0 : u % depth];
+                if (unroll % depth) {
+#pragma unroll
+                    for (int d = 0; d + 1 < depth; ++d) next[d] = next[d + 1];
+                    loader.load(next[depth - 1], u + depth, u + depth < rest);
+                } else {
+                    loader.load(next[u % depth], u + depth, u + depth < rest);
+                }
+                if (unroll == units && u == 0)
+                    add_unit<bits>(now.words, now.x, start, acc);
+                else
+                    add_unit<bits>(now.words, now.x, acc, acc);
             }
+            loader.advance(unroll);
+            rest -= unroll;
         }
         end_group();
-        loader.advance(kChunkUnits);
     }
 }
 
-template <int bits, int planes>
-DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* matrix) {
+template <int bits, int group, int planes>
+DEVICE void decode(const Call& call, const Work& work) {
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
     const int64_t slab_bytes = int64_t(8) * call.k * bits;
     // The warps of a block share the columns of 1, 2, 4, .. slabs: as many as the grid needs.
     int slabs_here = 1;
     while (slabs_here * int(gridDim.x) < slabs) slabs_here *= 2;
-    const int ranges = kWarps / slabs_here, first_slab = int(blockIdx.x) * slabs_here;
+    const int ranges = kWarps / slabs_here, first_slab = work.row_block * slabs_here;
     const int s = first_slab + warp_id() % slabs_here;
-    const int chunks = (call.k + kChunkUnits * kUnitColumns - 1) / (kChunkUnits * kUnitColumns);
+    const int chunks = (call.k + kStep - 1) / kStep;
     const int parts = call.splits * ranges;
-    const int part = int(blockIdx.y) * ranges + warp_id() / slabs_here;
+    const int part = work.split * ranges + warp_id() / slabs_here;
 
     Sums<planes> sums = {};
     if (s < slabs)
-        add_chunks<bits, planes>(call, panel, matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
-                                 matrix + s * slab_bytes, chunks * part / parts,
-                                 chunks * (part + 1) / parts, sums);
+        add_chunks<bits, group, planes>(
+            call, work, work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
+            work.matrix + s * slab_bytes, chunks * part / parts, chunks * (part + 1) / parts, sums);
 
     // Sum over the ranges.
     constexpr int tokens = Sums<planes>::tokens;
@@ -255,71 +265,42 @@ DEVICE void decode(const DecodeCall& call, const Panel& panel, const uint8_t* ma
     for (int t = 0; t < tokens; ++t) {
         const int token = j + 4 * t;
         float* to = partial + (warp_id() * panel_tokens + token) * kPitch + 2 * r;
-        if (token < panel.count)
+        if (token < work.count)
 #pragma unroll
             for (int b = 0; b < 4; ++b)
                 *reinterpret_cast<float2*>(to + 16 * b) =
                     make_float2(sums.value[b][0][t], sums.value[b][1][t]);
     }
     __syncthreads();
-    const auto* scales = reinterpret_cast<const uint16_t*>(matrix + slabs * slab_bytes);
+    const auto* scales = reinterpret_cast<const uint16_t*>(work.matrix + slabs * slab_bytes);
     const int rows = slabs_here * kSlabRows;
-    for (int i = int(threadIdx.x); i < panel.count * rows; i += 32 * kWarps) {
+    for (int i = int(threadIdx.x); i < work.count * rows; i += 32 * kWarps) {
         const int token = i / rows, row = i % rows, n = first_slab * kSlabRows + row;
         if (n >= call.n) continue;
-        const int first = row / kSlabRows;  // the warp of the first range
         float total = 0;
-        for (int w = first; w < kWarps; w += slabs_here)
+        for (int w = row / kSlabRows; w < kWarps; w += slabs_here)
             total += partial[(w * panel_tokens + token) * kPitch + row % kSlabRows];
-        const int64_t position = int64_t(blockIdx.y) * call.positions + panel.first + token;
+        const int64_t position = work.split * call.positions + work.first + token;
         call.out[position * call.n + n] = total * bfloat_to_float(__ldg(scales + n));
     }
 }
 
+}  // namespace
 }  // namespace moepress
 
-// The parameters of all products:
-//   q          [planes][rows][K]: codes of 8 bits, or codes 128 * q[0] + q[1] in two planes
-//   scale, sum [rows][K / g] of the codes
-//   pair       position p has row pair[p] / choices of q; null: row p
-//   panel      [gridDim.z][3]: expert, first position, count; null: positions in order
-//   table      [E][2]: first byte and code bits of each expert's matrix; null: one matrix of `bits`
-//   out        [splits][positions][N]: to be summed over the splits
-extern "C" __global__ void __launch_bounds__(32 * moepress::kWarps, MOEPRESS_TRELLIS_BLOCKS)
-    moepress_trellis_decode(const int8_t* q, const float* scale, const int32_t* sum,
-                            int64_t planes, int64_t rows, const int32_t* pair, int64_t choices,
-                            const int32_t* panel, int64_t positions, const uint8_t* packed,
-                            int64_t packed_bytes, const int64_t* table, int64_t bits, int64_t n,
-                            int64_t k, int64_t group, float* out, int64_t splits) {
-    using namespace moepress;
-    const DecodeCall call = {q,         scale,  sum,    pair,       out,       int(rows), int(choices),
-                             int(positions), int(n), int(k), int(group), int(splits)};
-    const int size = kTokens / int(planes);
-    int expert = 0;
-    Panel tokens;
-    if (panel) {
-        const int32_t* entry = panel + 3 * blockIdx.z;
-        expert = entry[0];
-        tokens = {entry[1], entry[2]};
-    } else {
-        tokens.first = int(blockIdx.z) * size;
-        tokens.count = min(size, call.positions - tokens.first);
-    }
-    if (tokens.count <= 0) return;
-    const int64_t offset = table ? table[2 * expert] : 0;
-    const int width = int(table ? table[2 * expert + 1] : bits);
-    const int64_t bytes = (n + kSlabRows - 1) / kSlabRows * (8 * k * width + 2 * kSlabRows);
-    if (width < 1 || width > 4 || offset < 0 || offset + bytes > packed_bytes) trap();
-    const uint8_t* matrix = packed + offset;
-    if (planes == 1) {
-        if (width == 1) decode<1, 1>(call, tokens, matrix);
-        if (width == 2) decode<2, 1>(call, tokens, matrix);
-        if (width == 3) decode<3, 1>(call, tokens, matrix);
-        if (width == 4) decode<4, 1>(call, tokens, matrix);
-    } else {
-        if (width == 1) decode<1, 2>(call, tokens, matrix);
-        if (width == 2) decode<2, 2>(call, tokens, matrix);
-        if (width == 3) decode<3, 2>(call, tokens, matrix);
-        if (width == 4) decode<4, 2>(call, tokens, matrix);
-    }
-}
+// Grid: at least ceil(N / 64 / 4) blocks of rows, splits, panels of 8 positions (4 in two planes).
+// Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
+#define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
+    MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
+                            GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, 1, decode)
+
+#ifdef MOEPRESS_GROUP
+MOEPRESS_TRELLIS_DECODE(MOEPRESS_GROUP, MOEPRESS_PLANES)
+#else
+MOEPRESS_TRELLIS_DECODE(32, 1)
+MOEPRESS_TRELLIS_DECODE(64, 1)
+MOEPRESS_TRELLIS_DECODE(128, 1)
+MOEPRESS_TRELLIS_DECODE(32, 2)
+MOEPRESS_TRELLIS_DECODE(64, 2)
+MOEPRESS_TRELLIS_DECODE(128, 2)
+#endif

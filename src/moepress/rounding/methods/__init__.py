@@ -16,7 +16,7 @@ To add a quantizer, write its file and add it to a table below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from moepress.rounding.methods.gptq import quantize_gptq, quantize_gptq_released
 from moepress.rounding.methods.grid import QuantizedMatrix
 from moepress.rounding.methods.rtn import quantize_rtn
 from moepress.rounding.methods.sign import quantize_sign
-from moepress.rounding.methods.trellis import TrellisMatrix, quantize_trellis
+from moepress.rounding.methods.trellis import TrellisMatrix, Unrounded, quantize_together
 
 __all__ = [
     "QUANTIZERS",
@@ -35,7 +35,9 @@ __all__ = [
     "QuantizedMatrix",
     "Quantizer",
     "TrellisMatrix",
+    "Unrounded",
     "needs_hessian",
+    "quantize_matrices",
     "quantize_matrix",
 ]
 
@@ -81,14 +83,46 @@ def quantize_matrix(
             factor and got none.
         NumericalError: the weight holds NaN or infinity, or a scale overflows.
     """
+    (matrix,) = quantize_matrices(name, [Unrounded(weight, codec, factor)])
+    return matrix
+
+
+def quantize_matrices(name: str, matrices: Sequence[Unrounded]) -> list[Matrix]:
+    """`quantize_matrix` for several matrices of one shape.
+
+    Trellis codes are searched for all of them at a time, which takes less time on a card.
+    """
     _check_name(name)
-    trellis = codec.family == "trellis"
-    if trellis and name not in ("gptq", "rtn"):
-        raise InputError(f"Quantizer '{name}' makes scalar codes only. Use gptq or rtn.")
-    if trellis and name == "rtn":
-        return quantize_trellis(weight, codec, None)
+    for one in matrices:
+        _check(name, one)
+    with_factor = name in WITH_HESSIAN
+    on_paths = [
+        one if with_factor else one._replace(factor=None)
+        for one in matrices
+        if one.codec.family == "trellis"
+    ]
+    searched = iter(quantize_together(on_paths) if on_paths else [])
+    return [
+        next(searched) if one.codec.family == "trellis" else _quantize_scalar(name, *one)
+        for one in matrices
+    ]
+
+
+def _quantize_scalar(
+    name: str, weight: Tensor, codec: Codec, factor: Factor | None
+) -> QuantizedMatrix:
     if name in WITHOUT_HESSIAN:
         return WITHOUT_HESSIAN[name](weight, codec)
+    assert factor is not None  # checked before
+    return WITH_HESSIAN[name](weight, codec, factor)
+
+
+def _check(name: str, matrix: Unrounded) -> None:
+    weight, codec, factor = matrix
+    if codec.family == "trellis" and name not in ("gptq", "rtn"):
+        raise InputError(f"Quantizer '{name}' makes scalar codes only. Use gptq or rtn.")
+    if name in WITHOUT_HESSIAN:
+        return
     if factor is None:
         raise InputError(
             f"Quantizer '{name}' needs the factor of a Hessian, got none. Calibrate, or use rtn."
@@ -98,9 +132,6 @@ def quantize_matrix(
             f"The Hessian is of {len(factor.curvature)} inputs, but the weight has shape "
             f"{list(weight.shape)}. Give the Hessian of this matrix's own inputs."
         )
-    if trellis:
-        return quantize_trellis(weight, codec, factor)
-    return WITH_HESSIAN[name](weight, codec, factor)
 
 
 def _check_name(name: str) -> None:

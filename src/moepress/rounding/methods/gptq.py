@@ -22,7 +22,7 @@ its error afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -186,11 +186,26 @@ def sweep(
         feedback: [K, K] float32, R.
         visit: called with the first column and the one after the last of each leaf.
     """
+    sweep_together([(buffer, feedback)], start, stop, leaf, visit)
+
+
+def sweep_together(
+    matrices: Sequence[tuple[Tensor, Tensor]],
+    start: int,
+    stop: int,
+    leaf: int,
+    visit: Callable[[int, int], None],
+) -> None:
+    """`sweep` for matrices of equal K, each with its own buffer and feedback.
+
+    A call of `visit` is for the same columns of all of them.
+    """
     leaves = -(-(stop - start) // leaf)
     if leaves <= 1:
         visit(start, stop)
         return
     middle = start + leaf * (leaves // 2)
-    sweep(buffer, feedback, start, middle, leaf, visit)
-    buffer[middle:stop].addmm_(feedback[start:middle, middle:stop].T, buffer[start:middle])
-    sweep(buffer, feedback, middle, stop, leaf, visit)
+    sweep_together(matrices, start, middle, leaf, visit)
+    for buffer, feedback in matrices:
+        buffer[middle:stop].addmm_(feedback[start:middle, middle:stop].T, buffer[start:middle])
+    sweep_together(matrices, middle, stop, leaf, visit)

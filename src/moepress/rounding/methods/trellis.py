@@ -21,19 +21,23 @@ codes c that were found, and rounded to bfloat16:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import trellis
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values, rotate, rotate_back
-from moepress.rounding.hessian import Factor
-from moepress.rounding.methods.gptq import sweep
-from moepress.rounding.methods.viterbi import search
+from moepress.kernels.cuda.search import available
+from moepress.kernels.memory import free_memory
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.rounding.hessian import Factor, tensor_cores
+from moepress.rounding.methods.gptq import sweep_together
+from moepress.rounding.methods.viterbi import round_together
+from moepress.rounding.rotation import rotate, rotate_back
 
 # By code bits. The scale of the search makes the standard deviation of the values START times that
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
@@ -69,47 +73,112 @@ class TrellisMatrix:
         return trellis.pack(self.branches, self.scales, self.codec)
 
 
-def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> TrellisMatrix:
-    """Round a weight matrix to trellis codes.
+class Unrounded(NamedTuple):
+    """A weight matrix to round."""
 
-    Args:
-        weight: [N, K], any float dtype; not changed.
-        codec: of the trellis family.
-        factor: of the Hessian of the *rotated* inputs; None: no feedback.
+    weight: Tensor  # [N, K], any float dtype; not changed
+    codec: Codec  # of the trellis family
+    factor: Factor | None  # of the Hessian of the *rotated* inputs; None: no feedback
+
+
+def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> TrellisMatrix:
+    """Round a weight matrix to trellis codes, see `quantize_together`."""
+    (matrix,) = quantize_together([Unrounded(weight, codec, factor)])
+    return matrix
+
+
+def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
+    """Round weight matrices of one shape to trellis codes.
+
+    Each result is what the matrix alone would give. A card searches the same columns of several
+    matrices at a time, as many as have room: the paths of one would leave most of it idle.
 
     Raises:
-        InputError: the weight is no matrix, or K is no multiple of the group size.
-        NumericalError: the weight holds NaN or infinity.
+        InputError: a weight is no matrix, shapes differ, or K is no multiple of a group size.
+        NumericalError: a weight holds NaN or infinity.
     """
-    if weight.dim() != 2:
-        raise InputError(f"weight must be [N, K], got {list(weight.shape)}.")
-    codec.groups(weight.shape[1])  # raises InputError if the group size does not divide K
-    rows = rotated_rows(weight)
+    for weight, codec, _ in matrices:
+        if weight.dim() != 2:
+            raise InputError(f"weight must be [N, K], got {list(weight.shape)}.")
+        codec.groups(weight.shape[1])  # raises InputError if the group size does not divide K
+    shapes = {weight.shape for weight, *_ in matrices}
+    if len(shapes) > 1:
+        raise InputError(f"Matrices of one shape can be rounded together, got {shapes}.")
+    step = 1
+    device = matrices[0].weight.device
+    if available(device):
+        # Beside the arguments: three copies in float32, two of bytes, and V of each factor.
+        each = 14 * matrices[0].weight.numel() + 4 * matrices[0].weight.shape[1] ** 2
+        step = max(1, free_memory(device) // (2 * each))
+    return [
+        matrix
+        for first in range(0, len(matrices), step)
+        for matrix in _quantize(matrices[first : first + step])
+    ]
+
+
+def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
+    rotated: dict[int, Tensor] = {}  # by weight
+    for weight, *_ in matrices:
+        if id(weight) not in rotated:
+            rotated[id(weight)] = rotated_rows(weight)
+    rows = [rotated[id(weight)] for weight, *_ in matrices]
+    scales = [
+        first_scale(some, one.codec, one.factor is not None)
+        for some, one in zip(rows, matrices, strict=True)
+    ]
+    branches = _searched(rows, scales, matrices)
+    results = []
+    for number, (_, codec, factor) in enumerate(matrices):
+        found = branches[number].T.contiguous()
+        scale = refit(rows[number], found, scales[number], factor, codec)
+        results.append(TrellisMatrix(found, scale.bfloat16(), codec))
+    return results
+
+
+def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
+    """The scale of each row [N] float32 that the search uses.
+
+    Args:
+        rows: [N, K] float32, rotated weights.
+    """
     deviation = code_values(codec.bits).double().std(correction=0).item()
     start = START[codec.bits]
-    if factor is not None:
+    if with_feedback:
         start *= START_FACTOR_WITH_FEEDBACK[codec.bits]
-    scale = rows.square().mean(1).sqrt() * (start / deviation)  # [N]
-    target = F.pad(rows * inverse(scale)[:, None], (0, 0, 0, -len(rows) % ROWS_PER_SLAB))
-    target = target.T.contiguous()  # [K, 64 S], in units of `code_values`
-    branches = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    return rows.square().mean(1).sqrt() * (start / deviation)
+
+
+def _searched(
+    rows: Sequence[Tensor], scales: Sequence[Tensor], matrices: Sequence[Unrounded]
+) -> Tensor:
+    """Codes [M, K, 64 S] uint8 of M matrices, columns first.
+
+    Args:
+        rows: of each matrix [N, K] float32, rotated weights.
+        scales: of each matrix [N] float32, of the search.
+    """
+    length, columns = rows[0].shape
+    shape = (len(rows), columns, length + -length % ROWS_PER_SLAB)
+    target = rows[0].new_zeros(shape)  # in units of `code_values`
+    for number, (some, scale) in enumerate(zip(rows, scales, strict=True)):
+        torch.mul(some.T, inverse(scale), out=target[number, :, :length])
+    branches = torch.empty(shape, dtype=torch.uint8, device=target.device)
     buffer = torch.zeros_like(target)  # feedback until a column block is rounded, then its errors
+    bits = [one.codec.bits for one in matrices]
 
     def round_block(start: int, stop: int) -> None:
-        found = search(target[start:stop] + buffer[start:stop], codec.bits)
-        branches[start:stop] = found
-        torch.sub(
-            target[start:stop], code_matrix(found.T.contiguous(), codec.bits).T,
-            out=buffer[start:stop],
-        )  # fmt: skip
+        round_together(target, buffer, branches, bits, start)
 
-    if factor is None:
-        for start in range(0, len(target), TILE_COLUMNS):
-            round_block(start, start + TILE_COLUMNS)
-    else:
-        sweep(buffer, block_feedback(factor.feedback), 0, len(target), TILE_COLUMNS, round_block)
-    found = branches.T.contiguous()
-    return TrellisMatrix(found, refit(rows, found, scale, factor, codec).bfloat16(), codec)
+    feedback: dict[int, Tensor] = {}  # V by factor
+    pairs = []
+    for number, (*_, factor) in enumerate(matrices):
+        if factor is not None:
+            if id(factor) not in feedback:
+                feedback[id(factor)] = block_feedback(factor.feedback)
+            pairs.append((buffer[number], feedback[id(factor)]))
+    sweep_together(pairs, 0, columns, TILE_COLUMNS, round_block)
+    return branches
 
 
 def rotated_rows(weight: Tensor) -> Tensor:
@@ -127,6 +196,8 @@ def rotated_rows(weight: Tensor) -> Tensor:
 def block_feedback(feedback: Tensor) -> Tensor:
     """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
     size = TILE_COLUMNS
+    if feedback.device.type != "cpu":
+        return _block_feedback_at_once(feedback)
     result = torch.empty_like(feedback)
     for start in range(0, len(feedback), size):
         block = slice(start, start + size)
@@ -134,6 +205,17 @@ def block_feedback(feedback: Tensor) -> Tensor:
             feedback[block, block], feedback[:, block], upper=True, left=False, unitriangular=True
         )
     return result
+
+
+def _block_feedback_at_once(feedback: Tensor) -> Tensor:
+    """`block_feedback` in few operations: on a card one call for each block would take longer."""
+    size, columns = TILE_COLUMNS, len(feedback)
+    places = torch.arange(columns, device=feedback.device).view(-1, size)
+    inside = feedback[places[:, :, None], places[:, None, :]]  # [K / 8, 8, 8]
+    one = torch.eye(size, device=feedback.device).expand_as(inside)
+    inverse = torch.linalg.solve_triangular(inside, one, upper=True, unitriangular=True)
+    by_block = feedback.view(columns, -1, size).transpose(0, 1)  # [K / 8, K, 8]
+    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
 
 
 def refit(
@@ -148,7 +230,8 @@ def refit(
         factor: of the Hessian of the rotated inputs; None: all inputs alike.
     """
     codes = code_matrix(branches, codec.bits)[: len(rows)]
-    return best_scale(rows, codes, scale, factor)
+    with tensor_cores(rows.device):
+        return best_scale(rows, codes, scale, factor)
 
 
 def best_scale(rows: Tensor, codes: Tensor, scale: Tensor, factor: Factor | None) -> Tensor:

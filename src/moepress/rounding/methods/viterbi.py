@@ -18,19 +18,26 @@ Take its state where the two meet (docs/log.md#tail-biting). A path of more than
 in runs, each of which starts in the state where the one before ended.
 
 `search` uses the compiled C++ (kernels/cpu/viterbi.cpp) if there is one and the weights are on the
-CPU. `search_plainly` is its oracle and runs on every device.
+CPU, and the CUDA kernel (kernels/cuda/viterbi.cu) on NVIDIA cards. `search_plainly` is their oracle
+and runs on every device. `round_together` searches the same columns of many matrices: a card runs
+several hundred paths at a time, and eight columns of a matrix have 32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moepress.kernels import cpu
+from moepress.kernels.cuda import search as cuda
 from moepress.kernels.trellis import (
     STATE_BITS,
     STATES,
     STEPS,
+    TILE_COLUMNS,
+    code_matrix,
     code_values,
     from_paths,
     to_paths,
@@ -52,9 +59,35 @@ def search(target: Tensor, bits: int) -> Tensor:
     Returns:
         [8, 64 S] uint8.
     """
+    if cuda.available(target.device):
+        return cuda.trellis_search(target, bits)
     if target.device.type == "cpu" and cpu.missing() is None:
         return cpu.trellis_search(target, bits)
     return search_plainly(target, bits)
+
+
+def round_together(
+    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[int], first: int
+) -> None:
+    """Round columns first .. first + 7 of M matrices to the best paths, in place.
+
+    Args:
+        target: [M, K, 64 S] float32, columns first, in the units of `code_values`.
+        feedback: [M, K, 64 S] float32, added to the target. Overwritten with the errors: the target
+            without feedback, minus the values of the codes.
+        branches: [M, K, 64 S] uint8, overwritten with the codes.
+        bits: [M] of the codes.
+        first: a multiple of 8.
+    """
+    if cuda.available(target.device):
+        cuda.trellis_search_together(target, feedback, branches, bits, first)
+        return
+    columns = slice(first, first + TILE_COLUMNS)
+    for number, width in enumerate(bits):
+        wanted, errors = target[number, columns], feedback[number, columns]
+        found = search(wanted + errors, width)
+        branches[number, columns] = found
+        torch.sub(wanted, code_matrix(found.T.contiguous(), width).T, out=errors)
 
 
 def search_plainly(target: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,142 @@
+"""The trellis search on the card, and compression of two layers of Mixtral-8x7B's shape."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mixtral_shape
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.rounding.methods import viterbi
+from on_gpu.card import Card
+from on_gpu.case import Case, CheckError, Row
+
+MIXES = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "2.5": (2, 3)}
+SEQUENCES, LENGTH = 128, 2048  # of a whole compression
+
+
+def cases(card: Card) -> Iterator[Case]:
+    for bits in (1, 2, 3, 4):
+        yield Case(f"{bits} bits against the oracle", partial(check_search, card, bits), 60)
+    yield Case("several matrices", partial(check_together, card), 60)
+    yield Case("rates", partial(rates, card), 60)
+
+
+def targets(card: Card, bits: int, *shape: int) -> torch.Tensor:
+    deviation = code_values(bits).double().std().item()
+    return torch.randn(*shape, generator=card.generator(bits), device=card.device) * deviation
+
+
+def check_search(card: Card, bits: int) -> list[Row]:
+    """The same branches as `search_plainly`, bit for bit."""
+    lengths = (64, 128) if card.tiny else (64, 128, 640, 4096 + 64, 2 * 4096 + 640)
+    wrong = []
+    for rows in lengths:
+        target = targets(card, bits, TILE_COLUMNS, rows)
+        found, exact = viterbi.search(target, bits), viterbi.search_plainly(target, bits)
+        differ = int((found != exact).sum())
+        if differ:
+            wrong.append(f"{rows} rows: {differ} of {found.numel()} branches differ")
+    if wrong:
+        raise CheckError("; ".join(wrong))
+    return [{"lengths": len(lengths)}]
+
+
+def check_together(card: Card) -> list[Row]:
+    bits, rows, columns, first = (1, 2, 3, 4, 2), 192, 24, 8
+    target = torch.stack([targets(card, b, columns, rows) for b in bits])
+    feedback = torch.randn(target.shape, device=card.device)
+    before = feedback.clone()
+    branches = torch.full(target.shape, 7, dtype=torch.uint8, device=card.device)
+    viterbi.round_together(target, feedback, branches, bits, first)
+    here = slice(first, first + TILE_COLUMNS)
+    wrong = 0
+    for number, width in enumerate(bits):
+        wanted = target[number, here]
+        exact = viterbi.search_plainly(wanted + before[number, here], width)
+        errors = wanted - code_matrix(exact.T.contiguous(), width).T
+        wrong += int((branches[number, here] != exact).sum())
+        wrong += int((feedback[number, here] != errors).sum())
+    branches[:, here] = 7
+    feedback[:, here] = before[:, here]
+    if wrong or not (bool(branches.eq(7).all()) and torch.equal(feedback, before)):
+        raise CheckError(f"{wrong} numbers differ, or other columns were written")
+    return [{"matrices": len(bits)}]
+
+
+def rates(card: Card) -> list[Row]:
+    """Weights per second, by widths and number of matrices of 28672 rows (Mixtral's gate_up)."""
+    rows = []
+    length = 128 if card.tiny else 28672
+    for name, bits in MIXES.items():
+        for matrices in (1, 8):
+            widths = tuple(bits[i % len(bits)] for i in range(matrices))
+            columns = 2 * TILE_COLUMNS
+            target = torch.stack([targets(card, b, columns, length) for b in widths])
+            feedback = torch.zeros_like(target)
+            branches = torch.empty(target.shape, dtype=torch.uint8, device=card.device)
+            given = target, feedback, branches, widths
+            seconds = card.seconds(
+                lambda given=given: [viterbi.round_together(*given, c) for c in (0, TILE_COLUMNS)],
+                rounds=3,
+            )
+            weights = target.numel()
+            rows.append({"bits": name, "matrices": matrices, "us_per_8_columns": 5e5 * seconds,
+                         "gweights_per_s": weights / seconds / 1e9})  # fmt: skip
+    return rows
+
+
+# Compression
+
+
+def compress_cases(card: Card) -> Iterator[Case]:
+    for recipe, sequences in (("default", 4), ("default", 16)):
+        run = partial(compress_layers, card, recipe, sequences)
+        yield Case(f"{recipe}, {sequences} sequences", run, 420)
+
+
+def compress_layers(card: Card, recipe_name: str, sequences: int) -> list[Row]:
+    """Seconds of each stage for two layers, and multiplied out to 32 layers."""
+    from moepress.allocate import allocate
+    from moepress.original.source import Source
+    from moepress.quantize import quantize
+    from moepress.recipe import Recipe
+    from moepress.score import score
+
+    length = 64 if card.tiny else LENGTH
+    folder = Path(tempfile.gettempdir()) / "moepress-two-layers"
+    if not folder.exists():
+        if card.tiny:
+            mixtral_shape.HIDDEN, mixtral_shape.INTERMEDIATE = 128, 256
+        mixtral_shape.make(folder, 2, card.device)
+    out = folder.with_name(f"{folder.name}-out")
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = Recipe.load(recipe_name, bits=2.5, sequences=sequences, sequence_length=length)
+    vocabulary = mixtral_shape.VOCAB
+    ids = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+    source = Source(folder, card.device)
+    rows: list[Row] = []
+
+    def stage(name: str, work: Callable[[], Any]) -> Any:
+        if card.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        result = work()
+        card.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 1e9 if card.is_cuda else 0.0
+        rows.append({"stage": name, "sequences": sequences,
+                     "seconds": time.perf_counter() - started, "peak_gb": peak})  # fmt: skip
+        return result
+
+    scores = stage("score", lambda: score(source, recipe, ids=ids))
+    plan = stage("allocate", lambda: allocate(scores, recipe))
+    stage("quantize", lambda: quantize(source, plan, out, ids=ids))
+    shutil.rmtree(out)
+    return rows

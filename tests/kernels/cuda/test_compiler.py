@@ -1,0 +1,88 @@
+"""Compiling with NVRTC, where it is installed; what is said where it is not."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moepress.errors import MoepressError
+from moepress.kernels import backends
+from moepress.kernels.cuda import compiler, launch
+
+MISSING = compiler.missing()
+needs_nvrtc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_source_compiles(capability: tuple[int, int], cache: Path) -> None:
+    for name in launch.SOURCES:
+        text = (compiler.HERE / f"{name}.cu").read_text()
+        variant = ("MOEPRESS_GROUP=128", "MOEPRESS_PLANES=1") if "MOEPRESS_GROUP" in text else ()
+        assert compiler.compiled(name, capability, variant)[:4] == b"\x7fELF"
+    assert len(list(cache.glob("*.cubin"))) == len(launch.SOURCES)
+
+
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    for path in (*compiler.HERE.glob("*.cu"), *compiler.HERE.glob("*.cuh")):
+        text = path.read_text()
+        assert text.count("__global__") <= len(re.findall(r"\bbegin\(\);", text)), path.name
+
+
+@needs_nvrtc
+def test_a_source_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiler.compiled("combine", (9, 0))
+    monkeypatch.setattr(compiler, "_compile", None)
+    assert compiler.compiled("combine", (9, 0)) == first
+    assert compiler.architecture((9, 0)) == "sm_90a" and compiler.architecture((8, 7)) == "sm_87"
+
+
+@needs_nvrtc
+def test_errors_of_the_compiler_are_shown(tmp_path: Path, cache: Path) -> None:
+    nvrtc, _ = compiler._nvrtc()
+    with pytest.raises(MoepressError, match=r'(?s)refuses broken\.cu.*identifier "nothing"'):
+        compiler._compile(nvrtc, "broken", "int f() { return nothing; }", {}, compiler.OPTIONS)
+    with pytest.raises(MoepressError, match=r"need compute capability 8\.0, this card has 7\.5"):
+        compiler.architecture((7, 5))
+    with pytest.raises(MoepressError, match=r"does not compile for compute capability 99\.0"):
+        compiler.architecture((99, 0))
+
+
+@pytest.fixture
+def without_bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    plain = builtins.__import__
+
+    def no_cuda(name: str, *args: Any, **options: Any) -> Any:
+        if name.startswith("cuda"):
+            raise ImportError("No module named 'cuda'")
+        return plain(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", no_cuda)
+    compiler._nvrtc.cache_clear()
+    yield
+    compiler._nvrtc.cache_clear()
+    backends._choose.cache_clear()
+
+
+@pytest.mark.usefixtures("without_bindings")
+def test_the_reference_runs_where_bindings_are_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backend = backends.backend_for(torch.device("cuda", 0))
+    assert backend.name == "reference"
+    assert "cuda:0 runs reference, not cuda: cuda-bindings cannot be imported" in caplog.text
+    assert "pip install cuda-bindings" in caplog.text
