@@ -277,13 +277,19 @@ def entry(path: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
     return lambda quantization: quantization["modules"].setdefault(path, {}).update(fields)
 
 
+def trellis_gate_up(quantization: dict[str, Any]) -> None:
+    quantization["format_version"] = 4
+    quantization["modules"][GATE_UP].update(family="trellis", bits="1234")
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
-        (lambda q: q.update(format_version=4), "version 4; this moepress reads up to 3. Upgrade"),
+        (lambda q: q.update(format_version=5), "version 5; this moepress reads up to 4. Upgrade"),
         (lambda q: q.update(extra=1), r"unknown fields \['extra'\]"),
         (entry(QUERY, family="lattice"), f"{QUERY}.*No codec family 'lattice'"),
-        (entry(GATE_UP, family="trellis", bits="1234"), "of families 'trellis' and 'int'"),
+        (entry(QUERY, family="trellis"), "trellis codes of format version 1.*Compress the orig"),
+        (trellis_gate_up, "of families 'trellis' and 'int'"),
         (entry(QUERY, bits="5"), f"{QUERY}.* 5-bit codes do not exist"),
         (entry(QUERY, bits="x"), f"{QUERY}.*one digit per matrix"),
         (entry(QUERY, bits="44"), "of one width"),

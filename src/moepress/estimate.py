@@ -243,7 +243,8 @@ def widths_of(plan: BitAllocation, request: Request) -> Widths:
 
 def assumed_plan(request: Request) -> BitAllocation:
     """A plan for costs that are assumed, because they are measured only later."""
-    return allocate(assumed_scores(request.sizes, request), request.recipe)
+    recipe = request.recipe.with_changes(over="mean")  # the same assumptions hold for all texts
+    return allocate(assumed_scores(request.sizes, request), recipe)
 
 
 def assumed_scores(sizes: ExpertScores, request: Request) -> ExpertScores:

@@ -59,7 +59,9 @@ def test_products_of_rows_are_those_of_the_matrix(backend: str, bits: int, parts
             part = rows_part(packed, rows, cols, codec, start, stop)
             size = stop - start + -(stop - start) % ROWS_PER_SLAB + ROWS_PER_SLAB
             y = product(x, part, size, codec)
-            assert torch.equal(y[:, : stop - start], whole[:, start:stop])
+            # The reference's float32 sums depend on the shape of the product, those on CPUs do not.
+            far = 0 if backend == "cpu" else 2e-6 * float(whole.abs().max())
+            torch.testing.assert_close(y[:, : stop - start], whole[:, start:stop], rtol=0, atol=far)
             assert y[:, -ROWS_PER_SLAB:].eq(0).all()
 
 

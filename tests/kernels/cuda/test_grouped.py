@@ -15,6 +15,7 @@ from moepress.format.codec import CODE_BITS, Codec, PackedSpec
 from moepress.kernels import cuda, reference, trellis
 from moepress.kernels.cuda import grouped, products
 from moepress.kernels.cuda.launch import launcher_for
+from moepress.kernels.experts_call import ExpertsCall
 from tests.kernels.cuda import emulate
 from tests.kernels.cuda.test_ops import experts_call, random_packed
 
@@ -132,6 +133,30 @@ def test_experts(
         y = torch.full_like(given.hidden, torch.nan)
         grouped.experts(given, y)
         assert far(y, oracle) < 1.2e-2
+
+
+@pytest.mark.parametrize("hidden, inner", [(512, 384), (192, 768)])
+@pytest.mark.parametrize("family", CODE_BITS)
+def test_units_of_every_length(
+    family: str, hidden: int, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks may divide by a longer unit than the rows that they are cut from."""
+    monkeypatch.setattr(grouped, "GRAIN", 256)
+    monkeypatch.setattr(grouped, "SCRATCH_BYTES", 1)
+    torch.manual_seed(0)
+    spec, shapes = PackedSpec((2, 3), 64, family), ((2 * inner, hidden), (hidden, inner))
+    packed = [
+        torch.cat([random_packed(*shape, c, i) for i, c in enumerate(spec.codecs)])
+        for shape in shapes
+    ]
+    tables = [torch.tensor(spec.table(*shape)) for shape in shapes]
+    index, weights = torch.randint(0, 2, (9, 1)), torch.rand(9, 1)
+    call = ExpertsCall(
+        torch.randn(9, hidden), index, weights, *packed, *tables, inner, 64, 64, "silu", 8, family
+    )
+    y = torch.empty_like(call.hidden)
+    grouped.experts(call, y)
+    assert far(y, reference.experts(call)) < 1.2e-2
 
 
 @pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))

@@ -1,16 +1,23 @@
-// The table of the instruction set avx512_vbmi2, compiled with its flags (CMakeLists.txt).
+// What the instruction set avx512_vbmi2 changes in the table of avx512: the products of trellis
+// matrices. Compiled with its flags (CMakeLists.txt), so nothing here may run when the library is
+// loaded.
 
 #include "isa.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VBMI2__)
 #include "lanes_avx512_vbmi2.h"
-#include "make_isa.h"
-#include "viterbi_avx512.h"
+#include "trellis_product.h"
 
 namespace moepress {
-static constexpr Isa isa = make_isa<Avx512Vbmi2Lanes, Avx512Search>("avx512_vbmi2");
-const Isa* const kAvx512Vbmi2 = &isa;
+static void change(Isa& isa) {
+    isa.name = "avx512_vbmi2";
+    set_trellis_dots<Avx512Vbmi2Lanes, 1>(isa);
+    set_trellis_dots<Avx512Vbmi2Lanes, 2>(isa);
+    set_trellis_dots<Avx512Vbmi2Lanes, 3>(isa);
+    set_trellis_dots<Avx512Vbmi2Lanes, 4>(isa);
+}
+void (*const kAvx512Vbmi2)(Isa& avx512) = change;
 }  // namespace moepress
 #else
-const moepress::Isa* const moepress::kAvx512Vbmi2 = nullptr;
+void (*const moepress::kAvx512Vbmi2)(Isa& avx512) = nullptr;
 #endif

@@ -49,11 +49,21 @@ struct Candidate {
     bool (*on_this_cpu)();
 };
 
+const Isa* avx512_vbmi2() {
+    if (kAvx512 == nullptr || kAvx512Vbmi2 == nullptr || !has_avx512_vbmi2()) return nullptr;
+    static const Isa isa = [] {
+        Isa changed = *kAvx512;
+        kAvx512Vbmi2(changed);
+        return changed;
+    }();
+    return &isa;
+}
+
 const std::vector<const Isa*>& available() {
     static const std::vector<const Isa*> list = [] {
         std::vector<const Isa*> found;
-        Candidate candidates[] = {{kAvx512Vbmi2, has_avx512_vbmi2}, {kAvx512, has_avx512},
-                                  {kAvxVnni, has_avx_vnni},         {kAvx2, has_avx2},
+        Candidate candidates[] = {{avx512_vbmi2(), has_avx512_vbmi2}, {kAvx512, has_avx512},
+                                  {kAvxVnni, has_avx_vnni},           {kAvx2, has_avx2},
                                   {kPortable, has_any}};
         if (!shifts_beside_products()) std::swap(candidates[0], candidates[1]);
         for (const Candidate& candidate : candidates)

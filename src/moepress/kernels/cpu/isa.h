@@ -114,11 +114,13 @@ struct Isa {
 };
 
 // One for each instruction set; null where the compiler does not have it.
-extern const Isa* const kAvx512Vbmi2;
 extern const Isa* const kAvx512;
 extern const Isa* const kAvxVnni;
 extern const Isa* const kAvx2;
 extern const Isa* const kPortable;
+
+// Makes the table of avx512_vbmi2 from that of avx512; null where the compiler does not have it.
+extern void (*const kAvx512Vbmi2)(Isa& avx512);
 
 const Isa* isa_in_use();  // dispatch.cpp
 

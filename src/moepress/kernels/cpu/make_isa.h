@@ -43,8 +43,7 @@ constexpr void set_scalar(Isa& isa) {
 
 template <class Lanes, class Search, int bits>
 constexpr void set_trellis(Isa& isa) {
-    isa.trellis_dot[0][bits] = trellis_dot<Lanes, bits, Lanes::sums_any_byte>;
-    isa.trellis_dot[1][bits] = trellis_dot<Lanes, bits, false>;
+    set_trellis_dots<Lanes, bits>(isa);
     isa.viterbi_step[bits] = Search::template step<bits>;
     isa.viterbi_best[bits] = best_state<bits>;
     isa.viterbi_trace[bits] = trace_back<Search, bits>;

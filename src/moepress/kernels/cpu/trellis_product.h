@@ -238,6 +238,12 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
     }
 }
 
+template <class Lanes, int bits>
+constexpr void set_trellis_dots(Isa& isa) {
+    isa.trellis_dot[0][bits] = trellis_dot<Lanes, bits, Lanes::sums_any_byte>;
+    isa.trellis_dot[1][bits] = trellis_dot<Lanes, bits, false>;
+}
+
 }  // namespace
 }  // namespace moepress
 

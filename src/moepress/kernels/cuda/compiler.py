@@ -48,7 +48,7 @@ def compiled(name: str, capability: tuple[int, int], defines: tuple[str, ...] = 
         return path.read_bytes()
     except OSError:
         pass
-    cubin = _compile(nvrtc, name, source, headers, options)
+    cubin, _ = _compile(nvrtc, name, source, headers, options)
     _keep(path, cubin)
     return cubin
 
@@ -102,7 +102,8 @@ def _sources(name: str) -> tuple[str, dict[str, str]]:
 
 def _compile(
     nvrtc: Any, name: str, source: str, headers: dict[str, str], options: tuple[str, ...]
-) -> bytes:
+) -> tuple[bytes, str]:
+    """The cubin of a source, and what the compiler says."""
     texts, names = [t.encode() for t in headers.values()], [n.encode() for n in headers]
     program = _checked(
         nvrtc,
@@ -114,15 +115,15 @@ def _compile(
         (result,) = nvrtc.nvrtcCompileProgram(
             program, len(options), [option.encode() for option in options]
         )
+        log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
-            _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
             raise MoepressError(f"NVRTC refuses {name}.cu ({' '.join(options)}):\n{_log(log)}")
         cubin = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return bytes(cubin)
+    return bytes(cubin), _log(log)
 
 
 def _text(version: tuple[int, int]) -> str:

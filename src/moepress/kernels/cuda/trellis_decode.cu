@@ -1,4 +1,15 @@
 // Products of trellis matrices with few tokens. See trellis_code.cuh for the fragments.
+//
+// A warp takes a slab and a range of its columns, 32 columns (a unit) at a time, straight from global
+// memory: the words of the next unit are on their way while this one is decoded and multiplied. One
+// mma multiplies 16 rows and 2 columns of four tiles with up to 8 tokens, or with the two planes of 4.
+// The exact sum of a group is scaled and added to sums in float32. The warps of a block share the
+// columns of a slab, and add up their sums in shared memory.
+//
+// At 2 bits, 8192 weights (4 units of a warp, one group of 128 columns) and up to four tokens take about
+// 735 instructions of a warp (compute capability 9.0, CUDA 13.0). A quarter of a multiprocessor issues
+// one instruction a clock; ALU and multiplications take two clocks each, beside one another; an mma
+// takes about 8 clocks of the tensor core. Variants that were timed: docs/log.md#cuda-few-variants.
 #include "trellis_call.cuh"
 #include "trellis_code.cuh"
 
@@ -18,11 +29,7 @@
 #define MOEPRESS_TRELLIS_UNROLL 4
 #endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define MOEPRESS_TRELLIS_BLOCKS 4
-#else
-#define MOEPRESS_TRELLIS_BLOCKS 5
-#endif
 #endif
 
 namespace moepress {

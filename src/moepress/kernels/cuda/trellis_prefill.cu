@@ -4,7 +4,15 @@
 // of its eight warps decodes a row block, 16 rows, and multiplies it with the codes of all tokens:
 // an activation is multiplied with each byte of a weight's product. Steps of 128 columns go through a
 // ring in shared memory. The sums of a group are exact integers in registers; then they are scaled
-// and added to sums in float32.
+// and added to sums in float32. The center of the code is subtracted at the end, from all groups.
+//
+// On compute capability 9.0, four warps multiply together (wgmma), while they decode the next unit of
+// 32 columns. Elsewhere each warp multiplies by itself (mma).
+//
+// Costs of a step for a warp, 2048 weights and 128 tokens (9.0, SASS of CUDA 13.0, 215 registers,
+// nothing spilled): 505 instructions at 2 bits, 254 of them on the ALU; 8 wgmma of 64 clocks. Two warps
+// share a quarter of a multiprocessor: 1024 clocks of the tensor cores, 1016 of the ALU. At 3 and 4
+// bits: 646 and 594 instructions, 16 wgmma.
 #include "trellis_call.cuh"
 #include "trellis_code.cuh"
 
