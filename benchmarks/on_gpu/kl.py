@@ -34,6 +34,7 @@ from on_gpu.case import Case, CheckError, Row
 RECIPES = ("default", "fast")
 WINDOWS, LENGTH = 12, 256
 CLOSE = 0.01  # relative difference of KL divergences
+FINER = 0.02  # how much lower it may be where activations are finer than the oracle's
 
 
 def make(folder: Path, originals: list[Path]) -> None:
@@ -205,7 +206,9 @@ def compared(card: Card, folder: Path, name: str, about: Row) -> list[Row]:
         here = divergence(folder / name, card.device, ids, exact, int(bits))
         rows.append({"activation_bits": bits, "kl": here, "oracle": rounded,
                      "kl_on_cpu": about["kl"][bits], "difference": here / rounded - 1})  # fmt: skip
-    if any(not abs(row["difference"]) <= CLOSE for row in rows):
+    # At 8 bits many tokens are multiplied in bfloat16, which is finer: the KL may be lower.
+    if any(not -FINER * (row["activation_bits"] == "8") - CLOSE <= row["difference"] <= CLOSE
+           for row in rows):  # fmt: skip
         raise CheckError(f"KL differs by more than {CLOSE:.0%}: {rows}")
     return rows
 

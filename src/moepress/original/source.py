@@ -28,6 +28,8 @@ from moepress.original.conversion import Conversion
 from moepress.original.experts import ExpertWeights
 from moepress.original.folder import companions, opened, read_config, resolve, weight_files
 
+READERS = 4  # threads that read experts for a card; one alone would keep it waiting
+
 
 class Source:
     """A Mixture-of-Experts model in a local folder of safetensors, or on the model hub.
@@ -208,30 +210,33 @@ class Source:
         return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
-        """`expert` for each of `numbers`. A card gets the next one while this one is in use."""
+        """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
 
-        def read(number: int) -> ExpertWeights:
-            with torch.cuda.stream(self._reading):
+        def read(number: int, stream: torch.cuda.Stream) -> ExpertWeights:
+            with torch.cuda.stream(stream):
                 weights = self.expert(layer, number)
-            self._reading.synchronize()
+            stream.synchronize()
             return weights
 
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             ahead: deque[Future[ExpertWeights]] = deque()
-            for number in numbers:
-                ahead.append(pool.submit(read, number))
-                if len(ahead) > 1:
+            for place, number in enumerate(numbers):
+                ahead.append(pool.submit(read, number, self._streams[place % READERS]))
+                if len(ahead) > READERS:
                     yield self._in_use(ahead.popleft().result())
             while ahead:
                 yield self._in_use(ahead.popleft().result())
 
     @cached_property
-    def _reading(self) -> torch.cuda.Stream:
-        """The stream of `experts_in_turn`; only one, as freed memory stays with its stream."""
-        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+    def _streams(self) -> list[torch.cuda.Stream]:
+        """Of the readers. They are kept, because freed memory is only used again on its stream."""
+        return [
+            torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            for _ in range(READERS)
+        ]
 
     def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
         """Weights that were made on another stream: their memory is kept until this one is done."""

@@ -217,8 +217,8 @@ def test_operations_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chunks() -> None:
-    assert grouped._chunk(14336, 4 * 8 * 4096, 128) == 2048  # Mixtral-8x7B: gate and up
-    assert grouped._chunk(4096, 2 * 8 * 14336, 128) == 1024  # and down
-    assert grouped._chunk(768, 4 * 128 * 2048, 256) == 256  # Qwen3-30B-A3B
+    assert grouped._chunk(14336, 4 * 8 * 4096, 128) == 3584  # Mixtral-8x7B: gate and up
+    assert grouped._chunk(4096, 2 * 8 * 14336, 128) == 2048  # and down
+    assert grouped._chunk(768, 4 * 128 * 2048, 256) == 512  # Qwen3-30B-A3B
     assert grouped._chunk(100, 2 * 4096, 128) == 128
     assert grouped._chunk(2048, 1 << 30, 128) == 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -133,3 +134,23 @@ def test_a_whole_compression(
     usual = compress(model_folder(), tmp_path / "usual", recipe)
     for file in usual.glob("*.safetensors"):
         assert file.read_bytes() == (emulated / file.name).read_bytes()
+
+
+def test_experts_in_groups(
+    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    """A card rounds several experts at a time, to as many widths as are asked for."""
+    recipe = small_recipe(
+        text_file, "default", bits=2.0, expert_bits=(1, 3), linear_bits=(8,), sensitivity="none"
+    )
+    made = []
+    for group in (1, 3):
+        for stage in ("score", "quantize"):
+            module = importlib.import_module(f"moepress.{stage}")
+            monkeypatch.setattr(module, "experts_at_once", lambda *_, group=group: group)
+        made.append(compress(model_folder(), tmp_path / str(group), recipe))
+    for file in made[0].glob("*.safetensors"):
+        assert file.read_bytes() == (made[1] / file.name).read_bytes()

@@ -23,7 +23,7 @@ from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.reference import ACTIVATIONS
 
-SCRATCH_BYTES = 256 << 20  # for decoded weights, if it suffices for GRAIN rows
+SCRATCH_BYTES = 512 << 20  # for decoded weights, if it suffices for GRAIN rows
 MOST_SCRATCH_BYTES = 1 << 30  # where it does not
 GRAIN = 128  # rows of a chunk: a multiple of this number, unless it is the last one
 GENERATIONS = (9, 10)  # major compute capabilities for which torch has grouped products of its own

@@ -123,7 +123,7 @@ FEW = {
         _trellis_decode_shared,
         512,
         variants=True,
-        resident=5,
+        resident=4,
         step=512,
         joins=4,
     ),
@@ -163,7 +163,7 @@ MANY = {
 }
 FEW_PER_EXPERT = 8  # positions for each expert, on average, up to which they are few
 FEW_ROWS = 16  # the same for a matrix alone
-GROUPED_PER_EXPERT = 128  # those from which products are torch's (grouped.py)
+GROUPED_PER_EXPERT = 300  # those from which products are torch's (grouped.py)
 GROUPED_ROWS = 256  # the same for a matrix alone
 
 

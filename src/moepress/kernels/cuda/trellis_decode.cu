@@ -6,17 +6,10 @@
 // The exact sum of a group is scaled and added to sums in float32. The warps of a block share the
 // columns of a slab, and add up their sums in shared memory.
 //
-// Costs, for compute capability 9.0 (SASS of CUDA 13.0), for 8192 weights (4 units of a warp, one group
-// of 128 columns) and up to four tokens; 95 registers, nothing spilled, 20 warps a multiprocessor:
-//
-//     bits   instructions   on the ALU   multiplications   mma   loads   weights a clock, at most
-//      1          814          378             335          64     14        10.1
-//      2          828          381             342          64     18         9.9
-//      3         1098          533             456          64     22         7.5
-//      4         1070          546             411          64     26         7.5
-//
-// A quarter of a multiprocessor issues one instruction a clock; ALU and multiplications take two clocks
-// each, beside one another; an mma takes about 8 clocks of the tensor core.
+// At 2 bits, 8192 weights (4 units of a warp, one group of 128 columns) and up to four tokens take about
+// 735 instructions of a warp (compute capability 9.0, CUDA 13.0). A quarter of a multiprocessor issues
+// one instruction a clock; ALU and multiplications take two clocks each, beside one another; an mma
+// takes about 8 clocks of the tensor core. Variants that were timed: docs/log.md#cuda-few-variants.
 #include "trellis_call.cuh"
 #include "trellis_code.cuh"
 
@@ -27,20 +20,16 @@
 #define MOEPRESS_TRELLIS_WARPS 4
 #endif
 #ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
-#define MOEPRESS_TRELLIS_DEPTH 1
+#define MOEPRESS_TRELLIS_DEPTH 2
 #endif
 #ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
 #define MOEPRESS_TRELLIS_DEPTH_WIDE 1
 #endif
 #ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
-#define MOEPRESS_TRELLIS_UNROLL 1
+#define MOEPRESS_TRELLIS_UNROLL 4
 #endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define MOEPRESS_TRELLIS_BLOCKS 4
-#else
-#define MOEPRESS_TRELLIS_BLOCKS 5
-#endif
 #endif
 
 namespace moepress {
