@@ -23,9 +23,6 @@ from moepress.kernels.cuda import compiler, launch
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 VARIANT = ("MOEPRESS_GROUP=128", "MOEPRESS_PLANES=1")
 SPILLS = {  # bytes that a kernel may spill, all loads and stores of its program
-    # Five blocks of a multiprocessor, of 96 registers, are as fast as four without spills at 2
-    # bits, and 5 % faster at 3 (docs/log.md#cuda-few-variants).
-    "moepress_trellis_decode_g128_p1": 512,
     # Three blocks of a multiprocessor, of 80 registers: others hide what a step of one waits for.
     "moepress_viterbi_search": 384,
     # A few, once a thread.
