@@ -211,6 +211,7 @@ def quantize_experts(
             rounded = expert.with_weights(dequantized(*matrices, expert.weights))
             rounded.add_output(output)
             meter.add(rounded)
+        del originals, together, expert, matrices, matrix, rounded  # before the next are read
     energy = walk.advance(layer, output)
     tensors = {name: torch.cat(matrices_) for name, matrices_ in stored.items()}
     return tensors, meter.result(energy / walk.ids.numel())

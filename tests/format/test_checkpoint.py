@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moepress.errors import CheckpointError, InputError
+from moepress.format import checkpoint
 from moepress.format.checkpoint import (
     Writer,
     folder_bytes,
@@ -84,6 +85,16 @@ def test_files_written_beside_the_work_of_a_card(
     writer.save({tmp_path / "taken": {"x": states}})
     with pytest.raises(CheckpointError, match="Cannot write"):
         writer.save({tmp_path / "next": {"x": states}})
+
+
+def test_large_arrays_on_the_cpu_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "MOST_COPIED", 8)
+    writer = Writer(torch.device("cuda:0"))  # a copy would wait for the card and fail
+    done: list[int] = []
+    writer.save({tmp_path / FILE: {"x": torch.arange(2)}}, then=lambda: done.append(1))
+    assert done == [1] and load_tensors(tmp_path / FILE)["x"].tolist() == [0, 1]
 
 
 def test_damaged_files_are_one_error(tmp_path: Path) -> None:

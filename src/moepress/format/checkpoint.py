@@ -31,6 +31,7 @@ from moepress.format.codec import LEFT_OUT, PackedSpec
 
 FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can express its tensors
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
+MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes larger arrays, which may lie in files, at once
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
@@ -131,10 +132,11 @@ class Writer:
         Raises:
             CheckpointError: a file of this call, or of the last one, cannot be written.
         """
-        if self._card is None:
+        self.finish()
+        tensors = (tensor for each in files.values() for tensor in each.values())
+        if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > MOST_COPIED:
             self._save(files, then)
             return
-        self.finish()
         copies = {
             path: {name: _host_copy(tensor) for name, tensor in tensors.items()}
             for path, tensors in files.items()
@@ -159,6 +161,10 @@ class Writer:
             self._write(path, tensors)
         if then is not None:
             then()
+
+
+def _host_bytes(tensor: Tensor) -> int:
+    return tensor.nbytes if tensor.device.type == "cpu" else 0
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def experts(call: ExpertsCall) -> Tensor:
         down_table=call.down_table.contiguous(),
     )
     y = torch.empty_like(given.hidden)
-    step = max(1, min(MOST_TOKENS, MOST_NUMBERS // (k * 2 * call.intermediate_size)))
+    widest = max(2 * call.intermediate_size, hidden.shape[1])
+    step = max(1, min(MOST_TOKENS, MOST_NUMBERS // (k * widest)))
     if tokens <= step:
         if tokens:
             _experts(given, y)

@@ -133,8 +133,10 @@ class _Function:
                 f"{self.kernel} needs {shared} bytes of shared memory, this card has {self.most}."
             )
         # Storage is taken out of the pool during a launch, in which other threads may run.
-        pool = self.pool
-        arguments = pool.pop() if pool else _Arguments(args)
+        try:
+            arguments = self.pool.pop()
+        except IndexError:
+            arguments = _Arguments(args)
         words = [
             arg if type(arg) in NUMBERS else 0 if arg is None else arg.data_ptr()  # type: ignore[union-attr]
             for arg in args
@@ -149,7 +151,7 @@ class _Function:
         if error == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread's first launch
             _enter(self.index)
             (error,) = self.driver.cuLaunchKernelEx(*launch)
-        pool.append(arguments)
+        self.pool.append(arguments)
         if error != self.success:
             raise MoepressError(f"{self.kernel} cannot be launched: {error.name}.")
 
