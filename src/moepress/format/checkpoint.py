@@ -31,7 +31,7 @@ from moepress.format.codec import LEFT_OUT, PackedSpec
 
 FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can express its tensors
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
-MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes larger arrays, which may lie in files, at once
+MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
 QUANT_METHOD = "moepress"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
