@@ -12,6 +12,7 @@ from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import backends, cpu, cuda, reference, trellis
+from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.launch import Launcher, launcher_for
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.reference import ACTIVATION_RANGE, ACTIVATIONS
@@ -55,7 +56,7 @@ def test_rounded_inputs_are_those_of_the_reference(
     torch.manual_seed(0)
     x = torch.randn(3, cols) * torch.tensor([[1e-20], [1.0], [1e20]])
     x[0, :group] = 0
-    codes = cuda._Codes(x, 3, cols, group, cuda.PLANES[bits], family)
+    codes = Codes(x, 3, cols, group, cuda.PLANES[bits], family)
     codes.round(launcher_for(HERE), x)
     q, scale = codes_of(trellis.rotate(x) if family == "trellis" else x, group, bits)
     assert joined(codes.q).equal(q) and codes.scale.equal(scale)
@@ -65,7 +66,7 @@ def test_rounded_inputs_are_those_of_the_reference(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_inputs_of_16_bits(dtype: torch.dtype) -> None:
     x = torch.randn(5, 256).to(dtype)
-    codes = cuda._Codes(x, 5, 256, 64, 1, "trellis")
+    codes = Codes(x, 5, 256, 64, 1, "trellis")
     codes.round(launcher_for(HERE), x)
     assert joined(codes.q).equal(codes_of(trellis.rotate(x.float()), 64, 8)[0])
 
@@ -73,7 +74,7 @@ def test_inputs_of_16_bits(dtype: torch.dtype) -> None:
 def test_inputs_that_are_not_finite_have_no_scale() -> None:
     x = torch.ones(2, 64)
     x[0, 3], x[1, 40] = torch.inf, torch.nan
-    codes = cuda._Codes(x, 2, 64, 32, 1, "int")
+    codes = Codes(x, 2, 64, 32, 1, "int")
     codes.round(launcher_for(HERE), x)
     assert codes.scale.isnan().tolist() == [[True, False], [False, True]]
 
@@ -82,7 +83,7 @@ def test_inputs_that_are_not_finite_have_no_scale() -> None:
 def test_the_gate_of_experts(name: str) -> None:
     torch.manual_seed(0)
     out = torch.randn(3, 7, 2 * 128) * 2
-    codes = cuda._Codes(out, 7, 128, 32, 2, "trellis")
+    codes = Codes(out, 7, 128, 32, 2, "trellis")
     used = torch.tensor([6], dtype=torch.int32)
     before = codes.q.clone()
     codes.glu(launcher_for(HERE), out, used, cuda.ACTIVATIONS.index(name))
@@ -109,7 +110,7 @@ def test_routing_sorts_pairs_by_expert(pairs: int, experts: int, size: int) -> N
     pair, position = (torch.empty(pairs, dtype=torch.int32) for _ in range(2))
     panel, used = torch.empty(panels, 3, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     routing = index, pairs, *tables, experts, size, panels, pair, position, panel, used
-    cuda._Codes(panel, 1, 64, 64, 1, "int").round(
+    Codes(panel, 1, 64, 64, 1, "int").round(
         launcher_for(HERE), torch.zeros(1, 64), routing, experts
     )
     real = (index >= 0) & (index < experts) & (index != 1)

@@ -8,6 +8,7 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
 
     launch.py, compiler.py   how a .cu file becomes a kernel that runs
     products.py              which kernel multiplies, and its grid
+    codes.py                 activations as integer codes
     inputs.cu                inputs rotated and rounded (rounding.cuh); (token, choice) pairs sorted
                              by expert and cut into panels (routing.cuh)
     gated.cu                 the activation function of experts; the same rounding
@@ -22,15 +23,16 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import FAMILIES, Codec
-from moepress.kernels import reference, trellis
+from moepress.kernels import reference
 from moepress.kernels.cuda import grouped
+from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.experts_call import ExpertsCall
@@ -41,8 +43,6 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of gated.cu
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
 MOST_NUMBERS = 1 << 28  # of a product at a time: 1 GB in float32
-NO_ROUTING = (None, 0, None, None, 0, 0, 0, None, None, None, None)
-UNIT = 128  # columns that a warp of rounding.cuh takes if they are not rotated
 
 
 def linear(
@@ -195,13 +195,13 @@ def _linear(
     tokens, rows = y.shape
     launcher = launcher_for(x.device)
     kernel = product(codec.family, tokens, 1)
-    codes = _Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family, kernel.halves)
+    codes = Codes(x, tokens, x.shape[1], codec.group_size, planes, codec.family, kernel.halves)
     codes.round(launcher, x)
     panels = -(-tokens // kernel.panel(planes))
     parts = codes.parts(kernel, rows, panels, launcher)
     splits = parts[1]
     out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
-    matrix = _Matrix(packed, None, 0, codec.bits)
+    matrix = _Matrix(packed, bits=codec.bits)
     _multiply(launcher, kernel, codes, None, 1, None, (*parts, panels), matrix, out)
     launcher.launch(
         "moepress_combine_linear",
@@ -239,7 +239,7 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
 
     ints = hidden.new_empty(2 * positions + 3 * panels + 1, dtype=torch.int32)
     pair, position, panel, used = ints.split_with_sizes((positions, positions, 3 * panels, 1))
-    inputs = _Codes(hidden, tokens, width, call.gate_up_group, planes, family, kernel.halves)
+    inputs = Codes(hidden, tokens, width, call.gate_up_group, planes, family, kernel.halves)
     tables = call.gate_up_table, call.down_table
     sizes = count, size, panels
     routing = call.top_k_index, positions, *tables, *sizes, pair, position, panel, used
@@ -247,15 +247,15 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     parts = inputs.parts(kernel, 2 * inner, busy, launcher)
     splits = parts[1]
     first = hidden.new_empty((splits, positions, 2 * inner), dtype=torch.float32)
-    matrix = _Matrix(call.gate_up, call.gate_up_table, count, 0)
+    matrix = _Matrix(call.gate_up, call.gate_up_table)
     _multiply(launcher, kernel, inputs, pair, k, panel, (*parts, panels), matrix, first)
 
-    between = _Codes(hidden, positions, inner, call.down_group, planes, family, kernel.halves)
+    between = Codes(hidden, positions, inner, call.down_group, planes, family, kernel.halves)
     between.glu(launcher, first, used, ACTIVATIONS.index(call.activation))
     parts = between.parts(kernel, width, busy, launcher)
     splits = parts[1]
     second = hidden.new_empty((splits, positions, width), dtype=torch.float32)
-    matrix = _Matrix(call.down, call.down_table, count, 0)
+    matrix = _Matrix(call.down, call.down_table)
     _multiply(launcher, kernel, between, None, 1, panel, (*parts, panels), matrix, second)
     launcher.launch(
         "moepress_combine_experts",
@@ -277,74 +277,19 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     )
 
 
-class _Codes:
-    """Rounded activations: codes [planes, rows, K], scales and sums [rows, K / g]."""
-
-    def __init__(
-        self,
-        like: Tensor,
-        rows: int,
-        cols: int,
-        group: int,
-        planes: int,
-        family: str,
-        halves: bool = False,
-    ) -> None:
-        self.rows, self.cols, self.group, self.planes = rows, cols, group, planes
-        self.halves = int(halves)  # the order of codes, as in rounding.cuh
-        groups = cols // group
-        self.rotated = family == "trellis"
-        self.q = like.new_empty((planes, rows, cols), dtype=torch.int8)
-        self.scale = like.new_empty((rows, groups), dtype=torch.float32)
-        self.sum = like.new_empty((rows, groups), dtype=torch.int32)
-
-    def parts(self, kernel: Product, rows: int, panels: int, launcher: Launcher) -> tuple[int, int]:
-        """How many parts of the rows, and of the columns, are blocks of their own."""
-        return kernel.parts(rows, self.cols, self.group, panels, launcher.multiprocessors)
-
-    def round(
-        self,
-        launcher: Launcher,
-        x: Tensor,
-        routing: tuple[Tensor | int | None, ...] = NO_ROUTING,
-        experts: int = 0,
-    ) -> None:
-        """Codes of x [rows, K]. `routing`: arguments of routing.cuh; one more block sorts pairs."""
-        pairs = routing[1]
-        assert isinstance(pairs, int)
-        warps = 8 if pairs <= 2048 else 32
-        blocks = self._blocks(warps) + (pairs > 0)
-        shared = 4 * experts * (warps + 1)
-        args = x, DTYPES[x.dtype], self.rows, self.cols, *self._rounding(), *routing
-        launcher.launch("moepress_inputs", (blocks, 1, 1), 32 * warps, shared, args)
-
-    def glu(self, launcher: Launcher, out: Tensor, used: Tensor, activation: int) -> None:
-        """Codes of act(gate) * up of the first used[0] rows; out [splits, rows, 2 K]."""
-        blocks = self._blocks(8)
-        args = out, out.shape[0], self.rows, used, self.cols, activation, *self._rounding()
-        launcher.launch("moepress_gated", (blocks, 1, 1), 256, 0, args)
-
-    def _blocks(self, warps: int) -> int:
-        """Blocks of so many warps that round all rows; a warp takes a unit."""
-        unit = trellis.run_length(self.cols) if self.rotated else min(UNIT, self.cols & -self.cols)
-        return -(-self.rows * (self.cols // unit) // warps)
-
-    def _rounding(self) -> tuple[int | Tensor, ...]:
-        how = int(self.rotated), self.group, self.planes, self.halves
-        return *how, self.q, self.scale, self.sum
-
-
+@dataclass(frozen=True, eq=False)
 class _Matrix:
     """Packed matrices, found by their table, or one matrix of a width."""
 
-    def __init__(self, packed: Tensor, table: Tensor | None, experts: int, bits: int) -> None:
-        self.packed, self.table, self.experts, self.bits = packed, table, experts, bits
+    packed: Tensor
+    table: Tensor | None = None
+    bits: int = 0  # where there is no table
 
 
 def _multiply(
     launcher: Launcher,
     kernel: Product,
-    codes: _Codes,
+    codes: Codes,
     pair: Tensor | None,
     k: int,
     panel: Tensor | None,

@@ -32,8 +32,8 @@ struct Gated {
 }  // namespace
 }  // namespace moepress
 
-// Codes of act(gate) * up, [positions][I]; only of the first used[0] positions. Grid: as _Codes in
-// __init__.py says.
+// Codes of act(gate) * up, [positions][I]; only of the first used[0] positions. Grid: as Codes in codes.py
+// says.
 extern "C" __global__ void __launch_bounds__(256)
     moepress_gated(const float* out, int64_t splits, int64_t positions, const int32_t* used,
                    int64_t inner, int64_t activation, int64_t rotated, int64_t g,

@@ -6,16 +6,6 @@
 namespace moepress {
 namespace {
 
-struct Inputs {
-    const void* x;  // [rows][K]
-    int64_t dtype, cols;
-
-    template <int n>
-    DEVICE void load(int row, int column, float (&out)[n]) const {
-        load_numbers(x, row * cols + column, dtype, out);
-    }
-};
-
 // Products in bfloat16 of some columns of gate, then of the same columns of up.
 struct Gated {
     const uint16_t* out;  // [positions][2 cols]

@@ -3,23 +3,7 @@
 #include "rounding.cuh"
 #include "routing.cuh"
 
-namespace moepress {
-namespace {
-
-struct Inputs {
-    const void* x;  // [rows][K]
-    int64_t dtype, cols;
-
-    template <int n>
-    DEVICE void load(int row, int column, float (&out)[n]) const {
-        load_numbers(x, row * cols + column, dtype, out);
-    }
-};
-
-}  // namespace
-}  // namespace moepress
-
-// Codes of x [rows][K]. Where index is not null, block 0 sorts pairs. Grid: as _Codes in __init__.py
+// Codes of x [rows][K]. Where index is not null, block 0 sorts pairs. Grid: as Codes in codes.py
 // says, and one more block for sorting.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     moepress_inputs(const void* x, int64_t dtype, int64_t rows, int64_t cols, int64_t rotated,

@@ -46,6 +46,17 @@ DEVICE void rotate(float (&x)[n]) {
     for (int j = 0; j < n; ++j) x[j] *= normal;  // 1 / sqrt(32 n)
 }
 
+// Numbers in memory, to be rounded as they are.
+struct Inputs {
+    const void* x;  // [rows][K]
+    int64_t dtype, cols;
+
+    template <int n>
+    DEVICE void load(int row, int column, float (&out)[n]) const {
+        load_numbers(x, row * cols + column, dtype, out);
+    }
+};
+
 // The columns of a unit: the largest power of two up to `most` that divides `cols`.
 DEVICE int largest_unit(int cols, int most) { return min(cols & -cols, most); }
 
