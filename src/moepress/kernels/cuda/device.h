@@ -48,6 +48,8 @@ DEVICE int warp_id() { return int(threadIdx.x >> 5); }
 // it writes anything, and before it reads what the kernel before it wrote. What earlier kernels wrote
 // can be read before, but past L1 (__ldcg): the kernel before this one had waited for them when it
 // let this one come. A block without work does it too: otherwise a kernel could end too soon.
+// Never read through __ldg what the kernel before wrote, unless begin() is the first statement: the
+// compiler takes such memory for constant and may move the load before the wait.
 DEVICE void begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
