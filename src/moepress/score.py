@@ -57,8 +57,6 @@ Floats = npt.NDArray[np.float64]
 # Key of the costs of embedding and head in the last layer's file of the work folder. The name is
 # older than the words used elsewhere; it is kept because unfinished work on disk has it.
 TABLES_COST = "ends_cost"
-
-
 EXPERTS_AHEAD = 3  # experts of a layer whose errors are drawn while a card scores another
 
 

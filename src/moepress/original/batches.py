@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moepress.kernels.memory import free_memory
+from moepress.memory import free_memory
 
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them

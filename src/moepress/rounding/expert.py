@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from moepress.kernels.memory import free_memory
+from moepress.memory import free_memory
 from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
 from moepress.original.source import Source

@@ -7,18 +7,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moepress.kernels.cuda.launch import Argument, launcher_for
+from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for
 from moepress.kernels.trellis import run_length, signs
 
 THREADS = 256
-SPAN = 2048  # numbers of a block, if the runs are not longer
-LONGEST = 1 << 15  # run that fits into the shared memory of every card but those of sm_86 and 89
-KINDS = (torch.float32, torch.float16, torch.bfloat16)
+SPAN = 2048  # numbers of a block: whole runs
 
 
 def takes(x: Tensor) -> bool:
     """Whether the kernel can rotate an array on a card."""
-    return x.dtype in KINDS and x.numel() > 0 and run_length(x.shape[-1]) <= LONGEST // 2
+    return x.dtype in DTYPES and x.numel() > 0
 
 
 def rotate(x: Tensor, back: bool = False) -> Tensor:
@@ -31,14 +29,13 @@ def rotate(x: Tensor, back: bool = False) -> Tensor:
     out = torch.empty_like(x)
     columns = x.shape[-1]
     run = run_length(columns)
-    span = max(run, SPAN)
-    blocks = -(-x.numel() // span)
+    blocks = -(-x.numel() // SPAN)
     args: list[Argument] = [
-        x, out, _signs(columns, x.device), KINDS.index(x.dtype), x.numel(), columns,
-        run.bit_length() - 1, span, int(back), float(run**-0.5),
+        x, out, _signs(columns, x.device), DTYPES[x.dtype], x.numel(), columns,
+        run.bit_length() - 1, SPAN, int(back), float(run**-0.5),
     ]  # fmt: skip
     launcher = launcher_for(x.device)
-    launcher.launch("moepress_rotation", (blocks, 1, 1), THREADS, 4 * (span + span // 32), args)
+    launcher.launch("moepress_rotation", (blocks, 1, 1), THREADS, 4 * (SPAN + SPAN // 32), args)
     return out
 
 

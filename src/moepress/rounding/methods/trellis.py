@@ -32,8 +32,8 @@ from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import trellis
 from moepress.kernels.cuda.search import available
-from moepress.kernels.memory import free_memory
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.memory import free_memory
 from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep_together
 from moepress.rounding.methods.viterbi import round_together
