@@ -3,7 +3,7 @@
 
 #include "device.h"
 
-enum Dtype { kFloat32, kFloat16, kBfloat16 };  // as in __init__.py
+enum Dtype { kFloat32, kFloat16, kBfloat16 };  // as DTYPES in launch.py
 
 DEVICE float load_number(const void* p, int64_t i, int64_t dtype) {
     if (dtype == kFloat32) return static_cast<const float*>(p)[i];

@@ -3,26 +3,11 @@
 //
 // Limit: the array is read and written once. A block brings its columns through shared memory
 // log2(run) / 3 times.
-#include "device.h"
+#include "numbers.h"
 
 namespace {
 
 constexpr int kThreads = 256;
-
-DEVICE float read(const void* from, int64_t kind, int64_t at) {
-    if (kind == 1) return half_to_float(static_cast<const uint16_t*>(from)[at]);
-    if (kind == 2) return bfloat_to_float(static_cast<const uint16_t*>(from)[at]);
-    return static_cast<const float*>(from)[at];
-}
-
-DEVICE void write(void* to, int64_t kind, int64_t at, float value) {
-    if (kind == 1)
-        static_cast<uint16_t*>(to)[at] = float_to_half(value);
-    else if (kind == 2)
-        static_cast<uint16_t*>(to)[at] = float_to_bfloat(value);
-    else
-        static_cast<float*>(to)[at] = value;
-}
 
 // One word is left free after every 32, against bank conflicts.
 DEVICE int place(int i) { return i + i / 32; }
@@ -56,13 +41,13 @@ DEVICE void pass(float* values, int span, int log) {
 // Rotate `total` numbers, rows of `columns`; a block takes `span` of them, whole runs.
 //
 // Args:
-//   in, out: of kind 0 (float32), 1 (float16) or 2 (bfloat16).
+//   in, out: of `dtype`, as in numbers.h.
 //   sign: [columns].
 //   run: numbers in a run, 2^log of them.
 //   after: whether signs come after the Hadamard matrices.
 //   normal: 1 / sqrt(run).
 extern "C" __global__ void __launch_bounds__(kThreads)
-moepress_rotation(const void* in, void* out, const float* sign, int64_t kind, int64_t total,
+moepress_rotation(const void* in, void* out, const float* sign, int64_t dtype, int64_t total,
                   int64_t columns, int64_t log, int64_t span, int64_t after, float normal) {
     begin();
     float* values = shared_memory<float>();
@@ -75,7 +60,7 @@ moepress_rotation(const void* in, void* out, const float* sign, int64_t kind, in
         if (column >= columns) column -= int(columns);
     };
     for (int i = int(threadIdx.x); i < here; i += kThreads, next()) {
-        const float x = read(in, kind, first + i);
+        const float x = load_number(in, first + i, dtype);
         values[place(i)] = after ? x : x * sign[column];
     }
     __syncthreads();
@@ -86,6 +71,6 @@ moepress_rotation(const void* in, void* out, const float* sign, int64_t kind, in
     column = start;
     for (int i = int(threadIdx.x); i < here; i += kThreads, next()) {
         const float y = values[place(i)] * normal;
-        write(out, kind, first + i, after ? y * sign[column] : y);
+        store_number(out, first + i, dtype, after ? y * sign[column] : y);
     }
 }
