@@ -48,7 +48,7 @@ from moepress.format.codec import Codec
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 
-INTERFACE = 6  # version of moepress.h
+INTERFACE = 7  # version of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -91,7 +91,8 @@ _SIGNATURES = {
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
         c_int32, c_void_p,
     ),
-    "moepress_trellis_search": (c_void_p, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
 }  # fmt: skip
 
 
@@ -256,15 +257,46 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
+    _search(columns, None, bits, branches)
+    return branches
+
+
+def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+    """Round eight columns of one matrix as `rounding.methods.viterbi.round_together`, in place.
+
+    Args:
+        target, feedback: [8, 64 S] float32, contiguous.
+        branches: [8, 64 S] uint8, contiguous.
+    """
+    _search(target, feedback, bits, branches)
+
+
+def _search(target: Tensor, feedback: Tensor | None, bits: int, branches: Tensor) -> None:
     _call(
         "moepress_trellis_search",
-        columns.data_ptr(),
-        columns.shape[1],
+        target.data_ptr(),
+        None if feedback is None else feedback.data_ptr(),
+        target.shape[1],
         bits,
         torch.get_num_threads(),
         branches.data_ptr(),
     )
-    return branches
+
+
+def trellis_values(branches: Tensor, bits: int) -> Tensor:
+    """The values that branches [64 S, K] choose, `trellis.code_matrix`: [64 S, K] float32."""
+    given = branches.contiguous()
+    values = torch.empty(given.shape)
+    threads = torch.get_num_threads()
+    _call(
+        "moepress_trellis_values",
+        given.data_ptr(),
+        *given.shape,
+        bits,
+        threads,
+        values.data_ptr(),
+    )
+    return values
 
 
 def _call(name: str, *arguments: int | None) -> None:
