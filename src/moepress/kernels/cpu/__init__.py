@@ -117,6 +117,9 @@ class _Biases(Structure):
     _fields_ = (("gate_up", c_void_p), ("down", c_void_p), ("bfloat16", c_int32))
 
 
+_NO_BIASES = _Biases()
+
+
 def missing() -> str | None:
     """The reason why the library cannot run, or None if it can."""
     try:
@@ -198,8 +201,8 @@ def experts(call: ExpertsCall) -> Tensor:
     x = hidden.float().contiguous()
     index, weights = call.top_k_index.long().contiguous(), call.top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
-    biases = _readable(call.gate_up_bias, call.down_bias)
-    gate, given = _gate(call.gate), _biases(*biases)
+    gate = _gate(call.gate)
+    biases, _kept = _biases(call.gate_up_bias, call.down_bias)
     out = torch.empty_like(x)
     _call(
         "moepress_trellis_experts" if call.family == "trellis" else "moepress_scalar_experts",
@@ -219,7 +222,7 @@ def experts(call: ExpertsCall) -> Tensor:
         len(gate_up_table),
         call.intermediate_size,
         addressof(gate),
-        addressof(given),
+        addressof(biases),
         call.activation_bits,
         torch.get_num_threads(),
         out.data_ptr(),
@@ -242,21 +245,19 @@ def _gate(gate: Gate) -> _Gate:
     )
 
 
-def _readable(*biases: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The biases contiguous, all in bfloat16 if they are so, else all in float32.
+def _biases(gate_up: Tensor | None, down: Tensor | None) -> tuple[_Biases, tuple[Tensor, ...]]:
+    """Biases as the library takes them, and the tensors that must outlive the call.
 
     bfloat16 is read as it is: a conversion would read the biases of all experts.
     """
-    if all(b is None or b.dtype == torch.bfloat16 for b in biases):
-        return tuple(None if b is None else b.contiguous() for b in biases)
-    return tuple(None if b is None else b.float().contiguous() for b in biases)
-
-
-def _biases(gate_up: Tensor | None, down: Tensor | None) -> _Biases:
-    """Biases as the library takes them; the tensors must outlive the result."""
     given = [b for b in (gate_up, down) if b is not None]
-    addresses = (None if b is None else b.data_ptr() for b in (gate_up, down))
-    return _Biases(*addresses, bool(given) and given[0].dtype == torch.bfloat16)
+    if not given:
+        return _NO_BIASES, ()
+    half = all(b.dtype == torch.bfloat16 for b in given)
+    kept = tuple(b.contiguous() if half else b.float().contiguous() for b in given)
+    first = None if gate_up is None else kept[0].data_ptr()
+    second = None if down is None else kept[-1].data_ptr()
+    return _Biases(first, second, half), kept
 
 
 def embedding(
