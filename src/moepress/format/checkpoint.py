@@ -275,7 +275,7 @@ def quantization_config(
 
 def finish_folder(
     out: Path,
-    source_config: Path,
+    config: Mapping[str, Any],
     companions: Iterable[Path],
     quantization: Mapping[str, Any],
     shards: Iterable[Path],
@@ -283,7 +283,7 @@ def finish_folder(
     """Write the index, the companion files and, last of all, config.json.
 
     Args:
-        source_config: config.json of the original model.
+        config: fields of the original model's config.json.
         companions: files of the original model to copy.
         quantization: the `quantization_config` to add to the config.
         shards: the files of tensors in `out`.
@@ -297,7 +297,6 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in companions:
         write_atomically(out / path.name, partial(_copy, path))
-    config = load_json(source_config)
     save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
 
 

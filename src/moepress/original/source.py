@@ -22,11 +22,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
 from moepress.original.conversion import Conversion
 from moepress.original.experts import ExpertWeights
 from moepress.original.folder import companions, opened, read_config, resolve, weight_files
+from moepress.original.ties import settle, untied_config
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -56,9 +58,10 @@ class Source:
         self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
-        self._conversion = Conversion.of(
-            self.model, self.folder, self.keys.keys(), self._needed, self.experts.values()
-        )
+        self._conversion = Conversion.of(self.model, self.folder, self.keys.keys())
+        self._ties = settle(self.model, self._conversion.made, self._equal)
+        stored = [name for name in self._needed if name not in self._ties.stored_as]
+        self._conversion.check(stored, self.experts.values())
 
     # Names, shapes and roles of the tensors
 
@@ -164,9 +167,8 @@ class Source:
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
         """Every tensor that the checkpoint must provide; a tied one only once."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = self.model.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if name not in tied}
+        return {name: value for name, value in state.items() if name not in self._ties.tied}
 
     def shape(self, name: str) -> torch.Size:
         return self._needed[name].shape
@@ -180,6 +182,11 @@ class Source:
         module: nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
         return module
 
+    def config_json(self) -> dict[str, Any]:
+        """The fields of config.json; they say of tied parameters what the checkpoint says."""
+        read = load_json(self.folder / "config.json")
+        return untied_config(read) if self._ties.untied else read
+
     def companions(self) -> list[Path]:
         """The tokenizer, generation and licence files that a copy of this model needs."""
         return companions(self.folder)
@@ -188,7 +195,8 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter or buffer that is not a routed expert, on the device."""
-        return self._converted(name, None)[name]
+        stored = self._ties.stored_as.get(name, name)
+        return self._converted(stored, None)[stored]
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         """The weights of expert `index` of a decoder layer; no other expert is read.
@@ -332,6 +340,11 @@ class Source:
                 f"Cannot read {key} from {self.keys[key]}: {error}. Fetch the file again."
             ) from error
 
+    def _equal(self, *names: str) -> bool:
+        """Whether two parameters are equal in the checkpoint."""
+        first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
+        return torch.equal(first, second)
+
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
@@ -360,8 +373,7 @@ class Source:
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
 
-    On such CPUs a product of 16-bit numbers takes about eight times as long as one of float32
-    (docs/log.md#float32-on-cpus).
+    There a product of 16-bit numbers takes about eight times as long (docs/log.md#float32-on-cpus).
     """
     native = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
