@@ -83,10 +83,10 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
     """
     parts = _parts(source.model)
     for name in source.all_names:
-        yield parts.get(name, REST), source.nbytes(name), source.nbytes(name)
+        yield parts.get(name, REST), source.nbytes(name), source.disk_bytes(name)
     for experts in source.experts.values():
-        size = experts.weights * source.dtype.itemsize
-        yield ROUTED, size, size
+        stored = sum(source.disk_bytes(name) for name in experts.parameters)
+        yield ROUTED, experts.weights * source.dtype.itemsize, stored
 
 
 def _skeleton(folder: Path) -> Any:
