@@ -153,6 +153,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     machine = Machine(
         request.source.device,
         request.source.dtype,
+        request.source.codes,
         request.source.compute_dtype,
         task.shape,
         task.length,
@@ -165,8 +166,8 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     left = shares_left(out, len(task.shape.layers))
     base = psutil.Process().memory_info().rss
     peaks, disks = _peaks(task, plan, request)
-    model_bytes = task.shape.weights * task.shape.itemsize
-    unread = float(model_bytes)  # of the model's bytes that the system has not yet in memory
+    model_bytes = task.shape.disk_bytes
+    unread = model_bytes  # of the model's bytes that the system has not yet in memory
     fits = model_bytes < psutil.virtual_memory().available
     rows = []
     for name, work in counted.items():

@@ -185,6 +185,39 @@ def test_compressed_tensors_dequantizes_to_the_same(
         assert torch.equal(ours, theirs), key
 
 
+@pytest.mark.parametrize("kind", ["nvfp4-pack-quantized", "mxfp4-pack-quantized"])
+def test_fp4_of_compressed_tensors(tmp_path: Path, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (24, 32), generator=generator, dtype=torch.uint8)
+    stored = {"weight_packed": codes}
+    if kind == "nvfp4-pack-quantized":
+        scale = 1 + 7 * torch.rand(24, 4, generator=generator)
+        stored["weight_scale"] = scale.to(torch.float8_e4m3fn)
+        stored["weight_global_scale"] = torch.tensor([37.0])
+        each = stored["weight_scale"].float() / 37
+    else:
+        exponents = torch.randint(110, 130, (24, 2), generator=generator)
+        stored["weight_scale"] = exponents.to(torch.uint8)
+        each = torch.exp2(exponents - 127.0)
+    save_file({f"a.{key}": value for key, value in stored.items()}, tmp_path / "a.safetensors")
+    declared = copies.compressed_tensors_config(kind, [])
+    checkpoint = Checkpoint.of([tmp_path / "a.safetensors"], parse_quantization(declared, tmp_path))
+    found = checkpoint.read("a.weight", None, torch.bfloat16, torch.device("cpu"))
+    numbers = copies.fp4_values(torch.stack([codes & 15, codes >> 4], -1).flatten(1).long())
+    spread = each.repeat_interleave(64 // each.shape[1], 1)
+    assert torch.equal(found, (numbers * spread).bfloat16())
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+    except ImportError:
+        return
+    size, strategy = (16, "tensor_group") if kind.startswith("nvfp4") else (32, "group")
+    weights = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": size}
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = BaseCompressor.get_value_from_registry(kind)
+    assert torch.equal(found, compressor.decompress(stored, scheme)["weight"])
+
+
 def test_shards_may_part_codes_and_scales(model_folder: Folder, tmp_path: Path) -> None:
     quantized, plain = copy_of("fp8", model_folder, tmp_path, shard=7)
     assert len(list(quantized.glob("*.safetensors"))) > 5

@@ -29,6 +29,8 @@ from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
 from moepress.original.folder import companions, read_config, resolve, weight_files
 from moepress.original.quantized.config import read_quantization
+from moepress.original.quantized.forms import Form, Quantized
+from moepress.original.quantized.numbers import Numbers
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -46,6 +48,8 @@ class Source:
         CheckpointError: a file is missing, truncated or does not fit the model, or a tensor
             holds codes without scales.
     """
+
+    checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
     def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
         self.name = str(name)
@@ -178,12 +182,24 @@ class Source:
         """Stored bytes of a tensor that is not packed."""
         return self.shape(name).numel() * self.stored_dtype(name).itemsize
 
-    def disk_bytes(self, name: str) -> int:
-        """Bytes of the original's files for a parameter, routed experts included, with scales.
+    def forms(self, name: str) -> list[Form]:
+        """How the files hold the tensors that a parameter is made of.
 
-        Of parameters that one converter makes together, the first counts them all.
+        Those of parameters that one converter makes together belong to the first of them.
         """
-        return sum(self.checkpoint.nbytes(p.key) for p in self._conversion.pieces.get(name, ()))
+        return [self.checkpoint.forms[p.key] for p in self._conversion.pieces.get(name, ())]
+
+    def disk_bytes(self, name: str) -> int:
+        """Bytes of the original's files for a parameter, routed experts included, with scales."""
+        return sum(form.nbytes for form in self.forms(name))
+
+    @property
+    def codes(self) -> Numbers | None:
+        """How routed experts are quantized in the files; None: they are not."""
+        if not self.checkpoint.quantized:
+            return None
+        (first, *_) = self.forms(self.one_layer_of_experts.parameters[0])
+        return first.numbers if isinstance(first, Quantized) else None
 
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
@@ -218,6 +234,10 @@ class Source:
                 f"{shapes[1]}. Fetch the model again."
             )
         return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
+
+    def fused(self, name: str) -> Tensor:
+        """A parameter of all routed experts of a layer, in the dtype of the computation."""
+        return self._for_computing(self._converted(name, None)[name])
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""

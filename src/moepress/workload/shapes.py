@@ -66,7 +66,9 @@ class ModelShape:
     heads: int
     head: int  # size of a head
     outside: int  # weights outside the layers: embedding, head, norms
-    itemsize: int  # bytes of a weight on disk
+    itemsize: int  # bytes of a weight in the model's dtype
+    expert_disk: float  # bytes of a routed expert's weight on disk, with scales if it has them
+    other_disk: float  # the same for all other weights
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
 
     @classmethod
@@ -75,6 +77,7 @@ class ModelShape:
         one = source.one_layer_of_experts
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         head = int(getattr(config, "head_dim", None) or one.hidden // heads)
+        expert_disk, other_disk = _disk_itemsizes(source)
         return cls(
             layers=tuple(
                 Layer(
@@ -93,6 +96,8 @@ class ModelShape:
             head=head,
             outside=sum(source.shape(name).numel() for name in source.names(None)),
             itemsize=source.dtype.itemsize,
+            expert_disk=expert_disk,
+            other_disk=other_disk,
             compute_itemsize=source.compute_dtype.itemsize,
         )
 
@@ -123,6 +128,12 @@ class ModelShape:
         return self.outside + inside + self.moe_layers * self.experts * self.expert_weights
 
     @property
+    def disk_bytes(self) -> float:
+        """Bytes of the model's weights on disk."""
+        experts = self.moe_layers * self.experts * self.expert_weights
+        return experts * self.expert_disk + (self.weights - experts) * self.other_disk
+
+    @property
     def moe_layers(self) -> int:
         """Number of layers with routed experts."""
         return sum(layer.has_experts for layer in self.layers)
@@ -130,3 +141,17 @@ class ModelShape:
     def expert_tokens(self, tokens: int) -> int:
         """Tokens of one expert if all experts are chosen equally often."""
         return -(-tokens * self.experts_per_token // self.experts)
+
+
+def _disk_itemsizes(source: Source) -> tuple[float, float]:
+    """Bytes on disk of a weight: of a routed expert, and of any other tensor."""
+    if not source.checkpoint.quantized:
+        return source.dtype.itemsize, source.dtype.itemsize
+    weights = sum(experts.weights for experts in source.experts.values())
+    stored = sum(
+        source.disk_bytes(name)
+        for experts in source.experts.values()
+        for name in experts.parameters
+    )
+    others = sum(source.shape(name).numel() for name in source.all_names)
+    return stored / weights, sum(map(source.disk_bytes, source.all_names)) / others

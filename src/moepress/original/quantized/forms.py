@@ -123,7 +123,7 @@ class Quantized:
         index = self.rows.index(length).to(device)
         blocks = self.rows.count(length)
         first = torch.arange(count, device=device)[:, None] * blocks
-        value = _products(
+        value = products(
             codes.reshape(count * length, -1),
             self.numbers,
             scale,
@@ -194,7 +194,7 @@ class Quantized:
             )
 
 
-def _products(
+def products(
     codes: Tensor,
     numbers: Numbers,
     scale: Tensor,
