@@ -15,6 +15,7 @@ import moepress
 from moepress.compress import compress
 from moepress.estimate import estimate
 from moepress.evaluate import evaluate
+from moepress.original.on_disk import expert_codes
 from moepress.original.quantized.numbers import packed_int
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
@@ -80,8 +81,8 @@ def test_an_estimate_reads_the_bytes_on_disk(
 
 def test_an_estimate_times_the_codes_of_the_experts(model_folder: Folder, tmp_path: Path) -> None:
     quantized, plain = copy_of("int4", model_folder, tmp_path)
-    assert Source(quantized).codes == packed_int(4)
-    assert Source(plain).codes is None
+    assert expert_codes(Source(quantized)) == packed_int(4)
+    assert expert_codes(Source(plain)) is None
 
 
 def test_a_quantized_original_is_evaluated_and_writes_text(

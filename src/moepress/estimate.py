@@ -26,6 +26,7 @@ from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, is_compressed, shard_name
 from moepress.format.journal import layer_file
+from moepress.original.on_disk import expert_codes
 from moepress.original.sizes import byte_unit
 from moepress.progress import announce
 from moepress.recipe import Recipe
@@ -153,7 +154,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     machine = Machine(
         request.source.device,
         request.source.dtype,
-        request.source.codes,
+        expert_codes(request.source),
         request.source.compute_dtype,
         task.shape,
         task.length,

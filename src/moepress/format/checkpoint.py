@@ -277,7 +277,7 @@ def quantization_config(
 
 def finish_folder(
     out: Path,
-    source_config: Path,
+    config: Mapping[str, Any],
     companions: Iterable[Path],
     quantization: Mapping[str, Any],
     shards: Iterable[Path],
@@ -285,7 +285,7 @@ def finish_folder(
     """Write the index, the companion files and, last of all, config.json.
 
     Args:
-        source_config: config.json of the original model.
+        config: fields of the original model's config.json.
         companions: files of the original model to copy.
         quantization: the `quantization_config` to add to the config.
         shards: the files of tensors in `out`.
@@ -299,7 +299,7 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in companions:
         write_atomically(out / path.name, partial(_copy, path))
-    config = _without_quantization(load_json(source_config))
+    config = _without_quantization(config)
     save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
 
 

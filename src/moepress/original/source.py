@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
 from moepress.original.checkpoint import Checkpoint
@@ -29,8 +30,7 @@ from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
 from moepress.original.folder import companions, read_config, resolve, weight_files
 from moepress.original.quantized.config import read_quantization
-from moepress.original.quantized.forms import Form, Quantized
-from moepress.original.quantized.numbers import Numbers
+from moepress.original.ties import settle, untied_config
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -65,16 +65,12 @@ class Source:
         self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
-        self._conversion = Conversion.of(
-            self.model, self.folder, self.checkpoint.names, self._needed, self.experts.values()
-        )
-        floats = {name for name, value in self._needed.items() if value.is_floating_point()}
-        self.checkpoint.check(
-            piece.key
-            for name, pieces in self._conversion.pieces.items()
-            if name in floats
-            for piece in pieces
-        )
+        self._conversion = Conversion.of(self.model, self.folder, self.checkpoint.names)
+        self._ties = settle(self.model, self._conversion.made, self._equal)
+        stored = [name for name in self._needed if name not in self._ties.stored_as]
+        self._conversion.check(stored, self.experts.values())
+        floats = (name for name, value in self._needed.items() if value.is_floating_point())
+        self.checkpoint.check(key for name in floats for key in self.keys_of(name))
 
     # Names, shapes and roles of the tensors
 
@@ -171,9 +167,8 @@ class Source:
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
         """Every tensor that the checkpoint must provide; a tied one only once."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = self.model.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if name not in tied}
+        return {name: value for name, value in state.items() if name not in self._ties.tied}
 
     def shape(self, name: str) -> torch.Size:
         return self._needed[name].shape
@@ -182,29 +177,22 @@ class Source:
         """Stored bytes of a tensor that is not packed."""
         return self.shape(name).numel() * self.stored_dtype(name).itemsize
 
-    def forms(self, name: str) -> list[Form]:
-        """How the files hold the tensors that a parameter is made of.
+    def keys_of(self, name: str) -> list[str]:
+        """Names in the checkpoint of what a parameter is made of, routed experts included.
 
         Those of parameters that one converter makes together belong to the first of them.
         """
-        return [self.checkpoint.forms[p.key] for p in self._conversion.pieces.get(name, ())]
-
-    def disk_bytes(self, name: str) -> int:
-        """Bytes of the original's files for a parameter, routed experts included, with scales."""
-        return sum(form.nbytes for form in self.forms(name))
-
-    @property
-    def codes(self) -> Numbers | None:
-        """How routed experts are quantized in the files; None: they are not."""
-        if not self.checkpoint.quantized:
-            return None
-        (first, *_) = self.forms(self.one_layer_of_experts.parameters[0])
-        return first.numbers if isinstance(first, Quantized) else None
+        return [piece.key for piece in self._conversion.pieces.get(name, ())]
 
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
         module: nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
         return module
+
+    def config_json(self) -> dict[str, Any]:
+        """The fields of config.json; they say of tied parameters what the checkpoint says."""
+        read = load_json(self.folder / "config.json")
+        return untied_config(read) if self._ties.untied else read
 
     def companions(self) -> list[Path]:
         """The tokenizer, generation and licence files that a copy of this model needs."""
@@ -214,7 +202,8 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter or buffer that is not a routed expert, on the device."""
-        return self._converted(name, None)[name]
+        stored = self._ties.stored_as.get(name, name)
+        return self._converted(stored, None)[stored]
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         """The weights of expert `index` of a decoder layer; no other expert is read.
@@ -350,6 +339,11 @@ class Source:
         """A tensor of the checkpoint, or row `expert` of it, dequantized, on the device."""
         return self.checkpoint.read(key, expert, self.dtype, self.device)
 
+    def _equal(self, *names: str) -> bool:
+        """Whether two parameters are equal in the checkpoint."""
+        first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
+        return torch.equal(first, second)
+
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
@@ -378,8 +372,7 @@ class Source:
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
 
-    On such CPUs a product of 16-bit numbers takes about eight times as long as one of float32
-    (docs/log.md#float32-on-cpus).
+    There a product of 16-bit numbers takes about eight times as long (docs/log.md#float32-on-cpus).
     """
     native = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import Codec, codec_for
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, rotate
+from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.original.batches import LOGIT_TOKENS
 from moepress.original.finite import all_finite
 from moepress.original.quantized.config import BLOCK
@@ -25,7 +25,7 @@ from moepress.original.quantized.forms import products
 from moepress.original.quantized.numbers import Numbers
 from moepress.rounding.hessian import Factor
 from moepress.rounding.methods import quantize_matrix
-from moepress.rounding.methods.trellis import block_feedback
+from moepress.rounding.methods.trellis import block_feedback, path_values
 from moepress.rounding.methods.viterbi import search
 from moepress.workload import operations as op
 from moepress.workload.operations import Work
@@ -152,7 +152,7 @@ def _decode(machine: Machine, bits: int) -> float:
     rows, cols = machine.shape.gate_up
     size = max(64, min(rows, TOKENS) // 64 * 64), max(8, min(cols, COLUMNS) // 8 * 8)
     branches = torch.zeros(size, dtype=torch.uint8, device=machine.device)
-    return machine.seconds(lambda: code_matrix(branches, bits)) / branches.numel()
+    return machine.seconds(lambda: path_values(branches, bits)) / branches.numel()
 
 
 def _int(machine: Machine, bits: int) -> float:

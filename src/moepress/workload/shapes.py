@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moepress.allocation.tensors import experts_per_token
+from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
 
 
@@ -77,7 +78,7 @@ class ModelShape:
         one = source.one_layer_of_experts
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         head = int(getattr(config, "head_dim", None) or one.hidden // heads)
-        expert_disk, other_disk = _disk_itemsizes(source)
+        expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
                 Layer(
@@ -141,17 +142,3 @@ class ModelShape:
     def expert_tokens(self, tokens: int) -> int:
         """Tokens of one expert if all experts are chosen equally often."""
         return -(-tokens * self.experts_per_token // self.experts)
-
-
-def _disk_itemsizes(source: Source) -> tuple[float, float]:
-    """Bytes on disk of a weight: of a routed expert, and of any other tensor."""
-    if not source.checkpoint.quantized:
-        return source.dtype.itemsize, source.dtype.itemsize
-    weights = sum(experts.weights for experts in source.experts.values())
-    stored = sum(
-        source.disk_bytes(name)
-        for experts in source.experts.values()
-        for name in experts.parameters
-    )
-    others = sum(source.shape(name).numel() for name in source.all_names)
-    return stored / weights, sum(map(source.disk_bytes, source.all_names)) / others
