@@ -33,6 +33,8 @@ FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can exp
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
 QUANT_METHOD = "moepress"
+# Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
@@ -297,7 +299,17 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in companions:
         write_atomically(out / path.name, partial(_copy, path))
+    config = _without_quantization(config)
     save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a quantized original, which its dequantized weights do not have any more."""
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION_FIELDS
+    }
 
 
 def tensor_bytes(path: Path) -> int:

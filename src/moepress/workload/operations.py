@@ -204,6 +204,6 @@ def round_scalar(rows: int, cols: int, bits: int, group: int, feedback: bool) ->
     return Work({f"int {bits}": rows * cols}) + sweep(rows, cols, group)
 
 
-def load(weights: int, itemsize: int) -> Work:
+def load(weights: int, itemsize: float) -> Work:
     """Read weights from the model and convert them."""
     return Work({"load": weights, "read": weights * itemsize})
