@@ -42,7 +42,7 @@ def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor
             walk.advance(layer, routed and walk.experts_output(layer, routed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", record)
-        gradient = head_gradient(walk, seed)
+        gradient = head_gradient(walk, seed).states
     return torch.cat(drawn).view(ids.shape), gradient
 
 
