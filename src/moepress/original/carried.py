@@ -30,6 +30,7 @@ from moepress.original.batches import SHARE_IN_ORDER, empty
 Carried = dict[str, Tensor]
 
 RETURNED, SHARED, BLOCKS = "returned", "shared", "blocks"
+BEFORE_LAYERS = -1  # the number of no layer: what comes out of it is the input of layer 0
 BOUNDARY = "is_block_boundary"  # attribute of layers: the states in front of it join the blocks
 
 
@@ -165,7 +166,10 @@ def _shared_key(name: str) -> str | None:
 
 
 def states_between(layers: nn.ModuleList, carried: Carried) -> dict[int, Tensor]:
-    """The states after those layers whose outputs are among the carried values, by layer."""
+    """The states after those layers whose outputs are among the carried values, by layer.
+
+    The input of layer 0 counts as the output of layer BEFORE_LAYERS.
+    """
     boundaries = [i for i, layer in enumerate(layers) if getattr(layer, BOUNDARY, False)]
     blocks = carried.get(BLOCKS)
     if blocks is None:

@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from moepress.errors import NumericalError
 from moepress.original.batches import SHARE_IN_ORDER, batches, empty, logit_tokens
 from moepress.original.calls import Call, record_calls, replaced_forward, replaced_forwards
-from moepress.original.carried import Carried, CarriedCall, Gathered, states_between
+from moepress.original.carried import (
+    BEFORE_LAYERS,
+    Carried,
+    CarriedCall,
+    Gathered,
+    states_between,
+)
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.source import Source
 from moepress.progress import Progress
@@ -266,9 +272,12 @@ class Walk:
             return lambda _: known.get(number)
 
         with replaced_forwards(self.source.layers, give):
-            ids = self.ids[batch].to(self.source.device)
-            kept = {} if positions is None else {"logits_to_keep": positions.to(ids.device)}
-            logits: Tensor = self.source.model(input_ids=ids, use_cache=False, **kept).logits
+            given = {"input_ids": self.ids[batch].to(self.source.device)}
+            if BEFORE_LAYERS in known:  # the model uses them again after the last layer
+                given = {"inputs_embeds": known[BEFORE_LAYERS]}
+            if positions is not None:
+                given["logits_to_keep"] = positions.to(self.source.device)
+            logits: Tensor = self.source.model(**given, use_cache=False).logits
         return logits
 
     def run(
