@@ -277,15 +277,15 @@ def finish_folder(
     out: Path,
     source_config: Path,
     companions: Iterable[Path],
-    quantization: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
     shards: Iterable[Path],
 ) -> None:
     """Write the index, the companion files and, last of all, config.json.
 
     Args:
-        source_config: config.json of the original model.
-        companions: files of the original model to copy.
-        quantization: the `quantization_config` to add to the config.
+        source_config: config.json of the model that this one is made from.
+        companions: files of that model to copy.
+        quantization: the `quantization_config` of the config; None: it gets none.
         shards: the files of tensors in `out`.
     """
     weight_map: dict[str, str] = {}
@@ -298,7 +298,10 @@ def finish_folder(
     for path in companions:
         write_atomically(out / path.name, partial(_copy, path))
     config = load_json(source_config)
-    save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    save_json(out / "config.json", config)
 
 
 def tensor_bytes(path: Path) -> int:
