@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import finish_folder, packed_specs, save_tensors
+from moepress.format.checkpoint import finish_folder, load_json, packed_specs, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.kernels import reference
 from moepress.original.architectures import Experts, find_experts
@@ -59,7 +59,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
             progress.advance()
     finish_folder(
         out,
-        folder / "config.json",
+        load_json(folder / "config.json"),
         [path for path in companions(folder) if not path.name.startswith(OURS)],
         None,
         [out / path.name for path in files],
