@@ -7,10 +7,12 @@ emulated library.
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,34 +21,12 @@ from torch import Tensor
 from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels import cpu
 from moepress.rounding.methods import viterbi
+from tests.kernels import test_cpu, test_gate_cpu, test_trellis_cpu
 from tests.kernels.arm import run
 from tests.kernels.arm.emulated import EmulatedLibrary, emulated_library
-from tests.kernels.test_cpu import (  # noqa: F401
-    test_a_token_gets_the_same_bits_alone_and_in_any_batch,
-    test_a_token_that_is_not_finite_spoils_no_other_token,
-    test_an_expert_chosen_twice_counts_twice,
-    test_an_index_that_is_no_expert_contributes_nothing,
-    test_embedding_equals_the_reference_bit_by_bit,
-    test_every_activation,
-    test_experts,
-    test_linear,
-    test_linear_in_half_precision,
-    test_one_token_that_chooses_some_experts_more_often_than_others,
-    test_refusals_say_what_is_wrong,
-    test_views_and_bytes_at_odd_addresses,
-)
+from tests.kernels.gates import GATES, gated_call
 from tests.kernels.test_kernels import CODECS, make_case, random_packed
-from tests.kernels.test_trellis_cpu import (  # noqa: F401
-    experts_call,
-    test_a_token_depends_on_nothing_else,
-    test_wrong_bytes_are_refused,
-)
-from tests.kernels.test_trellis_cpu import (  # noqa: F401
-    test_a_token_that_is_not_finite_spoils_no_other_token as test_trellis_not_finite,
-)
-from tests.kernels.test_trellis_cpu import test_experts as test_trellis_experts  # noqa: F401
-from tests.kernels.test_trellis_cpu import test_linear as test_trellis_linear  # noqa: F401
-from tests.rounding.test_trellis import random_packed as random_trellis
+from tests.rounding import test_trellis
 
 FOLDER = Path(os.environ[run.BUILD])
 MODELS = {  # of QEMU: the instruction sets that the library finds there, best first
@@ -55,6 +35,12 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
 native_library = cpu._library
+OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
+    "test_a_forked_process_has_a_pool_of_its_own",
+    "test_as_torch_ops",
+    "test_several_python_threads_at_once",
+    "test_the_number_of_threads_changes_nothing",
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -84,7 +70,23 @@ def test_random_calls(name: str) -> None:
     assert done.stdout.count("60 rounds") == len(MODELS[name])
 
 
-# Viterbi's algorithm
+# Against the oracles
+
+
+def kernel_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
+    """The tests of a module with a fixture `isa`, by a name that tells the module too."""
+    module_name = module.__name__.rpartition(".")[2]
+    return {
+        f"{module_name}_{name.removeprefix('test_')}": test
+        for name, test in vars(module).items()
+        if name.startswith("test_")
+        and name not in OF_THIS_PROCESS
+        and "isa" in inspect.signature(test).parameters
+    }
+
+
+for module in (test_cpu, test_trellis_cpu, test_gate_cpu):
+    globals().update(kernel_tests(module))
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
@@ -96,6 +98,12 @@ def test_the_search_finds_the_paths_of_the_oracle(isa: str, bits: int, spread: f
     target[:, 64:96] *= 0.1
     target[0, :4] = torch.tensor([1e9, -1e9, 0.5 / viterbi.UNITS[bits], -300.0])
     assert torch.equal(viterbi.search(target, bits), viterbi.search_plainly(target, bits))
+
+
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_trellis_columns(isa: str, bits: int) -> None:
+    test_trellis.test_rounding_in_place(bits, 192)
+    test_trellis.test_values_of_branches(bits, (192, 72))
 
 
 # The same bits as on x86
@@ -114,47 +122,59 @@ def on_x86(isa: str, compute: Callable[[], Tensor]) -> Tensor:
         cpu._library = emulated
 
 
+Same = Callable[[Callable[[], Tensor]], bool]
+
+
 @pytest.fixture
-def x86(isa: str) -> Callable[[Callable[[], Tensor]], Tensor]:
-    if native_library().moepress_instruction_sets() == b"portable" and isa != "portable":
+def same(isa: str) -> Same:
+    """Whether a result is the same on this machine, bit by bit."""
+    if isa != "portable" and native_library().moepress_instruction_sets() == b"portable":
         pytest.skip("this CPU has no AVX2")
-    return lambda compute: on_x86(isa, compute)
+    return lambda compute: torch.equal(compute(), on_x86(isa, compute))
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
-def test_scalar_products(
-    x86: Callable[[Callable[[], Tensor]], Tensor], codec: Codec, activation_bits: int
-) -> None:
+def test_scalar_products(same: Same, codec: Codec, activation_bits: int) -> None:
+    packed = random_packed(37, 3 * codec.group_size, codec)
+    x = torch.randn(7, 3 * codec.group_size, generator=torch.Generator().manual_seed(0))
     for tokens in (1, 2, 7):
-        cols = 3 * codec.group_size
-        packed = random_packed(37, cols, codec)
-        x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
-        args = x, packed, None, 37, codec, activation_bits
-        assert torch.equal(cpu.linear(*args), x86(lambda args=args: cpu.linear(*args)))
+        args = x[:tokens], packed, None, 37, codec, activation_bits
+        assert same(lambda args=args: cpu.linear(*args))
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_trellis_products(
-    x86: Callable[[Callable[[], Tensor]], Tensor], bits: int, group: int, activation_bits: int
-) -> None:
+def test_trellis_products(same: Same, bits: int, group: int, activation_bits: int) -> None:
     codec = Codec(bits, group, "trellis")
-    for tokens in (1, 2, 7):
-        packed = random_trellis(130, 3 * group, codec)
-        x = torch.randn(tokens, 3 * group, generator=torch.Generator().manual_seed(tokens))
-        args = x, packed, None, 130, codec, activation_bits
-        assert torch.equal(cpu.linear(*args), x86(lambda args=args: cpu.linear(*args)))
+    packed = test_trellis.random_packed(130, 3 * group, codec)
+    x = torch.randn(21, 3 * group, generator=torch.Generator().manual_seed(0))
+    for tokens in (1, 2, 7, 21):
+        args = x[:tokens], packed, None, 130, codec, activation_bits
+        assert same(lambda args=args: cpu.linear(*args))
 
 
 @pytest.mark.parametrize("activation", sorted(set(cpu.ACTIVATIONS) - {"gelu"}))
-def test_experts_of_both_codecs(
-    x86: Callable[[Callable[[], Tensor]], Tensor], activation: str
-) -> None:
+def test_experts_of_both_codecs(same: Same, activation: str) -> None:
     """gelu calls the C library, whose erff is another on each architecture."""
     for call in (
         make_case(tokens=9, activation=activation).call(8),
-        experts_call(9, 96, 64, 32, activation, 8),
+        test_trellis_cpu.experts_call(9, 96, 64, 32, activation, 8),
     ):
-        assert torch.equal(cpu.experts(call), x86(lambda call=call: cpu.experts(call)))
+        assert same(lambda call=call: cpu.experts(call))
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_gates_and_biases(same: Same, family: str) -> None:
+    for gate in GATES.values():
+        call = gated_call(gate, family, biases=(True, True))
+        assert gate.activation == "gelu" or same(lambda call=call: cpu.experts(call))
+
+
+def test_dropped_choices(same: Same) -> None:
+    index = torch.randint(9, (50, 4), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
+    args = index, weights, torch.tensor([0.0, 0.3, 0.5, 0.9]), True, torch.arange(50) % 3 == 0, 9
+    for i in range(3):
+        assert same(lambda i=i: cpu.drop(*args)[i])
