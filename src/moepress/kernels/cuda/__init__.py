@@ -11,12 +11,13 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     codes.py                 activations as integer codes
     inputs.cu                inputs rotated and rounded (rounding.cuh); (token, choice) pairs sorted
                              by expert and cut into panels (routing.cuh)
-    gated.cu, gates.py       the gate of experts, with biases (gate.cuh); the same rounding
+    gated.cu                 the activation function of experts; the same rounding
+    gated_any.cu, gates.py   the same with biases, and any gate (gate.cuh)
     trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
                              products with few and with many tokens
     combine.cu               sums of splits and of experts, bias, dtype of the result
     grouped.py               very many tokens: weights decoded to bfloat16, and torch's products
-    dequantize.cu, grouped.cu  its kernels
+    dequantize.cu, grouped.cu, grouped_any.cu  its kernels
     embedding.cu, drop.cu    rows of a packed table; online pruning
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """

@@ -34,19 +34,18 @@ DEVICE void combine_experts(const float* out, int64_t splits, int64_t positions,
 #pragma unroll
                 for (int c = 0; c < 4; ++c) sum[j][c] += part[c];
             }
-        if constexpr (biased)
-            for (int j = 0; j < kAtOnce; ++j)
-                if (at[j] >= 0) {
-                    float part[4];
-                    load_numbers(bias, index[first + j] * cols + column, bias_dtype, part);
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) sum[j][c] += part[c];
-                }
+        for (int j = 0; j < kAtOnce; ++j) {
+            if (biased && at[j] >= 0) {
+                float part[4];
+                load_numbers(bias, index[first + j] * cols + column, bias_dtype, part);
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
+                for (int c = 0; c < 4; ++c) sum[j][c] += part[c];
+            }
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 if (at[j] >= 0) total[c] += w[j] * sum[j][c];
+        }
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) store_number(y, token * cols + column + c, dtype, total[c]);

@@ -1,5 +1,5 @@
 // Gates with options, and biases: what lies between the products of experts (kernels/gate.py). Plain
-// gates without biases have kernels of their own, which activation.cuh suffices for.
+// gates without biases have kernels of their own, in gated.cu and grouped.cu.
 #pragma once
 
 #include "activation.cuh"
@@ -29,7 +29,9 @@ struct Gate {
 
     // h of the first products g and u; u has no effect without a gate.
     DEVICE float operator()(float g, float u) const {
-        const float a = limits_output ? at_most(activated(g), limit) : activated(at_most(g, limit));
+        if (!limits_output) g = at_most(g, limit);
+        float a = activated(g);
+        if (limits_output) a = at_most(a, limit);
         if (!gated) return a;
         u = at_least(at_most(u, limit), -limit);
         return a * (softcap(u, up_softcap) + up_offset);

@@ -1,6 +1,5 @@
 // The steps before, between and after the products that torch makes, in bfloat16 (grouped.py).
 #include "activation.cuh"
-#include "gate.cuh"
 #include "rounding.cuh"
 #include "routing.cuh"
 
@@ -23,29 +22,6 @@ struct Gated {
     }
 };
 
-// The same with biases, and with any gate; columns of gate alone where there is no up.
-struct GatedAny {
-    const uint16_t* out;  // [positions][parts cols]
-    int64_t cols, first;  // of the intermediate columns
-    int64_t inner;        // all of them
-    Gate gate;
-    Biases biases;
-
-    template <int n>
-    DEVICE void load(int row, int column, float (&h)[n]) const {
-        const int64_t at = int64_t(row) * gate.parts() * cols + column;
-        float up[n] = {};
-        load_numbers(out, at, kBfloat16, h);
-        biases.add(row, first + column, h);
-        if (gate.gated) {
-            load_numbers(out, at + cols, kBfloat16, up);
-            biases.add(row, inner + first + column, up);
-        }
-#pragma unroll
-        for (int j = 0; j < n; ++j) h[j] = gate(h[j], up[j]);
-    }
-};
-
 // Of grouped_combine. `biased`: each choice adds the bias of its expert, index[t][j], inside its
 // weight.
 template <bool biased>
@@ -62,7 +38,7 @@ DEVICE void combine(const uint16_t* out, const int32_t* position, const void* we
         if (at < 0) continue;
         float part[4];
         load_numbers(out, at * cols + column, kBfloat16, part);
-        if constexpr (biased) {
+        if (biased) {
             float more[4];
             const int64_t row = index[token * k + j] * stride;
             load_numbers(bias, row + first + column, bias_dtype, more);
@@ -112,25 +88,6 @@ extern "C" __global__ void __launch_bounds__(256)
     using namespace moepress;
     begin();
     round_rows(Gated{out, cols, int(activation)}, int(blockIdx.x),
-               min(used[0], int(positions)),
-               Bfloats{h, nullptr, 1, inner, int(first), int(cols), int(run)});
-}
-
-// The same with biases [experts][parts I] (null: none) and with any gate, whose fields come last.
-// out [positions][parts cols]. `pair` and `index`: as in routing.cuh.
-extern "C" __global__ void __launch_bounds__(256)
-    moepress_grouped_gate_any(const uint16_t* out, int64_t positions, const int32_t* used,
-                              int64_t first, int64_t cols, int64_t run, uint16_t* h, int64_t inner,
-                              const void* bias, int64_t bias_dtype, const int32_t* pair,
-                              const int64_t* index, int64_t activation, int64_t gated,
-                              int64_t limits_output, float limit, float alpha, float up_offset,
-                              float gate_softcap, float up_softcap) {
-    using namespace moepress;
-    begin();
-    const Gate gate = {int(activation), gated != 0, limits_output != 0, limit, alpha, up_offset,
-                       gate_softcap, up_softcap};
-    const Biases biases = {bias, bias_dtype, gate.parts() * inner, pair, index};
-    round_rows(GatedAny{out, cols, first, inner, gate, biases}, int(blockIdx.x),
                min(used[0], int(positions)),
                Bfloats{h, nullptr, 1, inner, int(first), int(cols), int(run)});
 }

@@ -113,9 +113,7 @@ def experts(call: ExpertsCall, y: Tensor) -> None:
         grid = grid_of(positions, rows, run)
         if activation is None:
             options = gate_arguments(call, pair)
-            launcher.launch(
-                "moepress_grouped_gate_any", grid, 32 * WARPS, 0, (*given, *to, *options)
-            )
+            launcher.launch("moepress_grouped_any", grid, 32 * WARPS, 0, (*given, *to, *options))
         else:
             launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, 0, (*given, activation, *to))
 
