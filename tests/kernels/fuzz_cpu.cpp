@@ -229,16 +229,20 @@ void trellis_experts() {
 
 void trellis_search() {
     const int64_t rows = 64 * pick(1, 3);
-    Buffer<float> target = random_floats(8 * rows);
+    Buffer<float> target = random_floats(8 * rows), feedback = random_floats(8 * rows);
     const float spread = one_of({0.0f, 1.0f, 100.0f, 1e6f});  // of costs: equal to saturated
     for (int64_t i = 0; i < target.size; ++i) target.at[size_t(i)] *= spread;
     Buffer<uint8_t> branches(8 * rows);
     const int bits = int(pick(1, 4));
-    const int32_t result = moepress_trellis_search(target.get(), rows, bits, int(pick(1, 3)),
-                                                   branches.get());
+    const int32_t result = moepress_trellis_search(target.get(), pick(0, 1) ? feedback.get() : nullptr,
+                                                   rows, bits, int(pick(1, 3)), branches.get());
     expect(result == kOk, "trellis search: wrong result");
     for (int64_t i = 0; i < branches.size; ++i)
         expect(branches.at[size_t(i)] < 1 << bits, "trellis search: a branch out of range");
+    Buffer<float> values(8 * rows);
+    expect(moepress_trellis_values(branches.get(), rows, 8, bits, int(pick(1, 3)), values.get()) ==
+               kOk,
+           "trellis values: wrong result");
 }
 
 }  // namespace

@@ -22,9 +22,11 @@ From the C interface (moepress.h) down:
       activation_functions.h  gelu, silu and others; limits and softcaps of gates
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)
     lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, with or without VBMI2; AVX2,
-                              with or without VNNI; portable vectors
+                              with or without VNNI; NEON with dot products, with or without i8mm;
+                              portable vectors
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
-    dispatch.cpp              which instruction set runs on this CPU
+    dispatch.cpp              which instruction set runs on this CPU; arm_features.h: what ARM CPUs
+                              have
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     threads.h                 torch's OpenMP team, or a pool of our own
@@ -49,7 +51,7 @@ from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 
-INTERFACE = 7  # version of moepress.h
+INTERFACE = 8  # version of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -92,7 +94,8 @@ _SIGNATURES = {
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
         c_int32, c_int32, c_void_p,
     ),
-    "moepress_trellis_search": (c_void_p, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
 }  # fmt: skip
 
 
@@ -314,15 +317,46 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
+    _search(columns, None, bits, branches)
+    return branches
+
+
+def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+    """Round eight columns of one matrix as `rounding.methods.viterbi.round_together`, in place.
+
+    Args:
+        target, feedback: [8, 64 S] float32, contiguous.
+        branches: [8, 64 S] uint8, contiguous.
+    """
+    _search(target, feedback, bits, branches)
+
+
+def _search(target: Tensor, feedback: Tensor | None, bits: int, branches: Tensor) -> None:
     _call(
         "moepress_trellis_search",
-        columns.data_ptr(),
-        columns.shape[1],
+        target.data_ptr(),
+        None if feedback is None else feedback.data_ptr(),
+        target.shape[1],
         bits,
         torch.get_num_threads(),
         branches.data_ptr(),
     )
-    return branches
+
+
+def trellis_values(branches: Tensor, bits: int) -> Tensor:
+    """The values that branches [64 S, K] choose, `trellis.code_matrix`: [64 S, K] float32."""
+    given = branches.contiguous()
+    values = torch.empty(given.shape)
+    threads = torch.get_num_threads()
+    _call(
+        "moepress_trellis_values",
+        given.data_ptr(),
+        *given.shape,
+        bits,
+        threads,
+        values.data_ptr(),
+    )
+    return values
 
 
 def _call(name: str, *arguments: int | None) -> None:

@@ -93,9 +93,16 @@ MOEPRESS_API int32_t moepress_trellis_experts(
     const MoepressBiases* biases, int32_t activation_bits, int32_t threads, float* y);
 
 // branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in
-// units of code values (rounding/methods/viterbi.py). viterbi.cpp.
-MOEPRESS_API int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
-                                             int32_t threads, uint8_t* branches);
+// units of code values (rounding/methods/viterbi.py). `feedback` [8][rows] may be null. Else the
+// paths are for t = target + feedback; then target becomes t - values, and feedback the errors
+// target - values. viterbi.cpp.
+MOEPRESS_API int32_t moepress_trellis_search(float* target, float* feedback, int64_t rows,
+                                             int32_t bits, int32_t threads, uint8_t* branches);
+
+// values [rows][cols]: what `branches` [rows][cols] choose (kernels/trellis.py). rows is a multiple
+// of 64, cols of 8. trellis_values.cpp.
+MOEPRESS_API int32_t moepress_trellis_values(const uint8_t* branches, int64_t rows, int64_t cols,
+                                             int32_t bits, int32_t threads, float* values);
 
 // ---- Online pruning (drop.cpp) ------------------------------------------------------------------
 
