@@ -53,6 +53,7 @@ from moepress.errors import InputError
 from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
 from moepress.original.folder import read_config
 from moepress.original.source import Source, skeleton
+from moepress.original.ties import Ties
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
@@ -88,6 +89,8 @@ class Shape(Source):
         self.name, self.folder = folder.name, folder
         self.config, self.dtype = config, config.dtype
         self.model = skeleton(config, config.dtype)
+        tied = frozenset(getattr(self.model, "all_tied_weights_keys", None) or ())
+        self._ties = Ties(tied, stored_as={}, untied=False)
         self.layers = decoder_layers(self.model)
         try:
             self.experts = find_experts(self.model)
