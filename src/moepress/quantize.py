@@ -173,7 +173,8 @@ def quantize_layer(
     tensors = quantize_linears(source, linears, packed, rounding, inputs)
     for name in names:
         if name not in tensors:
-            tensors[name] = source.current(name).to("cpu", source.stored_dtype(name))
+            value = source.as_packed(layer, name, source.current(name))
+            tensors[name] = value.to("cpu", source.stored_dtype(name))
     if layer not in source.experts:
         walk.advance(layer, None)
         return tensors, None

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from moepress.blocks import adapt
+from moepress.blocks.layout import Part, padded_bias, padded_matrix
 from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
@@ -93,7 +95,8 @@ class Source:
 
     @property
     def hidden(self) -> int:
-        return self.one_layer_of_experts.hidden
+        """Size of the states between the layers. That of the experts' inputs may differ."""
+        return int(self.config.get_text_config().hidden_size)
 
     @cached_property
     def layer_paths(self) -> tuple[str, ...]:
@@ -159,7 +162,7 @@ class Source:
 
     @cached_property
     def _expert_names(self) -> set[str]:
-        return {name for experts in self.experts.values() for name in experts.parameters}
+        return {name for experts in self.experts.values() for name in experts.matrix_names}
 
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
@@ -197,17 +200,50 @@ class Source:
             CheckpointError: their shapes are not those of the config.
         """
         experts = self.experts[layer]
-        gate_up, down = (
-            self._converted(name, index)[name].squeeze(0) for name in experts.parameters
-        )
-        shapes = experts.gate_up_shape, experts.down_shape
+        form = experts.form
+        gate_up, down = (self._matrix(part, index) for part in (form.gate_up, form.down))
+        shapes = form.shapes
         if (tuple(gate_up.shape), tuple(down.shape)) != shapes:
             raise CheckpointError(
                 f"Expert {index} of {experts.path} has weights of {tuple(gate_up.shape)} and "
                 f"{tuple(down.shape)} in {self.folder}; its config says {shapes[0]} and "
                 f"{shapes[1]}. Fetch the model again."
             )
-        return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
+        inner, hidden = experts.down_shape[1], experts.gate_up_shape[1]
+        matrices = (
+            padded_matrix(gate_up, form.parts, inner, hidden),
+            padded_matrix(down, 1, hidden, inner),
+        )
+        biases = (
+            self._bias(form.gate_up, index, form.parts, inner),
+            self._bias(form.down, index, 1, hidden),
+        )
+        return ExpertWeights(
+            *map(self._for_computing, matrices),
+            *(None if bias is None else self._for_computing(bias) for bias in biases),
+        )
+
+    def _matrix(self, part: Part, index: int) -> Tensor:
+        """A matrix [N, K] of expert `index`, without padding."""
+        return part.matrix([self._rows(name, index, part.rows) for name in part.names])
+
+    def _bias(self, part: Part, index: int, parts: int, rows: int) -> Tensor | None:
+        """The bias [parts * rows] of a matrix of expert `index`, padded; None if it has none."""
+        if part.bias is None:
+            return None
+        return padded_bias(part.in_order(self._rows(part.bias, index, 1)[0], 0), parts, rows)
+
+    def _rows(self, name: str, index: int, rows: int) -> Tensor:
+        """What a parameter has of expert `index`: `rows` entries of its first dimension."""
+        return self._converted(name, index, rows)[name]
+
+    def as_packed(self, layer: int, name: str, value: Tensor) -> Tensor:
+        """A layer's tensor that is not packed, as the packed modules expect it.
+
+        Biases of the routed experts are put in the order of the packed rows.
+        """
+        biases = self.experts[layer].biases if layer in self.experts else {}
+        return biases[name].in_order(value, 1).contiguous() if name in biases else value
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
@@ -241,7 +277,8 @@ class Source:
     def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
         """Weights that were made on another stream: their memory is kept until this one is done."""
         for value in weights:
-            value.record_stream(torch.cuda.current_stream(self.device))
+            if value is not None:
+                value.record_stream(torch.cuda.current_stream(self.device))
         return weights
 
     @contextmanager
@@ -312,20 +349,22 @@ class Source:
             )
         return dtype  # type: ignore[no-any-return]  # config attributes are untyped
 
-    def _converted(self, name: str, expert: int | None) -> dict[str, Tensor]:
-        """The parameter `name`, or one expert's row, and others that its converter makes."""
-        made = self._conversion.convert(name, expert, self._read)
+    def _converted(self, name: str, expert: int | None, rows: int = 1) -> dict[str, Tensor]:
+        """The parameter `name`, or one expert's rows, and others that its converter makes."""
+        made = self._conversion.convert(name, expert, partial(self._read, rows=rows))
         return {key: self._finished(key, value) for key, value in made.items()}
 
-    def _read(self, key: str, expert: int | None) -> Tensor:
-        """A tensor of the checkpoint, or row `expert` of it, copied out of the mapped file.
+    def _read(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
+        """A tensor of the checkpoint, or the `rows` rows of an expert, copied out of the file.
 
         It is on the device.
         """
         try:
             with opened(self.keys[key]) as file:
-                rows = file.get_slice(key)
-                value: Tensor = rows[...] if expert is None else rows[expert : expert + 1]
+                whole = file.get_slice(key)
+                value: Tensor = (
+                    whole[...] if expert is None else whole[expert * rows : (expert + 1) * rows]
+                )
                 return value.clone() if self.device.type == "cpu" else value.to(self.device)
         except SafetensorError as error:
             raise CheckpointError(
@@ -385,4 +424,5 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         raise InputError(
             f"transformers has no causal LM for model type '{config.model_type}': {error}"
         ) from error
+    adapt(model)
     return model.eval()
