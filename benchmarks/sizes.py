@@ -51,7 +51,7 @@ from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.errors import InputError
-from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
+from moepress.original.architectures import decoder_layers, find_experts
 from moepress.original.folder import read_config
 from moepress.original.source import Source, skeleton
 from moepress.propose import SHARE
@@ -90,25 +90,7 @@ class Shape(Source):
         self.config, self.dtype = config, config.dtype
         self.model = skeleton(config, config.dtype)
         self.layers = decoder_layers(self.model)
-        try:
-            self.experts = find_experts(self.model)
-            self.refused = ""
-        except InputError as error:
-            self.experts = experts_of_any_form(self.model)
-            self.refused = str(error)
-
-
-def experts_of_any_form(model: Any) -> dict[int, Experts]:
-    """Describe experts that `find_experts` refuses as if they had the common layout."""
-    found = {}
-    for index, layer in enumerate(decoder_layers(model)):
-        for path, module in layer.named_modules():
-            if is_experts(module):
-                count, rows, cols = module.gate_up_proj.shape
-                rows, cols = (cols, rows) if module.is_transposed else (rows, cols)
-                where = f"model.layers.{index}.{path}"
-                found[index] = Experts(index, where, count, cols, rows // 2)
-    return found
+        self.experts = find_experts(self.model)
 
 
 class Model(NamedTuple):
@@ -137,8 +119,6 @@ def describe(name: str) -> Model:
         shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
         config, reasons = original_config(folder)
         source = Shape(folder, config)
-        if source.refused:
-            reasons.append("experts of another form")
         scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
         plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
     weights = sum(p.numel() for p in source.model.parameters())

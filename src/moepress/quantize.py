@@ -109,7 +109,7 @@ def quantize_tensors(
         out,
         source.folder / "config.json",
         source.companions(),
-        quantization_config(packed | expert_specs(source, plan), work),
+        quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
         [out / shard_name(layer) for layer in (None, *layers)],
     )
     shutil.rmtree(out / WORK)

@@ -15,7 +15,7 @@ from torch import nn
 
 from moepress.blocks import dbrx, jetmoe, llama4, longcat_flash
 
-ADAPTERS: Mapping[str, Callable[[Any], None]] = {  # by the name of the block's class in transformers
+ADAPTERS: Mapping[str, Callable[[Any], None]] = {  # by the name of transformers' class
     "DbrxFFN": dbrx.adapt,
     "JetMoeMoE": jetmoe.adapt,
     "Llama4TextMoe": llama4.adapt,

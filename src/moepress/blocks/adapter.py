@@ -7,7 +7,7 @@ checkpoint is read as before, and hooks, devices and `named_modules` are not tou
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from moepress.blocks.form import Form
 def changed(module: nn.Module, adapter: type[Any]) -> None:
     """Give a module the methods and attributes of an adapter. Safe to repeat."""
     if not isinstance(module, adapter):
-        module.__class__ = _mixed(type(module), adapter)
+        module.__class__ = _mixed(type(module), adapter)  # type: ignore[arg-type]  # classes have a hash
 
 
-@lru_cache(maxsize=64)
-def _mixed(kind: type[nn.Module], adapter: type[Any]) -> type[nn.Module]:
+@cache
+def _mixed(kind: Any, adapter: Any) -> type[nn.Module]:
     # The name stays, because transformers finds classes that must not be split by their names.
     return type(kind.__name__, (adapter, kind), {"__module__": kind.__module__})
 
@@ -32,7 +32,7 @@ def _mixed(kind: type[nn.Module], adapter: type[Any]) -> type[nn.Module]:
 class AdaptedExperts:
     """Experts with a plain gate and no biases, called by transformers' experts interface.
 
-    Subclasses have `moepress_form`, `matrices` and `act_fn`.
+    Subclasses have `moepress_form`, `matrices`, `act_fn` and `num_experts`.
     """
 
     has_gate = True
@@ -43,6 +43,7 @@ class AdaptedExperts:
     scales_input = False
 
     act_fn: Any
+    num_experts: Any  # E
 
     def moepress_form(self, path: str) -> Form:
         """The form of these experts, with parameter names below `path`."""
@@ -59,10 +60,9 @@ class AdaptedExperts:
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted output [N, H] of the chosen experts. Other indices contribute nothing."""
-        count = self.moepress_form("").experts
         total = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < count:
+        for expert in torch.unique(top_k_index).tolist():
+            if not 0 <= expert < self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
             weight = top_k_weights[token, place, None].to(hidden_states.dtype)

@@ -46,6 +46,17 @@ class Form:
         return self.experts * (self.parts + 1) * self.hidden * self.intermediate
 
     @property
+    def common(self) -> bool:
+        """Whether every format version has this form: gate and up, no biases, not padded.
+
+        The matrices of the class lie there as they are packed: [E, 2I, H] and [E, H, I].
+        """
+        plain = all(part == Part(part.names) for part in (self.gate_up, self.down))
+        single = len(self.gate_up.names) == 1 and self.gate_up.names[0].endswith(".gate_up_proj")
+        whole = self.packed_shapes == self.shapes
+        return plain and single and whole and self.gated and not self.scales_input
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of gate_up and of down, without padding."""
         rows = self.parts * self.intermediate
@@ -58,8 +69,17 @@ class Form:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds routed experts by transformers' experts interface, or adapted to it."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    """Whether a module holds routed experts by transformers' experts interface.
+
+    That is, it has the interface's attributes, from transformers or from an adapter, or the fused
+    parameters and the gate function of a class that has them without the decorator.
+    """
+    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        return True
+    fused = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    return hasattr(module, "_apply_gate") and all(
+        isinstance(parameter, Tensor) and parameter.dim() == 3 for parameter in fused
+    )
 
 
 def form_of(module: Any, path: str) -> Form:
@@ -71,23 +91,25 @@ def form_of(module: Any, path: str) -> Form:
     if hasattr(module, "moepress_form"):  # an adapter's
         form: Form = module.moepress_form(path)
         return form
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    shape = tuple(getattr(module, first).shape)
-    experts, rows, hidden = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
-    interleaved = module.has_gate and not getattr(module, "is_concatenated", True)
+    is_gated = bool(getattr(module, "has_gate", True))
+    transposed = bool(getattr(module, "is_transposed", False))
     biased = bool(getattr(module, "has_bias", False))
+    interleaved = is_gated and not getattr(module, "is_concatenated", True)
+    first = "gate_up_proj" if is_gated else "up_proj"
+    shape = tuple(getattr(module, first).shape)
+    experts, rows, hidden = (shape[0], shape[2], shape[1]) if transposed else shape
 
     def part(name: str, interleaved: bool = False) -> Part:
         bias = f"{path}.{name}_bias" if biased else None
-        return Part((f"{path}.{name}",), bias, bool(module.is_transposed), interleaved)
+        return Part((f"{path}.{name}",), bias, transposed, interleaved)
 
     return Form(
         experts=experts,
         hidden=hidden,
-        intermediate=rows // (2 if module.has_gate else 1),
+        intermediate=rows // (2 if is_gated else 1),
         gate_up=part(first, interleaved),
         down=part("down_proj"),
-        gated=bool(module.has_gate),
+        gated=is_gated,
         scales_input=bool(getattr(module, "scales_input", False)),
     )
 
@@ -98,7 +120,7 @@ def apply_gate(module: Any, first: Tensor) -> Tensor:
     Args:
         first: [..., R] outputs of gate and up, gate rows first, or of up alone.
     """
-    if not module.has_gate:
+    if not getattr(module, "has_gate", True):
         inner: Tensor = module.act_fn(first)
         return inner
     if not getattr(module, "is_concatenated", True):
@@ -107,9 +129,14 @@ def apply_gate(module: Any, first: Tensor) -> Tensor:
     return gated
 
 
+def is_normed(module: Any) -> bool:
+    """Whether a norm follows down in every expert."""
+    return bool(getattr(module, "has_post_expert_norm", False))
+
+
 def finish(module: Any, output: Tensor) -> Tensor:
     """The output [..., H] of an expert, from what down gives: a norm in the families with one."""
-    if getattr(module, "has_post_expert_norm", False):
+    if is_normed(module):
         normed: Tensor = module.post_expert_norm(output)
         return normed
     return output

@@ -33,9 +33,12 @@ class _Block:
 class _Experts(AdaptedExperts, nn.Module):
     """The experts of a `JetMoeMoE`: has no parameters, and reads those of the block."""
 
+    block: Any
+
     def __init__(self, block: Any) -> None:
         nn.Module.__init__(self)
         self.act_fn = block.activation
+        self.num_experts = len(block.output_linear.weight)
         self.__dict__["block"] = block  # not as a submodule: the block holds this module
 
     def moepress_form(self, path: str) -> Form:

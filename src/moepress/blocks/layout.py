@@ -2,7 +2,7 @@
 
 moepress computes with, and stores, experts in one form only:
 
-    gate_up [R, H]   gate rows first, then up rows (R = 2I); without a gate the up rows alone (R = I)
+    gate_up [R, H]   gate rows first, then up rows: R = 2I; without a gate only up rows: R = I
     down    [H, I]
     biases  [R] and [H], in the order of the rows
 
@@ -55,8 +55,25 @@ class Part:
         """Values with one entry per row of the matrix along `dim`, gate rows first."""
         if not self.interleaved:
             return values
-        pairs = values.unflatten(dim, (-1, 2))
-        return torch.cat([pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)], dim)
+        gate, up = torch.unflatten(values, dim, (-1, 2)).unbind(dim + 1)
+        return torch.cat([gate, up], dim)
+
+    def parameters(self, matrices: Tensor) -> dict[str, Tensor]:
+        """The parameters that hold matrices [E, N, K] of all experts: the inverse of `matrix`."""
+        if self.interleaved:
+            matrices = torch.stack(matrices.chunk(2, dim=1), dim=2).flatten(1, 2)
+        parts = matrices.chunk(len(self.names), dim=1)
+        parts = tuple(part.mT if self.transposed else part for part in parts)
+        return {
+            name: (part if self.flat is None else part.flatten(0, 1)).contiguous()
+            for name, part in zip(self.names, parts, strict=True)
+        }
+
+    def biases(self, values: Tensor) -> Tensor:
+        """The parameter that holds biases [E, N] in the order of the rows."""
+        if not self.interleaved:
+            return values
+        return torch.stack(values.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 
 def padded_matrix(matrix: Tensor, parts: int, rows: int, cols: int) -> Tensor:
@@ -68,7 +85,8 @@ def padded_matrix(matrix: Tensor, parts: int, rows: int, cols: int) -> Tensor:
     n, k = len(matrix) // parts, matrix.shape[1]
     if (n, k) == (rows, cols):
         return matrix
-    return F.pad(matrix.unflatten(0, (parts, n)), (0, cols - k, 0, rows - n)).flatten(0, 1)
+    apart = torch.unflatten(matrix, 0, (parts, n))
+    return F.pad(apart, (0, cols - k, 0, rows - n)).flatten(0, 1)
 
 
 def padded_bias(bias: Tensor, parts: int, rows: int) -> Tensor:
@@ -76,7 +94,7 @@ def padded_bias(bias: Tensor, parts: int, rows: int) -> Tensor:
     n = bias.shape[-1] // parts
     if n == rows:
         return bias
-    return F.pad(bias.unflatten(-1, (parts, n)), (0, rows - n)).flatten(-2)
+    return F.pad(torch.unflatten(bias, -1, (parts, n)), (0, rows - n)).flatten(-2)
 
 
 def widened(x: Tensor, cols: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Llama 4: every expert is called with all tokens, and the router's score scales its input.
 
-    y_t = sum over the chosen e of f_e(s_te x_t)        s_te = sigmoid of the router's logit
+y_t = sum over the chosen e of f_e(s_te x_t)        s_te = sigmoid of the router's logit
 """
 
 from __future__ import annotations

@@ -26,10 +26,14 @@ class _Block:
 
 
 class _Experts(AdaptedExperts):
-    """`LongcatFlashExperts`: gate_up_proj has entries for identity experts too, which are unused."""
+    """`LongcatFlashExperts`: gate_up_proj has entries for identity experts, which nothing uses."""
 
     gate_up_proj: Tensor
     down_proj: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.down_proj)
 
     def moepress_form(self, path: str) -> Form:
         experts, hidden, inner = self.down_proj.shape

@@ -131,9 +131,10 @@ class PackedSpec:
         if not self.bits:
             raise InputError("A packed tensor needs at least one matrix, got no code bits.")
         for bits in set(self.bits) - {LEFT_OUT}:
-            self._codec(bits)  # raises InputError if the width does not exist
+            self.codec(bits)  # raises InputError if the width does not exist
 
-    def _codec(self, bits: int) -> Codec:
+    def codec(self, bits: int) -> Codec:
+        """The codec of its matrices of a width."""
         return Codec(bits, self.group_size, self.family)
 
     @property
@@ -143,11 +144,11 @@ class PackedSpec:
         Raises:
             InputError: a matrix is left out.
         """
-        return tuple(map(self._codec, self.bits))
+        return tuple(map(self.codec, self.bits))
 
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
         """Offset in bytes of each [rows, cols] matrix, followed by the total number of bytes."""
-        sizes = {b: self._codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
+        sizes = {b: self.codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
         return (0, *accumulate(sizes.get(bits, 0) for bits in self.bits))
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
@@ -210,6 +211,6 @@ def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Cod
     if group is None:
         raise InputError(
             f"No group size up to {group_size} divides a row of {cols} weights. Expected rows of "
-            "a multiple of 32 weights: this model's experts cannot be packed."
+            "a multiple of 32 weights."
         )
     return Codec(bits, group, family)

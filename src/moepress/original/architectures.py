@@ -1,7 +1,7 @@
 """Where a model keeps its routed experts, and the roles of its other linears.
 
-Most families of transformers 5 share one interface for experts (docs/add-a-family.md): a module with
-fused parameters, called with (hidden [N, H], top_k_index [N, k], top_k_weights [N, k]). Such
+Most families of transformers 5 share one interface for experts (docs/add-a-family.md): a module
+with fused parameters, called with (hidden [N, H], top_k_index [N, k], top_k_weights [N, k]). Such
 modules are found by their attributes, never by model type (moepress.blocks), so a new family with
 this interface needs no change here. The roles of the other linears depend on their names: `ROLES`.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moepress.blocks import adapt
-from moepress.blocks.form import Form, form_of, is_experts
+from moepress.blocks.form import Form, form_of
+from moepress.blocks.form import is_experts as is_experts
 from moepress.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ ROLES: tuple[tuple[str, str | None], ...] = (
     (r"(^|\.)(mlp|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
     (r"", "attention"),  # every other linear mixes tokens: attention, linear attention, Mamba
 )
+
+
+class Bias(NamedTuple):
+    """The biases of one matrix of every expert, which are stored in the order of its rows."""
+
+    part: Part
+    parts: int  # matrices below each other in it: 2 for gate and up
+    rows: int  # of each of these, padded
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,11 @@ class Experts:
         return f"{self.path}.{self.form.first_name}", f"{self.path}.down_proj"
 
     @property
-    def biases(self) -> dict[str, Part]:
-        """The parameters [E, N] of biases, by name. They are stored in the order of the rows."""
-        parts = (self.form.gate_up, self.form.down)
-        return {part.bias: part for part in parts if part.bias is not None}
+    def biases(self) -> dict[str, Bias]:
+        """The parameters [E, N] of biases, by name."""
+        form, (hidden, inner) = self.form, self.down_shape
+        both = Bias(form.gate_up, form.parts, inner), Bias(form.down, 1, hidden)
+        return {bias.part.bias: bias for bias in both if bias.part.bias is not None}
 
     @property
     def matrix_names(self) -> tuple[str, ...]:
@@ -91,15 +101,42 @@ def decoder_layers(model: Any) -> Any:
     """The nn.ModuleList of decoder layers of a transformers causal LM.
 
     Raises:
-        InputError: the model has none where it is expected.
+        InputError: the model has none, or several lists.
     """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None:
+    found = model.get_decoder()
+    layers = getattr(found, "layers", None)
+    lists = [layers] if layers is not None else _lists_of_layers(found)
+    if len(lists) != 1:
         raise InputError(
-            f"{type(model).__name__} has no list of decoder layers where transformers' other "
-            "causal LMs have it (model.get_decoder().layers). This model cannot be walked."
+            f"{type(model).__name__} has {len(lists)} lists of decoder layers. Expected one, as in "
+            "transformers' other causal LMs (model.get_decoder().layers). This model cannot be "
+            "walked."
         )
-    return layers
+    return lists[0]
+
+
+def decoder(model: Any) -> Any:
+    """The part of a causal LM that makes states of tokens: all but the head."""
+    found = model.get_decoder()
+    if found is not model or getattr(model, "layers", None) is not None:
+        return found
+    layers = decoder_layers(model)
+    inside = [child for child in model.children() if layers in child.modules()]
+    return inside[0] if inside and inside[0] is not layers else found
+
+
+def _lists_of_layers(module: Any) -> list[Any]:
+    """The lists of decoder layers inside a module, by the class that layers have in common."""
+    from torch import nn
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [
+        part
+        for part in module.modules()
+        if isinstance(part, nn.ModuleList)
+        and len(part)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in part)
+    ]
 
 
 def find_experts(model: Any) -> dict[int, Experts]:

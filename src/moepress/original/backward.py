@@ -10,7 +10,9 @@ of the loss at y, h, w and x are
     1. run the layer with y as a leaf                        g_y = g_out * d(out)/dy
     2. run each expert on its tokens, y = sum_e w_e f_e(h)   g_h = sum_e w_e g_y * df_e/dh
                                                              g_w,e = <g_y, f_e(h)>
-       where w scales the input, y = sum_e f_e(w_e h)        g_h = sum_e w_e g_x, g_x = g_y * df_e/dx
+       where w scales the input, y = sum_e f_e(x), x = w_e h
+                                                             g_x = g_y * df_e/dx
+                                                             g_h = sum_e w_e g_x
                                                              g_w,e = <g_x, h>
     3. run the layer again with y as a constant;             g_x = g_out * d(out)/dx
        backpropagate from out, h and w                             + g_h * dh/dx + g_w * dw/dx

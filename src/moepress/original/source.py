@@ -25,7 +25,7 @@ from moepress.blocks import adapt
 from moepress.blocks.layout import Part, padded_bias, padded_matrix
 from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
-from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
+from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
 from moepress.original.conversion import Conversion
 from moepress.original.experts import ExpertWeights
 from moepress.original.folder import companions, opened, read_config, resolve, weight_files
@@ -92,6 +92,11 @@ class Source:
     def one_layer_of_experts(self) -> Experts:
         """The routed experts of the first layer that has them. All layers have equal shapes."""
         return next(iter(self.experts.values()))
+
+    @property
+    def has_common_experts(self) -> bool:
+        """Whether the experts of all layers have the form that every format version has."""
+        return all(experts.form.common for experts in self.experts.values())
 
     @property
     def hidden(self) -> int:
@@ -176,7 +181,17 @@ class Source:
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a tensor that is not packed."""
-        return self.shape(name).numel() * self.stored_dtype(name).itemsize
+        return self._stored_numel(name) * self.stored_dtype(name).itemsize
+
+    def _stored_numel(self, name: str) -> int:
+        """Number of elements of a tensor that is not packed; biases of experts are padded."""
+        shape = self.shape(name)
+        part = self._expert_biases.get(name)
+        return shape.numel() if part is None else shape[0] * part.parts * part.rows
+
+    @cached_property
+    def _expert_biases(self) -> dict[str, Bias]:
+        return {k: v for experts in self.experts.values() for k, v in experts.biases.items()}
 
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
@@ -214,10 +229,7 @@ class Source:
             padded_matrix(gate_up, form.parts, inner, hidden),
             padded_matrix(down, 1, hidden, inner),
         )
-        biases = (
-            self._bias(form.gate_up, index, form.parts, inner),
-            self._bias(form.down, index, 1, hidden),
-        )
+        biases = (self._bias(part, experts, index) for part in (form.gate_up, form.down))
         return ExpertWeights(
             *map(self._for_computing, matrices),
             *(None if bias is None else self._for_computing(bias) for bias in biases),
@@ -227,10 +239,11 @@ class Source:
         """A matrix [N, K] of expert `index`, without padding."""
         return part.matrix([self._rows(name, index, part.rows) for name in part.names])
 
-    def _bias(self, part: Part, index: int, parts: int, rows: int) -> Tensor | None:
-        """The bias [parts * rows] of a matrix of expert `index`, padded; None if it has none."""
+    def _bias(self, part: Part, experts: Experts, index: int) -> Tensor | None:
+        """The bias [R] or [H] of a matrix of expert `index`, padded; None if it has none."""
         if part.bias is None:
             return None
+        _, parts, rows = experts.biases[part.bias]
         return padded_bias(part.in_order(self._rows(part.bias, index, 1)[0], 0), parts, rows)
 
     def _rows(self, name: str, index: int, rows: int) -> Tensor:
@@ -240,10 +253,13 @@ class Source:
     def as_packed(self, layer: int, name: str, value: Tensor) -> Tensor:
         """A layer's tensor that is not packed, as the packed modules expect it.
 
-        Biases of the routed experts are put in the order of the packed rows.
+        Biases of the routed experts get the order of the packed rows, and their padding.
         """
         biases = self.experts[layer].biases if layer in self.experts else {}
-        return biases[name].in_order(value, 1).contiguous() if name in biases else value
+        if name not in biases:
+            return value
+        part, parts, rows = biases[name]
+        return padded_bias(part.in_order(value, 1), parts, rows).contiguous()
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
