@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -50,7 +49,6 @@ from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ROUNDED, ExpertScores
-from moepress.errors import InputError
 from moepress.original.architectures import decoder_layers, find_experts
 from moepress.original.folder import read_config
 from moepress.original.source import Source, skeleton
@@ -100,7 +98,6 @@ class Model(NamedTuple):
     weights: int
     cache: int  # bytes of the KV cache of TOKENS tokens
     folders: tuple[int, ...]  # bytes, for each of BUDGETS
-    refused: str  # why it cannot be compressed yet; "": it can
 
     def memory(self, folder: int) -> float:
         """Bytes of memory that a folder of this model needs to run."""
@@ -117,7 +114,7 @@ def describe(name: str) -> Model:
         folder = Path(temporary) / name
         folder.mkdir()
         shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
-        config, reasons = original_config(folder)
+        config = read_config(folder)
         source = Shape(folder, config)
         scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
         plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
@@ -125,23 +122,7 @@ def describe(name: str) -> Model:
     if abs(weights / PUBLISHED[name] / 1e9 - 1) > TOLERANCE:
         raise ValueError(f"{name} has {weights:,} weights, published are {PUBLISHED[name]}e9.")
     check_plans(plans)
-    return Model(
-        name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans), "; ".join(reasons)
-    )
-
-
-def original_config(folder: Path) -> tuple[Any, list[str]]:
-    """The configuration as if the weights were published in 16 bits, and why they cannot be read.
-
-    `read_config` decides whether the published weights can be read.
-    """
-    try:
-        return read_config(folder), []
-    except InputError:
-        fields = json.loads((folder / "config.json").read_text())
-        method = fields.pop("quantization_config")["quant_method"]
-        (folder / "config.json").write_text(json.dumps(fields))
-        return read_config(folder), [f"published in {method.upper()} only"]
+    return Model(name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans))
 
 
 def assumed_costs(scores: ExpertScores) -> ExpertScores:
@@ -197,8 +178,7 @@ def table(models: Sequence[Model], sizes: tuple[int, ...], memory: str) -> str:
         cells = [model.name, f"{2 * model.weights / GB:.0f} GB"]
         for folder in model.folders:
             cells += [f"{folder / GB:.1f} GB", smallest(sizes, model.memory(folder))]
-        cells.append(f"not yet: {model.refused}" if model.refused else "yes")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, 'yes'])} |")
     return "\n".join(lines)
 
 

@@ -107,7 +107,7 @@ def quantize_tensors(
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
     finish_folder(
         out,
-        source.folder / "config.json",
+        source.config_json(),
         source.companions(),
         quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
         [out / shard_name(layer) for layer in (None, *layers)],

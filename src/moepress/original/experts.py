@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,6 +26,11 @@ class ExpertWeights(NamedTuple):
     down: Tensor  # [H, I]
     gate_up_bias: Tensor | None = None  # [R]
     down_bias: Tensor | None = None  # [H]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ExpertWeights:
+        """The weights with a function applied to each tensor."""
+        biases = (b if b is None else function(b) for b in (self.gate_up_bias, self.down_bias))
+        return ExpertWeights(function(self.gate_up), function(self.down), *biases)
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moepress.blocks import adapt
-from moepress.blocks.layout import Part, padded_bias, padded_matrix
-from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.errors import InputError, NumericalError
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
+from moepress.original.checkpoint import Checkpoint
 from moepress.original.conversion import Conversion
+from moepress.original.dtypes import compute_dtype as compute_dtype
+from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
-from moepress.original.folder import companions, opened, read_config, resolve, weight_files
+from moepress.original.finite import all_finite
+from moepress.original.folder import companions, read_config, resolve, weight_files
+from moepress.original.quantized.config import read_quantization
+from moepress.original.ties import settle, untied_config
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -41,9 +46,13 @@ class Source:
         device: where weights are put when they are loaded.
 
     Raises:
-        InputError: no such model, not a Mixture of Experts, or already quantized.
-        CheckpointError: a file is missing, truncated or does not fit the model.
+        InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
+            read.
+        CheckpointError: a file is missing, truncated or does not fit the model, or a tensor
+            holds codes without scales.
     """
+
+    checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
     def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
         self.name = str(name)
@@ -53,25 +62,20 @@ class Source:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = read_config(self.folder)
         self.files = weight_files(self.folder)
-        self.dtype = self._dtype()  # of the weights on disk
+        self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
+        self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
         self.compute_dtype = compute_dtype(self.dtype, self.device)
         self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
-        self._conversion = Conversion.of(
-            self.model, self.folder, self.keys.keys(), self._needed, self.experts.values()
-        )
+        self._conversion = Conversion.of(self.model, self.folder, self.checkpoint.names)
+        self._ties = settle(self.model, self._conversion.made, self._equal)
+        stored = [name for name in self._needed if name not in self._ties.stored_as]
+        self._conversion.check(stored, self.experts.values())
+        floats = (name for name, value in self._needed.items() if value.is_floating_point())
+        self.checkpoint.check(key for name in floats for key in self.keys_of(name))
 
     # Names, shapes and roles of the tensors
-
-    @cached_property
-    def keys(self) -> dict[str, Path]:
-        """The file that holds each tensor of the checkpoint."""
-        found: dict[str, Path] = {}
-        for path in self.files:
-            with opened(path) as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,31 +176,38 @@ class Source:
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
         """Every tensor that the checkpoint must provide; a tied one only once."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = self.model.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if name not in tied}
+        return {name: value for name, value in state.items() if name not in self._ties.tied}
 
     def shape(self, name: str) -> torch.Size:
         return self._needed[name].shape
 
     def nbytes(self, name: str) -> int:
-        """Stored bytes of a tensor that is not packed."""
-        return self._stored_numel(name) * self.stored_dtype(name).itemsize
-
-    def _stored_numel(self, name: str) -> int:
-        """Number of elements of a tensor that is not packed; biases of experts are padded."""
-        shape = self.shape(name)
-        part = self._expert_biases.get(name)
-        return shape.numel() if part is None else shape[0] * part.parts * part.rows
+        """Stored bytes of a tensor that is not packed. Biases of experts are padded."""
+        shape, bias = self.shape(name), self._expert_biases.get(name)
+        count = shape.numel() if bias is None else shape[0] * bias.parts * bias.rows
+        return count * self.stored_dtype(name).itemsize
 
     @cached_property
     def _expert_biases(self) -> dict[str, Bias]:
         return {k: v for experts in self.experts.values() for k, v in experts.biases.items()}
 
+    def keys_of(self, name: str) -> list[str]:
+        """Names in the checkpoint of what a parameter is made of, routed experts included.
+
+        Those of parameters that one converter makes together belong to the first of them.
+        """
+        return [piece.key for piece in self._conversion.pieces.get(name, ())]
+
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
         module: nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
         return module
+
+    def config_json(self) -> dict[str, Any]:
+        """The fields of config.json; they say of tied parameters what the checkpoint says."""
+        read = load_json(self.folder / "config.json")
+        return untied_config(read) if self._ties.untied else read
 
     def companions(self) -> list[Path]:
         """The tokenizer, generation and licence files that a copy of this model needs."""
@@ -206,7 +217,8 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter or buffer that is not a routed expert, on the device."""
-        return self._converted(name, None)[name]
+        stored = self._ties.stored_as.get(name, name)
+        return self._converted(stored, None)[stored]
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         """The weights of expert `index` of a decoder layer; no other expert is read.
@@ -214,52 +226,19 @@ class Source:
         Raises:
             CheckpointError: their shapes are not those of the config.
         """
-        experts = self.experts[layer]
-        form = experts.form
-        gate_up, down = (self._matrix(part, index) for part in (form.gate_up, form.down))
-        shapes = form.shapes
-        if (tuple(gate_up.shape), tuple(down.shape)) != shapes:
-            raise CheckpointError(
-                f"Expert {index} of {experts.path} has weights of {tuple(gate_up.shape)} and "
-                f"{tuple(down.shape)} in {self.folder}; its config says {shapes[0]} and "
-                f"{shapes[1]}. Fetch the model again."
-            )
-        inner, hidden = experts.down_shape[1], experts.gate_up_shape[1]
-        matrices = (
-            padded_matrix(gate_up, form.parts, inner, hidden),
-            padded_matrix(down, 1, hidden, inner),
-        )
-        biases = (self._bias(part, experts, index) for part in (form.gate_up, form.down))
-        return ExpertWeights(
-            *map(self._for_computing, matrices),
-            *(None if bias is None else self._for_computing(bias) for bias in biases),
-        )
-
-    def _matrix(self, part: Part, index: int) -> Tensor:
-        """A matrix [N, K] of expert `index`, without padding."""
-        return part.matrix([self._rows(name, index, part.rows) for name in part.names])
-
-    def _bias(self, part: Part, experts: Experts, index: int) -> Tensor | None:
-        """The bias [R] or [H] of a matrix of expert `index`, padded; None if it has none."""
-        if part.bias is None:
-            return None
-        _, parts, rows = experts.biases[part.bias]
-        return padded_bias(part.in_order(self._rows(part.bias, index, 1)[0], 0), parts, rows)
+        return read_expert(self.experts[layer], index, self._rows).map(self._for_computing)
 
     def _rows(self, name: str, index: int, rows: int) -> Tensor:
         """What a parameter has of expert `index`: `rows` entries of its first dimension."""
         return self._converted(name, index, rows)[name]
 
     def as_packed(self, layer: int, name: str, value: Tensor) -> Tensor:
-        """A layer's tensor that is not packed, as the packed modules expect it.
+        """A layer's tensor that is not packed, as the packed modules expect it."""
+        return as_packed(self.experts.get(layer), name, value)
 
-        Biases of the routed experts get the order of the packed rows, and their padding.
-        """
-        biases = self.experts[layer].biases if layer in self.experts else {}
-        if name not in biases:
-            return value
-        part, parts, rows = biases[name]
-        return padded_bias(part.in_order(value, 1), parts, rows).contiguous()
+    def fused(self, name: str) -> Tensor:
+        """A parameter of all routed experts of a layer, in the dtype of the computation."""
+        return self._for_computing(self._converted(name, None)[name])
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
@@ -353,17 +332,16 @@ class Source:
         return value.to(self.compute_dtype) if value.dtype == self.dtype else value
 
     def _dtype(self) -> torch.dtype:
-        """The dtype of the config, or else of the first tensor on disk."""
+        """The dtype of the config, or else of the checkpoint."""
         dtype = getattr(self.config, "dtype", None)
-        if dtype is None:
-            with opened(self.files[0]) as file:
-                dtype = file.get_tensor(next(iter(file.keys()))).dtype
+        if dtype is None or dtype.itemsize == 1:  # some configs name the dtype of the codes
+            dtype = self.checkpoint.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
                 f"{self.name} holds {dtype} weights. Expected float32, bfloat16 or float16: give "
                 "the original model, not a quantized one."
             )
-        return dtype  # type: ignore[no-any-return]  # config attributes are untyped
+        return dtype
 
     def _converted(self, name: str, expert: int | None, rows: int = 1) -> dict[str, Tensor]:
         """The parameter `name`, or one expert's rows, and others that its converter makes."""
@@ -371,26 +349,18 @@ class Source:
         return {key: self._finished(key, value) for key, value in made.items()}
 
     def _read(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
-        """A tensor of the checkpoint, or the `rows` rows of an expert, copied out of the file.
+        """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
+        return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
 
-        It is on the device.
-        """
-        try:
-            with opened(self.keys[key]) as file:
-                whole = file.get_slice(key)
-                value: Tensor = (
-                    whole[...] if expert is None else whole[expert * rows : (expert + 1) * rows]
-                )
-                return value.clone() if self.device.type == "cpu" else value.to(self.device)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"Cannot read {key} from {self.keys[key]}: {error}. Fetch the file again."
-            ) from error
+    def _equal(self, *names: str) -> bool:
+        """Whether two parameters are equal in the checkpoint."""
+        first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
+        return torch.equal(first, second)
 
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise NumericalError(
                     f"{name} of {self.folder} contains NaN or infinite weights. Expected finite "
                     "numbers: the file is damaged or the model is broken; fetch it again."
@@ -410,22 +380,6 @@ class Source:
         if self.dtype == torch.float16:
             keep |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if any(part in name.split(".") for part in keep) else self.dtype
-
-
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
-
-    On such CPUs a product of 16-bit numbers takes about eight times as long as one of float32
-    (docs/log.md#float32-on-cpus).
-    """
-    native = {
-        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }
-    if device.type != "cpu" or dtype not in native:
-        return dtype
-    probes = (getattr(torch.cpu, name, None) for name in native[dtype])
-    return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moepress.allocation.tensors import experts_per_token
+from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
 
 
@@ -66,7 +67,9 @@ class ModelShape:
     heads: int
     head: int  # size of a head
     outside: int  # weights outside the layers: embedding, head, norms
-    itemsize: int  # bytes of a weight on disk
+    itemsize: int  # bytes of a weight in the model's dtype
+    expert_disk: float  # bytes of a routed expert's weight on disk, with scales if it has them
+    other_disk: float  # the same for all other weights
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
     projected: int | None = None  # size of the experts' inputs and outputs, padded; None: H
     parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
@@ -77,6 +80,7 @@ class ModelShape:
         one = source.one_layer_of_experts
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         head = int(getattr(config, "head_dim", None) or source.hidden // heads)
+        expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
                 Layer(
@@ -95,6 +99,8 @@ class ModelShape:
             head=head,
             outside=sum(source.shape(name).numel() for name in source.names(None)),
             itemsize=source.dtype.itemsize,
+            expert_disk=expert_disk,
+            other_disk=other_disk,
             compute_itemsize=source.compute_dtype.itemsize,
             projected=one.gate_up_shape[1],
             parts=one.form.parts,
@@ -130,6 +136,12 @@ class ModelShape:
         """Number of weights of the model."""
         inside = sum(layer.weights for layer in self.layers)
         return self.outside + inside + self.moe_layers * self.experts * self.expert_weights
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes of the model's weights on disk."""
+        experts = self.moe_layers * self.experts * self.expert_weights
+        return experts * self.expert_disk + (self.weights - experts) * self.other_disk
 
     @property
     def moe_layers(self) -> int:
