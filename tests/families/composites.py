@@ -79,9 +79,6 @@ COMPOSITES: Mapping[str, Composite] = {
         {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": CHOSEN},
         vision=SAM,
     ),
-    "diffusion_gemma": Composite(
-        CAUSAL["gemma4_text"] | {"enable_moe_block": DROP, "hidden_size_per_layer_input": DROP}
-    ),
     "dots3_note": Composite(
         CAUSAL["dots3_note_text"],
         vision={
