@@ -97,6 +97,12 @@ def padded_bias(bias: Tensor, parts: int, rows: int) -> Tensor:
     return F.pad(torch.unflatten(bias, -1, (parts, n)), (0, rows - n)).flatten(-2)
 
 
+def without_padding(matrices: Tensor, parts: int, rows: int, cols: int) -> Tensor:
+    """Matrices [E, parts * n, k] without the zeros that were added: [E, parts * rows, cols]."""
+    apart = torch.unflatten(matrices, 1, (parts, -1))
+    return apart[:, :, :rows, :cols].flatten(1, 2)
+
+
 def widened(x: Tensor, cols: int) -> Tensor:
     """Inputs [..., k] with columns of zeros added: [..., cols]. x itself if it has as many."""
     return x if x.shape[-1] == cols else F.pad(x, (0, cols - x.shape[-1]))

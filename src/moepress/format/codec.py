@@ -131,10 +131,9 @@ class PackedSpec:
         if not self.bits:
             raise InputError("A packed tensor needs at least one matrix, got no code bits.")
         for bits in set(self.bits) - {LEFT_OUT}:
-            self.codec(bits)  # raises InputError if the width does not exist
+            self._codec(bits)  # raises InputError if the width does not exist
 
-    def codec(self, bits: int) -> Codec:
-        """The codec of its matrices of a width."""
+    def _codec(self, bits: int) -> Codec:
         return Codec(bits, self.group_size, self.family)
 
     @property
@@ -144,7 +143,7 @@ class PackedSpec:
         Raises:
             InputError: a matrix is left out.
         """
-        return tuple(map(self.codec, self.bits))
+        return tuple(map(self._codec, self.bits))
 
     def codec(self, number: int) -> Codec:
         """The codec of one matrix.
@@ -156,7 +155,7 @@ class PackedSpec:
 
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
         """Offset in bytes of each [rows, cols] matrix, followed by the total number of bytes."""
-        sizes = {b: self.codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
+        sizes = {b: self._codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}
         return (0, *accumulate(sizes.get(bits, 0) for bits in self.bits))
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:

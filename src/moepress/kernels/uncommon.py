@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moepress import kernels
-from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.format.codec import PackedSpec
 from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedExperts
 from moepress.kernels.reference import slots_by_expert
@@ -117,8 +117,8 @@ class UncommonExperts(PackedExperts):
         specs = self.gate_up, self.down
         for name, spec, table, (rows, cols) in zip(names, specs, self._tables, shapes, strict=True):
             start, bits = table[expert].tolist()
-            assert bits != LEFT_OUT
-            packed = self.get_parameter(name)[start : start + spec.codec(bits).nbytes(rows, cols)]
+            codec = spec.codec(expert)
+            packed = self.get_parameter(name)[start : start + codec.nbytes(rows, cols)]
             bias = self._parameters[f"{name}_bias"]
             own_bias = None if bias is None else bias[expert].to(dtype)
             yield _product(packed, own_bias, rows, bits, spec, self.activation_bits)
