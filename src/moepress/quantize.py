@@ -110,7 +110,7 @@ def quantize_tensors(
         out,
         source.config_json(),
         source.companions(),
-        quantization_config(packed | expert_specs(source, plan), work),
+        quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
         [out / shard_name(layer) for layer in (None, *layers)],
     )
     shutil.rmtree(out / WORK)
@@ -174,7 +174,8 @@ def quantize_layer(
     tensors = quantize_linears(source, linears, packed, rounding, inputs)
     for name in names:
         if name not in tensors:
-            tensors[name] = source.current(name).to("cpu", source.stored_dtype(name))
+            value = source.as_packed(layer, name, source.current(name))
+            tensors[name] = value.to("cpu", source.stored_dtype(name))
     if layer not in source.experts:
         walk.advance(layer, None)
         return tensors, None

@@ -27,9 +27,7 @@ class Failure:
 
 
 COMPRESS, LOAD, PRUNE = "compress", "load", "prune"
-FORM = Failure("Supported: fused gate_up_proj")
 NO_EXPERTS = Failure("no routed experts in the form")
-NO_LAYERS = Failure("no list of decoder layers")
 NO_CAUSAL_LM = Failure("has no causal LM for model type")
 TUPLES = Failure("too many values to unpack")
 SPLIT = Failure("split_sizes")
@@ -38,12 +36,7 @@ CLASS = Failure("has no module model")
 
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
-    (COMPRESS, FORM): (
-        "aria_text", "beam", "deepseek_v4", "gpt_oss", "hy_v4", "inkling2_loop_text",
-        "inkling2_text", "minimax_m3_vl_text", "nemotron_h",
-    ),
-    (COMPRESS, NO_EXPERTS): ("doge", "jetmoe", "longcat_flash"),
-    (COMPRESS, NO_LAYERS): ("dbrx", "llama4", "llama4_text"),
+    (COMPRESS, NO_EXPERTS): ("doge",),
     (COMPRESS, TUPLES): ("glm_moe_dsa", "zaya"),
     (COMPRESS, SPLIT): ("lara_mini", "sarvam_moe"),
     (COMPRESS, STREAMS): ("qwen4_exp", "qwen4_exp_text"),
