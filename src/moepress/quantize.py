@@ -58,6 +58,7 @@ def quantize(
     *,
     device: str = "cpu",
     ids: Tensor | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the compressed model folder of a plan.
 
@@ -67,6 +68,7 @@ def quantize(
         out: folder to make. A stopped run is continued by the same call.
         device: where layers run, if `source` is a folder or hub id.
         ids: [S, L] calibration sequences; None: those that the plan's recipe asks for.
+        trust_remote_code: see `Source`.
 
     Returns:
         `out`, which transformers can open once moepress is imported.
@@ -76,7 +78,7 @@ def quantize(
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
-    source = source if isinstance(source, Source) else Source(source, device)
+    source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     ids = kept_ids(out / WORK, source, plan.recipe) if ids is None else ids
     return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)

@@ -36,6 +36,7 @@ from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.kernels.modules import PackedExperts, set_activation_bits
+from moepress.original.remote_code import config_of, is_remote
 from moepress.prune import Pruning, Strength, prune
 
 
@@ -155,6 +156,7 @@ def load_model(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
@@ -164,13 +166,17 @@ def load_model(
             Tensors go to a card straight from the files.
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
     """
     from transformers import AutoModelForCausalLM
 
     register()
+    remote = is_remote(config_of(folder, trust_remote_code))
     where = {} if device == "cpu" else {"device_map": {"": device}}
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=remote, **where
+        )
     model = model.eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)

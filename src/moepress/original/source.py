@@ -33,6 +33,7 @@ from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
 from moepress.original.folder import companions, read_config, resolve, weight_files
 from moepress.original.quantized.config import read_quantization
+from moepress.original.remote_code import is_remote
 from moepress.original.ties import settle, untied_config
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
@@ -44,6 +45,7 @@ class Source:
     Args:
         name: path of a folder, or a hub id to download (or find in the local cache).
         device: where weights are put when they are loaded.
+        trust_remote_code: run code in the model's folder, if transformers has no class for it.
 
     Raises:
         InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
@@ -54,13 +56,19 @@ class Source:
 
     checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
-    def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
         self.name = str(name)
+        self.trust_remote_code = trust_remote_code
         self.folder = resolve(name)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.config = read_config(self.folder)
+        self.config = read_config(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
         self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
         self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
@@ -389,7 +397,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=is_remote(config)
+            )
     except ValueError as error:
         raise InputError(
             f"transformers has no causal LM for model type '{config.model_type}': {error}"
