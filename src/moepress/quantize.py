@@ -58,6 +58,7 @@ def quantize(
     *,
     device: str = "cpu",
     ids: Tensor | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the compressed model folder of a plan.
 
@@ -67,6 +68,7 @@ def quantize(
         out: folder to make. A stopped run is continued by the same call.
         device: where layers run, if `source` is a folder or hub id.
         ids: [S, L] calibration sequences; None: those that the plan's recipe asks for.
+        trust_remote_code: see `Source`.
 
     Returns:
         `out`, which transformers can open once moepress is imported.
@@ -76,7 +78,7 @@ def quantize(
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
-    source = source if isinstance(source, Source) else Source(source, device)
+    source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     ids = kept_ids(out / WORK, source, plan.recipe) if ids is None else ids
     return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
@@ -110,7 +112,7 @@ def quantize_tensors(
         out,
         source.config_json(),
         source.companions(),
-        quantization_config(packed | expert_specs(source, plan), work),
+        quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
         [out / shard_name(layer) for layer in (None, *layers)],
     )
     shutil.rmtree(out / WORK)
@@ -179,7 +181,8 @@ def quantize_layer(
     tensors = quantize_linears(source, linears, packed, rounding, inputs)
     for name in names:
         if name not in tensors:
-            tensors[name] = source.current(name).to("cpu", source.stored_dtype(name))
+            value = source.as_packed(layer, name, source.current(name))
+            tensors[name] = value.to("cpu", source.stored_dtype(name))
     if layer not in source.experts:
         walk.advance(layer, None)
         return tensors, None

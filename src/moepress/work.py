@@ -25,6 +25,7 @@ from moepress.format.checkpoint import (
     save_tensors,
 )
 from moepress.format.journal import compare_identity
+from moepress.original.remote_code import is_remote, tokenizer_of
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
@@ -110,9 +111,7 @@ def keep_ids(folder: Path, ids: Tensor) -> None:
 
 
 def _tokenizer(source: Source) -> object:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.folder)
+    return tokenizer_of(source.folder, source.trust_remote_code)
 
 
 def _whole_model(source: Source) -> object:
@@ -124,7 +123,9 @@ def _whole_model(source: Source) -> object:
     if source.checkpoint.quantized:
         return whole_model(source)
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=source.compute_dtype, trust_remote_code=is_remote(source.config)
+        )
     return model.to(source.device)
 
 

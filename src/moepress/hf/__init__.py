@@ -12,6 +12,7 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -34,6 +36,7 @@ from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.kernels.modules import PackedExperts, set_activation_bits
+from moepress.original.remote_code import config_of, is_remote
 from moepress.prune import Pruning, Strength, prune
 
 
@@ -90,7 +93,8 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        is_bare = model.base_model is model  # AutoModel: no head, and paths without the prefix
+        # AutoModel: no head, and paths without the prefix
+        is_bare = model.base_model is model and model.get_output_embeddings() is None
         prefix = f"{model.base_model_prefix}." if is_bare else ""
         given: dict[str, PackedSpec] = self.quantization_config.specs()
         here = {p.removeprefix(prefix): s for p, s in given.items() if p.startswith(prefix)}
@@ -110,6 +114,21 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """transformers' conversions for a checkpoint, without those that its tensors had already.
+
+        A converter may take a name that the converted tensor has too, such as that of a head whose
+        padding it cuts off: on packed bytes it would do harm.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        kept = [
+            one
+            for one in weight_conversions
+            if not isinstance(one, WeightConverter)
+            or not any(re.search(p, name) for p in one.source_patterns for name in names)
+        ]
+        return list(super().update_weight_conversions(kept, model))
 
     def is_serializable(self) -> bool:
         return True
@@ -137,6 +156,7 @@ def load_model(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
@@ -146,13 +166,17 @@ def load_model(
             Tensors go to a card straight from the files.
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
     """
     from transformers import AutoModelForCausalLM
 
     register()
+    remote = is_remote(config_of(folder, trust_remote_code))
     where = {} if device == "cpu" else {"device_map": {"": device}}
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=remote, **where
+        )
     model = model.eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InputError
+from moepress.original.architectures import decoder
 from moepress.original.carried import stand_in_output, with_placeholders
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def record_calls(source: Source, ids: Tensor) -> list[Call]:
 
     numbers: list[int] = []
     with replaced_forwards(source.layers, keep):
-        source.model.get_decoder()(input_ids=ids.to(source.device), use_cache=False)
+        decoder(source.model)(input_ids=ids.to(source.device), use_cache=False)
     if numbers != list(range(len(source.layers))):
         raise InputError(
             f"{type(source.model).__name__} calls its layers in the order {numbers}. Expected each "

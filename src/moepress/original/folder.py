@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import QUANTIZATION_FIELDS
 from moepress.original.quantized.config import PARTS, read_quantization
+from moepress.original.remote_code import code_files, config_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,6 +23,8 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 
 def resolve(name: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the snapshot of a hub id.
+
+    Code that the model brings is fetched with it, and not run.
 
     Raises:
         InputError: there is no such folder, and the hub has no such model.
@@ -34,7 +37,9 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", *COMPANIONS]))
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.safetensors", "*.py", *COMPANIONS])
+        )
     except Exception as error:  # the hub client raises many types; each means: not available
         raise InputError(
             f"{name} is neither a local folder nor a model that can be fetched "
@@ -42,20 +47,23 @@ def resolve(name: str | Path) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model folder, of the model as it is once dequantized.
 
-    Raises:
-        InputError: there is none, transformers cannot read it, or the model is quantized in a way
-            that moepress does not read.
-    """
-    from transformers import AutoConfig
+    Args:
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
 
+    Raises:
+        InputError: there is none, transformers cannot read it, it needs code that is not trusted,
+            or the model is quantized in a way that moepress does not read.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a transformers model folder.")
     read_quantization(folder)  # before transformers, which knows fewer reasons
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = config_of(folder, trust_remote_code)
+    except InputError:
+        raise
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     for part in (config, *(getattr(config, name, None) for name in PARTS)):
@@ -95,8 +103,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The tokenizer, generation and licence files that a copy of the model needs."""
-    found = {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
+    """The tokenizer, generation, licence and code files that a copy of the model needs."""
+    found = set(code_files(folder))
+    found |= {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
     return sorted(p for p in found if p.name not in ("config.json", INDEX))
 
 

@@ -13,10 +13,12 @@ from moepress.original.source import Source
 
 def whole_model(source: Source) -> Any:
     """The causal LM of a source with all of its weights, in the dtype of the computation."""
-    whole = Source(source.name, source.device)  # whose skeleton nobody else walks through
+    whole = Source(
+        source.name, source.device, source.trust_remote_code
+    )  # whose skeleton nobody else walks through
     for prefix in (None, *whole.layer_paths):
         whole.load(prefix)
     for experts in whole.experts.values():
-        for name in experts.parameters:
+        for name in experts.matrix_names:
             whole.put(name, whole.fused(name))
     return whole.model
