@@ -52,6 +52,7 @@ from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.original.architectures import decoder_layers, find_experts
 from moepress.original.folder import read_config
 from moepress.original.source import Source, skeleton
+from moepress.original.ties import Ties
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
@@ -87,6 +88,8 @@ class Shape(Source):
         self.name, self.folder = folder.name, folder
         self.config, self.dtype = config, config.dtype
         self.model = skeleton(config, config.dtype)
+        tied = frozenset(getattr(self.model, "all_tied_weights_keys", None) or ())
+        self._ties = Ties(tied, stored_as={}, untied=False)
         self.layers = decoder_layers(self.model)
         self.experts = find_experts(self.model)
 
