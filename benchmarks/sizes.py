@@ -53,7 +53,8 @@ from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.errors import InputError
 from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
 from moepress.original.folder import read_config
-from moepress.original.source import Source, skeleton
+from moepress.original.skeleton import skeleton
+from moepress.original.source import Source
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
 from moepress.score import unmeasured

@@ -29,6 +29,7 @@ from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, s
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve, weight_files
 from moepress.original.sizes import PartBytes, bytes_by_part
+from moepress.original.skeleton import text_config
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -153,7 +154,7 @@ def evaluate(
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
-    windows.check_vocab(tokens, _vocab_size(folder))
+    windows.check_vocab(tokens, int(text_config(folder).vocab_size))
     selected = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))
@@ -241,7 +242,7 @@ def _predictions(
             walk.finish(progress)
         yield from walk.logits()
         return
-    slices = batches(ids, logit_tokens(_vocab_size(folder)))
+    slices = batches(ids, logit_tokens(int(model.config.get_text_config().vocab_size)))
     with Progress("packed", total=len(slices)) as progress:
         for batch in slices:
             with torch.inference_mode():  # ends before the yield, see Walk.logits
@@ -316,12 +317,6 @@ def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
 
 def _perplexity(loss: Tensor) -> float:
     return math.exp(loss.double().mean().item())
-
-
-def _vocab_size(folder: Path) -> int:
-    config = load_json(folder / "config.json")
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return int(size)
 
 
 def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:

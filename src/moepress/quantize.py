@@ -26,6 +26,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    copied_name,
     finish_folder,
     load_tensors,
     quantization_config,
@@ -48,6 +49,7 @@ from moepress.work import WORK, claim, identity, keep_ids, kept_ids
 # Keys of both walks' states in the work folder. "twin" is an older word for the original model; it
 # is kept because unfinished work on disk has it.
 STATES, ORIGINAL_STATES = "states", "twin"
+COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 
 
 def quantize(
@@ -101,6 +103,10 @@ def quantize_tensors(
     packed = tensors.specs(plan.linear_bits)
     if not (out / shard_name(None)).is_file():
         save_tensors(out / shard_name(None), outside_layers(source, packed))
+    copies = copied_shards(source)
+    for path, names in copies.items():
+        if not (out / path).is_file():
+            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
     if todo:
         _quantize_layers(source, plan, packed, ids, journal, out)
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
@@ -110,7 +116,7 @@ def quantize_tensors(
         source.folder / "config.json",
         source.companions(),
         quantization_config(packed | expert_specs(source, plan), work),
-        [out / shard_name(layer) for layer in (None, *layers)],
+        [out / name for name in (*map(shard_name, (None, *layers)), *copies)],
     )
     shutil.rmtree(out / WORK)
     return out
@@ -274,6 +280,22 @@ def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str
             value = _packed_bytes(quantize_matrix("rtn", value, codec, None))
         tensors[name] = value.to("cpu")
     return tensors
+
+
+def copied_shards(source: Source) -> dict[str, list[str]]:
+    """Names of a composite's copied tensors, by the file that stores them.
+
+    A file has at most COPIED_BYTES, or one tensor: they are in memory while it is written.
+    """
+    shards: dict[str, list[str]] = {}
+    size = COPIED_BYTES + 1  # a file is begun with the first tensor
+    for name in source.copied:
+        size += source.nbytes(name)
+        if size > COPIED_BYTES:
+            size = source.nbytes(name)
+            shards[copied_name(len(shards))] = []
+        shards[copied_name(len(shards) - 1)].append(name)
+    return shards
 
 
 def _packed_bytes(matrix: Matrix) -> Tensor:

@@ -25,6 +25,8 @@ from moepress.format.checkpoint import (
     save_tensors,
 )
 from moepress.format.journal import compare_identity
+from moepress.original.composite import language_model
+from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
@@ -68,7 +70,7 @@ def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
         recipe.seed,
         model=lambda: _whole_model(source),
     )
-    windows.check_vocab(tokens, source.config.get_text_config().vocab_size)
+    windows.check_vocab(tokens, source.text_config.vocab_size)
     return tokens.ids
 
 
@@ -116,13 +118,11 @@ def _tokenizer(source: Source) -> object:
 
 def _whole_model(source: Source) -> object:
     """The original model in memory, to sample text from it."""
-    from transformers import AutoModelForCausalLM
-
     from moepress.hf import no_progress_bars
 
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
-    return model.to(source.device)
+        model = open_folder(source.folder, dtype=source.compute_dtype)
+    return language_model(model.to(source.device))
 
 
 # The output folder

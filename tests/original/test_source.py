@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from moepress.compress import compress
 from moepress.errors import CheckpointError, InputError, NumericalError
-from moepress.original.source import Source, compute_dtype
+from moepress.original.dtypes import compute_dtype
+from moepress.original.source import Source
 from tests.conftest import FAMILIES, small_recipe
 
 Folder = Callable[..., Path]

@@ -227,6 +227,11 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
+def copied_name(number: int) -> str:
+    """File name of a shard of a composite's tensors outside its language model."""
+    return f"model-copied-{number:04d}.safetensors"
+
+
 def format_version(packed: Collection[PackedSpec]) -> int:
     """The lowest format version that can express these packed tensors."""
     if any(spec.family == "trellis" for spec in packed):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moepress.errors import InputError
+from moepress.original.composite import NOT_FOR_TEXT, decoder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,18 +68,21 @@ def decoder_layers(model: Any) -> Any:
     Raises:
         InputError: the model has none where it is expected.
     """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None:
-        raise InputError(
-            f"{type(model).__name__} has no list of decoder layers where transformers' other "
-            "causal LMs have it (model.get_decoder().layers). This model cannot be walked."
-        )
-    return layers
+    return decoder(model).layers
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds fused experts by transformers' experts interface."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def text_experts(layer: nn.Module) -> list[Any]:
+    """The modules of a decoder layer with fused experts that tokens of text choose."""
+    return [
+        module
+        for path, module in layer.named_modules()
+        if is_experts(module) and not NOT_FOR_TEXT.search(path)
+    ]
 
 
 def find_experts(model: Any) -> dict[int, Experts]:
@@ -90,7 +94,7 @@ def find_experts(model: Any) -> dict[int, Experts]:
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, Experts] = {}
     for index, layer in enumerate(decoder_layers(model)):
-        modules = [m for m in layer.modules() if is_experts(m)]
+        modules = text_experts(layer)
         if len(modules) > 1:
             raise InputError(
                 f"Layer {index} of {type(model).__name__} has {len(modules)} expert collections; "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from moepress.errors import CheckpointError, InputError
@@ -16,6 +18,17 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Files of a model that are copied along with it: tokenizer, generation config, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+
+# By the names of safetensors. Smaller dtypes belong to quantized models.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 
 
 def resolve(name: str | Path) -> Path:
@@ -89,6 +102,36 @@ def weight_files(folder: Path) -> list[Path]:
         with opened(path):
             pass
     return paths
+
+
+def tensor_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """The file that holds each tensor of a checkpoint, by the tensor's name."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        with opened(path) as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def dtype_on_disk(path: Path, name: str) -> torch.dtype | None:
+    """The dtype of a tensor in a safetensors file; None: none of 16 bits or more."""
+    with opened(path) as file:
+        return DTYPES.get(file.get_slice(name).get_dtype())
+
+
+def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
+    """A short hash of a model: of its config, and of the header and samples of every file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in paths:
+        with path.open("rb") as file:
+            header = file.read(8)
+            digest.update(header + file.read(int.from_bytes(header, "little")))
+            # Fine-tunes of one model have equal configs and headers; the samples differ.
+            size = path.stat().st_size
+            for place in range(16):
+                file.seek(max(0, size * place // 16 - 64))
+                digest.update(file.read(64))
+    return digest.hexdigest()[:16]
 
 
 def companions(folder: Path) -> list[Path]:

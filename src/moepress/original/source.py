@@ -8,7 +8,6 @@ Nothing larger is ever in memory.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,9 +23,21 @@ from torch import Tensor, nn
 from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
+from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
+from moepress.original.dtypes import compute_dtype
 from moepress.original.experts import ExpertWeights
-from moepress.original.folder import companions, opened, read_config, resolve, weight_files
+from moepress.original.folder import (
+    companions,
+    dtype_on_disk,
+    fingerprint,
+    opened,
+    read_config,
+    resolve,
+    tensor_files,
+    weight_files,
+)
+from moepress.original.skeleton import skeleton
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -54,6 +65,7 @@ class Source:
         self.dtype = self._dtype()  # of the weights on disk
         self.compute_dtype = compute_dtype(self.dtype, self.device)
         self.model = skeleton(self.config, self.compute_dtype)
+        self.language_model = language_model(self.model)  # the model itself, or inside it
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
         self._conversion = Conversion.of(
@@ -65,26 +77,17 @@ class Source:
     @cached_property
     def keys(self) -> dict[str, Path]:
         """The file that holds each tensor of the checkpoint."""
-        found: dict[str, Path] = {}
-        for path in self.files:
-            with opened(path) as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        return found
+        return tensor_files(self.files)
 
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of the config, and of the header and samples of the bytes of every file."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in self.files:
-            with path.open("rb") as file:
-                header = file.read(8)
-                digest.update(header + file.read(int.from_bytes(header, "little")))
-                # Fine-tunes of one model have equal configs and headers; the samples differ.
-                size = path.stat().st_size
-                for place in range(16):
-                    file.seek(max(0, size * place // 16 - 64))
-                    digest.update(file.read(64))
-        return digest.hexdigest()[:16]
+        return fingerprint(self.folder, self.files)
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model: of the model itself, or a part of a composite's."""
+        return decoder(self.model).config
 
     @property
     def one_layer_of_experts(self) -> Experts:
@@ -109,7 +112,10 @@ class Source:
         """Roles, "embedding" or "head", by parameter name. A tied tensor has both."""
         embedding, head = (
             f"{self._paths[id(module)]}.weight"
-            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            for module in (
+                self.language_model.get_input_embeddings(),
+                self.language_model.get_output_embeddings(),
+            )
         )
         if head not in self._needed:  # tied: one tensor, stored once
             return {embedding: ("embedding", "head")}
@@ -123,20 +129,48 @@ class Source:
         """Names of parameters and persistent buffers, except routed experts, in the model's order.
 
         Args:
-            prefix: a decoder layer's path; None: everything outside the decoder layers.
+            prefix: a decoder layer's path; None: everything of the language model that is outside
+                the decoder layers.
         """
         layers = tuple(path + "." for path in self.layer_paths)
         return [
             name
             for name in self._needed
             if name not in self._expert_names
-            and (name.startswith(prefix + ".") if prefix else not name.startswith(layers))
+            and (
+                name.startswith(prefix + ".")
+                if prefix
+                else not name.startswith(layers) and name not in self.copied
+            )
         ]
 
     @cached_property
+    def copied(self) -> dict[str, torch.dtype]:
+        """Dtypes on disk, by name, of a composite's tensors outside its language model.
+
+        They are stored unchanged.
+        """
+        return {
+            name: dtype_on_disk(self.keys[key], key) or self.dtype
+            for name in copied(self.model)
+            if name in self._needed
+            for key in self._conversion.sources(name)[:1]
+        }
+
+    @cached_property
     def all_names(self) -> tuple[str, ...]:
-        """Names of all tensors except routed experts: outside the layers, then layer by layer."""
-        return tuple(name for prefix in (None, *self.layer_paths) for name in self.names(prefix))
+        """Names of all tensors except routed experts.
+
+        First those outside the layers, then layer by layer, then those that are copied.
+        """
+        read = (name for prefix in (None, *self.layer_paths) for name in self.names(prefix))
+        return (*read, *self.copied)
+
+    @cached_property
+    def _beside(self) -> tuple[str, ...]:
+        """Names of copied tensors that are loaded for a text: all that are in no other model."""
+        others = other_models(self.model)
+        return tuple(name for name in self.copied if not is_inside(name, others))
 
     @cached_property
     def packable(self) -> tuple[Mapping[str, nn.Linear], ...]:
@@ -260,8 +294,11 @@ class Source:
             yield
 
     def load(self, prefix: str | None) -> None:
-        """Put the tensors `names(prefix)` into the skeleton; move its buffers to the device."""
-        for name in self.names(prefix):
+        """Put the tensors `names(prefix)` into the skeleton; move its buffers to the device.
+
+        Outside the layers also small parts of a composite, such as projectors.
+        """
+        for name in (*self.names(prefix), *(() if prefix else self._beside)):
             self.put(name, self._for_computing(self.tensor(name)))
         root = self.model.get_submodule(prefix) if prefix else self.model
         for module in root.modules():
@@ -271,8 +308,8 @@ class Source:
         self.model.tie_weights()
 
     def unload(self, prefix: str | None) -> None:
-        """Put meta tensors back in place of `names(prefix)`."""
-        for name in self.names(prefix):
+        """Put meta tensors back in place of what `load(prefix)` has put there."""
+        for name in (*self.names(prefix), *(() if prefix else self._beside)):
             self.put(name, self._needed[name])
         self.model.tie_weights()
 
@@ -301,7 +338,8 @@ class Source:
 
     def _dtype(self) -> torch.dtype:
         """The dtype of the config, or else of the first tensor on disk."""
-        dtype = getattr(self.config, "dtype", None)
+        configs = (self.config, self.config.get_text_config())
+        dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
         if dtype is None:
             with opened(self.files[0]) as file:
                 dtype = file.get_tensor(next(iter(file.keys()))).dtype
@@ -335,7 +373,7 @@ class Source:
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
-            if not torch.isfinite(value).all():
+            if name not in self.copied and not torch.isfinite(value).all():
                 raise NumericalError(
                     f"{name} of {self.folder} contains NaN or infinite weights. Expected finite "
                     "numbers: the file is damaged or the model is broken; fetch it again."
@@ -347,7 +385,10 @@ class Source:
         """The dtype of a tensor in the model and, if it is not packed, in a compressed folder.
 
         It is the model's dtype, or float32 for the few modules that transformers keeps in float32.
+        Copied tensors keep the dtype that they have on disk.
         """
+        if name in self.copied:
+            return self.copied[name]
         declared = self._needed[name].dtype if name in self._needed else self.dtype
         if not declared.is_floating_point:
             return declared
@@ -355,34 +396,3 @@ class Source:
         if self.dtype == torch.float16:
             keep |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if any(part in name.split(".") for part in keep) else self.dtype
-
-
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
-
-    On such CPUs a product of 16-bit numbers takes about eight times as long as one of float32
-    (docs/log.md#float32-on-cpus).
-    """
-    native = {
-        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }
-    if device.type != "cpu" or dtype not in native:
-        return dtype
-    probes = (getattr(torch.cpu, name, None) for name in native[dtype])
-    return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
-
-
-def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The causal LM of a config with its parameters on the meta device, in eval mode."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise InputError(
-            f"transformers has no causal LM for model type '{config.model_type}': {error}"
-        ) from error
-    return model.eval()

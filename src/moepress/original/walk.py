@@ -204,7 +204,7 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(batch, logits [b, L, V]) of the model's own norm and head, after the last layer."""
-        vocabulary = int(self.source.config.get_text_config().vocab_size)
+        vocabulary = int(self.source.text_config.vocab_size)
         with self.source.loaded(None):
             for batch in batches(self.ids, logit_tokens(vocabulary)):
                 # Leave inference mode before `yield`: two generators used in turns would leave it
@@ -231,7 +231,8 @@ class Walk:
         with replaced_forwards(self.source.layers, give):
             ids = self.ids[batch].to(self.source.device)
             kept = {} if positions is None else {"logits_to_keep": positions.to(ids.device)}
-            logits: Tensor = self.source.model(input_ids=ids, use_cache=False, **kept).logits
+            model = self.source.language_model
+            logits: Tensor = model(input_ids=ids, use_cache=False, **kept).logits
         return logits
 
     def run(self, layer: int, number: int, states: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedExperts
-from moepress.original.architectures import decoder_layers, is_experts
+from moepress.original.architectures import decoder_layers, text_experts
 from moepress.pruning.capture import capture_attention
 from moepress.pruning.importance import AttentionRecord, protected_tokens
 from moepress.pruning.rule import Pruning
@@ -29,9 +29,9 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     """
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
-        for module in layer.modules():
-            if isinstance(module, PackedExperts) or is_experts(module):
-                found[number] = layer, module
+        packed = [m for m in layer.modules() if isinstance(m, PackedExperts)]
+        for module in (*packed, *text_experts(layer)):
+            found[number] = layer, module
     strangers = sorted(pruning.thresholds.keys() - found.keys())
     if strangers:
         raise InputError(

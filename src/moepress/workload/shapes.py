@@ -71,7 +71,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
-        config = source.config.get_text_config()
+        config = source.text_config
         one = source.one_layer_of_experts
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         head = int(getattr(config, "head_dim", None) or one.hidden // heads)
@@ -87,7 +87,7 @@ class ModelShape:
             hidden=one.hidden,
             intermediate=one.intermediate,
             experts=one.experts,
-            experts_per_token=min(experts_per_token(source.config), one.experts),
+            experts_per_token=min(experts_per_token(source.text_config), one.experts),
             vocabulary=int(config.vocab_size),
             heads=heads,
             head=head,
