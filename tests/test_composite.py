@@ -17,7 +17,7 @@ from moepress.kernels.reference import dequantize
 from moepress.original.composite import language_model
 from moepress.original.folder import weight_files
 from moepress.original.skeleton import open_folder
-from tests.composites import COMPOSITES, IMAGES, make
+from tests.composites import COMPOSITES, make
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -67,7 +67,7 @@ def test_a_composite(
     packed = open_folder(out).eval()
     assert type(packed) is type(original)
     exact = unpacked(original, out)
-    prompt = IMAGES[family](torch.Generator().manual_seed(0))
+    prompt = COMPOSITES[family].image()
     texts = {"input_ids": torch.arange(2, 26)[None]}
     with torch.inference_mode(), kernels.only("reference"):
         for inputs in (texts, prompt):

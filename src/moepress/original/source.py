@@ -65,7 +65,6 @@ class Source:
         self.dtype = self._dtype()  # of the weights on disk
         self.compute_dtype = compute_dtype(self.dtype, self.device)
         self.model = skeleton(self.config, self.compute_dtype)
-        self.language_model = language_model(self.model)  # the model itself, or inside it
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
         self._conversion = Conversion.of(
@@ -84,9 +83,14 @@ class Source:
         """A short hash of the config, and of the header and samples of the bytes of every file."""
         return fingerprint(self.folder, self.files)
 
+    @cached_property
+    def language_model(self) -> Any:
+        """The part of the skeleton that reads token ids and returns logits, perhaps all of it."""
+        return language_model(self.model)
+
     @property
     def text_config(self) -> Any:
-        """The config of the language model: of the model itself, or a part of a composite's."""
+        """The config of the language model: the model's, or a part of a composite's."""
         return decoder(self.model).config
 
     @property
