@@ -10,6 +10,7 @@ states of the original model, so that weights can make up for the errors of earl
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -45,6 +46,8 @@ from moepress.rounding.linear import SharedInputs, linear_inputs, round_linear
 from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
+
+logger = logging.getLogger(__name__)
 
 # Keys of both walks' states in the work folder. "twin" is an older word for the original model; it
 # is kept because unfinished work on disk has it.
@@ -93,6 +96,7 @@ def quantize_tensors(
     }
     if claim(out, work):
         return out
+    tell_unused(source)
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
     folder = out / WORK / "quantize"
@@ -296,6 +300,16 @@ def copied_shards(source: Source) -> dict[str, list[str]]:
             shards[copied_name(len(shards))] = []
         shards[copied_name(len(shards) - 1)].append(name)
     return shards
+
+
+def tell_unused(source: Source) -> None:
+    """Say which tensors of the checkpoint are not in the compressed model."""
+    if source.unused:
+        logger.warning(
+            "%s has %d tensors that %s of transformers does not use, such as %s. They are left "
+            "out: the compressed model computes what transformers computes.",
+            source.name, len(source.unused), type(source.model).__name__, source.unused[0],
+        )  # fmt: skip
 
 
 def _packed_bytes(matrix: Matrix) -> Tensor:

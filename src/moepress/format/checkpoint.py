@@ -289,7 +289,7 @@ def finish_folder(
 
     Args:
         source_config: config.json of the original model.
-        companions: files of the original model to copy.
+        companions: files of the original model to copy, perhaps from subfolders.
         quantization: the `quantization_config` to add to the config.
         shards: the files of tensors in `out`.
     """
@@ -301,7 +301,7 @@ def finish_folder(
         total += tensor_bytes(path)
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in companions:
-        write_atomically(out / path.name, partial(_copy, path))
+        write_atomically(out / path.relative_to(source_config.parent), partial(_copy, path))
     config = load_json(source_config)
     save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
 

@@ -97,7 +97,7 @@ class Conversion:
                 name, pattern = key, None
             if name in state:
                 pieces[name].append(Piece(key, pattern))
-            else:
+            elif not key.endswith("rotary_emb.inv_freq"):  # computed, but old files have it
                 unused.append(key)
         converters = {p: c for c in listed for p in c.source_patterns}
         conversion = cls(model, folder, pieces, converters, tuple(unused))

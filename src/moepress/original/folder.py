@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,23 @@ from moepress.errors import CheckpointError, InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Files of a model that are copied along with it: tokenizer, generation config, licence.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
+# Files of a model that are copied along with it: tokenizer, processors of images and sound, chat
+# templates, generation config, licence.
+TEMPLATES = "additional_chat_templates"
+COMPANIONS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    f"{TEMPLATES}/*.jinja",
+)
+# What the patterns above match, too: configs of the weights, which are written anew, and indices.
+NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json")
+# Weights in the format of other programs, which a snapshot leaves out.
+FOREIGN = ("*/*.safetensors", "consolidated*")
 
 # By the names of safetensors. Smaller dtypes belong to quantized models.
 DTYPES = {
@@ -45,7 +61,13 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", *COMPANIONS]))
+        return Path(
+            snapshot_download(
+                str(name),
+                allow_patterns=["*.safetensors", *COMPANIONS],
+                ignore_patterns=list(FOREIGN),
+            )
+        )
     except Exception as error:  # the hub client raises many types; each means: not available
         raise InputError(
             f"{name} is neither a local folder nor a model that can be fetched "
@@ -135,9 +157,12 @@ def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The tokenizer, generation and licence files that a copy of the model needs."""
+    """The files of tokenizer, processors and the like that a copy of the model needs.
+
+    Chat templates beside the default one are in a subfolder.
+    """
     found = {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
-    return sorted(p for p in found if p.name not in ("config.json", INDEX))
+    return sorted(p for p in found if not any(fnmatch(p.name, other) for other in NOT_COPIED))
 
 
 @contextmanager

@@ -70,6 +70,7 @@ class Source:
         self._conversion = Conversion.of(
             self.model, self.folder, self.keys.keys(), self._needed, self.experts.values()
         )
+        self.unused = self._conversion.unused  # tensors that transformers leaves out too
 
     # Names, shapes and roles of the tensors
 
@@ -219,7 +220,7 @@ class Source:
         return module
 
     def companions(self) -> list[Path]:
-        """The tokenizer, generation and licence files that a copy of this model needs."""
+        """The files of tokenizer, processors and the like that a copy of this model needs."""
         return companions(self.folder)
 
     # Reading tensors, and putting them into the skeleton
