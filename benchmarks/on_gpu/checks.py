@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import MoepressError
 from moepress.format.codec import CODE_BITS, GRID_BITS, Codec, PackedSpec
-from moepress.kernels import ExpertsCall, reference
+from moepress.kernels import ExpertsCall, Gate, reference
 from moepress.kernels.modules import PackedExperts, PackedLinear
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
@@ -405,7 +405,7 @@ class Block(nn.Module):
         four = Codec(4, 64, family)
         self.project = PackedLinear(hidden, hidden, four)
         self.router = nn.Linear(hidden, count, bias=False)
-        self.experts = PackedExperts(count, hidden, inner, *specs, "silu")
+        self.experts = PackedExperts(count, hidden, inner, *specs, Gate("silu"))
         generator = torch.Generator().manual_seed(0)
         filled = (
             (self.project.weight, PackedSpec((4,), 64, family), hidden, hidden),

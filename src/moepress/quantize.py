@@ -37,6 +37,7 @@ from moepress.format.checkpoint import (
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.original.experts import Routed
+from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -117,8 +118,8 @@ def quantize_tensors(
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
     finish_folder(
         out,
-        source.folder / "config.json",
-        source.companions(),
+        source.config_json(),
+        companions(source.folder),
         quantization_config(packed | expert_specs(source, plan), work),
         [out / name for name in (*map(shard_name, (None, *layers)), *copies)],
     )
@@ -172,7 +173,7 @@ def quantize_layer(
         compressed model; None for a layer without routed experts.
     """
     source, recipe = walk.source, plan.recipe
-    names = source.names(source.layer_path(layer))
+    names = source.names(source.layer_paths[layer])
     progress.update(layer=layer, note="attention and dense linears")
     linears = {name: source.module(name) for name in names if name in packed}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)

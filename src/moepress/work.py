@@ -28,6 +28,7 @@ from moepress.format.journal import compare_identity
 from moepress.original.composite import language_model
 from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
+from moepress.original.whole import whole_model
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
@@ -120,6 +121,8 @@ def _whole_model(source: Source) -> object:
     """The original model in memory, to sample text from it."""
     from moepress.hf import no_progress_bars
 
+    if source.checkpoint.quantized:
+        return whole_model(source)
     with no_progress_bars():
         model = open_folder(source.folder, dtype=source.compute_dtype)
     return language_model(model.to(source.device))

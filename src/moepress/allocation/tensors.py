@@ -24,6 +24,7 @@ from moepress.format.codec import (
     stored_family,
 )
 from moepress.original.architectures import linear_role
+from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
 
@@ -228,7 +229,7 @@ def file_bytes(source: Source, recipe: Recipe, tensors: ModelTensors) -> int:
     scores += sum(len(name) + 4 for name in open_names)
     scores += 8 * len(open_names) * len(tensors.widths) * (1 + len(recipe.calib))
     drops = 900 + moe_layers * (drop_bytes(experts_per_token(source.text_config)) + 5)
-    copied = [*source.companions(), source.folder / "config.json"]
+    copied = [*companions(source.folder).values(), source.folder / "config.json"]
     return headers + index + entries + plan + scores + drops + sum(p.stat().st_size for p in copied)
 
 

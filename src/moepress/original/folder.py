@@ -10,10 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import QUANTIZATION_FIELDS
+from moepress.original.quantized.config import PARTS, read_quantization
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,17 +35,6 @@ COMPANIONS = (
 NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json")
 # Weights in the format of other programs, which a snapshot leaves out.
 FOREIGN = ("*/*.safetensors", "consolidated*")
-
-# By the names of safetensors. Smaller dtypes belong to quantized models.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
 
 
 def resolve(name: str | Path) -> Path:
@@ -76,24 +66,25 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder.
+    """The transformers config of a model folder, of the model as it is once dequantized.
 
     Raises:
-        InputError: there is none, transformers cannot read it, or the model is quantized already.
+        InputError: there is none, transformers cannot read it, or the model is quantized in a way
+            that moepress does not read.
     """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a transformers model folder.")
+    read_quantization(folder)  # before transformers, which knows fewer reasons
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method:
-        raise InputError(
-            f"{folder} is already quantized ({method}). Give the original model's folder."
-        )
+    for part in (config, *(getattr(config, name, None) for name in PARTS)):
+        for field in QUANTIZATION_FIELDS:
+            if getattr(part, field, None) is not None:
+                delattr(part, field)
     return config
 
 
@@ -126,21 +117,6 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def tensor_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """The file that holds each tensor of a checkpoint, by the tensor's name."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        with opened(path) as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
-
-
-def dtype_on_disk(path: Path, name: str) -> torch.dtype | None:
-    """The dtype of a tensor in a safetensors file; None: none of 16 bits or more."""
-    with opened(path) as file:
-        return DTYPES.get(file.get_slice(name).get_dtype())
-
-
 def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
     """A short hash of a model: of its config, and of the header and samples of every file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -156,13 +132,17 @@ def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def companions(folder: Path) -> list[Path]:
+def companions(folder: Path) -> dict[str, Path]:
     """The files of tokenizer, processors and the like that a copy of the model needs.
 
-    Chat templates beside the default one are in a subfolder.
+    By their names in the folder: chat templates beside the default one are in a subfolder.
     """
     found = {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
-    return sorted(p for p in found if not any(fnmatch(p.name, other) for other in NOT_COPIED))
+    return {
+        str(path.relative_to(folder)): path
+        for path in sorted(found)
+        if not any(fnmatch(path.name, other) for other in NOT_COPIED)
+    }
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from moepress.format.checkpoint import is_compressed, packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
 from moepress.original.composite import copied, language_model
 from moepress.original.folder import weight_files
+from moepress.original.on_disk import disk_bytes
 from moepress.original.skeleton import skeleton
 from moepress.original.source import Source
 
@@ -87,10 +88,10 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
     """
     parts = _parts(source.model)
     for name in source.all_names:
-        yield parts.get(name, REST), source.nbytes(name), source.nbytes(name)
+        yield parts.get(name, REST), source.nbytes(name), disk_bytes(source, name)
     for experts in source.experts.values():
-        size = experts.weights * source.dtype.itemsize
-        yield ROUTED, size, size
+        stored = sum(disk_bytes(source, name) for name in experts.parameters)
+        yield ROUTED, experts.weights * source.dtype.itemsize, stored
 
 
 def _skeleton(folder: Path) -> Any:

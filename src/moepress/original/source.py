@@ -17,27 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
+from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
-from moepress.original.dtypes import compute_dtype
+from moepress.original.dtypes import compute_dtype, kept_in_float32
 from moepress.original.experts import ExpertWeights
-from moepress.original.folder import (
-    companions,
-    dtype_on_disk,
-    fingerprint,
-    opened,
-    read_config,
-    resolve,
-    tensor_files,
-    weight_files,
-)
+from moepress.original.finite import all_finite
+from moepress.original.folder import fingerprint, read_config, resolve, weight_files
+from moepress.original.quantized.config import read_quantization
 from moepress.original.skeleton import skeleton
+from moepress.original.ties import settle, untied_config
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -50,9 +45,13 @@ class Source:
         device: where weights are put when they are loaded.
 
     Raises:
-        InputError: no such model, not a Mixture of Experts, or already quantized.
-        CheckpointError: a file is missing, truncated or does not fit the model.
+        InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
+            read.
+        CheckpointError: a file is missing, truncated or does not fit the model, or a tensor
+            holds codes without scales.
     """
+
+    checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
     def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
         self.name = str(name)
@@ -62,22 +61,21 @@ class Source:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = read_config(self.folder)
         self.files = weight_files(self.folder)
-        self.dtype = self._dtype()  # of the weights on disk
+        self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
+        self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
         self.compute_dtype = compute_dtype(self.dtype, self.device)
         self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
-        self._conversion = Conversion.of(
-            self.model, self.folder, self.keys.keys(), self._needed, self.experts.values()
-        )
+        self._conversion = Conversion.of(self.model, self.folder, self.checkpoint.names)
         self.unused = self._conversion.unused  # tensors that transformers leaves out too
+        self._ties = settle(self.model, self._conversion.made, self._equal)
+        stored = [name for name in self._needed if name not in self._ties.stored_as]
+        self._conversion.check(stored, self.experts.values())
+        floats = (name for name, value in self._needed.items() if value.is_floating_point())
+        self.checkpoint.check(key for name in floats for key in self.keys_of(name))
 
     # Names, shapes and roles of the tensors
-
-    @cached_property
-    def keys(self) -> dict[str, Path]:
-        """The file that holds each tensor of the checkpoint."""
-        return tensor_files(self.files)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,10 +105,6 @@ class Source:
     def layer_paths(self) -> tuple[str, ...]:
         """Module path of each decoder layer, such as "model.layers.3"."""
         return tuple(self._paths[id(layer)] for layer in self.layers)
-
-    def layer_path(self, index: int) -> str:
-        """Module path of one decoder layer."""
-        return self.layer_paths[index]
 
     @cached_property
     def embedding_and_head(self) -> dict[str, tuple[str, ...]]:
@@ -156,7 +150,7 @@ class Source:
         They are stored unchanged.
         """
         return {
-            name: dtype_on_disk(self.keys[key], key) or self.dtype
+            name: self.checkpoint.dtype_of(key) or self.dtype
             for name in copied(self.model)
             if name in self._needed
             for key in self._conversion.sources(name)[:1]
@@ -203,9 +197,8 @@ class Source:
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
         """Every tensor that the checkpoint must provide; a tied one only once."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = self.model.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if name not in tied}
+        return {name: value for name, value in state.items() if name not in self._ties.tied}
 
     def shape(self, name: str) -> torch.Size:
         return self._needed[name].shape
@@ -214,20 +207,29 @@ class Source:
         """Stored bytes of a tensor that is not packed."""
         return self.shape(name).numel() * self.stored_dtype(name).itemsize
 
+    def keys_of(self, name: str) -> list[str]:
+        """Names in the checkpoint of what a parameter is made of, routed experts included.
+
+        Those of parameters that one converter makes together belong to the first of them.
+        """
+        return [piece.key for piece in self._conversion.pieces.get(name, ())]
+
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
         module: nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
         return module
 
-    def companions(self) -> list[Path]:
-        """The files of tokenizer, processors and the like that a copy of this model needs."""
-        return companions(self.folder)
+    def config_json(self) -> dict[str, Any]:
+        """The fields of config.json; they say of tied parameters what the checkpoint says."""
+        read = load_json(self.folder / "config.json")
+        return untied_config(read) if self._ties.untied else read
 
     # Reading tensors, and putting them into the skeleton
 
     def tensor(self, name: str) -> Tensor:
         """One parameter or buffer that is not a routed expert, on the device."""
-        return self._converted(name, None)[name]
+        stored = self._ties.stored_as.get(name, name)
+        return self._converted(stored, None)[stored]
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         """The weights of expert `index` of a decoder layer; no other expert is read.
@@ -247,6 +249,10 @@ class Source:
                 f"{shapes[1]}. Fetch the model again."
             )
         return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
+
+    def fused(self, name: str) -> Tensor:
+        """A parameter of all routed experts of a layer, in the dtype of the computation."""
+        return self._for_computing(self._converted(name, None)[name])
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
@@ -342,18 +348,17 @@ class Source:
         return value.to(self.compute_dtype) if value.dtype == self.dtype else value
 
     def _dtype(self) -> torch.dtype:
-        """The dtype of the config, or else of the first tensor on disk."""
+        """The dtype of the config, or else of the checkpoint."""
         configs = (self.config, self.config.get_text_config())
         dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
-        if dtype is None:
-            with opened(self.files[0]) as file:
-                dtype = file.get_tensor(next(iter(file.keys()))).dtype
+        if dtype is None or dtype.itemsize == 1:  # some configs name the dtype of the codes
+            dtype = self.checkpoint.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
                 f"{self.name} holds {dtype} weights. Expected float32, bfloat16 or float16: give "
                 "the original model, not a quantized one."
             )
-        return dtype  # type: ignore[no-any-return]  # config attributes are untyped
+        return dtype
 
     def _converted(self, name: str, expert: int | None) -> dict[str, Tensor]:
         """The parameter `name`, or one expert's row, and others that its converter makes."""
@@ -361,24 +366,18 @@ class Source:
         return {key: self._finished(key, value) for key, value in made.items()}
 
     def _read(self, key: str, expert: int | None) -> Tensor:
-        """A tensor of the checkpoint, or row `expert` of it, copied out of the mapped file.
+        """A tensor of the checkpoint, or row `expert` of it, dequantized, on the device."""
+        return self.checkpoint.read(key, expert, self.dtype, self.device)
 
-        It is on the device.
-        """
-        try:
-            with opened(self.keys[key]) as file:
-                rows = file.get_slice(key)
-                value: Tensor = rows[...] if expert is None else rows[expert : expert + 1]
-                return value.clone() if self.device.type == "cpu" else value.to(self.device)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"Cannot read {key} from {self.keys[key]}: {error}. Fetch the file again."
-            ) from error
+    def _equal(self, *names: str) -> bool:
+        """Whether two parameters are equal in the checkpoint."""
+        first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
+        return torch.equal(first, second)
 
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
-            if name not in self.copied and not torch.isfinite(value).all():
+            if name not in self.copied and not all_finite(value):
                 raise NumericalError(
                     f"{name} of {self.folder} contains NaN or infinite weights. Expected finite "
                     "numbers: the file is damaged or the model is broken; fetch it again."
@@ -397,7 +396,4 @@ class Source:
         declared = self._needed[name].dtype if name in self._needed else self.dtype
         if not declared.is_floating_point:
             return declared
-        keep: set[str] = set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
-        if self.dtype == torch.float16:
-            keep |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
-        return torch.float32 if any(part in name.split(".") for part in keep) else self.dtype
+        return torch.float32 if kept_in_float32(self.model, self.dtype, name) else self.dtype

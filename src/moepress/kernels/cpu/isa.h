@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "moepress.h"
+
 namespace moepress {
 
 constexpr int kLaneRows = 16;   // rows that `Lanes` (lanes_*.h) computes side by side
@@ -16,8 +18,9 @@ enum Activation {
     kActivations
 };
 
-// gate[i] = act(gate[i]) * up[i], for i = 0 .. n - 1.
-using Glu = void (*)(int activation, float* gate, const float* up, int n);
+// g[i] = h(g[i], up[i]), for i = 0 .. n - 1: act(g[i]) * up[i] unless the gate says more. Without a
+// gate `up` is null. Overwrites `up`.
+using Glu = void (*)(const MoepressGate& gate, float* g, float* up, int n);
 
 // ---- Scalar matrices -------------------------------------------------------------------------
 
