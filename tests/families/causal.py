@@ -83,8 +83,15 @@ CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_moe": {},
     "hy_v3": {},
     "hy_v4": MLA,
-    "inkling2_loop_text": {},
-    "inkling2_text": {},
+    # blocks of one layer, whose states later layers read; layer 1 runs twice
+    "inkling2_loop_text": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 8,
+    },
+    "inkling2_text": {"n_layers_per_attn_res_block": 1},
     "inkling_text": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
     "jetmoe": {"kv_channels": 16},

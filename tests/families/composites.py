@@ -80,9 +80,6 @@ COMPOSITES: Mapping[str, Composite] = {
         {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": CHOSEN},
         vision=SAM,
     ),
-    "diffusion_gemma": Composite(
-        CAUSAL["gemma4_text"] | {"enable_moe_block": DROP, "hidden_size_per_layer_input": DROP}
-    ),
     "dots3_note": Composite(
         CAUSAL["dots3_note_text"],
         vision={
@@ -154,7 +151,7 @@ COMPOSITES: Mapping[str, Composite] = {
         own={"vision_hidden_size": 32, "projector_hidden_size": 32},
     ),
     "qwen3_5_moe": Composite(),
-    "qwen3_omni_moe_thinker": Composite(rope(3, 3, 2)),
+    "qwen3_omni_moe_thinker": Composite(rope(3, 3, 2), own={"vision_start_token_id": 7}),
     "qwen3_vl_moe": Composite(rope(3, 3, 2)),
     "qwen4_exp": Composite(QWEN4_EXP),
     "step3p7": Composite(),

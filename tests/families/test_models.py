@@ -18,6 +18,7 @@ from tests.families.sizes import VOCAB
 
 # Models of the maps below that moepress does not compress, and why.
 NOT_COMPRESSED = {
+    "diffusion_gemma": "writes blocks of text by diffusion: it is no causal LM",
     "nemo_speechlm": "writes down speech: its text model cannot be used without sound",
     "qwen3_omni_moe": "three models in one folder; its text model is qwen3_omni_moe_thinker",
 }

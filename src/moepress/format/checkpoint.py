@@ -284,15 +284,15 @@ def finish_folder(
     out: Path,
     config: Mapping[str, Any],
     companions: Mapping[str, Path],
-    quantization: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
     shards: Iterable[Path],
 ) -> None:
     """Write the index, the companion files and, last of all, config.json.
 
     Args:
-        config: fields of the original model's config.json.
-        companions: files of the original model to copy, by their names in the folder.
-        quantization: the `quantization_config` to add to the config.
+        config: fields of config.json of the model that this one is made from.
+        companions: files of that model to copy, by their names in the folder.
+        quantization: the `quantization_config` of the config; None: it gets none.
         shards: the files of tensors in `out`.
     """
     weight_map: dict[str, str] = {}
@@ -304,8 +304,10 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, path in companions.items():
         write_atomically(out / name, partial(_copy, path))
-    config = _without_quantization(config)
-    save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
+    fields = _without_quantization(config)
+    if quantization is not None:
+        fields["quantization_config"] = dict(quantization)
+    save_json(out / "config.json", fields)
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def bytes_by_part(folder: Path) -> dict[str, PartBytes]:
 def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
     """(part, original bytes, stored bytes) of every tensor of a compressed folder."""
     specs = packed_specs(folder)
-    model = _skeleton(folder)
+    model = unpacked_model(folder)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     itemsize = model.dtype.itemsize
     parts = _parts(model)
@@ -94,8 +94,12 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
         yield ROUTED, experts.weights * source.dtype.itemsize, stored
 
 
-def _skeleton(folder: Path) -> Any:
-    """The original model's class for a compressed folder, without weights."""
+def unpacked_model(folder: Path) -> Any:
+    """The original model's class for a compressed folder, on the meta device.
+
+    Raises:
+        InputError: transformers cannot read the config.
+    """
     from transformers import AutoConfig
 
     try:

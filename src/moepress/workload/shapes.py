@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from moepress.allocation.tensors import experts_per_token
 from moepress.original.on_disk import disk_itemsizes
@@ -76,8 +77,8 @@ class ModelShape:
     def of(cls, source: Source) -> ModelShape:
         config = source.text_config
         one = source.one_layer_of_experts
-        heads = int(getattr(config, "num_attention_heads", None) or 1)
-        head = int(getattr(config, "head_dim", None) or one.hidden // heads)
+        heads = int(_of_most_layers(config, "num_attention_heads") or 1)
+        head = int(_of_most_layers(config, "head_dim") or one.hidden // heads)
         expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
@@ -142,3 +143,11 @@ class ModelShape:
     def expert_tokens(self, tokens: int) -> int:
         """Tokens of one expert if all experts are chosen equally often."""
         return -(-tokens * self.experts_per_token // self.experts)
+
+
+def _of_most_layers(config: Any, field: str) -> Any:
+    """A field of a config; of all layers that have no value of their own. None: there is none."""
+    try:
+        return getattr(config, field, None)
+    except RuntimeError:  # transformers refuses where some layer has a value of its own
+        return config.to_dict().get(field)

@@ -22,9 +22,11 @@ From the C interface (moepress.h) down:
       activation_functions.h  gelu, silu and others; limits and softcaps of gates
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)
     lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, with or without VBMI2; AVX2,
-                              with or without VNNI; portable vectors
+                              with or without VNNI; NEON with dot products, with or without i8mm;
+                              portable vectors
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
-    dispatch.cpp              which instruction set runs on this CPU
+    dispatch.cpp              which instruction set runs on this CPU; arm_features.h: what ARM CPUs
+                              have
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     threads.h                 torch's OpenMP team, or a pool of our own

@@ -116,10 +116,13 @@ struct Isa {
     SubtractLeast subtract_least;
 };
 
-// One for each instruction set; null where the compiler does not have it.
+// One for each instruction set; null where the compiler does not have it. The files of another
+// architecture are not compiled (CMakeLists.txt).
 extern const Isa* const kAvx512;
 extern const Isa* const kAvxVnni;
 extern const Isa* const kAvx2;
+extern const Isa* const kNeonI8mm;
+extern const Isa* const kNeonDotprod;
 extern const Isa* const kPortable;
 
 // Makes the table of avx512_vbmi2 from that of avx512; null where the compiler does not have it.

@@ -63,15 +63,17 @@ MOEPRESS_INLINE Tile<Lanes, bits> load_tile(const uint8_t* above, const uint8_t*
 // The window of all paths whose last bit is bit `end`, 1 to 16, of word j.
 template <class Lanes, int bits, int j, int end>
 MOEPRESS_INLINE typename Lanes::Words window(const Tile<Lanes, bits>& tile) {
-    if constexpr (end == 16) return tile.word[j + 1];
-    return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
+    if constexpr (end == 16)
+        return tile.word[j + 1];
+    else
+        return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
 }
 
 // Ends of the windows that a word's states are taken from, bit e for a window that ends at bit e,
 // by code bits and word. A window of 16 bits holds the 12 bits of every state that ends at one of
 // its last 5 bits: for the last of them a mask gives the state, for the first a shift, for the
 // others both. The word itself, end 16, is always there. These sets have the fewest instructions
-// (tried all), if a window takes 3 of them or, where it is cheap, 1. The compiler computes each
+// (tried all), if a window takes 3 of them or, where it is cheap, 1 or 2. The compiler computes each
 // window once.
 template <bool cheap>
 constexpr uint32_t window_ends(int bits, int word) {
@@ -134,6 +136,12 @@ MOEPRESS_INLINE void decode_steps(const Tile<Lanes, bits>& tile, typename Lanes:
     if constexpr (i + 1 < kSteps) decode_steps<Lanes, bits, bytes, i + 1>(tile, out);
 }
 
+// The center z of products with `count` bytes, or of t (0). Bytes may be stored less an offset.
+template <class Lanes>
+constexpr int center(int bits, int count) {
+    return kCenter[bits] - count * Lanes::byte_offset;
+}
+
 // out [16] += a (sum - correction); correction = z sum(q).
 template <class Lanes>
 MOEPRESS_INLINE void finish_group(const typename Lanes::Pairs& sum, float a, int32_t correction,
@@ -151,6 +159,7 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
     // At 3 and 4 bits, t is decoded, and codes that are there twice become 16-bit numbers again.
     constexpr bool widen = bytes && bits > 2;
     constexpr int runs = tokens < Lanes::tokens ? 4 : Lanes::runs;
+    constexpr int z = center<Lanes>(bits, bytes && !widen ? 2 : 0);
     const int tiles = group / kTileColumns;
     for (; p + tokens <= x.count; p += tokens) {
         const int16_t* codes[tokens];
@@ -183,7 +192,7 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
             for (int q = 0; q < tokens; ++q) {
                 const int64_t at = x.places[p + q] * (cols / group) + g;
                 for (int r = 0; r < runs; ++r)
-                    finish_group<Lanes>(sum[q][r], x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                    finish_group<Lanes>(sum[q][r], x.all.scale[at], z * x.all.sum[at],
                                         out + (p + q) * kSlabRows + 16 * (run + r));
             }
         }
@@ -199,6 +208,7 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
     constexpr int tile_bytes = 64 * bits;
+    constexpr int z = center<Lanes>(bits, bytes ? (bits > 2 ? 4 : 2) : 0);
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
@@ -219,7 +229,7 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
             }
             const int64_t at = x.places[0] * groups + g;
             for (int run = 0; run < 4; ++run)
-                finish_group<Lanes>(sum[run], x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                finish_group<Lanes>(sum[run], x.all.scale[at], z * x.all.sum[at],
                                     out + 16 * run);
             continue;
         }
