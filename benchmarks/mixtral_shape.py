@@ -205,9 +205,14 @@ def load(out: Path) -> None:
 
 
 def staged(stage: str, work: Callable[[], Any]) -> Any:
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     result = work()
-    report(stage=stage, seconds=time.monotonic() - started, peak_rss_gb=peak_rss() / 1e9)
+    report(
+        stage=stage,
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss_gb=peak_rss() / 1e9,
+    )
     return result
 
 

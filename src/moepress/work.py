@@ -26,6 +26,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.journal import compare_identity
 from moepress.original.composite import language_model
+from moepress.original.remote_code import tokenizer_of
 from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
@@ -112,9 +113,7 @@ def keep_ids(folder: Path, ids: Tensor) -> None:
 
 
 def _tokenizer(source: Source) -> object:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.folder)
+    return tokenizer_of(source.folder, source.trust_remote_code)
 
 
 def _whole_model(source: Source) -> object:
@@ -124,7 +123,7 @@ def _whole_model(source: Source) -> object:
     if source.checkpoint.quantized:
         return whole_model(source)
     with no_progress_bars():
-        model = open_folder(source.folder, dtype=source.compute_dtype)
+        model = open_folder(source.folder, source.trust_remote_code, dtype=source.compute_dtype)
     return language_model(model.to(source.device))
 
 

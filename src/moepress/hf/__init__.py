@@ -152,6 +152,7 @@ def load_model(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
@@ -163,11 +164,12 @@ def load_model(
             Tensors go to a card straight from the files.
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
     """
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
     with no_progress_bars():
-        model = open_folder(folder, dtype="auto", **where).eval()
+        model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
     if pruning is not None:

@@ -30,8 +30,9 @@ def decoder(model: Any) -> Any:
         if found is not None:
             return found
     raise InputError(
-        f"{type(model).__name__} has no list of decoder layers where transformers' other causal "
-        "LMs have it (model.get_decoder().layers). This model cannot be walked."
+        f"{type(model).__name__} has {len(lists_of_layers(model))} lists of decoder layers where "
+        "transformers' other causal LMs have one (model.get_decoder().layers). This model cannot "
+        "be walked."
     )
 
 
@@ -89,12 +90,30 @@ def _submodels(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
+def lists_of_layers(module: Any) -> list[Any]:
+    """The lists of decoder layers inside a module, by the class that layers have in common."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [
+        part
+        for part in module.modules()
+        if isinstance(part, nn.ModuleList)
+        and len(part)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in part)
+    ]
+
+
 def _own_decoder(model: Any) -> Any:
     """What `get_decoder` finds, followed until it has decoder layers; None: it never does."""
     seen: list[Any] = []
-    while model is not None and not any(model is one for one in seen):
+    while not any(model is one for one in seen):
         if isinstance(getattr(model, "layers", None), nn.ModuleList):
             return model
         seen.append(model)
-        model = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return None
+        model = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = lists_of_layers(model)
+    if len(lists) != 1:
+        return None
+    (layers,) = lists  # under another name, in the model or in a part of it
+    inside = [part for part in model.children() if any(layers is one for one in part.modules())]
+    return model if inside[0] is layers else inside[0]

@@ -127,7 +127,8 @@ class Conversion:
         Returns:
             Tensors by parameter name.
         """
-        pieces = self.pieces.get(name) or self.pieces[self._first_target(name)]
+        name = name if name in self.pieces else self._first_target(name)
+        pieces = self.pieces[name]
         pattern = pieces[0].pattern
         if pattern is None:
             return {name: read(pieces[0].key, expert)}
@@ -174,11 +175,11 @@ class Conversion:
 
     def _check_experts(self, experts: Experts) -> None:
         """Raise CheckpointError if experts have separate tensors on disk and some are missing."""
-        for name in experts.parameters:
+        for name in experts.matrix_names:
             patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
             for pattern in set(patterns):
                 expected = experts.experts * len(self.converters[pattern].target_patterns)
-                if patterns.count(pattern) != expected:
+                if patterns.count(pattern) < expected:
                     raise CheckpointError(
                         f"{self.folder} has {patterns.count(pattern)} of {expected} "
                         f"experts' {pattern} for {name}. Fetch the model again."

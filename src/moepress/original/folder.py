@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import QUANTIZATION_FIELDS
 from moepress.original.quantized.config import PARTS, read_quantization
+from moepress.original.remote_code import code_files, config_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,6 +41,8 @@ FOREIGN = ("*/*.safetensors", "consolidated*")
 def resolve(name: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the snapshot of a hub id.
 
+    Code that the model brings is fetched with it, and not run.
+
     Raises:
         InputError: there is no such folder, and the hub has no such model.
     """
@@ -54,7 +57,7 @@ def resolve(name: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(name),
-                allow_patterns=["*.safetensors", *COMPANIONS],
+                allow_patterns=["*.safetensors", "*.py", *COMPANIONS],
                 ignore_patterns=list(FOREIGN),
             )
         )
@@ -65,20 +68,23 @@ def resolve(name: str | Path) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a model folder, of the model as it is once dequantized.
 
-    Raises:
-        InputError: there is none, transformers cannot read it, or the model is quantized in a way
-            that moepress does not read.
-    """
-    from transformers import AutoConfig
+    Args:
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
 
+    Raises:
+        InputError: there is none, transformers cannot read it, it needs code that is not trusted,
+            or the model is quantized in a way that moepress does not read.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a transformers model folder.")
     read_quantization(folder)  # before transformers, which knows fewer reasons
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = config_of(folder, trust_remote_code)
+    except InputError:
+        raise
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     for part in (config, *(getattr(config, name, None) for name in PARTS)):
@@ -133,11 +139,12 @@ def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
 
 
 def companions(folder: Path) -> dict[str, Path]:
-    """The files of tokenizer, processors and the like that a copy of the model needs.
+    """The files of tokenizer, processors, code and the like that a copy of the model needs.
 
     By their names in the folder: chat templates beside the default one are in a subfolder.
     """
-    found = {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
+    found = set(code_files(folder))
+    found |= {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
     return {
         str(path.relative_to(folder)): path
         for path in sorted(found)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from moepress.blocks import adapt
 from moepress.errors import InputError
+from moepress.original.remote_code import config_of, is_remote
 
 # Modules are made one by one and moved to the meta device when they are complete. A single tensor
 # of this many bytes may not fit in memory, so it is made there.
@@ -32,6 +34,9 @@ def auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     autos = (AutoModelForMultimodalLM, AutoModelForCausalLM)
+    if is_remote(config):  # its config.json names the auto classes that know it
+        named_there = getattr(config, "auto_map", None) or {}
+        return next((a for a in autos if a.__name__ in named_there), AutoModelForCausalLM)
     fitting = [auto for auto in autos if type(config) in auto._model_mapping]
     named = set(config.architectures or ())
     for auto in fitting:
@@ -51,22 +56,21 @@ def _class_names(auto: Any, config: Any) -> set[str]:
     return {one.__name__ for one in (found if isinstance(found, list | tuple) else (found,))}
 
 
-def text_config(folder: Path) -> Any:
+def text_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The config of the language model of a folder, original or compressed."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder).get_text_config()
+    return config_of(folder, trust_remote_code).get_text_config()
 
 
-def open_folder(folder: Path, **options: Any) -> Any:
+def open_folder(folder: Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """A model folder opened by `auto_class`.
 
     Args:
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
         options: of `from_pretrained`.
     """
-    from transformers import AutoConfig
-
-    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
+    config = config_of(folder, trust_remote_code)
+    remote = is_remote(config)
+    return auto_class(config).from_pretrained(folder, trust_remote_code=remote, **options)
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -80,11 +84,12 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     auto = auto_class(config)
     try:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
-            model = auto.from_config(config, dtype=dtype)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=is_remote(config))
     except ValueError as error:
         raise InputError(
             f"transformers cannot make the model of type '{config.model_type}': {error}"
         ) from error
+    adapt(model)
     return model.eval()
 
 

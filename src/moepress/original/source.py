@@ -8,33 +8,31 @@ Nothing larger is ever in memory.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.errors import InputError, NumericalError
 from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
-from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
+from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
+from moepress.original.card_readers import CardReaders
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
 from moepress.original.dtypes import compute_dtype, kept_in_float32
+from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
 from moepress.original.folder import fingerprint, read_config, resolve, weight_files
 from moepress.original.quantized.config import read_quantization
 from moepress.original.skeleton import skeleton
 from moepress.original.ties import settle, untied_config
-
-READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
 
 class Source:
@@ -43,6 +41,7 @@ class Source:
     Args:
         name: path of a folder, or a hub id to download (or find in the local cache).
         device: where weights are put when they are loaded.
+        trust_remote_code: run code in the model's folder, if transformers has no class for it.
 
     Raises:
         InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
@@ -53,13 +52,19 @@ class Source:
 
     checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
-    def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
         self.name = str(name)
+        self.trust_remote_code = trust_remote_code
         self.folder = resolve(name)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.config = read_config(self.folder)
+        self.config = read_config(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
         self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
         self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
@@ -98,8 +103,14 @@ class Source:
         return next(iter(self.experts.values()))
 
     @property
+    def has_common_experts(self) -> bool:
+        """Whether the experts of all layers have the form that every format version has."""
+        return all(experts.form.common for experts in self.experts.values())
+
+    @property
     def hidden(self) -> int:
-        return self.one_layer_of_experts.hidden
+        """Size of the states between the layers. That of the experts' inputs may differ."""
+        return int(self.config.get_text_config().hidden_size)
 
     @cached_property
     def layer_paths(self) -> tuple[str, ...]:
@@ -192,7 +203,7 @@ class Source:
 
     @cached_property
     def _expert_names(self) -> set[str]:
-        return {name for experts in self.experts.values() for name in experts.parameters}
+        return {name for experts in self.experts.values() for name in experts.matrix_names}
 
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
@@ -204,8 +215,14 @@ class Source:
         return self._needed[name].shape
 
     def nbytes(self, name: str) -> int:
-        """Stored bytes of a tensor that is not packed."""
-        return self.shape(name).numel() * self.stored_dtype(name).itemsize
+        """Stored bytes of a tensor that is not packed. Biases of experts are padded."""
+        shape, bias = self.shape(name), self._expert_biases.get(name)
+        count = shape.numel() if bias is None else shape[0] * bias.parts * bias.rows
+        return count * self.stored_dtype(name).itemsize
+
+    @cached_property
+    def _expert_biases(self) -> dict[str, Bias]:
+        return {k: v for experts in self.experts.values() for k, v in experts.biases.items()}
 
     def keys_of(self, name: str) -> list[str]:
         """Names in the checkpoint of what a parameter is made of, routed experts included.
@@ -237,18 +254,15 @@ class Source:
         Raises:
             CheckpointError: their shapes are not those of the config.
         """
-        experts = self.experts[layer]
-        gate_up, down = (
-            self._converted(name, index)[name].squeeze(0) for name in experts.parameters
-        )
-        shapes = experts.gate_up_shape, experts.down_shape
-        if (tuple(gate_up.shape), tuple(down.shape)) != shapes:
-            raise CheckpointError(
-                f"Expert {index} of {experts.path} has weights of {tuple(gate_up.shape)} and "
-                f"{tuple(down.shape)} in {self.folder}; its config says {shapes[0]} and "
-                f"{shapes[1]}. Fetch the model again."
-            )
-        return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
+        return read_expert(self.experts[layer], index, self._rows).map(self._for_computing)
+
+    def _rows(self, name: str, index: int, rows: int) -> Tensor:
+        """What a parameter has of expert `index`: `rows` entries of its first dimension."""
+        return self._converted(name, index, rows)[name]
+
+    def as_packed(self, layer: int, name: str, value: Tensor) -> Tensor:
+        """A layer's tensor that is not packed, as the packed modules expect it."""
+        return as_packed(self.experts.get(layer), name, value)
 
     def fused(self, name: str) -> Tensor:
         """A parameter of all routed experts of a layer, in the dtype of the computation."""
@@ -259,35 +273,11 @@ class Source:
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
-
-        def read(number: int, stream: torch.cuda.Stream) -> ExpertWeights:
-            with torch.cuda.stream(stream):
-                weights = self.expert(layer, number)
-            stream.synchronize()
-            return weights
-
-        with ThreadPoolExecutor(READERS) as pool:
-            ahead: deque[Future[ExpertWeights]] = deque()
-            for place, number in enumerate(numbers):
-                ahead.append(pool.submit(read, number, self._streams[place % READERS]))
-                if len(ahead) > READERS:
-                    yield self._in_use(ahead.popleft().result())
-            while ahead:
-                yield self._in_use(ahead.popleft().result())
+        yield from self._readers.in_turn(partial(self.expert, layer), numbers)
 
     @cached_property
-    def _streams(self) -> list[torch.cuda.Stream]:
-        """Of the readers. They are kept, because freed memory is only used again on its stream."""
-        return [
-            torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            for _ in range(READERS)
-        ]
-
-    def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
-        """Weights that were made on another stream: their memory is kept until this one is done."""
-        for value in weights:
-            value.record_stream(torch.cuda.current_stream(self.device))
-        return weights
+    def _readers(self) -> CardReaders:
+        return CardReaders(self.device)
 
     @contextmanager
     def loaded(self, prefix: str | None) -> Iterator[None]:
@@ -360,14 +350,14 @@ class Source:
             )
         return dtype
 
-    def _converted(self, name: str, expert: int | None) -> dict[str, Tensor]:
-        """The parameter `name`, or one expert's row, and others that its converter makes."""
-        made = self._conversion.convert(name, expert, self._read)
+    def _converted(self, name: str, expert: int | None, rows: int = 1) -> dict[str, Tensor]:
+        """The parameter `name`, or one expert's rows, and others that its converter makes."""
+        made = self._conversion.convert(name, expert, partial(self._read, rows=rows))
         return {key: self._finished(key, value) for key, value in made.items()}
 
-    def _read(self, key: str, expert: int | None) -> Tensor:
-        """A tensor of the checkpoint, or row `expert` of it, dequantized, on the device."""
-        return self.checkpoint.read(key, expert, self.dtype, self.device)
+    def _read(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
+        """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
+        return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
 
     def _equal(self, *names: str) -> bool:
         """Whether two parameters are equal in the checkpoint."""
