@@ -33,24 +33,15 @@ class Failure:
     last: bool = True  # later steps cannot be run
 
 
-COMPRESS, LOAD, PRUNE = "compress", "load", "prune"
+COMPRESS, PRUNE = "compress", "prune"
 NO_EXPERTS = Failure("no routed experts in the form", "experts of another form")
-NO_CAUSAL_LM = Failure("has no causal LM for model type", "no class for causal LMs")
 LOOP = Failure("calls its layers in the order", "it runs some layers several times")
 ONE = Failure("keeps its first", "a token chooses one expert", last=False)
-CLASS = Failure("has no module model", "opens as a causal LM only")
 
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
     (COMPRESS, NO_EXPERTS): ("doge",),
-    (COMPRESS, LOOP): ("inkling2_loop_text",),
-    (COMPRESS, NO_CAUSAL_LM): (
-        "aria", "deepseek_ocr2", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "hy_v4_vl",
-        "inkling2", "inkling2_loop", "inkling_mm_model", "kimi_k25", "minimax_m3_vl", "mistral4",
-        "mistral_large4", "muse_spark", "nemotron_h_omni", "qwen3_omni_moe_thinker",
-        "qwen3_vl_moe", "step3p7", "unlimited_ocr",
-    ),
-    (LOAD, CLASS): ("dots3_note", "qwen3_5_moe", "qwen4_exp"),
+    (COMPRESS, LOOP): ("inkling2_loop_text", "inkling2_loop"),
     (PRUNE, ONE): ("zaya",),
 }  # fmt: skip
 # By (family, step).

@@ -42,7 +42,7 @@ WIDE = {  # 8 bits for all that can be packed
 TIES = ("phimoe",)  # most tokens have two experts of the same routing weight
 NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
-NO_STATIC_CACHE = {"inkling_text": "size of tensor a"}
+NO_STATIC_CACHE = dict.fromkeys(("inkling_mm_model", "inkling_text"), "size of tensor a")
 
 
 @dataclass(frozen=True)

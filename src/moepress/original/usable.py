@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import CheckpointError, InputError, MoepressError
-from moepress.original.architectures import decoder
 from moepress.original.calls import record_layer_calls
 from moepress.original.carried import returned_values
+from moepress.original.composite import decoder
 from moepress.original.quantized.forms import Plain
 from moepress.original.source import Source
 
