@@ -35,20 +35,14 @@ class Failure:
 
 COMPRESS, PRUNE = "compress", "prune"
 NO_EXPERTS = Failure("no routed experts in the form", "experts of another form")
-TUPLES = Failure("too many values to unpack", "its layers return tuples")
-SPLIT = Failure("split_sizes", "its checkpoint fuses tensors of its own")
-STREAMS = Failure("expanded size of the tensor", "several residual streams")
+LOOP = Failure("calls its layers in the order", "it runs some layers several times")
+ONE = Failure("keeps its first", "a token chooses one expert", last=False)
 
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
     (COMPRESS, NO_EXPERTS): ("doge",),
-    (COMPRESS, TUPLES): ("glm_moe_dsa", "zaya"),
-    (COMPRESS, SPLIT): ("lara_mini", "sarvam_moe"),
-    (COMPRESS, STREAMS): ("qwen4_exp", "qwen4_exp_text"),
-    (PRUNE, Failure("", "ratios are equal, so less is dropped", last=False)): (
-        "mistral4",
-        "phimoe",
-    ),
+    (COMPRESS, LOOP): ("inkling2_loop_text", "inkling2_loop"),
+    (PRUNE, ONE): ("zaya",),
 }  # fmt: skip
 # By (family, step).
 EXPECTED: Mapping[tuple[str, str], Failure] = {
