@@ -42,7 +42,10 @@ WIDE = {  # 8 bits for all that can be packed
 TIES = ("phimoe",)  # most tokens have two experts of the same routing weight
 NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
-NO_STATIC_CACHE = dict.fromkeys(("inkling_mm_model", "inkling_text"), "size of tensor a")
+NO_STATIC_CACHE = {
+    **dict.fromkeys(("inkling_mm_model", "inkling_text", "inkling2_text"), "size of tensor a"),
+    "deepseek_v4": "heavily_compressed_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,8 @@ def wide_recipe(text: Path, model: nn.Module) -> Recipe:
     """Everything at 8 bits; embeddings and heads that are no plain modules stay as they are."""
     tables = {
         "embedding_bits": type(model.get_input_embeddings()) is nn.Embedding,
-        "head_bits": type(model.get_output_embeddings()) is nn.Linear,
+        "head_bits": type(model.get_output_embeddings()) is nn.Linear
+        and "lm_head" not in (model._keep_in_fp32_modules_strict or ()),
     }
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         tables = dict.fromkeys(tables, all(tables.values()))
