@@ -164,5 +164,5 @@ def test_activation_bits_are_set_everywhere_and_take_effect() -> None:
 def test_a_packed_linear_refuses_inputs_that_are_no_floats() -> None:
     """Some models cast the head's inputs to the dtype of its weight (hy_v4): bytes, if packed."""
     linear = PackedLinear(32, 4, Codec(4, 32))
-    with pytest.raises(InputError, match="got inputs of torch.uint8"):
+    with pytest.raises(InputError, match=r"got inputs of torch\.uint8"):
         linear(torch.ones(1, 32).to(linear.weight.dtype))
