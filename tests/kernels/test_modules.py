@@ -159,3 +159,10 @@ def test_activation_bits_are_set_everywhere_and_take_effect() -> None:
         set_activation_bits(model, 4)
     with pytest.raises(InputError, match="no packed weights"):
         set_activation_bits(nn.Linear(2, 2), 8)
+
+
+def test_a_packed_linear_refuses_inputs_that_are_no_floats() -> None:
+    """Some models cast the head's inputs to the dtype of its weight (hy_v4): bytes, if packed."""
+    linear = PackedLinear(32, 4, Codec(4, 32))
+    with pytest.raises(InputError, match=r"got inputs of torch\.uint8"):
+        linear(torch.ones(1, 32).to(linear.weight.dtype))

@@ -47,6 +47,11 @@ def test_experts_are_found(family: str) -> None:
         ("input_layernorm.mlp.fc1", False, None),
         ("self_attn.indexer.wq_b", True, None),
         ("mamba.dt_proj", False, None),
+        ("norm_attn_norm.attn.Wqkv", True, "attention"),
+        ("mlps.1.up_proj", True, "shared_expert"),
+        ("mixer.up_proj", False, "dense_mlp"),
+        ("mixer.in_proj", False, "attention"),
+        ("mixer.fc1_latent_proj", True, "shared_expert"),
     ],
 )
 def test_roles(path: str, in_moe_layer: bool, role: str | None) -> None:

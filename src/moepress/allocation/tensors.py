@@ -145,8 +145,8 @@ def _asked_widths(source: Source, recipe: Recipe) -> dict[str, int | None]:
             raise InputError(
                 f"The {roles[0]} of {type(source.model).__name__} is a "
                 f"{type(source.module(name)).__name__} of rows of {source.shape(name)[1]}, "
-                "expected a plain linear or embedding of rows of a multiple of 32 that is not kept "
-                "in float32. Set "
+                "expected a plain linear or embedding of rows of a multiple of 32 that "
+                "transformers does not keep in float32. Set "
                 f"{roles[0]}_bits to {UNQUANTIZED}."
             )
     return widths

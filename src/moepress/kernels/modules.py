@@ -47,6 +47,11 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise InputError(
+                f"A packed linear got inputs of {x.dtype}. Expected floats: the model's code casts "
+                "them to the dtype of the weight, which is packed bytes. It must stay unpacked."
+            )
         codec = self.codec
         y: Tensor = kernels.linear(
             x,

@@ -44,10 +44,12 @@ class UncommonExperts(PackedExperts):
     """`PackedExperts` of another form. Called in the same way.
 
     Args:
-        hidden_size: H as the experts are called with; the packed matrices have `padded_size`.
+        hidden_size: H as the experts are called with.
+        padded_size: H of the packed matrices.
         scales_input: y = f(w x) in place of w f(x), with the routing weight w.
         own: functions of the model; None: `gate` describes everything.
-        others: arguments of `PackedExperts` after its sizes.
+        num_experts, intermediate_size, gate_up, down, gate, gate_up_bias, down_bias: as of
+            `PackedExperts`.
     """
 
     def __init__(

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 # name, without "_bits", of the Recipe field that holds the width; None: never quantized.
 ROLES: tuple[tuple[str, str | None], ...] = (
     (r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", None),  # few bytes, and they choose experts
-    (r"norm\.", None),  # small networks inside a norm
+    (r"norm\.(?!attn\.)", None),  # small networks inside a norm; dbrx has attention in one
     (r"(^|\.)indexer(\.|$)", None),  # chooses what attention sees: no gradient gives its cost
     (r"(^|\.)dt_proj(\.|$)", None),  # Mamba reads its weight without calling it
     (r"shared_(expert|experts|mlp)(\.|$)", "shared_expert"),
-    (r"(^|\.)(mlp|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
+    (r"(^|\.)(mlps?|feed_forward|ffn|block_sparse_moe)(\.|$)", "dense_mlp"),
+    (r"(^|\.)mixer\.(up|down|fc\d_latent)_proj$", "dense_mlp"),  # Nemotron's layers are all mixers
     (r"", "attention"),  # every other linear mixes tokens: attention, linear attention, Mamba
 )
 
