@@ -43,7 +43,9 @@ TIES = ("phimoe",)  # most tokens have two experts of the same routing weight
 NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
 NO_STATIC_CACHE = {
-    **dict.fromkeys(("inkling_mm_model", "inkling_text", "inkling2_text"), "size of tensor a"),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), "size of tensor a"
+    ),
     "deepseek_v4": "heavily_compressed_attention",
 }
 
@@ -148,7 +150,7 @@ def prune_step(case: Case) -> None:
         if case.family in TIES:
             thresholds = np.array(list(pruned.pruning.thresholds.values()))
             expected = dropped_share(stored_costs(case.folder), thresholds)
-        assert abs(pruned.statistics().share - expected) < 0.05
+        assert abs(pruned.statistics().share - expected) < 0.06
         model.generate(case.ids(), max_new_tokens=NEW, do_sample=False)
 
 

@@ -39,11 +39,16 @@ def decoder(model: Any) -> Any:
 def language_model(model: Any) -> Any:
     """The part of a model that reads token ids and returns logits: the model itself, or inside it.
 
+    It is the innermost one around the decoder layers that has a head. Llama 4's composite, for
+    example, holds a whole causal LM.
+
     Raises:
         InputError: there is none.
     """
-    for module in _submodels(model):
-        if module.get_output_embeddings() is not None and _own_decoder(module) is not None:
+    text = decoder(model)
+    for module in reversed(_submodels(model)):
+        holds = any(text is inner for inner in module.modules())
+        if holds and module.get_output_embeddings() is not None:
             return module
     raise InputError(
         f"{type(model).__name__} has no language model with a head. Expected a model that writes "
