@@ -57,10 +57,10 @@ from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ROUNDED, ExpertScores
-from moepress.errors import InputError
-from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
+from moepress.original.architectures import decoder_layers, find_experts
 from moepress.original.folder import read_config
 from moepress.original.source import Source, skeleton
+from moepress.original.ties import Ties
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
@@ -106,26 +106,10 @@ class Shape(Source):
         self.name, self.folder = folder.name, folder
         self.config, self.dtype = config, config.dtype
         self.model = skeleton(config, config.dtype)
+        tied = frozenset(getattr(self.model, "all_tied_weights_keys", None) or ())
+        self._ties = Ties(tied, stored_as={}, untied=False)
         self.layers = decoder_layers(self.model)
-        try:
-            self.experts = find_experts(self.model)
-            self.refused = ""
-        except InputError as error:
-            self.experts = experts_of_any_form(self.model)
-            self.refused = str(error)
-
-
-def experts_of_any_form(model: Any) -> dict[int, Experts]:
-    """Describe experts that `find_experts` refuses as if they had the common layout."""
-    found = {}
-    for index, layer in enumerate(decoder_layers(model)):
-        for path, module in layer.named_modules():
-            if is_experts(module):
-                count, rows, cols = module.gate_up_proj.shape
-                rows, cols = (cols, rows) if module.is_transposed else (rows, cols)
-                where = f"model.layers.{index}.{path}"
-                found[index] = Experts(index, where, count, cols, rows // 2)
-    return found
+        self.experts = find_experts(self.model)
 
 
 class Model(NamedTuple):
@@ -135,7 +119,6 @@ class Model(NamedTuple):
     weights: int
     cache: int  # bytes of the KV cache of TOKENS tokens
     folders: tuple[int, ...]  # bytes, for each of BUDGETS
-    refused: str  # why it cannot be compressed yet; "": it can
 
     def memory(self, folder: int) -> float:
         """Bytes of memory that a folder of this model needs to run."""
@@ -154,7 +137,6 @@ def describe(name: str) -> Model:
         shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
         config = read_config(folder)
         source = Shape(folder, config)
-        reason = "experts of another form" if source.refused else ""
         scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
         plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
     weights = sum(p.numel() for p in source.model.parameters())
@@ -162,7 +144,7 @@ def describe(name: str) -> Model:
     if abs(weights / published / 1e9 - 1) > TOLERANCE:
         raise ValueError(f"{name} has {weights:,} weights, published are {published}e9.")
     check_plans(plans)
-    return Model(name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans), reason)
+    return Model(name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans))
 
 
 def assumed_costs(scores: ExpertScores) -> ExpertScores:
@@ -220,8 +202,7 @@ def table(models: Sequence[Model], sizes: tuple[int, ...], memory: str) -> str:
         cells = [model.name, f"{2 * model.weights / GB:.0f} GB"]
         for folder in model.folders:
             cells += [f"{folder / GB:.1f} GB", smallest(sizes, model.memory(folder))]
-        cells.append(f"not yet: {model.refused}" if model.refused else "yes")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, 'yes'])} |")
     return "\n".join(lines)
 
 

@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import finish_folder, load_json, packed_specs, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.kernels import reference
-from moepress.original.architectures import Experts, find_experts
+from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.folder import companions, weight_files
 from moepress.original.sizes import unpacked_model
 from moepress.progress import Progress
@@ -80,9 +81,9 @@ class _Plain:
         self._specs = specs
         self._dtype: torch.dtype = model.dtype
         self._state: dict[str, Tensor] = model.state_dict()
-        self._experts: dict[str, Experts] = {
-            name: experts for experts in find_experts(model).values() for name in experts.parameters
-        }
+        layers = find_experts(model).values()
+        self._experts = {name: experts for experts in layers for name in experts.parameters}
+        self._biases = {name: (one, bias) for one in layers for name, bias in one.biases.items()}
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file, by the names of transformers' class."""
@@ -94,6 +95,8 @@ class _Plain:
 
     def _tensor(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """What a stored tensor stands for: one parameter of transformers' class, or several."""
+        if name in self._biases:
+            return {name: self._biases_of_experts(*self._biases[name], name, value)}
         if name not in self._specs:
             return {name: value}
         spec = self._specs[name]
@@ -111,15 +114,29 @@ class _Plain:
     def _matrices_of_experts(self, experts: Experts, name: str, value: Tensor) -> dict[str, Tensor]:
         first = name == experts.parameters[0]
         rows, cols = experts.gate_up_shape if first else experts.down_shape
-        spec = self._specs[name]
+        form, spec = experts.form, self._specs[name]
         whole = torch.zeros(experts.experts, rows, cols, dtype=self._dtype)
         starts = spec.offsets(rows, cols)
         kept = [expert for expert, bits in enumerate(spec.bits) if bits != LEFT_OUT]
         for expert in kept:
-            part = value[starts[expert] : starts[expert + 1]]
+            packed = value[starts[expert] : starts[expert + 1]]
             codec = spec.codec(expert)
-            whole[expert] = reference.dequantize(part, rows, cols, codec, self._dtype)
-        return {name: whole}
+            whole[expert] = reference.dequantize(packed, rows, cols, codec, self._dtype)
+        part, count = (form.gate_up, form.parts) if first else (form.down, 1)
+        n, k = form.shapes[0 if first else 1]
+        found = part.parameters(without_padding(whole, count, n // count, k))
+        return {name: self._filled(name, value) for name, value in found.items()}
+
+    def _filled(self, name: str, value: Tensor) -> Tensor:
+        """A parameter with zeros for entries that no expert uses (longcat_flash)."""
+        more = len(self._state[name]) - len(value)
+        return torch.cat([value, value.new_zeros(more, *value.shape[1:])]) if more else value
+
+    def _biases_of_experts(self, experts: Experts, bias: Bias, name: str, value: Tensor) -> Tensor:
+        left_out = [bits == LEFT_OUT for bits in self._specs[experts.parameters[1]].bits]
+        value = value.masked_fill(torch.tensor(left_out)[:, None], 0)
+        rows = self._state[name].shape[1] // bias.parts
+        return bias.part.biases(without_padding(value[..., None], bias.parts, rows, 1)[..., 0])
 
 
 def _check_space(out: Path, model: Any) -> None:

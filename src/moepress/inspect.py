@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moepress.allocation.plan import BitAllocation
+from moepress.blocks.form import is_normed
+from moepress.blocks.gates import gate_of
 from moepress.calibrate import KIND as CALIBRATION
 from moepress.calibrate import Calibration
 from moepress.costs.drop_costs import KIND as DROP_COSTS
@@ -116,10 +118,25 @@ def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         "experts_per_layer": one.experts,
         "hidden_size": one.hidden,
         "expert_intermediate_size": one.intermediate,
+        **_form(source),
         "expert_weights": expert_weights,
         "other_weights": other_weights,
         "bytes": sum(path.stat().st_size for path in source.files),
         "fingerprint": source.fingerprint,
+    }
+
+
+def _form(source: Source) -> dict[str, Any]:
+    """What the experts of an original model compute, and what they are padded to."""
+    experts = source.one_layer_of_experts
+    module = source.model.get_submodule(experts.path)
+    gate = gate_of(module)
+    described = gate is not None and not is_normed(module)
+    return {
+        "expert_gate": str(gate) if described else "a function of the model's own",
+        "experts_run": "together" if described else "one by one: no kernel has their function",
+        "expert_biases": bool(experts.biases),
+        "expert_shapes_packed": [list(shape) for shape in experts.form.packed_shapes],
     }
 
 

@@ -34,9 +34,7 @@ class Failure:
 
 
 COMPRESS, LOAD, PRUNE = "compress", "load", "prune"
-FORM = Failure("Supported: fused gate_up_proj", "experts of another form")
 NO_EXPERTS = Failure("no routed experts in the form", "experts of another form")
-NO_LAYERS = Failure("no list of decoder layers", "its decoder layers are not found")
 NO_CAUSAL_LM = Failure("has no causal LM for model type", "no class for causal LMs")
 TUPLES = Failure("too many values to unpack", "its layers return tuples")
 SPLIT = Failure("split_sizes", "its checkpoint fuses tensors of its own")
@@ -45,12 +43,7 @@ CLASS = Failure("has no module model", "opens as a causal LM only")
 
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
-    (COMPRESS, FORM): (
-        "aria_text", "beam", "deepseek_v4", "gpt_oss", "hy_v4", "inkling2_loop_text",
-        "inkling2_text", "minimax_m3_vl_text", "nemotron_h",
-    ),
-    (COMPRESS, NO_EXPERTS): ("doge", "jetmoe", "longcat_flash"),
-    (COMPRESS, NO_LAYERS): ("dbrx", "llama4", "llama4_text"),
+    (COMPRESS, NO_EXPERTS): ("doge",),
     (COMPRESS, TUPLES): ("glm_moe_dsa", "zaya"),
     (COMPRESS, SPLIT): ("lara_mini", "sarvam_moe"),
     (COMPRESS, STREAMS): ("qwen4_exp", "qwen4_exp_text"),

@@ -178,13 +178,15 @@ def _can_be_packed(source: Source, name: str) -> bool:
 
 
 def check_group_sizes(source: Source, recipe: Recipe) -> None:
-    """Check that rows divide into groups; warn where the recipe's group size cannot be used.
-
-    Raises:
-        InputError: no group size divides the rows of the experts.
-    """
+    """Warn where rows must be padded, or the recipe's group size cannot be used."""
     one = source.one_layer_of_experts
-    for name, (_, cols) in (("gate_up_proj", one.gate_up_shape), ("down_proj", one.down_shape)):
+    form = one.form
+    names = form.first_name, "down_proj"
+    for name, (_, real), (_, cols) in zip(names, form.shapes, form.packed_shapes, strict=True):
+        if real != cols:
+            logger.warning(
+                "the %d inputs of %s are padded to %d: 32 must divide them", real, name, cols
+            )
         group = codec_for(recipe.widths[0], cols, recipe.group_size).group_size
         if group != recipe.group_size:
             logger.warning(

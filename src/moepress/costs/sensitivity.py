@@ -197,7 +197,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
             name: norm / (2 * tokens * modules[name].out_features) for name, norm in norms.items()
         }
         if at_experts is not None:
-            result[EXPERTS] = at_experts / (2 * tokens * source.hidden)
+            result[EXPERTS] = at_experts / (2 * tokens * source.experts[layer].hidden)
         files: dict[Path, dict[str, Tensor]] = {}
         if layer == 0:
             result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)

@@ -29,7 +29,8 @@ from torch import Tensor
 from moepress.errors import CheckpointError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 
-FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can express its tensors
+FORMAT_VERSION = 5  # the highest; a folder gets the lowest version that can express its tensors
+FORMS_VERSION = 5  # the lowest that has experts of any form, and padded ones
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
 QUANT_METHOD = "moepress"
@@ -229,8 +230,14 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
-def format_version(packed: Collection[PackedSpec]) -> int:
-    """The lowest format version that can express these packed tensors."""
+def format_version(packed: Collection[PackedSpec], common: bool = True) -> int:
+    """The lowest format version that can express these packed tensors.
+
+    Args:
+        common: whether the experts have the form that all versions have.
+    """
+    if not common:
+        return FORMS_VERSION
     if any(spec.family == "trellis" for spec in packed):
         return TRELLIS_VERSION
     return 3 if any(LEFT_OUT in spec.bits for spec in packed) else 1
@@ -259,17 +266,18 @@ def check_version(version: int, modules: Mapping[str, Mapping[str, Any]], what: 
 
 
 def quantization_config(
-    packed: Mapping[str, PackedSpec], provenance: Mapping[str, str]
+    packed: Mapping[str, PackedSpec], provenance: Mapping[str, str], common: bool = True
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
         packed: by parameter name.
         provenance: what the folder was made from: model, text, recipe and plan.
+        common: as of `format_version`.
     """
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": format_version(packed.values()),
+        "format_version": format_version(packed.values(), common),
         "modules": {name: spec.to_json() for name, spec in packed.items()},
         "provenance": dict(provenance),
     }

@@ -12,6 +12,7 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -91,7 +93,8 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        is_bare = model.base_model is model  # AutoModel: no head, and paths without the prefix
+        # AutoModel: no head, and paths without the prefix
+        is_bare = model.base_model is model and model.get_output_embeddings() is None
         prefix = f"{model.base_model_prefix}." if is_bare else ""
         given: dict[str, PackedSpec] = self.quantization_config.specs()
         here = {p.removeprefix(prefix): s for p, s in given.items() if p.startswith(prefix)}
@@ -111,6 +114,21 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """transformers' conversions for a checkpoint, without those that its tensors had already.
+
+        A converter may take a name that the converted tensor has too, such as that of a head whose
+        padding it cuts off: on packed bytes it would do harm.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        kept = [
+            one
+            for one in weight_conversions
+            if not isinstance(one, WeightConverter)
+            or not any(re.search(p, name) for p in one.source_patterns for name in names)
+        ]
+        return list(super().update_weight_conversions(kept, model))
 
     def is_serializable(self) -> bool:
         return True

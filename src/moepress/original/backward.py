@@ -10,6 +10,10 @@ of the loss at y, h, w and x are
     1. run the layer with y as a leaf                        g_y = g_out * d(out)/dy
     2. run each expert on its tokens, y = sum_e w_e f_e(h)   g_h = sum_e w_e g_y * df_e/dh
                                                              g_w,e = <g_y, f_e(h)>
+       where w scales the input, y = sum_e f_e(x), x = w_e h
+                                                             g_x = g_y * df_e/dx
+                                                             g_h = sum_e w_e g_x
+                                                             g_w,e = <g_x, h>
     3. run the layer again with y as a constant;             g_x = g_out * d(out)/dx
        backpropagate from out, h and w                             + g_h * dh/dx + g_w * dw/dx
 
@@ -103,14 +107,20 @@ class BackwardWalk:
             device = expert.weights.down.device
             for chunk in chunks(expert.tokens):
                 token, place = expert.tokens[chunk], expert.places[chunk]
-                x = routed.hidden[token].to(device).requires_grad_()
+                x = expert.inputs(chunk).requires_grad_()
                 gate = expert.gate[chunk, None].to(device)
                 g_y = at_output[token].to(device)
                 y = expert_forward(expert.module, expert.weights, x)
                 (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
                 found = found.float().to(at_hidden.device)
+                scale = routed.input_scale(expert.number, token)
+                if scale is None:
+                    along = g_y * y.detach().float()
+                else:  # x = w h, and the output is not scaled
+                    along = found * routed.hidden[token].to(found)
+                    found = found * scale.to(found)
                 at_hidden.index_add_(0, token.to(found.device), found)
-                at_weight[token, place] = (g_y * y.detach().float()).sum(1).cpu()
+                at_weight[token, place] = along.sum(1).cpu()
         return at_hidden, at_weight
 
     def _to_input(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moepress.original.architectures import decoder
+
 if TYPE_CHECKING:
     from moepress.original.source import Source
 
@@ -42,7 +44,7 @@ def record_calls(source: Source, ids: Tensor) -> list[Call]:
     """The calls of all layers for a batch of sequences [b, L]; no layer is run."""
     calls: list[Call] = []
     with replaced_forwards(source.layers, lambda _: calls.append):
-        source.model.get_decoder()(input_ids=ids.to(source.device), use_cache=False)
+        decoder(source.model)(input_ids=ids.to(source.device), use_cache=False)
     return calls
 
 

@@ -67,17 +67,31 @@ class Checkpoint:
             if isinstance(form, Unreadable):
                 raise CheckpointError(f"{form.entry.text} {form.reason}")
 
-    def read(self, name: str, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def read(
+        self,
+        name: str,
+        row: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int = 1,
+    ) -> Tensor:
         """A tensor, or row `row` of it as [1, ...], on the device; nothing else is read.
 
         Args:
             dtype: of the result, if the tensor is quantized; others keep theirs.
+            rows: number of rows that count as one, [rows, ...]. For all but 1, a quantized tensor
+                is read whole.
 
         Raises:
             CheckpointError: its file is damaged.
             NumericalError: its scales or codes are NaN or infinite.
         """
-        return self.forms[name].read(row, dtype, device)
+        form = self.forms[name]
+        if rows == 1 or row is None:
+            return form.read(row, dtype, device)
+        if isinstance(form, Plain):
+            return form.read(row, dtype, device, rows)
+        return form.read(None, dtype, device)[row * rows : (row + 1) * rows]
 
     def nbytes(self, name: str) -> int:
         """Bytes in the files, with scales."""

@@ -68,6 +68,9 @@ def _compressed(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
     """(part, original bytes, stored bytes) of every tensor of a compressed folder."""
     specs = packed_specs(folder)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    for experts in find_experts(model).values():
+        rows_and_columns = zip(experts.parameters, experts.form.shapes, strict=True)
+        sizes |= {name: experts.experts * rows * cols for name, (rows, cols) in rows_and_columns}
     itemsize = model.dtype.itemsize
     parts = _parts(model)
     for shard in weight_files(folder):
@@ -92,7 +95,7 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
     for name in source.all_names:
         yield parts.get(name, REST), source.nbytes(name), disk_bytes(source, name)
     for experts in source.experts.values():
-        stored = sum(disk_bytes(source, name) for name in experts.parameters)
+        stored = sum(disk_bytes(source, name) for name in experts.matrix_names)
         yield ROUTED, experts.weights * source.dtype.itemsize, stored
 
 
@@ -127,7 +130,7 @@ def _parts(model: Any) -> dict[str, str]:
                 for name, _ in module.named_parameters(recurse=False):
                     found[f"{paths[id(module)]}.{name}"] = part
     for one in experts.values():
-        found |= dict.fromkeys(one.parameters, ROUTED)
+        found |= dict.fromkeys((*one.parameters, *one.biases), ROUTED)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD
     return found

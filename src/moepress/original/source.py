@@ -13,19 +13,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.blocks import adapt
+from moepress.errors import InputError, NumericalError
 from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
-from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
+from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.conversion import Conversion
+from moepress.original.dtypes import compute_dtype as compute_dtype
+from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
 from moepress.original.folder import companions, read_config, resolve, weight_files
@@ -103,8 +106,14 @@ class Source:
         return next(iter(self.experts.values()))
 
     @property
+    def has_common_experts(self) -> bool:
+        """Whether the experts of all layers have the form that every format version has."""
+        return all(experts.form.common for experts in self.experts.values())
+
+    @property
     def hidden(self) -> int:
-        return self.one_layer_of_experts.hidden
+        """Size of the states between the layers. That of the experts' inputs may differ."""
+        return int(self.config.get_text_config().hidden_size)
 
     @cached_property
     def layer_paths(self) -> tuple[str, ...]:
@@ -170,7 +179,7 @@ class Source:
 
     @cached_property
     def _expert_names(self) -> set[str]:
-        return {name for experts in self.experts.values() for name in experts.parameters}
+        return {name for experts in self.experts.values() for name in experts.matrix_names}
 
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
@@ -182,8 +191,14 @@ class Source:
         return self._needed[name].shape
 
     def nbytes(self, name: str) -> int:
-        """Stored bytes of a tensor that is not packed."""
-        return self.shape(name).numel() * self.stored_dtype(name).itemsize
+        """Stored bytes of a tensor that is not packed. Biases of experts are padded."""
+        shape, bias = self.shape(name), self._expert_biases.get(name)
+        count = shape.numel() if bias is None else shape[0] * bias.parts * bias.rows
+        return count * self.stored_dtype(name).itemsize
+
+    @cached_property
+    def _expert_biases(self) -> dict[str, Bias]:
+        return {k: v for experts in self.experts.values() for k, v in experts.biases.items()}
 
     def keys_of(self, name: str) -> list[str]:
         """Names in the checkpoint of what a parameter is made of, routed experts included.
@@ -219,18 +234,15 @@ class Source:
         Raises:
             CheckpointError: their shapes are not those of the config.
         """
-        experts = self.experts[layer]
-        gate_up, down = (
-            self._converted(name, index)[name].squeeze(0) for name in experts.parameters
-        )
-        shapes = experts.gate_up_shape, experts.down_shape
-        if (tuple(gate_up.shape), tuple(down.shape)) != shapes:
-            raise CheckpointError(
-                f"Expert {index} of {experts.path} has weights of {tuple(gate_up.shape)} and "
-                f"{tuple(down.shape)} in {self.folder}; its config says {shapes[0]} and "
-                f"{shapes[1]}. Fetch the model again."
-            )
-        return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
+        return read_expert(self.experts[layer], index, self._rows).map(self._for_computing)
+
+    def _rows(self, name: str, index: int, rows: int) -> Tensor:
+        """What a parameter has of expert `index`: `rows` entries of its first dimension."""
+        return self._converted(name, index, rows)[name]
+
+    def as_packed(self, layer: int, name: str, value: Tensor) -> Tensor:
+        """A layer's tensor that is not packed, as the packed modules expect it."""
+        return as_packed(self.experts.get(layer), name, value)
 
     def fused(self, name: str) -> Tensor:
         """A parameter of all routed experts of a layer, in the dtype of the computation."""
@@ -268,7 +280,8 @@ class Source:
     def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
         """Weights that were made on another stream: their memory is kept until this one is done."""
         for value in weights:
-            value.record_stream(torch.cuda.current_stream(self.device))
+            if value is not None:
+                value.record_stream(torch.cuda.current_stream(self.device))
         return weights
 
     @contextmanager
@@ -338,14 +351,14 @@ class Source:
             )
         return dtype
 
-    def _converted(self, name: str, expert: int | None) -> dict[str, Tensor]:
-        """The parameter `name`, or one expert's row, and others that its converter makes."""
-        made = self._conversion.convert(name, expert, self._read)
+    def _converted(self, name: str, expert: int | None, rows: int = 1) -> dict[str, Tensor]:
+        """The parameter `name`, or one expert's rows, and others that its converter makes."""
+        made = self._conversion.convert(name, expert, partial(self._read, rows=rows))
         return {key: self._finished(key, value) for key, value in made.items()}
 
-    def _read(self, key: str, expert: int | None) -> Tensor:
-        """A tensor of the checkpoint, or row `expert` of it, dequantized, on the device."""
-        return self.checkpoint.read(key, expert, self.dtype, self.device)
+    def _read(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
+        """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
+        return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
 
     def _equal(self, *names: str) -> bool:
         """Whether two parameters are equal in the checkpoint."""
@@ -377,21 +390,6 @@ class Source:
         return torch.float32 if any(part in name.split(".") for part in keep) else self.dtype
 
 
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
-
-    There a product of 16-bit numbers takes about eight times as long (docs/log.md#float32-on-cpus).
-    """
-    native = {
-        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }
-    if device.type != "cpu" or dtype not in native:
-        return dtype
-    probes = (getattr(torch.cpu, name, None) for name in native[dtype])
-    return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
-
-
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
     """The causal LM of a config with its parameters on the meta device, in eval mode."""
     from accelerate import init_empty_weights
@@ -406,4 +404,5 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         raise InputError(
             f"transformers has no causal LM for model type '{config.model_type}': {error}"
         ) from error
+    adapt(model)
     return model.eval()

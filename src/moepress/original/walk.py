@@ -78,7 +78,7 @@ class Walk:
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
         tokens = self.ids.numel()
-        shape = tokens, self.source.hidden
+        shape = tokens, self.source.experts[layer].hidden
         hidden = empty(shape, self.source.compute_dtype, self.source.device)
         index, weight = [], []
         done = 0
@@ -94,7 +94,8 @@ class Walk:
         with replaced_forward(self.experts_module(layer), record):
             for number in range(len(self.batches)):
                 self.run_batch(layer, number)
-        return Routed(hidden, torch.cat(index), torch.cat(weight))
+        scales_input = self.source.experts[layer].form.scales_input
+        return Routed(hidden, torch.cat(index), torch.cat(weight), scales_input=scales_input)
 
     @torch.inference_mode()
     def run_for_hooks(self, layer: int, before: Callable[[int], None] | None = None) -> None:

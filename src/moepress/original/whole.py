@@ -19,6 +19,6 @@ def whole_model(source: Source) -> Any:
     for prefix in (None, *whole.layer_paths):
         whole.load(prefix)
     for experts in whole.experts.values():
-        for name in experts.parameters:
+        for name in experts.matrix_names:
             whole.put(name, whole.fused(name))
     return whole.model

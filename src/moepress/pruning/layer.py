@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress import kernels
+from moepress.blocks import adapt
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedExperts
 from moepress.original.architectures import decoder_layers, is_experts
@@ -30,6 +31,7 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     Raises:
         InputError: the pruning has thresholds for a layer without routed experts.
     """
+    adapt(model)
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
