@@ -46,9 +46,9 @@ from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
 
-# Keys of both walks' states in the work folder. "twin" is an older word for the original model; it
-# is kept because unfinished work on disk has it.
-STATES, ORIGINAL_STATES = "states", "twin"
+# Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
+# and is kept because unfinished work on disk has it.
+ORIGINAL_STATES = "twin"
 
 
 def quantize(
@@ -129,19 +129,24 @@ def _quantize_layers(
 ) -> None:
     """Round the unfinished layers, and commit each of them to the journal."""
     walk = Walk(source, ids)
-    states = {STATES: walk.states}
     original = None
     if Rounding.of_experts(plan.recipe, plan.recipe.quantizer).corrects:
         original = walk.fork()
-        states[ORIGINAL_STATES] = original.states
+
+    def restore(tensors: Mapping[str, Tensor]) -> None:
+        walk.restore(tensors)
+        if original is not None:
+            original.restore(tensors, ORIGINAL_STATES)
+
     with Progress("quantize", total=len(source.layers)) as progress:
         progress.skip(journal.first)
-        for layer in journal.remaining(states):
+        for layer in journal.remaining(restore):
             with source.layer_loaded(layer):
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)
             if drops is not None:
                 save_tensors(_drops_file(out, layer), drops)
-            journal.commit(layer, tensors, states)
+            states = {} if original is None else original.tensors(ORIGINAL_STATES)
+            journal.commit(layer, tensors, walk.tensors() | states)
             progress.advance()
 
 

@@ -107,7 +107,7 @@ def score_tensors(
         walk = Walk(source, ids)
         with Progress("score", total=len(source.layers)) as progress:
             progress.skip(journal.first)
-            for layer in journal.remaining({"states": walk.states}):
+            for layer in journal.remaining(walk.restore):
                 with source.layer_loaded(layer):
                     result = score_layer(walk, layer, recipe, tensors, sensitivity, texts, progress)
                 if layer == len(source.layers) - 1:
@@ -118,7 +118,7 @@ def score_tensors(
                         sensitivity.layer(0) if sensitivity else {},
                         texts,
                     )
-                journal.commit(layer, result, {"states": walk.states})
+                journal.commit(layer, result, walk.tensors())
                 progress.advance()
     return _collect(source, recipe, tensors, ids, texts, journal)
 

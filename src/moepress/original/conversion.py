@@ -106,7 +106,8 @@ class Conversion:
         Returns:
             Tensors by parameter name.
         """
-        pieces = self.pieces.get(name) or self.pieces[self._first_target(name)]
+        name = name if name in self.pieces else self._first_target(name)
+        pieces = self.pieces[name]
         pattern = pieces[0].pattern
         if pattern is None:
             return {name: read(pieces[0].key, expert)}
