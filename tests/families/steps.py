@@ -39,7 +39,9 @@ WIDE = {  # 8 bits for all that can be packed
 }
 NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
-NO_STATIC_CACHE = {"inkling_text": "size of tensor a"}
+NO_STATIC_CACHE = dict.fromkeys(
+    ("inkling2_loop_text", "inkling2_text", "inkling_text"), "size of tensor a"
+)
 
 
 @dataclass(frozen=True)
