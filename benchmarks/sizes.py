@@ -59,7 +59,8 @@ from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.original.architectures import decoder_layers, find_experts
 from moepress.original.folder import read_config
-from moepress.original.source import Source, skeleton
+from moepress.original.skeleton import skeleton
+from moepress.original.source import Source
 from moepress.original.ties import Ties
 from moepress.propose import SHARE
 from moepress.recipe import Recipe

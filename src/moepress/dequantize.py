@@ -62,7 +62,7 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     finish_folder(
         out,
         load_json(folder / "config.json"),
-        [path for path in companions(folder) if not path.name.startswith(OURS)],
+        {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
         None,
         [out / path.name for path in files],
     )

@@ -30,6 +30,7 @@ from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
 from moepress.original.sizes import PartBytes, bytes_by_part
+from moepress.original.skeleton import text_config
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.original.whole import whole_model
@@ -156,7 +157,7 @@ def evaluate(
         )
     tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
-    windows.check_vocab(tokens, _vocab_size(folder))
+    windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
     selected = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))
@@ -253,7 +254,7 @@ def _predictions(
             walk.finish(progress)
         yield from walk.logits()
         return
-    slices = batches(ids, logit_tokens(_vocab_size(folder)))
+    slices = batches(ids, logit_tokens(int(model.config.get_text_config().vocab_size)))
     with Progress("packed", total=len(slices)) as progress:
         for batch in slices:
             with torch.inference_mode():  # ends before the yield, see Walk.logits
@@ -328,12 +329,6 @@ def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
 
 def _perplexity(loss: Tensor) -> float:
     return math.exp(loss.double().mean().item())
-
-
-def _vocab_size(folder: Path) -> int:
-    config = load_json(folder / "config.json")
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return int(size)
 
 
 def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:

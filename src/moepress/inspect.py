@@ -121,6 +121,8 @@ def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         **_form(source),
         "expert_weights": expert_weights,
         "other_weights": other_weights,
+        "copied_weights": sum(source.shape(name).numel() for name in source.copied),
+        "unused_tensors": len(source.unused),
         "bytes": sum(path.stat().st_size for path in source.files),
         "fingerprint": source.fingerprint,
     }

@@ -10,6 +10,7 @@ states of the original model, so that weights can make up for the errors of earl
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    copied_name,
     finish_folder,
     load_tensors,
     quantization_config,
@@ -36,6 +38,7 @@ from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.original.batches import empty
 from moepress.original.experts import Routed
+from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -46,9 +49,12 @@ from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
 
+logger = logging.getLogger(__name__)
+
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
 # and is kept because unfinished work on disk has it.
 ORIGINAL_STATES = "twin"
+COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 
 
 def quantize(
@@ -94,6 +100,7 @@ def quantize_tensors(
     }
     if claim(out, work):
         return out
+    tell_unused(source)
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
     folder = out / WORK / "quantize"
@@ -104,6 +111,10 @@ def quantize_tensors(
     packed = tensors.specs(plan.linear_bits)
     if not (out / shard_name(None)).is_file():
         save_tensors(out / shard_name(None), outside_layers(source, packed))
+    copies = copied_shards(source)
+    for path, names in copies.items():
+        if not (out / path).is_file():
+            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
     if todo:
         _quantize_layers(source, plan, packed, ids, journal, out)
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
@@ -111,9 +122,9 @@ def quantize_tensors(
     finish_folder(
         out,
         source.config_json(),
-        source.companions(),
+        companions(source.folder),
         quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
-        [out / shard_name(layer) for layer in (None, *layers)],
+        [out / name for name in (*map(shard_name, (None, *layers)), *copies)],
     )
     shutil.rmtree(out / WORK)
     return out
@@ -170,7 +181,7 @@ def quantize_layer(
         compressed model; None for a layer without routed experts.
     """
     source, recipe = walk.source, plan.recipe
-    names = source.names(source.layer_path(layer))
+    names = source.names(source.layer_paths[layer])
     progress.update(layer=layer, note="attention and dense linears")
     linears = {name: source.module(name) for name in names if name in packed}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
@@ -282,6 +293,32 @@ def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str
             value = _packed_bytes(quantize_matrix("rtn", value, codec, None))
         tensors[name] = value.to("cpu")
     return tensors
+
+
+def copied_shards(source: Source) -> dict[str, list[str]]:
+    """Names of a composite's copied tensors, by the file that stores them.
+
+    A file has at most COPIED_BYTES, or one tensor: they are in memory while it is written.
+    """
+    shards: dict[str, list[str]] = {}
+    size = COPIED_BYTES + 1  # a file is begun with the first tensor
+    for name in source.copied:
+        size += source.nbytes(name)
+        if size > COPIED_BYTES:
+            size = source.nbytes(name)
+            shards[copied_name(len(shards))] = []
+        shards[copied_name(len(shards) - 1)].append(name)
+    return shards
+
+
+def tell_unused(source: Source) -> None:
+    """Say which tensors of the checkpoint are not in the compressed model."""
+    if source.unused:
+        logger.warning(
+            "%s has %d tensors that %s of transformers does not use, such as %s. They are left "
+            "out: the compressed model computes what transformers computes.",
+            source.name, len(source.unused), type(source.model).__name__, source.unused[0],
+        )  # fmt: skip
 
 
 def _packed_bytes(matrix: Matrix) -> Tensor:

@@ -41,7 +41,7 @@ def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor
 
     walk = Walk(source, ids)
     for layer in range(len(source.layers)):
-        with source.loaded(source.layer_path(layer)):
+        with source.loaded(source.layer_paths[layer]):
             routed = walk.route(layer) if layer in source.experts else None
             walk.advance(layer, routed and walk.experts_output(layer, routed))
     with pytest.MonkeyPatch.context() as patch:

@@ -60,7 +60,7 @@ def test_routing_is_the_models_own(model_folder: Folder) -> None:
         model(ids)
     source = Source(folder)
     walk = Walk(source, ids)
-    with source.loaded(source.layer_path(0)):
+    with source.loaded(source.layer_paths[0]):
         routed = walk.route(0)
     ((hidden, index, weight),) = seen
     torch.testing.assert_close(routed.hidden, hidden)

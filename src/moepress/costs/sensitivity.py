@@ -233,7 +233,7 @@ def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
     with source.loaded(None), torch.enable_grad():
         for batch in walk.batches:
             leaves: list[Tensor] = []
-            embedding = source.model.get_input_embeddings()
+            embedding = source.language_model.get_input_embeddings()
             with outputs_as_leaves(embedding, leaves):
                 hidden = record_calls(source, walk.ids[batch])[0].hidden
             (found,) = torch.autograd.grad(hidden, leaves, gradient[batch].to(hidden))

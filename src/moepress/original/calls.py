@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InputError
-from moepress.original.architectures import decoder
 from moepress.original.carried import stand_in_output, with_placeholders
+from moepress.original.composite import decoder
 
 if TYPE_CHECKING:
     from moepress.original.source import Source

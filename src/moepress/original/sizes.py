@@ -14,13 +14,16 @@ from torch import nn
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import is_compressed, packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
+from moepress.original.composite import copied, language_model
 from moepress.original.folder import weight_files
 from moepress.original.on_disk import disk_bytes
 from moepress.original.remote_code import config_of
-from moepress.original.source import Source, skeleton
+from moepress.original.skeleton import skeleton
+from moepress.original.source import Source
 
 ROUTED = "routed experts"
 EMBEDDING_AND_HEAD = "embedding and head"
+COPIED = "vision, audio (copied)"
 REST = "routers, norms, other"
 # The part that a linear belongs to, by its role (architectures.ROLES).
 BY_ROLE = {
@@ -29,7 +32,8 @@ BY_ROLE = {
     "dense_mlp": "dense MLPs",
     None: REST,
 }
-PARTS = (ROUTED, *(part for part in BY_ROLE.values() if part != REST), EMBEDDING_AND_HEAD, REST)
+BY_ROLE_PARTS = tuple(part for part in BY_ROLE.values() if part != REST)
+PARTS = (ROUTED, *BY_ROLE_PARTS, EMBEDDING_AND_HEAD, COPIED, REST)
 ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
 
 
@@ -115,14 +119,15 @@ def unpacked_model(folder: Path, trust_remote_code: bool = False) -> Any:
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     del config.quantization_config
-    return skeleton(config, config.dtype)
+    dtype = config.dtype or config.get_text_config().dtype
+    return skeleton(config, dtype)
 
 
 def _parts(model: Any) -> dict[str, str]:
     """The part that each parameter of a model belongs to, by name."""
     paths = {id(module): path for path, module in model.named_modules()}
     experts = find_experts(model)
-    found = {}
+    found = dict.fromkeys(copied(model), COPIED)
     for index, layer in enumerate(decoder_layers(model)):
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear):
@@ -131,7 +136,8 @@ def _parts(model: Any) -> dict[str, str]:
                     found[f"{paths[id(module)]}.{name}"] = part
     for one in experts.values():
         found |= dict.fromkeys((*one.parameters, *one.biases), ROUTED)
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+    text = language_model(model)
+    for table in (text.get_input_embeddings(), text.get_output_embeddings()):
         found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD
     return found
 

@@ -239,7 +239,7 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(batch, logits [b, L, V]) of the model's own norm and head, after the last layer."""
-        vocabulary = int(self.source.config.get_text_config().vocab_size)
+        vocabulary = int(self.source.text_config.vocab_size)
         with self.source.loaded(None):
             for batch in batches(self.ids, logit_tokens(vocabulary)):
                 # Leave inference mode before `yield`: two generators used in turns would leave it
@@ -278,7 +278,7 @@ class Walk:
                 given = {"inputs_embeds": known[BEFORE_LAYERS]}
             if positions is not None:
                 given["logits_to_keep"] = positions.to(self.source.device)
-            logits: Tensor = self.source.model(**given, use_cache=False).logits
+            logits: Tensor = self.source.language_model(**given, use_cache=False).logits
         return logits
 
     def run(

@@ -89,7 +89,8 @@ def serve(
             prepare(held.model)
             manager._load_model = _then(manager._load_model, prepare)
             tokenizer = getattr(held.processor, "tokenizer", held.processor)
-            check_requests(self.server.config.app, chats=bool(tokenizer.chat_template))
+            templates = (getattr(held.processor, "chat_template", None), tokenizer.chat_template)
+            check_requests(self.server.config.app, chats=any(templates))
             self.server.run()
 
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)

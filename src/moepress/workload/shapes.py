@@ -77,7 +77,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
-        config = source.config.get_text_config()
+        config = source.text_config
         one = source.one_layer_of_experts
         heads = _largest(config, "num_attention_heads") or 1
         head = _largest(config, "head_dim") or source.hidden // heads
@@ -94,7 +94,7 @@ class ModelShape:
             hidden=source.hidden,
             intermediate=one.down_shape[1],
             experts=one.experts,
-            experts_per_token=min(experts_per_token(source.config), one.experts),
+            experts_per_token=min(experts_per_token(source.text_config), one.experts),
             vocabulary=int(config.vocab_size),
             heads=heads,
             head=head,
