@@ -150,7 +150,7 @@ def prune_step(case: Case) -> None:
         if case.family in TIES:
             thresholds = np.array(list(pruned.pruning.thresholds.values()))
             expected = dropped_share(stored_costs(case.folder), thresholds)
-        assert abs(pruned.statistics().share - expected) < 0.05
+        assert abs(pruned.statistics().share - expected) < 0.1
         model.generate(case.ids(), max_new_tokens=NEW, do_sample=False)
 
 
@@ -205,7 +205,8 @@ def wide_recipe(text: Path, model: nn.Module) -> Recipe:
     """Everything at 8 bits; embeddings and heads that are no plain modules stay as they are."""
     tables = {
         "embedding_bits": type(model.get_input_embeddings()) is nn.Embedding,
-        "head_bits": type(model.get_output_embeddings()) is nn.Linear,
+        "head_bits": type(model.get_output_embeddings()) is nn.Linear
+        and "lm_head" not in (model._keep_in_fp32_modules_strict or ()),
     }
     if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         tables = dict.fromkeys(tables, all(tables.values()))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from moepress.costs.drop_costs import drop_bytes
@@ -24,6 +25,7 @@ from moepress.format.codec import (
     stored_family,
 )
 from moepress.original.architectures import linear_role
+from moepress.original.dtypes import kept_in_float32
 from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
@@ -144,7 +146,8 @@ def _asked_widths(source: Source, recipe: Recipe) -> dict[str, int | None]:
             raise InputError(
                 f"The {roles[0]} of {type(source.model).__name__} is a "
                 f"{type(source.module(name)).__name__} of rows of {source.shape(name)[1]}, "
-                "expected a plain linear or embedding of rows of a multiple of 32. Set "
+                "expected a plain linear or embedding of rows of a multiple of 32, which is not "
+                "kept in float32. Set "
                 f"{roles[0]}_bits to {UNQUANTIZED}."
             )
     return widths
@@ -173,8 +176,12 @@ def _table_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | N
 
 
 def _can_be_packed(source: Source, name: str) -> bool:
-    """Whether a packed module can stand in for this embedding or head."""
+    """Whether a packed module can stand in for this embedding or head.
+
+    A model that keeps one of them in float32 casts its inputs to the dtype of its weight (hy_v4).
+    """
     plain = type(source.module(name)) in (nn.Linear, nn.Embedding)
+    plain = plain and not kept_in_float32(source.model, torch.float32, name)
     return plain and fitting_group_size(source.shape(name)[1], GROUP_SIZES[0]) is not None
 
 
