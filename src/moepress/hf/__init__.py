@@ -174,7 +174,9 @@ def load_model(
         set_activation_bits(model, activation_bits)
     if pruning is not None:
         prune(model, pruning)
-    return language_model(model)
+    text = language_model(model)
+    text.name_or_path = model.name_or_path  # where `prune` finds the drop costs
+    return text
 
 
 def set_threads(threads: int | None) -> None:
