@@ -71,7 +71,7 @@ def page() -> str:
 def _table(families: Iterable[str]) -> list[str]:
     heads = ["family", "models", *COLUMNS, "why not"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for family in sorted(families):
+    for family in sorted(set(families) & set(FAMILIES)):
         cells, note = _cells(family)
         lines.append(f"| {family} | {NAMES[family]} | {' | '.join(cells)} | {note} |")
     return lines

@@ -83,7 +83,7 @@ class _Plain:
         self._state: dict[str, Tensor] = model.state_dict()
         layers = find_experts(model).values()
         self._experts = {name: experts for experts in layers for name in experts.parameters}
-        self._biases = {name: bias for experts in layers for name, bias in experts.biases.items()}
+        self._biases = {name: (one, bias) for one in layers for name, bias in one.biases.items()}
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file, by the names of transformers' class."""
@@ -96,9 +96,7 @@ class _Plain:
     def _tensor(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """What a stored tensor stands for: one parameter of transformers' class, or several."""
         if name in self._biases:
-            return {
-                name: self._biases_of_experts(self._biases[name], self._state[name].shape, value)
-            }
+            return {name: self._biases_of_experts(*self._biases[name], name, value)}
         if name not in self._specs:
             return {name: value}
         spec = self._specs[name]
@@ -134,8 +132,10 @@ class _Plain:
         more = len(self._state[name]) - len(value)
         return torch.cat([value, value.new_zeros(more, *value.shape[1:])]) if more else value
 
-    def _biases_of_experts(self, bias: Bias, shape: torch.Size, value: Tensor) -> Tensor:
-        rows = shape[1] // bias.parts
+    def _biases_of_experts(self, experts: Experts, bias: Bias, name: str, value: Tensor) -> Tensor:
+        left_out = [bits == LEFT_OUT for bits in self._specs[experts.parameters[1]].bits]
+        value = value.masked_fill(torch.tensor(left_out)[:, None], 0)
+        rows = self._state[name].shape[1] // bias.parts
         return bias.part.biases(without_padding(value[..., None], bias.parts, rows, 1)[..., 0])
 
 

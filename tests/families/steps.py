@@ -142,15 +142,17 @@ def generate_step(case: Case) -> None:
 
 @torch.inference_mode()
 def prune_step(case: Case) -> None:
-    """The share that is asked for is dropped on the calibration text, or as much as ties leave."""
+    """The share that is asked for is expected to be dropped, or as much as ties leave, and is.
+
+    The calibration set has few tokens, and those here are others: hence the second tolerance.
+    """
     model = load_model(case.folder)
     with prune(model, SHARE, protect=0, count=True) as pruned:
+        thresholds = np.array(list(pruned.pruning.thresholds.values()))
+        expected = dropped_share(stored_costs(case.folder), thresholds)
+        assert case.family in TIES or abs(expected - SHARE) < 0.02
         model(input_ids=case.ids(16, 40))
-        expected = SHARE
-        if case.family in TIES:
-            thresholds = np.array(list(pruned.pruning.thresholds.values()))
-            expected = dropped_share(stored_costs(case.folder), thresholds)
-        assert abs(pruned.statistics().share - expected) < 0.06
+        assert abs(pruned.statistics().share - expected) < 0.1
         model.generate(case.ids(), max_new_tokens=NEW, do_sample=False)
 
 

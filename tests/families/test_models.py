@@ -45,13 +45,8 @@ def ids(seed: int = 0) -> Tensor:
     return torch.randint(2, VOCAB - 16, (2, 40), generator=torch.Generator().manual_seed(seed))
 
 
-# transformers' own class raises an AttributeError, whatever it is given (5.24.0). Its text part can
-# be opened with AutoModelForCausalLM.
-BROKEN = ("llama4",)
-
-
 @pytest.mark.families
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in BROKEN])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_is_the_same(family: str, tmp_path: Path) -> None:
     model: Any = make_model(family)
     save_model(model, tmp_path)
