@@ -104,6 +104,7 @@ def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
 
     from moepress.format.checkpoint import (
         finish_folder,
+        load_json,
         quantization_config,
         save_tensors,
         shard_name,
@@ -145,7 +146,8 @@ def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
     config.save_pretrained(out)
     shards = [*map(shard_name, range(layers)), shard_name(None)]
     quantization = quantization_config(specs, {"made_by": "benchmarks/mixtral_shape.py packed"})
-    finish_folder(out, out / "config.json", [], quantization, [out / name for name in shards])
+    fields = load_json(out / "config.json")
+    finish_folder(out, fields, [], quantization, [out / name for name in shards])
 
 
 def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
@@ -203,9 +205,14 @@ def load(out: Path) -> None:
 
 
 def staged(stage: str, work: Callable[[], Any]) -> Any:
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     result = work()
-    report(stage=stage, seconds=time.monotonic() - started, peak_rss_gb=peak_rss() / 1e9)
+    report(
+        stage=stage,
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss_gb=peak_rss() / 1e9,
+    )
     return result
 
 

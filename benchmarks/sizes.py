@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -54,6 +53,7 @@ from moepress.errors import InputError
 from moepress.original.architectures import Experts, decoder_layers, find_experts, is_experts
 from moepress.original.folder import read_config
 from moepress.original.source import Source, skeleton
+from moepress.original.ties import Ties
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
@@ -89,6 +89,8 @@ class Shape(Source):
         self.name, self.folder = folder.name, folder
         self.config, self.dtype = config, config.dtype
         self.model = skeleton(config, config.dtype)
+        tied = frozenset(getattr(self.model, "all_tied_weights_keys", None) or ())
+        self._ties = Ties(tied, stored_as={}, untied=False)
         self.layers = decoder_layers(self.model)
         try:
             self.experts = find_experts(self.model)
@@ -135,33 +137,16 @@ def describe(name: str) -> Model:
         folder = Path(temporary) / name
         folder.mkdir()
         shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
-        config, reasons = original_config(folder)
+        config = read_config(folder)
         source = Shape(folder, config)
-        if source.refused:
-            reasons.append("experts of another form")
+        reason = "experts of another form" if source.refused else ""
         scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
         plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
     weights = sum(p.numel() for p in source.model.parameters())
     if abs(weights / PUBLISHED[name] / 1e9 - 1) > TOLERANCE:
         raise ValueError(f"{name} has {weights:,} weights, published are {PUBLISHED[name]}e9.")
     check_plans(plans)
-    return Model(
-        name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans), "; ".join(reasons)
-    )
-
-
-def original_config(folder: Path) -> tuple[Any, list[str]]:
-    """The configuration as if the weights were published in 16 bits, and why they cannot be read.
-
-    `read_config` decides whether the published weights can be read.
-    """
-    try:
-        return read_config(folder), []
-    except InputError:
-        fields = json.loads((folder / "config.json").read_text())
-        method = fields.pop("quantization_config")["quant_method"]
-        (folder / "config.json").write_text(json.dumps(fields))
-        return read_config(folder), [f"published in {method.upper()} only"]
+    return Model(name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans), reason)
 
 
 def assumed_costs(scores: ExpertScores) -> ExpertScores:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 VERBS = (
-    "allocate", "calibrate", "chat", "compress", "demo", "doctor", "estimate", "evaluate",
-    "generate", "inspect", "plot", "propose", "prune", "quantize", "report", "score", "serve",
+    "allocate", "calibrate", "chat", "compress", "demo", "dequantize", "doctor", "estimate",
+    "evaluate", "generate", "inspect", "plot", "propose", "prune", "quantize", "report", "score",
+    "serve",
 )  # fmt: skip
 REGISTERED = "from transformers.quantizers import auto; print(auto.REGISTERED)"
 STAND_IN = """

@@ -29,6 +29,7 @@ from moepress.errors import BudgetError, CheckpointError, InputError
 from moepress.format.checkpoint import PLAN, load_json, packed_specs
 from moepress.format.codec import Codec, PackedSpec
 from moepress.kernels import cpu
+from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedExperts
 from moepress.kernels.reference import dequantize
 from moepress.original.experts import Routed, RoutedExpert
@@ -67,7 +68,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 def packed_experts(family: str, bits: tuple[int, ...], hidden: int = 64, inner: int = 96) -> Any:
     spec = PackedSpec(bits, 32, family)
-    module = PackedExperts(len(bits), hidden, inner, spec, spec, "silu")
+    module = PackedExperts(len(bits), hidden, inner, spec, spec, Gate("silu"))
     for name, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
         parts = [
             random_packed(*shape, Codec(b, 32), seed)
@@ -114,8 +115,8 @@ def test_a_layer_may_lose_all_its_experts(backend: str, family: str) -> None:
 def test_an_expert_is_left_out_whole() -> None:
     spec, other = PackedSpec((2, 0), 32), PackedSpec((2, 2), 32)
     with pytest.raises(InputError, match="Expert 1 has 0 and 2 bits"):
-        PackedExperts(2, 64, 96, spec, other, "silu")
-    assert "left out" in repr(PackedExperts(2, 64, 96, spec, spec, "silu"))
+        PackedExperts(2, 64, 96, spec, other, Gate("silu"))
+    assert "left out" in repr(PackedExperts(2, 64, 96, spec, spec, Gate("silu")))
 
 
 @pytest.mark.parametrize("family", ["int", "trellis"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import MoepressError
 from moepress.format.codec import CODE_BITS, GRID_BITS, Codec, PackedSpec
-from moepress.kernels import ExpertsCall, reference
+from moepress.kernels import ExpertsCall, Gate, reference
 from moepress.kernels.modules import PackedExperts, PackedLinear
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
@@ -38,6 +38,12 @@ EXPERTS = (  # hidden, intermediate, gate_up's and down's group size, chosen, to
     (384, 128, 64, 128, 8, (1, 4, 33, 300)),
     (1024, 704, 128, 64, 2, (1, 16, 100)),
 )
+GATES = {
+    "gpt_oss": Gate("silu", limit=7.0, alpha=1.702, up_offset=1.0),
+    "step3p7": Gate("silu", limit=2.0, limits_output=True),
+    "inkling2": Gate("silu", gate_softcap=4.0, up_softcap=2.5),
+    "nemotron_h": Gate("relu2", gated=False),
+}
 TOLERANCE = {8: 4e-3, 16: 3e-4}  # by activation bits, of a token; see above
 HALF = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -61,6 +67,7 @@ def integer_cases(card: Card) -> Iterator[Case]:
             run = partial(check_experts, card, family, number)
             yield Case(f"experts {family}, shape {number}", run, 90)
         yield Case(f"activations {family}", partial(check_activations, card, family), 90)
+        yield Case(f"gates {family}", partial(check_gates, card, family), 90)
         yield Case(f"odd inputs {family}", partial(check_odd_inputs, card, family), 60)
     yield Case("embedding", partial(check_embedding, card), 60)
     yield Case("drop", partial(check_drop, card), 60)
@@ -227,13 +234,17 @@ def experts_call(
     tokens: int,
     activation: str = "silu",
     activation_bits: int = 8,
+    gate: Gate | None = None,
 ) -> ExpertsCall:
-    """A call on the CPU: every width, an expert that is left out, choices that are no expert."""
+    """A call on the CPU: every width, an expert that is left out, choices that are no expert.
+
+    With a gate there are biases, and inputs large enough for its limits.
+    """
     widths = CODE_BITS[family]
     gate_up = (*widths, 0, *widths[::-1], 2)
     down = (*widths[1:], widths[0], 0, *widths, 2)
     specs = PackedSpec(gate_up, groups[0], family), PackedSpec(down, groups[1], family)
-    shapes = (2 * inner, hidden), (hidden, inner)
+    shapes = ((gate.parts if gate else 2) * inner, hidden), (hidden, inner)
     generator = torch.Generator().manual_seed(tokens + hidden)
     packed = [random_packed(s, *shape, generator) for s, shape in zip(specs, shapes, strict=True)]
     tables = [torch.tensor(s.table(*shape)) for s, shape in zip(specs, shapes, strict=True)]
@@ -242,8 +253,20 @@ def experts_call(
     index = order - 1  # -1 and `count` are no expert
     weights = torch.rand(tokens, chosen, generator=generator)
     x = torch.randn(tokens, hidden, generator=generator)
-    return ExpertsCall(
+    call = ExpertsCall(
         x, index, weights, *packed, *tables, inner, *groups, activation, activation_bits, family
+    )
+    if gate is None:
+        return call
+    biases = [torch.randn(count, rows, generator=generator) for rows, _ in shapes]
+    (rows, cols), codec = shapes[0], Codec(gate_up[0], groups[0], family)
+    y = reference.linear(x, packed[0][: codec.nbytes(rows, cols)], None, rows, codec)
+    return dataclasses.replace(
+        call,
+        hidden=x * (6 / float(y.std())),
+        gate_up_bias=biases[0],
+        down_bias=biases[1],
+        **dataclasses.asdict(gate),
     )
 
 
@@ -299,6 +322,18 @@ def check_activations(card: Card, family: str) -> list[Row]:
         call = experts_call(family, 128, 96, (32, 32), 2, 20, name, 16)
         oracle = reference.experts(call, rounded=True)
         worst(name, run_experts(on(card.device, call)), oracle, TOLERANCE[16], torch.float32)
+    return worst.rows()
+
+
+def check_gates(card: Card, family: str) -> list[Row]:
+    worst = Worst()
+    for name, gate in GATES.items():
+        for tokens, activation_bits in ((1, 16), (20, 16), (70, 8)):
+            call = experts_call(family, 128, 96, (32, 32), 2, tokens, "silu", activation_bits, gate)
+            oracle = reference.experts(call, rounded=True)
+            label = f"{name} a{activation_bits} T{tokens}"
+            allowed = TOLERANCE[activation_bits]
+            worst(label, run_experts(on(card.device, call)), oracle, allowed, torch.float32)
     return worst.rows()
 
 
@@ -405,7 +440,7 @@ class Block(nn.Module):
         four = Codec(4, 64, family)
         self.project = PackedLinear(hidden, hidden, four)
         self.router = nn.Linear(hidden, count, bias=False)
-        self.experts = PackedExperts(count, hidden, inner, *specs, "silu")
+        self.experts = PackedExperts(count, hidden, inner, *specs, Gate("silu"))
         generator = torch.Generator().manual_seed(0)
         filled = (
             (self.project.weight, PackedSpec((4,), 64, family), hidden, hidden),

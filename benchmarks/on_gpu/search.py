@@ -53,13 +53,13 @@ def check_together(card: Card) -> list[Row]:
     bits, rows, columns, first = (1, 2, 3, 4, 2), 192, 24, 8
     target = torch.stack([targets(card, b, columns, rows) for b in bits])
     feedback = torch.randn(target.shape, device=card.device)
-    before = feedback.clone()
+    before, original = feedback.clone(), target.clone()
     branches = torch.full(target.shape, 7, dtype=torch.uint8, device=card.device)
     viterbi.round_together(target, feedback, branches, bits, first)
     here = slice(first, first + TILE_COLUMNS)
     wrong = 0
     for number, width in enumerate(bits):
-        wanted = target[number, here]
+        wanted = original[number, here]
         exact = viterbi.search_plainly(wanted + before[number, here], width)
         errors = wanted - code_matrix(exact.T.contiguous(), width).T
         wrong += int((branches[number, here] != exact).sum())

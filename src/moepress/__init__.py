@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moepress.chat import chat as chat
     from moepress.compress import compress as compress
     from moepress.demo import demo as demo
+    from moepress.dequantize import dequantize as dequantize
     from moepress.doctor import doctor as doctor
     from moepress.errors import InputError as InputError
     from moepress.errors import MoepressError as MoepressError
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _VERBS = (
-    "allocate", "calibrate", "chat", "compress", "demo", "doctor", "estimate", "evaluate",
-    "generate", "inspect", "propose", "prune", "quantize", "report", "score", "serve",
+    "allocate", "calibrate", "chat", "compress", "demo", "dequantize", "doctor", "estimate",
+    "evaluate", "generate", "inspect", "propose", "prune", "quantize", "report", "score", "serve",
 )  # fmt: skip
 _HOMES = {verb: f"moepress.{verb}" for verb in _VERBS} | {
     "InputError": "moepress.errors",

@@ -26,6 +26,7 @@ from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, is_compressed, shard_name
 from moepress.format.journal import layer_file
+from moepress.original.on_disk import expert_codes
 from moepress.original.sizes import byte_unit
 from moepress.progress import announce
 from moepress.recipe import Recipe
@@ -153,6 +154,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     machine = Machine(
         request.source.device,
         request.source.dtype,
+        expert_codes(request.source),
         request.source.compute_dtype,
         task.shape,
         task.length,
@@ -165,8 +167,8 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     left = shares_left(out, len(task.shape.layers))
     base = psutil.Process().memory_info().rss
     peaks, disks = _peaks(task, plan, request)
-    model_bytes = task.shape.weights * task.shape.itemsize
-    unread = float(model_bytes)  # of the model's bytes that the system has not yet in memory
+    model_bytes = task.shape.disk_bytes
+    unread = model_bytes  # of the model's bytes that the system has not yet in memory
     fits = model_bytes < psutil.virtual_memory().available
     rows = []
     for name, work in counted.items():

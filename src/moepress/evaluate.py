@@ -27,10 +27,11 @@ from moepress.evaluation.repetition import Repetition, measure_repetition, promp
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.original.batches import batches, logit_tokens
-from moepress.original.folder import resolve, weight_files
+from moepress.original.folder import resolve
 from moepress.original.sizes import PartBytes, bytes_by_part
 from moepress.original.source import Source
 from moepress.original.walk import Walk
+from moepress.original.whole import whole_model
 from moepress.progress import Progress
 from moepress.prune import Pruning, Strength, count_dropped
 from moepress.text import windows
@@ -217,14 +218,16 @@ def _loaded(
         return load_model(folder, device, activation_bits, pruning)
     if not whole:
         return None
-    need, free = sum(path.stat().st_size for path in weight_files(folder)), free_bytes(device)
+    need = sum(part.original for part in bytes_by_part(folder).values())
+    free = free_bytes(device)
     if need > FITS * free:
         logger.warning(
             "%s takes %s bytes and %s are free: skipping generation, timing and tasks.",
             folder.name, f"{need:,}", f"{free:,}",
         )  # fmt: skip
         return None
-    return load_model(folder, device)
+    source = Source(folder, device)
+    return whole_model(source) if source.checkpoint.quantized else load_model(folder, device)
 
 
 def _predictions(

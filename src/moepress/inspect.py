@@ -98,10 +98,12 @@ def _original(folder: Path) -> dict[str, Any]:
     one = source.one_layer_of_experts
     expert_weights = sum(experts.weights for experts in source.experts.values())
     other_weights = sum(source.shape(name).numel() for name in source.all_names)
+    stored = source.checkpoint.describe()
     return {
         "kind": "original model",
         "architecture": type(source.model).__name__,
         "dtype": str(source.dtype).removeprefix("torch."),
+        **({"quantization": stored} if stored else {}),
         "layers": len(source.layers),
         "layers_with_experts": len(source.experts),
         "experts_per_layer": one.experts,

@@ -34,6 +34,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
+from moepress.original.batches import empty
 from moepress.original.experts import Routed
 from moepress.original.source import Source
 from moepress.original.walk import Walk
@@ -107,7 +108,7 @@ def quantize_tensors(
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
     finish_folder(
         out,
-        source.folder / "config.json",
+        source.config_json(),
         source.companions(),
         quantization_config(packed | expert_specs(source, plan), work),
         [out / shard_name(layer) for layer in (None, *layers)],
@@ -196,8 +197,7 @@ def quantize_experts(
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
     output = walk.zeros(routed)
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe.seed, layer), left_out)
-    nothing = torch.empty(0, dtype=torch.uint8)  # of a layer without experts
-    stored: dict[str, list[Tensor]] = {name: [nothing] for name in experts.parameters}
+    places, tensors = packed_places(walk.source, plan, layer)
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     step = experts_at_once(walk.source, layer, rounding)
     read = walk.experts(layer, numbers, routed)
@@ -207,13 +207,13 @@ def quantize_experts(
         together = round_experts(originals, rounding, widths)
         for expert, matrices in zip(originals, together, strict=True):
             for name, matrix in zip(experts.parameters, matrices, strict=True):
-                stored[name].append(_packed_bytes(matrix))
+                start, stop = places[name][expert.number : expert.number + 2]
+                tensors[name][start:stop] = _packed_bytes(matrix)
             rounded = expert.with_weights(dequantized(*matrices, expert.weights))
             rounded.add_output(output)
             meter.add(rounded)
         del originals, together, expert, matrices, matrix, rounded  # before the next are read
     energy = walk.advance(layer, output)
-    tensors = {name: torch.cat(matrices_) for name, matrices_ in stored.items()}
     return tensors, meter.result(energy / walk.ids.numel())
 
 
@@ -280,18 +280,45 @@ def _packed_bytes(matrix: Matrix) -> Tensor:
     return matrix.pack().to("cpu")
 
 
+def packed_places(
+    source: Source, plan: BitAllocation, layer: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    """Room for the packed bytes of a layer's routed experts, by parameter name.
+
+    Returns:
+        The offset of each expert and the total number of bytes; and uint8 tensors of that many
+        bytes, not filled yet. Large ones are mapped from a temporary file: the packed experts of a
+        layer of DeepSeek-V3 take 3.5 GB at 2.5 bits.
+    """
+    experts = source.experts[layer]
+    shapes = experts.gate_up_shape, experts.down_shape
+    specs = layer_specs(source, plan, layer)
+    places = {
+        name: specs[name].offsets(*shape)
+        for name, shape in zip(experts.parameters, shapes, strict=True)
+    }
+    return places, {name: empty((of[-1],), torch.uint8) for name, of in places.items()}
+
+
 def expert_specs(source: Source, plan: BitAllocation) -> dict[str, PackedSpec]:
     """How the fused parameters of all routed experts are packed, by parameter name."""
+    specs: dict[str, PackedSpec] = {}
+    for layer in plan.layers:
+        specs |= layer_specs(source, plan, layer)
+    return specs
+
+
+def layer_specs(source: Source, plan: BitAllocation, layer: int) -> dict[str, PackedSpec]:
+    """`expert_specs` for one layer."""
+    experts, row = source.experts[layer], plan.layers.index(layer)
     specs = {}
-    for row, layer in enumerate(plan.layers):
-        experts = source.experts[layer]
-        for projection, (name, (_, cols)) in enumerate(
-            zip(experts.parameters, (experts.gate_up_shape, experts.down_shape), strict=True)
-        ):
-            widths = tuple(int(b) for b in plan.bits[row, :, projection])
-            family = plan.recipe.expert_codec
-            group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
-            specs[name] = PackedSpec(widths, group, family)
+    for projection, (name, (_, cols)) in enumerate(
+        zip(experts.parameters, (experts.gate_up_shape, experts.down_shape), strict=True)
+    ):
+        widths = tuple(int(b) for b in plan.bits[row, :, projection])
+        family = plan.recipe.expert_codec
+        group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
+        specs[name] = PackedSpec(widths, group, family)
     return specs
 
 

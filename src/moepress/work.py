@@ -26,6 +26,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.journal import compare_identity
 from moepress.original.source import Source
+from moepress.original.whole import whole_model
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
@@ -120,6 +121,8 @@ def _whole_model(source: Source) -> object:
 
     from moepress.hf import no_progress_bars
 
+    if source.checkpoint.quantized:
+        return whole_model(source)
     with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
     return model.to(source.device)

@@ -18,7 +18,8 @@ from moepress.costs.drop_costs import DropCosts
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
 from moepress.original.source import Source
-from moepress.pruning.thresholds import cheapest, medians, quantile
+from moepress.pruning.rule import Pruning
+from moepress.pruning.thresholds import cheapest, dropped_share, medians, quantile
 from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
@@ -203,6 +204,43 @@ def test_thresholds_drop_from_the_smallest_ratio_even_where_costs_fall() -> None
 def test_a_token_loses_its_last_choices_never_one_before_them(seed: int) -> None:
     thresholds, _ = cheapest(some_costs(3, 3, 8, seed), 0.6, False)
     assert (np.diff(thresholds, axis=1) >= 0).all() and thresholds.max() > 0
+
+
+def tied_costs() -> DropCosts:
+    """Layer 0: half of the second choices tie with the first. Layer 1: none, but it costs more."""
+    ratio = np.array([[[0, 0.5, 1, 1, 1]], [[0, 0.25, 0.5, 0.75, 1]]], dtype=np.float32)
+    cost = np.array([[[1, 1, 1, 1]], [[2, 2, 2, 2]]], dtype=np.float32)
+    return DropCosts((0, 1), ratio, cost, cost, True, {})
+
+
+def test_choices_that_tie_with_the_first_are_not_counted_on() -> None:
+    """Of 16 choices, 2 of layer 0 can be dropped, and 4 of layer 1."""
+    costs = tied_costs()
+    thresholds, predicted = cheapest(costs, 5 / 16, False)
+    assert thresholds.tolist() == [[0, 1], [0, 0.75]] and predicted == pytest.approx(8 / 4)
+    assert dropped_share(costs, thresholds) == pytest.approx(5 / 16)
+
+
+def test_a_share_that_ties_keep_from_being_dropped_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Pruning.of(tied_costs(), 6 / 16)
+    assert not caplog.records
+    pruning = Pruning.of(tied_costs(), 0.5)
+    assert "0.5 of the chosen experts are to be dropped, but only about 0.375" in caplog.text
+    assert set(pruning.thresholds.values()) == {(0.0, 1.0)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_share_below_thresholds_is_counted(seed: int) -> None:
+    """Ratios are drawn from few values; those of one value are dropped together or not at all."""
+    rng = np.random.default_rng(seed)
+    ratios = np.sort(rng.integers(0, 9, (3, 2, 2049)) / 8).astype(np.float32)
+    flat = np.zeros((3, 2, 2048), dtype=np.float32)
+    costs = DropCosts((0, 1, 2), ratios, flat, flat, True, {})
+    thresholds = np.pad(rng.integers(0, 9, (3, 2)) / 8, ((0, 0), (1, 0)))
+    expected = (ratios < thresholds[:, 1:, None]).mean() * 2 / 3
+    assert dropped_share(costs, thresholds) == pytest.approx(expected, abs=2e-3)
 
 
 def test_quantiles() -> None:

@@ -4,6 +4,7 @@
 //
 //     fuzz_cpu ROUNDS
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -105,12 +106,38 @@ void scalar_embedding() {
     expect(result == (good ? kOk : kBadId), "embedding: wrong result");
 }
 
+// Random gates, sensible or not, and biases of exactly their size.
+struct Options {
+    MoepressGate gate;
+    std::vector<Buffer<uint8_t>> bytes;
+    MoepressBiases biases;
+
+    Options(int64_t count, int64_t hidden, int64_t inner) : gate{}, biases{} {
+        gate.activation = int(pick(0, 9));
+        gate.gated = int(pick(0, 3) > 0);
+        gate.limits_output = int(pick(0, 1));
+        for (float* field : {&gate.limit, &gate.gate_softcap, &gate.up_softcap})
+            *field = one_of({INFINITY, INFINITY, 1.0f, 0.0f, NAN});
+        gate.alpha = one_of({1.0f, 1.0f, 1.702f, -INFINITY});
+        gate.up_offset = one_of({0.0f, 0.0f, 1.0f, NAN});
+        biases.bfloat16 = int(pick(0, 1));
+        const int64_t size = biases.bfloat16 ? 2 : 4;
+        bytes.push_back(random_bytes(count * rows(inner) * size));
+        bytes.push_back(random_bytes(count * hidden * size));
+        if (pick(0, 1)) biases.gate_up = bytes[0].get();
+        if (pick(0, 1)) biases.down = bytes[1].get();
+    }
+
+    int64_t rows(int64_t inner) const { return (gate.gated ? 2 : 1) * inner; }
+};
+
 void scalar_experts() {
     const int groups[2] = {one_of({32, 64, 128}), one_of({32, 64, 128})};
     const int64_t tokens = one_of<int64_t>({0, 1, 2, 3, 9, 40, 200}), k = pick(0, 4);
     const int64_t count = pick(0, 5);
     const int64_t hidden = groups[0] * pick(1, 2), inner = groups[1] * pick(1, 2);
-    const int64_t shapes[2][2] = {{2 * inner, hidden}, {hidden, inner}};
+    const Options options(count, hidden, inner);
+    const int64_t shapes[2][2] = {{options.rows(inner), hidden}, {hidden, inner}};
     std::vector<Buffer<uint8_t>> packed;
     std::vector<Buffer<int64_t>> tables;
     for (int which = 0; which < 2; ++which) {
@@ -131,7 +158,8 @@ void scalar_experts() {
     const int32_t result = moepress_scalar_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
-        groups[1], count, inner, int(pick(0, 9)), one_of({8, 16}), int(pick(1, 3)), y.get());
+        groups[1], count, inner, &options.gate, &options.biases, one_of({8, 16}),
+        int(pick(1, 3)), y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes, "experts: wrong result");
 }
 
@@ -171,7 +199,8 @@ void trellis_experts() {
     const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 3, 9, 30}) : 300;
     const int64_t k = pick(0, 4), count = pick(0, 5);
     const int64_t hidden = groups[0] * pick(1, 2), inner = groups[1] * pick(1, 2);
-    const int64_t shapes[2][2] = {{2 * inner, hidden}, {hidden, inner}};
+    const Options options(count, hidden, inner);
+    const int64_t shapes[2][2] = {{options.rows(inner), hidden}, {hidden, inner}};
     std::vector<Buffer<uint8_t>> packed;
     std::vector<Buffer<int64_t>> tables;
     for (int which = 0; which < 2; ++which) {
@@ -192,23 +221,28 @@ void trellis_experts() {
     const int32_t result = moepress_trellis_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
-        groups[1], count, inner, int(pick(0, 9)), one_of({8, 16}), int(pick(1, 3)), y.get());
+        groups[1], count, inner, &options.gate, &options.biases, one_of({8, 16}),
+        int(pick(1, 3)), y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes,
            "trellis experts: wrong result");
 }
 
 void trellis_search() {
     const int64_t rows = 64 * pick(1, 3);
-    Buffer<float> target = random_floats(8 * rows);
+    Buffer<float> target = random_floats(8 * rows), feedback = random_floats(8 * rows);
     const float spread = one_of({0.0f, 1.0f, 100.0f, 1e6f});  // of costs: equal to saturated
     for (int64_t i = 0; i < target.size; ++i) target.at[size_t(i)] *= spread;
     Buffer<uint8_t> branches(8 * rows);
     const int bits = int(pick(1, 4));
-    const int32_t result = moepress_trellis_search(target.get(), rows, bits, int(pick(1, 3)),
-                                                   branches.get());
+    const int32_t result = moepress_trellis_search(target.get(), pick(0, 1) ? feedback.get() : nullptr,
+                                                   rows, bits, int(pick(1, 3)), branches.get());
     expect(result == kOk, "trellis search: wrong result");
     for (int64_t i = 0; i < branches.size; ++i)
         expect(branches.at[size_t(i)] < 1 << bits, "trellis search: a branch out of range");
+    Buffer<float> values(8 * rows);
+    expect(moepress_trellis_values(branches.get(), rows, 8, bits, int(pick(1, 3)), values.get()) ==
+               kOk,
+           "trellis values: wrong result");
 }
 
 }  // namespace

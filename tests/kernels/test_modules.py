@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moepress.errors import InputError
 from moepress.format.codec import Codec, PackedSpec
 from moepress.kernels import cpu
+from moepress.kernels.gate import Gate
 from moepress.kernels.modules import (
     PackedEmbedding,
     PackedExperts,
@@ -32,7 +33,7 @@ def packed_linear(bias: bool = False) -> PackedLinear:
 
 def packed_experts() -> tuple[PackedExperts, tuple[Tensor, Tensor, Tensor]]:
     case = make_case()
-    module = PackedExperts(5, 64, 96, *case.specs, case.activation)
+    module = PackedExperts(5, 64, 96, *case.specs, Gate(case.activation))
     fill(module)
     return module, (case.hidden, case.index, case.weights)
 
@@ -87,7 +88,7 @@ def test_the_expert_tables_survive(change: str) -> None:
         module = torch.load(buffer, weights_only=False)
     elif change == "meta":  # as from_pretrained builds it: on meta, then parameter by parameter
         with torch.device("meta"):
-            empty = PackedExperts(5, 64, 96, module.gate_up, module.down, "silu")
+            empty = PackedExperts(5, 64, 96, module.gate_up, module.down, Gate("silu"))
         assert empty.gate_up_proj.is_meta
         empty.load_state_dict(module.state_dict(), assign=True)
         module = empty
@@ -125,18 +126,18 @@ def test_modules_describe_themselves() -> None:
     assert "int3-g32" in repr(packed_linear())
     text = repr(packed_experts()[0])
     assert "1x1-bit+2x2-bit+1x3-bit+1x8-bit g32" in text
-    assert "activation=silu" in text
+    assert "gate=silu" in text
     assert "num_experts=5" in text
 
 
 def test_experts_refuse_what_does_not_fit() -> None:
     spec = PackedSpec((2, 2), 32)
     with pytest.raises(InputError, match="3 experts, but 2 widths"):
-        PackedExperts(3, 64, 96, spec, spec, "silu")
+        PackedExperts(3, 64, 96, spec, spec, Gate("silu"))
     with pytest.raises(InputError, match="'swoosh' is not supported"):
-        PackedExperts(2, 64, 96, spec, spec, "swoosh")
+        PackedExperts(2, 64, 96, spec, spec, Gate("swoosh"))
     with pytest.raises(InputError, match="does not divide a row of 48"):
-        PackedExperts(2, 64, 48, spec, spec, "silu")
+        PackedExperts(2, 64, 48, spec, spec, Gate("silu"))
 
 
 @pytest.mark.skipif(cpu.missing() is not None, reason="the reference does not round activations")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moepress.original.architectures import decoder_layers
-from moepress.pruning import capture, importance
-from moepress.pruning.capture import capture_attention
+from moepress.pruning import importance
+from moepress.pruning.capture import capture_attention, current_record
 from moepress.pruning.importance import (
     AttentionRecord,
     column_means,
@@ -112,12 +114,25 @@ def slow_means(weights: Tensor, first: int, way: Way) -> tuple[Tensor, Tensor]:
     return means, real
 
 
-def records_of(model: nn.Module) -> list[AttentionRecord]:
-    records = []
-    for layer in decoder_layers(model):
-        records.append(AttentionRecord())
-        capture_attention(layer, records[-1])
-    return records
+class Seen:
+    """The record that the experts of a layer find, of the last call."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.record: AttentionRecord | None = None
+        self.undo = capture_attention(layer, 1.0)
+        self.undo.append(layer.mlp.register_forward_pre_hook(self._see).remove)
+
+    def _see(self, *_: Any) -> None:
+        self.record = current_record()
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor] | None:
+        assert self.record is not None
+        return self.record.columns
+
+
+def records_of(model: nn.Module) -> list[Seen]:
+    return [Seen(layer) for layer in decoder_layers(model)]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -233,49 +248,113 @@ def test_without_attention_the_norm_decides_with_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("record", "share"),
-    [
-        (AttentionRecord((4, 1)), 0.5),  # decoding
-        (AttentionRecord((1, 4), packed=True), 0.5),  # continuous batching
-        (AttentionRecord((1, 4)), 0.0),
-        (AttentionRecord((1, 4)), 0.2),  # not one token
-        (AttentionRecord((2, 4)), 0.5),  # experts that see other tokens than their layer
-    ],
+    "record",
+    [None, AttentionRecord((2, 4))],  # experts that see other tokens than their layer
 )
-def test_where_no_token_is_protected(record: AttentionRecord, share: float) -> None:
-    assert protected_tokens(torch.ones(4, 8), record, share) is None
+def test_where_no_token_is_protected(record: AttentionRecord | None) -> None:
+    assert protected_tokens(torch.ones(4, 8), record, 0.5) is None
 
 
-def test_decoding_and_packed_sequences_leave_nothing_behind() -> None:
+def test_decoding_and_packed_sequences_are_not_recorded() -> None:
     model = make_model("mixtral")
     records = records_of(model)
     with torch.inference_mode():
         cache = model(ids(), use_cache=True).past_key_values
-        assert all(record.columns is not None for record in records)
+        assert all(seen.columns is not None for seen in records)
         model(ids(length=1), past_key_values=cache, use_cache=True)
-        assert all(record.columns is None and record.shape == (2, 1) for record in records)
+        assert all(seen.record is None for seen in records)
+        model(ids())
+        assert all(seen.columns is not None for seen in records)
         lengths = torch.tensor([0, 10, 24], dtype=torch.int32)
         model(ids(1), cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
-    assert all(record.packed for record in records)
+    assert all(seen.record is None for seen in records)
+    assert current_record() is None
+
+
+def test_calls_of_less_than_one_protected_token_are_not_recorded() -> None:
+    model = make_model("mixtral")
+    found = []
+    for layer in decoder_layers(model):
+        capture_attention(layer, 0.05)
+        layer.mlp.experts.register_forward_pre_hook(lambda *_: found.append(current_record()))
+    with torch.inference_mode():
+        model(ids(length=19))
+        assert found == [None, None]
+        model(ids(length=20))
+    assert all(record is not None for record in found[2:])
 
 
 def test_capturing_can_be_undone_and_others_are_left_alone() -> None:
+    functions = dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
     model, other = make_model("mixtral"), make_model("mixtral")
-    record = AttentionRecord()
-    undo = capture_attention(decoder_layers(model)[0], record)
+    layer = decoder_layers(model)[0]
+    before = layer.forward
+    seen, beside = Seen(layer), Seen(decoder_layers(other)[0])
     with torch.inference_mode():
         other(ids())
-        assert record.columns is None
+        assert seen.record is None and beside.columns is not None
         model(ids())
-        assert record.columns is not None
-        while undo:
-            undo.pop()()
-        record.columns = None
+        assert seen.columns is not None
+        while seen.undo:
+            seen.undo.pop()()
+        seen.record = None
         model(ids())
-    assert record.columns is None
+    assert seen.record is None
+    assert ALL_ATTENTION_FUNCTIONS._global_mapping == functions
+    assert layer.forward == before and "forward" not in vars(layer)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in layer.modules())
+
+
+def test_what_others_put_around_a_layer_stays() -> None:
+    """As accelerate does when a model is spread over devices, before and after."""
+    model = make_model("mixtral")
     layer = decoder_layers(model)[0]
-    assert not layer._forward_pre_hooks
-    assert not any(hasattr(m, capture.RECORD) or m._forward_hooks for m in layer.modules())
+    calls = []
+
+    def around(name: str) -> None:
+        inner = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        layer.forward = forward
+
+    around("before")
+    seen = Seen(layer)
+    around("after")
+    with torch.inference_mode():
+        model(ids())
+        assert seen.columns is not None and calls == ["after", "before"]
+        while seen.undo:
+            seen.undo.pop()()
+        seen.record = None
+        model(ids())
+    assert seen.record is None and calls == ["after", "before"] * 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_stopped_call_leaves_nothing_behind(error: type[BaseException]) -> None:
+    model = make_model("mixtral")
+    records_of(model)
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    decoder_layers(model)[1].self_attn.register_forward_hook(stop)
+    with pytest.raises(error):
+        model(ids())
+    assert current_record() is None
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_copy_of_a_model_records_itself() -> None:
+    model = make_model("mixtral")
+    records_of(model)
+    copied = copy.deepcopy(model)
+    layer = decoder_layers(copied)[0]
+    assert layer.forward.layer is layer
+    assert layer.forward.forward.__self__ is layer
 
 
 def test_padding_is_left_out_of_the_sample() -> None:
@@ -334,8 +413,10 @@ def test_layers_without_softmax_attention_use_the_norm_alone() -> None:
     mask[0, :9] = 0
     with torch.inference_mode():
         model(ids(), attention_mask=mask, use_cache=False)
-    assert linear.columns is None and linear.shape == (2, 24)
+    assert linear.columns is None and linear.record.shape == (2, 24)
     assert softmax.columns is not None
-    chosen = protected_tokens(torch.ones(48, 8), linear, 0.5)  # padding is recorded nevertheless
+    chosen = protected_tokens(
+        torch.ones(48, 8), linear.record, 0.5
+    )  # padding is recorded nevertheless
     assert chosen is not None and chosen.view(2, 24).sum(1).tolist() == [7, 12]
     assert not chosen.view(2, 24)[0, :9].any()

@@ -16,6 +16,7 @@ from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.recipe import Recipe
 from moepress.rounding import methods
+from moepress.rounding.fit import upper_product, within_blocks
 from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.linear import output_cost
 from moepress.rounding.methods import quantize_matrix
@@ -25,8 +26,6 @@ from moepress.rounding.noise import (
     draw,
     drawn_errors,
     noisy_weights,
-    upper_product,
-    within_blocks,
 )
 from moepress.score import score
 from tests.conftest import small_recipe

@@ -25,7 +25,7 @@ from moepress.original.source import Source
 from moepress.recipe import Recipe
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.methods import quantize_matrix, viterbi
-from moepress.rounding.methods.trellis import block_feedback, quantize_trellis
+from moepress.rounding.methods.trellis import block_feedback, path_values, quantize_trellis
 from tests.conftest import small_recipe
 from tests.rounding.test_methods import BFLOAT16_UNIT, UNIT, dense_hessian
 
@@ -199,6 +199,38 @@ def test_c_finds_the_path_of_the_oracle(
             assert torch.equal(viterbi.search(target, bits), viterbi.search_plainly(target, bits))
     finally:
         cpu.use(cpu.instruction_sets()[0])
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(1, 192), (2, 192), (3, 192), (4, 64 * 66)])
+def test_rounding_in_place(bits: int, rows: int) -> None:
+    """Eight of sixteen columns of two matrices. Paths of more than 64 slabs are found in runs."""
+    generator = torch.Generator().manual_seed(bits)
+    target, feedback = (torch.randn(2, 16, rows, generator=generator) * s for s in (90, 20))
+    left, errors = target.clone(), feedback.clone()
+    branches = torch.full((2, 16, rows), 7, dtype=torch.uint8)
+    widths = (bits, 5 - bits)
+    viterbi.round_together(left, errors, branches, widths, 8)
+    for number, width in enumerate(widths):
+        assert left[number, :8].equal(target[number, :8])
+        assert errors[number, :8].equal(feedback[number, :8])
+        one = target[number, 8:].clone(), feedback[number, 8:].clone()
+        found = torch.empty(8, rows, dtype=torch.uint8)
+        viterbi.round_plainly(*one, found, width)
+        assert branches[number, 8:].equal(found) and branches[number, :8].eq(7).all()
+        assert left[number, 8:].equal(one[0]) and errors[number, 8:].equal(one[1])
+        wanted = target[number, 8:] + feedback[number, 8:]
+        assert found.equal(viterbi.search_plainly(wanted, width))
+        assert one[0].equal(wanted - trellis.code_matrix(found.T.contiguous(), width).T)
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (192, 72), (640, 264)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_values_of_branches(bits: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    branches = torch.randint(1 << bits, shape, generator=generator, dtype=torch.uint8)
+    assert path_values(branches, bits).equal(trellis.code_matrix(branches, bits))
+    columns = branches.T.contiguous().T  # not contiguous
+    assert path_values(columns, bits).equal(trellis.code_matrix(branches, bits))
 
 
 @pytest.mark.parametrize("instruction_set", () if cpu.missing() else cpu.instruction_sets())

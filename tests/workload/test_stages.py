@@ -30,7 +30,8 @@ def task(layers: int = 2, **changes: object) -> Task:
     shape = ModelShape(
         layers=(Layer(100, (linear,), True),) * layers,
         hidden=32, intermediate=64, experts=4, experts_per_token=2, vocabulary=50,
-        heads=2, head=4, outside=800, itemsize=2, compute_itemsize=4,
+        heads=2, head=4, outside=800, itemsize=2, expert_disk=2, other_disk=2,
+        compute_itemsize=4,
     )  # fmt: skip
     recipe = Recipe.load("fast", token_floor=0, **changes)
     return Task(shape, recipe, 5, 20, open={}, tables={}, head=())

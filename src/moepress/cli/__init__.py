@@ -37,6 +37,7 @@ for command in (
     using.evaluate,
     using.inspect,
     using.prune,
+    using.dequantize,
     using.generate,
     using.chat,
     using.serve,

@@ -125,6 +125,19 @@ def prune(
     typer.echo(model)
 
 
+def dequantize(
+    model: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder to make: new or empty.")],
+) -> None:
+    """Write the model with plain weights, as large as the original, for tools without moepress.
+
+    Example: moepress dequantize mixtral-2.5bit mixtral-plain
+    """
+    from moepress.dequantize import dequantize as run
+
+    typer.echo(run(model, out))
+
+
 def generate(
     model: Folder,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],

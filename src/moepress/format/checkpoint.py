@@ -33,6 +33,8 @@ FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can exp
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
 QUANT_METHOD = "moepress"
+# Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
@@ -275,17 +277,17 @@ def quantization_config(
 
 def finish_folder(
     out: Path,
-    source_config: Path,
+    config: Mapping[str, Any],
     companions: Iterable[Path],
-    quantization: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
     shards: Iterable[Path],
 ) -> None:
     """Write the index, the companion files and, last of all, config.json.
 
     Args:
-        source_config: config.json of the original model.
-        companions: files of the original model to copy.
-        quantization: the `quantization_config` to add to the config.
+        config: fields of config.json of the model that this one is made from.
+        companions: files of that model to copy.
+        quantization: the `quantization_config` of the config; None: it gets none.
         shards: the files of tensors in `out`.
     """
     weight_map: dict[str, str] = {}
@@ -297,8 +299,19 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for path in companions:
         write_atomically(out / path.name, partial(_copy, path))
-    config = load_json(source_config)
-    save_json(out / "config.json", {**config, "quantization_config": dict(quantization)})
+    fields = _without_quantization(config)
+    if quantization is not None:
+        fields["quantization_config"] = dict(quantization)
+    save_json(out / "config.json", fields)
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a quantized original, which its dequantized weights do not have any more."""
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION_FIELDS
+    }
 
 
 def tensor_bytes(path: Path) -> int:

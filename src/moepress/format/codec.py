@@ -145,6 +145,14 @@ class PackedSpec:
         """
         return tuple(map(self._codec, self.bits))
 
+    def codec(self, number: int) -> Codec:
+        """The codec of one matrix.
+
+        Raises:
+            InputError: it is left out.
+        """
+        return self._codec(self.bits[number])
+
     def offsets(self, rows: int, cols: int) -> tuple[int, ...]:
         """Offset in bytes of each [rows, cols] matrix, followed by the total number of bytes."""
         sizes = {b: self._codec(b).nbytes(rows, cols) for b in set(self.bits) - {LEFT_OUT}}

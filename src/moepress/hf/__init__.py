@@ -104,8 +104,8 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
-            if isinstance(module, PackedExperts) and not module.gate_up_proj.is_meta:
-                module.place_tables(module.gate_up_proj.device)
+            if isinstance(module, PackedExperts) and not module.first_proj.is_meta:
+                module.place_tables(module.first_proj.device)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))

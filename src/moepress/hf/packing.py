@@ -10,6 +10,7 @@ from torch import nn
 
 from moepress.errors import InputError
 from moepress.format.codec import PackedSpec
+from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moepress.kernels.reference import ACTIVATIONS
 from moepress.original.architectures import check_supported, is_experts
@@ -116,4 +117,4 @@ def _packed_experts(module: Any, path: str, specs: Mapping[str, PackedSpec]) -> 
             f"Their codecs are of families '{gate_up.family}' and '{down.family}'. Expected one."
         )
     name = activation_name(module.act_fn)
-    return PackedExperts(experts, hidden, rows // 2, gate_up, down, name)
+    return PackedExperts(experts, hidden, rows // 2, gate_up, down, Gate(name))

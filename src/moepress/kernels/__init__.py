@@ -3,6 +3,7 @@
 ops.py           the operations, as torch.library ops
 backends.py      the table of backends, and which one runs on a device
 experts_call.py  the arguments of the experts op as one value
+gate.py          what lies between the two products of an expert
 checks.py        checks of tensor arguments
 reference.py     the backend in plain PyTorch: the definition of correct
 scalar.py        bytes of scalar codes
@@ -22,12 +23,14 @@ from moepress.kernels.backends import (
     status,
 )
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.gate import Gate
 from moepress.kernels.ops import drop, embedding, experts, linear
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "ExpertsCall",
+    "Gate",
     "Status",
     "backend_for",
     "drop",

@@ -1,8 +1,9 @@
 """Modules whose weights stay packed in memory.
 
 Each replaces a module of a transformers model and keeps its parameter names on purpose: `weight`,
-`gate_up_proj`, `down_proj` are now one-dimensional uint8. A compressed checkpoint that is opened
-without moepress then fails on the sizes instead of running with random weights.
+`gate_up_proj` (`up_proj` without a gate), `down_proj` are now one-dimensional uint8. A compressed
+checkpoint that is opened without moepress then fails on the sizes instead of running with random
+weights.
 
 Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, and they need no
 gradient.
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
+from moepress.kernels.gate import Gate
 from moepress.kernels.reference import activation_function, check_activation_bits
 
 
@@ -111,9 +113,12 @@ class PackedExperts(nn.Module):
         num_experts: E.
         hidden_size: H.
         intermediate_size: I.
-        gate_up: widths of the E matrices [2I, H], gate rows first.
+        gate_up: widths of the E matrices [R, H]: R = 2I, gate rows first; I without a gate.
         down: widths of the E matrices [H, I].
-        activation: name of the gate's activation function, as in transformers.
+        gate: what lies between the two products. Without a gate the parameter of the first is
+            called `up_proj`, else `gate_up_proj`.
+        gate_up_bias, down_bias: whether there are biases, the parameters `gate_up_proj_bias` (or
+            `up_proj_bias`) [E, R] and `down_proj_bias` [E, H], in torch's default dtype.
 
     Raises:
         InputError: the activation function is not supported, the widths are not those of E experts,
@@ -129,11 +134,14 @@ class PackedExperts(nn.Module):
         intermediate_size: int,
         gate_up: PackedSpec,
         down: PackedSpec,
-        activation: str,
+        gate: Gate,
+        gate_up_bias: bool = False,
+        down_bias: bool = False,
     ) -> None:
         super().__init__()
-        activation_function(activation)  # raises InputError for an unknown name
-        for name, spec in (("gate_up_proj", gate_up), ("down_proj", down)):
+        activation_function(gate.activation)  # raises InputError for an unknown name
+        first = "gate_up_proj" if gate.gated else "up_proj"
+        for name, spec in ((first, gate_up), ("down_proj", down)):
             if len(spec.bits) != num_experts:
                 raise InputError(
                     f"{name} has {num_experts} experts, but {len(spec.bits)} widths are given. "
@@ -142,7 +150,7 @@ class PackedExperts(nn.Module):
         for expert, pair in enumerate(zip(gate_up.bits, down.bits, strict=True)):
             if LEFT_OUT in pair and pair != (LEFT_OUT, LEFT_OUT):
                 raise InputError(
-                    f"Expert {expert} has {pair[0]} and {pair[1]} bits in gate_up_proj and "
+                    f"Expert {expert} has {pair[0]} and {pair[1]} bits in {first} and "
                     "down_proj. Expected 0 in both or in neither: an expert is left out whole."
                 )
         self.num_experts = num_experts
@@ -150,11 +158,14 @@ class PackedExperts(nn.Module):
         self.intermediate_size = intermediate_size
         self.gate_up = gate_up
         self.down = down
-        self.activation = activation
-        gate_up_shape = 2 * intermediate_size, hidden_size
+        self.gate = gate
+        gate_up_shape = gate.parts * intermediate_size, hidden_size
         down_shape = hidden_size, intermediate_size
-        self.gate_up_proj = _packed(gate_up.nbytes(*gate_up_shape))
+        self._first = first
+        self.register_parameter(first, _packed(gate_up.nbytes(*gate_up_shape)))
         self.down_proj = _packed(down.nbytes(*down_shape))
+        self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
+        self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
         # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
         # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
@@ -165,22 +176,37 @@ class PackedExperts(nn.Module):
         self._tables_here = self._tables  # copies on a device, see place_tables
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
+    @property
+    def first_proj(self) -> nn.Parameter:
+        """The packed matrices of the first product: `gate_up_proj`, or `up_proj` without a gate."""
+        return self.get_parameter(self._first)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self._tables_here[0].device != hidden_states.device:
             self.place_tables(hidden_states.device)
+        gate = self.gate
         y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,
             top_k_index,
             top_k_weights,
-            self.gate_up_proj,
+            self._parameters[self._first],
             self.down_proj,
             *self._tables_here,
             self.intermediate_size,
             self.gate_up.group_size,
             self.down.group_size,
-            self.activation,
+            gate.activation,
             self.activation_bits,
             self.gate_up.family,
+            self._parameters[f"{self._first}_bias"],
+            self._parameters["down_proj_bias"],
+            gate.gated,
+            gate.limit,
+            gate.alpha,
+            gate.up_offset,
+            gate.limits_output,
+            gate.gate_softcap,
+            gate.up_softcap,
         )
         return y
 
@@ -195,15 +221,15 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.gate_up_proj.is_meta:
-            self.place_tables(self.gate_up_proj.device)
+        if not self.first_proj.is_meta:
+            self.place_tables(self.first_proj.device)
         return self
 
     def extra_repr(self) -> str:
-        size = self.gate_up_proj.numel() + self.down_proj.numel()
+        size = self.first_proj.numel() + self.down_proj.numel()
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, activation={self.activation}, "
+            f"intermediate_size={self.intermediate_size}, gate={self.gate}, "
             f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes"
         )
 
@@ -230,6 +256,11 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
 
 def _packed(nbytes: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
+
+
+def _biases(wanted: bool, experts: int, shape: tuple[int, int]) -> nn.Parameter | None:
+    """Biases of the experts' matrices of that shape, or None."""
+    return nn.Parameter(torch.zeros(experts, shape[0])) if wanted else None
 
 
 def _summary(spec: PackedSpec) -> str:

@@ -12,6 +12,8 @@ annotations of its function, so the ops take flat arguments. The fakes compute r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -82,17 +84,29 @@ def experts(
     activation: str,
     activation_bits: int = 8,
     family: str = "int",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    limits_output: bool = False,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
 ) -> Tensor:
-    """y_t = sum_k w_tk down_e(act(gate_e x_t) * up_e x_t), with e = index_tk.
+    """y_t = sum_k w_tk (down_e h(gate_e x_t + b, up_e x_t + b') + b''), with e = index_tk.
 
-    Args: the fields of `ExpertsCall`, described there.
+    h is the function of `Gate`, act(g) * u unless more is given.
+
+    Args: the fields of `ExpertsCall`, described there. None as a limit or a softcap is inf, which
+        the schemas of torch.library cannot state.
 
     Returns:
         [T, H] in the dtype of `hidden`.
 
     Raises:
         InputError: a shape, dtype or device does not fit, a codec does not exist, a matrix reaches
-            outside its packed bytes, or the activation function is not supported.
+            outside its packed bytes, or the gate is not supported.
     """
     call = ExpertsCall(
         hidden,
@@ -108,6 +122,15 @@ def experts(
         activation,
         activation_bits,
         family,
+        gate_up_bias,
+        down_bias,
+        gated,
+        math.inf if limit is None else limit,
+        alpha,
+        up_offset,
+        limits_output,
+        math.inf if gate_softcap is None else gate_softcap,
+        math.inf if up_softcap is None else up_softcap,
     )
     check_experts_call(call)
     check_activation_bits(activation_bits)

@@ -6,6 +6,7 @@ stays near their `STRIP_WEIGHTS` floats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -16,6 +17,7 @@ from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec
 from moepress.kernels import scalar, trellis
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.gate import Gate
 
 ACTIVATION_RANGE = {8: 127.0, 16: 128.0 * 127.0}  # activation bits to the largest code
 
@@ -90,7 +92,8 @@ def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
     """
     hidden, width, inner = call.hidden, call.hidden.shape[1], call.intermediate_size
     k, weights = call.top_k_index.shape[1], call.top_k_weights.flatten()
-    act, bits = activation_function(call.activation), call.activation_bits
+    gate, bits, rows = call.gate, call.activation_bits, call.rows
+    activation_function(call.activation)  # raises InputError for an unknown name
     total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     gate_up_table, down_table = call.gate_up_table.tolist(), call.down_table.tolist()
     for expert, slots in _slots_by_expert(call.top_k_index, len(gate_up_table)):
@@ -98,15 +101,45 @@ def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
         if first[1] == second[1] == LEFT_OUT:
             continue
         gate_up, gate_up_codec = _matrix(
-            call.gate_up, first, call.gate_up_group, call.family, 2 * inner, width
+            call.gate_up, first, call.gate_up_group, call.family, rows, width
         )
         down, down_codec = _matrix(call.down, second, call.down_group, call.family, width, inner)
         token = slots // k
-        x = linear(hidden[token], gate_up, None, 2 * inner, gate_up_codec, bits, rounded=rounded)
-        gate, up = x.chunk(2, dim=-1)
-        y = linear(act(gate) * up, down, None, width, down_codec, bits, rounded=rounded)
+        bias = _of_expert(call.gate_up_bias, expert, hidden)
+        x = linear(hidden[token], gate_up, bias, rows, gate_up_codec, bits, rounded=rounded)
+        bias = _of_expert(call.down_bias, expert, hidden)
+        y = linear(gated(gate, x), down, bias, width, down_codec, bits, rounded=rounded)
         total.index_add_(0, token, y.to(total.dtype) * weights[slots].to(total.dtype)[:, None])
     return total.to(hidden.dtype)
+
+
+def gated(gate: Gate, x: Tensor) -> Tensor:
+    """h of the first products of experts: [..., R] to [..., I], in the dtype of x.
+
+    R = 2I, g before u; I without a gate. `Gate` has the formula. Softcaps are computed in float32
+    or wider, as transformers does.
+    """
+    g, u = x.chunk(2, dim=-1) if gate.gated else (x, None)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if gate.gate_softcap != math.inf:
+        g = g.to(wide)
+    if gate.up_softcap != math.inf and u is not None:
+        u = u.to(wide)
+    if gate.limit != math.inf and not gate.limits_output:
+        g = g.clamp(max=gate.limit)
+    if gate.gate_softcap != math.inf:
+        a = _softcap(g, gate.gate_softcap) * torch.sigmoid(gate.alpha * g)
+    elif gate.alpha != 1:
+        a = g * torch.sigmoid(gate.alpha * g)
+    else:
+        a = activation_function(gate.activation)(g)
+    if gate.limits_output:
+        a = a.clamp(max=gate.limit)
+    if u is None:
+        return a.to(x.dtype)
+    if gate.limit != math.inf:
+        u = u.clamp(-gate.limit, gate.limit)
+    return (a * (_softcap(u, gate.up_softcap) + gate.up_offset)).to(x.dtype)
 
 
 def round_activations(x: Tensor, group_size: int, bits: int) -> Tensor:
@@ -199,6 +232,15 @@ def _matrix(
     offset, bits = entry
     codec = Codec(bits, group_size, family)
     return packed[offset : offset + codec.nbytes(rows, cols)], codec
+
+
+def _softcap(x: Tensor, cap: float) -> Tensor:
+    return x if cap == math.inf else cap * torch.tanh(x / cap)
+
+
+def _of_expert(bias: Tensor | None, expert: int, like: Tensor) -> Tensor | None:
+    """The bias of one expert in the dtype of `like`."""
+    return None if bias is None else bias[expert].to(like.dtype)
 
 
 def _slots_by_expert(index: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,11 @@ class Conversion:
     converters: Mapping[str, Any]  # by pattern of the checkpoint's names
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        folder: Path,
-        keys: Collection[str],
-        needed: Collection[str],
-        experts: Collection[Experts],
-    ) -> Conversion:
+    def of(cls, model: Any, folder: Path, keys: Collection[str]) -> Conversion:
         """Plan the conversion with transformers' mapping for the class of `model`.
 
         Args:
             keys: names of all tensors of the checkpoint.
-            needed: names of all parameters and buffers that the checkpoint must provide.
-            experts: the routed experts of each layer.
-
-        Raises:
-            CheckpointError: no tensor goes into a parameter, or an expert is missing.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -79,11 +68,31 @@ class Conversion:
             if name in state:
                 pieces[name].append(Piece(key, pattern))
         converters = {p: c for c in listed for p in c.source_patterns}
-        conversion = cls(model, folder, pieces, converters)
-        conversion._check_complete(needed)
+        return cls(model, folder, pieces, converters)
+
+    def check(self, needed: Collection[str], experts: Collection[Experts]) -> None:
+        """Check that the checkpoint provides everything.
+
+        Args:
+            needed: names of all parameters and buffers that it must provide.
+            experts: the routed experts of each layer.
+
+        Raises:
+            CheckpointError: no tensor goes into a parameter, or an expert is missing.
+        """
+        self._check_complete(needed)
         for one in experts:
-            conversion._check_experts(one)
-        return conversion
+            self._check_experts(one)
+
+    @cached_property
+    def made(self) -> frozenset[str]:
+        """Names of all parameters that some tensor of the checkpoint goes into."""
+        made = set(self.pieces)
+        for name, pieces in self.pieces.items():  # one converter may make several parameters
+            if pieces[0].pattern is not None:
+                targets = self.converters[pieces[0].pattern].target_patterns
+                made |= {name.replace(targets[0], target) for target in targets}
+        return frozenset(made)
 
     def convert(
         self, name: str, expert: int | None, read: Callable[[str, int | None], Tensor]
@@ -118,12 +127,15 @@ class Conversion:
 
     def _check_complete(self, needed: Collection[str]) -> None:
         """Raise CheckpointError if no tensor of the checkpoint goes into a needed parameter."""
-        made = set(self.pieces)
-        for name, pieces in self.pieces.items():  # one converter may make several parameters
-            if pieces[0].pattern is not None:
-                targets = self.converters[pieces[0].pattern].target_patterns
-                made |= {name.replace(targets[0], target) for target in targets}
-        missing = [n for n in needed if n not in made]
+        missing = [n for n in needed if n not in self.made]
+        head = self.model.get_output_embeddings()
+        if missing and any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
+            raise CheckpointError(
+                f"{self.folder} has no head ({missing[0]}), and its config.json does not say that "
+                "the head is the embedding: transformers would fill it with random numbers. If "
+                'they are one tensor, set "tie_word_embeddings": true there; else a shard is '
+                "missing: fetch the model again."
+            )
         if missing:
             raise CheckpointError(
                 f"{self.folder} has no tensor for {len(missing)} parameters of "

@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import QUANTIZATION_FIELDS
+from moepress.original.quantized.config import PARTS, read_quantization
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,24 +43,25 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder.
+    """The transformers config of a model folder, of the model as it is once dequantized.
 
     Raises:
-        InputError: there is none, transformers cannot read it, or the model is quantized already.
+        InputError: there is none, transformers cannot read it, or the model is quantized in a way
+            that moepress does not read.
     """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a transformers model folder.")
+    read_quantization(folder)  # before transformers, which knows fewer reasons
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method:
-        raise InputError(
-            f"{folder} is already quantized ({method}). Give the original model's folder."
-        )
+    for part in (config, *(getattr(config, name, None) for name in PARTS)):
+        for field in QUANTIZATION_FIELDS:
+            if getattr(part, field, None) is not None:
+                delattr(part, field)
     return config
 
 

@@ -15,6 +15,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import is_compressed, packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
 from moepress.original.folder import weight_files
+from moepress.original.on_disk import disk_bytes
 from moepress.original.source import Source, skeleton
 
 ROUTED = "routed experts"
@@ -59,7 +60,7 @@ def bytes_by_part(folder: Path) -> dict[str, PartBytes]:
 def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
     """(part, original bytes, stored bytes) of every tensor of a compressed folder."""
     specs = packed_specs(folder)
-    model = _skeleton(folder)
+    model = unpacked_model(folder)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     itemsize = model.dtype.itemsize
     parts = _parts(model)
@@ -83,14 +84,18 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
     """
     parts = _parts(source.model)
     for name in source.all_names:
-        yield parts.get(name, REST), source.nbytes(name), source.nbytes(name)
+        yield parts.get(name, REST), source.nbytes(name), disk_bytes(source, name)
     for experts in source.experts.values():
-        size = experts.weights * source.dtype.itemsize
-        yield ROUTED, size, size
+        stored = sum(disk_bytes(source, name) for name in experts.parameters)
+        yield ROUTED, experts.weights * source.dtype.itemsize, stored
 
 
-def _skeleton(folder: Path) -> Any:
-    """The original model's class for a compressed folder, without weights."""
+def unpacked_model(folder: Path) -> Any:
+    """The original model's class for a compressed folder, on the meta device.
+
+    Raises:
+        InputError: transformers cannot read the config.
+    """
     from transformers import AutoConfig
 
     try:

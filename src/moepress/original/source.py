@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moepress.errors import CheckpointError, InputError, NumericalError
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Experts, decoder_layers, find_experts, linear_role
+from moepress.original.checkpoint import Checkpoint
 from moepress.original.conversion import Conversion
 from moepress.original.experts import ExpertWeights
-from moepress.original.folder import companions, opened, read_config, resolve, weight_files
+from moepress.original.finite import all_finite
+from moepress.original.folder import companions, read_config, resolve, weight_files
+from moepress.original.quantized.config import read_quantization
+from moepress.original.ties import settle, untied_config
 
 READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
@@ -39,9 +43,13 @@ class Source:
         device: where weights are put when they are loaded.
 
     Raises:
-        InputError: no such model, not a Mixture of Experts, or already quantized.
-        CheckpointError: a file is missing, truncated or does not fit the model.
+        InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
+            read.
+        CheckpointError: a file is missing, truncated or does not fit the model, or a tensor
+            holds codes without scales.
     """
+
+    checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
     def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
         self.name = str(name)
@@ -51,25 +59,20 @@ class Source:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = read_config(self.folder)
         self.files = weight_files(self.folder)
-        self.dtype = self._dtype()  # of the weights on disk
+        self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
+        self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
         self.compute_dtype = compute_dtype(self.dtype, self.device)
         self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
-        self._conversion = Conversion.of(
-            self.model, self.folder, self.keys.keys(), self._needed, self.experts.values()
-        )
+        self._conversion = Conversion.of(self.model, self.folder, self.checkpoint.names)
+        self._ties = settle(self.model, self._conversion.made, self._equal)
+        stored = [name for name in self._needed if name not in self._ties.stored_as]
+        self._conversion.check(stored, self.experts.values())
+        floats = (name for name, value in self._needed.items() if value.is_floating_point())
+        self.checkpoint.check(key for name in floats for key in self.keys_of(name))
 
     # Names, shapes and roles of the tensors
-
-    @cached_property
-    def keys(self) -> dict[str, Path]:
-        """The file that holds each tensor of the checkpoint."""
-        found: dict[str, Path] = {}
-        for path in self.files:
-            with opened(path) as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,9 +167,8 @@ class Source:
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
         """Every tensor that the checkpoint must provide; a tied one only once."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = self.model.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if name not in tied}
+        return {name: value for name, value in state.items() if name not in self._ties.tied}
 
     def shape(self, name: str) -> torch.Size:
         return self._needed[name].shape
@@ -175,10 +177,22 @@ class Source:
         """Stored bytes of a tensor that is not packed."""
         return self.shape(name).numel() * self.stored_dtype(name).itemsize
 
+    def keys_of(self, name: str) -> list[str]:
+        """Names in the checkpoint of what a parameter is made of, routed experts included.
+
+        Those of parameters that one converter makes together belong to the first of them.
+        """
+        return [piece.key for piece in self._conversion.pieces.get(name, ())]
+
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
         module: nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
         return module
+
+    def config_json(self) -> dict[str, Any]:
+        """The fields of config.json; they say of tied parameters what the checkpoint says."""
+        read = load_json(self.folder / "config.json")
+        return untied_config(read) if self._ties.untied else read
 
     def companions(self) -> list[Path]:
         """The tokenizer, generation and licence files that a copy of this model needs."""
@@ -188,7 +202,8 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter or buffer that is not a routed expert, on the device."""
-        return self._converted(name, None)[name]
+        stored = self._ties.stored_as.get(name, name)
+        return self._converted(stored, None)[stored]
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         """The weights of expert `index` of a decoder layer; no other expert is read.
@@ -208,6 +223,10 @@ class Source:
                 f"{shapes[1]}. Fetch the model again."
             )
         return ExpertWeights(self._for_computing(gate_up), self._for_computing(down))
+
+    def fused(self, name: str) -> Tensor:
+        """A parameter of all routed experts of a layer, in the dtype of the computation."""
+        return self._for_computing(self._converted(name, None)[name])
 
     def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
@@ -300,17 +319,16 @@ class Source:
         return value.to(self.compute_dtype) if value.dtype == self.dtype else value
 
     def _dtype(self) -> torch.dtype:
-        """The dtype of the config, or else of the first tensor on disk."""
+        """The dtype of the config, or else of the checkpoint."""
         dtype = getattr(self.config, "dtype", None)
-        if dtype is None:
-            with opened(self.files[0]) as file:
-                dtype = file.get_tensor(next(iter(file.keys()))).dtype
+        if dtype is None or dtype.itemsize == 1:  # some configs name the dtype of the codes
+            dtype = self.checkpoint.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
                 f"{self.name} holds {dtype} weights. Expected float32, bfloat16 or float16: give "
                 "the original model, not a quantized one."
             )
-        return dtype  # type: ignore[no-any-return]  # config attributes are untyped
+        return dtype
 
     def _converted(self, name: str, expert: int | None) -> dict[str, Tensor]:
         """The parameter `name`, or one expert's row, and others that its converter makes."""
@@ -318,24 +336,18 @@ class Source:
         return {key: self._finished(key, value) for key, value in made.items()}
 
     def _read(self, key: str, expert: int | None) -> Tensor:
-        """A tensor of the checkpoint, or row `expert` of it, copied out of the mapped file.
+        """A tensor of the checkpoint, or row `expert` of it, dequantized, on the device."""
+        return self.checkpoint.read(key, expert, self.dtype, self.device)
 
-        It is on the device.
-        """
-        try:
-            with opened(self.keys[key]) as file:
-                rows = file.get_slice(key)
-                value: Tensor = rows[...] if expert is None else rows[expert : expert + 1]
-                return value.clone() if self.device.type == "cpu" else value.to(self.device)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"Cannot read {key} from {self.keys[key]}: {error}. Fetch the file again."
-            ) from error
+    def _equal(self, *names: str) -> bool:
+        """Whether two parameters are equal in the checkpoint."""
+        first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
+        return torch.equal(first, second)
 
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise NumericalError(
                     f"{name} of {self.folder} contains NaN or infinite weights. Expected finite "
                     "numbers: the file is damaged or the model is broken; fetch it again."
@@ -360,8 +372,7 @@ class Source:
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
 
-    On such CPUs a product of 16-bit numbers takes about eight times as long as one of float32
-    (docs/log.md#float32-on-cpus).
+    There a product of 16-bit numbers takes about eight times as long (docs/log.md#float32-on-cpus).
     """
     native = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),

@@ -1,93 +1,160 @@
-"""Hooks that capture the column means of a decoder layer's attention, for `importance.py`."""
+"""Capture the column means of a decoder layer's attention while it runs, for `importance.py`.
+
+Nothing is exchanged in transformers, and nothing is kept in the model: the record of a call lives
+in the thread that makes the call, from the layer's start to its end. Inside, a TorchFunctionMode
+sees the calls of PyTorch's `scaled_dot_product_attention`, whichever code makes them. Eager
+attention returns its weights, and a hook reads them. Other implementations (flash, flex) and layers
+without softmax attention give no column means.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import update_wrapper
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moepress.pruning import importance
 from moepress.pruning.importance import AttentionRecord, means_of_weights
 
-RECORD = "_moepress_attention_record"  # attribute of an attention module
+_RUNNING = threading.local()  # .call: of the layer that this thread is inside of
 
 
-def capture_attention(layer: nn.Module, record: AttentionRecord) -> list[Callable[[], None]]:
-    """Have a decoder layer's attention fill `record` at every prefill.
+class _Call(TorchFunctionMode):
+    """One call of a decoder layer. Inside its `with` block it fills its record."""
 
-    transformers looks attention functions up by name. The function named `sdpa` is replaced once,
-    for the rest of the process, by one that also fills the record of the module, if it has one.
-    Eager attention returns its weights, and a hook reads them. Other implementations (flash, flex)
-    and layers without softmax attention fill no column means.
+    def __init__(self, record: AttentionRecord) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            _read_attention(self.record, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _RecordedForward:
+    """The forward of a decoder layer that records its calls.
+
+    Set as attribute `forward` of the layer. Hooks would not do: after a KeyboardInterrupt they are
+    not called.
+    """
+
+    def __init__(self, layer: nn.Module, share: float) -> None:
+        self.layer = layer
+        self.share = share
+        self.before = layer.__dict__.get("forward")  # of accelerate, for example
+        self.forward = layer.forward
+        update_wrapper(self, self.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = _begun(self.share, args, kwargs)
+        if call is None:
+            return self.forward(*args, **kwargs)
+        outer = getattr(_RUNNING, "call", None)
+        _RUNNING.call = call
+        try:
+            with call:
+                return self.forward(*args, **kwargs)
+        finally:
+            _RUNNING.call = outer
+
+    def attach(self) -> None:
+        self.layer.forward = self
+
+    def remove(self) -> None:
+        """Restore the forward from before; if another one has replaced this one, only stop."""
+        self.share = 0.0
+        if self.layer.__dict__.get("forward") is self:
+            del self.layer.forward
+            if self.before is not None:
+                self.layer.forward = self.before
+
+
+def current_record() -> AttentionRecord | None:
+    """The record of the layer that this thread is inside of; None: nothing is captured there."""
+    call = getattr(_RUNNING, "call", None)
+    return None if call is None else call.record
+
+
+def capture_attention(layer: nn.Module, share: float) -> list[Callable[[], None]]:
+    """Have a decoder layer's attention fill a record at every prefill.
+
+    Args:
+        share: of the tokens that are to be protected. Calls in which that is not one token are not
+            recorded.
 
     Returns:
         Calls that undo it.
     """
-    _replace_sdpa()
-    undo: list[Callable[[], None]] = []
-    undo.append(layer.register_forward_pre_hook(partial(_begin, record), with_kwargs=True).remove)
+    recorded = _RecordedForward(layer, share)
+    recorded.attach()
+    undo: list[Callable[[], None]] = [recorded.remove]
     for module in layer.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
-            setattr(module, RECORD, record)
-            undo.append(partial(delattr, module, RECORD))
-            hook = module.register_forward_hook(partial(_read_weights, record), with_kwargs=True)
+            hook = module.register_forward_hook(_read_weights, with_kwargs=True)
             undo.append(hook.remove)
     return undo
 
 
-def _begin(
-    record: AttentionRecord, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Before a decoder layer runs: start its record."""
-    states = args[0] if args else kwargs["hidden_states"]
+def _begun(share: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    """A call of a decoder layer with an empty record; None: it protects no token.
+
+    It does not in decoding, nor if several sequences are packed into one: their borders are
+    unknown.
+    """
+    states: Tensor = args[0] if args else kwargs["hidden_states"]  # [B, Q, ...]
     shape = states.shape[0], states.shape[1]
+    if shape[1] < 2 or share * shape[1] < 1 or kwargs.get("cu_seq_lens_q") is not None:
+        return None
     mask = kwargs.get("attention_mask")  # layers without softmax get one number per token
     real = None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= shape[1]:
         real = mask[:, mask.shape[1] - shape[1] :].bool()
-    record.begin(shape, real, packed=kwargs.get("cu_seq_lens_q") is not None)
+    return _Call(AttentionRecord(shape, real))
 
 
-def _replace_sdpa() -> None:
-    """Make transformers' `sdpa` fill records. Safe to repeat."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+def _read_attention(
+    record: AttentionRecord,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Fill a record from the arguments of `scaled_dot_product_attention`.
 
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if getattr(original, "fills_records", False):
+    Attention that is not causal is left alone, and so is attention among other tokens than those of
+    the layer's call.
+    """
+    if query.dim() != 4 or (query.shape[0], query.shape[2]) != record.shape:
         return
-
-    @wraps(original)
-    def sdpa(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> Any:
-        record = getattr(module, RECORD, None)
-        # A single query is decoding. Attention that is not causal is left alone: there a mask of
-        # None hides nothing from anyone, while `column_means` takes it for a causal one.
-        if record is not None and query.shape[2] > 1 and kwargs.get("is_causal") is not False:
-            record.columns = importance.column_means(
-                query,
-                key,
-                mask,
-                kwargs.get("scaling"),
-                bias=kwargs.get("position_bias"),
-                queries=importance.SAMPLED_QUERIES,
-            )
-        return original(module, query, key, value, mask, **kwargs)
-
-    sdpa.fills_records = True  # type: ignore[attr-defined]
-    AttentionInterface.register("sdpa", sdpa)
+    if attn_mask is None and not is_causal:
+        return
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    record.columns = importance.column_means(
+        query, key, attn_mask, scale, queries=importance.SAMPLED_QUERIES
+    )
 
 
 def _read_weights(
-    record: AttentionRecord,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    out: Any,
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """After an attention module ran: eager ones return (output, weights [B, heads, Q, K])."""
+    record = current_record()
     weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-    if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[2] > 1:
+    if record is None or not isinstance(weights, Tensor) or weights.dim() != 4:
+        return
+    if (weights.shape[0], weights.shape[2]) == record.shape:
         record.columns = means_of_weights(weights, kwargs.get("attention_mask"))

@@ -21,6 +21,7 @@ see the last tokens; the other half is spread over the rest and weighted to stan
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,36 +39,34 @@ SAMPLED_QUERIES = 256  # of a longer prefill; what sampling costs: docs/log.md#p
 class AttentionRecord:
     """What a decoder layer's attention tells its experts within one forward call."""
 
-    shape: tuple[int, int] = (0, 0)  # sequences B, and tokens Q of each, of the current call
+    shape: tuple[int, int]  # sequences B, and tokens Q of each, of the call
     real: Tensor | None = None  # [B, Q] bool, false for padding; None: the layer gets no such mask
     columns: tuple[Tensor, Tensor] | None = None  # what `column_means` returns
-    packed: bool = False  # several sequences are packed into one: their borders are unknown
-
-    def begin(self, shape: tuple[int, int], real: Tensor | None, packed: bool) -> None:
-        """Start a forward call of the layer, and forget the one before."""
-        self.shape, self.real, self.columns, self.packed = shape, real, None, packed
 
 
-def protected_tokens(hidden: Tensor, record: AttentionRecord, share: float) -> Tensor | None:
+def protected_tokens(hidden: Tensor, record: AttentionRecord | None, share: float) -> Tensor | None:
     """The most important tokens of every sequence of a prefill.
 
     Args:
         hidden: [B * Q, H], the input of the MoE block.
-        record: of the layer. Without column means in it the norm alone decides, with a warning.
+        record: of the call of the layer; None: it has none, see capture.py. Without column means
+            in it the norm alone decides, with a warning.
         share: of a sequence's tokens, padding not counted. The number of tokens is rounded down, so
             that short calls (chunks of a prompt, speculated tokens) are not mostly protected.
 
     Returns:
-        [B * Q] bool, or None where no token is protected: in decoding, with packed sequences, and
-        where the share is less than one token.
+        [B * Q] bool, or None where no token is protected: in decoding, with packed sequences,
+        where the share is less than one token, and where the experts see other tokens than the
+        layer.
     """
-    sequences, tokens = record.shape
-    if share * tokens < 1 or tokens < 2 or record.packed or sequences * tokens != len(hidden):
+    if record is None or math.prod(record.shape) != len(hidden):
         return None
+    sequences, tokens = record.shape
     importance = hidden.abs().sum(-1, dtype=torch.float32).view(sequences, tokens)
     real = record.real
     if record.columns is None or record.columns[0].shape != importance.shape:
-        _warn_of_norms_alone()
+        if not torch.compiler.is_compiling():
+            _warn_of_norms_alone()
     else:
         mean, real = record.columns
         importance *= mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,12 +14,14 @@ from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedExperts
 from moepress.original.architectures import decoder_layers, is_experts
-from moepress.pruning.capture import capture_attention
-from moepress.pruning.importance import AttentionRecord, protected_tokens
+from moepress.pruning.capture import capture_attention, current_record
+from moepress.pruning.importance import protected_tokens
 from moepress.pruning.rule import Pruning
 
 # An attribute of transformers' own experts: true makes them ignore choices of "no expert".
 IGNORES_NO_EXPERT = "_is_expert_parallel"
+
+_COUNTING = threading.Lock()  # several threads may run one model
 
 
 def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[PrunedLayer]:
@@ -65,7 +68,6 @@ class PrunedLayer:
         self._pruning = pruning
         self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
         self._left_out = torch.tensor(getattr(experts, "left_out", ()), dtype=torch.int64)
-        self._record = AttentionRecord()
         self._count = count
         self.tokens = 0
         self.dropped = torch.zeros(len(self._thresholds), dtype=torch.int64)  # [k] by rank
@@ -77,7 +79,7 @@ class PrunedLayer:
             self._experts.register_forward_pre_hook(self._before_experts).remove
         ]
         if self._pruning.protect > 0:
-            undo += capture_attention(self._layer, self._record)
+            undo += capture_attention(self._layer, self._pruning.protect)
         if hasattr(self._experts, IGNORES_NO_EXPERT):
             before = getattr(self._experts, IGNORES_NO_EXPERT)
             undo.append(partial(setattr, self._experts, IGNORES_NO_EXPERT, before))
@@ -93,15 +95,17 @@ class PrunedLayer:
                 f"Layer {self.number} chooses {index.shape[1]} experts for a token, but the "
                 f"pruning has {len(self._thresholds)} thresholds. It was made for another model."
             )
-        if self._thresholds.device != hidden.device:
+        if self._left_out.device != hidden.device:
             self._thresholds = self._thresholds.to(hidden.device)
-            self._left_out = self._left_out.to(hidden.device)
+            self._left_out = self._left_out.to(hidden.device)  # last: other threads look at it
         # Choices of experts that are left out cost no time: they must not use up the ranks, and
         # the dropped share, of experts that do.
         if len(self._left_out):
             left_out = torch.isin(index, self._left_out)
             index = index.masked_fill(left_out, self._experts.num_experts)
-        protected = protected_tokens(hidden, self._record, self._pruning.protect)
+        protected = None
+        if self._pruning.protect > 0:
+            protected = protected_tokens(hidden, current_record(), self._pruning.protect)
         index, weights, dropped = kernels.drop(
             index,
             weights,
@@ -111,7 +115,10 @@ class PrunedLayer:
             self._experts.num_experts,
         )
         if self._count:
-            self.tokens += len(hidden)
-            self.dropped += dropped.sum(0).cpu()
-            self.protected += 0 if protected is None else protected.sum().cpu()
+            by_rank = dropped.sum(0).cpu()
+            kept = 0 if protected is None else protected.sum().cpu()
+            with _COUNTING:
+                self.tokens += len(hidden)
+                self.dropped += by_rank
+                self.protected += kept
         return hidden, index, weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,9 @@ from moepress.errors import InputError
 if TYPE_CHECKING:
     from moepress.costs.drop_costs import DropCosts
 
+logger = logging.getLogger(__name__)
+
+NEARLY = 0.9  # of the asked share: if less than this can be dropped, a warning says so
 PROTECT = 0.02  # share of a prefill's tokens that keep all experts, as in the paper
 
 Strength = float | Literal["paper"]
@@ -62,7 +66,7 @@ class Pruning:
         Raises:
             InputError: the share cannot be dropped.
         """
-        from moepress.pruning.thresholds import cheapest, medians
+        from moepress.pruning.thresholds import cheapest, dropped_share, medians
 
         if strength == "paper":
             ratios, renormalise = medians(costs), True
@@ -74,6 +78,14 @@ class Pruning:
             )
             renormalise = scaled_cost < plain_cost
             ratios = scaled_ratios if renormalise else plain_ratios
+            dropped = dropped_share(costs, ratios)
+            if dropped < NEARLY * strength:
+                logger.warning(
+                    "%.3g of the chosen experts are to be dropped, but only about %.3g will be: "
+                    "equal ratios of routing weights are dropped together or not at all, and those "
+                    "of their token's largest weight never",
+                    strength, dropped,
+                )  # fmt: skip
         rows = np.minimum(ratios, 1).tolist()
         return cls(dict(zip(costs.layers, map(tuple, rows), strict=True)), renormalise, protect)
 

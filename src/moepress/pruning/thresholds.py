@@ -38,6 +38,9 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     lowered to the smallest one of the later ranks: a token then loses its last choices, never
     one before them. The dropped share comes out slightly smaller.
 
+    Choices that tie with the token's first one (ratio 1) are never dropped, so their bins are not
+    taken. If most choices tie, as those of phimoe do, the share is not reached: `dropped_share`.
+
     Args:
         share: of all T * k choices of every layer, 0 .. 1 - 1 / k.
         renormalise: whether kept weights are scaled up.
@@ -52,11 +55,19 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     check_share(costs, share)
     measured = costs.costs(renormalise)  # [L, k - 1, Q]
     layers, _, bins = measured.shape
-    rising = np.array([isotonic_regression(row).x for row in measured.reshape(-1, bins)])
     wanted = share * layers * costs.top_k * bins  # in bins of T / Q choices
-    order = np.argsort(rising, axis=None, kind="stable")
-    taken = np.empty_like(measured)
-    taken.flat[order] = np.clip(wanted - np.arange(measured.size), 0, 1)  # a fraction of the last
+    taken = np.zeros_like(measured)
+    droppable = (costs.ratio[..., :-1] < 1).ravel()  # bins; not those of choices of no expert
+    rising = np.concatenate(
+        [
+            isotonic_regression(row[here]).x if here.any() else row[:0]
+            for row, here in zip(
+                measured.reshape(-1, bins), droppable.reshape(-1, bins), strict=True
+            )
+        ]
+    )
+    order = np.flatnonzero(droppable)[np.argsort(rising, kind="stable")]
+    taken.flat[order] = np.clip(wanted - np.arange(len(order)), 0, 1)  # a fraction of the last
     ratios = quantile(costs, taken.sum(axis=-1) / bins)
     thresholds = _with_first(np.minimum.accumulate(ratios[:, ::-1], axis=1)[:, ::-1])
     return thresholds, float((taken * measured).sum() / bins)
@@ -80,6 +91,25 @@ def quantile(costs: DropCosts, share: Floats) -> Floats:
     )
     inside = low + (place - below[..., 0]) * (high - low)
     return np.where(share <= 0, 0.0, inside)
+
+
+def dropped_share(costs: DropCosts, thresholds: Floats) -> float:
+    """Share of all choices whose ratio lies below its threshold.
+
+    Equal ratios are dropped together or not at all, and 1 is the largest threshold.
+
+    Args:
+        thresholds: [L, k].
+    """
+    bins = costs.ratio.shape[-1] - 1
+    below = [
+        np.interp(np.nextafter(threshold, -np.inf), edges, np.arange(bins + 1)) / bins
+        if threshold > edges[0]
+        else 0.0
+        for row, ratios in zip(np.minimum(thresholds[:, 1:], 1), costs.ratio, strict=True)
+        for threshold, edges in zip(row, ratios.astype(np.float64), strict=True)
+    ]
+    return float(np.sum(below)) / (len(costs.layers) * costs.top_k)
 
 
 def check_share(costs: DropCosts, share: float) -> None:

@@ -13,9 +13,7 @@ alone, r = sqrt(d v) z, predicts half of the cost of gate and up at 1 bit (docs/
 So the columns are visited as in rounding, with a draw in place of the search, and the scale of each
 row is fitted as in rounding. The same z serves every width of a matrix.
 
-The fit needs <w, c>_H and <c, c>_H, H = R D R^T, of the target w and c = w - E (trellis.py). With
-V_JB = R_JB R_BB^(-1), E V = r gives (E R)_B = r_B R_BB at almost no cost. So one product for all
-widths is left, w R, instead of two for each.
+The fit (fit.py) needs one product with the weights, which all widths share.
 """
 
 from __future__ import annotations
@@ -31,14 +29,10 @@ from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
-from moepress.rounding.hessian import COLUMNS_PER_SLICE, Factor, tensor_cores
+from moepress.rounding.fit import gain, inverse, upper_product, within_blocks
+from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
-from moepress.rounding.methods.trellis import (
-    START,
-    block_feedback,
-    inverse,
-    rotated_rows,
-)
+from moepress.rounding.methods.trellis import START, block_feedback, rotated_rows
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate_back
 
@@ -159,46 +153,6 @@ def drawn_errors(
 
     sweep(buffer, feedback, 0, len(target), TILE_COLUMNS, visit)
     return buffer, residual
-
-
-def upper_product(columns: Tensor, upper: Tensor) -> Tensor:
-    """R^T w, [K, N]: the product w R with the upper triangular R, columns first.
-
-    Args:
-        columns: [K, N].
-        upper: [K, K].
-    """
-    result = torch.empty_like(columns)
-    for start in range(0, len(columns), COLUMNS_PER_SLICE):
-        stop = min(start + COLUMNS_PER_SLICE, len(columns))
-        torch.mm(upper[:stop, start:stop].T, columns[:stop], out=result[start:stop])
-    return result
-
-
-def within_blocks(residual: Tensor, feedback: Tensor) -> Tensor:
-    """(E R)^T from r, [K, N]: every column block times its diagonal block of R.
-
-    Args:
-        residual: [K, N] r = E V.
-        feedback: [K, K] R.
-    """
-    size = TILE_COLUMNS
-    blocks = feedback.unfold(0, size, size).unfold(1, size, size)  # [K / 8, K / 8, 8, 8]
-    diagonal = blocks.diagonal().permute(2, 1, 0)  # [K / 8, 8, 8], transposed
-    return torch.bmm(diagonal, residual.view(-1, size, residual.shape[1])).view_as(residual)
-
-
-def gain(weighted: Tensor, errors: Tensor, curvature: Tensor) -> Tensor:
-    """<w, c>_H / <c, c>_H of each row, [N] float32, for c = w - E; 1 where <c, c>_H is 0.
-
-    Args:
-        weighted: [K, N] R^T w.
-        errors: [K, N] R^T E.
-        curvature: [K] D.
-    """
-    left = weighted - errors
-    product, energy = curvature @ (weighted * left), curvature @ left.square()
-    return torch.where(energy > 0, product / energy, 1.0)
 
 
 def code_error(bits: int, rows: int, device: torch.device | str = "cpu") -> float:

@@ -102,8 +102,7 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
     walks = 2 if experts.corrects else 1
     walk = _states(task, copies=walks + 1) + _routed(task, copies=1)
     walk += walks * task.tokens * shape.hidden * shape.compute_itemsize  # inputs of the experts
-    # Packed bytes of a layer, once as matrices and once joined.
-    walk += 2 * folder // len(shape.layers)
+    walk += folder // shape.moe_layers  # packed bytes of a layer
     most = [_states(task, copies=1) + _outside(task) + _tables(task)]
     for layer in shape.layers:
         held = walk + layer.weights * shape.compute_itemsize
@@ -139,7 +138,8 @@ def _outside(task: Task) -> int:
     """The tensors outside the layers, and one of them while it is read."""
     shape = task.shape
     largest = max((rows * cols for rows, cols in task.tables.values()), default=0)
-    return shape.outside * shape.compute_itemsize + 2 * largest * shape.itemsize
+    reading = largest * (shape.other_disk + shape.itemsize)  # mapped, and copied or dequantized
+    return shape.outside * shape.compute_itemsize + round(reading)
 
 
 def _batch(task: Task, graph: bool = False) -> int:
@@ -158,10 +158,14 @@ def _logits(task: Task) -> int:
 
 
 def _expert(task: Task) -> int:
-    """An expert's weights, and its largest matrix while it is read: mapped, and copied."""
+    """An expert's weights, and its largest matrix while it is read.
+
+    That is mapped, and copied or dequantized.
+    """
     shape = task.shape
     largest = max(rows * cols for rows, cols in (shape.gate_up, shape.down))
-    return shape.expert_weights * shape.compute_itemsize + 2 * largest * shape.itemsize
+    reading = largest * (shape.expert_disk + shape.itemsize)
+    return shape.expert_weights * shape.compute_itemsize + round(reading)
 
 
 def _expert_run(task: Task, graph: bool = False) -> int:

@@ -29,20 +29,19 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from moepress.format.codec import ROWS_PER_SLAB
-from moepress.kernels.trellis import STATE_BITS, STEPS, TILE_COLUMNS, run_length
+from moepress.kernels.trellis import STEPS, TILE_COLUMNS, run_length
 from moepress.rounding.hessian import COLUMNS_PER_SLICE
-from moepress.rounding.methods import trellis
 from moepress.rounding.methods.viterbi import SEAM
 
 Work = Counter[str]
 
 # Calls of PyTorch operations, counted in the source: views and slices count, as they cost the same.
 CALLS_OF_SWEEP = 5  # for each product that passes feedback on
-CALLS_OF_VISIT = 28  # to round eight columns, without the shifts that make the states
+CALLS_OF_VISIT = 12  # to round eight columns
 CALLS_OF_DRAWN_VISIT = 16
 CALLS_OF_BLOCK_SOLVE = 5
 # Passes over a whole matrix besides products: every temporary is written once and read once.
-PASSES_OF_ROUNDING = 16  # scaling, padding, transposing, adding feedback; products of the refit
+PASSES_OF_ROUNDING = 14  # scaling, padding, transposing; products of the fit
 PASSES_OF_DRAWING = 12
 PASSES_OF_FACTOR = 6  # two flips, two divisions, the diagonal's checks
 
@@ -174,18 +173,17 @@ def dequantize(rows: int, cols: int, bits: int, family: str) -> Work:
 def round_trellis(rows: int, cols: int, bits: int, feedback: bool) -> Work:
     """Round a matrix to trellis codes; with feedback its factor is at hand."""
     visits = cols // TILE_COLUMNS
-    calls = visits * (CALLS_OF_VISIT + 3 * -(-STATE_BITS // bits))
-    work = rotation(rows, cols) + search(rows, cols, bits) + times(2, decode(rows, cols, bits))
-    work += Work({"copy": PASSES_OF_ROUNDING * rows * cols, "call": calls})
+    work = rotation(rows, cols) + search(rows, cols, bits)
+    work += Work({"copy": PASSES_OF_ROUNDING * rows * cols, "call": visits * CALLS_OF_VISIT})
     if feedback:
         work += block_feedback(cols) + sweep(rows, cols, TILE_COLUMNS) + refit(rows, cols)
     return work
 
 
 def refit(rows: int, cols: int) -> Work:
-    """The best scale of each row, with a factor (`trellis.best_scale`)."""
-    assert trellis.COLUMNS_PER_SLICE == COLUMNS_PER_SLICE  # as `upper_product` assumes
-    return times(2, upper_product(rows, cols)) + Work({"copy": 2 * cols**2})
+    """The best scale of each row, with a factor (`fit.best_scale`)."""
+    blocks = product(rows, TILE_COLUMNS, cols, "float32")
+    return upper_product(rows, cols) + blocks + product(2, cols, rows, "float32")
 
 
 def draw_errors(rows: int, cols: int, widths: int) -> Work:
@@ -206,6 +204,6 @@ def round_scalar(rows: int, cols: int, bits: int, group: int, feedback: bool) ->
     return Work({f"int {bits}": rows * cols}) + sweep(rows, cols, group)
 
 
-def load(weights: int, itemsize: int) -> Work:
+def load(weights: int, itemsize: float) -> Work:
     """Read weights from the model and convert them."""
     return Work({"load": weights, "read": weights * itemsize})

@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import Codec, codec_for
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, rotate
+from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.original.batches import LOGIT_TOKENS
+from moepress.original.finite import all_finite
+from moepress.original.quantized.config import BLOCK
+from moepress.original.quantized.forms import products
+from moepress.original.quantized.numbers import Numbers
 from moepress.rounding.hessian import Factor
 from moepress.rounding.methods import quantize_matrix
-from moepress.rounding.methods.trellis import block_feedback
+from moepress.rounding.methods.trellis import block_feedback, path_values
 from moepress.rounding.methods.viterbi import search
 from moepress.workload import operations as op
 from moepress.workload.operations import Work
@@ -44,7 +48,8 @@ class Machine:
     """Where the work will run, and on what."""
 
     device: torch.device
-    stored: torch.dtype  # of the weights on disk
+    stored: torch.dtype  # of the weights, dequantized if they are not so on disk
+    codes: Numbers | None  # of routed experts that are quantized on disk
     dtype: torch.dtype  # of the walk
     shape: ModelShape
     length: int  # tokens of a sequence
@@ -147,7 +152,7 @@ def _decode(machine: Machine, bits: int) -> float:
     rows, cols = machine.shape.gate_up
     size = max(64, min(rows, TOKENS) // 64 * 64), max(8, min(cols, COLUMNS) // 8 * 8)
     branches = torch.zeros(size, dtype=torch.uint8, device=machine.device)
-    return machine.seconds(lambda: code_matrix(branches, bits)) / branches.numel()
+    return machine.seconds(lambda: path_values(branches, bits)) / branches.numel()
 
 
 def _int(machine: Machine, bits: int) -> float:
@@ -199,14 +204,33 @@ def _logits(machine: Machine, _: int) -> float:
 
 
 def _load(machine: Machine, _: int) -> float:
+    if machine.codes is not None:
+        return _dequantize(machine, machine.codes)
     stored = machine.random(ELEMENTS, dtype=machine.stored).cpu()
 
     def run() -> None:
         value = stored.clone()
-        assert torch.isfinite(value).all()
+        assert all_finite(value)
         value.to(machine.device, machine.dtype)
 
     return machine.seconds(run) / ELEMENTS
+
+
+def _dequantize(machine: Machine, numbers: Numbers) -> float:
+    rows, cols = ELEMENTS // COLUMNS, COLUMNS
+    codes = torch.zeros(rows, cols // numbers.per_byte, dtype=torch.uint8)
+    codes = codes if numbers.values else codes.view(torch.float8_e4m3fn)
+    scale = torch.ones(1, cols // BLOCK, device=machine.device)
+    block_of = torch.zeros(rows, dtype=torch.long, device=machine.device)
+
+    def run() -> None:
+        out = torch.empty(rows, cols, dtype=machine.stored, device=machine.device)
+        moved = codes.to(machine.device)
+        value = products(moved, numbers, scale, None, block_of, BLOCK, None, out)
+        assert all_finite(value) and all_finite(value)  # of the tensor, then of the parameter
+        value.to(machine.dtype)
+
+    return machine.seconds(run) / (rows * cols)
 
 
 def _call(machine: Machine, _: int) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moepress.allocation.tensors import experts_per_token
+from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
 
 
@@ -66,7 +67,9 @@ class ModelShape:
     heads: int
     head: int  # size of a head
     outside: int  # weights outside the layers: embedding, head, norms
-    itemsize: int  # bytes of a weight on disk
+    itemsize: int  # bytes of a weight in the model's dtype
+    expert_disk: float  # bytes of a routed expert's weight on disk, with scales if it has them
+    other_disk: float  # the same for all other weights
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
 
     @classmethod
@@ -75,6 +78,7 @@ class ModelShape:
         one = source.one_layer_of_experts
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         head = int(getattr(config, "head_dim", None) or one.hidden // heads)
+        expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
                 Layer(
@@ -93,6 +97,8 @@ class ModelShape:
             head=head,
             outside=sum(source.shape(name).numel() for name in source.names(None)),
             itemsize=source.dtype.itemsize,
+            expert_disk=expert_disk,
+            other_disk=other_disk,
             compute_itemsize=source.compute_dtype.itemsize,
         )
 
@@ -121,6 +127,12 @@ class ModelShape:
         """Number of weights of the model."""
         inside = sum(layer.weights for layer in self.layers)
         return self.outside + inside + self.moe_layers * self.experts * self.expert_weights
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes of the model's weights on disk."""
+        experts = self.moe_layers * self.experts * self.expert_weights
+        return experts * self.expert_disk + (self.weights - experts) * self.other_disk
 
     @property
     def moe_layers(self) -> int:

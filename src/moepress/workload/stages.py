@@ -83,17 +83,17 @@ def sampling(task: Task) -> Work:
         }
     )
     written = op.product(task.tokens, active, 1)
-    return op.load(shape.weights, shape.itemsize) + times(steps, step) + written
+    return op.load(shape.weights, shape.disk_bytes / shape.weights) + times(steps, step) + written
 
 
 def sensitivity(task: Task) -> Work:
     """The forward walk, the gradient at the head, the backward walk (costs/sensitivity.py)."""
     shape, tokens = task.shape, task.tokens
     states = tokens * shape.hidden * shape.compute_itemsize
-    works = [op.load(2 * shape.outside, shape.itemsize), head_gradient(task, tokens)]
+    works = [op.load(2 * shape.outside, shape.other_disk), head_gradient(task, tokens)]
     for layer in shape.layers:
         # Forward, and the layer again before the backward walk.
-        works.append(times(2, op.load(layer.weights, shape.itemsize)))
+        works.append(times(2, op.load(layer.weights, shape.other_disk)))
         if not layer.has_experts:
             works.append(times(1 + BACKWARD, layer_forward(task, layer)))
         else:
@@ -102,7 +102,7 @@ def sensitivity(task: Task) -> Work:
             works.append(times(4 + BACKWARD, layer_forward(task, layer)))
             # Forward, forward again before the backward walk, forward and back.
             works.append(times(2 + BACKWARD, experts_forward(task, tokens)))
-            works.append(times(3, op.load(shape.experts * shape.expert_weights, shape.itemsize)))
+            works.append(times(3, op.load(shape.experts * shape.expert_weights, shape.expert_disk)))
             works.append(Work({"copy": 12 * tokens * shape.hidden}))  # sums in float32
         works.append(Work({"read": 4 * states}))  # states and gradient, written and read
     return total(works)
@@ -119,11 +119,11 @@ def head_gradient(task: Task, tokens: int) -> Work:
 def score(task: Task) -> Work:
     """Measure every expert and every open tensor at every width (score.py)."""
     shape, recipe = task.shape, task.recipe
-    works = [op.load(shape.outside, shape.itemsize)]  # to embed the text
+    works = [op.load(shape.outside, shape.other_disk)]  # to embed the text
     linears = Rounding.of_linears(recipe, recipe.measure)
     experts = Rounding.of_experts(recipe, recipe.measure)
     for layer in shape.layers:
-        works.append(op.load(layer.weights, shape.itemsize))
+        works.append(op.load(layer.weights, shape.other_disk))
         names = {linear.name for linear in layer.linears if linear.name in task.open}
         runs = 1 + bool(names)  # advance; linear_inputs
         works += (_score_linears(task, group, linears) for group in layer.sharing_inputs(names))
@@ -152,7 +152,7 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
 def _score_expert(task: Task, rounding: Rounding) -> Work:
     """One expert at all widths, and its error on its tokens at each."""
     shape, widths = task.shape, task.recipe.widths
-    works = [op.load(shape.expert_weights, shape.itemsize)]
+    works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
         works += (op.factor(cols) for _, cols in (shape.gate_up, shape.down))
@@ -204,13 +204,13 @@ def _score_tables(task: Task) -> Work:
     for name, (rows, cols) in task.tables.items():
         if name not in task.open:
             continue
-        works.append(op.load(rows * cols, task.shape.itemsize))
+        works.append(op.load(rows * cols, task.shape.other_disk))
         for bits in task.open[name]:
             if bits == UNQUANTIZED:
                 continue
             works.append(Work({f"nearest {bits}": rows * cols, "copy": 6 * rows * cols}))
             if name in task.head:
-                works.append(op.load(task.shape.outside, task.shape.itemsize))
+                works.append(op.load(task.shape.outside, task.shape.other_disk))
                 works.append(op.product(sampled, cols, rows))
                 works.append(op.product(sampled, cols, rows, "float32"))
                 works.append(Work({"logits": sampled * rows}))
@@ -224,9 +224,9 @@ def quantize(task: Task, widths: Widths) -> Work:
     experts = Rounding.of_experts(recipe, recipe.quantizer)
     walks = 2 if experts.corrects else 1
     states = task.tokens * shape.hidden * shape.compute_itemsize
-    works = [op.load(2 * shape.outside, shape.itemsize), _tables(task, widths)]
+    works = [op.load(2 * shape.outside, shape.other_disk), _tables(task, widths)]
     for layer in shape.layers:
-        works.append(op.load(layer.weights, shape.itemsize))
+        works.append(op.load(layer.weights, shape.other_disk))
         works.append(Work({"read": walks * states}))  # states that are kept to continue from
         packed = {linear.name for linear in layer.linears if linear.name in widths.tensors}
         runs = 1  # advance
@@ -243,7 +243,7 @@ def quantize(task: Task, widths: Widths) -> Work:
         works.append(times(runs, layer_forward(task, layer)))
         if layer.has_experts and walks == 2:
             works.append(experts_forward(task, task.tokens))
-            works.append(op.load(shape.experts * shape.expert_weights, shape.itemsize))
+            works.append(op.load(shape.experts * shape.expert_weights, shape.expert_disk))
     works += (
         times(count, _quantize_expert(task, both, experts))
         for both, count in widths.experts.items()
@@ -272,7 +272,7 @@ def _quantize_linears(
 def _quantize_expert(task: Task, widths: tuple[int, int], rounding: Rounding) -> Work:
     """One expert rounded to its two widths, and run."""
     shape, rotates = task.shape, rounding.family == "trellis"
-    works = [op.load(shape.expert_weights, shape.itemsize)]
+    works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         runs = 2 if rounding.corrects else 1
         works.append(expert_inputs(task, rounding, rounding.corrects, runs))

@@ -28,6 +28,7 @@ SPILLS = {  # bytes that a kernel may spill, all loads and stores of its program
     # A few, once a thread.
     "moepress_combine_experts": 16,
     "moepress_drop": 16,
+    "moepress_gated_any": 16,
 }
 
 

@@ -73,15 +73,22 @@ def test_many_matrices_at_a_time(card: None) -> None:
     bits = [3, 1, 4, 2]
     target = torch.randn(4, 16, 128, generator=generator) * 90
     feedback = torch.randn(4, 16, 128, generator=generator) * 20
-    errors, branches = feedback.clone(), torch.zeros(4, 16, 128, dtype=torch.uint8)
-    viterbi.round_together(target, errors, branches, bits, 8)
+    left, errors = target.clone(), feedback.clone()
+    branches = torch.zeros(4, 16, 128, dtype=torch.uint8)
+    viterbi.round_together(left, errors, branches, bits, 8)
     assert LAUNCHES == ["moepress_viterbi_search"]
-    assert errors[:, :8].equal(feedback[:, :8]) and not branches[:, :8].any()
+    assert (
+        errors[:, :8].equal(feedback[:, :8])
+        and left[:, :8].equal(target[:, :8])
+        and not branches[:, :8].any()
+    )
     for number, width in enumerate(bits):
         wanted = viterbi.search_plainly(target[number, 8:] + feedback[number, 8:], width)
         assert branches[number, 8:].equal(wanted)
         values = code_matrix(wanted.T.contiguous(), width).T
         assert errors[number, 8:].equal(target[number, 8:] - values)
+        wanted = target[number, 8:] + feedback[number, 8:] - values
+        torch.testing.assert_close(left[number, 8:], wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

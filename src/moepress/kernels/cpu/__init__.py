@@ -10,7 +10,7 @@ From the C interface (moepress.h) down:
 
     scalar.cpp, trellis.cpp   the C functions; checks.h: what they check
     linear.h, experts.h       the driver: threads, items of work, weighting; gate_up.h: the first
-                              half of the experts; strip.h: a product of few rows
+                              half of the experts; biases.h; strip.h: a product of few rows
     routing.h                 (token, expert) pairs sorted by expert and cut into panels of tokens
     codec.h                   what the driver needs from a codec: *_codec.h
     *_matrix.h                where a packed matrix keeps what (docs/format.md); scalar_format.h and
@@ -21,12 +21,14 @@ From the C interface (moepress.h) down:
                               tokens
       trellis_tile.h          what both decode: `state_at`
       *_activations.h         rounding and rotating activations; rounding.h: what they share
-      activation_functions.h  gelu, silu and others
+      activation_functions.h  gelu, silu and others; limits and softcaps of gates
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)
     lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, with or without VBMI2; AVX2,
-                              with or without VNNI; portable vectors
+                              with or without VNNI; NEON with dot products, with or without i8mm;
+                              portable vectors
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
-    dispatch.cpp              which instruction set runs on this CPU
+    dispatch.cpp              which instruction set runs on this CPU; arm_features.h: what ARM CPUs
+                              have
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     threads.h                 torch's OpenMP team, or a pool of our own
@@ -38,7 +40,7 @@ releases the interpreter lock while it runs.
 from __future__ import annotations
 
 import ctypes
-from ctypes import CDLL, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import CDLL, Structure, addressof, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -49,8 +51,9 @@ from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.gate import Gate
 
-INTERFACE = 6  # version of moepress.h
+INTERFACE = 8  # version of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
@@ -74,8 +77,8 @@ _SIGNATURES = {
     ),
     "moepress_scalar_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
-        c_int32, c_void_p,
+        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
+        c_int32, c_int32, c_void_p,
     ),
     "moepress_scalar_embedding": (
         c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
@@ -90,11 +93,36 @@ _SIGNATURES = {
     ),
     "moepress_trellis_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32,
-        c_int32, c_void_p,
+        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
+        c_int32, c_int32, c_void_p,
     ),
-    "moepress_trellis_search": (c_void_p, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
 }  # fmt: skip
+
+
+class _Gate(Structure):
+    """MoepressGate of moepress.h."""
+
+    _fields_ = (
+        ("activation", c_int32),
+        ("gated", c_int32),
+        ("limits_output", c_int32),
+        ("limit", c_float),
+        ("alpha", c_float),
+        ("up_offset", c_float),
+        ("gate_softcap", c_float),
+        ("up_softcap", c_float),
+    )
+
+
+class _Biases(Structure):
+    """MoepressBiases of moepress.h."""
+
+    _fields_ = (("gate_up", c_void_p), ("down", c_void_p), ("bfloat16", c_int32))
+
+
+_NO_BIASES = _Biases()
 
 
 def missing() -> str | None:
@@ -178,6 +206,8 @@ def experts(call: ExpertsCall) -> Tensor:
     x = hidden.float().contiguous()
     index, weights = call.top_k_index.long().contiguous(), call.top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
+    gate = _gate(call.gate)
+    biases, _kept = _biases(call.gate_up_bias, call.down_bias)
     out = torch.empty_like(x)
     _call(
         "moepress_trellis_experts" if call.family == "trellis" else "moepress_scalar_experts",
@@ -196,12 +226,43 @@ def experts(call: ExpertsCall) -> Tensor:
         call.down_group,
         len(gate_up_table),
         call.intermediate_size,
-        ACTIVATIONS.index(call.activation),
+        addressof(gate),
+        addressof(biases),
         call.activation_bits,
         torch.get_num_threads(),
         out.data_ptr(),
     )
     return out.to(hidden.dtype)
+
+
+@lru_cache(maxsize=64)
+def _gate(gate: Gate) -> _Gate:
+    """The gate as the library takes it."""
+    return _Gate(
+        ACTIVATIONS.index(gate.activation),
+        gate.gated,
+        gate.limits_output,
+        gate.limit,
+        gate.alpha,
+        gate.up_offset,
+        gate.gate_softcap,
+        gate.up_softcap,
+    )
+
+
+def _biases(gate_up: Tensor | None, down: Tensor | None) -> tuple[_Biases, tuple[Tensor, ...]]:
+    """Biases as the library takes them, and the tensors that must outlive the call.
+
+    bfloat16 is read as it is: a conversion would read the biases of all experts.
+    """
+    given = [b for b in (gate_up, down) if b is not None]
+    if not given:
+        return _NO_BIASES, ()
+    half = all(b.dtype == torch.bfloat16 for b in given)
+    kept = tuple(b.contiguous() if half else b.float().contiguous() for b in given)
+    first = None if gate_up is None else kept[0].data_ptr()
+    second = None if down is None else kept[-1].data_ptr()
+    return _Biases(first, second, half), kept
 
 
 def embedding(
@@ -258,15 +319,46 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
+    _search(columns, None, bits, branches)
+    return branches
+
+
+def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+    """Round eight columns of one matrix as `rounding.methods.viterbi.round_together`, in place.
+
+    Args:
+        target, feedback: [8, 64 S] float32, contiguous.
+        branches: [8, 64 S] uint8, contiguous.
+    """
+    _search(target, feedback, bits, branches)
+
+
+def _search(target: Tensor, feedback: Tensor | None, bits: int, branches: Tensor) -> None:
     _call(
         "moepress_trellis_search",
-        columns.data_ptr(),
-        columns.shape[1],
+        target.data_ptr(),
+        None if feedback is None else feedback.data_ptr(),
+        target.shape[1],
         bits,
         torch.get_num_threads(),
         branches.data_ptr(),
     )
-    return branches
+
+
+def trellis_values(branches: Tensor, bits: int) -> Tensor:
+    """The values that branches [64 S, K] choose, `trellis.code_matrix`: [64 S, K] float32."""
+    given = branches.contiguous()
+    values = torch.empty(given.shape)
+    threads = torch.get_num_threads()
+    _call(
+        "moepress_trellis_values",
+        given.data_ptr(),
+        *given.shape,
+        bits,
+        threads,
+        values.data_ptr(),
+    )
+    return values
 
 
 def _call(name: str, *arguments: int | None) -> None:

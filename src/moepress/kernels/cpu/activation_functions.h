@@ -1,8 +1,9 @@
-// Activation functions, and the gated product act(gate) * up (isa.h, Glu). All but gelu's erf are
+// Activation functions, and what lies between the products of experts (isa.h, Glu). All but gelu's erf are
 // written so that the compiler vectorises them. Internal linkage: each instruction set compiles its
 // own copy.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -44,6 +45,12 @@ inline float hyperbolic_tangent(float x) {
     const float quotient = 1 - 2 / (exponential(2 * x) + 1);
     return square < 0.09f ? series : quotient;
 }
+
+inline float softcap(float x, float cap) { return cap * hyperbolic_tangent(x / cap); }
+
+// These comparisons keep NaN.
+inline float at_most(float x, float most) { return x > most ? most : x; }
+inline float at_least(float x, float least) { return x < least ? least : x; }
 
 struct Gelu {
     float operator()(float x) const { return 0.5f * x * (1 + __builtin_erff(x * 0.707106781f)); }
@@ -87,28 +94,72 @@ struct Sigmoid {
 struct Silu {
     float operator()(float x) const { return x / (1 + exponential(-x)); }
 };
+struct ScaledSilu {
+    float alpha;
+    float operator()(float x) const { return x / (1 + exponential(-alpha * x)); }
+};
+struct SoftcappedSilu {
+    float alpha, cap;
+    float operator()(float x) const { return softcap(x, cap) * sigmoid(alpha * x); }
+};
 struct Tanh {
     float operator()(float x) const { return hyperbolic_tangent(x); }
 };
 
 template <class Function>
-void apply(Function function, float* gate, const float* up, int n) {
-    for (int i = 0; i < n; ++i) gate[i] = function(gate[i]) * up[i];
+void apply(Function function, float* g, const float* up, int n) {
+    if (up == nullptr)
+        for (int i = 0; i < n; ++i) g[i] = function(g[i]);
+    else
+        for (int i = 0; i < n; ++i) g[i] = function(g[i]) * up[i];
 }
 
-inline void glu(int activation, float* gate, const float* up, int n) {
-    switch (activation) {
-        case kGelu: return apply(Gelu(), gate, up, n);
-        case kGeluTanh: return apply(GeluTanh(), gate, up, n);
-        case kHardswish: return apply(Hardswish(), gate, up, n);
-        case kMish: return apply(Mish(), gate, up, n);
-        case kQuickGelu: return apply(QuickGelu(), gate, up, n);
-        case kRelu: return apply(Relu(), gate, up, n);
-        case kRelu2: return apply(Relu2(), gate, up, n);
-        case kSigmoid: return apply(Sigmoid(), gate, up, n);
-        case kSilu: return apply(Silu(), gate, up, n);
-        default: return apply(Tanh(), gate, up, n);
+inline void apply_silu(const MoepressGate& gate, float* g, const float* up, int n) {
+    if (gate.gate_softcap < INFINITY)
+        apply(SoftcappedSilu{gate.alpha, gate.gate_softcap}, g, up, n);
+    else if (gate.alpha != 1)
+        apply(ScaledSilu{gate.alpha}, g, up, n);
+    else
+        apply(Silu(), g, up, n);
+}
+
+// g <- act(g) * up, or act(g) if `up` is null.
+inline void activate(const MoepressGate& gate, float* g, const float* up, int n) {
+    switch (gate.activation) {
+        case kGelu: return apply(Gelu(), g, up, n);
+        case kGeluTanh: return apply(GeluTanh(), g, up, n);
+        case kHardswish: return apply(Hardswish(), g, up, n);
+        case kMish: return apply(Mish(), g, up, n);
+        case kQuickGelu: return apply(QuickGelu(), g, up, n);
+        case kRelu: return apply(Relu(), g, up, n);
+        case kRelu2: return apply(Relu2(), g, up, n);
+        case kSigmoid: return apply(Sigmoid(), g, up, n);
+        case kSilu: return apply_silu(gate, g, up, n);
+        default: return apply(Tanh(), g, up, n);
     }
+}
+
+// The second factor of the product, in place.
+inline void prepare_up(const MoepressGate& gate, float* up, int n) {
+    if (gate.limit < INFINITY)
+        for (int i = 0; i < n; ++i) up[i] = at_least(at_most(up[i], gate.limit), -gate.limit);
+    if (gate.up_softcap < INFINITY)
+        for (int i = 0; i < n; ++i) up[i] = softcap(up[i], gate.up_softcap);
+    if (gate.up_offset != 0)
+        for (int i = 0; i < n; ++i) up[i] += gate.up_offset;
+}
+
+// Each option is a loop of its own: a plain gate runs the one loop of `apply`.
+inline void glu(const MoepressGate& gate, float* g, float* up, int n) {
+    const bool limited = gate.limit < INFINITY;
+    if (up != nullptr) prepare_up(gate, up, n);
+    if (limited && !gate.limits_output)
+        for (int i = 0; i < n; ++i) g[i] = at_most(g[i], gate.limit);
+    if (!limited || !gate.limits_output) return activate(gate, g, up, n);
+    activate(gate, g, nullptr, n);
+    for (int i = 0; i < n; ++i) g[i] = at_most(g[i], gate.limit);
+    if (up != nullptr)
+        for (int i = 0; i < n; ++i) g[i] *= up[i];
 }
 
 }  // namespace

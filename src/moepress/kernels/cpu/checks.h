@@ -46,14 +46,18 @@ template <class Codec>
 Result checked_experts(const Codec& codec, const float* x, int64_t tokens, int64_t hidden,
                        const int64_t* index, const float* weight, int64_t k,
                        const PackedParameter& gate_up, const PackedParameter& down, int64_t count,
-                       int64_t intermediate, int activation, int threads, float* y) {
+                       int64_t intermediate, const MoepressGate& gate,
+                       const MoepressBiases& biases, int threads, float* y) {
     constexpr int64_t most = int64_t(1) << 29;  // columns: products of sizes stay below 2^63
     if (tokens < 0 || k < 0 || count < 0 || threads < 1) return kBadShape;
     if (hidden < 1 || hidden > most || intermediate < 1 || intermediate > most) return kBadShape;
-    if (activation < 0 || activation >= kActivations) return kBadActivation;
-    Experts<Codec> experts{{}, {}, hidden, intermediate, gate_up.group, down.group, activation};
+    if (gate.activation < 0 || gate.activation >= kActivations) return kBadActivation;
+    const int64_t rows = (gate.gated ? 2 : 1) * intermediate;
+    Experts<Codec> experts{{}, {}, hidden, intermediate, gate_up.group, down.group, gate,
+                           {biases.gate_up, biases.bfloat16 != 0, rows},
+                           {biases.down, biases.bfloat16 != 0, hidden}};
     Result result = read_table(gate_up.bytes, gate_up.nbytes, gate_up.table, count,
-                               2 * intermediate, hidden, gate_up.group, experts.gate_up);
+                               rows, hidden, gate_up.group, experts.gate_up);
     if (result != kOk) return result;
     result = read_table(down.bytes, down.nbytes, down.table, count, hidden, intermediate,
                         down.group, experts.down);

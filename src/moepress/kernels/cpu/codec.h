@@ -17,7 +17,7 @@
 //                                out [panel.count][kStripRows] = strip of w times panel number i
 //     linear_grain, gate_up_grain, down_grain
 //                                Strips, or items of work, that a thread takes at a time.
-//     glu(activation, gate, up, n)      gate <- act(gate) * up
+//     glu(gate, g, up, n)        as Glu in isa.h
 //     Activations                The prepared activations of all panels of a routing:
 //         Activations(codec, routing, cols, group, of)     allocates
 //         items(), fill(item, x)        prepare x [tokens][cols] in items() items of work

@@ -11,12 +11,19 @@
 #include <utility>
 #include <vector>
 
+#include "arm_features.h"
 #include "isa.h"
 #include "moepress.h"
 #include "threads.h"
 
 namespace moepress {
 namespace {
+
+// An instruction set of this architecture, in a list with the best first.
+struct Candidate {
+    const Isa* isa;  // null: not compiled
+    bool on_this_cpu;
+};
 
 #if defined(__x86_64__) || defined(__i386__)
 // All ask the operating system too: registers that it does not save must not be used.
@@ -37,21 +44,6 @@ bool shifts_beside_products() { return !__builtin_cpu_is("amd"); }
 // Whether additions run beside dot products of 512 bits: AMD has four units for the former and two
 // for the latter. On Intel both have the same two.
 bool adds_beside_products() { return __builtin_cpu_is("amd"); }
-#else
-bool has_avx512() { return false; }
-bool has_avx512_vbmi2() { return false; }
-bool has_avx2() { return false; }
-bool has_avx_vnni() { return false; }
-bool shifts_beside_products() { return false; }
-bool adds_beside_products() { return false; }
-#endif
-bool has_any() { return true; }
-
-// All instruction sets, best first, and whether this CPU has them.
-struct Candidate {
-    const Isa* isa;  // null: not compiled
-    bool (*on_this_cpu)();
-};
 
 const Isa* avx512_vbmi2() {
     if (kAvx512 == nullptr || kAvx512Vbmi2 == nullptr || !has_avx512_vbmi2()) return nullptr;
@@ -74,15 +66,28 @@ const Isa* avx512() {
     return &isa;
 }
 
+std::vector<Candidate> candidates() {
+    std::vector<Candidate> all = {{avx512_vbmi2(), has_avx512_vbmi2()},
+                                  {avx512(), has_avx512()},
+                                  {kAvxVnni, has_avx_vnni()},
+                                  {kAvx2, has_avx2()}};
+    if (!shifts_beside_products()) std::swap(all[0], all[1]);
+    return all;
+}
+#elif defined(__aarch64__)
+std::vector<Candidate> candidates() {
+    return {{kNeonI8mm, has_dotprod() && has_i8mm()}, {kNeonDotprod, has_dotprod()}};
+}
+#else
+std::vector<Candidate> candidates() { return {}; }
+#endif
+
 const std::vector<const Isa*>& available() {
     static const std::vector<const Isa*> list = [] {
         std::vector<const Isa*> found;
-        Candidate candidates[] = {{avx512_vbmi2(), has_avx512_vbmi2}, {avx512(), has_avx512},
-                                  {kAvxVnni, has_avx_vnni},           {kAvx2, has_avx2},
-                                  {kPortable, has_any}};
-        if (!shifts_beside_products()) std::swap(candidates[0], candidates[1]);
-        for (const Candidate& candidate : candidates)
-            if (candidate.isa != nullptr && candidate.on_this_cpu()) found.push_back(candidate.isa);
+        for (const Candidate& candidate : candidates())
+            if (candidate.isa != nullptr && candidate.on_this_cpu) found.push_back(candidate.isa);
+        found.push_back(kPortable);
         return found;
     }();
     return list;
@@ -99,7 +104,7 @@ const Isa* isa_in_use() { return in_use().load(std::memory_order_relaxed); }
 
 }  // namespace moepress
 
-int32_t moepress_interface() { return 6; }
+int32_t moepress_interface() { return 8; }
 
 const char* moepress_instruction_sets() {
     static const std::string names = [] {

@@ -2,6 +2,8 @@
 //
 //     y_t = sum over k of  weight[t][k] * down_e(act(gate_e x_t) * up_e x_t),   e = index[t][k]
 //
+// Biases are added to each product where there are any; gates may do more (kernels/gate.py).
+//
 //     1. sort the chosen (token, expert) pairs by expert, cut each expert's into panels (routing.h)
 //     2. prepare the tokens, in panels
 //     3. gate and up, activation, preparation for down (gate_up.h)
@@ -32,16 +34,27 @@ void add_down(const Codec& codec, const Experts<Codec>& experts, const Routing& 
     const int64_t grain = codec.down_grain(some, routing.tokens, threads);
     parallel(threads, codec.strips(some), grain, [&](int64_t begin, int64_t end) {
         Products<Codec> products;
+        float some_biases[Codec::kStripRows];
         for (size_t i = 0; i < routing.panels.size(); ++i) {
             const Panel& panel = routing.panels[i];
-            for (int64_t strip = begin; strip < end; ++strip)
+            for (int64_t strip = begin; strip < end; ++strip) {
+                const int64_t first = strip * Codec::kStripRows;
+                const int64_t count = std::min<int64_t>(Codec::kStripRows, experts.hidden - first);
+                const float* bias =
+                    experts.down_bias.copy(panel.expert, first, count, some_biases);
                 multiply_strip(codec, experts.down[panel.expert], strip, h, i, panel, products,
                                [&](int t, int64_t row, int64_t rows, const float* values) {
                                    const size_t pair = size_t(panel.first + t);
                                    const float weight = routing.weight[pair];
                                    float* to = y + routing.token[pair] * experts.hidden + row;
-                                   for (int64_t r = 0; r < rows; ++r) to[r] += weight * values[r];
+                                   if (bias)
+                                       for (int64_t r = 0; r < rows; ++r)
+                                           to[r] += weight * (values[r] + bias[r]);
+                                   else
+                                       for (int64_t r = 0; r < rows; ++r)
+                                           to[r] += weight * values[r];
                                });
+            }
         }
     });
 }

@@ -1,16 +1,16 @@
-// The first half of the experts: for each pair, h = act(gate x) * up x, prepared for the product
-// with down. There are two ways, because a codec that mixes columns can prepare h only when all of
+// The first half of the experts: for each pair, h = act(gate x) * up x (with biases, limits, or
+// without a gate where experts are so), prepared for the product with down. There are two ways, because a codec that mixes columns can prepare h only when all of
 // it is known. `GateUp` is the one that a codec takes.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "biases.h"
 #include "codec.h"
 #include "isa.h"
 #include "routing.h"
@@ -25,7 +25,10 @@ struct Experts {
     std::vector<typename Codec::Matrix> gate_up, down;  // by expert; 0 bits: left out
     int64_t hidden, intermediate;
     int gate_up_group, down_group;
-    int activation;
+    MoepressGate gate;
+    Biases gate_up_bias, down_bias;
+
+    int parts() const { return gate.gated ? 2 : 1; }  // of gate_up's rows, `intermediate` each
 };
 
 // Group by group. An item of work is an expert, some of its panels, and a group of intermediate
@@ -61,31 +64,38 @@ class GateUpByGroup {
 
     void do_item(const Item& item, const typename Codec::Activations& in,
                  typename Codec::Activations& out) const {
-        const auto& w = experts_.gate_up[routing_.panels[item.first].expert];
+        const size_t expert = routing_.panels[item.first].expert;
+        const auto& w = experts_.gate_up[expert];
         const int group = experts_.down_group, panel_tokens = codec_.panel_tokens();
         const int64_t column = item.group * group;
         alignas(64) float gate[Codec::kRunWidth * kMaxGroup];  // [panels][panel_tokens][group]
         alignas(64) float up[Codec::kRunWidth * kMaxGroup];
+        float* const sides[] = {gate, up};
+        float some_biases[Codec::kStripRows];
         Products<Codec> products;
         const auto start = [&](size_t i) {
             return (i - item.first) * size_t(panel_tokens * group);
         };
         for (int strip = 0; strip < group / Codec::kStripRows; ++strip)
             for (size_t i = item.first; i < item.last; ++i)
-                for (float* side : {gate, up}) {
-                    const int64_t row = (side == gate ? 0 : experts_.intermediate) + column;
-                    float* to = side + start(i) + strip * Codec::kStripRows;
-                    multiply_strip(codec_, w, row / Codec::kStripRows + strip, in, i,
+                for (int part = 0; part < experts_.parts(); ++part) {
+                    const int64_t row =
+                        part * experts_.intermediate + column + strip * Codec::kStripRows;
+                    float* to = sides[part] + start(i) + strip * Codec::kStripRows;
+                    const float* bias = experts_.gate_up_bias.copy(expert, row, Codec::kStripRows,
+                                                                   some_biases);
+                    multiply_strip(codec_, w, row / Codec::kStripRows, in, i,
                                    routing_.panels[i], products,
                                    [&](int t, int64_t, int64_t, const float* values) {
-                                       std::memcpy(to + t * group, values,
-                                                   Codec::kStripRows * sizeof(float));
+                                       store_biased(to + t * group, values, bias,
+                                                    Codec::kStripRows);
                                    });
                 }
         for (size_t i = item.first; i < item.last; ++i)
             for (int t = 0; t < routing_.panels[i].count; ++t) {
                 float* h = gate + start(i) + t * group;
-                codec_.glu(experts_.activation, h, up + start(i) + t * group, group);
+                float* u = experts_.gate.gated ? up + start(i) + t * group : nullptr;
+                codec_.glu(experts_.gate, h, u, group);
                 out.fill_group(i, t, item.group, h);
             }
     }
@@ -103,7 +113,8 @@ class GateUpByRow {
   public:
     GateUpByRow(const Codec& codec, const Experts<Codec>& experts, const Routing& routing)
         : codec_(codec), experts_(experts), routing_(routing),
-          products_(new float[size_t(routing.pairs() * 2 * experts.intermediate)]) {}
+          columns_(experts.parts() * experts.intermediate),
+          products_(new float[size_t(routing.pairs() * columns_)]) {}
 
     void run(const typename Codec::Activations& in, typename Codec::Activations& out,
              int threads) const {
@@ -118,27 +129,29 @@ class GateUpByRow {
         parallel(threads, routing_.pairs(), 1, [&](int64_t begin, int64_t end) {
             for (int64_t pair = begin; pair < end; ++pair) {
                 float* gate = products_of(pair);
-                codec_.glu(experts_.activation, gate, gate + experts_.intermediate,
-                           int(experts_.intermediate));
+                float* up = experts_.gate.gated ? gate + experts_.intermediate : nullptr;
+                codec_.glu(experts_.gate, gate, up, int(experts_.intermediate));
                 out.fill_row(pair, gate);
             }
         });
     }
 
   private:
-    float* products_of(int64_t pair) const {
-        return products_.get() + pair * 2 * experts_.intermediate;
-    }
+    float* products_of(int64_t pair) const { return products_.get() + pair * columns_; }
 
     void do_strip(const ExpertPanels& e, int64_t strip,
                   const typename Codec::Activations& in) const {
         Products<Codec> products;
+        float some_biases[Codec::kStripRows];
+        const int64_t first = strip * Codec::kStripRows;
+        const int64_t count = std::min<int64_t>(Codec::kStripRows, columns_ - first);
+        const float* bias = experts_.gate_up_bias.copy(e.expert, first, count, some_biases);
         for (size_t i = e.first; i < e.last; ++i) {
             const Panel& panel = routing_.panels[i];
             multiply_strip(codec_, experts_.gate_up[e.expert], strip, in, i, panel, products,
                            [&](int t, int64_t row, int64_t rows, const float* values) {
-                               std::memcpy(products_of(panel.first + t) + row, values,
-                                           size_t(rows) * sizeof(float));
+                               store_biased(products_of(panel.first + t) + row, values, bias,
+                                            rows);
                            });
         }
     }
@@ -146,7 +159,8 @@ class GateUpByRow {
     const Codec& codec_;
     const Experts<Codec>& experts_;
     const Routing& routing_;
-    std::unique_ptr<float[]> products_;  // [pairs][2 * intermediate]: gate x, then up x
+    const int64_t columns_;              // gate's, then up's
+    std::unique_ptr<float[]> products_;  // [pairs][columns_]: gate x, then up x
 };
 
 template <class Codec>

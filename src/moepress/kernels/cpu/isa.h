@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "moepress.h"
+
 namespace moepress {
 
 constexpr int kLaneRows = 16;   // rows that `Lanes` (lanes_*.h) computes side by side
@@ -16,8 +18,9 @@ enum Activation {
     kActivations
 };
 
-// gate[i] = act(gate[i]) * up[i], for i = 0 .. n - 1.
-using Glu = void (*)(int activation, float* gate, const float* up, int n);
+// g[i] = h(g[i], up[i]), for i = 0 .. n - 1: act(g[i]) * up[i] unless the gate says more. Without a
+// gate `up` is null. Overwrites `up`.
+using Glu = void (*)(const MoepressGate& gate, float* g, float* up, int n);
 
 // ---- Scalar matrices -------------------------------------------------------------------------
 
@@ -117,10 +120,13 @@ struct Isa {
     SubtractLeast subtract_least;
 };
 
-// One for each instruction set; null where the compiler does not have it.
+// One for each instruction set; null where the compiler does not have it. The files of another
+// architecture are not compiled (CMakeLists.txt).
 extern const Isa* const kAvx512;
 extern const Isa* const kAvxVnni;
 extern const Isa* const kAvx2;
+extern const Isa* const kNeonI8mm;
+extern const Isa* const kNeonDotprod;
 extern const Isa* const kPortable;
 
 // Makes the table of avx512_vbmi2 from that of avx512; null where the compiler does not have it.

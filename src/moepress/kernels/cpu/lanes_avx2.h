@@ -12,6 +12,7 @@ namespace {
 struct Avx2Lanes {
     static constexpr int max_width = 4;  // 8 of 16 registers hold integer sums
     static constexpr bool sums_any_byte = false;  // 16 bits are too few
+    static constexpr int byte_offset = 0;
     static constexpr int sums = 2, most_sums = 2;
 
     struct Codes {  // [16 rows][4 columns] uint8

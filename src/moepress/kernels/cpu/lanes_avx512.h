@@ -12,6 +12,7 @@ namespace {
 struct Avx512Lanes {
     static constexpr int max_width = 16;  // 32 registers: 16 integer and 16 float sums
     static constexpr bool sums_any_byte = true;
+    static constexpr int byte_offset = 0;
     static constexpr int sums = 4;  // vpdpbusd takes 4 cycles, and one starts every cycle
     static constexpr int most_sums = 8;
 

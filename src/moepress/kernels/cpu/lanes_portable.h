@@ -7,6 +7,8 @@
 //     max_width       most tokens of a scalar panel: their sums must fit the registers
 //     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits
 //                     may stay where they are in their bytes (scalar_product.h, kInPlace)
+//     byte_offset     how much less than their value low_products and high_products store bytes;
+//                     0 except where only signed bytes can be multiplied
 //     sums            sums that one token should have, to hide the latency of an addition
 //     most_sums       sums that one token may have where codes stay where they are
 //
@@ -21,7 +23,7 @@
 //
 //     tokens, runs    of a trellis panel and slab that are multiplied together: their sums must fit
 //                     the registers (trellis_product.h, add_group)
-//     cheap_windows   whether `window` takes one instruction
+//     cheap_windows   whether `window` takes one or two instructions
 //     Words           [16 rows][2 columns] uint16: a word of the 32 paths of a trellis tile
 //     words           load 64 bytes
 //     window          of each path, the 16 bits that end at bit `end` (trellis_product.h)
@@ -37,7 +39,7 @@
 // For many tokens (trellis_many.h):
 //
 //     many_tokens, many_runs  tokens, and runs of 16 rows, multiplied together: their sums and the
-//                     operands of the runs must fit the registers
+//                     operands of the runs must fit the registers. 0 tokens: none of what follows
 //     crosses         whether two additions of 16-bit numbers and a product cost less than two
 //                     products: then CrossedWords are best
 //     splat_four      4 bytes, 16 times
@@ -65,6 +67,7 @@ namespace {
 struct PortableLanes {
     static constexpr int max_width = 4;
     static constexpr bool sums_any_byte = false;  // 16 bits are too few
+    static constexpr int byte_offset = 0;
     static constexpr int sums = 1, most_sums = 1;
 
     typedef uint32_t Word __attribute__((vector_size(16)));  // [4 rows], 4 columns to a word

@@ -3,7 +3,8 @@
 // To add an instruction set: write lanes_NAME.h, with a struct `NameLanes` that has the members of
 // `PortableLanes` (lanes_portable.h); write NAME.cpp like avx2.cpp; add its flags to
 // CMakeLists.txt, and its table and the test for it to dispatch.cpp. `Search` is the type with the
-// steps of Viterbi's algorithm: viterbi_avx512.h, viterbi_avx2.h or viterbi_portable.h.
+// steps of Viterbi's algorithm: viterbi_avx512.h, viterbi_avx2.h, viterbi_neon.h or
+// viterbi_portable.h. `python -m tests.kernels.arm.run` checks those of ARM in an emulator.
 //
 // Everything that this file includes is compiled once for each instruction set. So all of it must
 // have internal linkage (an unnamed namespace; a template over such a type has it too): of two

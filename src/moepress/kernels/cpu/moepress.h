@@ -45,15 +45,31 @@ MOEPRESS_API int32_t moepress_scalar_linear(const float* x, int64_t tokens, int6
                                             const float* bias, int32_t activation_bits,
                                             int32_t threads, float* y);
 
+// What lies between the two products of an expert. kernels/gate.py says what the fields mean, and
+// which values they may have.
+struct MoepressGate {
+    int32_t activation;            // Activation (isa.h)
+    int32_t gated, limits_output;  // 0 or 1
+    float limit, alpha, up_offset, gate_softcap, up_softcap;
+};
+
+// The biases of the experts' two products.
+struct MoepressBiases {
+    const void* gate_up;  // [experts][rows], or null: none. Rows: 2 * intermediate if gated
+    const void* down;     // [experts][hidden], or null: none
+    int32_t bfloat16;     // 1: numbers are bfloat16; 0: float
+};
+
 // y [tokens][hidden]: y_t = sum over k of weight[t][k] * down_e(act(gate_e x_t) * up_e x_t), with
-// e = index[t][k]. An index outside 0 .. experts - 1 adds nothing. Tables [experts][2]: first byte,
-// code bits. An expert whose matrices both have 0 bits is left out and adds nothing.
+// e = index[t][k], and with the biases and the gate given. An index outside 0 .. experts - 1 adds
+// nothing. Tables [experts][2]: first byte, code bits. An expert whose matrices both have 0 bits is
+// left out and adds nothing.
 MOEPRESS_API int32_t moepress_scalar_experts(
     const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
-    int32_t down_group, int64_t experts, int64_t intermediate, int32_t activation,
-    int32_t activation_bits, int32_t threads, float* y);
+    int32_t down_group, int64_t experts, int64_t intermediate, const MoepressGate* gate,
+    const MoepressBiases* biases, int32_t activation_bits, int32_t threads, float* y);
 
 // y [n][cols] = the rows ids [n] of a packed [rows][cols] matrix.
 MOEPRESS_API int32_t moepress_scalar_embedding(const int64_t* ids, int64_t n,
@@ -73,13 +89,20 @@ MOEPRESS_API int32_t moepress_trellis_experts(
     const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
-    int32_t down_group, int64_t experts, int64_t intermediate, int32_t activation,
-    int32_t activation_bits, int32_t threads, float* y);
+    int32_t down_group, int64_t experts, int64_t intermediate, const MoepressGate* gate,
+    const MoepressBiases* biases, int32_t activation_bits, int32_t threads, float* y);
 
 // branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in
-// units of code values (rounding/methods/viterbi.py). viterbi.cpp.
-MOEPRESS_API int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
-                                             int32_t threads, uint8_t* branches);
+// units of code values (rounding/methods/viterbi.py). `feedback` [8][rows] may be null. Else the
+// paths are for t = target + feedback; then target becomes t - values, and feedback the errors
+// target - values. viterbi.cpp.
+MOEPRESS_API int32_t moepress_trellis_search(float* target, float* feedback, int64_t rows,
+                                             int32_t bits, int32_t threads, uint8_t* branches);
+
+// values [rows][cols]: what `branches` [rows][cols] choose (kernels/trellis.py). rows is a multiple
+// of 64, cols of 8. trellis_values.cpp.
+MOEPRESS_API int32_t moepress_trellis_values(const uint8_t* branches, int64_t rows, int64_t cols,
+                                             int32_t bits, int32_t threads, float* values);
 
 // ---- Online pruning (drop.cpp) ------------------------------------------------------------------
 

@@ -44,8 +44,8 @@ class ScalarCodec {
     static int64_t strips(const Matrix& w) { return w.blocks(); }
     inline void multiply(const Matrix& w, int64_t block, const Activations& activations, size_t i,
                          const Panel& panel, float* out) const;
-    void glu(int activation, float* gate, const float* up, int n) const {
-        isa_.glu(activation, gate, up, n);
+    void glu(const MoepressGate& gate, float* g, float* up, int n) const {
+        isa_.glu(gate, g, up, n);
     }
 
     static int64_t linear_grain(int64_t blocks, int threads) {

@@ -6,7 +6,7 @@
 // and 4, so that a plain dot product takes two bytes for each. Two kinds of operands need one dot
 // product for 4 columns where the plain way needs two, and instructions that run beside it:
 //
-//     SignedBytes    for values of at most 255: the magnitude v is one operand; the other is
+//     MagnitudeBytes for values of at most 255: the magnitude v is one operand; the other is
 //                    q xor f, where f is 0 or, for a negative value, all ones. q xor -1 = -q - 1,
 //                    so that the sum is sum(+-v q) - sum over negative values of v; the last sum
 //                    belongs to the row.
@@ -46,7 +46,7 @@ struct ManyOperands {
 };
 
 template <class Lanes, int bits>
-struct SignedBytes {
+struct MagnitudeBytes {
     static_assert(kCenter[bits] == 255);  // byte0 + byte1 - 255 = byte0 - (255 - byte1)
     using Code = int8_t;
 
@@ -159,8 +159,8 @@ void add_many(const ManyOperands<Lanes>& w, int64_t cols, int group, int64_t g,
 // trellis_product.h, `add_group`.
 template <class Lanes, int bits, bool bytes, bool crossed>
 using BestKind = std::conditional_t<
-    bytes && bits <= 2 && Lanes::many_tokens != 0, SignedBytes<Lanes, bits>,
-    std::conditional_t<crossed, CrossedWords<Lanes, bits, bytes>, void>>;
+    bytes && bits <= 2 && Lanes::many_tokens != 0, MagnitudeBytes<Lanes, bits>,
+    std::conditional_t<crossed && Lanes::many_tokens != 0, CrossedWords<Lanes, bits, bytes>, void>>;
 
 // Add group g of the slab whose tiles of this group are at `from`, the tiles above at `over`.
 template <class Lanes, int bits, class Kind>
@@ -170,7 +170,7 @@ void add_group_to_many(const uint8_t* over, const uint8_t* from, int64_t cols, i
     for (auto& start : w.start) start = typename Lanes::Pairs();
     for (int t = 0; t < group / kTileColumns; ++t) {
         typename Lanes::Words step[kSteps];
-        decode_steps<Lanes, bits, std::is_same_v<Kind, SignedBytes<Lanes, bits>>>(
+        decode_steps<Lanes, bits, std::is_same_v<Kind, MagnitudeBytes<Lanes, bits>>>(
             load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes), step);
 #pragma GCC unroll 8
         for (int i = 0; i < kSteps; i += 2)

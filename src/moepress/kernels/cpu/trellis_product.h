@@ -50,6 +50,12 @@ MOEPRESS_INLINE void add_steps(const Tile<Lanes, bits>& tile, const int16_t* x,
     if constexpr (i + 1 < kSteps) add_steps<Lanes, bits, bytes, i + 1>(tile, x, sum);
 }
 
+// The center z of products with `count` bytes, or of t (0). Bytes may be stored less an offset.
+template <class Lanes>
+constexpr int center(int bits, int count) {
+    return kCenter[bits] - count * Lanes::byte_offset;
+}
+
 // A group of columns, times tokens p to count - 1 of a panel: `tokens` of them at a time, as long
 // as there are so many, then half as many. Several tokens and runs of 16 rows together, so that
 // each decoded register and each pair of activations is loaded for several products.
@@ -59,6 +65,7 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
     // At 3 and 4 bits, t is decoded, and codes that are there twice become 16-bit numbers again.
     constexpr bool widen = bytes && bits > 2;
     constexpr int runs = tokens < Lanes::tokens ? 4 : Lanes::runs;
+    constexpr int z = center<Lanes>(bits, bytes && !widen ? 2 : 0);
     const int tiles = group / kTileColumns;
     for (; p + tokens <= x.count; p += tokens) {
         const int16_t* codes[tokens];
@@ -91,7 +98,7 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
             for (int q = 0; q < tokens; ++q) {
                 const int64_t at = x.places[p + q] * (cols / group) + g;
                 for (int r = 0; r < runs; ++r)
-                    finish_group<Lanes>(sum[q][r], x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                    finish_group<Lanes>(sum[q][r], x.all.scale[at], z * x.all.sum[at],
                                         out + (p + q) * kSlabRows + 16 * (run + r));
             }
         }
@@ -108,6 +115,7 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
     constexpr int tile_bytes = 64 * bits;
+    constexpr int z = center<Lanes>(bits, bytes ? (bits > 2 ? 4 : 2) : 0);
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
@@ -134,7 +142,7 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
             }
             const int64_t at = x.places[0] * groups + g;
             for (int run = 0; run < 4; ++run)
-                finish_group<Lanes>(sum[run], x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                finish_group<Lanes>(sum[run], x.all.scale[at], z * x.all.sum[at],
                                     out + 16 * run);
             continue;
         }

@@ -44,16 +44,18 @@ MOEPRESS_INLINE Tile<Lanes, bits> load_tile(const uint8_t* above, const uint8_t*
 // The window of all paths whose last bit is bit `end`, 1 to 16, of word j.
 template <class Lanes, int bits, int j, int end>
 MOEPRESS_INLINE typename Lanes::Words window(const Tile<Lanes, bits>& tile) {
-    if constexpr (end == 16) return tile.word[j + 1];
-    return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
+    if constexpr (end == 16)
+        return tile.word[j + 1];
+    else
+        return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
 }
 
 // Ends of the windows that a word's states are taken from, bit e for a window that ends at bit e,
 // by code bits and word. A window of 16 bits holds the 12 bits of every state that ends at one of
 // its last 5 bits: for the last of them a mask gives the state, for the first a shift, for the
 // others both. The word itself, end 16, is always there. These sets have the fewest instructions
-// (tried all), if a window takes 3 of them or, where it is cheap, 1. The compiler computes each
-// window once.
+// (tried all), if a window takes 3 of them or, where it is cheap, 1 or 2. The compiler computes
+// each window once.
 template <bool cheap>
 constexpr uint32_t window_ends(int bits, int word) {
     constexpr int three[] = {1 << 3 | 1 << 9, 1 << 5 | 1 << 11, 1 << 4 | 1 << 10};

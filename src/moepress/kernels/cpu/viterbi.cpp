@@ -69,15 +69,36 @@ void find_path(const Isa& isa, int bits, int steps, int end, Workspace& work, ui
     isa.viterbi_trace[bits](work.kept, work.target, steps, end, states);
 }
 
-// Write the branches of one path. It starts and ends in the same state, which the best path around
-// the seam chooses (rounding/methods/viterbi.py).
-void find_branches(const Isa& isa, int bits, const float* target, int64_t rows, int path,
-                   Workspace& work, uint8_t* branches) {
+// Eight columns to round, each of `rows` numbers.
+struct Columns {
+    float* target;    // with feedback, replaced by what is left of target + feedback
+    float* feedback;  // may be null; replaced by target - value
+    int64_t rows;
+    uint8_t* branches;
+
+    float wanted(int64_t place) const {
+        return feedback ? target[place] + feedback[place] : target[place];
+    }
+    void round(int64_t place, int branch, float value) const {
+        branches[place] = uint8_t(branch);
+        if (!feedback) return;
+        const float error = target[place] - value;
+        target[place] = wanted(place) - value;
+        feedback[place] = error;
+    }
+};
+
+// Round one path. It starts and ends in the same state, which the best path around the seam chooses
+// (rounding/methods/viterbi.py).
+void round_path(const Isa& isa, int bits, const Columns& columns, int path, Workspace& work) {
     uint16_t states[kRun];
-    const int64_t steps = rows / kSlabRows * kSteps;
-    const auto read = [&](int64_t step) {
+    const int64_t steps = columns.rows / kSlabRows * kSteps;
+    const auto place = [&](int64_t step) {
         const Place at = place_of(path, step);
-        return in_steps(target[at.column * rows + at.row], kUnit[bits]);
+        return at.column * columns.rows + at.row;
+    };
+    const auto read = [&](int64_t step) {
+        return in_steps(columns.wanted(place(step)), kUnit[bits]);
     };
     const int window = int(std::min<int64_t>(kWindow, steps));
     for (int t = 0; t < 2 * window; ++t)
@@ -94,8 +115,8 @@ void find_branches(const Isa& isa, int bits, const float* target, int64_t rows, 
         work.kept[state % groups] = 0;
         find_path(isa, bits, here, first + kRun >= steps ? start : -1, work, states);
         for (int t = 0; t < here; ++t) {
-            const Place at = place_of(path, first + t);
-            branches[at.column * rows + at.row] = uint8_t(states[t] & ((1 << bits) - 1));
+            const int branch = states[t] & ((1 << bits) - 1);
+            columns.round(place(first + t), branch, float(code_value(states[t], bits)));
         }
         state = states[here - 1];
     }
@@ -106,8 +127,8 @@ void find_branches(const Isa& isa, int bits, const float* target, int64_t rows, 
 
 using namespace moepress;
 
-int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits, int32_t threads,
-                                uint8_t* branches) {
+int32_t moepress_trellis_search(float* target, float* feedback, int64_t rows, int32_t bits,
+                                int32_t threads, uint8_t* branches) {
     if (bits < 1 || bits > 4) return kBadCodec;
     if (rows < 1 || rows % kSlabRows != 0 || threads < 1) return kBadShape;
     try {
@@ -118,7 +139,7 @@ int32_t moepress_trellis_search(const float* target, int64_t rows, int32_t bits,
         parallel(workers, workers, 1, [&](int64_t begin, int64_t end) {
             for (int64_t worker = begin; worker < end; ++worker)
                 for (int path = next++; path < kPaths; path = next++)
-                    find_branches(isa, bits, target, rows, path, works[worker], branches);
+                    round_path(isa, bits, {target, feedback, rows, branches}, path, works[worker]);
         });
         return kOk;
     } catch (const std::exception&) {

@@ -12,11 +12,12 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     inputs.cu                inputs rotated and rounded (rounding.cuh); (token, choice) pairs sorted
                              by expert and cut into panels (routing.cuh)
     gated.cu                 the activation function of experts; the same rounding
+    gated_any.cu, gates.py   the same with biases, and any gate (gate.cuh)
     trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
                              products with few and with many tokens
     combine.cu               sums of splits and of experts, bias, dtype of the result
     grouped.py               very many tokens: weights decoded to bfloat16, and torch's products
-    dequantize.cu, grouped.cu  its kernels
+    dequantize.cu, grouped.cu, grouped_any.cu  its kernels
     embedding.cu, drop.cu    rows of a packed table; online pruning
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """
@@ -33,13 +34,18 @@ from moepress.format.codec import FAMILIES, Codec
 from moepress.kernels import reference
 from moepress.kernels.cuda import grouped
 from moepress.kernels.cuda.codes import Codes
+from moepress.kernels.cuda.gates import (
+    ACTIVATIONS,
+    bias_arguments,
+    gate_arguments,
+    plain_activation,
+)
 from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.experts_call import ExpertsCall
 
-__all__ = ["drop", "embedding", "experts", "linear", "missing"]
+__all__ = ["ACTIVATIONS", "drop", "embedding", "experts", "linear", "missing"]
 
-ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of gated.cu
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
 MOST_NUMBERS = 1 << 28  # of a product at a time: 1 GB in float32
@@ -87,9 +93,11 @@ def experts(call: ExpertsCall) -> Tensor:
         down=_aligned(call.down),
         gate_up_table=call.gate_up_table.contiguous(),
         down_table=call.down_table.contiguous(),
+        gate_up_bias=_bias(call.gate_up_bias),
+        down_bias=_bias(call.down_bias),
     )
     y = torch.empty_like(given.hidden)
-    widest = max(2 * call.intermediate_size, hidden.shape[1])
+    widest = max(call.rows, hidden.shape[1])
     step = max(1, min(MOST_TOKENS, MOST_NUMBERS // (k * widest)))
     if tokens <= step:
         if tokens:
@@ -244,37 +252,29 @@ def _experts(call: ExpertsCall, y: Tensor) -> None:
     sizes = count, size, panels
     routing = call.top_k_index, positions, *tables, *sizes, pair, position, panel, used
     inputs.round(launcher, hidden, routing, count)
-    parts = inputs.parts(kernel, 2 * inner, busy, launcher)
+    parts = inputs.parts(kernel, call.rows, busy, launcher)
     splits = parts[1]
-    first = hidden.new_empty((splits, positions, 2 * inner), dtype=torch.float32)
+    first = hidden.new_empty((splits, positions, call.rows), dtype=torch.float32)
     matrix = _Matrix(call.gate_up, call.gate_up_table)
     _multiply(launcher, kernel, inputs, pair, k, panel, (*parts, panels), matrix, first)
 
     between = Codes(hidden, positions, inner, call.down_group, planes, family, kernel.halves)
-    between.glu(launcher, first, used, ACTIVATIONS.index(call.activation))
+    activation = plain_activation(call)
+    if activation is None:
+        between.any_gate(launcher, first, used, gate_arguments(call, pair))
+    else:
+        between.glu(launcher, first, used, activation)
     parts = between.parts(kernel, width, busy, launcher)
     splits = parts[1]
     second = hidden.new_empty((splits, positions, width), dtype=torch.float32)
     matrix = _Matrix(call.down, call.down_table)
     _multiply(launcher, kernel, between, None, 1, panel, (*parts, panels), matrix, second)
-    launcher.launch(
-        "moepress_combine_experts",
-        (-(-width // 512), tokens, 1),
-        128,
-        0,
-        (
-            second,
-            splits,
-            positions,
-            position,
-            weights,
-            DTYPES[weights.dtype],
-            k,
-            width,
-            y,
-            DTYPES[y.dtype],
-        ),
-    )
+    weighted = second, splits, positions, position, weights, DTYPES[weights.dtype], k, width
+    args: tuple[Tensor | int | None, ...] = *weighted, y, DTYPES[y.dtype]
+    name, grid = "moepress_combine_experts", (-(-width // 512), tokens, 1)
+    if call.down_bias is not None:
+        name, args = f"{name}_biased", (*args, *bias_arguments(call.down_bias), call.top_k_index)
+    launcher.launch(name, grid, 128, 0, args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,6 +332,11 @@ def _aligned(x: Tensor) -> Tensor:
     """x, contiguous and at an address for loads of 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _bias(x: Tensor | None) -> Tensor | None:
+    """x in a dtype and at an address that kernels read."""
+    return None if x is None else _aligned(_number(x))
 
 
 def _number(x: Tensor) -> Tensor:

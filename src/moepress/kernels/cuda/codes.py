@@ -56,9 +56,19 @@ class Codes:
 
     def glu(self, launcher: Launcher, out: Tensor, used: Tensor, activation: int) -> None:
         """Codes of act(gate) * up of the first used[0] rows; out [splits, rows, 2 K]."""
-        blocks = self._blocks(8)
         args = out, out.shape[0], self.rows, used, self.cols, activation, *self._rounding()
-        launcher.launch("moepress_gated", (blocks, 1, 1), 256, 0, args)
+        launcher.launch("moepress_gated", (self._blocks(8), 1, 1), 256, 0, args)
+
+    def any_gate(
+        self,
+        launcher: Launcher,
+        out: Tensor,
+        used: Tensor,
+        gate: tuple[Tensor | int | float | None, ...],
+    ) -> None:
+        """The same for any gate and biases: `gates.gate_arguments`; out [splits, rows, R]."""
+        args = out, out.shape[0], self.rows, used, self.cols, *self._rounding(), *gate
+        launcher.launch("moepress_gated_any", (self._blocks(8), 1, 1), 256, 0, args)
 
     def _blocks(self, warps: int) -> int:
         """Blocks of so many warps that round all rows; a warp takes a unit."""

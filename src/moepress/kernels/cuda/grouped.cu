@@ -22,6 +22,38 @@ struct Gated {
     }
 };
 
+// Of grouped_combine. `biased`: each choice adds the bias of its expert, index[t][j], inside its
+// weight.
+template <bool biased>
+DEVICE void combine(const uint16_t* out, const int32_t* position, const void* weight,
+                    int64_t weight_dtype, int64_t k, int64_t cols, void* y, int64_t dtype,
+                    int64_t stride, int64_t first, const void* bias, int64_t bias_dtype,
+                    const int64_t* index) {
+    const int64_t token = blockIdx.y;
+    const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (column >= cols) return;
+    float total[4] = {};
+    for (int64_t j = 0; j < k; ++j) {
+        const int64_t at = position[token * k + j];
+        if (at < 0) continue;
+        float part[4];
+        load_numbers(out, at * cols + column, kBfloat16, part);
+        if (biased) {
+            float more[4];
+            const int64_t row = index[token * k + j] * stride;
+            load_numbers(bias, row + first + column, bias_dtype, more);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) part[c] += more[c];
+        }
+        const float w = load_number(weight, token * k + j, weight_dtype);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) total[c] += w * part[c];
+    }
+    const int64_t to = token * stride + first + column;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) store_number(y, to + c, dtype, total[c]);
+}
+
 }  // namespace
 }  // namespace moepress
 
@@ -68,20 +100,18 @@ extern "C" __global__ void __launch_bounds__(128)
                              int64_t weight_dtype, int64_t k, int64_t cols, void* y, int64_t dtype,
                              int64_t stride, int64_t first) {
     begin();
-    const int64_t token = blockIdx.y;
-    const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-    if (column >= cols) return;
-    float total[4] = {};
-    for (int64_t j = 0; j < k; ++j) {
-        const int64_t at = position[token * k + j];
-        if (at < 0) continue;
-        float part[4];
-        load_numbers(out, at * cols + column, kBfloat16, part);
-        const float w = load_number(weight, token * k + j, weight_dtype);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) total[c] += w * part[c];
-    }
-    const int64_t to = token * stride + first + column;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) store_number(y, to + c, dtype, total[c]);
+    moepress::combine<false>(out, position, weight, weight_dtype, k, cols, y, dtype, stride, first,
+                             nullptr, 0, nullptr);
+}
+
+// The same with biases [experts][stride]: weight[t][j] * (out[..] + bias[index[t][j]]).
+extern "C" __global__ void __launch_bounds__(128)
+    moepress_grouped_combine_biased(const uint16_t* out, const int32_t* position,
+                                    const void* weight, int64_t weight_dtype, int64_t k,
+                                    int64_t cols, void* y, int64_t dtype, int64_t stride,
+                                    int64_t first, const void* bias, int64_t bias_dtype,
+                                    const int64_t* index) {
+    begin();
+    moepress::combine<true>(out, position, weight, weight_dtype, k, cols, y, dtype, stride, first,
+                            bias, bias_dtype, index);
 }

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from moepress.format.codec import Codec
 from moepress.kernels import trellis
 from moepress.kernels.cuda import products
+from moepress.kernels.cuda.gates import bias_arguments, gate_arguments, plain_activation
 from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for
 from moepress.kernels.experts_call import ExpertsCall
-from moepress.kernels.reference import ACTIVATIONS
 
 SCRATCH_BYTES = 512 << 20  # for decoded weights, if it suffices for GRAIN rows
 MOST_SCRATCH_BYTES = 1 << 30  # where it does not
@@ -94,23 +94,28 @@ def experts(call: ExpertsCall, y: Tensor) -> None:
     inputs = hidden.new_empty((positions, width), dtype=bfloat16)
     _round_inputs(launcher, hidden, family, position, k, inputs)
     between = hidden.new_empty((positions, inner), dtype=bfloat16)
-    step = _chunk(inner, 4 * panels * width, _grain(call))
+    parts = call.gate.parts  # gate and up, or one matrix
+    step = _chunk(inner, 2 * parts * panels * width, _grain(call))
     down_step = _chunk(width, 2 * panels * inner, GRAIN)
-    numbers = panels * max(2 * min(step, inner) * width, min(down_step, width) * inner)
+    numbers = panels * max(parts * min(step, inner) * width, min(down_step, width) * inner)
     scratch = hidden.new_empty(numbers, dtype=bfloat16)
 
     # Rows of gate and the same rows of up together.
     group = call.gate_up_group
-    matrices = _Matrices(call.gate_up, tables[0], 0, family, group, panel, 2 * inner, width)
-    run = _run(inner, family)
+    matrices = _Matrices(call.gate_up, tables[0], 0, family, group, panel, call.rows, width)
+    run, activation = _run(inner, family), plain_activation(call)
     for first in range(0, inner, step):
         rows = min(step, inner - first)
-        weight = matrices.rows_from(launcher, scratch, first, inner + first, rows)
+        second = inner + first if call.gated else None
+        weight = matrices.rows_from(launcher, scratch, first, second, rows)
         out = F.grouped_mm(inputs, weight.transpose(1, 2), offs=ends)
-        activation = tuple(ACTIVATIONS).index(call.activation)
-        given = out, positions, used, first, rows, activation, run, between, inner
+        given, to = (out, positions, used, first, rows), (run, between, inner)
         grid = grid_of(positions, rows, run)
-        launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, 0, given)
+        if activation is None:
+            options = gate_arguments(call, pair)
+            launcher.launch("moepress_grouped_any", grid, 32 * WARPS, 0, (*given, *to, *options))
+        else:
+            launcher.launch("moepress_grouped_gate", grid, 32 * WARPS, 0, (*given, activation, *to))
 
     group = call.down_group
     matrices = _Matrices(call.down, tables[1], 0, family, group, panel, width, inner)
@@ -119,13 +124,12 @@ def experts(call: ExpertsCall, y: Tensor) -> None:
         weight = matrices.rows_from(launcher, scratch, first, None, rows)
         out = F.grouped_mm(between, weight.transpose(1, 2), offs=ends)
         weighted = out, position, weights, DTYPES[weights.dtype], k, rows
-        launcher.launch(
-            "moepress_grouped_combine",
-            (-(-rows // 512), tokens, 1),
-            128,
-            0,
-            (*weighted, y, DTYPES[y.dtype], width, first),
-        )
+        args: tuple[Tensor | int | None, ...] = *weighted, y, DTYPES[y.dtype], width, first
+        name = "moepress_grouped_combine"
+        if call.down_bias is not None:
+            options = *bias_arguments(call.down_bias), call.top_k_index
+            name, args = f"{name}_biased", (*args, *options)
+        launcher.launch(name, (-(-rows // 512), tokens, 1), 128, 0, args)
 
 
 class _Matrices:

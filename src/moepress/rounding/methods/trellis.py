@@ -14,9 +14,7 @@ U_BB: rotated inputs have nearly equal energies.
 Each row has one scale s. The search uses the row's root mean square times START, over the standard
 deviation of the code's values. With a Hessian it is also multiplied by START_FACTOR_WITH_FEEDBACK,
 because feedback changes the spread of the targets. Afterwards s is set to the best value for the
-codes c that were found, and rounded to bfloat16:
-
-    s = <w, c>_H / <c, c>_H
+codes that were found (fit.py), and rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -30,11 +28,12 @@ from torch import Tensor
 
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
-from moepress.kernels import trellis
+from moepress.kernels import cpu, trellis
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
 from moepress.memory import free_memory
-from moepress.rounding.hessian import Factor, tensor_cores
+from moepress.rounding.fit import best_scale, inverse
+from moepress.rounding.hessian import Factor
 from moepress.rounding.methods.gptq import sweep_together
 from moepress.rounding.methods.viterbi import round_together
 from moepress.rounding.rotation import rotate, rotate_back
@@ -45,7 +44,6 @@ from moepress.rounding.rotation import rotate, rotate_back
 # (docs/log.md#first-scale-by-width, decided in docs/log.md#first-scale).
 START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}
 START_FACTOR_WITH_FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
-COLUMNS_PER_SLICE = 1024  # of a product with the factor; bounds memory
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class TrellisMatrix:
 
         Computed in float32, then cast to `dtype`.
         """
-        codes = code_matrix(self.branches, self.codec.bits)[: len(self.scales)]
+        codes = path_values(self.branches, self.codec.bits)[: len(self.scales)]
         return rotate_back(codes * self.scales.float()[:, None]).to(dtype)
 
     def scaled(self, gain: float) -> TrellisMatrix:
@@ -131,11 +129,12 @@ def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
         first_scale(some, one.codec, one.factor is not None)
         for some, one in zip(rows, matrices, strict=True)
     ]
-    branches = _searched(rows, scales, matrices)
+    branches, residual = _searched(rows, scales, matrices)
     results = []
     for number, (_, codec, factor) in enumerate(matrices):
         found = branches[number].T.contiguous()
-        scale = refit(rows[number], found, scales[number], factor, codec)
+        left = residual[number, :, : len(rows[number])]
+        scale = best_scale(rows[number], scales[number], left.contiguous(), factor)
         results.append(TrellisMatrix(found, scale.bfloat16(), codec))
     return results
 
@@ -155,8 +154,10 @@ def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
 
 def _searched(
     rows: Sequence[Tensor], scales: Sequence[Tensor], matrices: Sequence[Unrounded]
-) -> Tensor:
-    """Codes [M, K, 64 S] uint8 of M matrices, columns first.
+) -> tuple[Tensor, Tensor]:
+    """Codes [M, K, 64 S] uint8 of M matrices, columns first, and what feedback has left.
+
+    What is left is r = E V, [M, K, 64 S] float32, in units of the scale.
 
     Args:
         rows: of each matrix [N, K] float32, rotated weights.
@@ -164,7 +165,7 @@ def _searched(
     """
     length, columns = rows[0].shape
     shape = (len(rows), columns, length + -length % ROWS_PER_SLAB)
-    target = rows[0].new_zeros(shape)  # in units of `code_values`
+    target = rows[0].new_zeros(shape)  # in units of `code_values`; then what is left
     for number, (some, scale) in enumerate(zip(rows, scales, strict=True)):
         torch.mul(some.T, inverse(scale), out=target[number, :, :length])
     branches = torch.empty(shape, dtype=torch.uint8, device=target.device)
@@ -182,7 +183,7 @@ def _searched(
                 feedback[id(factor)] = block_feedback(factor.feedback)
             pairs.append((buffer[number], feedback[id(factor)]))
     sweep_together(pairs, 0, columns, TILE_COLUMNS, round_block)
-    return branches
+    return branches, target
 
 
 def rotated_rows(weight: Tensor) -> Tensor:
@@ -222,40 +223,7 @@ def _block_feedback_at_once(feedback: Tensor) -> Tensor:
     return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
 
 
-def refit(
-    rows: Tensor, branches: Tensor, scale: Tensor, factor: Factor | None, codec: Codec
-) -> Tensor:
-    """The best scale of each row for its codes, [N] float32.
-
-    Args:
-        rows: [N, K] float32, rotated weights.
-        branches: [64 S, K] uint8, the codes.
-        scale: [N] float32, kept where it is 0 or all codes of the row have the value 0.
-        factor: of the Hessian of the rotated inputs; None: all inputs alike.
-    """
-    codes = code_matrix(branches, codec.bits)[: len(rows)]
-    with tensor_cores(rows.device):
-        return best_scale(rows, codes, scale, factor)
-
-
-def best_scale(rows: Tensor, codes: Tensor, scale: Tensor, factor: Factor | None) -> Tensor:
-    """<w, c>_H / <c, c>_H of each row, [N] float32; `scale` where it is 0 or codes are 0.
-
-    Args:
-        rows, codes: [N, K] float32.
-    """
-    product, energy = torch.zeros_like(scale), torch.zeros_like(scale)
-    for start in range(0, rows.shape[1], COLUMNS_PER_SLICE):
-        stop = min(start + COLUMNS_PER_SLICE, rows.shape[1])
-        w, c = rows[:, start:stop], codes[:, start:stop]
-        if factor is not None:  # R is upper triangular
-            upper = factor.feedback[:stop, start:stop] * factor.curvature[start:stop].sqrt()
-            w, c = rows[:, :stop] @ upper, codes[:, :stop] @ upper
-        product += (w * c).sum(1)
-        energy += c.square().sum(1)
-    return torch.where((scale > 0) & (energy > 0), product / energy, scale)
-
-
-def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, or 0 where the scale is 0."""
-    return torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0.0)
+def path_values(branches: Tensor, bits: int) -> Tensor:
+    """`code_matrix`, compiled where that is possible."""
+    compiled = branches.device.type == "cpu" and cpu.missing() is None
+    return (cpu.trellis_values if compiled else code_matrix)(branches, bits)

@@ -72,22 +72,33 @@ def round_together(
     """Round columns first .. first + 7 of M matrices to the best paths, in place.
 
     Args:
-        target: [M, K, 64 S] float32, columns first, in the units of `code_values`.
+        target: [M, K, 64 S] float32, columns first, in the units of `code_values`. Overwritten with
+            what is left: the target with feedback, minus the values of the codes.
         feedback: [M, K, 64 S] float32, added to the target. Overwritten with the errors: the target
             without feedback, minus the values of the codes.
         branches: [M, K, 64 S] uint8, overwritten with the codes.
         bits: [M] of the codes.
         first: a multiple of 8.
     """
-    if cuda.available(target.device):
-        cuda.trellis_search_together(target, feedback, branches, bits, first)
-        return
     columns = slice(first, first + TILE_COLUMNS)
+    if cuda.available(target.device):
+        received = feedback[:, columns].clone()
+        cuda.trellis_search_together(target, feedback, branches, bits, first)
+        torch.add(feedback[:, columns], received, out=target[:, columns])
+        return
+    compiled = target.device.type == "cpu" and cpu.missing() is None
     for number, width in enumerate(bits):
-        wanted, errors = target[number, columns], feedback[number, columns]
-        found = search(wanted + errors, width)
-        branches[number, columns] = found
-        torch.sub(wanted, code_matrix(found.T.contiguous(), width).T, out=errors)
+        one = target[number, columns], feedback[number, columns], branches[number, columns]
+        (cpu.trellis_round if compiled else round_plainly)(*one, width)
+
+
+def round_plainly(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+    """`round_together` in PyTorch operations, for the eight columns of one matrix."""
+    wanted = target + feedback
+    branches.copy_(search_plainly(wanted, bits))
+    values = code_matrix(branches.T.contiguous(), bits).T
+    torch.sub(target, values, out=feedback)
+    torch.sub(wanted, values, out=target)
 
 
 def search_plainly(target: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,84 @@
+"""The tensors of a checkpoint, by the names and with the values of an unquantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepress.errors import CheckpointError
+from moepress.original.quantized.config import Quantization
+from moepress.original.quantized.forms import Form, Plain, Quantized, Unreadable
+from moepress.original.quantized.headers import WIDE, read_headers
+from moepress.original.quantized.pairing import find_forms
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors in the safetensors files of a model; quantized ones are dequantized when read."""
+
+    forms: dict[str, Form]  # by name
+    quantization: Quantization | None  # what config.json says
+
+    @classmethod
+    def of(cls, files: Iterable[Path], quantization: Quantization | None) -> Checkpoint:
+        """Read the headers of the files.
+
+        Raises:
+            CheckpointError: a header is damaged, or scales and codes do not fit.
+        """
+        return cls(find_forms(read_headers(files), quantization), quantization)
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors."""
+        return self.forms.keys()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a tensor is quantized."""
+        return any(isinstance(form, Quantized) for form in self.forms.values())
+
+    def describe(self) -> str | None:
+        """How the tensors are quantized, for people; None: they are not."""
+        return (self.quantization or Quantization()).describe() if self.quantized else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a model whose config names none: that of the first float, bfloat16 if quantized."""
+        plain = (form.entry.dtype for form in self.forms.values() if isinstance(form, Plain))
+        first = next((DTYPES[dtype] for dtype in plain if dtype in DTYPES), torch.bfloat16)
+        return torch.bfloat16 if self.quantized and first == torch.float32 else first
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError if one of these tensors, which are to be floats, cannot be read."""
+        for name in names:
+            form = self.forms[name]
+            if isinstance(form, Plain) and form.entry.dtype not in WIDE:
+                raise CheckpointError(
+                    f"{form.entry.text} holds integers without scales. Expected floats: fetch the "
+                    "model again, or give the original's folder."
+                )
+            if isinstance(form, Unreadable):
+                raise CheckpointError(f"{form.entry.text} {form.reason}")
+
+    def read(self, name: str, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor, or row `row` of it as [1, ...], on the device; nothing else is read.
+
+        Args:
+            dtype: of the result, if the tensor is quantized; others keep theirs.
+
+        Raises:
+            CheckpointError: its file is damaged.
+            NumericalError: its scales or codes are NaN or infinite.
+        """
+        return self.forms[name].read(row, dtype, device)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes in the files, with scales."""
+        return self.forms[name].nbytes

@@ -1,0 +1,184 @@
+"""What a config.json says of a quantized original, and which methods cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepress.errors import InputError
+from moepress.format.checkpoint import QUANTIZATION_FIELDS
+from moepress.original.quantized.grids import Sizes
+
+PARTS = ("text_config", "thinker_config", "language_config", "llm_config")  # of composite models
+BLOCK = 128  # rows and columns of an FP8 block where the config says none
+MICRO = (32, 16)  # columns of a block in the MX formats and in NVFP4
+
+COMPRESSED_TENSORS = "compressed-tensors"
+READ = {
+    "fp8": "FP8",
+    "mxfp8": "MXFP8",
+    "fbgemm_fp8": "FP8",
+    "mxfp4": "MXFP4",
+    COMPRESSED_TENSORS: COMPRESSED_TENSORS,
+}
+FORMATS = (  # of compressed-tensors
+    "dense",
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+    "nvfp4-pack-quantized",
+    "mixed-precision",
+)
+ROUNDED_BY_OTHERS = (
+    "was rounded to few bits from an original with more, and rounding it again adds to that loss"
+)
+OWN_TENSORS = "stores weights in the form of its own kernels"
+REFUSED = {
+    "moepress": "was made by moepress",
+    "awq": ROUNDED_BY_OTHERS,
+    "gptq": ROUNDED_BY_OTHERS,
+    "auto-round": ROUNDED_BY_OTHERS,
+    "bitsandbytes": ROUNDED_BY_OTHERS,
+    "gguf": "is in GGUF, not in safetensors",
+    "hqq": ROUNDED_BY_OTHERS,
+    "quanto": ROUNDED_BY_OTHERS,
+    "aqlm": ROUNDED_BY_OTHERS,
+    "vptq": ROUNDED_BY_OTHERS,
+    "spqr": ROUNDED_BY_OTHERS,
+    "higgs": ROUNDED_BY_OTHERS,
+    "exl2": ROUNDED_BY_OTHERS,
+    "exl3": ROUNDED_BY_OTHERS,
+    "sinq": ROUNDED_BY_OTHERS,
+    "eetq": OWN_TENSORS,
+    "torchao": OWN_TENSORS,
+    "metal": OWN_TENSORS,
+    "quark": ROUNDED_BY_OTHERS,
+    "modelopt": ROUNDED_BY_OTHERS,
+    "nvfp4": ROUNDED_BY_OTHERS,
+    "fp_quant": ROUNDED_BY_OTHERS,
+    "fouroversix": ROUNDED_BY_OTHERS,
+}
+
+
+@dataclass(frozen=True)
+class IntGroup:
+    """Integers that compressed-tensors packs: their bits, and the columns of a group."""
+
+    bits: int
+    group: int | None  # None: one scale for a row or for the whole tensor
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of an original are quantized, as far as its tensors do not show it."""
+
+    method: str = ""  # "": config.json says nothing
+    block: tuple[int, int] | None = None  # rows and columns that share a scale
+    columns: tuple[int, ...] = ()  # sizes of groups of columns
+    ints: tuple[IntGroup, ...] = ()  # packed integers
+
+    @property
+    def sizes(self) -> Sizes:
+        """The blocks that scales may have."""
+        columns = tuple(dict.fromkeys((*self.columns, *MICRO)))
+        return Sizes(self.block or (BLOCK, BLOCK), columns, self.block is not None)
+
+    def describe(self) -> str:
+        """One line for people."""
+        text = READ.get(self.method, "8-bit floats")
+        if self.block is not None:
+            text += f", blocks of {self.block[0]} x {self.block[1]}"
+        if self.ints:
+            text += ", " + " and ".join(f"int{group.bits}" for group in self.ints)
+        return text
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """The quantization that config.json of a model folder declares; None: none.
+
+    Raises:
+        InputError: it is one that moepress does not read, or config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}. Fetch it again.") from error
+    declared = declared_quantization(config)
+    return None if declared is None else parse_quantization(declared, folder)
+
+
+def declared_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization_config of a model's config, or of the text part of a composite's."""
+    for part in (config, *(config.get(name) or {} for name in PARTS)):
+        for field in QUANTIZATION_FIELDS:
+            if isinstance(part, Mapping) and part.get(field):
+                found: Mapping[str, Any] = part[field]
+                return found
+    return None
+
+
+def parse_quantization(declared: Mapping[str, Any], folder: Path) -> Quantization:
+    """What a quantization_config says.
+
+    Raises:
+        InputError: moepress does not read this method, or the fields are damaged.
+    """
+    method = str(declared.get("quant_method") or "").lower().replace("_", "-")
+    if "config_groups" in declared and not method:
+        method = COMPRESSED_TENSORS
+    method = {"fbgemm-fp8": "fbgemm_fp8", "fp-quant": "fp_quant"}.get(method, method)
+    if method not in READ:
+        _refuse(folder, method or "no quant_method", REFUSED.get(method, "is not known here"))
+    try:
+        if method == COMPRESSED_TENSORS:
+            return _compressed_tensors(declared, folder)
+        size = declared.get("weight_block_size") if method in ("fp8", "mxfp8") else None
+        return Quantization(method, None if size is None else (int(size[0]), int(size[1])))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"The quantization_config of {folder / 'config.json'} is damaged: {error!r}. Fetch it "
+            "again."
+        ) from error
+
+
+def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantization:
+    """A quantization_config of the library compressed-tensors."""
+    groups = list((declared.get("config_groups") or {}).values())
+    formats = [declared.get("format"), *(group.get("format") for group in groups)]
+    for name in filter(None, formats):
+        if name not in FORMATS:
+            _refuse(folder, f"compressed-tensors {name}", ROUNDED_BY_OTHERS)
+    if (declared.get("sparsity_config") or {}).get("format") not in (None, "dense"):
+        _refuse(folder, "compressed-tensors with sparsity", "has lost weights of the original")
+    if (declared.get("transform_config") or {}).get("config_groups"):
+        _refuse(folder, "compressed-tensors with transforms", "stores rotated weights")
+    weights = [group["weights"] for group in groups if group.get("weights")]
+    sizes = [int(w["group_size"]) for w in weights if (w.get("group_size") or -1) > 0]
+    blocks = [w["block_structure"] for w in weights if w.get("block_structure")]
+    ints = [
+        IntGroup(
+            int(w["num_bits"]), next((s for s in [int(w.get("group_size") or -1)] if s > 0), None)
+        )
+        for w in weights
+        if w.get("type", "int") == "int"
+    ]
+    return Quantization(
+        COMPRESSED_TENSORS,
+        (int(blocks[0][0]), int(blocks[0][1])) if blocks else None,
+        tuple(dict.fromkeys(sizes)),
+        tuple(dict.fromkeys(ints)),
+    )
+
+
+def _refuse(folder: Path, method: str, reason: str) -> None:
+    raise InputError(
+        f"{folder} is already quantized ({method}): it {reason}. Expected 16-bit weights, FP8, "
+        "MXFP4 or compressed-tensors. Give the original model's folder."
+    )

@@ -1,0 +1,83 @@
+"""A dequantized folder is a plain model that computes what the packed one computes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+import moepress
+from moepress.compress import compress
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import load_json
+from tests.conftest import small_recipe
+
+Folder = Callable[..., Path]
+
+
+@pytest.mark.usefixtures("reference_backend")
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # the second ties its head
+def test_it_computes_what_the_packed_model_computes(
+    model_folder: Folder, text_file: Path, tmp_path: Path, family: str
+) -> None:
+    recipe = small_recipe(text_file, "default", bits=2.5)
+    packed = compress(model_folder(family), tmp_path / "packed", recipe)
+    plain = moepress.dequantize(packed, tmp_path / "plain")
+    model, info = AutoModelForCausalLM.from_pretrained(plain, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not any(p.dtype == torch.uint8 for p in model.parameters())
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(packed)(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    assert (plain / "tokenizer.json").is_file()
+    assert not list(plain.glob("moepress*"))
+    assert "quantization_config" not in load_json(plain / "config.json")
+
+
+def test_left_out_experts_are_zeros(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(text_file, bits=1.5, expert_bits=(0, 3))
+    packed = compress(model_folder(), tmp_path / "packed", recipe)
+    plain = moepress.dequantize(packed, tmp_path / "plain")
+    model = MixtralForCausalLM.from_pretrained(plain)
+    here = MixtralForCausalLM.from_pretrained(packed)
+    left_out = 0
+    for layer, other in zip(here.model.layers, model.model.layers, strict=True):
+        for expert in range(4):
+            none = expert in layer.mlp.experts.left_out
+            left_out += none
+            for matrices in (other.mlp.experts.gate_up_proj, other.mlp.experts.down_proj):
+                assert bool((matrices[expert] == 0).all()) == none
+    assert left_out > 0
+
+
+def test_what_cannot_be_dequantized_is_refused(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="not a folder made by moepress"):
+        moepress.dequantize(model_folder(), tmp_path / "new")
+    packed = compress(model_folder(), tmp_path / "packed", small_recipe(text_file, bits=2))
+    with pytest.raises(InputError, match="not an empty folder"):
+        moepress.dequantize(packed, packed)
+    broken = shutil.copytree(packed, tmp_path / "broken")
+    (shard,) = broken.glob("model-layer-0001.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=shard.name):
+        moepress.dequantize(broken, tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_a_bfloat16_model_becomes_bfloat16(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    original = model_folder("mixtral", "bfloat16")
+    packed = compress(original, tmp_path / "packed", small_recipe(text_file, bits=2))
+    plain = moepress.dequantize(packed, tmp_path / "plain")
+    files = plain.glob("*.safetensors")
+    dtypes = {value.dtype for file in files for value in load_file(file).values()}
+    assert dtypes == {torch.bfloat16}
