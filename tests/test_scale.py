@@ -29,7 +29,7 @@ class Alive:
         def counted(source: Source, layer: int, index: int) -> ExpertWeights:
             weights = expert(source, layer, index)
             self.read += 1
-            for matrix in weights:
+            for matrix in (weights.gate_up, weights.down):
                 self.now += 1
                 weakref.finalize(matrix, self._gone)
             self.most = max(self.most, self.now)
