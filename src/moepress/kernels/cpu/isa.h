@@ -132,6 +132,9 @@ extern const Isa* const kPortable;
 // Makes the table of avx512_vbmi2 from that of avx512; null where the compiler does not have it.
 extern void (*const kAvx512Vbmi2)(Isa& avx512);
 
+// Makes the table of avx512_amx from that of avx512_vbmi2; null where the compiler does not have it.
+extern void (*const kAvx512Amx)(Isa& avx512_vbmi2);
+
 // Changes the table of avx512 for CPUs where additions run beside dot products (trellis_many.h,
 // CrossedWords); null where the compiler does not have avx512.
 extern void (*const kAvx512Crossed)(Isa& avx512);

@@ -225,7 +225,18 @@ struct PortableLanes {
         for (Word8& part : a.part) part &= uint16_t(mask);
         return a;
     }
-    // Of each word * multiplier, 32 bits: the sum of the low two bytes, or of all four.
+    // Of each word * multiplier, 32 bits: the low half, the high half.
+    static Words low_products(Words a, int multiplier) {
+        for (Word8& part : a.part) part *= uint16_t(multiplier);
+        return a;
+    }
+    static Words high_products(Words a, int multiplier) {
+        for (Word8& part : a.part)
+            for (int i = 0; i < 8; ++i)
+                part[i] = uint16_t(uint32_t(part[i]) * uint32_t(multiplier) >> 16);
+        return a;
+    }
+    // Of the same: the sum of the low two bytes, or of all four.
     template <bool four>
     static Words byte_sums(Words a, int multiplier) {
         for (Word8& part : a.part) {
@@ -262,6 +273,17 @@ struct PortableLanes {
         void negate() {
             for (Int4& part : sum) part = (Int4)(-(Word)part);
         }
+        void add_bytes(const Words& a, int32_t four) { add_bytes(a, splat_four(four)); }
+        void add_bytes(const Words& a, const Words& x) {  // bytes without sign times int8
+            for (int i = 0; i < 4; ++i)
+                for (int byte = 0; byte < 32; byte += 8)
+                    sum[i] += (Int4)((Word)a.part[i] >> byte & 255) *
+                              ((Int4)((Word)x.part[i] << (24 - byte)) >> 24);
+        }
+        void add_signed(const Words& magnitude, const Words& flip, Words x) {
+            for (int i = 0; i < 4; ++i) x.part[i] ^= flip.part[i];
+            add_bytes(magnitude, x);
+        }
         void add(const Words& a, int32_t pair) {
             const int32_t first = int16_t(pair), second = pair >> 16;
             for (int i = 0; i < 4; ++i) {
@@ -277,6 +299,23 @@ struct PortableLanes {
             return out;
         }
     };
+    static void signed_bytes(const Words& a, const Words& b, Words* out, Pairs& negative) {
+        for (int r = 0; r < 16; ++r)
+            for (int byte = 0; byte < 4; ++byte) {
+                const Word8& from = (byte % 2 ? b : a).part[r / 4];
+                const int word = from[2 * (r % 4) + byte / 2];
+                const int value = (word & 255) + (word >> 8) - 255;
+                const int magnitude = value < 0 ? -value : value;
+                set_byte(out[0], 4 * r + byte, magnitude);
+                set_byte(out[1], 4 * r + byte, value < 0 ? 255 : 0);
+                if (value < 0) negative.sum[r / 4][r % 4] += magnitude;
+            }
+    }
+
+  private:
+    static void set_byte(Words& words, int i, int value) {
+        reinterpret_cast<unsigned char*>(&words)[i] = uint8_t(value);
+    }
 };
 
 }  // namespace

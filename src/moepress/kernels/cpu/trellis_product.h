@@ -107,6 +107,18 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
         add_group<Lanes, bits, bytes, tokens / 2>(decoded, cols, group, g, x, p, out);
 }
 
+// out [count][64] *= the scales of the rows.
+template <class Lanes>
+void scale_rows(const uint8_t* scales, int64_t count, float* out) {
+    for (int run = 0; run < 4; ++run) {
+        const typename Lanes::Float s = Lanes::bfloat16(scales + 32 * run);
+        for (int64_t p = 0; p < count; ++p) {
+            float* at = out + p * kSlabRows + 16 * run;
+            Lanes::store(at, Lanes::mul(s, Lanes::load_floats(at)));
+        }
+    }
+}
+
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
 // `crossed`: whether additions run beside dot products (trellis_many.h).
@@ -159,13 +171,7 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
                 decoded + t * kSteps);
         add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
     }
-    for (int run = 0; run < 4; ++run) {
-        const typename Lanes::Float s = Lanes::bfloat16(scales + 32 * run);
-        for (int64_t p = 0; p < x.count; ++p) {
-            float* at = out + p * kSlabRows + 16 * run;
-            Lanes::store(at, Lanes::mul(s, Lanes::load_floats(at)));
-        }
-    }
+    scale_rows<Lanes>(scales, x.count, out);
 }
 
 template <class Lanes, int bits, bool crossed = Lanes::crosses>
@@ -176,5 +182,3 @@ constexpr void set_trellis_dots(Isa& isa) {
 
 }  // namespace
 }  // namespace moepress
-
-#undef MOEPRESS_INLINE
