@@ -1,4 +1,4 @@
-"""Kernels for CPUs that this machine may not have, compiled against plain C++ (tiles.h, library.cpp).
+"""Kernels for CPUs that this machine may not have, compiled as plain C++ (tiles.h, library.cpp).
 
 On a machine with AMX the tests of every instruction set run the real instructions as well.
 """
