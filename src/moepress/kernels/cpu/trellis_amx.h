@@ -1,0 +1,178 @@
+// The product of a slab of a trellis matrix and many tokens with AMX, whose tiles are matrices of
+// bytes: C [16][16] int32 += A [16][64] int8 times B [64][16] uint8.
+//
+//     A   16 tokens, 32 columns of codes that are there twice, as the panel holds them
+//     B   16 rows of the matrix and 32 columns: one decoded register, [16 rows][2 columns][2 bytes],
+//         is a line of it as it lies. At 3 and 4 bits the upper bytes of the products make a second
+//         B, for the same A.
+//     C   [16 tokens][16 rows], of a group of columns
+//
+// The integers are those of trellis_product.h, so the floats are too. 32 tokens and 32 rows are
+// multiplied together, in four C: each tile that is loaded serves two products. The tiles are
+// configured for the thread at the start of a call and released at its end: tiles in use make every
+// change of threads slower.
+//
+// The instructions are those of <immintrin.h>. A test defines them in plain C++ instead, in a header
+// of its own, MOEPRESS_TILES (tests/kernels/amx/tiles.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef MOEPRESS_TILES
+#include MOEPRESS_TILES
+#else
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+#include "trellis_code.h"
+#include "trellis_many.h"
+#include "trellis_product.h"
+#include "trellis_tile.h"
+
+namespace moepress {
+namespace {
+
+constexpr int kTileLines = 16;
+constexpr int kTileBytes = 64;  // of a line
+constexpr int kTilePairs = 16;  // of columns, in a tile
+constexpr int kAmxTokens = 32;  // in two A
+
+// The tiles' configuration, palette 1: all eight have 16 lines of 64 bytes.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+// Not on the stack: GCC believes that loading a configuration reads 8 bytes of it.
+constexpr TileConfig kTileConfig;
+
+// Compilers do not know that tiles are loaded from memory and stored to it.
+inline void memory_barrier() { asm volatile("" ::: "memory"); }
+
+// A group of columns: the B of each run of 16 rows, 32 columns and plane of bytes; the A of 32
+// tokens; four C.
+template <class Lanes, int bits>
+struct AmxOperands {
+    static constexpr int planes = bits > 2 ? 2 : 1;
+    alignas(64) typename Lanes::Words b[kRuns][kMaxGroup / 32][planes][kTileLines];
+    alignas(64) int16_t a[kAmxTokens][kMaxGroup];
+    alignas(64) int32_t c[4][kTileLines][16];
+};
+
+// Decode steps i to 15 of tile t of a group.
+template <class Lanes, int bits, int i = 0>
+MOEPRESS_INLINE void decode_tile(const Tile<Lanes, bits>& tile, int t,
+                                 AmxOperands<Lanes, bits>& out) {
+    const typename Lanes::Words state = state_at<Lanes, bits, i>(tile);
+    auto& b = out.b[i / 4][t / 4];
+    const int line = t % 4 * 4 + i % 4;
+    b[0][line] = Lanes::low_products(state, kMultiplier[bits]);
+    if constexpr (bits > 2) b[1][line] = Lanes::high_products(state, kMultiplier[bits]);
+    if constexpr (i + 1 < kSteps) decode_tile<Lanes, bits, i + 1>(tile, t, out);
+}
+
+// C = A B for runs `run` and run + 1; `both`: for 32 tokens, else for 16, in tiles 0 and 1.
+template <class Lanes, int bits>
+void multiply_tiles(AmxOperands<Lanes, bits>& w, int run, int group, bool both) {
+    memory_barrier();
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int k = 0; k < group / 32; ++k) {
+        _tile_loadd(4, w.a[0] + 32 * k, kMaxGroup * 2);
+        if (both) _tile_loadd(5, w.a[kTileLines] + 32 * k, kMaxGroup * 2);
+        for (int plane = 0; plane < w.planes; ++plane) {
+            _tile_loadd(6, w.b[run][k][plane], kTileBytes);
+            _tile_loadd(7, w.b[run + 1][k][plane], kTileBytes);
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+            if (both) {
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, w.c[0], kTileBytes);
+    _tile_stored(1, w.c[1], kTileBytes);
+    if (both) {
+        _tile_stored(2, w.c[2], kTileBytes);
+        _tile_stored(3, w.c[3], kTileBytes);
+    }
+    memory_barrier();
+}
+
+// Add a decoded group times all tokens of the panel to out [count][64].
+template <class Lanes, int bits>
+void add_amx(AmxOperands<Lanes, bits>& w, int64_t cols, int group, int64_t g,
+             const TrellisPanel& x, float* out) {
+    for (int64_t p = 0; p < x.count; p += kAmxTokens) {
+        const int count = int(x.count - p < kAmxTokens ? x.count - p : kAmxTokens);
+        for (int q = 0; q < count; ++q) {
+            const int16_t* from = x.all.codes + x.places[p + q] * cols + g * group;
+            for (int i = 0; i < group; i += 32) std::memcpy(w.a[q] + i, from + i, 64);
+        }
+        for (int run = 0; run < kRuns; run += 2) {
+            multiply_tiles(w, run, group, count > kTileLines);
+            for (int q = 0; q < count; ++q) {
+                const int64_t at = x.places[p + q] * (cols / group) + g;
+                for (int r = 0; r < 2; ++r) {
+                    typename Lanes::Pairs sum;
+                    static_assert(sizeof sum == sizeof w.c[0][0]);
+                    std::memcpy(&sum, w.c[q / kTileLines * 2 + r][q % kTileLines], sizeof sum);
+                    finish_group<Lanes>(sum, x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                                        out + (p + q) * kSlabRows + 16 * (run + r));
+                }
+            }
+        }
+    }
+}
+
+// As trellis_dot, for many tokens. Not inlined, for its operands would be on the stack of products
+// with few tokens too.
+template <class Lanes, int bits>
+[[gnu::noinline]] void many_with_amx(const uint8_t* above, const uint8_t* slab, int64_t cols,
+                                     int group, const TrellisPanel& x, float* out) {
+    constexpr int tile_bytes = 64 * bits;
+    const int tiles = group / kTileColumns;
+    for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
+    AmxOperands<Lanes, bits> w;
+    std::memset(w.a, 0, sizeof w.a);  // of tokens beyond the last
+    _tile_loadconfig(&kTileConfig);
+    for (int64_t g = 0; g < cols / group; ++g) {
+        for (int t = 0; t < tiles; ++t) {
+            const int64_t at = (g * tiles + t) * tile_bytes;
+            decode_tile<Lanes, bits>(load_tile<Lanes, bits>(above + at, slab + at), t, w);
+        }
+        add_amx<Lanes, bits>(w, cols, group, g, x, out);
+    }
+    _tile_release();
+}
+
+// As trellis_dot, for 8-bit activations, which the panel holds twice.
+template <class Lanes, int bits>
+void trellis_dot_amx(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
+                     const TrellisPanel& panel, const uint8_t* scales, float* out) {
+    static_assert(Lanes::sums_any_byte && Lanes::byte_offset == 0);
+    const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
+    if (x.count < kManyTokens)
+        return trellis_dot<Lanes, bits, true, false>(above, slab, cols, group, x, scales, out);
+    many_with_amx<Lanes, bits>(above, slab, cols, group, x, out);
+    scale_rows<Lanes>(scales, x.count, out);
+}
+
+template <class Lanes>
+constexpr void set_trellis_amx(Isa& isa) {
+    isa.trellis_dot[0][1] = trellis_dot_amx<Lanes, 1>;
+    isa.trellis_dot[0][2] = trellis_dot_amx<Lanes, 2>;
+    isa.trellis_dot[0][3] = trellis_dot_amx<Lanes, 3>;
+    isa.trellis_dot[0][4] = trellis_dot_amx<Lanes, 4>;
+}
+
+}  // namespace
+}  // namespace moepress
