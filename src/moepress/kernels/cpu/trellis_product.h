@@ -201,6 +201,12 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
         add_group<Lanes, bits, bytes, tokens / 2>(decoded, cols, group, g, x, p, out);
 }
 
+// Products of several tokens made in a way of its own: add_group of trellis_many_neon.h.
+template <class Lanes, int bits, bool bytes>
+struct ManyTokens {
+    static constexpr bool exists = false;
+};
+
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
 template <class Lanes, int bits, bool bytes>
@@ -233,11 +239,15 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
                                     out + 16 * run);
             continue;
         }
-        for (int t = 0; t < tiles; ++t)
-            decode_steps<Lanes, bits, bytes && bits <= 2>(
-                load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
-                decoded + t * kSteps);
-        add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
+        if constexpr (ManyTokens<Lanes, bits, bytes>::exists) {
+            ManyTokens<Lanes, bits, bytes>::add_group(over, from, cols, group, g, x, out);
+        } else {
+            for (int t = 0; t < tiles; ++t)
+                decode_steps<Lanes, bits, bytes && bits <= 2>(
+                    load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
+                    decoded + t * kSteps);
+            add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
+        }
     }
     for (int run = 0; run < 4; ++run) {
         const typename Lanes::Float s = Lanes::bfloat16(scales + 32 * run);
