@@ -31,6 +31,7 @@ Folder = Callable[..., Path]
     [
         ("fp8", "default", None),
         ("fp8 of MiniMax", "fast", 9),
+        ("mxfp4", "default", 5),
         ("ue8m0 and fp4", "fast", None),
         ("int4 experts, fp8 attention", "fast", 11),
     ],

@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import finish_folder, load_json, packed_specs, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.kernels import reference
-from moepress.original.architectures import Experts, find_experts
+from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.folder import companions, weight_files
 from moepress.original.sizes import unpacked_model
 from moepress.progress import Progress
@@ -27,7 +28,7 @@ from moepress.progress import Progress
 OURS = "moepress_"  # how the names of files begin that describe the compressed folder
 
 
-def dequantize(folder: str | Path, out: str | Path) -> Path:
+def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Write a compressed model with plain weights, for transformers without moepress.
 
     One file of the folder, usually a decoder layer, is in memory at a time. Experts that are left
@@ -37,6 +38,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     Args:
         folder: a folder made by moepress.
         out: folder to make. It must be new or empty.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
         `out`.
@@ -49,7 +51,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     specs = packed_specs(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder. Give the name of a new one.")
-    model = unpacked_model(folder)
+    model = unpacked_model(folder, trust_remote_code)
     files = weight_files(folder)
     _check_space(out, model)
     plain = _Plain(model, specs)
@@ -60,7 +62,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     finish_folder(
         out,
         load_json(folder / "config.json"),
-        [path for path in companions(folder) if not path.name.startswith(OURS)],
+        {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
         None,
         [out / path.name for path in files],
     )
@@ -79,9 +81,9 @@ class _Plain:
         self._specs = specs
         self._dtype: torch.dtype = model.dtype
         self._state: dict[str, Tensor] = model.state_dict()
-        self._experts: dict[str, Experts] = {
-            name: experts for experts in find_experts(model).values() for name in experts.parameters
-        }
+        layers = find_experts(model).values()
+        self._experts = {name: experts for experts in layers for name in experts.parameters}
+        self._biases = {name: bias for experts in layers for name, bias in experts.biases.items()}
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file, by the names of transformers' class."""
@@ -93,6 +95,10 @@ class _Plain:
 
     def _tensor(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """What a stored tensor stands for: one parameter of transformers' class, or several."""
+        if name in self._biases:
+            return {
+                name: self._biases_of_experts(self._biases[name], self._state[name].shape, value)
+            }
         if name not in self._specs:
             return {name: value}
         spec = self._specs[name]
@@ -110,15 +116,27 @@ class _Plain:
     def _matrices_of_experts(self, experts: Experts, name: str, value: Tensor) -> dict[str, Tensor]:
         first = name == experts.parameters[0]
         rows, cols = experts.gate_up_shape if first else experts.down_shape
-        spec = self._specs[name]
+        form, spec = experts.form, self._specs[name]
         whole = torch.zeros(experts.experts, rows, cols, dtype=self._dtype)
         starts = spec.offsets(rows, cols)
         kept = [expert for expert, bits in enumerate(spec.bits) if bits != LEFT_OUT]
         for expert in kept:
-            part = value[starts[expert] : starts[expert + 1]]
+            packed = value[starts[expert] : starts[expert + 1]]
             codec = spec.codec(expert)
-            whole[expert] = reference.dequantize(part, rows, cols, codec, self._dtype)
-        return {name: whole}
+            whole[expert] = reference.dequantize(packed, rows, cols, codec, self._dtype)
+        part, count = (form.gate_up, form.parts) if first else (form.down, 1)
+        n, k = form.shapes[0 if first else 1]
+        found = part.parameters(without_padding(whole, count, n // count, k))
+        return {name: self._filled(name, value) for name, value in found.items()}
+
+    def _filled(self, name: str, value: Tensor) -> Tensor:
+        """A parameter with zeros for entries that no expert uses (longcat_flash)."""
+        more = len(self._state[name]) - len(value)
+        return torch.cat([value, value.new_zeros(more, *value.shape[1:])]) if more else value
+
+    def _biases_of_experts(self, bias: Bias, shape: torch.Size, value: Tensor) -> Tensor:
+        rows = shape[1] // bias.parts
+        return bias.part.biases(without_padding(value[..., None], bias.parts, rows, 1)[..., 0])
 
 
 def _check_space(out: Path, model: Any) -> None:

@@ -182,6 +182,19 @@ def _kernels() -> Iterable[Check]:
             yield Check(name, "missing", backend, reason)
 
 
+def _gates() -> Iterable[Check]:
+    """Say which experts the kernels run whole."""
+    from moepress.kernels.reference import ACTIVATIONS
+
+    yield Check(
+        "experts",
+        "ok",
+        f"gates {' '.join(ACTIVATIONS)}, with limits, softcaps, offsets and biases, or no gate; "
+        "experts with another function run one by one, with the model's own code between two "
+        "products (`moepress inspect MODEL` says which a model has)",
+    )
+
+
 def _cpu_kernels() -> Iterable[Check]:
     from moepress.kernels import cpu
 
@@ -222,6 +235,7 @@ PROBES: dict[str, Callable[[], Iterable[Check]]] = {
     "torch runs": _torch,
     "cuda": _cuda,
     "kernels": _kernels,
+    "experts": _gates,
     "cpu kernels": _cpu_kernels,
     "extras": _extras,
     "malloc": _allocator,

@@ -10,6 +10,7 @@ states of the original model, so that weights can make up for the errors of earl
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    copied_name,
     finish_folder,
     load_tensors,
     quantization_config,
@@ -34,7 +36,9 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
+from moepress.original.batches import empty
 from moepress.original.experts import Routed
+from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -45,9 +49,12 @@ from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
 
-# Keys of both walks' states in the work folder. "twin" is an older word for the original model; it
-# is kept because unfinished work on disk has it.
-STATES, ORIGINAL_STATES = "states", "twin"
+logger = logging.getLogger(__name__)
+
+# Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
+# and is kept because unfinished work on disk has it.
+ORIGINAL_STATES = "twin"
+COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 
 
 def quantize(
@@ -57,6 +64,7 @@ def quantize(
     *,
     device: str = "cpu",
     ids: Tensor | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the compressed model folder of a plan.
 
@@ -66,6 +74,7 @@ def quantize(
         out: folder to make. A stopped run is continued by the same call.
         device: where layers run, if `source` is a folder or hub id.
         ids: [S, L] calibration sequences; None: those that the plan's recipe asks for.
+        trust_remote_code: see `Source`.
 
     Returns:
         `out`, which transformers can open once moepress is imported.
@@ -75,7 +84,7 @@ def quantize(
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
-    source = source if isinstance(source, Source) else Source(source, device)
+    source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     ids = kept_ids(out / WORK, source, plan.recipe) if ids is None else ids
     return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
@@ -91,6 +100,7 @@ def quantize_tensors(
     }
     if claim(out, work):
         return out
+    tell_unused(source)
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
     folder = out / WORK / "quantize"
@@ -101,6 +111,10 @@ def quantize_tensors(
     packed = tensors.specs(plan.linear_bits)
     if not (out / shard_name(None)).is_file():
         save_tensors(out / shard_name(None), outside_layers(source, packed))
+    copies = copied_shards(source)
+    for path, names in copies.items():
+        if not (out / path).is_file():
+            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
     if todo:
         _quantize_layers(source, plan, packed, ids, journal, out)
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
@@ -108,9 +122,9 @@ def quantize_tensors(
     finish_folder(
         out,
         source.config_json(),
-        source.companions(),
-        quantization_config(packed | expert_specs(source, plan), work),
-        [out / shard_name(layer) for layer in (None, *layers)],
+        companions(source.folder),
+        quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
+        [out / name for name in (*map(shard_name, (None, *layers)), *copies)],
     )
     shutil.rmtree(out / WORK)
     return out
@@ -126,19 +140,24 @@ def _quantize_layers(
 ) -> None:
     """Round the unfinished layers, and commit each of them to the journal."""
     walk = Walk(source, ids)
-    states = {STATES: walk.states}
     original = None
     if Rounding.of_experts(plan.recipe, plan.recipe.quantizer).corrects:
         original = walk.fork()
-        states[ORIGINAL_STATES] = original.states
+
+    def restore(tensors: Mapping[str, Tensor]) -> None:
+        walk.restore(tensors)
+        if original is not None:
+            original.restore(tensors, ORIGINAL_STATES)
+
     with Progress("quantize", total=len(source.layers)) as progress:
         progress.skip(journal.first)
-        for layer in journal.remaining(states):
+        for layer in journal.remaining(restore):
             with source.layer_loaded(layer):
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)
             if drops is not None:
                 save_tensors(_drops_file(out, layer), drops)
-            journal.commit(layer, tensors, states)
+            states = {} if original is None else original.tensors(ORIGINAL_STATES)
+            journal.commit(layer, tensors, walk.tensors() | states)
             progress.advance()
 
 
@@ -162,7 +181,7 @@ def quantize_layer(
         compressed model; None for a layer without routed experts.
     """
     source, recipe = walk.source, plan.recipe
-    names = source.names(source.layer_path(layer))
+    names = source.names(source.layer_paths[layer])
     progress.update(layer=layer, note="attention and dense linears")
     linears = {name: source.module(name) for name in names if name in packed}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
@@ -173,7 +192,8 @@ def quantize_layer(
     tensors = quantize_linears(source, linears, packed, rounding, inputs)
     for name in names:
         if name not in tensors:
-            tensors[name] = source.current(name).to("cpu", source.stored_dtype(name))
+            value = source.as_packed(layer, name, source.current(name))
+            tensors[name] = value.to("cpu", source.stored_dtype(name))
     if layer not in source.experts:
         walk.advance(layer, None)
         return tensors, None
@@ -196,8 +216,7 @@ def quantize_experts(
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
     output = walk.zeros(routed)
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe.seed, layer), left_out)
-    nothing = torch.empty(0, dtype=torch.uint8)  # of a layer without experts
-    stored: dict[str, list[Tensor]] = {name: [nothing] for name in experts.parameters}
+    places, tensors = packed_places(walk.source, plan, layer)
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     step = experts_at_once(walk.source, layer, rounding)
     read = walk.experts(layer, numbers, routed)
@@ -207,13 +226,13 @@ def quantize_experts(
         together = round_experts(originals, rounding, widths)
         for expert, matrices in zip(originals, together, strict=True):
             for name, matrix in zip(experts.parameters, matrices, strict=True):
-                stored[name].append(_packed_bytes(matrix))
+                start, stop = places[name][expert.number : expert.number + 2]
+                tensors[name][start:stop] = _packed_bytes(matrix)
             rounded = expert.with_weights(dequantized(*matrices, expert.weights))
             rounded.add_output(output)
             meter.add(rounded)
         del originals, together, expert, matrices, matrix, rounded  # before the next are read
     energy = walk.advance(layer, output)
-    tensors = {name: torch.cat(matrices_) for name, matrices_ in stored.items()}
     return tensors, meter.result(energy / walk.ids.numel())
 
 
@@ -276,22 +295,75 @@ def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str
     return tensors
 
 
+def copied_shards(source: Source) -> dict[str, list[str]]:
+    """Names of a composite's copied tensors, by the file that stores them.
+
+    A file has at most COPIED_BYTES, or one tensor: they are in memory while it is written.
+    """
+    shards: dict[str, list[str]] = {}
+    size = COPIED_BYTES + 1  # a file is begun with the first tensor
+    for name in source.copied:
+        size += source.nbytes(name)
+        if size > COPIED_BYTES:
+            size = source.nbytes(name)
+            shards[copied_name(len(shards))] = []
+        shards[copied_name(len(shards) - 1)].append(name)
+    return shards
+
+
+def tell_unused(source: Source) -> None:
+    """Say which tensors of the checkpoint are not in the compressed model."""
+    if source.unused:
+        logger.warning(
+            "%s has %d tensors that %s of transformers does not use, such as %s. They are left "
+            "out: the compressed model computes what transformers computes.",
+            source.name, len(source.unused), type(source.model).__name__, source.unused[0],
+        )  # fmt: skip
+
+
 def _packed_bytes(matrix: Matrix) -> Tensor:
     return matrix.pack().to("cpu")
 
 
+def packed_places(
+    source: Source, plan: BitAllocation, layer: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    """Room for the packed bytes of a layer's routed experts, by parameter name.
+
+    Returns:
+        The offset of each expert and the total number of bytes; and uint8 tensors of that many
+        bytes, not filled yet. Large ones are mapped from a temporary file: the packed experts of a
+        layer of DeepSeek-V3 take 3.5 GB at 2.5 bits.
+    """
+    experts = source.experts[layer]
+    shapes = experts.gate_up_shape, experts.down_shape
+    specs = layer_specs(source, plan, layer)
+    places = {
+        name: specs[name].offsets(*shape)
+        for name, shape in zip(experts.parameters, shapes, strict=True)
+    }
+    return places, {name: empty((of[-1],), torch.uint8) for name, of in places.items()}
+
+
 def expert_specs(source: Source, plan: BitAllocation) -> dict[str, PackedSpec]:
     """How the fused parameters of all routed experts are packed, by parameter name."""
+    specs: dict[str, PackedSpec] = {}
+    for layer in plan.layers:
+        specs |= layer_specs(source, plan, layer)
+    return specs
+
+
+def layer_specs(source: Source, plan: BitAllocation, layer: int) -> dict[str, PackedSpec]:
+    """`expert_specs` for one layer."""
+    experts, row = source.experts[layer], plan.layers.index(layer)
     specs = {}
-    for row, layer in enumerate(plan.layers):
-        experts = source.experts[layer]
-        for projection, (name, (_, cols)) in enumerate(
-            zip(experts.parameters, (experts.gate_up_shape, experts.down_shape), strict=True)
-        ):
-            widths = tuple(int(b) for b in plan.bits[row, :, projection])
-            family = plan.recipe.expert_codec
-            group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
-            specs[name] = PackedSpec(widths, group, family)
+    for projection, (name, (_, cols)) in enumerate(
+        zip(experts.parameters, (experts.gate_up_shape, experts.down_shape), strict=True)
+    ):
+        widths = tuple(int(b) for b in plan.bits[row, :, projection])
+        family = plan.recipe.expert_codec
+        group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
+        specs[name] = PackedSpec(widths, group, family)
     return specs
 
 

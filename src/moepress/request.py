@@ -30,6 +30,7 @@ class Request:
         model: str | Path,
         recipe: Recipe | str | Path,
         device: str,
+        trust_remote_code: bool = False,
         *,
         needs_budget: bool = False,
         **changes: Any,
@@ -42,7 +43,7 @@ class Request:
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         recipe = recipe.with_changes(**changes)
-        source = Source(model, device)
+        source = Source(model, device, trust_remote_code)
         check_group_sizes(source, recipe)
         tensors = ModelTensors.of(source, recipe)
         sizes = unmeasured(source, recipe, tensors)

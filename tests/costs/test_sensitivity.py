@@ -7,23 +7,27 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from moepress.blocks import adapt
 from moepress.costs.sensitivity import EMBEDDING, EXPERTS, head_gradient, measure_sensitivity
 from moepress.errors import CheckpointError, InputError, MoepressError
 from moepress.original import batches as batch_sizes
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from tests.conftest import FAMILIES
+from tests.families.models import make_model, save_model
 from tests.original.test_walk import some_ids
 
 Folder = Callable[..., Path]
 MADE_OF = {"work": "1"}
 TOKENS = 5 * 24
+OTHER_FORMS = ("gpt_oss", "nemotron_h", "llama4_text")
 
 
 def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -37,12 +41,12 @@ def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor
 
     walk = Walk(source, ids)
     for layer in range(len(source.layers)):
-        with source.loaded(source.layer_path(layer)):
+        with source.loaded(source.layer_paths[layer]):
             routed = walk.route(layer) if layer in source.experts else None
             walk.advance(layer, routed and walk.experts_output(layer, routed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", record)
-        gradient = head_gradient(walk, seed)
+        gradient = head_gradient(walk, seed).states
     return torch.cat(drawn).view(ids.shape), gradient
 
 
@@ -63,8 +67,9 @@ def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-# granitemoe scales the outputs of the embedding and of the head.
-@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])
+# granitemoe scales the outputs of the embedding and of the head. Of the others, gpt_oss has biases,
+# nemotron_h no gate, and llama4 scales the inputs of experts by the routing weight.
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", *OTHER_FORMS])
 @pytest.mark.parametrize(  # uneven last batches, and all in one
     ("batch_tokens", "logit_tokens"), [(48, 10), (4096, 4096)]
 )
@@ -78,12 +83,17 @@ def test_sensitivity_is_from_the_gradient_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(batch_sizes, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(batch_sizes, "LOGIT_TOKENS", logit_tokens)
-    folder, ids = model_folder(family), some_ids()
-    source = Source(folder)
-    found = measure_sensitivity(source, ids, tmp_path, MADE_OF, seed=3)
+    folder = (
+        save_model(make_model(family), tmp_path / "model")
+        if family in OTHER_FORMS
+        else model_folder(family)
+    )
+    source, ids = Source(folder), some_ids()
+    found = measure_sensitivity(source, ids, tmp_path / "work", MADE_OF, seed=3)
     drawn, _ = drawn_tokens(source, ids, seed=3)
 
     model = AutoModelForCausalLM.from_pretrained(folder)
+    adapt(model)
     modules = {EMBEDDING: model.get_input_embeddings()}
     for layer in range(len(source.layers)):
         for name in found.layer(layer):
@@ -158,7 +168,12 @@ def test_a_layer_without_a_gradient_is_named(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Walk.run
-    monkeypatch.setattr(Walk, "run", lambda *args: run(*args).detach())
+
+    def detached(*args: Any) -> Any:
+        states, carried = run(*args)
+        return states.detach(), carried
+
+    monkeypatch.setattr(Walk, "run", detached)
     with pytest.raises(MoepressError, match=r"Layer 1 cannot be differentiated.*'fast'"):
         measure_sensitivity(Source(model_folder()), some_ids(), tmp_path, MADE_OF, seed=0)
 

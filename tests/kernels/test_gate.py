@@ -157,8 +157,8 @@ def test_the_op_refuses_biases_that_do_not_fit() -> None:
 
 
 def test_as_torch_ops() -> None:
-    for name in ("gpt_oss", "nemotron_h"):
-        call = gated_call(GATES[name], biases=(True, True))
+    for name, family in (("gpt_oss", "trellis"), ("nemotron_h", "int")):
+        call = gated_call(GATES[name], family, biases=(True, True))
         torch.library.opcheck(kernels.experts, op_arguments(call))
     # What a schema cannot state as a default: None is inf.
     *args, limits_output, gate_softcap, up_softcap = op_arguments(call)

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepress import kernels
 from moepress.kernels import Gate, cpu, reference
 from moepress.kernels.experts_call import ExpertsCall
 from tests.kernels.gates import GATES, gated_call
-from tests.kernels.test_kernels import op_arguments
 
 MISSING = cpu.missing()
 FAMILIES = ["int", "trellis"]
@@ -119,9 +117,3 @@ def test_a_token_that_is_not_finite_spoils_no_other_token(isa: str, name: str) -
     bias[1, 7] = torch.nan  # reaches every token that chose expert 1, limits or not
     y = cpu.experts(dataclasses.replace(call, gate_up_bias=bias))
     assert torch.equal(y.isnan().all(1), (call.top_k_index == 1).any(1))
-
-
-def test_as_torch_ops(isa: str) -> None:
-    for name, family in (("gpt_oss", "int"), ("nemotron_h", "trellis")):
-        args = op_arguments(gated_call(GATES[name], family, biases=(True, True)))
-        torch.library.opcheck(kernels.experts, args)

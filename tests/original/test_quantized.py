@@ -36,6 +36,16 @@ KNOWN.setdefault(
         "rotary_dim": 8,
     },
 )
+KNOWN.setdefault(
+    "gpt_oss",
+    {
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+)
 BLOCK = (16, 16)
 INT4 = {"type": "int", "num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}
 FP8_ROWS = {"type": "float", "num_bits": 8, "strategy": "channel"}
@@ -60,6 +70,11 @@ KINDS: dict[str, tuple[str, dict[str, copies.Writer], dict[str, Any]]] = {
         "minimax_m2",
         {copies.LINEAR: copies.fp8((1, 32), scale="bytes")},
         {"quant_method": "mxfp8"},
+    ),
+    "mxfp4": (
+        "gpt_oss",
+        {r"experts\.(gate_up|down)_proj$": copies.mxfp4_blocks},
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     ),
     "one scale": (
         "minimax_m2",
@@ -105,7 +120,7 @@ KINDS: dict[str, tuple[str, dict[str, copies.Writer], dict[str, Any]]] = {
 }
 # transformers dequantizes these when it loads on a CPU. It raises on blocks that do not divide a
 # matrix, such as those of kv_a_proj_with_mqa of DeepSeek-V3; the rest needs compressed-tensors.
-BY_TRANSFORMERS = ["fp8", "fp8 of MiniMax", "ue8m0 and fp4", "mxfp8"]
+BY_TRANSFORMERS = ["fp8", "fp8 of MiniMax", "ue8m0 and fp4", "mxfp8", "mxfp4"]
 BY_COMPRESSED_TENSORS = [
     "float-quantized",
     "int4",
@@ -123,11 +138,14 @@ def copy_of(kind: str, model_folder: Folder, out: Path, **changes: Any) -> tuple
 
 
 def tensors(source: Source) -> dict[str, Tensor]:
+    """Every tensor, those of routed experts whole, and the weights of every expert alone."""
     found = {name: source.tensor(name) for name in source.all_names}
     for experts in source.experts.values():
-        rows = [source.expert(experts.layer, number) for number in range(experts.experts)]
-        for name, matrices in zip(experts.parameters, zip(*rows, strict=True), strict=True):
-            found[name] = torch.stack(matrices).to(source.dtype)
+        found |= {name: source.fused(name) for name in experts.matrix_names}
+        for number in range(experts.experts):
+            weights = source.expert(experts.layer, number)
+            found[f"{experts.path} gate_up {number}"] = weights.gate_up
+            found[f"{experts.path} down {number}"] = weights.down
     return found
 
 
@@ -156,7 +174,8 @@ def test_transformers_dequantizes_to_the_same(
 ) -> None:
     quantized, _ = copy_of(kind, model_folder, tmp_path)
     state = AutoModelForCausalLM.from_pretrained(quantized).state_dict()
-    found = tensors(Source(quantized))
+    found = {name: value for name, value in tensors(Source(quantized)).items() if name in state}
+    assert len(found) > 20
     same({name: state[name].to(value.dtype) for name, value in found.items()}, found)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moepress.allocation.arrays import Ints
 from moepress.costs.scores import BOTH, ExpertScores
-from moepress.format.codec import LEFT_OUT, codec_for
+from moepress.format.codec import LEFT_OUT, codec_for, padded_shapes
 from moepress.recipe import Recipe
 
 Item = Literal["projection", "expert", "pair"]
@@ -108,7 +108,8 @@ class Choices:
         matrices = (scores.gate_up_shape, scores.down_shape)
         widths, item = offered(recipe), item_of(recipe)
         code_bits = [[rows * cols * bits for bits in widths] for rows, cols in matrices]
-        nbytes = [[_nbytes(scores, recipe, bits, *m) for bits in widths] for m in matrices]
+        packed = padded_shapes(*matrices)
+        nbytes = [[_nbytes(scores, recipe, bits, *m) for bits in widths] for m in packed]
         count, experts = scores.tokens.shape
         return cls(
             shape=(count, experts, 2 if item == "projection" else 1),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,9 @@ class DropMeter:
         self._total = routed.weight[some].masked_fill(~real, 0).sum(1)
         real &= ~torch.isin(routed.index[some], torch.tensor(left_out, dtype=torch.int64))
         weight = routed.weight[some].masked_fill(~real, 0)
-        self.sample = Routed(routed.hidden[some], routed.index[some], weight)
+        self.sample = Routed(
+            routed.hidden[some], routed.index[some], weight, scales_input=routed.scales_input
+        )
         self._real = real
         shape = (*weight.shape, routed.hidden.shape[1])
         # [S, k, H], weighted
@@ -172,11 +174,12 @@ class DropMeter:
     @torch.inference_mode()
     def add(self, expert: RoutedExpert) -> None:
         """Run one expert on its tokens of the sample."""
-        token, place = self.sample.of(expert.number)
+        expert = replace(expert, routed=self.sample)
+        token, place = expert.tokens, expert.places
         for chunk in chunks(token):
-            x = self.sample.hidden[token[chunk]].to(expert.weights.down.device)
-            y = expert_forward(expert.module, expert.weights, x).float().to(self._outputs.device)
-            gate = self.sample.weight[token[chunk], place[chunk], None].to(y.device)
+            y = expert_forward(expert.module, expert.weights, expert.inputs(chunk)).float()
+            y = y.to(self._outputs.device)
+            gate = expert.gate[chunk, None].to(y.device)
             self._outputs[token[chunk], place[chunk]] = y * gate
 
     @torch.inference_mode()

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moepress.costs.scores import ROUNDED
 from moepress.costs.texts import Texts
 from moepress.format.codec import LEFT_OUT
 from moepress.original.architectures import Experts
 from moepress.original.batches import chunks
-from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
+from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden, expert_output
 from moepress.rounding.expert import (
     dequantized,
     down_inputs,
@@ -61,7 +60,8 @@ def _noisy(
 
     gate_ups = noisy(weights.gate_up, ROUNDED[0], gate_up_inputs(expert, rounding))
     downs = noisy(weights.down, ROUNDED[1], down_inputs(expert, weights.gate_up, rounding))
-    return (ExpertWeights(*pair) for pair in zip(gate_ups, downs, strict=True))
+    pairs = zip(gate_ups, downs, strict=True)
+    return (weights._replace(gate_up=gate_up, down=down) for gate_up, down in pairs)
 
 
 def draw_experts_ahead(
@@ -97,10 +97,11 @@ def measure(
     routed, weights = expert.routed, expert.weights
     for chunk in chunks(expert.tokens):
         token = expert.tokens[chunk]
-        x = routed.hidden[token].to(weights.down.device)
+        x = expert.inputs(chunk)
         g = expert.gate[chunk, None].to(x.device)
-        hidden = expert_hidden(expert.module, weights.gate_up, x)
-        exact = F.linear(hidden, weights.down).float() * g
+        hidden = expert_hidden(expert.module, weights.gate_up, x, weights.gate_up_bias)
+        size, bias = x.shape[1], weights.down_bias
+        exact = expert_output(expert.module, weights.down, hidden, size, bias).float() * g
         output.index_add_(0, token.to(output.device), exact.to(output.device))
         for option, candidate in enumerate(offered):
             for row, y in enumerate(_outputs(expert, candidate, hidden, x)):
@@ -125,7 +126,11 @@ def _outputs(
     if candidate is None:
         yield from (None,) * len(ROUNDED)
         return
-    changed = expert_hidden(expert.module, candidate.gate_up, x)
-    yield F.linear(changed, expert.weights.down)
-    yield F.linear(hidden, candidate.down)
-    yield F.linear(changed, candidate.down)
+    module, original = expert.module, expert.weights
+    changed = expert_hidden(module, candidate.gate_up, x, original.gate_up_bias)
+    for inner, down in (
+        (changed, original.down),
+        (hidden, candidate.down),
+        (changed, candidate.down),
+    ):
+        yield expert_output(module, down, inner, x.shape[1], original.down_bias)

@@ -51,7 +51,8 @@ class ExpertScores:
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
     total_tokens: int  # N, calibration tokens seen by every layer
     text_tokens: tuple[int, ...]  # [D] number of tokens of each text
-    gate_up_shape: tuple[int, int]  # rows, columns of one expert's fused gate and up projection
+    # Rows, columns of one expert's fused gate and up projection, and of down, without padding.
+    gate_up_shape: tuple[int, int]
     down_shape: tuple[int, int]
     fixed_bytes: int  # bytes in the compressed folder of all fixed tensors
     other_weights: int  # number of weights outside the routed experts, open tensors included

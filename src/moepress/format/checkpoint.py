@@ -29,7 +29,8 @@ from torch import Tensor
 from moepress.errors import CheckpointError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 
-FORMAT_VERSION = 4  # the highest; a folder gets the lowest version that can express its tensors
+FORMAT_VERSION = 5  # the highest; a folder gets the lowest version that can express its tensors
+FORMS_VERSION = 5  # the lowest that has experts of any form, and padded ones
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
 QUANT_METHOD = "moepress"
@@ -229,8 +230,19 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
-def format_version(packed: Collection[PackedSpec]) -> int:
-    """The lowest format version that can express these packed tensors."""
+def copied_name(number: int) -> str:
+    """File name of a shard of a composite's tensors outside its language model."""
+    return f"model-copied-{number:04d}.safetensors"
+
+
+def format_version(packed: Collection[PackedSpec], common: bool = True) -> int:
+    """The lowest format version that can express these packed tensors.
+
+    Args:
+        common: whether the experts have the form that all versions have.
+    """
+    if not common:
+        return FORMS_VERSION
     if any(spec.family == "trellis" for spec in packed):
         return TRELLIS_VERSION
     return 3 if any(LEFT_OUT in spec.bits for spec in packed) else 1
@@ -259,17 +271,18 @@ def check_version(version: int, modules: Mapping[str, Mapping[str, Any]], what: 
 
 
 def quantization_config(
-    packed: Mapping[str, PackedSpec], provenance: Mapping[str, str]
+    packed: Mapping[str, PackedSpec], provenance: Mapping[str, str], common: bool = True
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
         packed: by parameter name.
         provenance: what the folder was made from: model, text, recipe and plan.
+        common: as of `format_version`.
     """
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": format_version(packed.values()),
+        "format_version": format_version(packed.values(), common),
         "modules": {name: spec.to_json() for name, spec in packed.items()},
         "provenance": dict(provenance),
     }
@@ -278,7 +291,7 @@ def quantization_config(
 def finish_folder(
     out: Path,
     config: Mapping[str, Any],
-    companions: Iterable[Path],
+    companions: Mapping[str, Path],
     quantization: Mapping[str, Any] | None,
     shards: Iterable[Path],
 ) -> None:
@@ -286,7 +299,7 @@ def finish_folder(
 
     Args:
         config: fields of config.json of the model that this one is made from.
-        companions: files of that model to copy.
+        companions: files of that model to copy, by their names in the folder.
         quantization: the `quantization_config` of the config; None: it gets none.
         shards: the files of tensors in `out`.
     """
@@ -297,8 +310,8 @@ def finish_folder(
             weight_map.update(dict.fromkeys(file.keys(), path.name))
         total += tensor_bytes(path)
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for path in companions:
-        write_atomically(out / path.name, partial(_copy, path))
+    for name, path in companions.items():
+        write_atomically(out / name, partial(_copy, path))
     fields = _without_quantization(config)
     if quantization is not None:
         fields["quantization_config"] = dict(quantization)

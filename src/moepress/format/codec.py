@@ -185,6 +185,24 @@ def fitting_group_size(cols: int, group_size: int) -> int | None:
     return next((g for g in GROUP_SIZES if g <= group_size and cols % g == 0), None)
 
 
+def padded(cols: int) -> int:
+    """The columns that a row of an expert is padded to with zeros: the next multiple of 32."""
+    least = GROUP_SIZES[-1]
+    return -(-cols // least) * least
+
+
+def padded_shapes(
+    gate_up: tuple[int, int], down: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of an expert's gate_up [R, H] and down [H, I], with H and I padded.
+
+    R is a multiple of I: gate and up, or up alone, each padded to as many rows as down has columns.
+    """
+    parts = gate_up[0] // down[1]
+    hidden, inner = padded(gate_up[1]), padded(down[1])
+    return (parts * inner, hidden), (hidden, inner)
+
+
 def stored_family(bits: int, family: str) -> str:
     """The family that stores a width: `family`, or the scalar one for widths that it lacks."""
     return family if bits in CODE_BITS[family] else "int"
@@ -200,6 +218,6 @@ def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Cod
     if group is None:
         raise InputError(
             f"No group size up to {group_size} divides a row of {cols} weights. Expected rows of "
-            "a multiple of 32 weights: this model's experts cannot be packed."
+            "a multiple of 32 weights."
         )
     return Codec(bits, group, family)

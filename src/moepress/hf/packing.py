@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from moepress.blocks import adapt
+from moepress.blocks.form import apply_gate, finish, form_of, is_experts, is_normed
+from moepress.blocks.gates import gate_of
 from moepress.errors import InputError
 from moepress.format.codec import PackedSpec
 from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
-from moepress.kernels.reference import ACTIVATIONS
-from moepress.original.architectures import check_supported, is_experts
+from moepress.kernels.uncommon import OwnFunctions, UncommonExperts
 
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+logger = logging.getLogger(__name__)
 
 
 def with_tied(model: Any, specs: Mapping[str, PackedSpec]) -> dict[str, PackedSpec]:
@@ -43,6 +46,7 @@ def pack_modules(model: nn.Module, specs: Mapping[str, PackedSpec]) -> None:
     Raises:
         InputError: no such parameter, or a module that cannot be packed.
     """
+    adapt(model)
     by_module: dict[str, dict[str, PackedSpec]] = {}
     for path, spec in specs.items():
         module, _, name = path.rpartition(".")
@@ -59,25 +63,15 @@ def pack_modules(model: nn.Module, specs: Mapping[str, PackedSpec]) -> None:
         except InputError as error:
             raise InputError(f"Cannot load {path} packed. {error}") from error
         model.set_submodule(path, packed)
-
-
-def activation_name(function: Any) -> str:
-    """The name of an activation, recognised by the values it computes.
-
-    Raises:
-        InputError: it computes the same as none of `kernels.reference.ACTIVATIONS`.
-    """
-    near = torch.linspace(-8, 8, 129, dtype=torch.float32, device="cpu")
-    probe = torch.cat([near, 1000 * near])  # only large values reveal clipped activations
-    if not (isinstance(function, nn.Module) and any(True for _ in function.parameters())):
-        value = function(probe)
-        for name, known in ACTIVATIONS.items():
-            if torch.allclose(value, known(probe), rtol=1e-5, atol=1e-6):
-                return name
-    raise InputError(
-        f"Its activation is {function}. Expected one that computes the same as one of "
-        f"{sorted(ACTIVATIONS)}."
-    )
+        if isinstance(packed, PackedExperts):
+            _remove_emptied(model, path)
+    slow = [m for m in model.modules() if isinstance(m, UncommonExperts) and m.own is not None]
+    if slow:
+        logger.warning(
+            "the experts of %s have a function that no kernel has: they run one by one, with the "
+            "model's own code between two products of the kernels",
+            type(model).__name__,
+        )
 
 
 def _packed(module: nn.Module, path: str, specs: Mapping[str, PackedSpec]) -> nn.Module:
@@ -104,17 +98,53 @@ def _packed(module: nn.Module, path: str, specs: Mapping[str, PackedSpec]) -> nn
 
 
 def _packed_experts(module: Any, path: str, specs: Mapping[str, PackedSpec]) -> PackedExperts:
-    check_supported(module, path)
-    if specs.keys() != set(EXPERT_PARAMETERS):
+    form = form_of(module, path)
+    names = (form.first_name, "down_proj")
+    if specs.keys() != set(names):
         raise InputError(
-            f"Of these experts, {sorted(specs)} is packed. Expected both of "
-            f"{list(EXPERT_PARAMETERS)}."
+            f"Of these experts, {sorted(specs)} is packed. Expected both of {list(names)}."
         )
-    experts, rows, hidden = module.gate_up_proj.shape
-    gate_up, down = (specs[name] for name in EXPERT_PARAMETERS)
+    gate_up, down = (specs[name] for name in names)
     if gate_up.family != down.family:
         raise InputError(
             f"Their codecs are of families '{gate_up.family}' and '{down.family}'. Expected one."
         )
-    name = activation_name(module.act_fn)
-    return PackedExperts(experts, hidden, rows // 2, gate_up, down, Gate(name))
+    (_, hidden), (_, inner) = form.packed_shapes
+    gate = gate_of(module)
+    own = _own_functions(module) if gate is None or is_normed(module) else None
+    common = own is None and not form.scales_input and hidden == form.hidden
+    arguments = (
+        inner,
+        gate_up,
+        down,
+        gate or Gate("silu", form.gated),
+        form.gate_up.bias is not None,
+        form.down.bias is not None,
+    )
+    if common:
+        return PackedExperts(form.experts, hidden, *arguments)
+    return UncommonExperts(
+        form.experts,
+        form.hidden,
+        hidden,
+        *arguments,
+        scales_input=form.scales_input,
+        own=own,
+    )
+
+
+def _own_functions(module: Any) -> OwnFunctions:
+    """The gate and the norm of an experts module, which loses its weights."""
+    for name in list(module._parameters):
+        delattr(module, name)
+    return OwnFunctions(
+        partial(apply_gate, module), partial(finish, module), dict(module.named_children())
+    )
+
+
+def _remove_emptied(model: nn.Module, path: str) -> None:
+    """Remove the modules of a block whose weights are in the packed experts at `path`."""
+    block = model.get_submodule(path.rpartition(".")[0])
+    for name in getattr(block, "packed_away", ()):
+        if hasattr(block, name):
+            delattr(block, name)

@@ -82,12 +82,6 @@ class ExpertsCall:
         )
 
     @property
-    def usual(self) -> bool:
-        """Whether the experts have a plain gate and no biases."""
-        no_bias = self.gate_up_bias is None and self.down_bias is None
-        return no_bias and self.gated and self.gate.plain
-
-    @property
     def rows(self) -> int:
         """R: the rows of the first product of an expert."""
         return (2 if self.gated else 1) * self.intermediate_size

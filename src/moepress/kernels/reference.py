@@ -96,7 +96,7 @@ def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
     activation_function(call.activation)  # raises InputError for an unknown name
     total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     gate_up_table, down_table = call.gate_up_table.tolist(), call.down_table.tolist()
-    for expert, slots in _slots_by_expert(call.top_k_index, len(gate_up_table)):
+    for expert, slots in slots_by_expert(call.top_k_index, len(gate_up_table)):
         first, second = gate_up_table[expert], down_table[expert]  # each [first byte, code bits]
         if first[1] == second[1] == LEFT_OUT:
             continue
@@ -243,7 +243,7 @@ def _of_expert(bias: Tensor | None, expert: int, like: Tensor) -> Tensor | None:
     return None if bias is None else bias[expert].to(like.dtype)
 
 
-def _slots_by_expert(index: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+def slots_by_expert(index: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     """(expert, its positions in the flattened [T, k] index), for each expert that was chosen.
 
     Entries of `index` outside 0 .. count-1 are ignored.

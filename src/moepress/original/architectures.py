@@ -1,23 +1,25 @@
 """Where a model keeps its routed experts, and the roles of its other linears.
 
-In transformers 5, 48 families of causal LMs share one interface for experts (docs/add-a-family.md).
-It is a module with fused parameters `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj`
-[E, H, I]. It is called with (hidden [N, H], top_k_index [N, k], top_k_weights [N, k]) and computes
-down(act(gate x) * up x). Such modules are found by their attributes, never by model type, so a new
-family with this interface needs no change here. The roles of the other linears depend on their
-names: `ROLES`.
+Most families of transformers 5 share one interface for experts (docs/add-a-family.md): a module
+with fused parameters, called with (hidden [N, H], top_k_index [N, k], top_k_weights [N, k]). Such
+modules are found by their attributes, never by model type (moepress.blocks), so a new family with
+this interface needs no change here. The roles of the other linears depend on their names: `ROLES`.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moepress.blocks import adapt
+from moepress.blocks.form import Form, form_of
+from moepress.blocks.form import is_experts as is_experts
 from moepress.errors import InputError
+from moepress.original.composite import NOT_FOR_TEXT, decoder, lists_of_layers
 
 if TYPE_CHECKING:
-    from torch import nn
+    from moepress.blocks.layout import Part
 
 # The first pattern found in a linear's path inside its decoder layer gives its role. A role is the
 # name, without "_bits", of the Recipe field that holds the width; None: never quantized.
@@ -32,65 +34,101 @@ ROLES: tuple[tuple[str, str | None], ...] = (
 )
 
 
+class Bias(NamedTuple):
+    """The biases of one matrix of every expert, which are stored in the order of its rows."""
+
+    part: Part
+    parts: int  # matrices below each other in it: 2 for gate and up
+    rows: int  # of each of these, padded
+
+
 @dataclass(frozen=True)
 class Experts:
     """The routed experts of one decoder layer, as transformers' meta model describes them."""
 
     layer: int  # index of the decoder layer
     path: str  # module path in the model, e.g. "model.layers.3.mlp.experts"
-    experts: int  # E
-    hidden: int  # H
-    intermediate: int  # I
+    form: Form
+
+    @property
+    def experts(self) -> int:
+        """E"""
+        return self.form.experts
+
+    @property
+    def hidden(self) -> int:
+        """H, the size of their inputs and outputs: that of the states, unless they are projected"""
+        return self.form.hidden
+
+    @property
+    def intermediate(self) -> int:
+        """I"""
+        return self.form.intermediate
 
     @property
     def parameters(self) -> tuple[str, str]:
-        """Names of the two fused parameters: gate and up [E, 2I, H], down [E, H, I]."""
-        return f"{self.path}.gate_up_proj", f"{self.path}.down_proj"
+        """Names of the two packed parameters: gate and up (or up alone), and down."""
+        return f"{self.path}.{self.form.first_name}", f"{self.path}.down_proj"
+
+    @property
+    def biases(self) -> dict[str, Bias]:
+        """The parameters [E, N] of biases, by name."""
+        form, (hidden, inner) = self.form, self.down_shape
+        both = Bias(form.gate_up, form.parts, inner), Bias(form.down, 1, hidden)
+        return {bias.part.bias: bias for bias in both if bias.part.bias is not None}
+
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """Names of the original's parameters that hold the experts' matrices."""
+        return (*self.form.gate_up.names, *self.form.down.names)
 
     @property
     def weights(self) -> int:
-        """Number of weights of all experts of the layer."""
-        return 3 * self.experts * self.hidden * self.intermediate
+        """Number of weights of all experts of the layer, without padding and biases."""
+        return self.form.weights
 
     @property
     def gate_up_shape(self) -> tuple[int, int]:
-        return 2 * self.intermediate, self.hidden
+        """Rows and columns of an expert's gate and up as they are packed: padded."""
+        return self.form.packed_shapes[0]
 
     @property
     def down_shape(self) -> tuple[int, int]:
-        return self.hidden, self.intermediate
+        """Rows and columns of an expert's down as it is packed: padded."""
+        return self.form.packed_shapes[1]
 
 
 def decoder_layers(model: Any) -> Any:
     """The nn.ModuleList of decoder layers of a transformers causal LM.
 
     Raises:
-        InputError: the model has none where it is expected.
+        InputError: the model has none, or several lists.
     """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None:
-        raise InputError(
-            f"{type(model).__name__} has no list of decoder layers where transformers' other "
-            "causal LMs have it (model.get_decoder().layers). This model cannot be walked."
-        )
-    return layers
+    found = decoder(model)
+    layers: Any = getattr(found, "layers", None)
+    return lists_of_layers(found)[0] if layers is None else layers
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts by transformers' experts interface."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+def text_experts(layer: Any) -> list[Any]:
+    """The modules of a decoder layer with fused experts that tokens of text choose."""
+    return [
+        module
+        for path, module in layer.named_modules()
+        if is_experts(module) and not NOT_FOR_TEXT.search(path)
+    ]
 
 
 def find_experts(model: Any) -> dict[int, Experts]:
     """The routed experts of every decoder layer that has them, by layer index.
 
     Raises:
-        InputError: there are none, or they are not of a supported form.
+        InputError: there are none, or layers differ in them.
     """
+    adapt(model)
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, Experts] = {}
     for index, layer in enumerate(decoder_layers(model)):
-        modules = [m for m in layer.modules() if is_experts(m)]
+        modules = text_experts(layer)
         if len(modules) > 1:
             raise InputError(
                 f"Layer {index} of {type(model).__name__} has {len(modules)} expert collections; "
@@ -98,50 +136,20 @@ def find_experts(model: Any) -> dict[int, Experts]:
             )
         for module in modules:
             path = paths[id(module)]
-            check_supported(module, path)
-            count, rows, hidden = module.gate_up_proj.shape
-            found[index] = Experts(index, path, count, hidden, rows // 2)
+            found[index] = Experts(index, path, form_of(module, path))
     if not found:
         raise InputError(
             f"{type(model).__name__} has no routed experts in the form of transformers 5's "
             "experts interface. Expected a Mixture-of-Experts causal LM such as Mixtral, "
             "Qwen3-MoE, OLMoE or DeepSeek-V3; dense models gain nothing from moepress."
         )
-    shapes = {(e.experts, e.gate_up_shape, e.down_shape) for e in found.values()}
+    shapes = {(e.experts, *e.form.shapes) for e in found.values()}
     if len(shapes) > 1:
         raise InputError(
             f"The layers of {type(model).__name__} have experts of different number or shape: "
             f"{sorted(shapes)}. Expected the same in every layer; not supported yet."
         )
     return found
-
-
-def check_supported(module: Any, path: str) -> None:
-    """Raise InputError if an experts module differs from the common interface."""
-    differs = [
-        text
-        for text, wrong in (
-            ("has no gate", not module.has_gate),
-            ("is transposed", module.is_transposed),
-            ("has biases", getattr(module, "has_bias", False)),
-            ("interleaves gate and up", not getattr(module, "is_concatenated", True)),
-            ("has a norm after the experts", getattr(module, "has_post_expert_norm", False)),
-            ("has a gate function of its own", not _default_gate(module)),
-        )
-        if wrong
-    ]
-    if differs:
-        raise InputError(
-            f"{path} ({type(module).__name__}) {', '.join(differs)}. Supported: fused "
-            "gate_up_proj [E, 2I, H] and down_proj [E, H, I] with act(gate) * up."
-        )
-
-
-def _default_gate(module: Any) -> bool:
-    """Whether an experts module computes act(gate) * up as transformers' default does."""
-    from transformers.integrations import moe
-
-    return type(module)._apply_gate is moe._default_apply_gate
 
 
 def linear_role(path: str, in_moe_layer: bool) -> str | None:

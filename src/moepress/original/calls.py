@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moepress.errors import InputError
+from moepress.original.carried import stand_in_output, with_placeholders
+from moepress.original.composite import decoder
+
 if TYPE_CHECKING:
     from moepress.original.source import Source
 
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 class Call:
     """One call of a decoder layer by its model."""
 
-    hidden: Tensor  # [b, L, H] states before the layer; emptied once the call is recorded
+    hidden: Tensor  # [b, L, ...] states before the layer; emptied once the call is recorded
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -39,10 +43,29 @@ def _shared(value: Any, like: Any) -> Any:
 
 
 def record_calls(source: Source, ids: Tensor) -> list[Call]:
-    """The calls of all layers for a batch of sequences [b, L]; no layer is run."""
+    """The calls of all layers for a batch of sequences [b, L]; no layer is run.
+
+    Raises:
+        InputError: the model calls a layer twice, or not at all.
+    """
     calls: list[Call] = []
-    with replaced_forwards(source.layers, lambda _: calls.append):
-        source.model.get_decoder()(input_ids=ids.to(source.device), use_cache=False)
+
+    def keep(number: int) -> Callable[[Call], None]:
+        def append(call: Call) -> None:
+            args, kwargs = with_placeholders(source.layers[number], call.args, call.kwargs)
+            calls.append(Call(call.hidden, args, kwargs))
+            numbers.append(number)
+
+        return append
+
+    numbers: list[int] = []
+    with replaced_forwards(source.layers, keep):
+        decoder(source.model)(input_ids=ids.to(source.device), use_cache=False)
+    if numbers != list(range(len(source.layers))):
+        raise InputError(
+            f"{type(source.model).__name__} calls its layers in the order {numbers}. Expected each "
+            "layer once, in order: this model cannot be walked layer by layer."
+        )
     return calls
 
 
@@ -65,18 +88,19 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Inside the `with` statement, layer i passes its call to the function `make(i)`.
 
-    That function returns the layer's output; None: the unchanged states.
+    That function returns the states after the layer; None: the unchanged states. What a layer
+    returns beside them is a placeholder (carried.py).
     """
 
-    def stand_in(handle: Callable[[Call], Tensor | None]) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def stand_in(layer: nn.Module, handle: Callable[[Call], Tensor | None]) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = handle(Call(hidden_states, args, kwargs))
-            return hidden_states if out is None else out
+            return stand_in_output(layer, hidden_states if out is None else out)
 
         return forward
 
     for number, layer in enumerate(layers):
-        layer.forward = stand_in(make(number))
+        layer.forward = stand_in(layer, make(number))
     try:
         yield
     finally:

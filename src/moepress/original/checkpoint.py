@@ -16,6 +16,12 @@ from moepress.original.quantized.headers import WIDE, read_headers
 from moepress.original.quantized.pairing import find_forms
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_DTYPES = {  # of tensors that are no weights
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Checkpoint:
         first = next((DTYPES[dtype] for dtype in plain if dtype in DTYPES), torch.bfloat16)
         return torch.bfloat16 if self.quantized and first == torch.float32 else first
 
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The dtype of a tensor in its file; None: it is quantized, or of a rare one."""
+        form = self.forms[name]
+        known = DTYPES | OTHER_DTYPES
+        return known.get(form.entry.dtype) if isinstance(form, Plain) else None
+
     def check(self, names: Iterable[str]) -> None:
         """Raise CheckpointError if one of these tensors, which are to be floats, cannot be read."""
         for name in names:
@@ -67,17 +79,31 @@ class Checkpoint:
             if isinstance(form, Unreadable):
                 raise CheckpointError(f"{form.entry.text} {form.reason}")
 
-    def read(self, name: str, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def read(
+        self,
+        name: str,
+        row: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int = 1,
+    ) -> Tensor:
         """A tensor, or row `row` of it as [1, ...], on the device; nothing else is read.
 
         Args:
             dtype: of the result, if the tensor is quantized; others keep theirs.
+            rows: number of rows that count as one, [rows, ...]. For all but 1, a quantized tensor
+                is read whole.
 
         Raises:
             CheckpointError: its file is damaged.
             NumericalError: its scales or codes are NaN or infinite.
         """
-        return self.forms[name].read(row, dtype, device)
+        form = self.forms[name]
+        if rows == 1 or row is None:
+            return form.read(row, dtype, device)
+        if isinstance(form, Plain):
+            return form.read(row, dtype, device, rows)
+        return form.read(None, dtype, device)[row * rows : (row + 1) * rows]
 
     def nbytes(self, name: str) -> int:
         """Bytes in the files, with scales."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,14 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moepress.blocks.form import apply_gate, finish
+from moepress.blocks.layout import widened
 from moepress.original.batches import chunks
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of one expert, in the dtype of the computation."""
+    """The weights of one expert, in the dtype of the computation.
 
-    gate_up: Tensor  # [2I, H], gate rows first
+    R = 2I, gate rows first; R = I without a gate. H and I are padded to multiples of 32.
+    """
+
+    gate_up: Tensor  # [R, H]
     down: Tensor  # [H, I]
+    gate_up_bias: Tensor | None = None  # [R]
+    down_bias: Tensor | None = None  # [H]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ExpertWeights:
+        """The weights with a function applied to each tensor."""
+        biases = (b if b is None else function(b) for b in (self.gate_up_bias, self.down_bias))
+        return ExpertWeights(function(self.gate_up), function(self.down), *biases)
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class Routed:
     hidden: Tensor  # [T, H] input of the experts, in the dtype of the computation
     index: Tensor  # [T, k] int64 chosen experts; an index of E or above means no expert
     weight: Tensor  # [T, k] float32 routing weights
+    # The routing weight scales an expert's input, and not its output: f(w x) in place of w f(x).
+    scales_input: bool = field(default=False, kw_only=True)
     sensitivity: Tensor | None = None  # [T] float32, costs/sensitivity.py; None: all tokens alike
     original: Tensor | None = None  # [T, H] `hidden` in the original model; None: not needed
 
@@ -37,6 +52,20 @@ class Routed:
         """Tokens of an expert [T_e] int64, rising, and its places [T_e] int64 in their choices."""
         token, place = (self.index == expert).nonzero(as_tuple=True)
         return token, place
+
+    def input_scale(self, expert: int, tokens: Tensor) -> Tensor | None:
+        """[t, 1] float32, what the inputs of `tokens` [t] are scaled by in front of an expert.
+
+        None: they are not scaled. A token that did not choose the expert has the mean of those that
+        did.
+        """
+        if not self.scales_input:
+            return None
+        own, places = self.of(expert)
+        weight = self.weight[own, places]
+        scale = torch.full((len(self.hidden),), float(weight.mean()) if len(own) else 1.0)
+        scale[own] = weight
+        return scale[tokens, None]
 
     def statistics(self, experts: int) -> tuple[Tensor, Tensor]:
         """Number of tokens [E] int64 and sum of routing weights [E] float64 of each expert.
@@ -58,7 +87,7 @@ class RoutedExpert:
 
     layer: int  # index of the decoder layer
     number: int  # of the expert in its layer
-    module: Any  # the skeleton's experts module, for its gate function
+    module: Any  # the skeleton's experts module, for its gate function and its norm
     weights: ExpertWeights  # original or rounded
     routed: Routed
 
@@ -78,8 +107,16 @@ class RoutedExpert:
 
     @cached_property
     def gate(self) -> Tensor:
-        """[T_e] float32 routing weights of `tokens`."""
-        return self.routed.weight[self.tokens, self.places]
+        """[T_e] float32, what the outputs for `tokens` are scaled by: the routing weights."""
+        weight = self.routed.weight[self.tokens, self.places]
+        return torch.ones_like(weight) if self.routed.scales_input else weight
+
+    def inputs(self, chunk: slice) -> Tensor:
+        """[t, H] inputs of the expert for a chunk of `tokens`, on the device of the weights."""
+        tokens = self.tokens[chunk]
+        x = self.routed.hidden[tokens].to(self.weights.down.device)
+        scale = self.routed.input_scale(self.number, tokens)
+        return x if scale is None else x * scale.to(x)
 
     def with_weights(self, weights: ExpertWeights) -> RoutedExpert:
         """The same expert with other weights, on the same tokens."""
@@ -89,18 +126,37 @@ class RoutedExpert:
         """Add the weighted output of this expert on its tokens to `output` [T, H] float32."""
         for chunk in chunks(self.tokens):
             tokens = self.tokens[chunk]
-            x = self.routed.hidden[tokens].to(self.weights.down.device)
-            y = expert_forward(self.module, self.weights, x).float().to(output.device)
+            y = expert_forward(self.module, self.weights, self.inputs(chunk)).float()
+            y = y.to(output.device)
             gate = self.gate[chunk, None].to(output.device)
             output.index_add_(0, tokens.to(output.device), y * gate)
 
 
-def expert_hidden(module: Any, gate_up: Tensor, x: Tensor) -> Tensor:
-    """Inner activations [T, I] of an expert, the input of down: act(gate x) * up x."""
-    inner: Tensor = module._apply_gate(F.linear(x, gate_up))
-    return inner
+def expert_hidden(module: Any, gate_up: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Inner activations [T, I] of an expert, the input of down: act(gate x) * up x, for instance.
+
+    Args:
+        gate_up: [R, H].
+        x: [T, H]; H may lack the padding of the weights.
+        bias: [R].
+    """
+    return apply_gate(module, F.linear(widened(x, gate_up.shape[1]), gate_up, bias))
+
+
+def expert_output(
+    module: Any, down: Tensor, inner: Tensor, size: int, bias: Tensor | None = None
+) -> Tensor:
+    """Output [T, size] of an expert for inner activations [T, I].
+
+    Args:
+        down: [H, I].
+        size: of the experts' outputs, without padding.
+        bias: [H].
+    """
+    return finish(module, F.linear(inner, down, bias)[..., :size])
 
 
 def expert_forward(module: Any, weights: ExpertWeights, x: Tensor) -> Tensor:
     """Output [T, H] of one expert for inputs [T, H], not yet times the routing weight."""
-    return F.linear(expert_hidden(module, weights.gate_up, x), weights.down)
+    inner = expert_hidden(module, weights.gate_up, x, weights.gate_up_bias)
+    return expert_output(module, weights.down, inner, x.shape[-1], weights.down_bias)

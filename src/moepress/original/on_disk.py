@@ -16,7 +16,7 @@ def expert_codes(source: Source) -> Numbers | None:
     """How routed experts are quantized in the files; None: they are not."""
     if not source.checkpoint.quantized:
         return None
-    (first, *_) = source.keys_of(source.one_layer_of_experts.parameters[0])
+    (first, *_) = source.keys_of(source.one_layer_of_experts.matrix_names[0])
     form = source.checkpoint.forms[first]
     return form.numbers if isinstance(form, Quantized) else None
 
@@ -26,7 +26,7 @@ def disk_itemsizes(source: Source) -> tuple[float, float]:
     if not source.checkpoint.quantized:
         return source.dtype.itemsize, source.dtype.itemsize
     layers = source.experts.values()
-    stored = sum(disk_bytes(source, name) for experts in layers for name in experts.parameters)
+    stored = sum(disk_bytes(source, name) for experts in layers for name in experts.matrix_names)
     others = sum(source.shape(name).numel() for name in source.all_names)
     of_others = sum(disk_bytes(source, name) for name in source.all_names)
     return stored / sum(experts.weights for experts in layers), of_others / others

@@ -1,6 +1,7 @@
 """Round the two projections of a routed expert with Hessians of its own tokens.
 
-Scoring rounds at every width, quantizing at the widths of the plan.
+Scoring rounds at every width, quantizing at the widths of the plan. Shapes are those of packed
+weights: R = 2I, or I without a gate; H and I padded to multiples of 32. Biases are not rounded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
+from moepress.blocks.layout import widened
 from moepress.memory import free_memory
 from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
@@ -73,7 +75,7 @@ def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int
 def round_gate_ups(
     experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[int]]
 ) -> list[list[Matrix]]:
-    """The fused gate and up projection [2I, H] of each expert, at each of its widths.
+    """The fused gate and up projection [R, H] of each expert, at each of its widths.
 
     One factorization serves all widths of a matrix. If experts come with their inputs in the
     original model (`Routed.original`), the weights make up for a share of the difference between
@@ -103,7 +105,7 @@ def round_downs(
     multiplied by the one gain that brings the outputs nearest to the original ones (correction.py).
 
     Args:
-        gate_ups: of each expert [2I, H] the weights that make the inputs of down: the original ones
+        gate_ups: of each expert [R, H] the weights that make the inputs of down: the original ones
             to score one projection alone, the rounded ones to apply a plan.
     """
     weights = [expert.weights.down for expert in experts]
@@ -136,15 +138,18 @@ def gate_up_inputs(expert: RoutedExpert, rounding: Rounding) -> Inputs:
 
 
 def down_inputs(expert: RoutedExpert, gate_up: Tensor, rounding: Rounding) -> Inputs:
-    """Statistics of the inputs of `down`, which weights `gate_up` [2I, H] make."""
-    now = partial(expert_hidden, expert.module, gate_up)
-    original = partial(expert_hidden, expert.module, expert.weights.gate_up)
+    """Statistics of the inputs of `down`, which weights `gate_up` [R, H] make."""
+    bias = expert.weights.gate_up_bias
+    now = partial(expert_hidden, expert.module, gate_up, bias=bias)
+    original = partial(expert_hidden, expert.module, expert.weights.gate_up, bias=bias)
     return _gathered(expert.weights.down, expert, rounding, now, original)
 
 
 def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:
     """Two rounded projections as weights, in the dtype of `like`."""
-    return ExpertWeights(gate_up.dequantize(like.gate_up.dtype), down.dequantize(like.down.dtype))
+    return like._replace(
+        gate_up=gate_up.dequantize(like.gate_up.dtype), down=down.dequantize(like.down.dtype)
+    )
 
 
 def _gathered(
@@ -164,10 +169,16 @@ def _gathered(
     tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
     device = weight.device
     inputs = Inputs(weight.shape[1], device, rounding.family, routed.original is not None)
+
+    def of_matrix(to_inputs: ToMatrixInputs, states: Tensor, some: Tensor) -> Tensor:
+        x, scale = states[some].to(device), routed.input_scale(expert.number, some)
+        x = x if scale is None else x * scale.to(x)
+        return widened(to_inputs(x), weight.shape[1])
+
     for chunk in chunks(tokens):
         some = tokens[chunk]
-        x = now(routed.hidden[some].to(device))
-        before = None if routed.original is None else original(routed.original[some].to(device))
+        x = of_matrix(now, routed.hidden, some)
+        before = None if routed.original is None else of_matrix(original, routed.original, some)
         inputs.add(x, before, weights[chunk].to(device))
     return inputs
 

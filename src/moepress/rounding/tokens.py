@@ -34,7 +34,8 @@ def hessian_tokens(
 
     H = sum_t c_t x_t x_t^T with c = g^2, where g is the routing weight: the error of the MoE
     block's output is g (f(x) - f_b(x)), and rounding should keep its square small. Without
-    `by_routing_weight` c = 1, the H of the paper. Borrowed tokens are drawn at random; the weight
+    `by_routing_weight` c = 1, the H of the paper. Where the routing weight scales the inputs of
+    experts, c = 1 too: it is in x already. Borrowed tokens are drawn at random; the weight
     of each is BORROWED_WEIGHT times the mean weight of the expert's own tokens.
 
     Returns:
@@ -42,7 +43,8 @@ def hessian_tokens(
     """
     tokens, places = routed.of(expert)
     gate = routed.weight[tokens, places]
-    weights = gate.square() if policy.by_routing_weight else torch.ones_like(gate)
+    weighted = policy.by_routing_weight and not routed.scales_input
+    weights = gate.square() if weighted else torch.ones_like(gate)
     missing = min(policy.floor, len(routed.hidden)) - len(tokens)
     if missing <= 0:
         return tokens, weights

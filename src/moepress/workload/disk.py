@@ -27,9 +27,14 @@ def score(task: Task) -> int:
 
 
 def quantize(task: Task, folder: int) -> int:
-    """The compressed model, and the states before and after a layer, of one walk or two."""
+    """The compressed model, and the states before and after a layer, of one walk or two.
+
+    Packed experts of a layer that are too large for memory are a temporary file first.
+    """
     corrects = Rounding.of_experts(task.recipe, task.recipe.quantizer).corrects
-    return folder + 2 * (1 + corrects) * _states(task) + task.tokens * 8
+    packed = folder // task.shape.moe_layers
+    written = folder + packed * (packed > IN_MEMORY)
+    return written + 2 * (1 + corrects) * _states(task) + task.tokens * 8
 
 
 def temporary(task: Task) -> int:

@@ -102,8 +102,7 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
     walks = 2 if experts.corrects else 1
     walk = _states(task, copies=walks + 1) + _routed(task, copies=1)
     walk += walks * task.tokens * shape.hidden * shape.compute_itemsize  # inputs of the experts
-    # Packed bytes of a layer, once as matrices and once joined.
-    walk += 2 * folder // len(shape.layers)
+    walk += folder // shape.moe_layers  # packed bytes of a layer
     most = [_states(task, copies=1) + _outside(task) + _tables(task)]
     for layer in shape.layers:
         held = walk + layer.weights * shape.compute_itemsize

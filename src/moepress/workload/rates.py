@@ -167,13 +167,13 @@ def _int(machine: Machine, bits: int) -> float:
 
 def _nearest(machine: Machine, bits: int) -> float:
     codec = _codec(machine, bits)
-    cols = min(machine.shape.hidden, COLUMNS) // codec.group_size * codec.group_size
+    cols = min(machine.shape.gate_up[1], COLUMNS) // codec.group_size * codec.group_size
     weight = machine.random(min(machine.shape.gate_up[0], ROWS), cols)
     return machine.seconds(lambda: quantize_matrix("rtn", weight, codec)) / weight.numel()
 
 
 def _codec(machine: Machine, bits: int) -> Codec:
-    return codec_for(bits, machine.shape.hidden, machine.group_size)
+    return codec_for(bits, machine.shape.gate_up[1], machine.group_size)
 
 
 def _draw(machine: Machine, _: int) -> float:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from moepress.allocation.tensors import experts_per_token
 from moepress.original.on_disk import disk_itemsizes
@@ -60,7 +61,7 @@ class ModelShape:
 
     layers: tuple[Layer, ...]
     hidden: int  # H
-    intermediate: int  # I of a routed expert
+    intermediate: int  # I of a routed expert, padded as it is packed
     experts: int  # E of a layer
     experts_per_token: int  # k
     vocabulary: int  # V
@@ -71,13 +72,15 @@ class ModelShape:
     expert_disk: float  # bytes of a routed expert's weight on disk, with scales if it has them
     other_disk: float  # the same for all other weights
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
+    projected: int | None = None  # size of the experts' inputs and outputs, padded; None: H
+    parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
-        config = source.config.get_text_config()
+        config = source.text_config
         one = source.one_layer_of_experts
-        heads = int(getattr(config, "num_attention_heads", None) or 1)
-        head = int(getattr(config, "head_dim", None) or one.hidden // heads)
+        heads = _largest(config, "num_attention_heads") or 1
+        head = _largest(config, "head_dim") or source.hidden // heads
         expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
@@ -88,10 +91,10 @@ class ModelShape:
                 )
                 for index, path in enumerate(source.layer_paths)
             ),
-            hidden=one.hidden,
-            intermediate=one.intermediate,
+            hidden=source.hidden,
+            intermediate=one.down_shape[1],
             experts=one.experts,
-            experts_per_token=min(experts_per_token(source.config), one.experts),
+            experts_per_token=min(experts_per_token(source.text_config), one.experts),
             vocabulary=int(config.vocab_size),
             heads=heads,
             head=head,
@@ -100,6 +103,8 @@ class ModelShape:
             expert_disk=expert_disk,
             other_disk=other_disk,
             compute_itemsize=source.compute_dtype.itemsize,
+            projected=one.gate_up_shape[1],
+            parts=one.form.parts,
         )
 
     @property
@@ -108,19 +113,24 @@ class ModelShape:
         return self.heads * self.head
 
     @property
+    def expert_hidden(self) -> int:
+        """Size of the inputs and outputs of a routed expert."""
+        return self.hidden if self.projected is None else self.projected
+
+    @property
     def gate_up(self) -> tuple[int, int]:
-        """Rows and columns of an expert's fused gate and up."""
-        return 2 * self.intermediate, self.hidden
+        """Rows and columns of an expert's fused gate and up, or of up alone."""
+        return self.parts * self.intermediate, self.expert_hidden
 
     @property
     def down(self) -> tuple[int, int]:
         """Rows and columns of an expert's down."""
-        return self.hidden, self.intermediate
+        return self.expert_hidden, self.intermediate
 
     @property
     def expert_weights(self) -> int:
         """Number of weights of one expert."""
-        return 3 * self.hidden * self.intermediate
+        return (self.parts + 1) * self.expert_hidden * self.intermediate
 
     @cached_property
     def weights(self) -> int:
@@ -142,3 +152,11 @@ class ModelShape:
     def expert_tokens(self, tokens: int) -> int:
         """Tokens of one expert if all experts are chosen equally often."""
         return -(-tokens * self.experts_per_token // self.experts)
+
+
+def _largest(config: Any, name: str) -> int | None:
+    """The largest value of a field, which some families set layer by layer; None: it has none."""
+    layers = [config]
+    if getattr(config, "is_heterogeneous", False):  # then the config itself refuses to tell
+        layers = list(config.per_layer_config)
+    return max((int(v) for layer in layers if (v := getattr(layer, name, None))), default=None)

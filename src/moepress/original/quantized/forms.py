@@ -53,8 +53,10 @@ class Plain:
     def nbytes(self) -> int:
         return self.entry.nbytes
 
-    def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        value = self.entry.read(row)
+    def read(
+        self, row: int | None, dtype: torch.dtype, device: torch.device, rows: int = 1
+    ) -> Tensor:
+        value = self.entry.read(row, rows)
         return value.clone() if device.type == "cpu" else value.to(device)
 
 

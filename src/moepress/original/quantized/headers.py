@@ -32,15 +32,18 @@ class Entry:
         """Name, dtype and shape, for messages."""
         return f"{self.key} ({self.dtype} {list(self.shape)})"
 
-    def read(self, row: int | None = None) -> Tensor:
+    def read(self, row: int | None = None, rows: int = 1) -> Tensor:
         """The tensor, or row `row` of it as [1, ...]. Its memory is the mapped file.
+
+        Args:
+            rows: number of rows that count as one.
 
         Raises:
             CheckpointError: the file is truncated or damaged.
         """
         with opened(self.path) as file:
-            rows = file.get_slice(self.key)
-            value: Tensor = rows[...] if row is None else rows[row : row + 1]
+            whole = file.get_slice(self.key)
+            value: Tensor = whole[...] if row is None else whole[row * rows : (row + 1) * rows]
             return value
 
 
