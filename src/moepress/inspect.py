@@ -31,6 +31,7 @@ from moepress.format.checkpoint import (
 from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
@@ -104,6 +105,7 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """An original model: its sizes."""
     source = Source(folder, trust_remote_code=trust_remote_code)
+    check_usable(source)
     one = source.one_layer_of_experts
     expert_weights = sum(experts.weights for experts in source.experts.values())
     other_weights = sum(source.shape(name).numel() for name in source.all_names)

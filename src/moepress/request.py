@@ -11,6 +11,7 @@ from moepress.allocation.choices import Choices
 from moepress.allocation.tensors import ModelTensors, check_group_sizes
 from moepress.costs.scores import ExpertScores
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
 
@@ -44,6 +45,7 @@ class Request:
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         recipe = recipe.with_changes(**changes)
         source = Source(model, device, trust_remote_code)
+        check_usable(source)
         check_group_sizes(source, recipe)
         tensors = ModelTensors.of(source, recipe)
         sizes = unmeasured(source, recipe, tensors)

@@ -23,7 +23,9 @@ def _ids(tokens: int) -> Tensor:
     return torch.tensor([[5, 6, 7, *[IMAGE] * tokens, 8, 9, 10]])
 
 
-def patches(patch: int, temporal: int = 1, *, types: bool = False, flat: bool = True) -> Prompt:
+def patches(
+    patch: int, temporal: int = 1, *, types: bool = False, flat: bool = True, more: int = 0
+) -> Prompt:
     """An image as rows of its patches.
 
     Args:
@@ -31,8 +33,9 @@ def patches(patch: int, temporal: int = 1, *, types: bool = False, flat: bool = 
         temporal: frames of a patch.
         types: whether the model asks which tokens are of an image.
         flat: whether a patch is a row of numbers.
+        more: tokens of the image beside those of its patches.
     """
-    ids = _ids(ROWS * COLUMNS // MERGED)
+    ids = _ids(ROWS * COLUMNS // MERGED + more)
     shape = (3 * temporal * patch**2,) if flat else (3, patch, patch)
     found = {
         "input_ids": ids,
@@ -86,7 +89,7 @@ IMAGES: Mapping[str, Callable[[], Prompt]] = {
     "gemma4": _gemma,
     "glm4v_moe": lambda: patches(14, 2, types=True),
     "glm5_next": lambda: patches(14, 2, types=True),
-    "hy_v4_vl": lambda: {**patches(16, types=True), "input_ids": _ids(6)},  # 2 ends of rows
+    "hy_v4_vl": lambda: patches(16, types=True, more=2),  # one for the end of each row
     "inkling2": _inkling2,
     "inkling2_loop": _inkling2,
     "inkling_mm_model": lambda: {"input_ids": _ids(4), "pixel_values": _random(4, 2, 8, 8, 3)},

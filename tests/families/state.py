@@ -34,7 +34,7 @@ class Failure:
 
 
 COMPRESS, PRUNE = "compress", "prune"
-NO_EXPERTS = Failure("no routed experts in the form", "experts of another form")
+NO_EXPERTS = Failure("single rows of two tables", "each expert is one neuron")
 LOOP = Failure("calls its layers in the order", "it runs some layers several times")
 ONE = Failure("keeps its first", "a token chooses one expert", last=False)
 

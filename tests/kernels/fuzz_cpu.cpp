@@ -182,7 +182,7 @@ int64_t trellis_bytes(int64_t rows, int64_t cols, int bits) {  // docs/format.md
 
 void trellis_linear() {
     const int bits = one_of({1, 2, 3, 4}), group = one_of({32, 64, 128});
-    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 2, 5, 7}) : 300;
+    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 2, 5, 7, 8, 23}) : 300;
     const int64_t rows = pick(1, 140), cols = group * pick(1, 3);
     const int64_t right = trellis_bytes(rows, cols, bits);
     const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
@@ -196,7 +196,7 @@ void trellis_linear() {
 
 void trellis_experts() {
     const int groups[2] = {one_of({32, 64, 128}), one_of({32, 64, 128})};
-    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 3, 9}) : 300;
+    const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 3, 9, 30}) : 300;
     const int64_t k = pick(0, 4), count = pick(0, 5);
     const int64_t hidden = groups[0] * pick(1, 2), inner = groups[1] * pick(1, 2);
     const Options options(count, hidden, inner);

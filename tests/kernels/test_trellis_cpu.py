@@ -101,6 +101,21 @@ def test_a_token_depends_on_nothing_else(isa: str, bits: int) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_many_tokens_get_the_bits_of_one(isa: str, bits: int, activation_bits: int) -> None:
+    """Products with many tokens are other instructions, but the same integers (trellis_many.h)."""
+    rows, cols, codec = 130, 384, codec_of(bits, 128)
+    packed = random_packed(rows, cols, codec)
+    x = torch.randn(37, cols, generator=torch.Generator().manual_seed(1))
+    x[5:8] = 0
+    x[5:8, 3::128] = 1  # rotation spreads a single number: all codes are the largest
+    alone = torch.cat([cpu.linear(t[None], packed, None, rows, codec, activation_bits) for t in x])
+    for tokens in (7, 8, 9, 15, 16, 22, 37):
+        together = cpu.linear(x[:tokens], packed, None, rows, codec, activation_bits)
+        assert torch.equal(together, alone[:tokens])
+
+
 def test_opcheck() -> None:
     packed = random_packed(10, 64, codec_of(3))
     linear_args = torch.randn(2, 64), packed, torch.randn(10), 10, 3, 32, 8, "trellis"

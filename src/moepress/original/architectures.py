@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moepress.blocks import adapt
+from moepress.blocks import adapt, refusal
 from moepress.blocks.form import Form, form_of
 from moepress.blocks.form import is_experts as is_experts
 from moepress.errors import InputError
@@ -137,6 +137,9 @@ def find_experts(model: Any) -> dict[int, Experts]:
         for module in modules:
             path = paths[id(module)]
             found[index] = Experts(index, path, form_of(module, path))
+    why = refusal(model)
+    if why is not None:
+        raise InputError(f"{type(model).__name__} cannot be compressed. {why}")
     if not found:
         raise InputError(
             f"{type(model).__name__} has no routed experts in the form of transformers 5's "

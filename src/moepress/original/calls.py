@@ -48,22 +48,27 @@ def record_calls(source: Source, ids: Tensor) -> list[Call]:
     Raises:
         InputError: the model calls a layer twice, or not at all.
     """
+    return record_layer_calls(decoder(source.model), source.layers, ids.to(source.device))
+
+
+def record_layer_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> list[Call]:
+    """As `record_calls`, for the part of a model without the head."""
     calls: list[Call] = []
 
     def keep(number: int) -> Callable[[Call], None]:
         def append(call: Call) -> None:
-            args, kwargs = with_placeholders(source.layers[number], call.args, call.kwargs)
+            args, kwargs = with_placeholders(layers[number], call.args, call.kwargs)
             calls.append(Call(call.hidden, args, kwargs))
             numbers.append(number)
 
         return append
 
     numbers: list[int] = []
-    with replaced_forwards(source.layers, keep):
-        decoder(source.model)(input_ids=ids.to(source.device), use_cache=False)
-    if numbers != list(range(len(source.layers))):
+    with replaced_forwards(layers, keep):
+        model(input_ids=ids, use_cache=False)
+    if numbers != list(range(len(layers))):
         raise InputError(
-            f"{type(source.model).__name__} calls its layers in the order {numbers}. Expected each "
+            f"{type(model).__name__} calls its layers in the order {numbers}. Expected each "
             "layer once, in order: this model cannot be walked layer by layer."
         )
     return calls

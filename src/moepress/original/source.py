@@ -8,7 +8,7 @@ Nothing larger is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -358,6 +358,11 @@ class Source:
     def _read(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
         """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
         return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
+
+    def converted_shape(self, name: str, read: Callable[[str, int | None], Tensor]) -> torch.Size:
+        """The shape of the parameter that is made of what `read` returns for its tensors."""
+        stored = self._ties.stored_as.get(name, name)
+        return self._conversion.convert(stored, None, read)[stored].shape
 
     def _equal(self, *names: str) -> bool:
         """Whether two parameters are equal in the checkpoint."""

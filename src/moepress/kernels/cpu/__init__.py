@@ -17,8 +17,9 @@ From the C interface (moepress.h) down:
                               trellis_code.h: sizes and constants
     isa.h                     the functions that an instruction set provides:
       scalar_product.h        16 rows of a scalar matrix times a panel; `codes_of` decodes them
-      trellis_product.h       64 rows of a trellis matrix times a panel; `state_at` decodes them
-      trellis_many_neon.h     the same with several tokens, on ARM
+      trellis_product.h       64 rows of a trellis matrix times a panel; trellis_many.h: with many
+                              tokens; trellis_many_neon.h: with several, on ARM
+      trellis_tile.h          what all of them decode: `state_at`
       *_activations.h         rounding and rotating activations; rounding.h: what they share
       activation_functions.h  gelu, silu and others; limits and softcaps of gates
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)

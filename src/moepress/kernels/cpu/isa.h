@@ -56,6 +56,10 @@ struct TrellisTokens {
     int16_t* codes;  // [tokens][K]
     float* scale;    // [tokens][G]
     int32_t* sum;    // [tokens][G]: sum of the codes of the group
+
+    // For many tokens (trellis_many.h):
+    int8_t* bytes;     // [tokens][K] codes of 8 bits, of each 4 columns in the order 0, 2, 1, 3
+    int32_t* crossed;  // [tokens][G]: sum of q[k] q[k + 2] over k with k mod 4 < 2, modulo 2^32
 };
 
 // Some of those tokens, by their places in `all`.
@@ -127,6 +131,10 @@ extern const Isa* const kPortable;
 
 // Makes the table of avx512_vbmi2 from that of avx512; null where the compiler does not have it.
 extern void (*const kAvx512Vbmi2)(Isa& avx512);
+
+// Changes the table of avx512 for CPUs where additions run beside dot products (trellis_many.h,
+// CrossedWords); null where the compiler does not have avx512.
+extern void (*const kAvx512Crossed)(Isa& avx512);
 
 const Isa* isa_in_use();  // dispatch.cpp
 

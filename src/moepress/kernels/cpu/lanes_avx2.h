@@ -123,6 +123,8 @@ struct Avx2Lanes {
     // Trellis matrices (trellis_product.h).
 
     static constexpr int tokens = 2, runs = 2;  // 8 of 16 registers hold sums
+    static constexpr int many_tokens = 4, many_runs = 1;
+    static constexpr bool crosses = true;
     static constexpr bool cheap_windows = false;
     using Words = Codes;
     static Words words(const uint8_t* at) { return load(at); }
@@ -145,19 +147,33 @@ struct Avx2Lanes {
         const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
         return {half_sums<four>(a.low, m), half_sums<four>(a.high, m)};
     }
+    static Words splat_four(int32_t four) {
+        return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+    }
+    static Words add_words(Words a, Words b) {
+        return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};
+    }
+    // [8] int32, modulo 2^32. A type of its own, since GCC copies a sum that is an __m256i at each
+    // addition.
+    typedef uint32_t Int __attribute__((vector_size(32)));
     struct Pairs {  // [16 rows] int32: sums over pairs of columns
-        __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
-        void add(Words a, int32_t pair) {
-            const __m256i x = _mm256_set1_epi32(pair);
-            low = _mm256_add_epi32(low, _mm256_madd_epi16(a.low, x));
-            high = _mm256_add_epi32(high, _mm256_madd_epi16(a.high, x));
+        Int low = {}, high = {};
+        void add(Words a, int32_t pair) { add_words(a, splat_four(pair)); }
+        void add_words(Words a, Words b) {
+            low += (Int)_mm256_madd_epi16(a.low, b.low);
+            high += (Int)_mm256_madd_epi16(a.high, b.high);
+        }
+        void negate() {
+            low = -low;
+            high = -high;
         }
         Float value(int32_t less) const {
-            const __m256i all = _mm256_set1_epi32(less);
-            return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, all)),
-                    _mm256_cvtepi32_ps(_mm256_sub_epi32(high, all))};
+            return {floats(low - uint32_t(less)), floats(high - uint32_t(less))};
         }
     };
+
+  protected:
+    static __m256 floats(Int a) { return _mm256_cvtepi32_ps((__m256i)a); }
 
   private:
     template <int end>

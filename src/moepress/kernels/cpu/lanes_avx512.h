@@ -17,21 +17,21 @@ struct Avx512Lanes {
     static constexpr int most_sums = 8;
 
     using Codes = __m512i;  // [16 rows][4 columns] uint8
-    using Int = __m512i;    // [16] int32
+    // [16] int32, modulo 2^32. A type of its own, since GCC copies a sum that is an __m512i at each
+    // addition.
+    typedef uint32_t Int __attribute__((vector_size(64)));
     using Float = __m512;   // [16] float
 
     // vpdpbusd adds four products into 32 bits without saturating, so nothing needs to be carried.
     template <int bits>
     struct Dot {
-        Int sum = _mm512_setzero_si512();
-        void add(Codes codes, int32_t four) {
-            sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
-        }
+        Int sum = {};
+        void add(Codes codes, int32_t four) { sum = dpbusd(sum, codes, _mm512_set1_epi32(four)); }
         void carry() {}
         void join(const Dot& other, int shift) {
-            sum = _mm512_add_epi32(sum, _mm512_srai_epi32(other.sum, unsigned(shift)));
+            sum += (Int)_mm512_srai_epi32((__m512i)other.sum, unsigned(shift));
         }
-        Float value() const { return _mm512_cvtepi32_ps(sum); }
+        Float value() const { return _mm512_cvtepi32_ps((__m512i)sum); }
     };
 
     static Codes load(const uint8_t* chunk) { return _mm512_loadu_si512(chunk); }
@@ -77,6 +77,8 @@ struct Avx512Lanes {
     // Trellis matrices (trellis_product.h).
 
     static constexpr int tokens = 4, runs = 4;  // 16 of 32 registers hold sums
+    static constexpr int many_tokens = 8, many_runs = 2;
+    static constexpr bool crosses = false;  // except on AMD: dispatch.cpp
     static constexpr bool cheap_windows = false;
     using Words = __m512i;
     static Words words(const uint8_t* at) { return load(at); }
@@ -109,18 +111,39 @@ struct Avx512Lanes {
                                    _mm512_maddubs_epi16(high_products(a, multiplier), ones));
         return sum;
     }
+    static Words splat_four(int32_t four) { return _mm512_set1_epi32(four); }
+    static Words add_words(Words a, Words b) { return _mm512_add_epi16(a, b); }
     struct Pairs {  // [16 rows] int32: sums over pairs of columns
-        Int sum = _mm512_setzero_si512();
-        void add(Words a, int32_t pair) {
-            sum = _mm512_dpwssd_epi32(sum, a, _mm512_set1_epi32(pair));
+        Int sum = {};
+        void add(Words a, int32_t pair) { add_words(a, splat_four(pair)); }
+        void add_bytes(Words a, int32_t four) { sum = dpbusd(sum, a, splat_four(four)); }
+        void add_words(Words a, Words b) {
+            sum = (Int)_mm512_dpwssd_epi32((__m512i)sum, a, b);
         }
-        void add_bytes(Words a, int32_t four) {
-            sum = _mm512_dpbusd_epi32(sum, a, _mm512_set1_epi32(four));
+        void add_signed(Words magnitude, Words flip, Words x) {
+            sum = dpbusd(sum, magnitude, _mm512_xor_si512(x, flip));
         }
+        void negate() { sum = -sum; }
         Float value(int32_t less) const {
-            return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(less)));
+            return _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)sum, splat_four(less)));
         }
     };
+    // By the values byte0 - (255 - byte1).
+    static void signed_bytes(Words a, Words b, Words* out, Pairs& negative) {
+        const __m512i low = _mm512_set1_epi16(255);
+        // 0xCA: bits of the second where `low` has ones, else of the third. 0x35: its complement.
+        const __m512i plus = _mm512_ternarylogic_epi32(low, a, _mm512_slli_epi16(b, 8), 0xCA);
+        const __m512i minus = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(a, 8), b, 0x35);
+        const __m512i below = _mm512_subs_epu8(minus, plus);
+        out[0] = _mm512_or_si512(_mm512_subs_epu8(plus, minus), below);
+        out[1] = _mm512_movm_epi8(_mm512_test_epi8_mask(below, below));
+        negative.sum = dpbusd(negative.sum, below, _mm512_set1_epi8(1));
+    }
+
+  private:
+    static Int dpbusd(Int sum, __m512i a, __m512i b) {
+        return (Int)_mm512_dpbusd_epi32((__m512i)sum, a, b);
+    }
 };
 
 }  // namespace

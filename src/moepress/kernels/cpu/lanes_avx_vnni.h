@@ -15,13 +15,16 @@ namespace {
 struct AvxVnniLanes : Avx2Lanes {
     static constexpr bool sums_any_byte = true;
     static constexpr int sums = 2, most_sums = 4;  // 8 of 16 registers
+    static constexpr bool crosses = false;
 
     struct Sums {  // [16 rows] int32
-        __m256i low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+        Int low = {}, high = {};
+        void add_vector(Codes codes, Codes x) {
+            low = (Int)_mm256_dpbusd_avx_epi32((__m256i)low, codes.low, x.low);
+            high = (Int)_mm256_dpbusd_avx_epi32((__m256i)high, codes.high, x.high);
+        }
         void add_bytes(Codes codes, int32_t four) {
-            const __m256i x = _mm256_set1_epi32(four);
-            low = _mm256_dpbusd_avx_epi32(low, codes.low, x);
-            high = _mm256_dpbusd_avx_epi32(high, codes.high, x);
+            add_vector(codes, {_mm256_set1_epi32(four), _mm256_set1_epi32(four)});
         }
     };
 
@@ -31,10 +34,10 @@ struct AvxVnniLanes : Avx2Lanes {
         void add(Codes codes, int32_t four) { this->add_bytes(codes, four); }
         void carry() {}
         void join(const Dot& other, int shift) {
-            this->low = _mm256_add_epi32(this->low, _mm256_srai_epi32(other.low, shift));
-            this->high = _mm256_add_epi32(this->high, _mm256_srai_epi32(other.high, shift));
+            this->low += (Int)_mm256_srai_epi32((__m256i)other.low, shift);
+            this->high += (Int)_mm256_srai_epi32((__m256i)other.high, shift);
         }
-        Float value() const { return {_mm256_cvtepi32_ps(this->low), _mm256_cvtepi32_ps(this->high)}; }
+        Float value() const { return {floats(this->low), floats(this->high)}; }
     };
 
     static Words low_products(Words a, int multiplier) {
@@ -45,18 +48,41 @@ struct AvxVnniLanes : Avx2Lanes {
         const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
         return {_mm256_mulhi_epu16(a.low, m), _mm256_mulhi_epu16(a.high, m)};
     }
+    static void signed_bytes(Words a, Words b, Words* out, Sums& negative) {
+        const __m256i low = half_signed_bytes(a.low, b.low, out[0].low, out[1].low);
+        const __m256i high = half_signed_bytes(a.high, b.high, out[0].high, out[1].high);
+        negative.add_vector({low, high}, {_mm256_set1_epi8(1), _mm256_set1_epi8(1)});
+    }
     struct Pairs : Sums {
-        void add(Words a, int32_t pair) {
-            const __m256i x = _mm256_set1_epi32(pair);
-            low = _mm256_dpwssd_avx_epi32(low, a.low, x);
-            high = _mm256_dpwssd_avx_epi32(high, a.high, x);
+        void add_signed(Words magnitude, Words flip, Words x) {
+            add_vector(magnitude, {_mm256_xor_si256(x.low, flip.low),
+                                   _mm256_xor_si256(x.high, flip.high)});
         }
+        void add_words(Words a, Words b) {
+            low = (Int)_mm256_dpwssd_avx_epi32((__m256i)low, a.low, b.low);
+            high = (Int)_mm256_dpwssd_avx_epi32((__m256i)high, a.high, b.high);
+        }
+        void negate() {
+            low = -low;
+            high = -high;
+        }
+        void add(Words a, int32_t pair) { add_words(a, splat_four(pair)); }
         Float value(int32_t less) const {
-            const __m256i all = _mm256_set1_epi32(less);
-            return {_mm256_cvtepi32_ps(_mm256_sub_epi32(low, all)),
-                    _mm256_cvtepi32_ps(_mm256_sub_epi32(high, all))};
+            return {floats(low - uint32_t(less)), floats(high - uint32_t(less))};
         }
     };
+
+  private:
+    static __m256i half_signed_bytes(__m256i a, __m256i b, __m256i& magnitude, __m256i& flip) {
+        const __m256i low = _mm256_set1_epi16(255), ones = _mm256_set1_epi8(-1);
+        const __m256i plus = _mm256_blendv_epi8(_mm256_slli_epi16(b, 8), a, low);
+        const __m256i minus =
+            _mm256_xor_si256(_mm256_blendv_epi8(b, _mm256_srli_epi16(a, 8), low), ones);
+        const __m256i below = _mm256_subs_epu8(minus, plus);
+        magnitude = _mm256_or_si256(_mm256_subs_epu8(plus, minus), below);
+        flip = _mm256_xor_si256(_mm256_cmpeq_epi8(below, _mm256_setzero_si256()), ones);
+        return below;
+    }
 };
 
 }  // namespace

@@ -164,6 +164,8 @@ struct NeonLanes {
     // Trellis matrices (trellis_product.h).
 
     static constexpr int tokens = 2, runs = 2;  // 16 of 32 registers hold sums
+    static constexpr int many_tokens = 0, many_runs = 1;
+    static constexpr bool crosses = false;
     static constexpr bool cheap_windows = true;
     struct Words {  // [4][4 rows][2 columns] uint16
         uint16x8_t part[4];

@@ -36,6 +36,22 @@
 //                     their 2 columns, 4 int8 in an int32
 //       value         (sum - less) as floats
 //
+// For many tokens (trellis_many.h):
+//
+//     many_tokens, many_runs  tokens, and runs of 16 rows, multiplied together: their sums and the
+//                     operands of the runs must fit the registers. 0 tokens: none of what follows
+//     crosses         whether two additions of 16-bit numbers and a product cost less than two
+//                     products: then CrossedWords are best
+//     splat_four      4 bytes, 16 times
+//     add_words       sums of words
+//     Pairs::add_words        words times words, all with signs
+//     Pairs::negate
+//     if sums_any_byte:
+//     signed_bytes    of two registers of products: |v| of the values v = byte0 + byte1 - 255, each
+//                     a byte [16 rows][2 columns][2 registers]; bytes of ones where v is negative;
+//                     and adds the |v| of those to a Pairs
+//     Pairs::add_signed       |v| times (x xor those ones), x int8
+//
 //     Float           [16 rows] float
 //     zero, splat, load_floats, store, mul, mul_add, mul_sub
 //     bfloat16, bytes      16 numbers of that type as floats
@@ -181,6 +197,8 @@ struct PortableLanes {
     // Trellis matrices (trellis_product.h).
 
     static constexpr int tokens = 1, runs = 4;
+    static constexpr int many_tokens = 2, many_runs = 1;
+    static constexpr bool crosses = true;
     static constexpr bool cheap_windows = false;
     typedef uint16_t Word8 __attribute__((vector_size(16)));
     struct Words {
@@ -223,8 +241,27 @@ struct PortableLanes {
         }
         return a;
     }
+    static Words splat_four(int32_t four) {
+        const Word8 part = (Word8)(Word{} + uint32_t(four));
+        return {part, part, part, part};
+    }
+    static Words add_words(Words a, const Words& b) {
+        for (int i = 0; i < 4; ++i) a.part[i] += b.part[i];
+        return a;
+    }
     struct Pairs {  // [16 rows] int32: sums over pairs of columns
         Int4 sum[4] = {};
+        void add_words(const Words& a, const Words& b) {
+            for (int i = 0; i < 4; ++i) {
+                const Int4 x = (Int4)a.part[i], y = (Int4)b.part[i];
+                // Modulo 2^32, so without signs.
+                sum[i] = (Int4)((Word)sum[i] + (Word)((x << 16 >> 16) * (y << 16 >> 16)) +
+                                (Word)((x >> 16) * (y >> 16)));
+            }
+        }
+        void negate() {
+            for (Int4& part : sum) part = (Int4)(-(Word)part);
+        }
         void add(const Words& a, int32_t pair) {
             const int32_t first = int16_t(pair), second = pair >> 16;
             for (int i = 0; i < 4; ++i) {
@@ -235,7 +272,8 @@ struct PortableLanes {
         Float value(int32_t less) const {
             Float out;
             for (int i = 0; i < 4; ++i)
-                out.part[i] = __builtin_convertvector(sum[i] - less, Float4);
+                out.part[i] =
+                    __builtin_convertvector((Int4)((Word)sum[i] - uint32_t(less)), Float4);
             return out;
         }
     };

@@ -114,13 +114,27 @@ void trellis_round(const float* x, int64_t cols, int group, int activation_bits,
     for (int64_t g = 0; g < groups; ++g, x += group, to += group) {
         const GroupScale by = group_scale(x, group, range);
         int32_t sum = 0;
+        int32_t codes[kMaxGroup];
         for (int i = 0; i < group; ++i) {
-            const int32_t code = by.code(x[i]);
-            to[i] = int16_t(both ? (code & 255) * 257 : code);
-            sum += code;
+            codes[i] = by.code(x[i]);
+            to[i] = int16_t(both ? (codes[i] & 255) * 257 : codes[i]);
+            sum += codes[i];
+        }
+        uint32_t crossed = 0;
+        for (int i = 0; i < group; i += 4)
+            crossed += uint32_t(codes[i] * codes[i + 2]) + uint32_t(codes[i + 1] * codes[i + 3]);
+        if (activation_bits == 8) {
+            int8_t* bytes = out.bytes + place * cols + g * group;
+            for (int i = 0; i < group; i += 4) {
+                bytes[i] = int8_t(codes[i]);
+                bytes[i + 1] = int8_t(codes[i + 2]);
+                bytes[i + 2] = int8_t(codes[i + 1]);
+                bytes[i + 3] = int8_t(codes[i + 3]);
+            }
         }
         out.scale[place * groups + g] = by.scale;
         out.sum[place * groups + g] = sum;
+        out.crossed[place * groups + g] = int32_t(crossed);
     }
 }
 

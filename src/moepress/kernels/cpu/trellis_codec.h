@@ -77,6 +77,8 @@ class TrellisActivations {
         codes_.reset(new int16_t[size_t(rows * cols)]);
         scale_.reset(new float[size_t(rows * groups)]);
         sum_.reset(new int32_t[size_t(rows * groups)]);
+        crossed_.reset(new int32_t[size_t(rows * groups)]);
+        if (codec.activation_bits() == 8) bytes_.reset(new int8_t[size_t(rows * cols)]);
     }
 
     int64_t items() const { return tokens_; }
@@ -97,7 +99,9 @@ class TrellisActivations {
     }
 
   private:
-    TrellisTokens all() const { return {codes_.get(), scale_.get(), sum_.get()}; }
+    TrellisTokens all() const {
+        return {codes_.get(), scale_.get(), sum_.get(), bytes_.get(), crossed_.get()};
+    }
 
     const TrellisCodec& codec_;
     int64_t cols_;
@@ -108,7 +112,8 @@ class TrellisActivations {
     const int64_t* places_;             // [pairs], of their activations
     std::unique_ptr<int16_t[]> codes_;
     std::unique_ptr<float[]> scale_;
-    std::unique_ptr<int32_t[]> sum_;
+    std::unique_ptr<int32_t[]> sum_, crossed_;
+    std::unique_ptr<int8_t[]> bytes_;
 };
 
 inline void TrellisCodec::multiply(const Matrix& w, int64_t slab, const Activations& activations,

@@ -23,6 +23,7 @@
 #include "lanes_neon_dotprod.h"
 #include "trellis_code.h"
 #include "trellis_product.h"
+#include "trellis_tile.h"
 
 namespace moepress {
 namespace {

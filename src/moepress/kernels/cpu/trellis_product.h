@@ -14,98 +14,23 @@
 // operand of a dot product of bytes, beside its q, which the panel holds once for each byte. In all
 // other cases t is an operand of a dot product of 16-bit numbers.
 //
-//     slab     K / 8 tiles
-//     tile     64 rows x 8 columns: `bits` words for each of 32 paths; word j of all paths is one
-//              register, [16 lanes][2 parities] of 16 bits
-//     window   the 16 bits of a path that end at some bit of a word: the end of the word before,
-//              then the start of this word. Shifted and masked to 12 bits: the state of a weight.
-//     step i   weight i of all paths: row 16 (i div 4) + lane, column 2 (i mod 4) + parity
-//
-// `state_at` finds the states of a step. A step is multiplied with the activations of its two
-// columns, summed in 32 bits. Before word 0 comes the last word of the tile one slab above; it was
-// read for that slab and is still in the cache. At 2 bits a step takes 4 instructions for each
+// trellis_tile.h decodes. A step is multiplied with the activations of its two columns, summed in 32
+// bits; panels of kManyTokens tokens and more are left to trellis_many.h. At 2 bits a step takes 4 instructions for each
 // register with `bytes` (window, mask, product, dot product), 5 without: 32 weights in a register
 // of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-bytes.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "trellis_code.h"
-
-// Steps are unrolled by templates. With sanitizers they are not inlined: compiling would take
-// minutes.
-#if defined(__SANITIZE_ADDRESS__)
-#define MOEPRESS_INLINE inline
-#else
-#define MOEPRESS_INLINE [[gnu::always_inline]] inline
-#endif
+#include "trellis_many.h"
+#include "trellis_tile.h"
 
 namespace moepress {
 namespace {
-
-// The words of a tile: word[j + 1] is word j, word[0] the last word of the tile above.
-template <class Lanes, int bits>
-struct Tile {
-    typename Lanes::Words word[bits + 1];
-};
-
-template <class Lanes, int bits>
-MOEPRESS_INLINE Tile<Lanes, bits> load_tile(const uint8_t* above, const uint8_t* tile) {
-    Tile<Lanes, bits> out;
-    out.word[0] = Lanes::words(above + 64 * (bits - 1));
-#pragma GCC unroll 4
-    for (int j = 0; j < bits; ++j) out.word[j + 1] = Lanes::words(tile + 64 * j);
-    return out;
-}
-
-// The window of all paths whose last bit is bit `end`, 1 to 16, of word j.
-template <class Lanes, int bits, int j, int end>
-MOEPRESS_INLINE typename Lanes::Words window(const Tile<Lanes, bits>& tile) {
-    if constexpr (end == 16)
-        return tile.word[j + 1];
-    else
-        return Lanes::template window<end>(tile.word[j], tile.word[j + 1]);
-}
-
-// Ends of the windows that a word's states are taken from, bit e for a window that ends at bit e,
-// by code bits and word. A window of 16 bits holds the 12 bits of every state that ends at one of
-// its last 5 bits: for the last of them a mask gives the state, for the first a shift, for the
-// others both. The word itself, end 16, is always there. These sets have the fewest instructions
-// (tried all), if a window takes 3 of them or, where it is cheap, 1 or 2. The compiler computes each
-// window once.
-template <bool cheap>
-constexpr uint32_t window_ends(int bits, int word) {
-    constexpr int three[] = {1 << 3 | 1 << 9, 1 << 5 | 1 << 11, 1 << 4 | 1 << 10};
-    const int ends = bits == 1   ? (cheap ? 0xE1E0 : 1 << 5 | 1 << 6 | 1 << 11)
-                     : bits == 2 ? (cheap ? 1 << 6 | 1 << 8 | 1 << 14 : 1 << 4 | 1 << 10)
-                     : bits == 3 ? three[word]
-                                 : 1 << 8;
-    return uint32_t(ends) | 1 << 16;
-}
-
-// The end of the window for a state that ends at bit `taken`, 1 to 16.
-constexpr int window_end(uint32_t ends, int taken) {
-    constexpr int order[] = {0, 4, 1, 2, 3};
-    for (int more : order)
-        if (ends >> (taken + more) & 1) return taken + more;
-    return -1;
-}
-
-// The states of step i of a tile, 32 weights.
-template <class Lanes, int bits, int i>
-MOEPRESS_INLINE typename Lanes::Words state_at(const Tile<Lanes, bits>& tile) {
-    constexpr int end = bits * (i + 1);  // of the state, in bits of the tile
-    constexpr int j = (end - 1) / 16;    // the word that holds its last bit
-    constexpr int taken = end - 16 * j;  // bits of that word up to there, 1 to 16
-    constexpr int last = window_end(window_ends<Lanes::cheap_windows>(bits, j), taken);
-    static_assert(last >= taken);
-    typename Lanes::Words state = window<Lanes, bits, j, last>(tile);
-    if constexpr (last > taken) state = Lanes::template shift_right<last - taken>(state);
-    if constexpr (last - taken < 16 - kStateBits) state = Lanes::masked(state, kStates - 1);
-    return state;
-}
 
 // One token: add the products of steps i to 15 of a tile to the sums of the four runs of 16 rows.
 // `x` are the codes of the tile's 8 columns.
@@ -125,29 +50,10 @@ MOEPRESS_INLINE void add_steps(const Tile<Lanes, bits>& tile, const int16_t* x,
     if constexpr (i + 1 < kSteps) add_steps<Lanes, bits, bytes, i + 1>(tile, x, sum);
 }
 
-// Several tokens: decode steps i to 15 of a tile into out [16], as bytes of products or as t.
-template <class Lanes, int bits, bool bytes, int i = 0>
-MOEPRESS_INLINE void decode_steps(const Tile<Lanes, bits>& tile, typename Lanes::Words* out) {
-    const typename Lanes::Words state = state_at<Lanes, bits, i>(tile);
-    if constexpr (bytes)
-        out[i] = Lanes::low_products(state, kMultiplier[bits]);
-    else
-        out[i] = Lanes::template byte_sums<(bits > 2)>(state, kMultiplier[bits]);
-    if constexpr (i + 1 < kSteps) decode_steps<Lanes, bits, bytes, i + 1>(tile, out);
-}
-
 // The center z of products with `count` bytes, or of t (0). Bytes may be stored less an offset.
 template <class Lanes>
 constexpr int center(int bits, int count) {
     return kCenter[bits] - count * Lanes::byte_offset;
-}
-
-// out [16] += a (sum - correction); correction = z sum(q).
-template <class Lanes>
-MOEPRESS_INLINE void finish_group(const typename Lanes::Pairs& sum, float a, int32_t correction,
-                                  float* out) {
-    Lanes::store(out, Lanes::mul_add(Lanes::splat(a), sum.value(correction),
-                                     Lanes::load_floats(out)));
 }
 
 // A group of columns, times tokens p to count - 1 of a panel: `tokens` of them at a time, as long
@@ -209,7 +115,8 @@ struct ManyTokens {
 
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
-template <class Lanes, int bits, bool bytes>
+// `crossed`: whether additions run beside dot products (trellis_many.h).
+template <class Lanes, int bits, bool bytes, bool crossed>
 void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
@@ -218,7 +125,13 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
-    typename Lanes::Words decoded[kMaxGroup / kTileColumns * kSteps];
+    using Many = BestKind<Lanes, bits, bytes, crossed>;
+    union Operands {
+        typename Lanes::Words decoded[kMaxGroup / kTileColumns * kSteps];
+        ManyOperands<Lanes> many;
+        Operands() {}
+    } operands;
+    typename Lanes::Words* const decoded = operands.decoded;
     for (int64_t g = 0; g < groups; ++g) {
         const uint8_t* from = slab + g * tiles * tile_bytes;
         const uint8_t* over = above + g * tiles * tile_bytes;
@@ -242,6 +155,13 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
         if constexpr (ManyTokens<Lanes, bits, bytes>::exists) {
             ManyTokens<Lanes, bits, bytes>::add_group(over, from, cols, group, g, x, out);
         } else {
+            if constexpr (!std::is_void_v<Many>) {
+                if (x.count >= kManyTokens) {
+                    add_group_to_many<Lanes, bits, Many>(over, from, cols, group, g, x,
+                                                         operands.many, out);
+                    continue;
+                }
+            }
             for (int t = 0; t < tiles; ++t)
                 decode_steps<Lanes, bits, bytes && bits <= 2>(
                     load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
@@ -258,10 +178,10 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
     }
 }
 
-template <class Lanes, int bits>
+template <class Lanes, int bits, bool crossed = Lanes::crosses>
 constexpr void set_trellis_dots(Isa& isa) {
-    isa.trellis_dot[0][bits] = trellis_dot<Lanes, bits, Lanes::sums_any_byte>;
-    isa.trellis_dot[1][bits] = trellis_dot<Lanes, bits, false>;
+    isa.trellis_dot[0][bits] = trellis_dot<Lanes, bits, Lanes::sums_any_byte, crossed>;
+    isa.trellis_dot[1][bits] = trellis_dot<Lanes, bits, false, crossed>;
 }
 
 }  // namespace
