@@ -18,7 +18,7 @@ From the C interface (moepress.h) down:
     isa.h                     the functions that an instruction set provides:
       scalar_product.h        16 rows of a scalar matrix times a panel; `codes_of` decodes them
       trellis_product.h       64 rows of a trellis matrix times a panel; trellis_many.h: with many
-                              tokens
+                              tokens; trellis_many_neon.h: with several, on ARM
       trellis_amx.h           the same with the tiles of AMX
       trellis_tile.h          what all of them decode: `state_at`
       *_activations.h         rounding and rotating activations; rounding.h: what they share

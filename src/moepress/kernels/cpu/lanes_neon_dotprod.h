@@ -20,6 +20,7 @@ namespace {
 // A kind of dot product: sums [4] int32 += products of bytes [4][4] and activations [4][4] int8.
 struct SignedBytes {
     static constexpr int offset = 128;
+    static constexpr bool matrices = false;
     static uint8x16_t stored(uint8x16_t bytes) { return veorq_u8(bytes, vdupq_n_u8(128)); }
     static int32x4_t dot(int32x4_t sum, uint8x16_t bytes, int8x16_t x) {
         return vdotq_s32(sum, vreinterpretq_s8_u8(bytes), x);
@@ -205,10 +206,9 @@ struct NeonLanes {
         for (uint16x8_t& part : a.part) part = stored(high(part, multiplier));
         return a;
     }
-    // Of the same: the sum of the low two bytes, or of all four. Of each eight rows the first
-    // columns, then the second ones: the order in which Pairs multiplies.
+    // Of the same: the sum of the low two bytes, or of all four.
     template <bool four>
-    static Words byte_sums(Words a, int multiplier) {
+    static Words sums_in_order(Words a, int multiplier) {
 #pragma GCC unroll 4
         for (uint16x8_t& part : a.part) {
             uint16x8_t sum = vpaddlq_u8(vreinterpretq_u8_u16(low(part, multiplier)));
@@ -216,6 +216,13 @@ struct NeonLanes {
                 sum = vpadalq_u8(sum, vreinterpretq_u8_u16(high(part, multiplier)));
             part = sum;
         }
+        return a;
+    }
+    // The same, of each eight rows the first columns, then the second ones: the order in which
+    // Pairs multiplies.
+    template <bool four>
+    static Words byte_sums(const Words& state, int multiplier) {
+        const Words a = sums_in_order<four>(state, multiplier);
         return {{vuzp1q_u16(a.part[0], a.part[1]), vuzp2q_u16(a.part[0], a.part[1]),
                  vuzp1q_u16(a.part[2], a.part[3]), vuzp2q_u16(a.part[2], a.part[3])}};
     }

@@ -13,9 +13,14 @@ namespace {
 
 struct UnsignedBytes {
     static constexpr int offset = 0;
+    static constexpr bool matrices = true;
     static uint8x16_t stored(uint8x16_t bytes) { return bytes; }
     static int32x4_t dot(int32x4_t sum, uint8x16_t bytes, int8x16_t x) {
         return vusdotq_s32(sum, bytes, x);
+    }
+    // Sums [2 rows][2 tokens] += bytes [2 rows][8] times activations [2 tokens][8].
+    static int32x4_t matrix(int32x4_t sum, uint8x16_t bytes, int8x16_t x) {
+        return vusmmlaq_s32(sum, bytes, x);
     }
 };
 

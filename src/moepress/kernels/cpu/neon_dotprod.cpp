@@ -5,6 +5,7 @@
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include "lanes_neon_dotprod.h"
 #include "make_isa.h"
+#include "trellis_many_neon.h"
 #include "viterbi_neon.h"
 
 namespace moepress {

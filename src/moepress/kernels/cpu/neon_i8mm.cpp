@@ -5,6 +5,7 @@
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
 #include "lanes_neon_i8mm.h"
 #include "make_isa.h"
+#include "trellis_many_neon.h"
 #include "viterbi_neon.h"
 
 namespace moepress {

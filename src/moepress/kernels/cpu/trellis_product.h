@@ -119,6 +119,12 @@ void scale_rows(const uint8_t* scales, int64_t count, float* out) {
     }
 }
 
+// Products of several tokens made in a way of its own: add_group of trellis_many_neon.h.
+template <class Lanes, int bits, bool bytes>
+struct ManyTokens {
+    static constexpr bool exists = false;
+};
+
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
 // `crossed`: whether additions run beside dot products (trellis_many.h).
@@ -158,18 +164,22 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
                                     out + 16 * run);
             continue;
         }
-        if constexpr (!std::is_void_v<Many>) {
-            if (x.count >= kManyTokens) {
-                add_group_to_many<Lanes, bits, Many>(over, from, cols, group, g, x, operands.many,
-                                                     out);
-                continue;
+        if constexpr (ManyTokens<Lanes, bits, bytes>::exists) {
+            ManyTokens<Lanes, bits, bytes>::add_group(over, from, cols, group, g, x, out);
+        } else {
+            if constexpr (!std::is_void_v<Many>) {
+                if (x.count >= kManyTokens) {
+                    add_group_to_many<Lanes, bits, Many>(over, from, cols, group, g, x,
+                                                         operands.many, out);
+                    continue;
+                }
             }
+            for (int t = 0; t < tiles; ++t)
+                decode_steps<Lanes, bits, bytes && bits <= 2>(
+                    load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
+                    decoded + t * kSteps);
+            add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
         }
-        for (int t = 0; t < tiles; ++t)
-            decode_steps<Lanes, bits, bytes && bits <= 2>(
-                load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
-                decoded + t * kSteps);
-        add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
     }
     scale_rows<Lanes>(scales, x.count, out);
 }
