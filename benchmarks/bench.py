@@ -244,7 +244,7 @@ class Bench:
         Matrices that are not packed count as 16-bit. Tensors that the original does not have (side
         data of packed ones) count too.
         """
-        layers = tuple(f"{self.source.layer_path(i)}." for i in range(len(self.source.layers)))
+        layers = tuple(f"{self.source.layer_paths[i]}." for i in range(len(self.source.layers)))
         vectors = {name for name in self.source.all_names if name not in self.weights}
         return sum(
             tensor.numel() * (2 if tensor.is_floating_point() else tensor.itemsize)

@@ -147,7 +147,7 @@ def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
     shards = [*map(shard_name, range(layers)), shard_name(None)]
     quantization = quantization_config(specs, {"made_by": "benchmarks/mixtral_shape.py packed"})
     fields = load_json(out / "config.json")
-    finish_folder(out, fields, [], quantization, [out / name for name in shards])
+    finish_folder(out, fields, {}, quantization, [out / name for name in shards])
 
 
 def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
     python benchmarks/sizes.py             # Markdown, RAM
     python benchmarks/sizes.py --cards     # the same for memories of GPU cards
+    python benchmarks/sizes.py --more      # models that the README does not list
 
 Nothing is downloaded. `shapes/NAME.json` holds the fields of a model's config.json that decide its
 shape; transformers builds the model from it on the meta device, and the package counts bytes as
@@ -29,6 +30,13 @@ a fine-tune of the same shape was read:
     GLM-4.5-Air         huggingface.co/PrimeIntellect/INTELLECT-3-Base, config.json
     gpt-oss-120b        transformers 5.24, GptOssConfig; docs.nvidia.com, Megatron Bridge, GPT OSS
     DeepSeek-V3         transformers 5.24, DeepseekV3Config
+    DeepSeek-V3.2       transformers 5.24, DeepseekV32Config
+    GLM-4.6             github.com/zyzshishui/slime, scripts/models/glm4.5-355B-A32B.sh
+    GLM-5               transformers 5.24, GlmMoeDsaConfig
+    Kimi-K2             github.com/ParagEkbote/hf-model-inspector, report of Kimi-K2-Instruct-0905
+    Llama-4-Scout       transformers 5.24, Llama4Config, with the vision tower of the model's card
+    MiniMax-M2          transformers 5.24, MiniMaxM2Config
+    Nemotron-3-Nano     config.json in a test of nemotron3_jax, by the JAX authors
 Published numbers of weights are those of the models' cards. For GLM-4.5-Air and DeepSeek-V3 they do
 not count the layer that predicts a second token, and neither does this script.
 """
@@ -51,7 +59,8 @@ from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.original.architectures import decoder_layers, find_experts
 from moepress.original.folder import read_config
-from moepress.original.source import Source, skeleton
+from moepress.original.skeleton import skeleton
+from moepress.original.source import Source
 from moepress.original.ties import Ties
 from moepress.propose import SHARE
 from moepress.recipe import Recipe
@@ -67,6 +76,15 @@ PUBLISHED = {  # billions of weights
     "Qwen3-235B-A22B": 235.0,
     "DeepSeek-V3": 671.0,
 }
+MORE = {  # not in the README's table
+    "Nemotron-3-Nano-30B-A3B": 31.6,
+    "Llama-4-Scout": 109.0,
+    "MiniMax-M2": 230.0,
+    "GLM-4.6": 355.0,
+    "DeepSeek-V3.2": 671.0,
+    "GLM-5": 744.0,
+    "Kimi-K2": 1026.0,
+}
 TOLERANCE = 0.01  # of a published number, which is rounded
 
 BUDGETS = (2.0, 2.5, 3.0)  # average code bits of the routed experts
@@ -77,6 +95,7 @@ DEFAULT = Recipe(**LINEARS, **EMBEDDING_AND_HEAD)
 GB = 1e9
 OVERHEAD = 0.15 * GB
 TOKENS = 4096
+NO_CACHE = ("linear_attention", "moe", "mlp")  # layers whose cache does not grow with the tokens
 RAM = (16, 24, 32, 64, 96, 128, 192, 256, 512)  # GB
 CARDS = (24, 48, 80)
 
@@ -122,8 +141,9 @@ def describe(name: str) -> Model:
         scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
         plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
     weights = sum(p.numel() for p in source.model.parameters())
-    if abs(weights / PUBLISHED[name] / 1e9 - 1) > TOLERANCE:
-        raise ValueError(f"{name} has {weights:,} weights, published are {PUBLISHED[name]}e9.")
+    published = (PUBLISHED | MORE)[name]
+    if abs(weights / published / 1e9 - 1) > TOLERANCE:
+        raise ValueError(f"{name} has {weights:,} weights, published are {published}e9.")
     check_plans(plans)
     return Model(name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans))
 
@@ -153,6 +173,7 @@ def check_plans(plans: list[BitAllocation]) -> None:
 
 def cache_bytes(config: Any) -> int:
     """Bytes of the KV cache of TOKENS tokens, in bfloat16."""
+    config = config.get_text_config()
     if getattr(config, "kv_lora_rank", None):
         width = config.kv_lora_rank + config.qk_rope_head_dim
     else:
@@ -164,6 +185,7 @@ def cache_bytes(config: Any) -> int:
     kept = sum(
         min(TOKENS, config.sliding_window) if kind == "sliding_attention" else TOKENS
         for kind in kinds
+        if kind not in NO_CACHE
     )
     return 2 * width * kept
 
@@ -204,8 +226,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cards", action="store_true", help="memories of GPU cards, not RAM")
-    cards = parser.parse_args().cards
-    models = [describe(name) for name in PUBLISHED]
+    parser.add_argument("--more", action="store_true", help="other models than the README's")
+    arguments = parser.parse_args()
+    cards = arguments.cards
+    models = [describe(name) for name in (MORE if arguments.more else PUBLISHED)]
     sizes, memory, option = (CARDS, "card", " --cards") if cards else (RAM, "RAM", "")
     print(table(models, sizes, memory), caption(models, sizes, memory, option), sep="\n\n")
 

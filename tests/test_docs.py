@@ -12,13 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs/generate_cli.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return script("generate_cli")
 
 
 def test_the_cli_reference_is_current(generator: ModuleType) -> None:
@@ -33,6 +37,12 @@ def test_the_cli_reference_names_every_command_and_option(generator: ModuleType)
     for option in ("--bits", "--json", "--include-path", "--no-speed", "--raw", "--format", "-q"):
         assert f"`{option}`" in page
     assert "None" not in page and "functools" not in page and "<" not in page.replace("<!--", "")
+
+
+def test_the_page_of_families_is_current() -> None:
+    """It shows what the tests of the families expect, which `pytest -m families` checks."""
+    written = (ROOT / "docs/families.md").read_text()
+    assert written == script("generate_families").page(), "run: python docs/generate_families.py"
 
 
 def test_readme_commands_exist(generator: ModuleType) -> None:

@@ -101,7 +101,7 @@ def test_costs_are_errors_weighed_by_sensitivity(
     known = Sensitivity(tmp_path / "work" / SENSITIVITY)
     linears = iter(range(len(scores.linears)))
     for layer in range(len(source.layers)):
-        with source.loaded(source.layer_path(layer)), torch.inference_mode():
+        with source.loaded(source.layer_paths[layer]), torch.inference_mode():
             s = known.layer(layer)
             for name, module in source.packable[layer].items():
                 m = next(linears)

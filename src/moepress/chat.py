@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from moepress.errors import InputError
 from moepress.hf import load_model, set_threads
+from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 
 HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."
@@ -198,6 +199,7 @@ def chat(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
     turns: Iterable[str] | None = None,
 ) -> None:
     """Answer turns on stdout until they end; notes such as the speed go to stderr.
@@ -209,6 +211,7 @@ def chat(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
         turns: what the user says; None: lines of stdin.
 
     Raises:
@@ -218,9 +221,9 @@ def chat(
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. Expected a model folder.")
     set_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder, trust_remote_code)
     check_options(tokenizer, system, raw, tokens, temperature)
-    model = load_model(folder, device, activation_bits, pruning)
+    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
     conversation = Conversation(
         model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature
     )

@@ -27,6 +27,7 @@ def compress(
     recipe: Recipe | str | Path = "default",
     *,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     **changes: Any,
 ) -> Path:
     """Compress a Mixture-of-Experts model into a folder that transformers opens.
@@ -36,6 +37,7 @@ def compress(
         out: folder to make. A stopped run is continued by the same call.
         recipe: a Recipe, the name of one ("default", "fast", "paper"), or a TOML or JSON file.
         device: "cpu", or a card such as "cuda" or "cuda:1".
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
         changes: fields of the recipe to set, such as bits=2.5 or calib=(("text.txt", 1.0),).
 
     Returns:
@@ -47,7 +49,7 @@ def compress(
         CheckpointError: no space left; everything finished is kept.
     """
     out = Path(out)
-    request = Request.of(model, recipe, device, needs_budget=True, **changes)
+    request = Request.of(model, recipe, device, trust_remote_code, needs_budget=True, **changes)
     source, recipe, tensors = request.source, request.recipe, request.tensors
     check_output(out)
     announce_estimate(request, out)

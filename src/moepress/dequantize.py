@@ -28,7 +28,7 @@ from moepress.progress import Progress
 OURS = "moepress_"  # how the names of files begin that describe the compressed folder
 
 
-def dequantize(folder: str | Path, out: str | Path) -> Path:
+def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Write a compressed model with plain weights, for transformers without moepress.
 
     One file of the folder, usually a decoder layer, is in memory at a time. Experts that are left
@@ -38,6 +38,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     Args:
         folder: a folder made by moepress.
         out: folder to make. It must be new or empty.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
         `out`.
@@ -50,7 +51,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     specs = packed_specs(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder. Give the name of a new one.")
-    model = unpacked_model(folder)
+    model = unpacked_model(folder, trust_remote_code)
     files = weight_files(folder)
     _check_space(out, model)
     plain = _Plain(model, specs)
@@ -61,7 +62,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     finish_folder(
         out,
         load_json(folder / "config.json"),
-        [path for path in companions(folder) if not path.name.startswith(OURS)],
+        {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
         None,
         [out / path.name for path in files],
     )

@@ -109,6 +109,7 @@ def estimate(
     recipe: Recipe | str | Path = "default",
     *,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     **changes: Any,
 ) -> Estimate:
     """Estimate what `compress` with the same arguments takes, and check what can be checked.
@@ -120,6 +121,7 @@ def estimate(
         out: folder that `compress` would make or continue.
         recipe: a Recipe, the name of one, or a TOML or JSON file.
         device: "cpu" or "cuda".
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
         changes: fields of the recipe to set.
 
     Raises:
@@ -128,7 +130,7 @@ def estimate(
         CheckpointError: the disk has too little space.
     """
     out = Path(out)
-    request = Request.of(model, recipe, device, **changes)
+    request = Request.of(model, recipe, device, trust_remote_code, **changes)
     check_output(out)
     ids = check_text(out / WORK, request.source, request.recipe)
     if ids is not None:

@@ -28,7 +28,9 @@ from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
+from moepress.original.remote_code import tokenizer_of
 from moepress.original.sizes import PartBytes, bytes_by_part
+from moepress.original.skeleton import text_config
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.original.whole import whole_model
@@ -119,6 +121,7 @@ def evaluate(
     task_limit: int | None = None,
     run_code: bool = False,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure a model's perplexity on texts, and its KL divergence from the original.
 
@@ -136,13 +139,13 @@ def evaluate(
         speed: whether to measure tokens per second and memory.
         tasks, include_path, task_limit, run_code: zero-shot tasks, see evaluation/tasks.py.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the folders of the model and of the original, where
+            transformers has no class for them.
 
     Raises:
         InputError: a model, text or task cannot be used.
         MoepressError: a task fails.
     """
-    from transformers import AutoTokenizer
-
     started = time.monotonic()
     if not texts:
         raise InputError("No text to evaluate on. Give at least one, such as a file.")
@@ -152,14 +155,16 @@ def evaluate(
             f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
             "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
-    windows.check_vocab(tokens, _vocab_size(folder))
+    windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
     selected = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))
     whole = bool(generations or speed or tasks)
-    loaded = _loaded(folder, device, activation_bits, pruning, whole=whole)
+    loaded = _loaded(
+        folder, device, activation_bits, pruning, whole=whole, trust_remote_code=trust_remote_code
+    )
     performance = repetition = original_repetition = metrics = None
     if loaded is not None and speed:
         performance = measure_performance(loaded, tokens.ids[0])
@@ -168,14 +173,16 @@ def evaluate(
     if loaded is not None and selected is not None:
         metrics = run_tasks(loaded, tokenizer, selected, limit=task_limit, run_code=run_code)
     pruned = count_dropped(loaded) if is_compressed(folder) else None
-    predictions = _predictions(folder, loaded, tokens.ids, device)
+    predictions = _predictions(folder, loaded, tokens.ids, device, trust_remote_code)
     reference = None
     if against is not None:
         other = resolve(against)
-        original = _loaded(other, device, whole=prompts is not None)
+        original = _loaded(
+            other, device, whole=prompts is not None, trust_remote_code=trust_remote_code
+        )
         if original is not None and prompts is not None:
             original_repetition = measure_repetition(original, prompts)
-        reference = _predictions(other, original, tokens.ids, device)
+        reference = _predictions(other, original, tokens.ids, device, trust_remote_code)
     measured = [compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
     by_name = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
     results = []
@@ -190,7 +197,7 @@ def evaluate(
         texts=tuple(results),
         seconds=time.monotonic() - started,
         provenance=_provenance(folder, activation_bits),
-        parts=bytes_by_part(folder),
+        parts=bytes_by_part(folder, trust_remote_code),
         repetition=repetition,
         original_repetition=original_repetition,
         performance=performance,
@@ -206,6 +213,7 @@ def _loaded(
     pruning: Strength | Pruning | None = None,
     *,
     whole: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any | None:
     """Load a compressed folder; an original only if `whole` is set and it fits in memory.
 
@@ -215,10 +223,10 @@ def _loaded(
     from moepress.hf import load_model  # imports transformers
 
     if is_compressed(folder):
-        return load_model(folder, device, activation_bits, pruning)
+        return load_model(folder, device, activation_bits, pruning, trust_remote_code)
     if not whole:
         return None
-    need = sum(part.original for part in bytes_by_part(folder).values())
+    need = sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())
     free = free_bytes(device)
     if need > FITS * free:
         logger.warning(
@@ -226,12 +234,14 @@ def _loaded(
             folder.name, f"{need:,}", f"{free:,}",
         )  # fmt: skip
         return None
-    source = Source(folder, device)
-    return whole_model(source) if source.checkpoint.quantized else load_model(folder, device)
+    source = Source(folder, device, trust_remote_code)
+    if source.checkpoint.quantized:
+        return whole_model(source)
+    return load_model(folder, device, trust_remote_code=trust_remote_code)
 
 
 def _predictions(
-    folder: Path, model: Any | None, ids: Tensor, device: str
+    folder: Path, model: Any | None, ids: Tensor, device: str, trust_remote_code: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (batch, logits [b, L, V]) for every batch of the sequences `ids` [S, L], in order.
 
@@ -239,12 +249,12 @@ def _predictions(
         model: the loaded model; None: stream it from the folder. Originals are always streamed.
     """
     if model is None or not is_compressed(folder):
-        walk = Walk(Source(folder, device), ids)
+        walk = Walk(Source(folder, device, trust_remote_code), ids)
         with Progress("original", total=len(walk.source.layers)) as progress:
             walk.finish(progress)
         yield from walk.logits()
         return
-    slices = batches(ids, logit_tokens(_vocab_size(folder)))
+    slices = batches(ids, logit_tokens(int(model.config.get_text_config().vocab_size)))
     with Progress("packed", total=len(slices)) as progress:
         for batch in slices:
             with torch.inference_mode():  # ends before the yield, see Walk.logits
@@ -319,12 +329,6 @@ def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
 
 def _perplexity(loss: Tensor) -> float:
     return math.exp(loss.double().mean().item())
-
-
-def _vocab_size(folder: Path) -> int:
-    config = load_json(folder / "config.json")
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return int(size)
 
 
 def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from moepress.errors import InputError
+from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 
 
@@ -18,6 +19,7 @@ def generate(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt greedily.
 
@@ -28,6 +30,7 @@ def generate(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
         The prompt and its continuation.
@@ -35,15 +38,13 @@ def generate(
     Raises:
         InputError: the prompt is empty, or `tokens` is below 1.
     """
-    from transformers import AutoTokenizer
-
     from moepress.hf import load_model
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = Path(folder)
-    model = load_model(folder, device, activation_bits, pruning)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
+    tokenizer = tokenizer_of(folder, trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)

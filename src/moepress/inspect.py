@@ -31,13 +31,18 @@ from moepress.format.checkpoint import (
 from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Describe a compressed folder, an original model, or a file of scores, plan or calibration.
+
+    Args:
+        path: the folder or file.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
         A dict that can be written as JSON; its "kind" says what `path` is.
@@ -47,7 +52,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return _folder(path) if is_compressed(path) else _original(path)
+        describe = _folder if is_compressed(path) else _original
+        return describe(path, trust_remote_code)
     if path.suffix == ".safetensors" and path.is_file():
         return _tensors(path)
     if path.suffix == ".json" and path.is_file():
@@ -68,7 +74,7 @@ def _tensors(path: Path) -> dict[str, Any]:
     return _scores(ExpertScores.load(path))
 
 
-def _folder(folder: Path) -> dict[str, Any]:
+def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """A compressed model: bytes by part, widths of the experts, averages, pruning."""
     specs = packed_specs(folder)
     widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -81,7 +87,9 @@ def _folder(folder: Path) -> dict[str, Any]:
         "kind": "compressed model",
         "folder_bytes": folder_bytes(folder),
         "tensor_bytes": sum(map(tensor_bytes, weight_files(folder))),
-        "bytes_by_part": {part: size.stored for part, size in bytes_by_part(folder).items()},
+        "bytes_by_part": {
+            part: size.stored for part, size in bytes_by_part(folder, trust_remote_code).items()
+        },
         "experts_by_bits": {
             name: {str(bits): count for bits, count in sorted(counts.items())}
             for name, counts in widths.items()
@@ -94,9 +102,10 @@ def _folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _original(folder: Path) -> dict[str, Any]:
+def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """An original model: its sizes."""
-    source = Source(folder)
+    source = Source(folder, trust_remote_code=trust_remote_code)
+    check_usable(source)
     one = source.one_layer_of_experts
     expert_weights = sum(experts.weights for experts in source.experts.values())
     other_weights = sum(source.shape(name).numel() for name in source.all_names)
@@ -114,6 +123,8 @@ def _original(folder: Path) -> dict[str, Any]:
         **_form(source),
         "expert_weights": expert_weights,
         "other_weights": other_weights,
+        "copied_weights": sum(source.shape(name).numel() for name in source.copied),
+        "unused_tensors": len(source.unused),
         "bytes": sum(path.stat().st_size for path in source.files),
         "fingerprint": source.fingerprint,
     }

@@ -59,7 +59,12 @@ class Proposal:
 
 
 def propose(
-    model: str | Path, out: str | Path, recipe: Recipe | None = None, *, device: str = "cpu"
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Proposal:
     """Score a model, and make plans for budgets from the smallest to the largest.
 
@@ -68,6 +73,7 @@ def propose(
         out: the folder that `compress` will make; scores are stored there.
         recipe: as for `compress`; its budget is ignored.
         device: "cpu", or a card such as "cuda" or "cuda:1".
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Raises:
         InputError: model, recipe, text or folder cannot be used, or `out` holds scores of other
@@ -75,7 +81,7 @@ def propose(
     """
     out = Path(out)
     recipe = (recipe or Recipe()).with_changes(bits=None, bpw=None, size=None)
-    request = Request.of(model, recipe, device)
+    request = Request.of(model, recipe, device, trust_remote_code)
     source = request.source
     check_output(out)
     announce_estimate(request, out)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import DROP_COSTS, is_compressed, load_json, save_json
+from moepress.original.composite import decoder
 from moepress.pruning.layer import pruned_layers
 from moepress.pruning.rule import PROTECT
 from moepress.pruning.rule import Pruning as Pruning
@@ -66,7 +67,7 @@ class Pruned:
                 f"Cannot prune a {type(model).__name__}. Expected a transformers model."
             )
         self.pruning = pruning
-        self._model = model.get_decoder()  # the same with the head and without it
+        self._model = decoder(model)  # the same with the head and without it
         self._count = count
         self._layers = pruned_layers(model, pruning, count)
         self._undo: list[Callable[[], None]] = []
@@ -166,7 +167,7 @@ def _resolved(
 
 def count_dropped(model: Any) -> Pruned | None:
     """Count what the pruning in force drops from now on. Returns None if nothing is dropped."""
-    active: Pruned | None = getattr(model.get_decoder(), ACTIVE, None)
+    active: Pruned | None = getattr(decoder(model), ACTIVE, None)
     if active is None or not active.pruning.drops:
         return None
     return Pruned(model, active.pruning, count=True)

@@ -10,6 +10,7 @@ states of the original model, so that weights can make up for the errors of earl
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    copied_name,
     finish_folder,
     load_tensors,
     quantization_config,
@@ -36,6 +38,7 @@ from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.original.batches import empty
 from moepress.original.experts import Routed
+from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -46,9 +49,12 @@ from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
 
-# Keys of both walks' states in the work folder. "twin" is an older word for the original model; it
-# is kept because unfinished work on disk has it.
-STATES, ORIGINAL_STATES = "states", "twin"
+logger = logging.getLogger(__name__)
+
+# Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
+# and is kept because unfinished work on disk has it.
+ORIGINAL_STATES = "twin"
+COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 
 
 def quantize(
@@ -58,6 +64,7 @@ def quantize(
     *,
     device: str = "cpu",
     ids: Tensor | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the compressed model folder of a plan.
 
@@ -67,6 +74,7 @@ def quantize(
         out: folder to make. A stopped run is continued by the same call.
         device: where layers run, if `source` is a folder or hub id.
         ids: [S, L] calibration sequences; None: those that the plan's recipe asks for.
+        trust_remote_code: see `Source`.
 
     Returns:
         `out`, which transformers can open once moepress is imported.
@@ -76,7 +84,7 @@ def quantize(
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
-    source = source if isinstance(source, Source) else Source(source, device)
+    source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     ids = kept_ids(out / WORK, source, plan.recipe) if ids is None else ids
     return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
@@ -92,6 +100,7 @@ def quantize_tensors(
     }
     if claim(out, work):
         return out
+    tell_unused(source)
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
     folder = out / WORK / "quantize"
@@ -102,6 +111,10 @@ def quantize_tensors(
     packed = tensors.specs(plan.linear_bits)
     if not (out / shard_name(None)).is_file():
         save_tensors(out / shard_name(None), outside_layers(source, packed))
+    copies = copied_shards(source)
+    for path, names in copies.items():
+        if not (out / path).is_file():
+            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
     if todo:
         _quantize_layers(source, plan, packed, ids, journal, out)
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
@@ -109,9 +122,9 @@ def quantize_tensors(
     finish_folder(
         out,
         source.config_json(),
-        source.companions(),
+        companions(source.folder),
         quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
-        [out / shard_name(layer) for layer in (None, *layers)],
+        [out / name for name in (*map(shard_name, (None, *layers)), *copies)],
     )
     shutil.rmtree(out / WORK)
     return out
@@ -127,19 +140,24 @@ def _quantize_layers(
 ) -> None:
     """Round the unfinished layers, and commit each of them to the journal."""
     walk = Walk(source, ids)
-    states = {STATES: walk.states}
     original = None
     if Rounding.of_experts(plan.recipe, plan.recipe.quantizer).corrects:
         original = walk.fork()
-        states[ORIGINAL_STATES] = original.states
+
+    def restore(tensors: Mapping[str, Tensor]) -> None:
+        walk.restore(tensors)
+        if original is not None:
+            original.restore(tensors, ORIGINAL_STATES)
+
     with Progress("quantize", total=len(source.layers)) as progress:
         progress.skip(journal.first)
-        for layer in journal.remaining(states):
+        for layer in journal.remaining(restore):
             with source.layer_loaded(layer):
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)
             if drops is not None:
                 save_tensors(_drops_file(out, layer), drops)
-            journal.commit(layer, tensors, states)
+            states = {} if original is None else original.tensors(ORIGINAL_STATES)
+            journal.commit(layer, tensors, walk.tensors() | states)
             progress.advance()
 
 
@@ -163,7 +181,7 @@ def quantize_layer(
         compressed model; None for a layer without routed experts.
     """
     source, recipe = walk.source, plan.recipe
-    names = source.names(source.layer_path(layer))
+    names = source.names(source.layer_paths[layer])
     progress.update(layer=layer, note="attention and dense linears")
     linears = {name: source.module(name) for name in names if name in packed}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
@@ -275,6 +293,32 @@ def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str
             value = _packed_bytes(quantize_matrix("rtn", value, codec, None))
         tensors[name] = value.to("cpu")
     return tensors
+
+
+def copied_shards(source: Source) -> dict[str, list[str]]:
+    """Names of a composite's copied tensors, by the file that stores them.
+
+    A file has at most COPIED_BYTES, or one tensor: they are in memory while it is written.
+    """
+    shards: dict[str, list[str]] = {}
+    size = COPIED_BYTES + 1  # a file is begun with the first tensor
+    for name in source.copied:
+        size += source.nbytes(name)
+        if size > COPIED_BYTES:
+            size = source.nbytes(name)
+            shards[copied_name(len(shards))] = []
+        shards[copied_name(len(shards) - 1)].append(name)
+    return shards
+
+
+def tell_unused(source: Source) -> None:
+    """Say which tensors of the checkpoint are not in the compressed model."""
+    if source.unused:
+        logger.warning(
+            "%s has %d tensors that %s of transformers does not use, such as %s. They are left "
+            "out: the compressed model computes what transformers computes.",
+            source.name, len(source.unused), type(source.model).__name__, source.unused[0],
+        )  # fmt: skip
 
 
 def _packed_bytes(matrix: Matrix) -> Tensor:

@@ -49,6 +49,7 @@ def report(
     *,
     scores: str | Path | None = None,
     evaluation: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the report of a compressed folder.
 
@@ -57,6 +58,7 @@ def report(
         out: HTML file to write; None: inside the folder.
         scores: the file of the scores of its plan; None: that in the folder, if any.
         evaluation: a file of `moepress evaluate --out`; None: that in the folder, if any.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
         The file.
@@ -65,7 +67,7 @@ def report(
         InputError: not a folder made by moepress, or scores or evaluation of another model.
         CheckpointError: a file is damaged, or cannot be written.
     """
-    subject = read_subject(folder, scores, evaluation)
+    subject = read_subject(folder, scores, evaluation, trust_remote_code)
     out = Path(folder) / REPORT if out is None else Path(out)
     page = render(subject)
     write_atomically(out, partial(_write, page.encode()))
@@ -78,6 +80,7 @@ def plot(
     *,
     form: str = "svg",
     scores: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write every picture of the report to a file.
 
@@ -85,7 +88,7 @@ def plot(
         folder: a folder made by moepress.
         out: folder to write to; made if missing.
         form: "svg" or "png".
-        scores: as for `report`.
+        scores, trust_remote_code: as for `report`.
 
     Returns:
         The files.
@@ -96,7 +99,7 @@ def plot(
     """
     if form not in get_args(Format):
         raise InputError(f"Pictures in format {form!r} are not made. Expected svg or png.")
-    subject = read_subject(folder, scores)
+    subject = read_subject(folder, scores, trust_remote_code=trust_remote_code)
     written = []
     for picture in (p for _, _, section in sections(subject) for p in section.pictures):
         path = Path(out) / f"{picture.name}.{form}"
@@ -110,6 +113,7 @@ def read_subject(
     folder: str | Path,
     scores: str | Path | None = None,
     evaluation: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Read what a folder tells about its model, and check that it belongs together.
 
@@ -133,7 +137,7 @@ def read_subject(
         folder.resolve().name,
         plan,
         measured,
-        bytes_by_part(folder),
+        bytes_by_part(folder, trust_remote_code),
         evaluated,
         DropCosts.load(costs) if costs.is_file() else None,
         Pruning.from_json(config["pruning"]) if "pruning" in config else None,

@@ -11,6 +11,7 @@ from moepress.allocation.choices import Choices
 from moepress.allocation.tensors import ModelTensors, check_group_sizes
 from moepress.costs.scores import ExpertScores
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
 
@@ -30,6 +31,7 @@ class Request:
         model: str | Path,
         recipe: Recipe | str | Path,
         device: str,
+        trust_remote_code: bool = False,
         *,
         needs_budget: bool = False,
         **changes: Any,
@@ -42,7 +44,8 @@ class Request:
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         recipe = recipe.with_changes(**changes)
-        source = Source(model, device)
+        source = Source(model, device, trust_remote_code)
+        check_usable(source)
         check_group_sizes(source, recipe)
         tensors = ModelTensors.of(source, recipe)
         sizes = unmeasured(source, recipe, tensors)

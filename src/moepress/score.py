@@ -67,6 +67,7 @@ def score(
     work: Path | None = None,
     device: str = "cpu",
     ids: Tensor | None = None,
+    trust_remote_code: bool = False,
 ) -> ExpertScores:
     """Measure every routed expert and every open tensor of a model at every offered width.
 
@@ -76,11 +77,12 @@ def score(
         work: folder for finished layers, to continue a stopped run; None: a temporary one.
         device: where layers run, if `source` is a folder or hub id.
         ids: [S, L] calibration sequences; None: those that the recipe asks for.
+        trust_remote_code: see `Source`.
 
     Raises:
         InputError: `work` holds unfinished work of another identity.
     """
-    source = source if isinstance(source, Source) else Source(source, device)
+    source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_group_sizes(source, recipe)
     with temporary_folder(work) as folder:
         ids = kept_ids(folder, source, recipe) if ids is None else ids
@@ -105,7 +107,7 @@ def score_tensors(
         walk = Walk(source, ids)
         with Progress("score", total=len(source.layers)) as progress:
             progress.skip(journal.first)
-            for layer in journal.remaining({"states": walk.states}):
+            for layer in journal.remaining(walk.restore):
                 with source.layer_loaded(layer):
                     result = score_layer(walk, layer, recipe, tensors, sensitivity, texts, progress)
                 if layer == len(source.layers) - 1:
@@ -116,7 +118,7 @@ def score_tensors(
                         sensitivity.layer(0) if sensitivity else {},
                         texts,
                     )
-                journal.commit(layer, result, {"states": walk.states})
+                journal.commit(layer, result, walk.tensors())
                 progress.advance()
     return _collect(source, recipe, tensors, ids, texts, journal)
 

@@ -25,6 +25,9 @@ from moepress.format.checkpoint import (
     save_tensors,
 )
 from moepress.format.journal import compare_identity
+from moepress.original.composite import language_model
+from moepress.original.remote_code import tokenizer_of
+from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
@@ -69,7 +72,7 @@ def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
         recipe.seed,
         model=lambda: _whole_model(source),
     )
-    windows.check_vocab(tokens, source.config.get_text_config().vocab_size)
+    windows.check_vocab(tokens, source.text_config.vocab_size)
     return tokens.ids
 
 
@@ -110,22 +113,18 @@ def keep_ids(folder: Path, ids: Tensor) -> None:
 
 
 def _tokenizer(source: Source) -> object:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.folder)
+    return tokenizer_of(source.folder, source.trust_remote_code)
 
 
 def _whole_model(source: Source) -> object:
     """The original model in memory, to sample text from it."""
-    from transformers import AutoModelForCausalLM
-
     from moepress.hf import no_progress_bars
 
     if source.checkpoint.quantized:
         return whole_model(source)
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.compute_dtype)
-    return model.to(source.device)
+        model = open_folder(source.folder, source.trust_remote_code, dtype=source.compute_dtype)
+    return language_model(model.to(source.device))
 
 
 # The output folder

@@ -40,7 +40,7 @@ FORMS = {  # sizes that 32 does not divide
     "dbrx": {},
     "jetmoe": {},
     "longcat_flash": {"expert_ffn_hidden_size": 40},
-    "inkling2_text": {},
+    "inkling2_text": {"n_layers_per_attn_res_block": 6},
 }
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,12 +41,12 @@ def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor
 
     walk = Walk(source, ids)
     for layer in range(len(source.layers)):
-        with source.loaded(source.layer_path(layer)):
+        with source.loaded(source.layer_paths[layer]):
             routed = walk.route(layer) if layer in source.experts else None
             walk.advance(layer, routed and walk.experts_output(layer, routed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", record)
-        gradient = head_gradient(walk, seed)
+        gradient = head_gradient(walk, seed).states
     return torch.cat(drawn).view(ids.shape), gradient
 
 
@@ -167,7 +168,12 @@ def test_a_layer_without_a_gradient_is_named(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Walk.run
-    monkeypatch.setattr(Walk, "run", lambda *args: run(*args).detach())
+
+    def detached(*args: Any) -> Any:
+        states, carried = run(*args)
+        return states.detach(), carried
+
+    monkeypatch.setattr(Walk, "run", detached)
     with pytest.raises(MoepressError, match=r"Layer 1 cannot be differentiated.*'fast'"):
         measure_sensitivity(Source(model_folder()), some_ids(), tmp_path, MADE_OF, seed=0)
 

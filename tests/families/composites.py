@@ -63,6 +63,7 @@ SAM = {  # encoder_config is an encoder of the tables' sizes
         "global_attn_indexes": [1],
         "window_size": 2,
         "downsample_channels": [32, 32],
+        "initializer_range": 0.02,
     }
 }
 
@@ -74,7 +75,7 @@ def rope(*sections: int, **more: float) -> dict[str, Any]:
 
 
 COMPOSITES: Mapping[str, Composite] = {
-    "aria": Composite(),
+    "aria": Composite(vision={"image_size": 64}, own={"projector_patch_to_query_dict": {4: 4}}),
     "deepseek_ocr2": Composite(
         {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts_per_tok": CHOSEN},
         vision=SAM,
@@ -91,7 +92,21 @@ COMPOSITES: Mapping[str, Composite] = {
         audio={"adapter_input_size": 32, "adapter_out_dim": 64, "feature_size": 16},
     ),
     "ernie4_5_vl_moe": Composite({"moe_intermediate_size": [32, 32], **rope(3, 3, 2)}),
-    "gemma4": Composite(CAUSAL["gemma4_text"]),
+    "gemma4": Composite(
+        CAUSAL["gemma4_text"],
+        own={
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "position_embedding_size": 64,
+            }
+        },
+    ),
     "glm4v_moe": Composite(rope(2, 1, 1, partial_rotary_factor=0.5)),
     "glm5_next": Composite(
         MLA | {"qk_rope_head_dim": 0, "head_dim": DROP, "hc_mult": 2},
@@ -118,7 +133,7 @@ COMPOSITES: Mapping[str, Composite] = {
     "minimax_m3_vl": Composite(
         CAUSAL["minimax_m3_vl_text"], own={"projector_hidden_size": 32, "merged_hidden_size": 128}
     ),
-    "mistral_large4": Composite(MLA),
+    "mistral_large4": Composite(MLA, vision={"image_size": 64}),
     "muse_spark": Composite(
         {"moe_hidden_size": 32, "layer_rope_theta": [10000.0, 0, 10000.0]},
         audio={
@@ -128,7 +143,7 @@ COMPOSITES: Mapping[str, Composite] = {
             "depths": [1, 1],
             "out_hidden_size": 64,
         },
-        own={"out_hidden_size": 64, "projector_hidden_size": 32},
+        own={"out_hidden_size": 128, "projector_hidden_size": 32},
     ),
     "nemotron_h_omni": Composite(
         CAUSAL["nemotron_h"],
@@ -136,7 +151,7 @@ COMPOSITES: Mapping[str, Composite] = {
         own={"vision_hidden_size": 32, "projector_hidden_size": 32},
     ),
     "qwen3_5_moe": Composite(),
-    "qwen3_omni_moe_thinker": Composite(rope(3, 3, 2)),
+    "qwen3_omni_moe_thinker": Composite(rope(3, 3, 2), own={"vision_start_token_id": 7}),
     "qwen3_vl_moe": Composite(rope(3, 3, 2)),
     "qwen4_exp": Composite(QWEN4_EXP),
     "step3p7": Composite(),

@@ -40,9 +40,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
         "vision_config": _encoder(defaults.get("vision_config"), parts.vision),
         "audio_config": _encoder(defaults.get("audio_config"), parts.audio),
         **_placeholders(defaults),
-        **parts.own,
     }
-    given = {n: v for n, v in fields.items() if n in defaults and v is not None}
+    given = {n: v for n, v in fields.items() if n in defaults and v is not None} | dict(parts.own)
     return AutoConfig.for_model(family, **given)
 
 

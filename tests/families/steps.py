@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ import moepress
 from moepress import kernels
 from moepress.compress import compress
 from moepress.hf import load_model
-from moepress.prune import prune
+from moepress.prune import prune, stored_costs
+from moepress.pruning.thresholds import dropped_share
 from moepress.recipe import Recipe
 from tests.conftest import small_recipe
 from tests.families.composites import COMPOSITES
@@ -37,9 +39,10 @@ WIDE = {  # 8 bits for all that can be packed
     "quantizer": "rtn",
     "measure": "rtn",
 }
+TIES = ("phimoe",)  # most tokens have two experts of the same routing weight
 NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
-NO_STATIC_CACHE = {"inkling_text": "size of tensor a"}
+NO_STATIC_CACHE = dict.fromkeys(("inkling_mm_model", "inkling_text"), "size of tensor a")
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,15 @@ def generate_step(case: Case) -> None:
 
 @torch.inference_mode()
 def prune_step(case: Case) -> None:
-    """The share that is asked for is dropped on the calibration text."""
+    """The share that is asked for is dropped on the calibration text, or as much as ties leave."""
     model = load_model(case.folder)
     with prune(model, SHARE, protect=0, count=True) as pruned:
         model(input_ids=case.ids(16, 40))
-        assert abs(pruned.statistics().share - SHARE) < 0.05
+        expected = SHARE
+        if case.family in TIES:
+            thresholds = np.array(list(pruned.pruning.thresholds.values()))
+            expected = dropped_share(stored_costs(case.folder), thresholds)
+        assert abs(pruned.statistics().share - expected) < 0.05
         model.generate(case.ids(), max_new_tokens=NEW, do_sample=False)
 
 

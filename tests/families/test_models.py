@@ -11,17 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families.causal import CAUSAL
-from tests.families.composites import COMPOSITES, TEXT_ONLY
 from tests.families.models import make_model, model_class, save_model
 from tests.families.sizes import VOCAB
+from tests.families.state import FAMILIES, NOT_COMPRESSED
 
-# Models of the maps below that moepress does not compress, and why.
-NOT_COMPRESSED = {
-    "diffusion_gemma": "writes blocks of text by diffusion: it is no causal LM",
-    "nemo_speechlm": "writes down speech: its text model cannot be used without sound",
-    "qwen3_omni_moe": "three models in one folder; its text model is qwen3_omni_moe_thinker",
-}
 MAPS = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_MULTIMODAL_LM")
 # Class names of expert blocks. Shared experts alone make no Mixture of Experts.
 BLOCK = re.compile(r"^class \w+(Experts|MoE|Moe|MoeBlock)\(", re.MULTILINE)
@@ -43,7 +36,7 @@ def moe_types() -> Iterator[str]:
 
 
 def test_no_family_is_missing() -> None:
-    here = {*CAUSAL, *COMPOSITES, *TEXT_ONLY, *NOT_COMPRESSED}
+    here = {*FAMILIES, *NOT_COMPRESSED}
     elsewhere = {"kimi_k25", "nemotron_h_omni", "nemo_speechlm"}  # code of another family's experts
     assert set(moe_types()) | elsewhere == here
 
@@ -58,9 +51,7 @@ BROKEN = ("llama4",)
 
 
 @pytest.mark.families
-@pytest.mark.parametrize(
-    "family", [f for f in [*CAUSAL, *TEXT_ONLY, *COMPOSITES] if f not in BROKEN]
-)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in BROKEN])
 def test_a_saved_model_is_the_same(family: str, tmp_path: Path) -> None:
     model: Any = make_model(family)
     save_model(model, tmp_path)

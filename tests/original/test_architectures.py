@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from moepress.original.architectures import find_experts, linear_role
-from moepress.original.source import skeleton
+from moepress.original.skeleton import skeleton
 
 FOUND = {  # default configs, on meta: layers with experts, experts, rows of gate and up, hidden
     "mixtral": (32, 8, 28672, 4096),

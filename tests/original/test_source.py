@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from moepress.compress import compress
 from moepress.errors import CheckpointError, InputError, NumericalError
-from moepress.original.source import Source, compute_dtype
+from moepress.original.dtypes import compute_dtype
+from moepress.original.source import Source
 from tests.conftest import FAMILIES, small_recipe
 
 Folder = Callable[..., Path]
@@ -26,7 +27,7 @@ def test_every_tensor_is_what_transformers_loads(model_folder: Folder, family: s
     source = Source(folder)
     state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     seen = set()
-    for prefix in (None, *map(source.layer_path, range(len(source.layers)))):
+    for prefix in (None, *source.layer_paths):
         for name in source.names(prefix):
             assert torch.equal(source.tensor(name), state[name]), name
             seen.add(name)
@@ -49,7 +50,7 @@ def test_shards_and_one_file_are_the_same_model(model_folder: Folder) -> None:
 
 def test_loaded_leaves_nothing_behind(model_folder: Folder) -> None:
     source = Source(model_folder())
-    prefix = source.layer_path(0)
+    prefix = source.layer_paths[0]
     with source.loaded(prefix):
         assert not source.current(f"{prefix}.self_attn.q_proj.weight").is_meta
         assert source.current("model.layers.1.self_attn.q_proj.weight").is_meta
@@ -191,7 +192,7 @@ def test_what_is_stored_is_of_the_models_dtype_whatever_is_computed_with(
     monkeypatch.setattr("moepress.original.source.compute_dtype", lambda *_: computed)
     source = Source(model_folder(dtype="bfloat16"))
     assert source.dtype == torch.bfloat16 and source.expert(0, 1).down.dtype == computed
-    with source.loaded(source.layer_path(0)):
+    with source.loaded(source.layer_paths[0]):
         name = "model.layers.0.input_layernorm.weight"
         assert source.current(name).dtype == computed
         assert torch.equal(source.current(name).bfloat16(), source.tensor(name))

@@ -60,7 +60,7 @@ def test_routing_is_the_models_own(model_folder: Folder) -> None:
         model(ids)
     source = Source(folder)
     walk = Walk(source, ids)
-    with source.loaded(source.layer_path(0)):
+    with source.loaded(source.layer_paths[0]):
         routed = walk.route(0)
     ((hidden, index, weight),) = seen
     torch.testing.assert_close(routed.hidden, hidden)
@@ -81,7 +81,7 @@ def test_journal_resumes_after_the_last_finished_layer(
     assert _run(Journal(tmp_path / "a", {"work": "1"}, 2), whole) == [0, 1]
     journal = Journal(tmp_path / "b", {"work": "1"}, 2)
     first = Walk(source, ids)
-    _step(journal, first, next(journal.remaining({"states": first.states})))
+    _step(journal, first, next(journal.remaining(first.restore)))
     second = Walk(source, ids)
     assert _run(journal, second) == [1]
     assert torch.equal(second.states, whole.states)
@@ -90,7 +90,7 @@ def test_journal_resumes_after_the_last_finished_layer(
 
 def _run(journal: Journal, walk: Walk) -> list[int]:
     done = []
-    for layer in journal.remaining({"states": walk.states}):
+    for layer in journal.remaining(walk.restore):
         _step(journal, walk, layer)
         done.append(layer)
     return done
@@ -99,7 +99,7 @@ def _run(journal: Journal, walk: Walk) -> list[int]:
 def _step(journal: Journal, walk: Walk, layer: int) -> None:
     with walk.source.layer_loaded(layer):
         walk.advance(layer, walk.experts_output(layer, walk.route(layer)))
-    journal.commit(layer, {"x": torch.ones(1) * layer}, {"states": walk.states})
+    journal.commit(layer, {"x": torch.ones(1) * layer}, walk.tensors())
 
 
 def test_journal_refuses_other_work(tmp_path: Path) -> None:
@@ -113,10 +113,10 @@ def test_journal_reports_missing_states(model_folder: Folder, tmp_path: Path) ->
     source = Source(model_folder())
     journal = Journal(tmp_path, {"work": "1"}, 2)
     walk = Walk(source, some_ids())
-    journal.commit(0, {"x": torch.ones(1)}, {"states": walk.states})
+    journal.commit(0, {"x": torch.ones(1)}, walk.tensors())
     next(tmp_path.glob("states-*")).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        next(journal.remaining({"states": walk.states}))
+        next(journal.remaining(walk.restore))
 
 
 def test_large_arrays_are_mapped_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_linears_are_corrected_for_their_own_inputs(
     twin = walk.fork()
     walk.states += 0.1 * torch.randn(walk.states.shape, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(twin.states, walk.states)
-    with source.loaded(source.layer_path(0)), torch.inference_mode():
+    with source.loaded(source.layer_paths[0]), torch.inference_mode():
         named = source.layers[0].named_modules()
         modules = {n: m for n, m in named if type(m) is torch.nn.Linear}
         if twice:
@@ -215,7 +215,7 @@ def test_a_twin_walks_through_the_original_model(model_folder: Folder) -> None:
     source = Source(model_folder())
     alone, walk = Walk(source, some_ids()), Walk(source, some_ids())
     twin = walk.fork()
-    with source.loaded(source.layer_path(0)), torch.inference_mode():
+    with source.loaded(source.layer_paths[0]), torch.inference_mode():
         routed = alone.route(0)
         alone.advance(0, alone.experts_output(0, routed))
         walk.states += 1

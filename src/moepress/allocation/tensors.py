@@ -24,6 +24,7 @@ from moepress.format.codec import (
     stored_family,
 )
 from moepress.original.architectures import linear_role
+from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
 
@@ -229,11 +230,11 @@ def file_bytes(source: Source, recipe: Recipe, tensors: ModelTensors) -> int:
     scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits) * arrays))
     scores += sum(len(name) + 4 for name in open_names)
     scores += 8 * len(open_names) * len(tensors.widths) * (1 + len(recipe.calib))
-    drops = 900 + moe_layers * (drop_bytes(experts_per_token(source.config)) + 5)
-    copied = [*source.companions(), source.folder / "config.json"]
+    drops = 900 + moe_layers * (drop_bytes(experts_per_token(source.text_config)) + 5)
+    copied = [*companions(source.folder).values(), source.folder / "config.json"]
     return headers + index + entries + plan + scores + drops + sum(p.stat().st_size for p in copied)
 
 
 def experts_per_token(config: Any) -> int:
     """k, experts per token, under the name that most families use; else the usual 8."""
-    return int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 8)
+    return int(getattr(config, "num_experts_per_tok", None) or 8)

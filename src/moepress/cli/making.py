@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moepress.cli.options import Device, checked_device, show
+from moepress.cli.options import Device, TrustRemoteCode, checked_device, show
 from moepress.cli.recipe_options import (
     Bits,
     Bpw,
@@ -44,6 +44,7 @@ def compress(
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -81,13 +82,25 @@ def compress(
         seed=seed,
     )
     if dry_run:
-        expected = estimate(model, out, chosen, device=checked_device(device))
+        expected = estimate(
+            model, out, chosen, device=checked_device(device), trust_remote_code=trust_remote_code
+        )
         show(expected.to_dict(), as_json, estimate_table)
         return
     if chosen.has_budget:
-        typer.echo(run(model, out, chosen, device=checked_device(device)))
+        typer.echo(
+            run(
+                model,
+                out,
+                chosen,
+                device=checked_device(device),
+                trust_remote_code=trust_remote_code,
+            )
+        )
         return
-    found = propose(model, out, chosen, device=checked_device(device))
+    found = propose(
+        model, out, chosen, device=checked_device(device), trust_remote_code=trust_remote_code
+    )
     show(found.to_dict(), as_json, proposal_table)
 
 
@@ -100,6 +113,7 @@ def calibrate(
     sequence_length: Length = None,
     device: Device = "cpu",
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure which experts tokens choose, with what weight, and what dropping them costs.
 
@@ -111,7 +125,7 @@ def calibrate(
     chosen = recipe_of(
         recipe, calib=calib, sequences=sequences, sequence_length=sequence_length, seed=seed
     )
-    run(Source(model, checked_device(device)), chosen).save(out)
+    run(Source(model, checked_device(device), trust_remote_code), chosen).save(out)
     typer.echo(out)
 
 
@@ -127,6 +141,7 @@ def score(
     group_size: Group = None,
     device: Device = "cpu",
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure what every expert costs at every width. Run again to continue a stopped run.
 
@@ -147,7 +162,13 @@ def score(
         seed=seed,
     )
     work = out.with_name(out.name + ".work")
-    run(model, chosen, work=work, device=checked_device(device)).save(out)
+    run(
+        model,
+        chosen,
+        work=work,
+        device=checked_device(device),
+        trust_remote_code=trust_remote_code,
+    ).save(out)
     shutil.rmtree(work)
     typer.echo(out)
 
@@ -187,6 +208,7 @@ def quantize(
     plan: Annotated[Path, typer.Argument(help="Plan of `moepress allocate`.")],
     out: Out,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Apply a plan and write the compressed folder. Run again to continue a stopped run.
 
@@ -195,4 +217,11 @@ def quantize(
     from moepress.allocation.plan import BitAllocation
     from moepress.quantize import quantize as run
 
-    typer.echo(run(model, BitAllocation.load(plan), out, device=checked_device(device)))
+    made = run(
+        model,
+        BitAllocation.load(plan),
+        out,
+        device=checked_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(made)

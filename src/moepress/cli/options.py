@@ -23,6 +23,13 @@ Prune = Annotated[
         "Default: as stored in the folder.",
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code in the model's folder, where transformers has no class for the model.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -12,6 +12,7 @@ from moepress.cli.options import (
     AsJson,
     Device,
     Prune,
+    TrustRemoteCode,
     checked_device,
     pruning,
     show,
@@ -56,6 +57,7 @@ def evaluate(
         typer.Option(help="Also write the result to this JSON file, for `moepress report`."),
     ] = None,
     prune: Prune = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, KL divergence from the original, loops, speed, memory and tasks.
@@ -80,6 +82,7 @@ def evaluate(
         task_limit=task_limit,
         run_code=run_code,
         pruning=pruning(prune),
+        trust_remote_code=trust_remote_code,
     )
     if out is not None:
         result.save(out)
@@ -90,6 +93,7 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="Folder or file made by moepress, or an original model.")
     ],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Describe a file or folder.
@@ -99,7 +103,7 @@ def inspect(
     from moepress.cli.tables import nested_table
     from moepress.inspect import inspect as run
 
-    show(run(path), as_json, nested_table)
+    show(run(path, trust_remote_code=trust_remote_code), as_json, nested_table)
 
 
 def prune(
@@ -128,6 +132,7 @@ def prune(
 def dequantize(
     model: Folder,
     out: Annotated[Path, typer.Argument(help="Folder to make: new or empty.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the model with plain weights, as large as the original, for tools without moepress.
 
@@ -135,7 +140,7 @@ def dequantize(
     """
     from moepress.dequantize import dequantize as run
 
-    typer.echo(run(model, out))
+    typer.echo(run(model, out, trust_remote_code=trust_remote_code))
 
 
 def generate(
@@ -145,6 +150,7 @@ def generate(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a text, greedily.
 
@@ -159,6 +165,7 @@ def generate(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        trust_remote_code=trust_remote_code,
     )
     typer.echo(text)
 
@@ -177,6 +184,7 @@ def chat(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
 
@@ -194,6 +202,7 @@ def chat(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -209,6 +218,7 @@ def serve(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to any OpenAI client, with transformers' server (pip extra: serve).
 
@@ -224,6 +234,7 @@ def serve(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -238,6 +249,7 @@ def report(
         Path | None,
         typer.Option(help="File of `moepress evaluate --out`, if not in the folder."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a page that shows what compression did to the model. Open it in any browser.
 
@@ -245,7 +257,14 @@ def report(
     """
     from moepress.report import report as run
 
-    typer.echo(run(folder, out, scores=scores, evaluation=evaluation))
+    made = run(
+        folder,
+        out,
+        scores=scores,
+        evaluation=evaluation,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(made)
 
 
 def plot(
@@ -253,6 +272,7 @@ def plot(
     out: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
     form: Annotated[str, typer.Option("--format", help="svg or png.")] = "svg",
     scores: Scores = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the report's pictures as files.
 
@@ -260,5 +280,5 @@ def plot(
     """
     from moepress.report import plot as run
 
-    for path in run(folder, out, form=form, scores=scores):
+    for path in run(folder, out, form=form, scores=scores, trust_remote_code=trust_remote_code):
         typer.echo(path)

@@ -89,7 +89,7 @@ def head_costs(walk: Walk, error: Tensor, texts: Texts) -> Tensor:
     sequences, length = walk.ids.shape
     step = max(1, sequences * length // HEAD_TOKENS)
     total, seen = (torch.zeros(texts.count, dtype=torch.float64) for _ in range(2))
-    head = walk.source.model.get_output_embeddings()
+    head = walk.source.language_model.get_output_embeddings()
     inputs: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     try:

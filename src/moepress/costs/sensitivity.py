@@ -35,7 +35,7 @@ from torch import Tensor
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import Writer, load_tensors, save_tensors
 from moepress.format.journal import check_identity
-from moepress.original.backward import BackwardWalk, outputs_as_leaves
+from moepress.original.backward import BackwardWalk, Gradient, as_leaves, outputs_as_leaves
 from moepress.original.batches import position_chunks
 from moepress.original.calls import record_calls
 from moepress.original.source import Source
@@ -87,7 +87,7 @@ def measure_sensitivity(
     with Progress("sensitivity", total=count + len(todo)) as progress:
         if not _gradient(folder, todo[-1] + 1).is_file():
             _forward(walk, folder, progress)
-            save_tensors(_gradient(folder, count), {"gradient": head_gradient(walk, seed)})
+            save_tensors(_gradient(folder, count), head_gradient(walk, seed).tensors())
         else:
             progress.skip(count)
         _backward(walk, folder, todo, progress)
@@ -141,40 +141,43 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
             progress.skip(1)
             continue
         if layer == 0:
-            writer.save({_states(folder, 0): {"states": walk.states}})
+            writer.save({_states(folder, 0): walk.tensors()})
         elif at != layer:
-            walk.states.copy_(load_tensors(_states(folder, layer))["states"])
+            walk.restore(load_tensors(_states(folder, layer)))
         with source.layer_loaded(layer):
             walk.pass_layer(layer)
         at = layer + 1
-        writer.save({_states(folder, at): {"states": walk.states}})
+        writer.save({_states(folder, at): walk.tensors()})
         progress.advance()
     writer.finish()
     if at != len(source.layers):
-        walk.states.copy_(load_tensors(_states(folder, len(source.layers)))["states"])
+        walk.restore(load_tensors(_states(folder, len(source.layers))))
 
 
-def head_gradient(walk: Walk, seed: int) -> Tensor:
-    """Gradient [S, L, H] of the log likelihood of drawn next tokens, at the last layer's states.
+def head_gradient(walk: Walk, seed: int) -> Gradient:
+    """Gradient of the log likelihood of drawn next tokens, at what comes out of the last layer.
 
     Works on a few positions of one sequence at a time, because with a large vocabulary the logits
     would be the largest array.
     """
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
-    gradient = walk.states_like()
+    gradient = Gradient(walk.states_like(), {})
     with source.loaded(None):
         for number in range(len(walk.ids)):
             one = slice(number, number + 1)
-            states = walk.states[one].to(source.device).requires_grad_()
+            states = walk.states_of(one).requires_grad_()
+            carried = as_leaves(walk.carried_of(one))
+            leaves = [states, *(value for value in carried.values() if value.requires_grad)]
             for positions in position_chunks(walk.ids.shape[1]):
                 with torch.enable_grad():
-                    logits = walk.head(one, states, positions).float().log_softmax(-1)
+                    logits = walk.head(one, states, positions, carried).float().log_softmax(-1)
                     with torch.no_grad():
                         drawn = torch.multinomial(logits[0].exp(), 1, generator=generator)
                     likelihood = logits[0].gather(-1, drawn).sum()
-                (found,) = torch.autograd.grad(likelihood, states)
-                gradient[one, positions] = found[:, positions].to(gradient)
+                found = torch.autograd.grad(likelihood, leaves, allow_unused=True)
+                gradient.states[one, positions] = found[0][:, positions].to(gradient.states)
+                gradient.add_carried(one, carried, found[1:], walk.carried)
     return gradient
 
 
@@ -182,13 +185,12 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
-    gradient = walk.states_like()
-    gradient.copy_(load_tensors(_gradient(folder, first + 1))["gradient"])
+    gradient = Gradient.of(load_tensors(_gradient(folder, first + 1)), walk.states_like())
     walk_back = BackwardWalk(walk, gradient)
     writer = Writer(source.device, save_tensors)
     for layer in reversed(todo):
         progress.update(layer=layer, note="backward")
-        walk.states.copy_(load_tensors(_states(folder, layer))["states"])
+        walk.restore(load_tensors(_states(folder, layer)))
         with source.layer_loaded(layer):
             modules = source.packable[layer]
             at_experts, norms = walk_back.back(layer, modules)
@@ -200,9 +202,11 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
             result[EXPERTS] = at_experts / (2 * tokens * source.experts[layer].hidden)
         files: dict[Path, dict[str, Tensor]] = {}
         if layer == 0:
-            result[EMBEDDING] = embedding_norms(walk, gradient) / (2 * tokens * source.hidden)
+            result[EMBEDDING] = embedding_norms(walk, gradient.states) / (
+                2 * tokens * source.hidden
+            )
         else:
-            files[_gradient(folder, layer)] = {"gradient": walk_back.gradient}
+            files[_gradient(folder, layer)] = gradient.tensors()
         files[result_file(folder, layer)] = result
         writer.save(files, partial(_forget, folder, layer + 1))
         progress.advance()
@@ -222,14 +226,14 @@ def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
     That output is not always the first layer's input: some families scale it or add to it.
 
     Args:
-        gradient: [S, L, H] at the first layer's input.
+        gradient: [S, L, ...] at the first layer's input.
     """
     source = walk.source
     norms = []
     with source.loaded(None), torch.enable_grad():
         for batch in walk.batches:
             leaves: list[Tensor] = []
-            embedding = source.model.get_input_embeddings()
+            embedding = source.language_model.get_input_embeddings()
             with outputs_as_leaves(embedding, leaves):
                 hidden = record_calls(source, walk.ids[batch])[0].hidden
             (found,) = torch.autograd.grad(hidden, leaves, gradient[batch].to(hidden))

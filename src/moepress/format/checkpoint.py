@@ -230,6 +230,11 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
+def copied_name(number: int) -> str:
+    """File name of a shard of a composite's tensors outside its language model."""
+    return f"model-copied-{number:04d}.safetensors"
+
+
 def format_version(packed: Collection[PackedSpec], common: bool = True) -> int:
     """The lowest format version that can express these packed tensors.
 
@@ -286,7 +291,7 @@ def quantization_config(
 def finish_folder(
     out: Path,
     config: Mapping[str, Any],
-    companions: Iterable[Path],
+    companions: Mapping[str, Path],
     quantization: Mapping[str, Any] | None,
     shards: Iterable[Path],
 ) -> None:
@@ -294,7 +299,7 @@ def finish_folder(
 
     Args:
         config: fields of config.json of the model that this one is made from.
-        companions: files of that model to copy.
+        companions: files of that model to copy, by their names in the folder.
         quantization: the `quantization_config` of the config; None: it gets none.
         shards: the files of tensors in `out`.
     """
@@ -305,8 +310,8 @@ def finish_folder(
             weight_map.update(dict.fromkeys(file.keys(), path.name))
         total += tensor_bytes(path)
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for path in companions:
-        write_atomically(out / path.name, partial(_copy, path))
+    for name, path in companions.items():
+        write_atomically(out / name, partial(_copy, path))
     fields = _without_quantization(config)
     if quantization is not None:
         fields["quantization_config"] = dict(quantization)

@@ -62,16 +62,16 @@ class Journal:
         """The first unfinished layer, which is also the number of finished layers before it."""
         return next(iter(self.todo), len(self.layers))
 
-    def remaining(self, states: Mapping[str, Tensor]) -> Iterator[int]:
+    def remaining(self, restore: Callable[[Mapping[str, Tensor]], None]) -> Iterator[int]:
         """Every layer from the first unfinished one on.
 
         Args:
-            states: by name; overwritten with the states that were committed for the first of these
-                layers. For layer 0 they stay as they are.
+            restore: gets the states that were committed for the first of these layers, by name. For
+                layer 0 it is not called.
         """
         first = self.first
         if 0 < first < len(self.layers):
-            self._restore(first, states)
+            restore(self._stored_states(first))
         try:
             yield from range(first, len(self.layers))
         finally:
@@ -91,16 +91,14 @@ class Journal:
         """The result that `commit` recorded for a layer."""
         return load_tensors(self._file(layer))
 
-    def _restore(self, layer: int, states: Mapping[str, Tensor]) -> None:
+    def _stored_states(self, layer: int) -> dict[str, Tensor]:
         path = self._states(layer)
         if not path.is_file():
             raise CheckpointError(
                 f"{path} is missing, so the work in {self.folder} cannot go on. Delete that folder "
                 "to start over."
             )
-        kept = load_tensors(path)
-        for name, tensor in states.items():
-            tensor.copy_(kept[name])
+        return load_tensors(path)
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"

@@ -12,7 +12,6 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -35,7 +33,10 @@ from moepress.format.checkpoint import (
 from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
+from moepress.hf.places import names_only, places_in
 from moepress.kernels.modules import PackedExperts, set_activation_bits
+from moepress.original.composite import language_model
+from moepress.original.skeleton import open_folder
 from moepress.prune import Pruning, Strength, prune
 
 
@@ -88,22 +89,33 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     """Replace the modules of a model on the meta device by packed ones."""
 
     requires_calibration = True  # loads packed models; `moepress compress` makes them
+    _renamed = False  # whether the model is of another class than the one that was compressed
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        # AutoModel: no head, and paths without the prefix
-        is_bare = model.base_model is model and model.get_output_embeddings() is None
-        prefix = f"{model.base_model_prefix}." if is_bare else ""
         given: dict[str, PackedSpec] = self.quantization_config.specs()
-        here = {p.removeprefix(prefix): s for p, s in given.items() if p.startswith(prefix)}
-        specs = with_tied(model, here)
+        places = places_in(model, given)
+        self._renamed = any(stored != path for stored, path in places.items())
+        specs = with_tied(model, {path: given[stored] for stored, path in places.items()})
         pack_modules(model, specs)
         if checkpoint_files is not None:
-            stored = specs.keys() - model.all_tied_weights_keys.keys()  # tied: under one name only
-            sizes = {prefix + path: model.get_parameter(path).numel() for path in sorted(stored)}
+            tied = model.all_tied_weights_keys.keys()  # stored under one name only
+            sizes = {
+                stored: model.get_parameter(path).numel()
+                for stored, path in sorted(places.items())
+                if path not in tied
+            }
             check_files(checkpoint_files, sizes)
             read_ahead(checkpoint_files)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The conversions that apply to a compressed folder: at most renamings.
+
+        Its tensors have the form and the names of the class that was compressed. Conversions of
+        the original's files could transpose or divide packed bytes.
+        """
+        return names_only(weight_conversions) if self._renamed else []
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
@@ -113,21 +125,6 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
         return model
-
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """transformers' conversions for a checkpoint, without those that its tensors had already.
-
-        A converter may take a name that the converted tensor has too, such as that of a head whose
-        padding it cuts off: on packed bytes it would do harm.
-        """
-        names = [name for name, _ in model.named_parameters()]
-        kept = [
-            one
-            for one in weight_conversions
-            if not isinstance(one, WeightConverter)
-            or not any(re.search(p, name) for p in one.source_patterns for name in names)
-        ]
-        return list(super().update_weight_conversions(kept, model))
 
     def is_serializable(self) -> bool:
         return True
@@ -155,8 +152,11 @@ def load_model(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
+
+    Of a composite that is no language model itself (Qwen3-Omni), the language model is returned.
 
     Args:
         folder: a folder made by moepress, or an original model that fits in memory.
@@ -164,19 +164,17 @@ def load_model(
             Tensors go to a card straight from the files.
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
     """
-    from transformers import AutoModelForCausalLM
-
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **where)
-    model = model.eval()
+        model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
     if pruning is not None:
         prune(model, pruning)
-    return model
+    return language_model(model)
 
 
 def set_threads(threads: int | None) -> None:

@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moepress.blocks import adapt
+from moepress.blocks import adapt, refusal
 from moepress.blocks.form import Form, form_of
 from moepress.blocks.form import is_experts as is_experts
 from moepress.errors import InputError
+from moepress.original.composite import NOT_FOR_TEXT, decoder, lists_of_layers
 
 if TYPE_CHECKING:
     from moepress.blocks.layout import Part
@@ -103,39 +104,17 @@ def decoder_layers(model: Any) -> Any:
     Raises:
         InputError: the model has none, or several lists.
     """
-    found = model.get_decoder()
-    layers = getattr(found, "layers", None)
-    lists = [layers] if layers is not None else _lists_of_layers(found)
-    if len(lists) != 1:
-        raise InputError(
-            f"{type(model).__name__} has {len(lists)} lists of decoder layers. Expected one, as in "
-            "transformers' other causal LMs (model.get_decoder().layers). This model cannot be "
-            "walked."
-        )
-    return lists[0]
+    found = decoder(model)
+    layers: Any = getattr(found, "layers", None)
+    return lists_of_layers(found)[0] if layers is None else layers
 
 
-def decoder(model: Any) -> Any:
-    """The part of a causal LM that makes states of tokens: all but the head."""
-    found = model.get_decoder()
-    if found is not model or getattr(model, "layers", None) is not None:
-        return found
-    layers = decoder_layers(model)
-    inside = [child for child in model.children() if layers in child.modules()]
-    return inside[0] if inside and inside[0] is not layers else found
-
-
-def _lists_of_layers(module: Any) -> list[Any]:
-    """The lists of decoder layers inside a module, by the class that layers have in common."""
-    from torch import nn
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
+def text_experts(layer: Any) -> list[Any]:
+    """The modules of a decoder layer with fused experts that tokens of text choose."""
     return [
-        part
-        for part in module.modules()
-        if isinstance(part, nn.ModuleList)
-        and len(part)
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in part)
+        module
+        for path, module in layer.named_modules()
+        if is_experts(module) and not NOT_FOR_TEXT.search(path)
     ]
 
 
@@ -149,7 +128,7 @@ def find_experts(model: Any) -> dict[int, Experts]:
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, Experts] = {}
     for index, layer in enumerate(decoder_layers(model)):
-        modules = [m for m in layer.modules() if is_experts(m)]
+        modules = text_experts(layer)
         if len(modules) > 1:
             raise InputError(
                 f"Layer {index} of {type(model).__name__} has {len(modules)} expert collections; "
@@ -158,6 +137,9 @@ def find_experts(model: Any) -> dict[int, Experts]:
         for module in modules:
             path = paths[id(module)]
             found[index] = Experts(index, path, form_of(module, path))
+    why = refusal(model)
+    if why is not None:
+        raise InputError(f"{type(model).__name__} cannot be compressed. {why}")
     if not found:
         raise InputError(
             f"{type(model).__name__} has no routed experts in the form of transformers 5's "

@@ -17,24 +17,29 @@ of the loss at y, h, w and x are
     3. run the layer again with y as a constant;             g_x = g_out * d(out)/dx
        backpropagate from out, h and w                             + g_h * dh/dx + g_w * dw/dx
 
+Values that layers hand on beside their states (carried.py) are outputs and inputs like `out` and x.
 The choice of experts has no gradient. Some families detach the routing weights on purpose; step 3
 then does not use g_w.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moepress.errors import MoepressError
-from moepress.original.batches import chunks, empty
+from moepress.original.batches import SHARE_IN_ORDER, chunks, empty
 from moepress.original.calls import replaced_forward
+from moepress.original.carried import Carried
 from moepress.original.experts import Routed, expert_forward
 from moepress.original.walk import Walk
+
+GRADIENT = "gradient"  # name of the gradient at the states, in files
 
 
 class _Run(NamedTuple):
@@ -43,13 +48,68 @@ class _Run(NamedTuple):
     y, h and w are None in a layer without experts.
     """
 
+    batch: slice
     tokens: slice
-    x: Tensor  # [b, L, H] states before the layer
-    out: Tensor  # [b, L, H] states after it
-    at_out: Tensor  # [b, L, H] the gradient at `out`
+    x: Tensor  # [b, L, ...] states before the layer
+    outs: list[Tensor]  # [b, L, ...] states after it, and carried values that have gradients
+    at_outs: list[Tensor]  # the gradients at `outs`
     y: Tensor | None  # [t, H] the experts' output
     h: Tensor | None  # [t, H] their input
     w: Tensor | None  # [t, k] routing weights
+    carried: Carried  # given to the layer
+
+
+@dataclass
+class Gradient:
+    """The gradient of the loss at what comes out of a layer. Changed in place."""
+
+    states: Tensor  # [S, L, ...] at its states
+    carried: Carried  # [S, ...] at what it hands on beside them; without those whose gradient is 0
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], states: Tensor) -> Gradient:
+        """The gradient of stored `tensors`.
+
+        Args:
+            states: memory for the gradient at the states.
+        """
+        start = GRADIENT + "."
+        carried = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        return cls(states.copy_(tensors[GRADIENT]), carried)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """To store it."""
+        return {GRADIENT: self.states} | {f"{GRADIENT}.{k}": v for k, v in self.carried.items()}
+
+    def add_carried(
+        self,
+        batch: slice,
+        leaves: Carried,
+        found: Sequence[Tensor | None],
+        like: Carried,
+    ) -> None:
+        """Add gradients at the carried values of a batch.
+
+        Args:
+            leaves: the values; `found` has a gradient, or None, of each that requires one.
+            like: the values of all sequences.
+        """
+        names = [name for name, value in leaves.items() if value.requires_grad]
+        for name, at_value in zip(names, found, strict=True):
+            if at_value is not None:
+                if name not in self.carried:
+                    whole = like[name]
+                    memory = empty(tuple(whole.shape), whole.dtype, whole.device, SHARE_IN_ORDER)
+                    self.carried[name] = memory.zero_()
+                self.carried[name][batch] += at_value.to(self.carried[name])
+
+
+def as_leaves(carried: Carried) -> Carried:
+    """The same values, those of real numbers as leaves of a new autograd graph."""
+    return {
+        name: value.detach().requires_grad_() if value.is_floating_point() else value
+        for name, value in carried.items()
+    }
 
 
 class BackwardWalk:
@@ -57,10 +117,10 @@ class BackwardWalk:
 
     Args:
         walk: a forward walk; its states must be those before the layer that `back` is called for.
-        gradient: [S, L, H] at the states after that layer; changed in place.
+        gradient: at what comes out of that layer; changed in place.
     """
 
-    def __init__(self, walk: Walk, gradient: Tensor) -> None:
+    def __init__(self, walk: Walk, gradient: Gradient) -> None:
         self.walk = walk
         self.gradient = gradient
 
@@ -93,7 +153,7 @@ class BackwardWalk:
         gradient = empty(tuple(output.shape), torch.float32, output.device)
         for run in self._runs(layer, output, to_experts=True):
             assert run.y is not None
-            (found,) = _gradients([run.out], [run.y], [run.at_out], layer)
+            (found,) = _gradients(run.outs, [run.y], run.at_outs, layer)
             gradient[run.tokens] = found.float()
         return gradient
 
@@ -139,15 +199,19 @@ class BackwardWalk:
         Returns:
             Squared norms of the gradient at the outputs of `linears`.
         """
+        before = Gradient(self.gradient.states, {})
         with output_norms(linears) as norms:
             for run in self._runs(layer, output, to_experts=False):
-                outputs, at_outputs = [run.out], [run.at_out]
+                outputs, at_outputs = run.outs, run.at_outs
                 for tensor, at_tensor in zip((run.h, run.w), inside or (), strict=False):
                     if tensor is not None and tensor.requires_grad:
                         outputs.append(tensor)
                         at_outputs.append(at_tensor[run.tokens].to(tensor).view_as(tensor))
-                (found,) = _gradients(outputs, [run.x], at_outputs, layer)
-                self.gradient.view(-1, found.shape[-1])[run.tokens] = found.flatten(0, 1)
+                leaves = [value for value in run.carried.values() if value.requires_grad]
+                found, *at_carried = _gradients(outputs, [run.x], at_outputs, layer, leaves)
+                self.gradient.states[run.batch] = found
+                before.add_carried(run.batch, run.carried, at_carried, self.walk.carried)
+        self.gradient.carried = before.carried
         return {name: torch.cat(found) for name, found in norms.items() if found}
 
     def _runs(self, layer: int, output: Tensor | None, to_experts: bool) -> Iterator[_Run]:
@@ -171,24 +235,41 @@ class BackwardWalk:
                 seen.extend((y, h, w))
                 return y * 1  # the layer may change it in place, which a leaf does not allow
 
-            x = walk.states[batch].to(walk.source.device).requires_grad_(not to_experts)
+            x = walk.states_of(batch).requires_grad_(not to_experts)
+            carried = walk.carried_of(batch)
+            carried = carried if to_experts else as_leaves(carried)
             with torch.enable_grad(), replaced_forward(experts, give), differentiating(layer):
-                out = walk.run(layer, number, x * 1)
+                inside = {k: v * 1 if v.requires_grad else v for k, v in carried.items()}
+                out, after = walk.run(layer, number, x * 1, inside)
+            outs, at_outs = [out], [self.gradient.states[batch].to(out)]
+            for name, at_value in self.gradient.carried.items():
+                if name in after and after[name].requires_grad:
+                    outs.append(after[name])
+                    at_outs.append(at_value[batch].to(after[name]))
             y, h, w = seen or (None, None, None)
-            yield _Run(tokens, x, out, self.gradient[batch].to(out), y, h, w)
+            yield _Run(batch, tokens, x, outs, at_outs, y, h, w, carried)
 
 
 def _gradients(
-    outputs: list[Tensor], inputs: list[Tensor], at_outputs: list[Tensor], layer: int
-) -> tuple[Tensor, ...]:
-    """Backpropagate `at_outputs`, the gradients at `outputs`, to `inputs`.
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    at_outputs: list[Tensor],
+    layer: int,
+    also: Sequence[Tensor] = (),
+) -> tuple[Any, ...]:
+    """Backpropagate `at_outputs`, the gradients at `outputs`, to `inputs` and `also`.
+
+    Returns:
+        The gradients at `inputs`, then at `also`, None at those that `outputs` do not depend on.
 
     Raises:
         MoepressError: the layer's code cannot be differentiated, or a gradient is NaN or infinite.
     """
     with differentiating(layer):
-        found = torch.autograd.grad(outputs, inputs, at_outputs)
-    if not all(torch.isfinite(f).all() for f in found):
+        found = torch.autograd.grad(outputs, [*inputs, *also], at_outputs, allow_unused=True)
+        if any(f is None for f in found[: len(inputs)]):
+            raise RuntimeError("its outputs do not depend on its inputs")
+    if not all(torch.isfinite(f).all() for f in found if f is not None):
         raise MoepressError(
             f"The gradient of layer {layer} is NaN or infinite on the calibration text. A float16 "
             "model may overflow: try a bfloat16 one, or set sensitivity to 'none'."

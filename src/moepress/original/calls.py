@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moepress.original.architectures import decoder
+from moepress.errors import InputError
+from moepress.original.carried import stand_in_output, with_placeholders
+from moepress.original.composite import decoder
 
 if TYPE_CHECKING:
     from moepress.original.source import Source
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class Call:
     """One call of a decoder layer by its model."""
 
-    hidden: Tensor  # [b, L, H] states before the layer; emptied once the call is recorded
+    hidden: Tensor  # [b, L, ...] states before the layer; emptied once the call is recorded
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -41,10 +43,34 @@ def _shared(value: Any, like: Any) -> Any:
 
 
 def record_calls(source: Source, ids: Tensor) -> list[Call]:
-    """The calls of all layers for a batch of sequences [b, L]; no layer is run."""
+    """The calls of all layers for a batch of sequences [b, L]; no layer is run.
+
+    Raises:
+        InputError: the model calls a layer twice, or not at all.
+    """
+    return record_layer_calls(decoder(source.model), source.layers, ids.to(source.device))
+
+
+def record_layer_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> list[Call]:
+    """As `record_calls`, for the part of a model without the head."""
     calls: list[Call] = []
-    with replaced_forwards(source.layers, lambda _: calls.append):
-        decoder(source.model)(input_ids=ids.to(source.device), use_cache=False)
+
+    def keep(number: int) -> Callable[[Call], None]:
+        def append(call: Call) -> None:
+            args, kwargs = with_placeholders(layers[number], call.args, call.kwargs)
+            calls.append(Call(call.hidden, args, kwargs))
+            numbers.append(number)
+
+        return append
+
+    numbers: list[int] = []
+    with replaced_forwards(layers, keep):
+        model(input_ids=ids, use_cache=False)
+    if numbers != list(range(len(layers))):
+        raise InputError(
+            f"{type(model).__name__} calls its layers in the order {numbers}. Expected each "
+            "layer once, in order: this model cannot be walked layer by layer."
+        )
     return calls
 
 
@@ -67,18 +93,19 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Inside the `with` statement, layer i passes its call to the function `make(i)`.
 
-    That function returns the layer's output; None: the unchanged states.
+    That function returns the states after the layer; None: the unchanged states. What a layer
+    returns beside them is a placeholder (carried.py).
     """
 
-    def stand_in(handle: Callable[[Call], Tensor | None]) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def stand_in(layer: nn.Module, handle: Callable[[Call], Tensor | None]) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = handle(Call(hidden_states, args, kwargs))
-            return hidden_states if out is None else out
+            return stand_in_output(layer, hidden_states if out is None else out)
 
         return forward
 
     for number, layer in enumerate(layers):
-        layer.forward = stand_in(make(number))
+        layer.forward = stand_in(layer, make(number))
     try:
         yield
     finally:

@@ -16,6 +16,12 @@ from moepress.original.quantized.headers import WIDE, read_headers
 from moepress.original.quantized.pairing import find_forms
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_DTYPES = {  # of tensors that are no weights
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,12 @@ class Checkpoint:
         plain = (form.entry.dtype for form in self.forms.values() if isinstance(form, Plain))
         first = next((DTYPES[dtype] for dtype in plain if dtype in DTYPES), torch.bfloat16)
         return torch.bfloat16 if self.quantized and first == torch.float32 else first
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The dtype of a tensor in its file; None: it is quantized, or of a rare one."""
+        form = self.forms[name]
+        known = DTYPES | OTHER_DTYPES
+        return known.get(form.entry.dtype) if isinstance(form, Plain) else None
 
     def check(self, names: Iterable[str]) -> None:
         """Raise CheckpointError if one of these tensors, which are to be floats, cannot be read."""

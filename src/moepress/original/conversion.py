@@ -30,6 +30,23 @@ class Piece:
     pattern: str | None  # pattern of the checkpoint's names in its converter; None: only renamed
 
 
+class _OneExpert:
+    """A model as converters see it that get only one expert of a parameter.
+
+    Some transpose a tensor unless it has the parameter's shape.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def get_parameter(self, name: str) -> Tensor:
+        row: Tensor = self._model.get_parameter(name)[:1]
+        return row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Which tensors of a checkpoint each parameter of a model is made of, and how."""
@@ -38,6 +55,7 @@ class Conversion:
     folder: Path  # of the checkpoint, for error messages
     pieces: Mapping[str, list[Piece]]  # by parameter name
     converters: Mapping[str, Any]  # by pattern of the checkpoint's names
+    unused: tuple[str, ...]  # tensors of the checkpoint that the model's class has no place for
 
     @classmethod
     def of(cls, model: Any, folder: Path, keys: Collection[str]) -> Conversion:
@@ -59,6 +77,7 @@ class Conversion:
         listed = [m for m in mapping if isinstance(m, WeightConverter)]
         state = model.state_dict()
         pieces: dict[str, list[Piece]] = defaultdict(list)
+        unused = []
         for key in sorted(keys, key=dot_natural_key):
             name, pattern = rename_source_key(
                 key, renamings, listed, model.base_model_prefix, state
@@ -67,8 +86,10 @@ class Conversion:
                 name, pattern = key, None
             if name in state:
                 pieces[name].append(Piece(key, pattern))
+            elif not key.endswith("rotary_emb.inv_freq"):  # computed, but old files have it
+                unused.append(key)
         converters = {p: c for c in listed for p in c.source_patterns}
-        return cls(model, folder, pieces, converters)
+        return cls(model, folder, pieces, converters, tuple(unused))
 
     def check(self, needed: Collection[str], experts: Collection[Experts]) -> None:
         """Check that the checkpoint provides everything.
@@ -106,7 +127,8 @@ class Conversion:
         Returns:
             Tensors by parameter name.
         """
-        pieces = self.pieces.get(name) or self.pieces[self._first_target(name)]
+        name = name if name in self.pieces else self._first_target(name)
+        pieces = self.pieces[name]
         pattern = pieces[0].pattern
         if pattern is None:
             return {name: read(pieces[0].key, expert)}
@@ -116,14 +138,22 @@ class Conversion:
             by_pattern[piece.pattern].append(piece)
         for key_pattern, alike in by_pattern.items():
             if expert is not None and "*" in str(key_pattern):
-                alike = [alike[expert]]  # the checkpoint has one tensor for each expert
-                values = [read(alike[0].key, None)]
+                # The checkpoint has one tensor for each expert: those of the first target, then
+                # those of the next one.
+                targets = len(converter.target_patterns)
+                alike = alike[expert :: len(alike) // targets]
+                values = [read(piece.key, None) for piece in alike]
             else:
                 values = [read(piece.key, expert) for piece in alike]
             for piece, value in zip(alike, values, strict=True):
                 converter.add_tensor(name, piece.key, key_pattern, lambda value=value: value)
-        made = converter.convert(name, model=self.model, config=self.model.config)
+        model = self.model if expert is None else _OneExpert(self.model)
+        made = converter.convert(name, model=model, config=self.model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def sources(self, name: str) -> list[str]:
+        """Names of the checkpoint's tensors that the parameter `name` is made of."""
+        return [p.key for p in self.pieces.get(name) or self.pieces[self._first_target(name)]]
 
     def _check_complete(self, needed: Collection[str]) -> None:
         """Raise CheckpointError if no tensor of the checkpoint goes into a needed parameter."""
@@ -148,9 +178,10 @@ class Conversion:
         for name in experts.matrix_names:
             patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
             for pattern in set(patterns):
-                if patterns.count(pattern) < experts.experts:
+                expected = experts.experts * len(self.converters[pattern].target_patterns)
+                if patterns.count(pattern) < expected:
                     raise CheckpointError(
-                        f"{self.folder} has {patterns.count(pattern)} of {experts.experts} "
+                        f"{self.folder} has {patterns.count(pattern)} of {expected} "
                         f"experts' {pattern} for {name}. Fetch the model again."
                     )
 

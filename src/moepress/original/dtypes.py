@@ -1,6 +1,8 @@
-"""The dtype that a model computes with on this machine."""
+"""The dtypes of a model's tensors, stored and in computations."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -19,3 +21,15 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     probes = (getattr(torch.cpu, name, None) for name in native[dtype])
     return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype, name: str) -> bool:
+    """Whether transformers keeps a parameter in float32, in a model of another dtype.
+
+    Args:
+        dtype: of the model.
+    """
+    keep: set[str] = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(part in name.split(".") for part in keep)

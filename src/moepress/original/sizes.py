@@ -14,12 +14,16 @@ from torch import nn
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import is_compressed, packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
+from moepress.original.composite import copied, language_model
 from moepress.original.folder import weight_files
 from moepress.original.on_disk import disk_bytes
-from moepress.original.source import Source, skeleton
+from moepress.original.remote_code import config_of
+from moepress.original.skeleton import skeleton
+from moepress.original.source import Source
 
 ROUTED = "routed experts"
 EMBEDDING_AND_HEAD = "embedding and head"
+COPIED = "vision, audio (copied)"
 REST = "routers, norms, other"
 # The part that a linear belongs to, by its role (architectures.ROLES).
 BY_ROLE = {
@@ -28,7 +32,8 @@ BY_ROLE = {
     "dense_mlp": "dense MLPs",
     None: REST,
 }
-PARTS = (ROUTED, *(part for part in BY_ROLE.values() if part != REST), EMBEDDING_AND_HEAD, REST)
+BY_ROLE_PARTS = tuple(part for part in BY_ROLE.values() if part != REST)
+PARTS = (ROUTED, *BY_ROLE_PARTS, EMBEDDING_AND_HEAD, COPIED, REST)
 ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
 
 
@@ -40,27 +45,32 @@ class PartBytes:
     stored: int
 
 
-def bytes_by_part(folder: Path) -> dict[str, PartBytes]:
+def bytes_by_part(folder: Path, trust_remote_code: bool = False) -> dict[str, PartBytes]:
     """Bytes of the tensors of a model folder, compressed or original, by `PARTS`.
 
     Parts without tensors are left out. The original bytes of a packed tensor are counted in the
     dtype of config.json.
 
+    Args:
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
+
     Raises:
         InputError: transformers cannot read the config.
         CheckpointError: a file is damaged, or does not belong to the config.
     """
-    found = _compressed(folder) if is_compressed(folder) else _original(Source(folder))
+    if is_compressed(folder):
+        found = _compressed(folder, unpacked_model(folder, trust_remote_code))
+    else:
+        found = _original(Source(folder, trust_remote_code=trust_remote_code))
     sums = dict.fromkeys(PARTS, PartBytes(0, 0))
     for part, before, after in found:
         sums[part] = PartBytes(sums[part].original + before, sums[part].stored + after)
     return {part: bytes_ for part, bytes_ in sums.items() if bytes_.stored}
 
 
-def _compressed(folder: Path) -> Iterator[tuple[str, int, int]]:
+def _compressed(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
     """(part, original bytes, stored bytes) of every tensor of a compressed folder."""
     specs = packed_specs(folder)
-    model = unpacked_model(folder)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     for experts in find_experts(model).values():
         rows_and_columns = zip(experts.parameters, experts.form.shapes, strict=True)
@@ -93,27 +103,31 @@ def _original(source: Source) -> Iterator[tuple[str, int, int]]:
         yield ROUTED, experts.weights * source.dtype.itemsize, stored
 
 
-def unpacked_model(folder: Path) -> Any:
+def unpacked_model(folder: Path, trust_remote_code: bool = False) -> Any:
     """The original model's class for a compressed folder, on the meta device.
 
-    Raises:
-        InputError: transformers cannot read the config.
-    """
-    from transformers import AutoConfig
+    Args:
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
 
+    Raises:
+        InputError: transformers cannot read the config, or it needs code that is not trusted.
+    """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = config_of(folder, trust_remote_code)
+    except InputError:
+        raise
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     del config.quantization_config
-    return skeleton(config, config.dtype)
+    dtype = config.dtype or config.get_text_config().dtype
+    return skeleton(config, dtype)
 
 
 def _parts(model: Any) -> dict[str, str]:
     """The part that each parameter of a model belongs to, by name."""
     paths = {id(module): path for path, module in model.named_modules()}
     experts = find_experts(model)
-    found = {}
+    found = dict.fromkeys(copied(model), COPIED)
     for index, layer in enumerate(decoder_layers(model)):
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear):
@@ -122,7 +136,8 @@ def _parts(model: Any) -> dict[str, str]:
                     found[f"{paths[id(module)]}.{name}"] = part
     for one in experts.values():
         found |= dict.fromkeys((*one.parameters, *one.biases), ROUTED)
-    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+    text = language_model(model)
+    for table in (text.get_input_embeddings(), text.get_output_embeddings()):
         found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD
     return found
 

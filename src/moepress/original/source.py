@@ -8,10 +8,7 @@ Nothing larger is ever in memory.
 
 from __future__ import annotations
 
-import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepress.blocks import adapt
 from moepress.errors import InputError, NumericalError
 from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
+from moepress.original.card_readers import CardReaders
 from moepress.original.checkpoint import Checkpoint
+from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
-from moepress.original.dtypes import compute_dtype as compute_dtype
+from moepress.original.dtypes import compute_dtype, kept_in_float32
 from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
-from moepress.original.folder import companions, read_config, resolve, weight_files
+from moepress.original.folder import fingerprint, read_config, resolve, weight_files
 from moepress.original.quantized.config import read_quantization
+from moepress.original.skeleton import skeleton
 from moepress.original.ties import settle, untied_config
-
-READERS = 4  # threads that read experts for a card; one alone would keep it waiting
 
 
 class Source:
@@ -44,6 +41,7 @@ class Source:
     Args:
         name: path of a folder, or a hub id to download (or find in the local cache).
         device: where weights are put when they are loaded.
+        trust_remote_code: run code in the model's folder, if transformers has no class for it.
 
     Raises:
         InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
@@ -54,13 +52,19 @@ class Source:
 
     checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
 
-    def __init__(self, name: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
         self.name = str(name)
+        self.trust_remote_code = trust_remote_code
         self.folder = resolve(name)
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.config = read_config(self.folder)
+        self.config = read_config(self.folder, trust_remote_code)
         self.files = weight_files(self.folder)
         self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
         self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
@@ -69,6 +73,7 @@ class Source:
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
         self._conversion = Conversion.of(self.model, self.folder, self.checkpoint.names)
+        self.unused = self._conversion.unused  # tensors that transformers leaves out too
         self._ties = settle(self.model, self._conversion.made, self._equal)
         stored = [name for name in self._needed if name not in self._ties.stored_as]
         self._conversion.check(stored, self.experts.values())
@@ -80,17 +85,17 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of the config, and of the header and samples of the bytes of every file."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in self.files:
-            with path.open("rb") as file:
-                header = file.read(8)
-                digest.update(header + file.read(int.from_bytes(header, "little")))
-                # Fine-tunes of one model have equal configs and headers; the samples differ.
-                size = path.stat().st_size
-                for place in range(16):
-                    file.seek(max(0, size * place // 16 - 64))
-                    digest.update(file.read(64))
-        return digest.hexdigest()[:16]
+        return fingerprint(self.folder, self.files)
+
+    @cached_property
+    def language_model(self) -> Any:
+        """The part of the skeleton that reads token ids and returns logits, perhaps all of it."""
+        return language_model(self.model)
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model: the model's, or a part of a composite's."""
+        return decoder(self.model).config
 
     @property
     def one_layer_of_experts(self) -> Experts:
@@ -112,16 +117,15 @@ class Source:
         """Module path of each decoder layer, such as "model.layers.3"."""
         return tuple(self._paths[id(layer)] for layer in self.layers)
 
-    def layer_path(self, index: int) -> str:
-        """Module path of one decoder layer."""
-        return self.layer_paths[index]
-
     @cached_property
     def embedding_and_head(self) -> dict[str, tuple[str, ...]]:
         """Roles, "embedding" or "head", by parameter name. A tied tensor has both."""
         embedding, head = (
             f"{self._paths[id(module)]}.weight"
-            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            for module in (
+                self.language_model.get_input_embeddings(),
+                self.language_model.get_output_embeddings(),
+            )
         )
         if head not in self._needed:  # tied: one tensor, stored once
             return {embedding: ("embedding", "head")}
@@ -135,20 +139,48 @@ class Source:
         """Names of parameters and persistent buffers, except routed experts, in the model's order.
 
         Args:
-            prefix: a decoder layer's path; None: everything outside the decoder layers.
+            prefix: a decoder layer's path; None: everything of the language model that is outside
+                the decoder layers.
         """
         layers = tuple(path + "." for path in self.layer_paths)
         return [
             name
             for name in self._needed
             if name not in self._expert_names
-            and (name.startswith(prefix + ".") if prefix else not name.startswith(layers))
+            and (
+                name.startswith(prefix + ".")
+                if prefix
+                else not name.startswith(layers) and name not in self.copied
+            )
         ]
 
     @cached_property
+    def copied(self) -> dict[str, torch.dtype]:
+        """Dtypes on disk, by name, of a composite's tensors outside its language model.
+
+        They are stored unchanged.
+        """
+        return {
+            name: self.checkpoint.dtype_of(key) or self.dtype
+            for name in copied(self.model)
+            if name in self._needed
+            for key in self._conversion.sources(name)[:1]
+        }
+
+    @cached_property
     def all_names(self) -> tuple[str, ...]:
-        """Names of all tensors except routed experts: outside the layers, then layer by layer."""
-        return tuple(name for prefix in (None, *self.layer_paths) for name in self.names(prefix))
+        """Names of all tensors except routed experts.
+
+        First those outside the layers, then layer by layer, then those that are copied.
+        """
+        read = (name for prefix in (None, *self.layer_paths) for name in self.names(prefix))
+        return (*read, *self.copied)
+
+    @cached_property
+    def _beside(self) -> tuple[str, ...]:
+        """Names of copied tensors that are loaded for a text: all that are in no other model."""
+        others = other_models(self.model)
+        return tuple(name for name in self.copied if not is_inside(name, others))
 
     @cached_property
     def packable(self) -> tuple[Mapping[str, nn.Linear], ...]:
@@ -209,10 +241,6 @@ class Source:
         read = load_json(self.folder / "config.json")
         return untied_config(read) if self._ties.untied else read
 
-    def companions(self) -> list[Path]:
-        """The tokenizer, generation and licence files that a copy of this model needs."""
-        return companions(self.folder)
-
     # Reading tensors, and putting them into the skeleton
 
     def tensor(self, name: str) -> Tensor:
@@ -245,36 +273,11 @@ class Source:
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
-
-        def read(number: int, stream: torch.cuda.Stream) -> ExpertWeights:
-            with torch.cuda.stream(stream):
-                weights = self.expert(layer, number)
-            stream.synchronize()
-            return weights
-
-        with ThreadPoolExecutor(READERS) as pool:
-            ahead: deque[Future[ExpertWeights]] = deque()
-            for place, number in enumerate(numbers):
-                ahead.append(pool.submit(read, number, self._streams[place % READERS]))
-                if len(ahead) > READERS:
-                    yield self._in_use(ahead.popleft().result())
-            while ahead:
-                yield self._in_use(ahead.popleft().result())
+        yield from self._readers.in_turn(partial(self.expert, layer), numbers)
 
     @cached_property
-    def _streams(self) -> list[torch.cuda.Stream]:
-        """Of the readers. They are kept, because freed memory is only used again on its stream."""
-        return [
-            torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            for _ in range(READERS)
-        ]
-
-    def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
-        """Weights that were made on another stream: their memory is kept until this one is done."""
-        for value in weights:
-            if value is not None:
-                value.record_stream(torch.cuda.current_stream(self.device))
-        return weights
+    def _readers(self) -> CardReaders:
+        return CardReaders(self.device)
 
     @contextmanager
     def loaded(self, prefix: str | None) -> Iterator[None]:
@@ -292,8 +295,11 @@ class Source:
             yield
 
     def load(self, prefix: str | None) -> None:
-        """Put the tensors `names(prefix)` into the skeleton; move its buffers to the device."""
-        for name in self.names(prefix):
+        """Put the tensors `names(prefix)` into the skeleton; move its buffers to the device.
+
+        Outside the layers also small parts of a composite, such as projectors.
+        """
+        for name in (*self.names(prefix), *(() if prefix else self._beside)):
             self.put(name, self._for_computing(self.tensor(name)))
         root = self.model.get_submodule(prefix) if prefix else self.model
         for module in root.modules():
@@ -303,8 +309,8 @@ class Source:
         self.model.tie_weights()
 
     def unload(self, prefix: str | None) -> None:
-        """Put meta tensors back in place of `names(prefix)`."""
-        for name in self.names(prefix):
+        """Put meta tensors back in place of what `load(prefix)` has put there."""
+        for name in (*self.names(prefix), *(() if prefix else self._beside)):
             self.put(name, self._needed[name])
         self.model.tie_weights()
 
@@ -333,7 +339,8 @@ class Source:
 
     def _dtype(self) -> torch.dtype:
         """The dtype of the config, or else of the checkpoint."""
-        dtype = getattr(self.config, "dtype", None)
+        configs = (self.config, self.config.get_text_config())
+        dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
         if dtype is None or dtype.itemsize == 1:  # some configs name the dtype of the codes
             dtype = self.checkpoint.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -352,6 +359,11 @@ class Source:
         """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
         return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
 
+    def converted_shape(self, name: str, read: Callable[[str, int | None], Tensor]) -> torch.Size:
+        """The shape of the parameter that is made of what `read` returns for its tensors."""
+        stored = self._ties.stored_as.get(name, name)
+        return self._conversion.convert(stored, None, read)[stored].shape
+
     def _equal(self, *names: str) -> bool:
         """Whether two parameters are equal in the checkpoint."""
         first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
@@ -360,7 +372,7 @@ class Source:
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
         if value.is_floating_point():
-            if not all_finite(value):
+            if name not in self.copied and not all_finite(value):
                 raise NumericalError(
                     f"{name} of {self.folder} contains NaN or infinite weights. Expected finite "
                     "numbers: the file is damaged or the model is broken; fetch it again."
@@ -372,27 +384,11 @@ class Source:
         """The dtype of a tensor in the model and, if it is not packed, in a compressed folder.
 
         It is the model's dtype, or float32 for the few modules that transformers keeps in float32.
+        Copied tensors keep the dtype that they have on disk.
         """
+        if name in self.copied:
+            return self.copied[name]
         declared = self._needed[name].dtype if name in self._needed else self.dtype
         if not declared.is_floating_point:
             return declared
-        keep: set[str] = set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
-        if self.dtype == torch.float16:
-            keep |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
-        return torch.float32 if any(part in name.split(".") for part in keep) else self.dtype
-
-
-def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The causal LM of a config with its parameters on the meta device, in eval mode."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise InputError(
-            f"transformers has no causal LM for model type '{config.model_type}': {error}"
-        ) from error
-    adapt(model)
-    return model.eval()
+        return torch.float32 if kept_in_float32(self.model, self.dtype, name) else self.dtype

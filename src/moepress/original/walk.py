@@ -11,13 +11,14 @@ model's own forward passes to it. Only the routed experts are replaced. For a la
              computed twice, which takes little time compared with the experts. In return the
              layer's own code adds residuals, shared experts and scales
 
-The calls of all layers are recorded once, while the tokens are embedded (calls.py).
+The calls of all layers are recorded once, while the tokens are embedded (calls.py). What some
+layers hand to later ones beside their states is carried along (carried.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,9 +27,18 @@ from torch import Tensor, nn
 from moepress.errors import NumericalError
 from moepress.original.batches import SHARE_IN_ORDER, batches, empty, logit_tokens
 from moepress.original.calls import Call, record_calls, replaced_forward, replaced_forwards
+from moepress.original.carried import (
+    BEFORE_LAYERS,
+    Carried,
+    CarriedCall,
+    Gathered,
+    states_between,
+)
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.source import Source
 from moepress.progress import Progress
+
+STATES = "states"  # name of the states of a walk in files
 
 
 class Walk:
@@ -43,25 +53,45 @@ class Walk:
         self.source = source
         self.ids = ids
         self.batches = batches(ids)
-        shape = (*ids.shape, source.hidden)
-        # [S, L, H] input of the next layer
-        self.states = empty(shape, source.compute_dtype, source.device, SHARE_IN_ORDER)
         self._calls: list[list[Call]] = []  # [batch][layer]
-        self._begin()
+        # [S, L, H] input of the next layer; of several residual streams [S, L, ...]
+        self.states = self._begin()
+        self.carried: Carried = {}  # [S, ...] what earlier layers hand on beside the states
 
     @torch.no_grad()  # not inference mode: a backward walk differentiates through these arguments
-    def _begin(self) -> None:
-        """Embed the tokens, and record how the model calls each of its layers."""
+    def _begin(self) -> Tensor:
+        """Record how the model calls each of its layers. Returns the embedded tokens."""
+        states: Tensor | None = None
         with self.source.loaded(None):
             for batch in self.batches:
                 calls = record_calls(self.source, self.ids[batch])
-                self.states[batch] = calls[0].hidden
+                hidden = calls[0].hidden
+                if states is None:
+                    shape = (len(self.ids), *hidden.shape[1:])
+                    states = empty(shape, hidden.dtype, self.source.device, SHARE_IN_ORDER)
+                states[batch] = hidden
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
+        assert states is not None  # there is at least one sequence
+        return states
+
+    def tensors(self, name: str = STATES) -> dict[str, Tensor]:
+        """Everything that a walk needs to go on at this layer: to store it.
+
+        Args:
+            name: of the states; of carried values it is the first part.
+        """
+        return {name: self.states} | {f"{name}.{key}": v for key, v in self.carried.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], name: str = STATES) -> None:
+        """Go on from stored `tensors`; they may have others among them."""
+        self.states.copy_(tensors[name])
+        start = f"{name}."
+        self.carried = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
     def fork(self) -> Walk:
         """A second walk that starts at the same layer. The two share everything but the states."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # carried values are never changed in place
         other.states = self.states_like().copy_(self.states)
         return other
 
@@ -132,9 +162,12 @@ class Walk:
             return rows.to(x)
 
         experts = self.experts_module(layer) if experts_output is not None else None
+        after = Gathered(self.carried, len(self.ids), self.source.device)
         with replaced_forward(experts, finished):
             for number, batch in enumerate(self.batches):
-                out = self.run_batch(layer, number)
+                given = self.carried_of(batch)
+                out, handed_on = self.run(layer, number, self.states_of(batch), given)
+                after.add(batch, given, handed_on)
                 if not torch.isfinite(out).all():
                     raise NumericalError(
                         f"Layer {layer} gives NaN or infinite states on the calibration text. "
@@ -142,6 +175,7 @@ class Walk:
                     )
                 energy += out.float().square().sum().item()
                 self.states[batch] = out
+        self.carried = after.values
         return energy
 
     def expert(self, layer: int, number: int, routed: Routed) -> RoutedExpert:
@@ -205,46 +239,75 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(batch, logits [b, L, V]) of the model's own norm and head, after the last layer."""
-        vocabulary = int(self.source.config.get_text_config().vocab_size)
+        vocabulary = int(self.source.text_config.vocab_size)
         with self.source.loaded(None):
             for batch in batches(self.ids, logit_tokens(vocabulary)):
                 # Leave inference mode before `yield`: two generators used in turns would leave it
                 # on.
                 with torch.inference_mode():
-                    logits = self.head(batch, self.states[batch].to(self.source.device))
+                    logits = self.head(batch, self.states_of(batch))
                 yield batch, logits
 
-    def head(self, batch: slice, states: Tensor, positions: Tensor | None = None) -> Tensor:
+    def head(
+        self,
+        batch: slice,
+        states: Tensor,
+        positions: Tensor | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
         """Logits [b, L, V] of a batch of sequences, from the states after the last layer.
 
         The tensors outside the layers must be loaded.
 
         Args:
             batch: of `ids`.
-            states: [b, L, H] after the last layer.
+            states: [b, L, ...] after the last layer.
             positions: [P] int64, to compute only their logits [b, P, V]; None: all.
+            carried: of the batch; None: the walk's own.
         """
-        last = len(self.source.layers) - 1
+        carried = self.carried_of(batch) if carried is None else carried
+        known = states_between(self.source.layers, carried)
+        known[len(self.source.layers) - 1] = states
 
-        def give(number: int) -> Callable[[Call], Tensor]:
-            return lambda call: states if number == last else call.hidden
+        def give(number: int) -> Callable[[Call], Tensor | None]:
+            return lambda _: known.get(number)
 
         with replaced_forwards(self.source.layers, give):
-            ids = self.ids[batch].to(self.source.device)
-            kept = {} if positions is None else {"logits_to_keep": positions.to(ids.device)}
-            logits: Tensor = self.source.model(input_ids=ids, use_cache=False, **kept).logits
+            given = {"input_ids": self.ids[batch].to(self.source.device)}
+            if BEFORE_LAYERS in known:  # the model uses them again after the last layer
+                given = {"inputs_embeds": known[BEFORE_LAYERS]}
+            if positions is not None:
+                given["logits_to_keep"] = positions.to(self.source.device)
+            logits: Tensor = self.source.language_model(**given, use_cache=False).logits
         return logits
 
-    def run(self, layer: int, number: int, states: Tensor) -> Tensor:
-        """Bring states [b, L, H] of batch `number` through a loaded layer as the model calls it."""
+    def run(
+        self, layer: int, number: int, states: Tensor, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Bring states of batch `number` through a loaded layer as the model calls it.
+
+        Args:
+            states: [b, L, ...] before the layer.
+            carried: of the batch.
+
+        Returns:
+            The states after the layer, and the values that are carried on.
+        """
         call = self._calls[number][layer]
-        out = self.source.layers[layer](states, *call.args, **call.kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        return CarriedCall(call.args, call.kwargs, states, carried).run(self.source.layers[layer])
 
     def run_batch(self, layer: int, number: int) -> Tensor:
         """Run a batch's own states through a loaded layer. The walk's states stay as they are."""
-        return self.run(layer, number, self.states[self.batches[number]].to(self.source.device))
+        batch = self.batches[number]
+        return self.run(layer, number, self.states_of(batch), self.carried_of(batch))[0]
+
+    def states_of(self, batch: slice) -> Tensor:
+        """The states of a batch, on the device."""
+        return self.states[batch].to(self.source.device)
+
+    def carried_of(self, batch: slice) -> Carried:
+        """The carried values of a batch, on the device."""
+        return {name: v[batch].to(self.source.device) for name, v in self.carried.items()}
 
     def experts_module(self, layer: int) -> nn.Module:
         """The skeleton's experts module of a layer."""

@@ -14,7 +14,7 @@ from moepress import kernels
 from moepress.blocks import adapt
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedExperts
-from moepress.original.architectures import decoder_layers, is_experts
+from moepress.original.architectures import decoder_layers, text_experts
 from moepress.pruning.capture import capture_attention, current_record
 from moepress.pruning.importance import protected_tokens
 from moepress.pruning.rule import Pruning
@@ -34,9 +34,9 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     adapt(model)
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
-        for module in layer.modules():
-            if isinstance(module, PackedExperts) or is_experts(module):
-                found[number] = layer, module
+        packed = [m for m in layer.modules() if isinstance(m, PackedExperts)]
+        for module in (*packed, *text_experts(layer)):
+            found[number] = layer, module
     strangers = sorted(pruning.thresholds.keys() - found.keys())
     if strangers:
         raise InputError(

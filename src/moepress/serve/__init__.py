@@ -17,6 +17,7 @@ from moepress.format.checkpoint import is_compressed, load_json
 from moepress.hf import no_progress_bars, register, set_threads
 from moepress.kernels.modules import set_activation_bits
 from moepress.kernels.reference import check_activation_bits
+from moepress.original.remote_code import needs_code
 from moepress.prune import Pruning, Strength, prune
 
 MISSING = (
@@ -34,6 +35,7 @@ def serve(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Serve a model until the process is stopped.
 
@@ -45,6 +47,7 @@ def serve(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Raises:
         InputError: libraries or the folder are missing, the port is taken, or an option does not
@@ -59,6 +62,7 @@ def serve(
     if not is_serve_available():
         raise InputError(MISSING)
     packed = is_compressed(check_servable(folder))
+    remote = needs_code(Path(folder), trust_remote_code)
     if pruning is not None and not packed:
         raise InputError(f"{folder} is an original model. Expected a compressed one to prune.")
     check_activation_bits(activation_bits)
@@ -85,13 +89,21 @@ def serve(
             prepare(held.model)
             manager._load_model = _then(manager._load_model, prepare)
             tokenizer = getattr(held.processor, "tokenizer", held.processor)
-            check_requests(self.server.config.app, chats=bool(tokenizer.chat_template))
+            templates = (getattr(held.processor, "chat_template", None), tokenizer.chat_template)
+            check_requests(self.server.config.app, chats=any(templates))
             self.server.run()
 
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:
         with no_progress_bars():
-            Server(force_model=str(folder), device=device, host=host, port=port, non_blocking=True)
+            Server(
+                force_model=str(folder),
+                device=device,
+                host=host,
+                port=port,
+                trust_remote_code=remote,
+                non_blocking=True,
+            )
     except SystemExit as stop:  # uvicorn exits when it cannot start
         if stop.code:
             raise MoepressError(f"The server could not start at {host}:{port}.") from stop

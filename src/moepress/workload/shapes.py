@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from moepress.allocation.tensors import experts_per_token
 from moepress.original.on_disk import disk_itemsizes
@@ -76,10 +77,10 @@ class ModelShape:
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
-        config = source.config.get_text_config()
+        config = source.text_config
         one = source.one_layer_of_experts
-        heads = int(getattr(config, "num_attention_heads", None) or 1)
-        head = int(getattr(config, "head_dim", None) or source.hidden // heads)
+        heads = _largest(config, "num_attention_heads") or 1
+        head = _largest(config, "head_dim") or source.hidden // heads
         expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
@@ -93,7 +94,7 @@ class ModelShape:
             hidden=source.hidden,
             intermediate=one.down_shape[1],
             experts=one.experts,
-            experts_per_token=min(experts_per_token(source.config), one.experts),
+            experts_per_token=min(experts_per_token(source.text_config), one.experts),
             vocabulary=int(config.vocab_size),
             heads=heads,
             head=head,
@@ -151,3 +152,11 @@ class ModelShape:
     def expert_tokens(self, tokens: int) -> int:
         """Tokens of one expert if all experts are chosen equally often."""
         return -(-tokens * self.experts_per_token // self.experts)
+
+
+def _largest(config: Any, name: str) -> int | None:
+    """The largest value of a field, which some families set layer by layer; None: it has none."""
+    layers = [config]
+    if getattr(config, "is_heterogeneous", False):  # then the config itself refuses to tell
+        layers = list(config.per_layer_config)
+    return max((int(v) for layer in layers if (v := getattr(layer, name, None))), default=None)

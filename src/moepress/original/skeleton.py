@@ -1,0 +1,111 @@
+"""The transformers class of a model, and an instance of it without weights.
+
+A composite is a model that reads images or sound beside text: a language model, towers for the
+other inputs, and projectors between them. Its config.json names the composite, and the compressed
+folder opens as the composite too. So the class is the one that transformers' auto mappings give to
+the config, the composite's before the causal LM's, unless `architectures` names the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moepress.blocks import adapt
+from moepress.errors import InputError
+from moepress.original.remote_code import config_of, is_remote
+
+# Modules are made one by one and moved to the meta device when they are complete. A single tensor
+# of this many bytes may not fit in memory, so it is made there.
+LARGE = 1 << 28
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that opens a model folder with this config.
+
+    Raises:
+        InputError: there is none for models that write text.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    autos = (AutoModelForMultimodalLM, AutoModelForCausalLM)
+    if is_remote(config):  # its config.json names the auto classes that know it
+        named_there = getattr(config, "auto_map", None) or {}
+        return next((a for a in autos if a.__name__ in named_there), AutoModelForCausalLM)
+    fitting = [auto for auto in autos if type(config) in auto._model_mapping]
+    named = set(config.architectures or ())
+    for auto in fitting:
+        if named & _class_names(auto, config):
+            return auto
+    if not fitting:
+        raise InputError(
+            f"transformers has no causal LM for model type '{config.model_type}', and no "
+            "multimodal one. Expected a Mixture-of-Experts model that writes text."
+        )
+    return fitting[0]
+
+
+def _class_names(auto: Any, config: Any) -> set[str]:
+    """Names of the classes that an auto class has for a config."""
+    found = auto._model_mapping[type(config)]
+    return {one.__name__ for one in (found if isinstance(found, list | tuple) else (found,))}
+
+
+def text_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config of the language model of a folder, original or compressed."""
+    return config_of(folder, trust_remote_code).get_text_config()
+
+
+def open_folder(folder: Path, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A model folder opened by `auto_class`.
+
+    Args:
+        trust_remote_code: run code in the folder, if transformers has no class for the model.
+        options: of `from_pretrained`.
+    """
+    config = config_of(folder, trust_remote_code)
+    remote = is_remote(config)
+    return auto_class(config).from_pretrained(folder, trust_remote_code=remote, **options)
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a config with its parameters on the meta device, in eval mode.
+
+    Raises:
+        InputError: transformers has no model that writes text for this config.
+    """
+    from accelerate import init_empty_weights
+
+    auto = auto_class(config)
+    try:
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=is_remote(config))
+    except ValueError as error:
+        raise InputError(
+            f"transformers cannot make the model of type '{config.model_type}': {error}"
+        ) from error
+    adapt(model)
+    return model.eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Inside the `with` statement, large uninitialised tensors are made on the meta device."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            tried: Tensor = func(*args, **{**kwargs, "device": "meta"})
+            if tried.nbytes >= LARGE:
+                return tried
+        return func(*args, **kwargs)
