@@ -213,7 +213,9 @@ def _save(folder: Path, tensors: dict[str, Tensor], shard: int | None) -> None:
         part = names[start : start + shard]
         save_file({k: tensors[k] for k in part}, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 def declare(folder: Path, declared: dict[str, Any], **changes: Any) -> None:

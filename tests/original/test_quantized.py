@@ -18,12 +18,14 @@ from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.inspect import inspect
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.folder import read_config
+from moepress.original.on_disk import expert_codes
 from moepress.original.quantized.config import Quantization, parse_quantization
 from moepress.original.quantized.grids import Blocks, Sizes
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from tests import quantized_copies as copies
 from tests.conftest import KNOWN
+from tests.families.models import make_model, save_model
 
 Folder = Callable[..., Path]
 KNOWN.setdefault(
@@ -235,6 +237,37 @@ def test_fp4_of_compressed_tensors(tmp_path: Path, kind: str) -> None:
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     compressor = BaseCompressor.get_value_from_registry(kind)
     assert torch.equal(found, compressor.decompress(stored, scheme)["weight"])
+
+
+@pytest.mark.parametrize(
+    ("family", "writers", "changes"),
+    [
+        (
+            "deepseek_v4",
+            {
+                r"ffn\.experts\.\d+\.w\d\.weight$": copies.fp4,
+                r"(attn|shared_experts)\.w\w+\.weight$": copies.fp8(BLOCK, "E8M0", ".scale"),
+            },
+            {"scale_fmt": "ue8m0", "expert_dtype": "fp4"},
+        ),
+        ("deepseek_v32", {copies.LINEAR: copies.fp8(BLOCK, "bytes")}, {"scale_fmt": "ue8m0"}),
+        ("mimo_v2_flash", {copies.LINEAR: copies.fp8(BLOCK)}, {}),
+    ],
+)
+def test_families_as_the_hub_has_them(
+    tmp_path: Path, family: str, writers: dict[str, copies.Writer], changes: dict[str, str]
+) -> None:
+    model = make_model(family).to(torch.bfloat16)
+    folder = save_model(model, tmp_path / "original")
+    declared = copies.fp8_config(BLOCK, **changes)
+    quantized, plain = copies.quantized_copy(folder, tmp_path, writers, declared, shard=20)
+    source = Source(quantized)
+    found = tensors(source)
+    same(found, tensors(Source(plain)))
+    assert expert_codes(source) is not None
+    state = AutoModelForCausalLM.from_pretrained(quantized).state_dict()
+    theirs = {n: state[n].to(value.dtype) for n, value in found.items() if n in state}
+    same({name: found[name] for name in theirs}, theirs)
 
 
 def test_shards_may_part_codes_and_scales(model_folder: Folder, tmp_path: Path) -> None:
