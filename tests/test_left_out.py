@@ -199,7 +199,7 @@ def loss_and_sizes(
 def test_least_loss_of_all_plans(budget: dict[str, Any], per_projection: bool, seed: int) -> None:
     scores = make_scores(seed, layers=(4,), experts=3, bits=WIDTHS)
     recipe = scalar(**budget, expert_bits=WIDTHS, per_projection=per_projection)
-    weights = 3 * (80 * 128 + 128 * 96)
+    weights = 3 * (96 * 128 + 128 * 96)
     most = {
         "bits": lambda code, _: code <= budget.get("bits", 0) * weights,
         "bpw": lambda _, stored: (stored + 5000) * 8 <= budget.get("bpw", 0) * (weights + 3000),

@@ -130,19 +130,6 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         Source(tmp_path)
 
 
-def test_a_family_with_other_experts_is_refused_by_name(tmp_path: Path) -> None:
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    config = GptOssConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2,
-        layer_types=["full_attention"], num_experts_per_tok=1,
-    )  # fmt: skip
-    GptOssForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"GptOssExperts.*is transposed.*has biases"):
-        Source(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "/nowhere/at/all"])
 def test_a_missing_model_is_reported(name: str) -> None:
     with pytest.raises(InputError, match="folder"):
