@@ -55,6 +55,8 @@ def test_a_saved_model_is_the_same(family: str, tmp_path: Path) -> None:
     assert not any(info.values()), info
     with torch.no_grad():
         logits = model(input_ids=ids()).logits
-        assert torch.equal(again.eval()(input_ids=ids()).logits, logits)
+        same = again.eval()(input_ids=ids()).logits
+        # Sums may run in another order where weights lie elsewhere in memory.
+        torch.testing.assert_close(same, logits, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(logits).all()
     assert logits.std() > 0.01
