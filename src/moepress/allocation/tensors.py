@@ -189,8 +189,7 @@ def check_group_sizes(source: Source, recipe: Recipe) -> None:
     """Warn where rows must be padded, or the recipe's group size cannot be used."""
     one = source.one_layer_of_experts
     form = one.form
-    names = form.first_name, "down_proj"
-    for name, (_, real), (_, cols) in zip(names, form.shapes, form.packed_shapes, strict=True):
+    for name, (_, real), (_, cols) in zip(form.names, form.shapes, form.packed_shapes, strict=True):
         if real != cols:
             logger.warning(
                 "the %d inputs of %s are padded to %d: 32 must divide them", real, name, cols

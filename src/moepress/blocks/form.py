@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moepress.blocks.layout import Part
 from moepress.format.codec import padded_shapes
+from moepress.kernels.gate import packed_names
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Form:
         return 2 if self.gated else 1
 
     @property
-    def first_name(self) -> str:
-        """The name of the packed parameter of gate and up, as in transformers."""
-        return "gate_up_proj" if self.gated else "up_proj"
+    def names(self) -> tuple[str, str]:
+        """Names of the packed parameters, as in transformers: of gate and up, and of down."""
+        return packed_names(self.gated)
 
     @property
     def weights(self) -> int:
@@ -95,7 +96,7 @@ def form_of(module: Any, path: str) -> Form:
     transposed = bool(getattr(module, "is_transposed", False))
     biased = bool(getattr(module, "has_bias", False))
     interleaved = is_gated and not getattr(module, "is_concatenated", True)
-    first = "gate_up_proj" if is_gated else "up_proj"
+    first, down = packed_names(is_gated)
     shape = tuple(getattr(module, first).shape)
     experts, rows, hidden = (shape[0], shape[2], shape[1]) if transposed else shape
 
@@ -108,7 +109,7 @@ def form_of(module: Any, path: str) -> Form:
         hidden=hidden,
         intermediate=rows // (2 if is_gated else 1),
         gate_up=part(first, interleaved),
-        down=part("down_proj"),
+        down=part(down),
         gated=is_gated,
         scales_input=bool(getattr(module, "scales_input", False)),
     )

@@ -99,12 +99,11 @@ def _packed(module: nn.Module, path: str, specs: Mapping[str, PackedSpec]) -> nn
 
 def _packed_experts(module: Any, path: str, specs: Mapping[str, PackedSpec]) -> PackedExperts:
     form = form_of(module, path)
-    names = (form.first_name, "down_proj")
-    if specs.keys() != set(names):
+    if specs.keys() != set(form.names):
         raise InputError(
-            f"Of these experts, {sorted(specs)} is packed. Expected both of {list(names)}."
+            f"Of these experts, {sorted(specs)} is packed. Expected both of {list(form.names)}."
         )
-    gate_up, down = (specs[name] for name in names)
+    gate_up, down = (specs[name] for name in form.names)
     if gate_up.family != down.family:
         raise InputError(
             f"Their codecs are of families '{gate_up.family}' and '{down.family}'. Expected one."

@@ -84,7 +84,7 @@ class ExpertsCall:
     @property
     def rows(self) -> int:
         """R: the rows of the first product of an expert."""
-        return (2 if self.gated else 1) * self.intermediate_size
+        return self.gate.parts * self.intermediate_size
 
 
 def check_experts_call(call: ExpertsCall) -> None:

@@ -82,3 +82,8 @@ class Gate:
 
     def _sets(self, field: Field[Any]) -> bool:
         return bool(getattr(self, field.name) != field.default)
+
+
+def packed_names(gated: bool) -> tuple[str, str]:
+    """Names of the packed parameters of experts, with or without a gate, as in transformers."""
+    return "gate_up_proj" if gated else "up_proj", "down_proj"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
-from moepress.kernels.gate import Gate
+from moepress.kernels.gate import Gate, packed_names
 from moepress.kernels.reference import activation_function, check_activation_bits
 
 
@@ -145,7 +145,7 @@ class PackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         activation_function(gate.activation)  # raises InputError for an unknown name
-        first = "gate_up_proj" if gate.gated else "up_proj"
+        first, _ = packed_names(gate.gated)
         for name, spec in ((first, gate_up), ("down_proj", down)):
             if len(spec.bits) != num_experts:
                 raise InputError(

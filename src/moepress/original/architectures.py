@@ -69,7 +69,8 @@ class Experts:
     @property
     def parameters(self) -> tuple[str, str]:
         """Names of the two packed parameters: gate and up (or up alone), and down."""
-        return f"{self.path}.{self.form.first_name}", f"{self.path}.down_proj"
+        first, down = self.form.names
+        return f"{self.path}.{first}", f"{self.path}.{down}"
 
     @property
     def biases(self) -> dict[str, Bias]:
