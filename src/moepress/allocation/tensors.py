@@ -24,8 +24,8 @@ from moepress.format.codec import (
     stored_family,
 )
 from moepress.original.architectures import linear_role
+from moepress.original.companions import companions
 from moepress.original.dtypes import kept_in_float32
-from moepress.original.folder import companions
 from moepress.original.source import Source
 from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
 
