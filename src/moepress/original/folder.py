@@ -17,7 +17,7 @@ from moepress.original.companions import FETCHED
 from moepress.original.quantized.config import PARTS, read_quantization
 from moepress.original.remote_code import config_of
 from moepress.reading.config import CONFIG, config_fields
-from moepress.reading.files import regular_file
+from moepress.reading.headers import read_header
 from moepress.reading.json import kind_of, read_object
 
 SUFFIX = ".safetensors"
@@ -116,7 +116,7 @@ def find_weights(folder: Path) -> WeightFiles:
             raise InputError(
                 f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors."
             )
-        return WeightFiles((_checked(single, folder),), {})
+        return WeightFiles((_checked(single),), {})
     assigned = _read_index(index)
     names = sorted(set(assigned.values()))
     if single.exists() and names != [SINGLE]:
@@ -129,7 +129,7 @@ def find_weights(folder: Path) -> WeightFiles:
             raise CheckpointError(
                 f"{INDEX} names {name}, which is not in {folder}. Fetch that shard."
             )
-    return WeightFiles(tuple(_checked(folder / name, folder) for name in names), assigned)
+    return WeightFiles(tuple(_checked(folder / name) for name in names), assigned)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -155,10 +155,9 @@ def _is_inside(name: str) -> bool:
     return name.endswith(SUFFIX) and not path.is_absolute() and ".." not in path.parts
 
 
-def _checked(path: Path, folder: Path) -> Path:
-    """A file of weights that can be read."""
-    with opened(regular_file(path, f"The file of weights of {folder.name}:")):
-        return path
+def _checked(path: Path) -> Path:
+    """A safetensors file that is whole."""
+    return read_header(path).path
 
 
 def fingerprint(folder: Path, paths: Sequence[Path]) -> str:

@@ -40,9 +40,14 @@ def auto_class(config: Any) -> Any:
         named_there = getattr(config, "auto_map", None) or {}
         return next((a for a in autos if a.__name__ in named_there), AutoModelForCausalLM)
     fitting = [auto for auto in autos if type(config) in auto._model_mapping]
-    named = set(config.architectures or ())
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise InputError(
+            "config.json has architectures that are no names of classes. Expected an array of "
+            "strings: fetch the config again."
+        )
     for auto in fitting:
-        if named & _class_names(auto, config):
+        if _class_names(auto, config) & set(named):
             return auto
     if not fitting:
         raise InputError(
