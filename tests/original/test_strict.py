@@ -143,7 +143,7 @@ UNNEEDED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]
     ),
     "more experts": (
         lambda s: {**s, **{k.replace("experts.3", "experts.4"): v for k, v in s.items()}},
-        "has 5 of 4 experts'",
+        r"has shape \[5, 192, 64\]",
     ),
 }
 
