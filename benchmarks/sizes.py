@@ -105,7 +105,7 @@ class Shape(Source):
 
     def __init__(self, folder: Path, config: Any) -> None:
         self.name, self.folder = folder.name, folder
-        self.config, self.dtype = config, config.dtype
+        self.config, self.dtype, self.compute_dtype = config, config.dtype, config.dtype
         self.model = skeleton(config, config.dtype)
         tied = frozenset(getattr(self.model, "all_tied_weights_keys", None) or ())
         self._ties = Ties(tied, stored_as={}, untied=False)
