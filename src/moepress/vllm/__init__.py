@@ -9,6 +9,7 @@ stored.py      the tensors of a folder, by the names that vLLM's model classes r
 windows.py     matrices that vLLM's own weight loaders cut, without a copy and without unpacking
 linears.py     linears, embeddings and heads
 experts.py     routed experts, and pruning
+placement.py   which rank computes which experts
 
 Importing `moepress` does not import vLLM.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
 from moepress.vllm.linears import LinearMethod
+from moepress.vllm.placement import Ranks, calibration_tokens, divide
 from moepress.vllm.stored import StoredModel
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")  # under which a folder may be opened
@@ -46,7 +48,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
         _take_embeddings(model)
         model.load_weights(stored.tensors(_of_model(files)))
-        _give_all_experts(model, stored, _pruning(model_config))
+        _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
         logger.info("Loading packed weights took %.2f seconds", time.perf_counter() - begin)
 
 
@@ -99,7 +101,12 @@ def _pruning(model_config: Any) -> Pruning | None:
     return None if fields is None else Pruning.from_json(fields)
 
 
-def _give_all_experts(model: nn.Module, stored: StoredModel, pruning: Pruning | None) -> None:
+def _give_all_experts(
+    model: nn.Module,
+    stored: StoredModel,
+    pruning: Pruning | None,
+    tokens: Mapping[int, Sequence[int]],
+) -> None:
     """Give each layer of routed experts those of the decoder layer with its number.
 
     Raises:
@@ -124,7 +131,9 @@ def _give_all_experts(model: nn.Module, stored: StoredModel, pruning: Pruning | 
             raise InputError(
                 f"The folder has no {unset[0]} of the experts of layer {number}. A file is missing."
             )
-        give_experts(layer, packed, _thresholds(packed, pruning, number))
+        pruned = _thresholds(packed, pruning, number)  # it must see all experts of the folder
+        divide(packed, Ranks.of(layer), tokens.get(number))
+        give_experts(layer, packed, pruned)
 
 
 def _thresholds(packed: PackedExperts, pruning: Pruning | None, layer: int) -> Thresholds | None:
