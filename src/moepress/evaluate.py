@@ -25,7 +25,8 @@ from moepress.errors import InputError
 from moepress.evaluation.performance import Performance, forget_peak, measure_performance
 from moepress.evaluation.repetition import Repetition, measure_repetition, prompts_of
 from moepress.evaluation.tasks import find_tasks, run_tasks
-from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
+from moepress.format.checkpoint import folder_bytes, is_compressed, save_json
+from moepress.format.quantization import quantization_of
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
@@ -336,8 +337,8 @@ def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
 
     from moepress import __version__
 
-    config = load_json(folder / "config.json").get("quantization_config") or {}
-    made = {f"made_with_{k}": str(v) for k, v in config.get("provenance", {}).items()}
+    provenance = quantization_of(folder).provenance if is_compressed(folder) else {}
+    made = {f"made_with_{k}": str(v) for k, v in provenance.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if made:
         made["activation_bits"] = str(activation_bits)

@@ -23,11 +23,10 @@ from moepress.format.checkpoint import (
     PLAN,
     folder_bytes,
     is_compressed,
-    load_json,
-    packed_specs,
     read_about,
     tensor_bytes,
 )
+from moepress.format.quantization import quantization_of
 from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
@@ -76,13 +75,12 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """A compressed model: bytes by part, widths of the experts, averages, pruning."""
-    specs = packed_specs(folder)
+    quantization = quantization_of(folder)
     widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for name, spec in specs.items():
+    for name, spec in quantization.specs().items():
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)
     plan = BitAllocation.load(folder / PLAN)
-    config = load_json(folder / "config.json")["quantization_config"]
     return {
         "kind": "compressed model",
         "folder_bytes": folder_bytes(folder),
@@ -97,8 +95,8 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         "average_bits": plan.average_bits,
         "expert_bits_per_weight": plan.expert_bits_per_weight,
         "bits_per_weight": plan.bits_per_weight,
-        "pruning": config.get("pruning"),
-        "provenance": config["provenance"],
+        "pruning": quantization.pruning,
+        "provenance": quantization.provenance,
     }
 
 

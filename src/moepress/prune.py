@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from moepress.errors import InputError
-from moepress.format.checkpoint import DROP_COSTS, is_compressed, load_json, save_json
+from moepress.format.checkpoint import (
+    CONFIG,
+    DROP_COSTS,
+    is_compressed,
+    load_json,
+    model_config,
+    save_json,
+)
+from moepress.format.quantization import quantization_of
 from moepress.original.composite import decoder
 from moepress.pruning.layer import pruned_layers
 from moepress.pruning.rule import PROTECT
@@ -191,11 +199,12 @@ def set_pruning(
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         _check_fits(pruning, stored_costs(folder))
-    config = load_json(folder / "config.json")
+    quantization_of(folder)  # raises if it is damaged
+    config = model_config(folder)
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
         config["quantization_config"]["pruning"] = pruning.to_json()
-    save_json(folder / "config.json", config)
+    save_json(folder / CONFIG, config)
 
 
 def _check_fits(pruning: Pruning, costs: DropCosts) -> None:

@@ -36,6 +36,7 @@ from moepress.format.checkpoint import (
     load_json,
     write_atomically,
 )
+from moepress.format.quantization import quantization_of
 from moepress.original.sizes import byte_unit, bytes_by_part
 from moepress.page.picture import Format, Picture
 from moepress.page.sections import sections
@@ -129,9 +130,9 @@ def read_subject(
         check_scores(measured, plan, str(given))
     given = _given(evaluation, folder / EVALUATION)
     evaluated = load_json(given) if given is not None else None
-    config = load_json(folder / "config.json")["quantization_config"]
+    made = quantization_of(folder)
     if evaluated is not None:
-        check_evaluation(evaluated, config.get("provenance", {}), str(given))
+        check_evaluation(evaluated, made.provenance, str(given))
     costs = folder / DROP_COSTS
     return Subject(
         folder.resolve().name,
@@ -140,7 +141,7 @@ def read_subject(
         bytes_by_part(folder, trust_remote_code),
         evaluated,
         DropCosts.load(costs) if costs.is_file() else None,
-        Pruning.from_json(config["pruning"]) if "pruning" in config else None,
+        None if made.pruning is None else Pruning.from_json(made.pruning),
     )
 
 

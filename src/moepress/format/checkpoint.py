@@ -29,7 +29,7 @@ from torch import Tensor
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.reading.headers import read_header
-from moepress.reading.json import read_json
+from moepress.reading.json import read_json, read_object
 
 FORMAT_VERSION = 5  # the highest; a folder gets the lowest version that can express its tensors
 FORMS_VERSION = 5  # the lowest that has experts of any form, and padded ones
@@ -38,6 +38,7 @@ MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps
 QUANT_METHOD = "moepress"
 # Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
+CONFIG = "config.json"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
@@ -345,27 +346,25 @@ def folder_bytes(folder: Path) -> int:
     )
 
 
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder is a complete model compressed by moepress."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return False
-    method = (load_json(config).get("quantization_config") or {}).get("quant_method")
-    return bool(method == QUANT_METHOD)
-
-
-def packed_specs(folder: Path) -> dict[str, PackedSpec]:
-    """The packed tensors of a compressed folder, by parameter name.
+def model_config(folder: Path) -> dict[str, Any]:
+    """The fields of a model folder's config.json.
 
     Raises:
-        InputError: it is not a compressed folder, or of a format version that cannot be read.
+        FileError: there is none, or it is damaged.
     """
-    if not is_compressed(folder):
-        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
-    config = load_json(folder / "config.json")["quantization_config"]
-    modules = config.get("modules", {})
-    check_version(config["format_version"], modules, str(folder))
-    return {name: PackedSpec.from_json(fields) for name, fields in modules.items()}
+    return read_object(folder / CONFIG, "The model's config")
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder is a complete model compressed by moepress.
+
+    Raises:
+        FileError: its config.json is damaged.
+    """
+    if not os.path.lexists(folder / CONFIG):
+        return False
+    declared = model_config(folder).get("quantization_config")
+    return isinstance(declared, dict) and declared.get("quant_method") == QUANT_METHOD
 
 
 def _write_text(path: Path, text: str) -> None:
