@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from moepress.costs.drop_costs import KIND as DROP_COSTS
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import BOTH, ExpertScores
 from moepress.errors import InputError
+from moepress.format.arrays import kind_in
 from moepress.format.checkpoint import (
     PLAN,
     folder_bytes,
     is_compressed,
-    read_about,
     tensor_bytes,
 )
 from moepress.format.quantization import quantization_of
@@ -65,7 +64,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, A
 
 def _tensors(path: Path) -> dict[str, Any]:
     """A .safetensors file; its metadata tells which kind."""
-    kind = json.loads(read_about(path) or "{}").get("kind")
+    kind = kind_in(path)
     if kind == CALIBRATION:
         return _calibration(Calibration.load(path))
     if kind == DROP_COSTS:

@@ -26,6 +26,7 @@ from moepress.allocation.plan import PROJECTIONS, BitAllocation
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
+from moepress.evaluation.document import load_evaluation
 from moepress.format.checkpoint import (
     DROP_COSTS,
     EVALUATION,
@@ -33,7 +34,6 @@ from moepress.format.checkpoint import (
     REPORT,
     SCORES,
     is_compressed,
-    load_json,
     write_atomically,
 )
 from moepress.format.quantization import quantization_of
@@ -129,7 +129,7 @@ def read_subject(
     if measured is not None:
         check_scores(measured, plan, str(given))
     given = _given(evaluation, folder / EVALUATION)
-    evaluated = load_json(given) if given is not None else None
+    evaluated = load_evaluation(given) if given is not None else None
     made = quantization_of(folder)
     if evaluated is not None:
         check_evaluation(evaluated, made.provenance, str(given))
@@ -154,17 +154,13 @@ def check_scores(scores: ExpertScores, plan: BitAllocation, where: str) -> None:
         )
 
 
-def check_evaluation(evaluation: Any, made: Mapping[str, str], where: str) -> None:
-    """Raise InputError if this is no evaluation, or that of another model.
+def check_evaluation(evaluation: Mapping[str, Any], made: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if this is the evaluation of another model.
 
     Args:
         made: provenance of the compressed folder.
         where: the file of the evaluation.
     """
-    if not isinstance(evaluation, Mapping) or evaluation.get("kind") != "evaluation":
-        raise InputError(
-            f"{where} is not an evaluation. Expected a file of `moepress evaluate --out`."
-        )
     plan = evaluation["provenance"].get("made_with_plan")
     if plan != made.get("plan"):
         raise InputError(
