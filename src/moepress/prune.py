@@ -173,6 +173,12 @@ def _resolved(
     return Pruning.of(costs(), strength, protect)
 
 
+def active_pruning(model: Any) -> Pruning | None:
+    """The pruning in force on a model; None: none."""
+    active: Pruned | None = getattr(decoder(model), ACTIVE, None)
+    return None if active is None else active.pruning
+
+
 def count_dropped(model: Any) -> Pruned | None:
     """Count what the pruning in force drops from now on. Returns None if nothing is dropped."""
     active: Pruned | None = getattr(decoder(model), ACTIVE, None)

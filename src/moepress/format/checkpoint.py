@@ -42,9 +42,11 @@ CONFIG = "config.json"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
+CHECKSUMS = "moepress_checksums.json"  # of every tensor; not counted as a file of the model
 # Added to a finished folder by other commands; not counted as files of the model.
 EVALUATION = "moepress_evaluation.json"
 REPORT = "moepress_report.html"
+NOT_COUNTED = (CHECKSUMS, EVALUATION, REPORT)
 INDEX = "model.safetensors.index.json"
 
 
@@ -338,11 +340,11 @@ def tensor_bytes(path: Path) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a model's files, without hidden files, subfolders, evaluation and report."""
+    """Bytes of a model's files, without hidden files, subfolders, checksums, evaluation, report."""
     return sum(
         p.stat().st_size
         for p in folder.iterdir()
-        if p.is_file() and not p.name.startswith(".") and p.name not in (EVALUATION, REPORT)
+        if p.is_file() and not p.name.startswith(".") and p.name not in NOT_COUNTED
     )
 
 

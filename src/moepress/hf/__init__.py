@@ -27,10 +27,16 @@ from moepress.errors import FileError, InputError, MoepressError
 from moepress.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, is_compressed
 from moepress.format.codec import PackedSpec
 from moepress.format.quantization import Quantization
-from moepress.hf.agreement import check_agreement, places_of, stored_tensors
-from moepress.hf.files import read_ahead
+from moepress.hf.agreement import (
+    check_agreement,
+    check_sizes,
+    places_of,
+    stored_tensors,
+)
+from moepress.hf.files import check_written, read_ahead
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
+from moepress.hf.saving import follow_saving, remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.original.composite import language_model
 from moepress.original.skeleton import open_folder
@@ -90,6 +96,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
+        follow_saving()
         given: dict[str, PackedSpec] = self.quantization_config.specs()
         places = places_in(model, given)
         self._renamed = any(stored != path for stored, path in places.items())
@@ -100,6 +107,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             conversions = get_model_conversion_mapping(model, hf_quantizer=self)
             same_class = type(model).__name__ in (model.config.architectures or ())
             check_agreement(model, stored, places_of(model, stored, conversions), same_class)
+            check_written(checkpoint_files, stored)
             read_ahead(checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -118,6 +126,16 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
         return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before the model is built."""
+        check_sizes(config)
+        return config
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called before a model is saved: its config gets the pruning in force."""
+        remember_pruning(model)
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moepress.errors import FileError
 from moepress.original.composite import is_inside
+from moepress.reading.documents import shown
 from moepress.reading.headers import Entry, read_header
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # any of them may be cast to the model's dtype
@@ -21,7 +22,26 @@ DTYPES = {
     "torch.uint8": "U8", "torch.int8": "I8", "torch.int16": "I16", "torch.int32": "I32",
     "torch.int64": "I64", "torch.bool": "BOOL",
 }  # fmt: skip
+MOST = {"layer": 1 << 12, "depth": 1 << 12, "expert": 1 << 16}  # by a word in the field's name
 COPY = "The files and config.json do not belong together: copy the folder again."
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse a config with numbers of modules that no model has, before they are built.
+
+    Raises:
+        FileError: a number of layers or experts is too large.
+    """
+    todo: list[tuple[str, Any]] = list(config.to_dict().items())
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.items()
+        most = next((most for word, most in MOST.items() if word in str(name)), None)
+        if type(value) is int and most is not None and value > most:
+            raise FileError(
+                f"config.json has {name} = {shown(value)}. Expected at most {most}: restore it."
+            )
 
 
 def stored_tensors(files: Iterable[str]) -> dict[str, Entry]:
@@ -133,7 +153,7 @@ def _base_path(model: Any) -> str:
 def _is_inside_decoder(place: str, model: Any, base: str) -> bool:
     """Whether a tensor belongs to a module of the model without its head, such as a layer."""
     modules = {path for path, _ in model.named_modules()}
-    owner = place
+    owner = place if base else place.removeprefix(f"{model.base_model_prefix}.")
     while owner not in modules:
         owner = owner.rpartition(".")[0]
     return owner not in ("", base) and is_inside(owner, [base])

@@ -1,12 +1,37 @@
-"""The files of a compressed folder's weights, read ahead of use."""
+"""The files of a compressed folder's weights: compared with their checksums, read ahead of use."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
+from moepress.format.checksums import check_listed, read_checksums, verify
+from moepress.reading.headers import Entry
+
+VERIFY = "MOEPRESS_VERIFY"  # environment variable; 1: compare all bytes whenever a folder is opened
+
+
+def check_written(files: Sequence[str], stored: Mapping[str, Entry]) -> None:
+    """Compare the tensors of a folder with what was written, if it has checksums.
+
+    Args:
+        files: its safetensors files.
+        stored: their tensors, by name.
+
+    Raises:
+        FileError: names, dtypes or shapes differ, or bytes if MOEPRESS_VERIFY is 1.
+        InputError: MOEPRESS_VERIFY is 1, and the folder has no checksums.
+    """
+    folder = Path(files[0]).parent
+    checksums = read_checksums(folder)
+    if checksums is not None:
+        check_listed(checksums, stored)
+    if os.environ.get(VERIFY) == "1":
+        verify(folder, map(Path, files))
 
 
 def read_ahead(files: Iterable[str]) -> threading.Thread | None:
