@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import CheckpointError, FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.reading.headers import read_header
 from moepress.reading.json import read_json, read_object
@@ -217,8 +217,16 @@ def temporary_folder(folder: Path | None) -> Iterator[Path]:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, with sorted keys."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    """Write JSON atomically, with sorted keys.
+
+    Raises:
+        NumericalError: a number is NaN or infinite, which JSON has not.
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise NumericalError(f"{path} would hold NaN or infinity: not written.") from error
     write_atomically(path, lambda to: _write_text(to, text))
 
 

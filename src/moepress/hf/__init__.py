@@ -34,6 +34,7 @@ from moepress.hf.agreement import (
     stored_tensors,
 )
 from moepress.hf.files import check_written, read_ahead
+from moepress.hf.mend import mend
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
 from moepress.hf.saving import follow_saving, remember_pruning
@@ -122,6 +123,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         for module in model.modules():
             if isinstance(module, PackedExperts) and not module.first_proj.is_meta:
                 module.place_tables(module.first_proj.device)
+        mend(model)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
