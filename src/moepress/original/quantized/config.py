@@ -135,7 +135,13 @@ def parse_quantization(declared: Mapping[str, Any], folder: Path) -> Quantizatio
     Raises:
         InputError: moepress does not read this method, or the fields are damaged.
     """
-    method = str(declared.get("quant_method") or "").lower().replace("_", "-")
+    named = declared.get("quant_method")
+    if named is not None and not (isinstance(named, str) and named):
+        raise InputError(
+            f"The quantization_config of {folder / 'config.json'} has quant_method = "
+            f"{kind_of(named)}. Expected the name of a method: fetch it again."
+        )
+    method = (named or "").lower().replace("_", "-")
     if "config_groups" in declared and not method:
         method = COMPRESSED_TENSORS
     method = {"fbgemm-fp8": "fbgemm_fp8", "fp-quant": "fp_quant"}.get(method, method)
