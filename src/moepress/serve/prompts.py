@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import binascii
 import inspect
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from moepress.reading.json import parse_json
 from moepress.serve.schema import Chat, Completion, Message, Piece, RefusedError
 from moepress.serve.work import Prompt
 
@@ -173,8 +173,8 @@ class Prompts:
         made = message.model_dump(exclude_none=True)
         for call in made.get("tool_calls", ()):
             try:
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-            except (ValueError, RecursionError) as error:
+                call["function"]["arguments"] = parse_json(call["function"]["arguments"])
+            except ValueError as error:
                 raise RefusedError("messages", "arguments of a call: expected JSON") from error
         if isinstance(message.content, list):
             made["content"] = self._content(message.content)
