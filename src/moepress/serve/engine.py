@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(len(job.prompts) for job in list(self._inbox))
 
     def trouble(self) -> str | None:
         """Why the engine does not work; None: it does."""
