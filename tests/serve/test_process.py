@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,24 +54,30 @@ def served(
     folder = tmp_path_factory.mktemp("served") / "model"
     compress(model_folder(), folder, small_recipe(text_file, bits=2))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    options = ["--threads", "1", "--prune", str(PRUNE), "--activation-bits", str(BITS)]
+    process, url, log = start(folder, options)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    yield Served(url, str(folder), client, process, log, writer(folder, BITS, PRUNE))
+    process.terminate()
+    process.wait(30)
+
+
+def start(folder: Path, options: Sequence[str]) -> tuple[subprocess.Popen[bytes], str, Path]:
+    """A process that serves a folder, once it answers; its URL, and the file of its output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder.parent / "log"
     command = [sys.executable, "-m", "moepress", "serve", str(folder), "--port", str(port)]
-    command += ["--threads", "1", "--prune", str(PRUNE), "--activation-bits", str(BITS)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen([*command, *options], stdout=file, stderr=file)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + START_SECONDS
     while not alive(url):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    yield Served(url, str(folder), client, process, log, writer(folder, BITS, PRUNE))
-    process.terminate()
-    process.wait(30)
+    return process, url, log
 
 
 def writer(folder: str | Path, bits: int = 8, share: float | None = None) -> Writer:
@@ -194,3 +201,31 @@ def test_what_cannot_be_served_is_refused_before_loading(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match=r"pip install 'moepress\[serve\]'"):
         serve(served.model)
+
+
+def ended_by(stop: signal.Signals, process: subprocess.Popen[bytes], url: str, model: str) -> None:
+    """Send a signal to a server while it answers; it ends, and says so to its client."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60)
+    stream = client.completions.create(
+        model=model, prompt="def", max_tokens=240, n=60, stream=True, temperature=0
+    )
+    next(iter(stream))
+    process.send_signal(stop)
+    with pytest.raises(openai.APIError, match=r"stopping|[Cc]onnection"):
+        for _ in stream:
+            pass
+    process.wait(30)  # a limit for what hangs
+
+
+def test_ctrl_c_ends_it_also_while_it_answers(chat_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(chat_folder, folder)
+    process, url, log = start(folder, ["--threads", "1", "--api-key", "secret"])
+    ended_by(signal.SIGINT, process, url, str(folder))
+    assert "Traceback" not in log.read_text()
+
+
+def test_sigterm_ends_it_also_while_it_answers(served: Served) -> None:
+    """The last test of this file: it ends the server of the others."""
+    ended_by(signal.SIGTERM, served.process, served.url, served.model)
+    assert "Traceback" not in served.log.read_text()

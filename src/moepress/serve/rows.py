@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -112,17 +113,20 @@ KINDS: dict[type, Any] = {
     DynamicLayer: _FullRows,
     DynamicSlidingWindowLayer: _SlidingRows,
     LinearAttentionLayer: _LinearRows,
+    DummyLayer: lambda own, longest: DummyLayer(),  # of a layer without attention
 }
 
 
 def can_batch(cache: Any) -> bool:
     """Whether `Rows` knows every layer of a cache. Classes derived from those may store more."""
-    return bool(cache.layers) and all(type(layer) in KINDS for layer in cache.layers)
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(type(layer) in KINDS for layer in layers)
 
 
 def nbytes(cache: Any) -> int:
     """Bytes of the tensors of a cache."""
-    held = [value for layer in cache.layers for value in vars(layer).values()]
+    layers = getattr(cache, "layers", ())
+    held = [value for layer in layers for value in vars(layer).values()]
     held += [inner for value in held if isinstance(value, dict) for inner in value.values()]
     return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
