@@ -66,7 +66,10 @@ def evaluate(
     """
     from moepress.cli.tables import evaluation_table
     from moepress.evaluate import evaluate as run
+    from moepress.writing.files import check_file
 
+    if out is not None:
+        check_file(out)
     result = run(
         model,
         text,
@@ -131,10 +134,12 @@ def prune(
 
 def dequantize(
     model: Folder,
-    out: Annotated[Path, typer.Argument(help="Folder to make: new or empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make, new or empty, or to continue.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the model with plain weights, as large as the original, for tools without moepress.
+
+    Run again to continue a stopped run.
 
     Example: moepress dequantize mixtral-2.5bit mixtral-plain
     """
