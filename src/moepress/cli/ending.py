@@ -28,7 +28,7 @@ from typing import Any
 
 import typer
 
-from moepress.errors import InputError, MoepressError
+from moepress.errors import InputError, MoepressError, printable
 from moepress.writing.files import FULL
 
 RESUMABLE = ("compress", "score", "quantize", "dequantize")  # they keep their unfinished work
@@ -117,9 +117,7 @@ def _stopped(how: str, error: BaseException) -> str:
 
 def one_line(text: str) -> str:
     """Text without line breaks and control characters, which a file could have brought."""
-    return "".join(
-        char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split())
-    )
+    return printable(" ".join(text.split()))
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from moepress.errors import InputError
+from moepress.reading.headers import read_header
+from moepress.reading.json import read_object
 
 HEAD = 1 << 16  # bytes at the beginning of a file in which its mark is looked for
 JSON_KINDS = ("plan", "evaluation")  # of JSON files, in their field "kind"
@@ -12,7 +15,6 @@ MARKS = (  # the beginning of a file, and what follows in its head
     (b"\x89PNG", b"Software\0moepress"),
     (b"<?xml", b"<dc:title>moepress</dc:title>"),
 )
-LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 
 def is_ours(path: Path) -> bool:
@@ -20,32 +22,13 @@ def is_ours(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
-            if not head:
-                return True
-            if head.startswith(b"{"):
-                return _is_our_json(head + file.read())
-            size = int.from_bytes(head[:8], "little")
-            if head[8:9] == b"{" and size <= LARGEST_HEADER:
-                file.seek(8)
-                return _is_our_header(file.read(size))
-    except OSError:
+        if not head:
+            return True
+        if head.startswith(b"{"):
+            fields = read_object(path, "The output")
+            return fields.get("kind") in JSON_KINDS and "provenance" in fields
+        if head[8:9] == b"{":  # after the size of a header
+            return "moepress" in read_header(path).metadata
+    except (OSError, InputError):
         return False
     return any(head.startswith(begin) and mark in head for begin, mark in MARKS)
-
-
-def _is_our_json(content: bytes) -> bool:
-    fields = _object(content)
-    return fields.get("kind") in JSON_KINDS and "provenance" in fields
-
-
-def _is_our_header(content: bytes) -> bool:
-    metadata = _object(content).get("__metadata__")
-    return isinstance(metadata, dict) and "moepress" in metadata
-
-
-def _object(content: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
