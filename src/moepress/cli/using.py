@@ -19,6 +19,9 @@ from moepress.cli.options import (
 )
 
 Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
+Runnable = Annotated[
+    str, typer.Argument(help="Compressed folder, or an original that fits in memory.")
+]
 Scores = Annotated[
     Path | None, typer.Option(help="Scores that the plan was made from, if not in the folder.")
 ]
@@ -149,7 +152,7 @@ def dequantize(
 
 
 def generate(
-    model: Folder,
+    model: Runnable,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
     device: Device = "cpu",
@@ -176,7 +179,7 @@ def generate(
 
 
 def chat(
-    folder: Folder,
+    folder: Runnable,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue what is typed; for models not trained to chat.")

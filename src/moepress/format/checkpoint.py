@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import FileError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.reading.headers import read_header
 from moepress.reading.json import read_json

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moepress.errors import InputError
+from moepress.reading.json import read_json
 from moepress.text.named import DATA_SETS, SELF, STDLIB, Split, load_data_set
+
+LINES = (".jsonl", ".ndjson")  # a JSON object a line
+ARRAY = ".json"  # one JSON array of objects
+LARGEST_ARRAY = 1 << 30  # bytes: it is read as a whole
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
         documents = [document for file in files for document in _of_file(file, tokenizer)]
     elif path.is_file():
         documents = _of_file(path, tokenizer)
+        if path.suffix.lower() == ARRAY and _rows(path) is None:
+            raise InputError(
+                f'{path} is JSON, but no array of objects with "text" or "messages". Give such '
+                "an array, or .jsonl; to have the file read as it stands, name it .txt."
+            )
     else:
         raise InputError(
             f"No text '{text}'. Expected a file, a folder, or one of "
@@ -58,7 +68,7 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
         )
     if not any(document.size for document in documents):
         what = "no text files" if path.is_dir() else "no text: it is empty"
-        raise InputError(f"{text} holds {what}. Expected UTF-8 text or .jsonl.")
+        raise InputError(f"{text} holds {what}. Expected UTF-8 text, .jsonl or .json.")
     return documents
 
 
@@ -81,8 +91,14 @@ def _looks_like_text(path: Path) -> bool:
 
 
 def _of_file(path: Path, tokenizer: Any) -> list[Document]:
-    """One document, or one per line of a .jsonl file that is not blank."""
-    if path.suffix != ".jsonl":
+    """One document, or one per line of a .jsonl file that is not blank, or per row of an array."""
+    if path.suffix.lower() == ARRAY and (rows := _rows(path)) is not None:
+        names = (f"{path}, row {number}," for number in range(1, len(rows) + 1))
+        return [
+            _of_string(name, _text_of(row, name, tokenizer))
+            for name, row in zip(names, rows, strict=True)
+        ]
+    if path.suffix.lower() not in LINES:
         return [Document(str(path), path.stat().st_size, partial(_read_file, path))]
     documents = []
     offset = 0
@@ -97,8 +113,20 @@ def _of_file(path: Path, tokenizer: Any) -> list[Document]:
     return documents
 
 
+def _rows(path: Path) -> list[Any] | None:
+    """The rows of a JSON file that is an array of objects with text; None: it is something else.
+
+    A .json file in a folder of code is a text like any other.
+    """
+    if not _read_file(path, 0, 64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return None
+    rows = read_json(path, "The text", limit=LARGEST_ARRAY)
+    with_text = (isinstance(row, dict) and ("text" in row or "messages" in row) for row in rows)
+    return rows if rows and all(with_text) else None
+
+
 def _of_string(name: str, content: str) -> Document:
-    raw = content.encode()
+    raw = content.encode(errors="replace")
     return Document(name, len(raw), lambda start, stop: raw[start:stop])
 
 

@@ -88,7 +88,7 @@ def check_work(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in sorted(folder.rglob("*")):
-        if not _is_work(path):
+        if not _is_work(path, folder):
             raise InputError(
                 f"{folder} has {path.relative_to(folder)}, which is not of moepress. The folder is "
                 "for unfinished work: move that away, or choose another output."
@@ -102,11 +102,9 @@ def discard(folder: Path) -> None:
         CheckpointError: a file cannot be deleted.
     """
     try:
-        for inside, folders, files in os.walk(folder, topdown=False):
-            for path in (Path(inside, name) for name in files):
-                if _is_work(path):
-                    path.unlink(missing_ok=True)
-            _remove_empty([Path(inside, name) for name in folders])
+        for path in sorted(folder.rglob("*"), reverse=True):  # inner ones first
+            if _is_work(path, folder):
+                _remove_empty([path]) if path.is_dir() else path.unlink(missing_ok=True)
         _remove_empty([folder])
     except OSError as error:
         raise CheckpointError(
@@ -115,13 +113,14 @@ def discard(folder: Path) -> None:
         ) from error
 
 
-def _is_work(path: Path) -> bool:
-    if path.is_symlink():
+def _is_work(path: Path, folder: Path) -> bool:
+    """Whether a file or folder inside a work folder has a name and a place that moepress gives."""
+    *around, name = path.relative_to(folder).parts
+    if path.is_symlink() or not all(outer in FOLDERS for outer in around):
         return False
     if path.is_dir():
-        return path.name in FOLDERS
-    known = is_partial(path.name) or any(fnmatch(path.name, name) for name in FILES)
-    return known and path.is_file()
+        return name in FOLDERS
+    return path.is_file() and (is_partial(name) or any(fnmatch(name, one) for one in FILES))
 
 
 def _locked(folder: Path) -> IO[str]:
