@@ -20,6 +20,7 @@ from moepress.errors import FileError, InputError
 from moepress.format.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
 from moepress.reading.files import read_text
 from moepress.reading.json import parse_json
+from moepress.text.named import normalised
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
 MeasureName = QuantizerName | Literal["noise"]
@@ -100,6 +101,8 @@ class Recipe:
                 frozen = tuple(tuple(v) if isinstance(v, list) else v for v in value)
                 object.__setattr__(self, field.name, frozen)
         self._check()
+        calib = tuple((normalised(text), weight) for text, weight in self.calib)
+        object.__setattr__(self, "calib", calib)
 
     def _check(self) -> None:
         set_budgets = [n for n in ("bits", "bpw", "size") if getattr(self, n) is not None]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_every_exception_is_one_line_and_debug_shows_where(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("moepress.inspect.inspect", fails)
+    monkeypatch.setattr(import_module("moepress.inspect"), "inspect", fails)
     found, out, err = run(monkeypatch, capsys, "inspect", "some/path")
     assert found == code and says in err and len(err.splitlines()) == 1 and out == ""
     found, out, err = run(monkeypatch, capsys, "inspect", "some/path", "--debug")
@@ -103,8 +104,6 @@ def test_two_runs_into_one_folder(
 def test_a_reader_that_goes_away_and_a_full_output(model_folder: Folder) -> None:
     read, write = os.pipe()
     os.close(read)
-    process = start("inspect", model_folder(), "--json")
-    process.communicate()
     with os.fdopen(write, "w") as gone, Path("/dev/full").open("w") as full:
         for to, says in ((gone, ""), (full, "refused: No space left on device")):
             command = [sys.executable, "-m", "moepress", "inspect", str(model_folder()), "--json"]

@@ -21,6 +21,7 @@ from moepress.cli.recipe_options import (
     Sequences,
     Size,
     Widths,
+    WidthsOfScores,
     recipe_of,
 )
 
@@ -173,13 +174,11 @@ def allocate(
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
-    expert_bits: Widths = None,
+    expert_bits: WidthsOfScores = None,
     over: Over = None,
     recipe: RecipeName = "default",
 ) -> None:
     """Choose the bits of every expert under a budget, from stored scores. Takes seconds.
-
-    Without --expert-bits, all widths in the scores are offered.
 
     Example: moepress allocate scores.safetensors plan.json --size 16GB
     """
