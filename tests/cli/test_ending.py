@@ -60,31 +60,38 @@ def test_debug_is_moved_before_the_command_but_not_from_behind_two_dashes() -> N
     assert cli._debug_first(["a", "--", "--debug"]) == ["a", "--", "--debug"]
 
 
-def start(*words: object, **options: object) -> subprocess.Popen[str]:
+def test_a_signal_keeps_the_work(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["-q", "compress", model_folder(), out, "--bits", 2, "--calib", text_file, *SMALL]
     command = [sys.executable, "-m", "moepress", *map(str, words)]
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / ".moepress" / "text.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, err
+    (line,) = [line for line in err.splitlines() if line.startswith("moepress: ")]
+    assert f"stopped by SIGTERM. Kept in {out}: the calibration text" in line
+    assert re.search(r"To go on: moepress -q compress .*--bits 2", line) and "Traceback" not in err
+    assert not (out / ".moepress" / "lock").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_keeps_the_work_and_the_same_command_ends_it(
-    number: signal.Signals, model_folder: Folder, text_file: Path, tmp_path: Path
+def test_signals_in_commands_that_keep_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    out = tmp_path / "out"
-    words = ["compress", model_folder(), out, "--bits", 2, "--calib", text_file, *SMALL]
-    process = start("-q", *words)
-    while not (out / ".moepress" / "text.safetensors").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == 128 + number, err
+    def waits(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(import_module("moepress.inspect"), "inspect", waits)
+    code, _, err = run(monkeypatch, capsys, "inspect", "some/path")
     how = "Ctrl-C" if number == signal.SIGINT else number.name
-    (line,) = [line for line in err.splitlines() if line.startswith("moepress: ")]
-    assert f"stopped by {how}. Kept in {out}: the calibration text" in line
-    assert re.search(r"To go on: moepress -q compress .*--bits 2", line) and "Traceback" not in err
-    assert not (out / ".moepress" / "lock").exists()
+    assert code == 128 + number
+    assert err == f"moepress: stopped by {how}. Nothing was written.\n"
+    assert signal.getsignal(number) == before
 
 
 def test_two_runs_into_one_folder(
@@ -101,12 +108,19 @@ def test_two_runs_into_one_folder(
     assert not out.exists()
 
 
-def test_a_reader_that_goes_away_and_a_full_output(model_folder: Folder) -> None:
+def test_a_reader_that_goes_away_and_a_full_output() -> None:
+    code = (
+        "import typer\n"
+        "from moepress.cli.ending import ended\n"
+        "app = typer.Typer()\n"
+        "app.command()(ended(lambda: print('x')))\n"
+        "app()\n"
+    )
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as gone, Path("/dev/full").open("w") as full:
-        for to, says in ((gone, ""), (full, "refused: No space left on device")):
-            command = [sys.executable, "-m", "moepress", "inspect", str(model_folder()), "--json"]
+        for to, says in ((gone, ""), (full, "moepress: The operating system refused: No space")):
+            command = [sys.executable, "-c", code]
             done = subprocess.run(command, stdout=to, stderr=subprocess.PIPE, text=True)
-            assert done.returncode == 1 and says in done.stderr
-            assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+            assert done.returncode == 1 and done.stderr.startswith(says)
+            assert len(done.stderr.splitlines()) == bool(says)
