@@ -151,6 +151,54 @@ def test_an_unreadable_file(tokenizer: Any, text: Path, monkeypatch: pytest.Monk
         load_tokens([(str(text), 1.0)], tokenizer, 1, 4, 0)
 
 
+ROWS = [{"text": f"row {i}\nof text\n", "score": math.nan} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
+        ("a.JSONL", "\n".join(map(json.dumps, ROWS))),
+        ("a.ndjson", "\n\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.json", "\n".join(map(json.dumps, ROWS))),
+    ],
+)
+def test_json_of_every_kind_is_read_as_data(
+    tokenizer: Any, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    expected = joined(tokenizer, [row["text"] for row in ROWS])
+    for text in (tmp_path, tmp_path / name):
+        tokens = evaluation_tokens([(str(text), 1.0)], tokenizer, len(expected), None)
+        assert tokens.ids.tolist() == [expected]
+
+
+@pytest.mark.parametrize("content", ['{"name": "x"}', "[1, 2]", '["text"]', "[]", "{", '"text"'])
+def test_other_json_is_no_text_unless_it_is_part_of_a_folder(
+    tokenizer: Any, tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "package.json"
+    path.write_text(content * 20 if content == "{" else content)
+    with pytest.raises(InputError, match="is JSON without texts"):
+        evaluation_tokens([(str(path), 1.0)], tokenizer, 2, None)
+    expected = encode(tokenizer, path.read_text())[:2]
+    tokens = evaluation_tokens([(str(tmp_path), 1.0)], tokenizer, len(expected), 1)
+    assert tokens.ids.tolist() == [expected]
+
+
+def test_a_file_of_bytes_is_no_text(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1\0\xff" * 50)
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        load_tokens([(str(tmp_path / "a.parquet"), 1.0)], tokenizer, 1, 4, 0)
+
+
+def test_deep_json_lines_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[" * 10_000)
+    with pytest.raises(InputError, match=r"line 1, is not JSON: .* nested too deep"):
+        load_tokens([(str(tmp_path / "a.jsonl"), 1.0)], tokenizer, 1, 4, 0)
+
+
 # Named texts.
 
 

@@ -1,4 +1,7 @@
-"""Documents of a text: a file, a folder, JSONL, a data set, or this Python's own library.
+"""Documents of a text: a file, a folder, JSON, a data set, or this Python's own library.
+
+JSON lines, and a .json file with an array, hold one document each line or item. Other JSON is data
+and no text: given by name it is refused; inside a folder it is read as it stands, like code.
 
 A document is read a byte range at a time, so that of a file of a gigabyte only the ranges that are
 used are read. stream.py makes token sequences of documents.
@@ -16,7 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moepress.errors import InputError
+from moepress.reading.files import read_text
 from moepress.text.named import DATA_SETS, SELF, STDLIB, Split, load_data_set
+
+LINES = (".jsonl", ".ndjson", ".jsonlines")  # suffixes of JSON lines
+WHOLE = ".json"  # an array, or JSON lines
+MOST_WHOLE = 1 << 30  # bytes of a .json file, which is read whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
         files = [file for file in _visible_files(path) if _looks_like_text(file)]
         documents = [document for file in files for document in _of_file(file, tokenizer)]
     elif path.is_file():
-        documents = _of_file(path, tokenizer)
+        documents = _of_file(path, tokenizer, named=True)
     else:
         raise InputError(
             f"No text '{text}'. Expected a file, a folder, or one of "
@@ -80,10 +88,67 @@ def _looks_like_text(path: Path) -> bool:
     return b"\0" not in head
 
 
-def _of_file(path: Path, tokenizer: Any) -> list[Document]:
-    """One document, or one per line of a .jsonl file that is not blank."""
-    if path.suffix != ".jsonl":
-        return [Document(str(path), path.stat().st_size, partial(_read_file, path))]
+def _of_file(path: Path, tokenizer: Any, named: bool = False) -> list[Document]:
+    """One document, or one per line or item of a file of JSON.
+
+    Args:
+        named: whether the file was given by its name, and not found in a folder.
+    """
+    suffix = path.suffix.lower()
+    if suffix in LINES:
+        return _of_lines(path, tokenizer)
+    if suffix == WHOLE:
+        found = _of_json(path, tokenizer)
+        if found:
+            return found
+        if named:
+            raise InputError(
+                f"{path} is JSON without texts. Expected an array, or lines, of objects with "
+                '"text" (a string) or "messages" (a list). To read it as it stands, give it the '
+                "suffix .txt."
+            )
+    return [Document(str(path), path.stat().st_size, partial(_read_file, path))]
+
+
+def _of_json(path: Path, tokenizer: Any) -> list[Document]:
+    """The documents of a .json file: items of an array, or lines; none: it holds other data."""
+    try:
+        value = _parsed(read_text(path, "The text", MOST_WHOLE))
+    except ValueError:  # no JSON as a whole; FileError is one
+        with _opened(path) as file:
+            first = next((line for line in file if line.strip()), b"")
+        try:
+            return _of_lines(path, tokenizer) if _has_text(_parsed(first)) else []
+        except ValueError:
+            return []
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(map(_has_text, items)):
+        return []
+    return [
+        _of_string(name, _text_of(item, name, tokenizer))
+        for number, item in enumerate(items, 1)
+        for name in (f"{path}, item {number},",)
+    ]
+
+
+def _has_text(value: object) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & {"text", "messages"})
+
+
+def _parsed(text: str | bytes) -> Any:
+    """A JSON value. Data sets have NaN in other fields, so it is read as Python reads it.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError("objects and arrays are nested too deep") from error
+
+
+def _of_lines(path: Path, tokenizer: Any) -> list[Document]:
+    """One document per line that is not blank."""
     documents = []
     offset = 0
     # Byte ranges of a long line are read one after the other: the cache parses the line once.
@@ -98,7 +163,7 @@ def _of_file(path: Path, tokenizer: Any) -> list[Document]:
 
 
 def _of_string(name: str, content: str) -> Document:
-    raw = content.encode()
+    raw = content.encode(errors="replace")
     return Document(name, len(raw), lambda start, stop: raw[start:stop])
 
 
@@ -124,7 +189,7 @@ def _line_text(path: Path, tokenizer: Any, number: int, offset: int, size: int) 
     """
     name = f"{path}, line {number},"
     try:
-        fields = json.loads(_read_file(path, offset, offset + size))
+        fields = _parsed(_read_file(path, offset, offset + size))
     except ValueError as error:  # UnicodeDecodeError is one
         raise InputError(f"{name} is not JSON: {error}. Expected one object a line.") from error
     return _text_of(fields, name, tokenizer).encode(errors="replace")
