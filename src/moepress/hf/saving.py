@@ -14,7 +14,15 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from moepress.format.checkpoint import CHECKSUMS, DROP_COSTS, INDEX, PLAN, QUANT_METHOD, SCORES
+from moepress.format.checkpoint import (
+    CHECKSUMS,
+    DROP_COSTS,
+    INDEX,
+    PLAN,
+    QUANT_METHOD,
+    SCORES,
+    model_config,
+)
 from moepress.format.checksums import write_checksums
 from moepress.original.folder import SINGLE, weight_files
 from moepress.prune import active_pruning
@@ -59,7 +67,7 @@ def _wrapped(save: Callable[..., Any]) -> Callable[..., Any]:
         result = save(self, save_directory, *args, **options)
         _remove_stale(folder, before)
         if options.get("variant") is None and not options.get("distributed_checkpoint"):
-            write_checksums(folder, weight_files(folder))
+            write_checksums(folder, weight_files(folder), model_config(folder))
         return result
 
     setattr(save_pretrained, OURS, True)
