@@ -24,6 +24,7 @@ from moepress.errors import CheckpointError, FileError
 from moepress.format.arrays import read_arrays, read_document
 from moepress.format.checkpoint import save_tensors
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.reading.documents import Array, Document
@@ -124,6 +125,7 @@ def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:
         recipe: names the text, its amount and the seed.
     """
     source = source if isinstance(source, Source) else Source(source)
+    check_usable(source)
     ids = calibration_ids(source, recipe)
     walk = Walk(source, ids)
     rows = {}
