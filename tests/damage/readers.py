@@ -22,7 +22,7 @@ from moepress.allocation.plan import BitAllocation
 from moepress.calibrate import Calibration
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import ExpertScores
-from moepress.errors import InputError, MoepressError, NumericalError
+from moepress.errors import CheckpointError, InputError, MoepressError, NumericalError
 from moepress.evaluation.document import load_evaluation
 from moepress.hf import load_model
 from moepress.inspect import inspect
@@ -72,7 +72,7 @@ def outcome(read: Callable[[], str]) -> str:
     try:
         with limited(LONGEST):
             return read()
-    except (InputError, NumericalError) as error:
+    except (InputError, CheckpointError, NumericalError) as error:
         message = str(error)
         one_line = "\n" not in message.strip() and message.isprintable() and len(message) < LINE
         return f"refused: {message}" if one_line else f"WRONG: no line: {message[:2000]!r}"
