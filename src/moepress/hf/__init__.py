@@ -182,6 +182,20 @@ def load_model(
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         trust_remote_code: run code in the folder, if transformers has no class for the model.
     """
+    model = load_whole(folder, device, activation_bits, pruning, trust_remote_code)
+    text = language_model(model)
+    text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
+    return text
+
+
+def load_whole(
+    folder: Path,
+    device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """As `load_model`; a composite is returned whole."""
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
     try:
@@ -195,13 +209,12 @@ def load_model(
             f"transformers cannot open {folder} ({type(error).__name__}: {reason}). Expected the "
             "folder of a model: check its config.json, or copy it again."
         ) from error
+    mend(model)
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
     if pruning is not None:
         prune(model, pruning)
-    text = language_model(model)
-    text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
-    return text
+    return model
 
 
 def set_threads(threads: int | None) -> None:
