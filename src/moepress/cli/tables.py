@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from moepress.errors import printable
 from moepress.estimate import duration, size_text
 from moepress.evaluation.tables import evaluation_tables
 
@@ -33,7 +34,9 @@ def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     for row in cells:
         drawn.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=get_terminal_size().columns, force_terminal=True).print(drawn)
+    width = get_terminal_size().columns
+    console = Console(file=buffer, width=width, force_terminal=True, markup=False, emoji=False)
+    console.print(drawn)  # cells are names from files: brackets in them are no markup
     return buffer.getvalue().strip("\n")
 
 
@@ -51,7 +54,7 @@ def _plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Format the result of `moepress evaluate`."""
-    head = f"{result['model']}: {result['folder_bytes']:,} bytes"
+    head = f"{printable(result['model'])}: {result['folder_bytes']:,} bytes"
     if result["original"] is not None:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
     if result["pruning"] is not None:
@@ -149,5 +152,5 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return printable(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
