@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from moepress.errors import CheckpointError, FileError, InputError
-from moepress.format.checkpoint import CHECKSUMS, model_config, save_json
+from moepress.format.checkpoint import CHECKSUMS, save_json
 from moepress.format.checksums import verify, write_checksums
 from moepress.hf import load_model
 from moepress.hf.files import VERIFY
 from moepress.inspect import inspect
+from moepress.reading.config import config_fields
 from tests.test_hf import IDS, choose_specs, pack_model, tiny
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -190,7 +191,7 @@ def test_a_config_that_transformers_cannot_read_is_one_line(
 def summed(intact: Callable[..., Path], tmp_path: Path) -> Path:
     """A packed folder with checksums."""
     folder = shutil.copytree(intact(), tmp_path / "summed")
-    write_checksums(folder, [folder / FILE], model_config(folder))
+    write_checksums(folder, [folder / FILE], config_fields(folder))
     return folder
 
 

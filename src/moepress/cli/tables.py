@@ -16,6 +16,8 @@ from moepress.errors import printable
 from moepress.estimate import duration, size_text
 from moepress.evaluation.tables import evaluation_tables
 
+MOST_ROWS = 40  # of a list inside a description
+
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Format a table: drawn if stdout is a terminal, else plain text whose lines never wrap.
@@ -123,8 +125,30 @@ def estimate_table(result: Mapping[str, Any]) -> str:
 
 
 def nested_table(result: Mapping[str, Any]) -> str:
-    """Format nested dicts, one line per value."""
-    return table(("", ""), _lines(result, ""))
+    """Format nested dicts, one line per value; lists of dicts and of lists as tables below."""
+    rows: list[tuple[str, Any]] = []
+    below = []
+    for name, value in _lines(result, ""):
+        if value and isinstance(value, list) and isinstance(value[0], dict | list):
+            rows.append((name, f"{len(value):,}, below"))
+            below.append((name, value))
+        else:
+            rows.append((name, value))
+    return "\n\n".join([table(("", ""), rows), *(_listed(name, value) for name, value in below)])
+
+
+def _listed(name: str, value: Sequence[Any]) -> str:
+    """A list of equal dicts or of lists as a table under its name; long ones are cut."""
+    shown = value[:MOST_ROWS]
+    if isinstance(value[0], dict):
+        head, rows = list(value[0]), [list(row.values()) for row in shown]
+    else:
+        head = ["", *(str(number) for number in range(1, max(map(len, shown)) + 1))]
+        rows = [[str(number), *row] for number, row in enumerate(shown)]
+    rows = [[*row, *[None] * (len(head) - len(row))] for row in rows]
+    cut = len(value) - len(shown)
+    more = f"\n... and {cut:,} more: --json has all" if cut else ""
+    return f"{name}\n{table(head, rows)}{more}"
 
 
 def demo_table(result: Mapping[str, Any]) -> str:
@@ -152,5 +176,5 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return printable(str(value))
+        return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import CHECKSUMS, model_config, save_json
+from moepress.format.checkpoint import CHECKSUMS, save_json
+from moepress.reading.config import config_fields
 from moepress.reading.documents import Array, Document, parse
 from moepress.reading.headers import Entry, read_header
 from moepress.reading.json import read_object
@@ -125,7 +126,7 @@ def verify(folder: Path, files: Iterable[Path]) -> int:
             f"{folder} has no {CHECKSUMS}: it was made by an older version, so its bytes cannot be "
             "verified. Compress the model again, or save it again with save_pretrained."
         )
-    if config_digest(model_config(folder)) != checksums.config:
+    if config_digest(config_fields(folder)) != checksums.config:
         raise FileError(f"config.json of {folder} is not as it was written. {COPY}")
     found = _digests(files)
     check_listed(checksums, {name: entry for name, (entry, _) in found.items()})

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from moepress.format.checkpoint import model_config
 from moepress.format.checksums import check_listed, config_digest, read_checksums, verify
+from moepress.reading.config import config_fields
 from moepress.reading.headers import Entry
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def check_written(files: Sequence[str], stored: Mapping[str, Entry]) -> None:
     checksums = read_checksums(folder)
     if checksums is not None:
         check_listed(checksums, stored)
-        if config_digest(model_config(folder)) != checksums.config:
+        if config_digest(config_fields(folder)) != checksums.config:
             logger.warning(
                 "config.json of %s is not as it was written: it was changed or damaged", folder
             )

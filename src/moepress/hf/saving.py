@@ -18,11 +18,11 @@ from moepress.format.checkpoint import (
     INDEX,
     PLAN,
     SCORES,
-    model_config,
 )
 from moepress.format.checksums import write_checksums
 from moepress.original.folder import SINGLE, weight_files
 from moepress.prune import active_pruning
+from moepress.reading.config import config_fields
 
 COPIED = (PLAN, SCORES, DROP_COSTS)
 
@@ -55,7 +55,7 @@ def save_with_ours(save: Callable[..., Any]) -> Callable[..., Any]:
         result = save(self, save_directory, *args, **options)
         _remove_stale(folder, before)
         if options.get("variant") is None and not options.get("distributed_checkpoint"):
-            write_checksums(folder, weight_files(folder), model_config(folder))
+            write_checksums(folder, weight_files(folder), config_fields(folder))
         return result
 
     return save_pretrained
