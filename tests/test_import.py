@@ -128,7 +128,7 @@ print("ok")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_verb_is_its_function_whatever_is_imported_first() -> None:
-    served = ("import moepress.serve.requests", "from moepress.serve.requests import refusal")
+    served = ("import moepress.serve.limits", "from moepress.serve.limits import Limits")
     orders = ORDERS + (served if find_spec("fastapi") else ())
     assert python(IN_EVERY_ORDER.format(orders=orders)) == "ok"
 

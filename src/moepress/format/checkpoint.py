@@ -280,10 +280,15 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, path in companions.items():
         write_atomically(out / name, partial(_copy, path))
+    save_json(out / CONFIG, finished_config(config, quantization))
+
+
+def finished_config(
+    config: Mapping[str, Any], quantization: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The fields of config.json of a finished folder. Arguments: as of `finish_folder`."""
     fields = _without_quantization(config)
-    if quantization is not None:
-        fields["quantization_config"] = dict(quantization)
-    save_json(out / "config.json", fields)
+    return fields if quantization is None else {**fields, "quantization_config": dict(quantization)}
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

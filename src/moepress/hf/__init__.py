@@ -35,9 +35,10 @@ from moepress.hf.agreement import (
 )
 from moepress.hf.files import check_written, read_ahead
 from moepress.hf.mend import mend
+from moepress.hf.methods import answer_for_packed
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
-from moepress.hf.saving import follow_saving, remember_pruning
+from moepress.hf.saving import remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.original.composite import language_model
 from moepress.original.skeleton import open_folder
@@ -97,16 +98,16 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        follow_saving()
+        answer_for_packed()
         given: dict[str, PackedSpec] = self.quantization_config.specs()
-        places = places_in(model, given)
+        same_class = type(model).__name__ in (model.config.architectures or ())
+        places = places_in(model, given, same_class)
         self._renamed = any(stored != path for stored, path in places.items())
         specs = with_tied(model, {path: given[stored] for stored, path in places.items()})
         pack_modules(model, specs)
         if checkpoint_files is not None:
             stored = stored_tensors(checkpoint_files)
             conversions = get_model_conversion_mapping(model, hf_quantizer=self)
-            same_class = type(model).__name__ in (model.config.architectures or ())
             check_agreement(model, stored, places_of(model, stored, conversions), same_class)
             check_written(checkpoint_files, stored)
             read_ahead(checkpoint_files)
