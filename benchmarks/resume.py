@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import moepress
+from moepress import cli
 from moepress.demo import MODEL
 
 PAGE = 4096
@@ -55,9 +56,7 @@ def forked(words: list[str], log: Path, before: Callable[[], None] = lambda: Non
             os.dup2(file.fileno(), 2)
         before()
         sys.argv = words
-        from moepress.cli import main
-
-        main()
+        cli.main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     finally:

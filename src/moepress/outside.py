@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -12,8 +11,6 @@ from moepress.format.checkpoint import copied_name
 from moepress.format.codec import PackedSpec
 from moepress.original.source import Source
 from moepress.rounding.methods import quantize_matrix
-
-logger = logging.getLogger(__name__)
 
 COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 
@@ -45,13 +42,3 @@ def copied_shards(source: Source) -> dict[str, list[str]]:
             shards[copied_name(len(shards))] = []
         shards[copied_name(len(shards) - 1)].append(name)
     return shards
-
-
-def tell_unused(source: Source) -> None:
-    """Say which tensors of the checkpoint are not in the compressed model."""
-    if source.unused:
-        logger.warning(
-            "%s has %d tensors that %s of transformers does not use, such as %s. They are left "
-            "out: the compressed model computes what transformers computes.",
-            source.name, len(source.unused), type(source.model).__name__, source.unused[0],
-        )  # fmt: skip

@@ -35,11 +35,12 @@ from moepress.format.checkpoint import (
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.original.batches import empty
+from moepress.original.companions import companions
 from moepress.original.experts import Routed
-from moepress.original.folder import companions
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
-from moepress.outside import copied_shards, outside_layers, tell_unused
+from moepress.outside import copied_shards, outside_layers
 from moepress.progress import Progress
 from moepress.rounding.expert import dequantized, experts_at_once, round_experts
 from moepress.rounding.hessian import Factor
@@ -84,6 +85,7 @@ def quantize(
     check_output(out)
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
+    check_usable(source)
     with output_held(out) as folder:
         ids = kept_ids(folder, source, plan.recipe) if ids is None else ids
         return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
@@ -102,7 +104,6 @@ def quantize_tensors(
     }
     if claim(out, work):
         return out
-    tell_unused(source)
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
     folder = out / WORK / "quantize"

@@ -43,6 +43,7 @@ from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
 from moepress.original.batches import chunks
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.recipe import TABLE_BITS, Recipe
@@ -86,6 +87,7 @@ def score(
             moepress, or another process works there.
     """
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
+    check_usable(source)
     check_group_sizes(source, recipe)
     with temporary_folder(None) if work is None else work_held(work) as folder:
         ids = kept_ids(folder, source, recipe) if ids is None else ids
@@ -110,6 +112,7 @@ def score_to_file(
     check_work(work)
     check_place(work / "lock")
     source = Source(model, device, trust_remote_code)
+    check_usable(source)
     check_group_sizes(source, recipe)
     with work_held(work) as folder:
         ids = kept_ids(folder, source, recipe)

@@ -50,8 +50,6 @@ def made(
 ) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("made") / "a"
     yield compress(model_folder(), out, small_recipe(text_file, bits=2))
-        model_folder(), tmp_path_factory.mktemp("m") / "a", small_recipe(text_file, bits=2)
-    )
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
