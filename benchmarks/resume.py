@@ -136,6 +136,7 @@ def stops(given: argparse.Namespace, folder: Path, right: dict[str, str], whole:
         check(code == 0, f"exit code {code}", log)
         check(digests(out) == right, "OTHER BYTES", log)
         runs += 1
+        print(f"run {runs} complete after {stages.total()} stops, same bytes", flush=True)
         shutil.rmtree(out)
     where = ", ".join(f"{stage} {count}" for stage, count in stages.most_common())
     print(
