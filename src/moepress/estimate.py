@@ -130,8 +130,8 @@ def estimate(
         CheckpointError: the disk has too little space.
     """
     out = Path(out)
-    request = Request.of(model, recipe, device, trust_remote_code, **changes)
     check_output(out)
+    request = Request.of(model, recipe, device, trust_remote_code, **changes)
     ids = check_text(out / WORK, request.source, request.recipe)
     if ids is not None:
         check_unfinished(out, request.source, request.recipe, ids)
