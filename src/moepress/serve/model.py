@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from moepress.errors import InputError
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
-from moepress.serve.limits import Limits
+from moepress.serve.limits import Limits, fitting_body
 from moepress.serve.parsing import Parser, answer_template
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
@@ -39,13 +40,16 @@ def opened(model: Any, folder: Path, name: str, limits: Limits, remote: bool) ->
     tokenizer = getattr(processor, "tokenizer", processor)
     context = context_of(model, limits.context)
     template = answer_template(processor, model)
+    prompts = Prompts(processor, vocabulary_of(model), context, calls=_calls(template))
+    if limits.body is None:
+        limits = replace(limits, body=fitting_body(context, prompts.sees))
     stepper = Stepper(model)
     engine = Engine(stepper, tokenizer, ends_of(model, tokenizer), limits, cache_of(model, limits))
     return Served(
         name,
         limits,
         engine,
-        Prompts(processor, vocabulary_of(model), context, calls=_calls(template)),
+        prompts,
         Settings.of_folder(model.generation_config),
         None if template is None else lambda text, tools: Parser(template, text, tools),
     )
