@@ -23,20 +23,31 @@ UNLIMITED = 1 << 17  # context of a model whose config says nothing
 
 
 def opened(model: Any, folder: Path, name: str, limits: Limits, remote: bool) -> Served:
-    """A model with its engine, which is not started yet.
+    """The model of a folder with its engine, which is not started yet.
 
     Args:
-        model: of transformers, in eval mode. With a processor of images in its folder it may be a
-            composite.
         folder: of the model.
-        name: in requests.
-        limits: of the server.
         remote: whether the folder's code may run.
+        model, name, limits: of `served_by`.
 
     Raises:
         InputError: the context asked for is longer than what the model reads.
     """
-    processor = processor_of(folder, remote)
+    return served_by(model, processor_of(folder, remote), name, limits)
+
+
+def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
+    """A model with its engine, which is not started yet.
+
+    Args:
+        model: of transformers, in eval mode. With a processor of images it may be a composite.
+        processor: of texts and images, or a tokenizer.
+        name: in requests.
+        limits: of the server.
+
+    Raises:
+        InputError: the context asked for is longer than what the model reads.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     context = context_of(model, limits.context)
     template = answer_template(processor, model)
