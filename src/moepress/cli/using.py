@@ -93,6 +93,12 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="Folder or file made by moepress, or an original model.")
     ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Compare every byte of a compressed folder's tensors with checksums."
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -103,7 +109,8 @@ def inspect(
     from moepress.cli.tables import nested_table
     from moepress.inspect import inspect as run
 
-    show(run(path, trust_remote_code=trust_remote_code), as_json, nested_table)
+    found = run(path, verify=verify, trust_remote_code=trust_remote_code)
+    show(found, as_json, nested_table)
 
 
 def prune(
