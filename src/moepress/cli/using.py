@@ -243,7 +243,9 @@ def serve(
         int, typer.Option(help="Requests that wait beside them; one more gets 429.")
     ] = 128,
     deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600,
-    max_body: Annotated[float, typer.Option(help="Most MB of a request.")] = 8,
+    max_body: Annotated[
+        float | None, typer.Option(help="Most MB of a request; default: by the context.")
+    ] = None,
     cache: Annotated[
         float | None,
         typer.Option(help="Most GB of keys and values; default: half of the free memory."),
@@ -272,7 +274,7 @@ def serve(
         concurrent=concurrent,
         queue=queue,
         deadline=deadline,
-        body=int(max_body * 1e6),
+        body=None if max_body is None else int(max_body * 1e6),
         cache=None if cache is None else int(cache * 1e9),
     )
     run(

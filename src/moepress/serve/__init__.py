@@ -14,6 +14,7 @@ transformers has a server and continuous batching of its own. Why they are not u
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterable
@@ -111,6 +112,8 @@ def serve(
             ws="none",
         )
     )
+    gc.collect()
+    gc.freeze()  # else each full collection walks the model's objects: seconds, if JSON is large
     served.engine.start()
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:
