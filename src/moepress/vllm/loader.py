@@ -22,6 +22,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import QUANT_METHOD
+from moepress.hf.agreement import stored_tensors
+from moepress.hf.files import check_written
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
@@ -48,9 +50,11 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         folder, files, _, _ = self._prepare_weights(
             model_config.model, None, model_config.revision, False, ["*.safetensors"]
         )
+        files = _of_model(files)
+        check_written(files, stored_tensors(files))
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
         _take_embeddings(model)
-        _load(model, stored.tensors(_of_model(files)))
+        _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
         logger.info("Loading packed weights took %.2f seconds", time.perf_counter() - begin)
 
