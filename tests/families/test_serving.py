@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
 import moepress
 from moepress.chat import Conversation
 from moepress.compress import compress
+from moepress.errors import InputError
 from moepress.hf import load_model
 from moepress.hf.mend import mend
 from tests.conftest import TEXT, VOCAB, small_recipe
@@ -191,7 +193,7 @@ def ask(folder: Path, requests: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     answers: list[Any] = []
 
     def run(server: Any) -> None:
-        client = TestClient(server.config.app)
+        client = TestClient(server.config.app, "http://localhost")
         for path, body in requests:
             answers.append(client.post(path, json={"model": str(folder), **body}))
 
@@ -232,6 +234,19 @@ def test_texts_and_images(folder: tuple[Served, Path]) -> None:
         assert answer.json()["choices"][0]["message"]["content"].strip() == expected.strip()
         assert ("pixel_values" in inputs) == bool(images)
     assert completed.json()["choices"][0]["text"]
+
+
+def test_a_missing_library_is_named(
+    tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ImportError("Qwen3VLVideoProcessor requires the Torchvision library")
+
+    shutil.copytree(model_folder(), tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").write_text("{}")
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fails)
+    with pytest.raises(InputError, match="requires the Torchvision library"):
+        ask(tmp_path / "model", [])
 
 
 def test_generate_and_chat(folder: tuple[Served, Path]) -> None:
