@@ -67,14 +67,22 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
 
 
 def processor_of(folder: Path, remote: bool) -> Any:
-    """The folder's processor of texts and images, or its tokenizer."""
+    """The folder's processor of texts and images, or its tokenizer.
+
+    Raises:
+        InputError: the processor needs a library that is not installed, such as torchvision.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
     has_images = any(
         (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
     )
     kind = AutoProcessor if has_images else AutoTokenizer
-    return kind.from_pretrained(folder, trust_remote_code=remote)
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=remote)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} has a processor that cannot be opened: {reason}") from error
 
 
 def context_of(model: Any, wanted: int | None) -> int:
