@@ -12,6 +12,7 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.original.composite import language_model
 from moepress.original.skeleton import open_folder
 from moepress.prune import Pruning, Strength, prune
+from moepress.store.attach import OnDisk, attach_store, leave_on_disk
+from moepress.store.memory import VARIABLE, Memory, memory_wanted, parse_memory
 
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -90,6 +93,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     requires_calibration = True  # loads packed models; `moepress compress` makes them
     _renamed = False  # whether the model is of another class than the one that was compressed
+    _on_disk: OnDisk | None = None  # experts that are not loaded
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -107,7 +111,11 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 if path not in tied
             }
             check_files(checkpoint_files, sizes)
-            read_ahead(checkpoint_files)
+            stored = {path: name for name, path in places.items()}
+            devices = _device_types(kwargs.get("device_map"))
+            self._on_disk = leave_on_disk(model, stored, checkpoint_files, devices)
+            if self._on_disk is None:
+                read_ahead(checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions that apply to a compressed folder: at most renamings.
@@ -118,8 +126,14 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return names_only(weight_conversions) if self._renamed else []
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._on_disk is not None:
+            attach_store(model, self._on_disk)
         for module in model.modules():
-            if isinstance(module, PackedExperts) and not module.first_proj.is_meta:
+            if (
+                isinstance(module, PackedExperts)
+                and module.stored is None
+                and not module.first_proj.is_meta
+            ):
                 module.place_tables(module.first_proj.device)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
@@ -127,7 +141,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return model
 
     def is_serializable(self) -> bool:
-        return True
+        return self._on_disk is None
 
     @property
     def is_trainable(self) -> bool:
@@ -153,6 +167,7 @@ def load_model(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     trust_remote_code: bool = False,
+    memory: Memory | None = None,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
@@ -165,10 +180,18 @@ def load_model(
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         trust_remote_code: run code in the folder, if transformers has no class for the model.
+        memory: for a compressed model on the CPU, bytes for its weights (store/memory.py). None:
+            what the environment says, else "fit".
+
+    Raises:
+        InputError: `memory` is given for an original model, or does not do.
     """
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
-    with no_progress_bars():
+    if memory is not None and not is_compressed(folder):
+        raise InputError(f"{folder} is an original model. Expected a compressed one with memory.")
+    given = memory or parse_memory(os.environ.get(VARIABLE) or None) or "fit"
+    with no_progress_bars(), memory_wanted(given):
         model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
@@ -227,6 +250,12 @@ _HIDING = _Hiding()
 
 def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return transformers_logging.EmptyTqdm(*args, **options)
+
+
+def _device_types(device_map: Any) -> set[str]:
+    """Types of the devices that a device map of transformers names."""
+    named = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
+    return {torch.device(f"cuda:{d}" if isinstance(d, int) else d).type for d in named}
 
 
 def _spec(path: str, fields: Mapping[str, str | int]) -> PackedSpec:

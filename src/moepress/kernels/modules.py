@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
 from moepress.kernels.gate import Gate, packed_names
 from moepress.kernels.reference import activation_function, check_activation_bits
+from moepress.kernels.stores import StoredLayer, refuse
 
 
 class PackedLinear(nn.Module):
@@ -43,7 +45,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.codec = codec
-        self.weight = _packed(codec.nbytes(out_features, in_features))
+        self.weight = _packed_bytes(codec.nbytes(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.codec = codec
-        self.weight = _packed(codec.nbytes(num_embeddings, embedding_dim))
+        self.weight = _packed_bytes(codec.nbytes(num_embeddings, embedding_dim))
         self.register_buffer("like", torch.zeros(1), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -164,11 +166,10 @@ class PackedExperts(nn.Module):
         self.gate_up = gate_up
         self.down = down
         self.gate = gate
-        gate_up_shape = gate.parts * intermediate_size, hidden_size
-        down_shape = hidden_size, intermediate_size
+        gate_up_shape, down_shape = self.packed_shapes
         self._first = first
-        self.register_parameter(first, _packed(gate_up.nbytes(*gate_up_shape)))
-        self.down_proj = _packed(down.nbytes(*down_shape))
+        self.register_parameter(first, _packed_bytes(gate_up.nbytes(*gate_up_shape)))
+        self.down_proj = _packed_bytes(down.nbytes(*down_shape))
         self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
         self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
         # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
@@ -179,7 +180,14 @@ class PackedExperts(nn.Module):
             torch.tensor(down.table(*down_shape), device="cpu"),
         )
         self._tables_here = self._tables  # copies on a device, see place_tables
+        self._stored: StoredLayer | None = None
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
+
+    @property
+    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """[N, K] of an expert's packed matrices: [R, H] and [H, I]."""
+        rows = self.gate.parts * self.intermediate_size
+        return (rows, self.hidden_size), (self.hidden_size, self.intermediate_size)
 
     @property
     def first_proj(self) -> nn.Parameter:
@@ -187,15 +195,18 @@ class PackedExperts(nn.Module):
         return self.get_parameter(self._first)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        stored = self._stored
+        if stored is not None and hidden_states.device.type != "cpu":
+            refuse(f"run on {hidden_states.device}")
         if self._tables_here[0].device != hidden_states.device:
             self.place_tables(hidden_states.device)
-        gate = self.gate
+        gate, gate_up, down = self.gate, *self._packed
         y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,
             top_k_index,
             top_k_weights,
-            self._parameters[self._first],
-            self.down_proj,
+            gate_up,
+            down,
             *self._tables_here,
             self.intermediate_size,
             self.gate_up.group_size,
@@ -212,8 +223,36 @@ class PackedExperts(nn.Module):
             gate.limits_output,
             gate.gate_softcap,
             gate.up_softcap,
+            *((0, 0) if stored is None else (stored.store.number, stored.layer)),
         )
         return y
+
+    def without_matrices(self) -> None:
+        """Remove the parameters of the packed matrices: `read_from` will say where they are."""
+        for name in packed_names(self.gate.gated):
+            del self._parameters[name]
+
+    def read_from(self, stored: StoredLayer) -> None:
+        """Take the packed matrices from a store, in place of parameters (`without_matrices`)."""
+        self._stored = stored
+        self._tables = self._tables_here = stored.gate_up_table, stored.down_table
+
+    @property
+    def stored(self) -> StoredLayer | None:
+        """Where the packed matrices are, if they are no parameters."""
+        return self._stored
+
+    @property
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        """The bytes that the two tables refer to."""
+        if self._stored is not None:
+            return self._stored.region, self._stored.region
+        return self.first_proj, self.down_proj
+
+    def _save_to_state_dict(self, *args: Any, **named: Any) -> None:
+        if self._stored is not None:
+            refuse("saved")
+        super()._save_to_state_dict(*args, **named)
 
     def place_tables(self, device: torch.device) -> None:
         """Copy the tables to a device.
@@ -226,16 +265,19 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.first_proj.is_meta:
-            self.place_tables(self.first_proj.device)
+        first = self._parameters.get(self._first)
+        if first is not None and not first.is_meta:
+            self.place_tables(first.device)
         return self
 
     def extra_repr(self) -> str:
-        size = self.first_proj.numel() + self.down_proj.numel()
+        gate_up_shape, down_shape = self.packed_shapes
+        size = self.gate_up.nbytes(*gate_up_shape) + self.down.nbytes(*down_shape)
+        where = "" if self._stored is None else " on disk"
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, gate={self.gate}, "
-            f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes"
+            f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes{where}"
         )
 
 
@@ -259,7 +301,7 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
         module.activation_bits = bits
 
 
-def _packed(nbytes: int) -> nn.Parameter:
+def _packed_bytes(nbytes: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
 
 
