@@ -9,6 +9,7 @@ import torch
 from moepress.errors import InputError
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
+from moepress.store.memory import Memory
 
 
 def generate(
@@ -19,6 +20,7 @@ def generate(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    memory: Memory | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt greedily.
@@ -30,6 +32,8 @@ def generate(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        memory: for a compressed model, bytes for its weights, "all" or "mapped"
+            (store/memory.py); None: mapped if it fits.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
@@ -43,7 +47,7 @@ def generate(
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = Path(folder)
-    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
+    model = load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
     tokenizer = tokenizer_of(folder, trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode():

@@ -56,7 +56,7 @@ def packed_folder(folder: Path, family: str, codes: str) -> Path:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     config["quantization_config"] = quantization_config(specs, {})
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -104,7 +104,7 @@ def budgets(path: Path) -> list[int]:
     assert store is not None
     size = (path / "model.safetensors").stat().st_size
     rest = size - sum(
-        t.nbytes for n, t in load_file(path / "model.safetensors").items() if t.dtype == torch.uint8
+        t.nbytes for t in load_file(path / "model.safetensors").values() if t.dtype == torch.uint8
     )
     each = store.nbytes // (EXPERTS - 1) // 2  # two layers
     return [rest + int(share * each) for share in (2.2, 3, EXPERTS - 1, 2 * EXPERTS)]

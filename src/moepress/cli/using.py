@@ -11,9 +11,11 @@ from moepress.cli.options import (
     ActivationBits,
     AsJson,
     Device,
+    Memory,
     Prune,
     TrustRemoteCode,
     checked_device,
+    memory_size,
     pruning,
     show,
 )
@@ -57,6 +59,7 @@ def evaluate(
         typer.Option(help="Also write the result to this JSON file, for `moepress report`."),
     ] = None,
     prune: Prune = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,6 +85,7 @@ def evaluate(
         task_limit=task_limit,
         run_code=run_code,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
@@ -150,6 +154,7 @@ def generate(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a text, greedily.
@@ -165,6 +170,7 @@ def generate(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
     )
     typer.echo(text)
@@ -184,6 +190,7 @@ def chat(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
@@ -202,6 +209,7 @@ def chat(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
     )
 

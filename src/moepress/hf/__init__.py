@@ -42,6 +42,8 @@ from moepress.prune import Pruning, Strength, prune
 from moepress.store.attach import OnDisk, attach_store, leave_on_disk
 from moepress.store.memory import VARIABLE, Memory, memory_wanted, parse_memory
 
+PLACED_LATER = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps, by accelerate
+
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
     """The `quantization_config` of a compressed folder's config.json (docs/format.md).
@@ -253,9 +255,12 @@ def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[st
 
 
 def _device_types(device_map: Any) -> set[str]:
-    """Types of the devices that a device map of transformers names."""
-    named = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
-    return {torch.device(f"cuda:{d}" if isinstance(d, int) else d).type for d in named}
+    """Types of the devices that a device map of transformers names, or "disk"."""
+    if device_map is None or (isinstance(device_map, str) and device_map in PLACED_LATER):
+        placed = device_map is not None and torch.cuda.is_available()
+        return {"cuda" if placed else "cpu"}
+    named = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return {"cuda" if isinstance(d, int) else str(d).split(":")[0] for d in named}
 
 
 def _spec(path: str, fields: Mapping[str, str | int]) -> PackedSpec:

@@ -114,7 +114,7 @@ def free_memory() -> int:
 def _group_room() -> Iterator[int]:
     """What the limits of this process's control groups (versions 1 and 2) leave."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -132,9 +132,12 @@ def _group_room() -> Iterator[int]:
             if root not in (group, *group.parents):
                 break
             try:
-                most = int((group / limit).read_text())
-                used = int((group / usage).read_text())
-                stat = dict(s.split() for s in (group / "memory.stat").read_text().splitlines())
+                most = int((group / limit).read_text(encoding="utf-8"))
+                used = int((group / usage).read_text(encoding="utf-8"))
+                stat = dict(
+                    s.split()
+                    for s in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+                )
             except (OSError, ValueError):  # no such file, or "max"
                 continue
             yield max(most - used + int(stat.get(cache, 0)), 0)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
 
 from moepress.errors import CheckpointError
 from moepress.format.codec import PackedSpec
 from moepress.kernels.cpu.expert_store import Place
+from moepress.reading.headers import read_header
 
 
 def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, Place]:
     """Where some tensors lie.
 
     Raises:
-        CheckpointError: a file is damaged, or a tensor is in none.
+        FileError: a file is damaged.
+        CheckpointError: a tensor is in none of the files.
     """
     found: dict[str, Place] = {}
     for path in map(Path, files):
-        header, start = _header(path)
-        for name in names & header.keys():
-            first, last = header[name]["data_offsets"]
-            found[name] = Place(path, start + first, last - first)
+        tensors = read_header(path).tensors
+        for name in names & tensors.keys():
+            found[name] = Place(path, tensors[name].start, tensors[name].nbytes)
     missing = sorted(set(names) - found.keys())
     if missing:
         raise CheckpointError(
@@ -41,17 +41,4 @@ def matrices(place: Place, spec: PackedSpec, shape: tuple[int, int]) -> list[Pla
 
 def total_bytes(files: Iterable[str | Path]) -> int:
     """Bytes of the tensors in some files."""
-    return sum(Path(path).stat().st_size - _header(Path(path))[1] for path in files)
-
-
-def _header(path: Path) -> tuple[Mapping[str, dict[str, list[int]]], int]:
-    """The header of a file, and the byte at which tensors begin."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > path.stat().st_size:
-                raise ValueError(f"its header says {size:,} bytes, the file has fewer")
-            header = json.loads(file.read(size))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy it again.") from error
-    return header, 8 + size
+    return sum(read_header(path).tensor_bytes for path in files)

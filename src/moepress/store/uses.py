@@ -14,9 +14,9 @@ from moepress.format.checkpoint import SCORES
 
 Floats = npt.NDArray[np.float64]
 
-# Tokens after which a use counts half (store.h). The best of 8 to 1024 on traces of the reference
+# Tokens after which a use counts half (store.h). The best of 0.5 to 4096 on traces of the reference
 # models, docs/log.md#experts-on-disk.
-HALF_LIFE = 128.0
+HALF_LIFE = 16.0
 
 
 def frequencies(folder: Path, paths: Sequence[str], experts: Sequence[int]) -> list[Floats]:
