@@ -33,6 +33,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
+from moepress.hf.mend import mend
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
 from moepress.kernels.modules import PackedExperts, set_activation_bits
@@ -137,6 +138,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 and not module.first_proj.is_meta
             ):
                 module.place_tables(module.first_proj.device)
+        mend(model)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))

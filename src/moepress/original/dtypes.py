@@ -23,13 +23,26 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
 
 
-def kept_in_float32(model: Any, dtype: torch.dtype, name: str) -> bool:
-    """Whether transformers keeps a parameter in float32, in a model of another dtype.
+def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of all parameters and buffers of a model that transformers loads in `dtype`.
+
+    transformers keeps in float32 what a pattern of `_keep_in_fp32_modules(_strict)` is found in,
+    as a regular expression anywhere in the name, and what the class itself makes in float32.
+    The search is transformers' own (core_model_loading.py).
 
     Args:
-        dtype: of the model.
+        model: made in `dtype`.
     """
-    keep: set[str] = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return any(part in name.split(".") for part in keep)
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    patterns, names, _ = build_glob_alternation(list(plan))
+
+    def loaded(name: str, declared: torch.dtype) -> torch.dtype:
+        found = patterns.search(name) if plan else None
+        if found is None or not declared.is_floating_point:
+            return declared
+        return plan[names[str(found.lastgroup)]]
+
+    state = model.state_dict(keep_vars=True)
+    return {name: loaded(name, value.dtype) for name, value in state.items()}

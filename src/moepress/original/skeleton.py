@@ -23,6 +23,7 @@ from moepress.original.remote_code import config_of, is_remote
 # Modules are made one by one and moved to the meta device when they are complete. A single tensor
 # of this many bytes may not fit in memory, so it is made there.
 LARGE = 1 << 28
+MAKERS = (torch.empty, torch.zeros, torch.ones)  # of the tensors that modules begin with
 
 
 def auto_class(config: Any) -> Any:
@@ -94,7 +95,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Inside the `with` statement, large uninitialised tensors are made on the meta device."""
+    """Inside the `with` statement, large tensors are made on the meta device."""
 
     def __torch_function__(
         self,
@@ -104,7 +105,7 @@ class _LargeOnMeta(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty:
+        if func in MAKERS:
             tried: Tensor = func(*args, **{**kwargs, "device": "meta"})
             if tried.nbytes >= LARGE:
                 return tried

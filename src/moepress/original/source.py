@@ -25,7 +25,7 @@ from moepress.original.card_readers import CardReaders
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
-from moepress.original.dtypes import compute_dtype, kept_in_float32
+from moepress.original.dtypes import compute_dtype, loaded_dtypes
 from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
 from moepress.original.finite import all_finite
@@ -191,6 +191,7 @@ class Source:
                 for path, module in layer.named_modules()
                 if type(module) is nn.Linear
                 and linear_role(path, index in self.experts) is not None
+                and self.has_models_dtype(f"{self.layer_paths[index]}.{path}.weight")
                 and fitting_group_size(module.in_features, GROUP_SIZES[0]) is not None
             }
             for index, layer in enumerate(self.layers)
@@ -383,12 +384,17 @@ class Source:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the model and, if it is not packed, in a compressed folder.
 
-        It is the model's dtype, or float32 for the few modules that transformers keeps in float32.
-        Copied tensors keep the dtype that they have on disk.
+        It is the one that transformers loads it in: the model's, or float32 for a few. Copied
+        tensors keep the dtype that they have on disk.
         """
-        if name in self.copied:
-            return self.copied[name]
-        declared = self._needed[name].dtype if name in self._needed else self.dtype
-        if not declared.is_floating_point:
-            return declared
-        return torch.float32 if kept_in_float32(self.model, self.dtype, name) else self.dtype
+        return self.copied.get(name) or self._loaded_dtypes.get(name, self.dtype)
+
+    def has_models_dtype(self, name: str) -> bool:
+        """Whether a weight can be packed: models cast states to the dtype of one in float32."""
+        return self.stored_dtype(name) == self.dtype
+
+    @cached_property
+    def _loaded_dtypes(self) -> dict[str, torch.dtype]:
+        same = self.compute_dtype == self.dtype
+        model = self.model if same else skeleton(self.config, self.dtype)
+        return loaded_dtypes(model, self.dtype)
