@@ -248,7 +248,7 @@ class ExpertStore:
         opened = {}
         for path in sorted(paths):
             try:
-                fd = _open_file(path, direct)
+                fd = open_file(path, direct)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
             self._paths[fd] = path
@@ -290,7 +290,7 @@ def _pages(ranges: Ints) -> Ints:
     return np.where(nbytes > 0, spans, 0)
 
 
-def _open_file(path: Path, direct: bool) -> int:
+def open_file(path: Path, direct: bool) -> int:
     """A file descriptor whose reads leave the page cache alone, where the system can."""
     flag = getattr(os, "O_DIRECT", 0) if direct else 0
     try:
