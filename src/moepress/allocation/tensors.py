@@ -24,7 +24,7 @@ from moepress.format.codec import (
     stored_family,
 )
 from moepress.original.architectures import linear_role
-from moepress.original.folder import companions
+from moepress.original.companions import companions
 from moepress.original.source import Source
 from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
 

@@ -120,7 +120,9 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             if self._on_disk is None:
                 read_ahead(checkpoint_files)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         """The conversions that apply to a compressed folder: at most renamings.
 
         Its tensors have the form and the names of the class that was compressed. Conversions of

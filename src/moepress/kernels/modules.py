@@ -12,7 +12,7 @@ gradient.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.codec = codec
-        self.weight = _packed_bytes(codec.nbytes(out_features, in_features))
+        self.weight = _packed(codec.nbytes(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.codec = codec
-        self.weight = _packed_bytes(codec.nbytes(num_embeddings, embedding_dim))
+        self.weight = _packed(codec.nbytes(num_embeddings, embedding_dim))
         self.register_buffer("like", torch.zeros(1), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -162,16 +162,21 @@ class PackedExperts(nn.Module):
                 )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
+        self.gate = gate
+        self.first_name = first
+        self._describe(intermediate_size, gate_up, down)
+        gate_up_shape, down_shape = self.shapes
+        self.register_parameter(first, _packed(gate_up.nbytes(*gate_up_shape)))
+        self.down_proj = _packed(down.nbytes(*down_shape))
+        self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
+        self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
+
+    def _describe(self, intermediate_size: int, gate_up: PackedSpec, down: PackedSpec) -> None:
+        """Set inner size and widths, and the tables that follow from them."""
         self.intermediate_size = intermediate_size
         self.gate_up = gate_up
         self.down = down
-        self.gate = gate
-        gate_up_shape, down_shape = self.packed_shapes
-        self._first = first
-        self.register_parameter(first, _packed_bytes(gate_up.nbytes(*gate_up_shape)))
-        self.down_proj = _packed_bytes(down.nbytes(*down_shape))
-        self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
-        self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
+        gate_up_shape, down_shape = self.shapes
         # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
         # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
@@ -183,16 +188,33 @@ class PackedExperts(nn.Module):
         self._stored: StoredLayer | None = None
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
+    def become(
+        self,
+        intermediate_size: int,
+        gate_up: PackedSpec,
+        down: PackedSpec,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Hold other matrices: the part of these experts that one of several devices computes.
+
+        Args:
+            intermediate_size, gate_up, down: as of the class, for as many experts.
+            tensors: new values of parameters, by name.
+        """
+        self._describe(intermediate_size, gate_up, down)
+        for name, value in tensors.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
     @property
-    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """[N, K] of an expert's packed matrices: [R, H] and [H, I]."""
-        rows = self.gate.parts * self.intermediate_size
-        return (rows, self.hidden_size), (self.hidden_size, self.intermediate_size)
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the first product's matrices, and of the second's."""
+        inner, hidden = self.intermediate_size, self.hidden_size
+        return (self.gate.parts * inner, hidden), (hidden, inner)
 
     @property
     def first_proj(self) -> nn.Parameter:
         """The packed matrices of the first product: `gate_up_proj`, or `up_proj` without a gate."""
-        return self.get_parameter(self._first)
+        return self.get_parameter(self.first_name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         stored = self._stored
@@ -200,7 +222,7 @@ class PackedExperts(nn.Module):
             refuse(f"run on {hidden_states.device}")
         if self._tables_here[0].device != hidden_states.device:
             self.place_tables(hidden_states.device)
-        gate, gate_up, down = self.gate, *self._packed
+        gate, gate_up, down = self.gate, *self.packed
         y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,
             top_k_index,
@@ -214,7 +236,7 @@ class PackedExperts(nn.Module):
             gate.activation,
             self.activation_bits,
             self.gate_up.family,
-            self._parameters[f"{self._first}_bias"],
+            self._parameters[f"{self.first_name}_bias"],
             self._parameters["down_proj_bias"],
             gate.gated,
             gate.limit,
@@ -243,7 +265,7 @@ class PackedExperts(nn.Module):
         return self._stored
 
     @property
-    def _packed(self) -> tuple[Tensor, Tensor]:
+    def packed(self) -> tuple[Tensor, Tensor]:
         """The bytes that the two tables refer to."""
         if self._stored is not None:
             return self._stored.region, self._stored.region
@@ -265,13 +287,13 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        first = self._parameters.get(self._first)
+        first = self._parameters.get(self.first_name)
         if first is not None and not first.is_meta:
             self.place_tables(first.device)
         return self
 
     def extra_repr(self) -> str:
-        gate_up_shape, down_shape = self.packed_shapes
+        gate_up_shape, down_shape = self.shapes
         size = self.gate_up.nbytes(*gate_up_shape) + self.down.nbytes(*down_shape)
         where = "" if self._stored is None else " on disk"
         return (
@@ -301,7 +323,7 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
         module.activation_bits = bits
 
 
-def _packed_bytes(nbytes: int) -> nn.Parameter:
+def _packed(nbytes: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(nbytes, dtype=torch.uint8), requires_grad=False)
 
 

@@ -115,10 +115,10 @@ class UncommonExperts(PackedExperts):
 
     def _matrices(self, expert: int, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
         """The first and the second product of an expert, as functions of their inputs."""
-        names = self._first, "down_proj"
+        names = self.first_name, "down_proj"
         specs = self.gate_up, self.down
         for name, held, spec, table, (rows, cols) in zip(
-            names, self._packed, specs, self._tables, self.packed_shapes, strict=True
+            names, self.packed, specs, self._tables, self.shapes, strict=True
         ):
             start, bits = table[expert].tolist()
             codec = spec.codec(expert)

@@ -6,6 +6,30 @@ from typing import Any
 
 import torch
 
+from moepress.errors import InputError
+
+
+def dtype_of_weights(name: str, config: Any, stored: torch.dtype) -> torch.dtype:
+    """The dtype of a model: that of its config, or else of its files.
+
+    Args:
+        name: of the model, for messages.
+        stored: of its files.
+
+    Raises:
+        InputError: it is none of weights that are not quantized.
+    """
+    configs = (config, config.get_text_config())
+    dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.itemsize == 1):
+        dtype = stored  # some configs name the dtype of the codes
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(
+            f"{name} holds {dtype} weights. Expected float32, bfloat16 or float16: give the "
+            "original model, not a quantized one."
+        )
+    return dtype
+
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.

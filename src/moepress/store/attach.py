@@ -83,7 +83,7 @@ def leave_on_disk(
     places = []
     for path, module in layers.items():
         gate_up, down = (found[name] for name in names[path])
-        shapes = module.packed_shapes
+        shapes = module.shapes
         places.append(
             tuple(
                 zip(
