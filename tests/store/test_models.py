@@ -6,9 +6,11 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moepress import kernels
+from moepress.costs.drop_costs import DropCosts
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import quantization_config
 from moepress.format.codec import PackedSpec
 from moepress.hf import load_model
 from moepress.kernels import cpu
-from moepress.prune import Pruning
+from moepress.prune import Pruning, parse_strength, prune
 from moepress.store import statistics
 from moepress.store.memory import VARIABLE, memory_wanted
 from moepress.store.statistics import store_of
@@ -249,3 +252,71 @@ def test_memory_that_does_not_do(
         load_model(path, memory=budgets(path)[0] - each)
     with pytest.raises(InputError, match="original model"):
         load_model(model_folder(), memory=10**9)
+
+
+# Pruning
+
+
+READS = Pruning(
+    {0: (0.0, 0.0), 1: (0.0, 0.0)}, False, 0.0, absent={0: (0.0, 1.0), 1: (0.0, 1.0)}, most=0.2
+)
+
+
+@torch.inference_mode()
+def pruned(model: Any, pruning: Pruning) -> tuple[Tensor, Any, Any]:
+    """Logits of one token after another, and the counts of pruning and of the store."""
+    with prune(model, pruning, count=True) as active:
+        step = model(input_ids=IDS[:1, :1], use_cache=True)
+        found = [step.logits]
+        for at in range(1, 30):
+            step = model(input_ids=IDS[:1, at : at + 1], past_key_values=step.past_key_values)
+            found.append(step.logits)
+        return torch.cat(found), active.statistics(), statistics(model)
+
+
+def test_only_choices_that_need_a_read_are_dropped_and_no_more_than_asked(
+    folder: Callable[..., Path],
+) -> None:
+    path = folder()
+    memory = budgets(path)[1]
+    plain, none, read = pruned(load_model(path, memory=memory), replace(READS, absent={}))
+    got, counts, fewer = pruned(load_model(path, memory=memory), READS)
+    again, same, _ = pruned(load_model(path, memory=memory), READS)
+    assert torch.equal(got, again) and counts == same  # deterministic
+    assert none.share == 0 and 0.1 < counts.share <= 0.2
+    assert counts.absent == counts.dropped
+    assert not torch.equal(got, plain)
+    assert read.counts.uses - fewer.counts.uses == sum(map(sum, counts.dropped))
+    assert fewer.counts.reads < read.counts.reads
+    free, unasked, _ = pruned(load_model(path, memory=budgets(path)[3]), READS)
+    whole, _, _ = pruned(in_memory(path), READS)
+    assert torch.equal(whole, plain)  # nothing to read: nothing is dropped
+    assert unasked.share < counts.share and free.shape == plain.shape
+
+
+def test_a_read_that_another_token_needs_is_no_reason_to_drop(
+    folder: Callable[..., Path],
+) -> None:
+    """In a batch an expert is left unread only if no token needs it."""
+    model = load_model(folder(), memory=budgets(folder())[0])
+    everything = replace(READS, most=1.0)
+    with prune(model, everything, count=True) as active, torch.inference_mode():
+        model(input_ids=IDS)
+        dropped = active.statistics()
+    assert dropped.share < 0.1
+
+
+def test_strengths_of_pruning_reads(folder: Callable[..., Path]) -> None:
+    assert parse_strength("disk:0.15") == "disk:0.15"
+    with pytest.raises(InputError, match=r"disk:0\.15"):
+        parse_strength("disk:some")
+    ratio = np.linspace(0, 1, 9, dtype=np.float32)[None, None].repeat(2, 0)
+    cost = np.linspace(0, 1, 8, dtype=np.float32)[None, None].repeat(2, 0)
+    costs = DropCosts((0, 1), ratio, cost, cost * 2, True, {})
+    with pytest.raises(InputError, match="Open it with less memory"):
+        prune(in_memory(folder()), "disk:0.15", costs=costs)
+    model = load_model(folder(), memory=budgets(folder())[1])
+    with prune(model, "disk:0.15", costs=costs) as active:
+        rule = active.pruning
+    assert rule.most == 0.15 and not rule.renormalise
+    assert all(rule.absent[n][1] > rule.thresholds[n][1] for n in (0, 1))

@@ -21,6 +21,7 @@ from moepress.kernels.cpu.expert_store import ExpertStore, Place
 from moepress.kernels.gate import packed_names
 from moepress.kernels.modules import PackedExperts
 from moepress.kernels.stores import StoredLayer
+from moepress.store.forecast import expected_misses
 from moepress.store.memory import Room, plan, wanted
 from moepress.store.places import matrices, places_of, total_bytes
 from moepress.store.uses import HALF_LIFE, frequencies, past_uses
@@ -119,6 +120,8 @@ def attach_store(model: nn.Module, on_disk: OnDisk) -> ExpertStore:
     if on_disk.room.locked:  # whole pages of each matrix
         budget += 2 * 2 * 4096 * sum(map(len, on_disk.places))
     store = ExpertStore(on_disk.places, [*map(past_uses, frequency)], HALF_LIFE, budget)
+    sizes = [np.array([float(a.nbytes + b.nbytes) for a, b in layer]) for layer in on_disk.places]
+    store.expected_misses = expected_misses(frequency, sizes, budget)
     for number, path in enumerate(on_disk.paths):
         module = model.get_submodule(path)
         assert isinstance(module, PackedExperts)

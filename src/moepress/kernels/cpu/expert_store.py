@@ -117,6 +117,7 @@ class ExpertStore:
         direct: bool = True,
     ) -> None:
         self.budget = budget
+        self.expected_misses = 0.0  # share of the choices, for pruning; set by who knows it
         self._first = np.cumsum([0, *(len(layer) for layer in matrices)], dtype=np.int64)
         flat = [place for layer in matrices for pair in layer for place in pair]
         self._paths: dict[int, Path] = {}
