@@ -130,9 +130,9 @@ def llama_stepper(path: Path) -> Callable[[], None]:
     import numpy as np
 
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        str(path).encode(), llama_cpp.llama_model_default_params()
-    )
+    mapped = llama_cpp.llama_model_default_params()
+    mapped.use_extra_bufts = False  # repacked weights are copies, which the limit does not hold
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), mapped)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 128
     params.n_threads = params.n_threads_batch = cpu.THREADS

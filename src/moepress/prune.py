@@ -38,6 +38,7 @@ DISK = "disk:"  # before the share, of a strength
 # Time of a choice whose expert is read over one whose expert is in memory: a drive of 1 to 3 GB/s
 # beside memory of 20 to 60. Twice or half as much changes few thresholds.
 READ_OVER_COMPUTE = 20.0
+ENOUGH_USES = 1000  # of experts, after which the measured share of misses counts
 ACTIVE = "_moepress_pruned"  # attribute of a model's decoder: the pruning in force
 
 
@@ -173,9 +174,11 @@ def _of_reads(model: Any, strength: str, protect: float, costs: DropCosts) -> Pr
             f"Pruning {strength!r} is for a model whose experts are on disk, and this one's are in "
             "memory. Open it with less memory, or prune by a share such as 0.15."
         )
-    return Pruning.of_reads(
-        costs, disk_share(strength), store.expected_misses, READ_OVER_COMPUTE, protect
-    )
+    counts = store.counts()
+    missing = store.expected_misses
+    if counts.uses >= ENOUGH_USES:
+        missing = 1 - counts.hits / counts.uses
+    return Pruning.of_reads(costs, disk_share(strength), missing, READ_OVER_COMPUTE, protect)
 
 
 def _resolved(

@@ -17,7 +17,7 @@ from torch import nn
 
 from moepress.errors import InputError
 from moepress.kernels import cpu
-from moepress.kernels.cpu.expert_store import ExpertStore, Place
+from moepress.kernels.cpu.expert_store import ExpertStore, Place, pages
 from moepress.kernels.gate import packed_names
 from moepress.kernels.modules import PackedExperts
 from moepress.kernels.stores import StoredLayer
@@ -120,7 +120,7 @@ def attach_store(model: nn.Module, on_disk: OnDisk) -> ExpertStore:
     if on_disk.room.locked:  # whole pages of each matrix
         budget += 2 * 2 * 4096 * sum(map(len, on_disk.places))
     store = ExpertStore(on_disk.places, [*map(past_uses, frequency)], HALF_LIFE, budget)
-    sizes = [np.array([float(a.nbytes + b.nbytes) for a, b in layer]) for layer in on_disk.places]
+    sizes = [np.array([float(pages(a) + pages(b)) for a, b in layer]) for layer in on_disk.places]
     store.expected_misses = expected_misses(frequency, sizes, budget)
     for number, path in enumerate(on_disk.paths):
         module = model.get_submodule(path)

@@ -47,6 +47,12 @@ class Place:
     nbytes: int
 
 
+def pages(place: Place) -> int:
+    """Bytes of memory that a matrix takes: whole pages."""
+    first = place.offset % PAGE
+    return -(-(first + place.nbytes) // PAGE) * PAGE if place.nbytes else 0
+
+
 @dataclass(frozen=True)
 class StoreCounts:
     """What a store did since it was opened (MoepressStoreCounts of moepress.h)."""
