@@ -18,8 +18,9 @@ from moepress.allocate import allocate
 from moepress.compress import compress
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, NumericalError
-from moepress.format.checkpoint import load_json, packed_specs
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import TRELLIS_BITS, Codec, PackedSpec
+from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu, reference, scalar, trellis
 from moepress.original.source import Source
 from moepress.recipe import Recipe

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import SCORES, packed_specs
+from moepress.format.checkpoint import SCORES
+from moepress.format.quantization import packed_specs
 from moepress.kernels.cpu.expert_store import PAGE, READERS, open_file
 from moepress.kernels.gate import packed_names
 from moepress.original.folder import weight_files
