@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import (
-    CONFIG,
     DROP_COSTS,
     is_compressed,
     load_json,
-    model_config,
     save_json,
 )
 from moepress.format.quantization import quantization_of
@@ -37,6 +35,7 @@ from moepress.pruning.rule import PROTECT
 from moepress.pruning.rule import Pruning as Pruning
 from moepress.pruning.rule import Strength as Strength
 from moepress.pruning.stored import stored_costs as stored_costs
+from moepress.reading.config import CONFIG, config_fields
 from moepress.store.statistics import store_of
 
 if TYPE_CHECKING:
@@ -238,7 +237,7 @@ def set_pruning(
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         _check_fits(pruning, stored_costs(folder))
     quantization_of(folder)  # raises if it is damaged
-    config = model_config(folder)
+    config = config_fields(folder)
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
         config["quantization_config"]["pruning"] = pruning.to_json()

@@ -24,6 +24,7 @@ from moepress.format.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
 from moepress.reading.documents import shown, wrong_field
 from moepress.reading.files import read_text
 from moepress.reading.json import MOST_DIGITS, kind_of, parse_json
+from moepress.text.named import normalised
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
 MeasureName = QuantizerName | Literal["noise"]
@@ -106,6 +107,8 @@ class Recipe:
                 object.__setattr__(self, field.name, frozen)
         self._check_types()
         self._check()
+        calib = tuple((normalised(text), weight) for text, weight in self.calib)
+        object.__setattr__(self, "calib", calib)
 
     def _check_types(self) -> None:
         """Raise InputError if a field is not of its declared type, or is no finite number."""
