@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
 from moepress.errors import CheckpointError, InputError
 from moepress.kernels import cpu
@@ -163,23 +162,6 @@ def test_warm_reads_the_first_that_fit(tmp_path: Path) -> None:
     assert sum(sizes[n][e] for n, e in here) <= budget
     with store.hold(*order[0][:1], [order[0][1]]):
         assert_held(store, files, order[0][0], [order[0][1]])
-    store.close()
-
-
-def test_a_prediction_that_was_wrong_leaves_no_trace_on_what_is_held(tmp_path: Path) -> None:
-    files, draw = make_files(tmp_path, 3), random.Random(3)
-    sizes = files.sizes()
-    budget = max(sum(sorted(row)[-2:]) for row in sizes) * 2
-    store = ExpertStore(files.matrices, [[0.0] * 5] * 3, HALF_LIFE, budget)
-    for step in range(40):
-        layer, experts = step % 3, draw.sample(range(5), 2)
-        with store.hold(layer, experts):
-            store.read_ahead((layer + 1) % 3, torch.tensor(draw.sample(range(5), 2)))
-            assert_held(store, files, layer, experts)
-        assert store.counts().bytes_held <= budget
-    counts = store.counts()
-    assert counts.read_ahead > 0
-    assert counts.ahead_used + counts.ahead_wasted + counts.cancelled <= counts.read_ahead
     store.close()
 
 

@@ -64,10 +64,6 @@ class StoreCounts:
     reads: int  # experts read
     bytes_read: int
     dropped: int  # experts that made room
-    read_ahead: int  # experts that were to be read before they were needed
-    ahead_used: int  # of those, needed in the end
-    ahead_wasted: int  # of those, dropped unused
-    cancelled: int  # of those, not read after all
     bytes_held: int
     seconds_waited: float  # calls waiting for reads
 
@@ -191,25 +187,11 @@ class ExpertStore:
         _check(_functions().moepress_store_at_hand(self.number, layer, found.data_ptr()))
         return found
 
-    def read_ahead(self, layer: int, experts: Tensor) -> None:
-        """Begin to read experts that may be needed, after all that are.
-
-        What the layer does not need when it runs is not read, if that has not begun.
-
-        Args:
-            experts: int64, contiguous. Those with more uses make no room for them.
-        """
-        _check(
-            _functions().moepress_store_read_ahead(
-                self.number, layer, experts.data_ptr(), experts.numel(), 1
-            )
-        )
-
     def warm(self, experts: Iterable[tuple[int, int]]) -> None:
         """Begin to read experts, each (layer, expert), until the budget is full."""
         for layer, expert in experts:
             one = c_int64(expert)
-            _check(_functions().moepress_store_read_ahead(self.number, layer, addressof(one), 1, 0))
+            _check(_functions().moepress_store_read_ahead(self.number, layer, addressof(one), 1))
 
     def fill(self) -> None:
         """Read all experts, and have the system keep them in memory.
@@ -334,7 +316,7 @@ def _functions() -> ctypes.CDLL:
         ("close", (c_void_p,), None),
         ("region", (c_void_p, POINTER(c_int64)), c_void_p),
         ("at_hand", (c_void_p, c_int64, c_void_p), c_int32),
-        ("read_ahead", (c_void_p, c_int64, c_void_p, c_int64, c_int32), c_int32),
+        ("read_ahead", (c_void_p, c_int64, c_void_p, c_int64), c_int32),
         ("hold", (c_void_p, c_int64, c_void_p, c_int64, POINTER(c_void_p)), c_int32),
         ("release", (c_void_p,), None),
         ("lock", (c_void_p,), c_int32),

@@ -137,7 +137,6 @@ struct MoepressStoreCounts {
     int64_t uses, hits;  // experts that calls needed, each once a call; those that were present
     int64_t bytes_used;  // of the needed ones
     int64_t reads, bytes_read, dropped;
-    int64_t read_ahead, ahead_used, ahead_wasted, cancelled;  // experts
     int64_t bytes_held;
     double seconds_waited;
 };
@@ -161,10 +160,8 @@ MOEPRESS_API uint8_t* moepress_store_region(const MoepressStore* store, int64_t*
 MOEPRESS_API int32_t moepress_store_at_hand(MoepressStore* store, int64_t layer, uint8_t* at_hand);
 
 // Read experts that may be needed, behind all that are. Nothing of a higher priority makes room.
-// `predicted`: for the next call of the layer, which cancels what it does not need.
 MOEPRESS_API int32_t moepress_store_read_ahead(MoepressStore* store, int64_t layer,
-                                               const int64_t* experts, int64_t n,
-                                               int32_t predicted);
+                                               const int64_t* experts, int64_t n);
 
 // Read experts and keep them until `release`. Meanwhile no other call is served. kNoMemory: they do
 // not fit in the budget together.

@@ -46,7 +46,6 @@ struct Expert {
     int pins = 0;
     int left[2] = {0, 0};  // pieces of each matrix that are still to be read
     bool started = false;  // whether a thread took one of the pieces
-    bool ahead = false;    // predicted to be needed, and not used yet
     int error = 0;         // of a read: errno or kEndOfFile
     double priority = 0;
 };
@@ -79,12 +78,11 @@ struct MoepressStore {
 
     // ---- reading (with the mutex held, except `read`) ------------------------------------------
 
-    void enqueue(size_t number, bool now, bool predicted) {
+    void enqueue(size_t number, bool now) {
         Expert& expert = experts[number];
         used += expert.size;
         expert.state = State::kReading;
         expert.started = false;
-        expert.ahead = predicted;
         expert.error = 0;
         auto& queue = now ? needed : ahead;
         for (int m = 0; m < 2; ++m) {
@@ -121,8 +119,6 @@ struct MoepressStore {
                          queue->end());
         expert.state = State::kAbsent;
         used -= expert.size;
-        counts.cancelled += expert.ahead;
-        expert.ahead = false;
         return true;
     }
 
@@ -138,8 +134,6 @@ struct MoepressStore {
             mmap(first, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_FIXED, -1, 0);
 #endif
         }
-        if (expert.ahead) ++counts.ahead_wasted;
-        expert.ahead = false;
         expert.state = State::kAbsent;
         used -= expert.size;
     }
@@ -217,10 +211,7 @@ struct MoepressStore {
         if (expert.left[0] + expert.left[1] == 0) {
             expert.state = State::kPresent;
             ++counts.reads;
-            if (expert.error != 0) {
-                expert.ahead = false;
-                drop(expert);
-            }
+            if (expert.error != 0) drop(expert);
         }
         done.notify_all();
     }
@@ -284,17 +275,13 @@ Hold::Hold(MoepressStore* store, int64_t layer, const std::vector<int64_t>& toke
     for (int64_t e = 0; e < count; ++e) {
         const size_t number = size_t(first_expert_ + e);
         Expert& expert = store->experts[number];
-        if (tokens[size_t(e)] == 0) {
-            if (expert.ahead) store->cancel(number);
-            continue;
-        }
+        if (tokens[size_t(e)] == 0) continue;
         bytes += expert.size;
         most = std::max(most, expert.size);
         if (expert.size == 0) continue;
         ++store->counts.uses;
         store->counts.hits += expert.state == State::kPresent;
         store->counts.bytes_used += expert.size;
-        store->counts.ahead_used += expert.ahead;
         store->use(number, tokens[size_t(e)], all_tokens);
     }
     if (bytes > store->budget) wave_bytes_ = std::max(store->budget / 2, most);
@@ -328,7 +315,6 @@ size_t Hold::begin(const std::vector<ExpertPanels>& chosen, size_t first) {
             ++expert.pins;
             pinned_.push_back(int64_t(number));
         }
-        expert.ahead = false;
         if (expert.state == State::kReading) store_->hurry(number);
         if (expert.state == State::kAbsent) missing.push_back(number);
     }
@@ -337,7 +323,7 @@ size_t Hold::begin(const std::vector<ExpertPanels>& chosen, size_t first) {
             failure_ = kNoMemory;
             break;
         }
-        store_->enqueue(number, true, false);
+        store_->enqueue(number, true);
     }
     return last;
 }
@@ -509,7 +495,7 @@ int32_t moepress_store_at_hand(MoepressStore* store, int64_t layer, uint8_t* at_
 }
 
 int32_t moepress_store_read_ahead(MoepressStore* store, int64_t layer, const int64_t* experts,
-                                  int64_t n, int32_t predicted) {
+                                  int64_t n) {
     return guarded([&] {
         if (layer < 0 || layer + 1 >= int64_t(store->first_of_layer.size())) return kBadShape;
         if (getpid() != store->owner) return kForked;
@@ -522,8 +508,7 @@ int32_t moepress_store_read_ahead(MoepressStore* store, int64_t layer, const int
             Expert& expert = store->experts[number];
             if (expert.state != State::kAbsent || expert.size == 0) continue;
             if (!store->make_room(expert, false, lock)) continue;
-            store->enqueue(number, false, predicted != 0);
-            store->counts.read_ahead += predicted != 0;
+            store->enqueue(number, false);
         }
         return kOk;
     });
@@ -592,7 +577,7 @@ int32_t moepress_store_open(const MoepressRange*, const int64_t*, int64_t, const
 void moepress_store_close(MoepressStore*) {}
 uint8_t* moepress_store_region(const MoepressStore*, int64_t*) { return nullptr; }
 int32_t moepress_store_at_hand(MoepressStore*, int64_t, uint8_t*) { return kNoStore; }
-int32_t moepress_store_read_ahead(MoepressStore*, int64_t, const int64_t*, int64_t, int32_t) {
+int32_t moepress_store_read_ahead(MoepressStore*, int64_t, const int64_t*, int64_t) {
     return kNoStore;
 }
 int32_t moepress_store_hold(MoepressStore*, int64_t, const int64_t*, int64_t, void**) {
