@@ -77,7 +77,7 @@ def _tensors(path: Path) -> dict[str, Any]:
 def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """A compressed model: bytes by part, widths of the experts, averages, pruning."""
     specs = packed_specs(folder)
-    widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    widths: defaultdict[str, Counter[float]] = defaultdict(Counter)
     for name, spec in specs.items():
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
+from moepress.kernels.backends import backend_for
 from moepress.kernels.gate import Gate, packed_names
 from moepress.kernels.reference import activation_function, check_activation_bits
 
@@ -58,7 +59,7 @@ class PackedLinear(nn.Module):
             self.weight,
             self.bias,
             self.out_features,
-            codec.bits,
+            codec.number,
             codec.group_size,
             self.activation_bits,
             codec.family,
@@ -96,7 +97,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows, cols, codec = self.num_embeddings, self.embedding_dim, self.codec
         y: Tensor = kernels.embedding(
-            ids, self.weight, rows, cols, codec.bits, codec.group_size, self.like.dtype
+            ids, self.weight, rows, cols, codec.number, codec.group_size, self.like.dtype
         )
         return y
 
@@ -171,7 +172,7 @@ class PackedExperts(nn.Module):
         self.down_proj = _packed(down.nbytes(*down_shape))
         self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
         self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
-        # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
+        # (first byte, `width_number`) of each expert's matrices, [E, 2] int64, of gate_up and down.
         # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
         self._tables = (
@@ -220,7 +221,11 @@ class PackedExperts(nn.Module):
 
         `forward` does so where it has to, but it cannot while a CUDA graph is captured. So loading
         and `.to` do it before.
+
+        Raises:
+            InputError: the backend of the device has no kernels for a width of the experts.
         """
+        backend_for(device).check_widths(self.gate_up.bits + self.down.bits)
         gate_up_table, down_table = self._tables
         self._tables_here = gate_up_table.to(device), down_table.to(device)
 

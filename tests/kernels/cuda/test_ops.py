@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moepress import kernels
 from moepress.errors import InputError
-from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec, PackedSpec
+from moepress.format.codec import GRID_BITS, HALF_WIDTHS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import backends, cpu, cuda, reference, trellis
 from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.launch import Launcher, launcher_for
@@ -136,7 +136,8 @@ def close(result: Tensor, oracle: Tensor, rtol: float = 1e-5) -> None:
     )
 
 
-CODECS = [Codec(b, g, f) for f, bits in (("int", GRID_BITS), ("trellis", TRELLIS_BITS))
+WHOLE_BITS = [b for b in TRELLIS_BITS if b not in HALF_WIDTHS]  # others: not on cards yet
+CODECS = [Codec(b, g, f) for f, bits in (("int", GRID_BITS), ("trellis", WHOLE_BITS))
           for b in bits for g in (32, 128)]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError, MoepressError
-from moepress.format.codec import Codec
+from moepress.format.codec import HALF_WIDTHS, Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
@@ -172,7 +172,7 @@ def linear(
     activation_bits: int,
 ) -> Tensor:
     """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or codec.bits in HALF_WIDTHS:
         return reference.linear(x, packed, bias, out_features, codec)
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -184,7 +184,7 @@ def linear(
         packed.data_ptr(),
         packed.numel(),
         out_features,
-        codec.bits,
+        codec.number,
         codec.group_size,
         None if bias is None else bias.data_ptr(),
         activation_bits,
@@ -197,7 +197,8 @@ def linear(
 def experts(call: ExpertsCall) -> Tensor:
     """The op `moepress::experts`. Sums are in float32; float64 inputs go to the reference."""
     hidden, gate_up_table, down_table = call.hidden, call.gate_up_table, call.down_table
-    if hidden.dtype == torch.float64:
+    half = any(bool((table[:, 1] > 8).any()) for table in (gate_up_table, down_table))
+    if hidden.dtype == torch.float64 or half:
         return reference.experts(call)
     reference.activation_function(call.activation)  # refuses unknown names
     if len(gate_up_table) != len(down_table):
@@ -280,7 +281,7 @@ def embedding(
         packed.numel(),
         rows,
         cols,
-        codec.bits,
+        codec.number,
         codec.group_size,
         out.data_ptr(),
     )
@@ -316,7 +317,7 @@ def drop(
     return ranked, kept.to(weights.dtype), dropped
 
 
-def trellis_search(target: Tensor, bits: int) -> Tensor:
+def trellis_search(target: Tensor, bits: float) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
@@ -324,7 +325,7 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
     return branches
 
 
-def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: float) -> None:
     """Round eight columns of one matrix as `rounding.methods.viterbi.round_together`, in place.
 
     Args:
@@ -334,19 +335,19 @@ def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int)
     _search(target, feedback, bits, branches)
 
 
-def _search(target: Tensor, feedback: Tensor | None, bits: int, branches: Tensor) -> None:
+def _search(target: Tensor, feedback: Tensor | None, bits: float, branches: Tensor) -> None:
     _call(
         "moepress_trellis_search",
         target.data_ptr(),
         None if feedback is None else feedback.data_ptr(),
         target.shape[1],
-        bits,
+        width_number(bits),
         torch.get_num_threads(),
         branches.data_ptr(),
     )
 
 
-def trellis_values(branches: Tensor, bits: int) -> Tensor:
+def trellis_values(branches: Tensor, bits: float) -> Tensor:
     """The values that branches [64 S, K] choose, `trellis.code_matrix`: [64 S, K] float32."""
     given = branches.contiguous()
     values = torch.empty(given.shape)
@@ -355,7 +356,7 @@ def trellis_values(branches: Tensor, bits: int) -> Tensor:
         "moepress_trellis_values",
         given.data_ptr(),
         *given.shape,
-        bits,
+        width_number(bits),
         threads,
         values.data_ptr(),
     )

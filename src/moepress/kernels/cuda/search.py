@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from moepress.errors import InputError
+from moepress.format.codec import HALF_WIDTHS
 from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for, missing
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def available(device: torch.device) -> bool:
     return reason is None
 
 
-def trellis_search(target: Tensor, bits: int) -> Tensor:
+def trellis_search(target: Tensor, bits: float) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on a card."""
     columns = target.float().contiguous()[None]
     branches = torch.empty(columns.shape, dtype=torch.uint8, device=target.device)
@@ -40,7 +42,7 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
 
 
 def trellis_search_together(
-    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[int], first: int
+    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[float], first: int
 ) -> None:
     """Round columns first .. first + 7 of M matrices [K, N] to trellis codes, in place.
 
@@ -55,7 +57,7 @@ def trellis_search_together(
 
 
 def _launch(
-    target: Tensor, feedback: Tensor | None, branches: Tensor, bits: tuple[int, ...], first: int
+    target: Tensor, feedback: Tensor | None, branches: Tensor, bits: tuple[float, ...], first: int
 ) -> None:
     launcher = launcher_for(target.device)
     count, columns, rows = target.shape
@@ -67,5 +69,10 @@ def _launch(
 
 
 @lru_cache(maxsize=64)
-def _widths(bits: tuple[int, ...], device: torch.device) -> Tensor:
+def _widths(bits: tuple[float, ...], device: torch.device) -> Tensor:
+    if half := sorted(set(bits) & set(HALF_WIDTHS)):
+        raise InputError(
+            f"Paths of {half} bits cannot be searched on a card yet. Offer whole --expert-bits, "
+            "such as 1,2,3,4, or compress on a CPU (--device cpu)."
+        )
     return torch.tensor(bits, dtype=torch.int32, device=device)
