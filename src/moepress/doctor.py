@@ -109,7 +109,7 @@ def _cpu() -> Iterable[Check]:
     import psutil
 
     info = Path("/proc/cpuinfo")
-    lines = info.read_text() if info.is_file() else ""
+    lines = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
     name = model[1] if model else platform.processor() or platform.machine()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -217,7 +217,7 @@ def _allocator() -> Iterable[Check]:
     if not maps.is_file():
         yield Check("malloc", "ok", f"the default of {platform.system()}")
         return
-    text = maps.read_text()
+    text = maps.read_text(encoding="utf-8", errors="replace")
     found = [name for name in ALLOCATORS if name in text]
     if found:
         yield Check("malloc", "ok", ", ".join(found))

@@ -6,8 +6,26 @@ what is wrong, what was got, what was expected, and what to do.
 """
 
 
+def printable(text: str) -> str:
+    """Text that is safe in a terminal: control characters, and others that are not shown, escaped.
+
+    Line breaks and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class MoepressError(Exception):
-    """Base of all errors raised by moepress."""
+    """Base of all errors raised by moepress.
+
+    Messages may quote what files hold, so they are made `printable`.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
 
 
 class InputError(MoepressError, ValueError):
@@ -20,6 +38,10 @@ class BudgetError(InputError):
 
 class CheckpointError(MoepressError):
     """A file is missing, damaged or contradictory, or cannot be written (disk full)."""
+
+
+class FileError(InputError, CheckpointError):
+    """A file that was given is missing, of another kind, unreadable, damaged or contradictory."""
 
 
 class NumericalError(MoepressError):

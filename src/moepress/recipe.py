@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.format.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
+from moepress.reading.files import read_text
+from moepress.reading.json import parse_json
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
 MeasureName = QuantizerName | Literal["noise"]
@@ -188,10 +190,10 @@ class Recipe:
                 ".json file."
             )
         try:
-            text = path.read_text()
-            fields = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        except (ValueError, OSError) as error:
-            raise InputError(f"Cannot read the recipe {path}: {error}") from error
+            text = read_text(path, "The recipe")
+            fields = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"Cannot read the recipe {path}: {error}. Mend it.") from error
         return cls.from_dict({**fields, **changes})
 
     def with_changes(self, **changes: Any) -> Recipe:

@@ -179,7 +179,9 @@ def render(subject: Subject) -> str:
     )
     environment.filters |= {"cell": _cell, "svg": _data_uri, "panels": _panels, "prose": _prose}
     environment.tests["number"] = lambda value: isinstance(value, int | float)
-    template = environment.from_string((files("moepress.page") / "report.html").read_text())
+    template = environment.from_string(
+        (files("moepress.page") / "report.html").read_text(encoding="utf-8")
+    )
     return template.render(
         name=subject.name,
         facts=headline(subject),

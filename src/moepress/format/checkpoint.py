@@ -26,8 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.reading.headers import read_header
+from moepress.reading.json import read_json
 
 FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
 HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
@@ -183,18 +185,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file of moepress.
 
     Raises:
-        CheckpointError: it is missing, truncated or damaged.
+        FileError: it is missing, truncated or damaged.
     """
+    read_header(path)
     try:
         return load_file(path)  # type: ignore[no-any-return]  # safetensors is untyped
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        raise FileError(f"{path} cannot be read: {error}.") from error
 
 
 def read_about(path: Path) -> str | None:
-    """The `about` text that `save_tensors` stored in a file; None if there is none."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("moepress")
+    """The `about` text that `save_tensors` stored in a file; None if there is none.
+
+    Raises:
+        FileError: the file is missing, truncated or damaged.
+    """
+    return read_header(path).metadata.get("moepress")
 
 
 @contextmanager
@@ -218,12 +224,9 @@ def load_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        FileError: it is missing, damaged, or no JSON (reading/json.py).
     """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    return read_json(path, "The file")
 
 
 def shard_name(layer: int | None) -> str:
@@ -369,7 +372,7 @@ def packed_specs(folder: Path) -> dict[str, PackedSpec]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def _copy(source: Path, target: Path) -> None:

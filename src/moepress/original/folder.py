@@ -103,7 +103,9 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+            names = set(
+                json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            )
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}.") from error
         paths = [folder / name for name in sorted(names)]

@@ -107,7 +107,7 @@ def read_quantization(folder: Path) -> Quantization | None:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}. Fetch it again.") from error
     declared = declared_quantization(config)
