@@ -28,6 +28,7 @@ from moepress.format.checkpoint import (
     read_about,
     tensor_bytes,
 )
+from moepress.format.codec import width
 from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
@@ -210,7 +211,7 @@ def _plan(plan: BitAllocation) -> dict[str, Any]:
         "experts_by_bits": {
             name: {
                 str(bits): count
-                for bits, count in sorted(Counter(plan.bits[:, :, p].ravel().tolist()).items())
+                for bits, count in sorted(Counter(map(width, plan.bits[:, :, p].flat)).items())
             }
             for p, name in enumerate(("gate_up_proj", "down_proj"))
         },

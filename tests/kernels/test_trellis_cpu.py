@@ -10,14 +10,13 @@ import torch
 
 from moepress import kernels
 from moepress.errors import InputError
-from moepress.format.codec import HALF_WIDTHS, TRELLIS_BITS, PackedSpec
+from moepress.format.codec import TRELLIS_BITS, PackedSpec
 from moepress.kernels import cpu, reference, trellis
 from moepress.kernels.experts_call import ExpertsCall
 from tests.kernels.test_kernels import op_arguments, within_twice_plain
 from tests.rounding.test_trellis import codec_of, random_packed
 
 MISSING = cpu.missing()
-WHOLE = [bits for bits in TRELLIS_BITS if bits not in HALF_WIDTHS]  # others: not compiled yet
 
 
 @pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
@@ -33,7 +32,10 @@ def experts_call(
     tokens: int, hidden: int, inner: int, group: int, activation: str = "silu", bits: int = 16
 ) -> ExpertsCall:
     generator = torch.Generator().manual_seed(tokens)
-    specs = PackedSpec((1, 2, 4, 3), group, "trellis"), PackedSpec((3, 2, 1, 4), group, "trellis")
+    specs = (
+        PackedSpec((1, 2.5, 4, 3), group, "trellis"),
+        PackedSpec((3.5, 2, 1.5, 4), group, "trellis"),
+    )
     shapes = (2 * inner, hidden), (hidden, inner)
     packed = [
         torch.cat([random_packed(*shape, c, seed) for seed, c in enumerate(spec.codecs)])
@@ -48,12 +50,12 @@ def experts_call(
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
-@pytest.mark.parametrize("bits", WHOLE)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize(
     "rows, cols, group, tokens", [(64, 32, 32, 1), (70, 384, 128, 3), (200, 64, 64, 300)]
 )
 def test_linear(
-    isa: str, bits: int, rows: int, cols: int, group: int, tokens: int, activation_bits: int
+    isa: str, bits: float, rows: int, cols: int, group: int, tokens: int, activation_bits: int
 ) -> None:
     codec = codec_of(bits, group)
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +105,7 @@ def test_a_token_depends_on_nothing_else(isa: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
-@pytest.mark.parametrize("bits", WHOLE)
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 def test_many_tokens_get_the_bits_of_one(isa: str, bits: int, activation_bits: int) -> None:
     """Products with many tokens are other instructions, but the same integers (trellis_many.h)."""
     rows, cols, codec = 130, 384, codec_of(bits, 128)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moepress import kernels
 from moepress.allocate import allocate
+from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, NumericalError
@@ -457,7 +458,7 @@ def compressed(
     model_folder: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("trellis") / "model"
-    recipe = small_recipe(text_file, bits=2.5, expert_codec="trellis", expert_bits=(2, 3, 4))
+    recipe = small_recipe(text_file, bits=2.5, expert_codec="trellis", expert_bits=(2, 2.5, 3.5))
     return compress(model_folder(), out, recipe)
 
 
@@ -465,8 +466,13 @@ def test_a_compressed_folder_holds_rounded_experts(
     compressed: Path, model_folder: Callable[..., Path]
 ) -> None:
     config = load_json(compressed / "config.json")["quantization_config"]
-    assert config["format_version"] == 4
+    assert config["format_version"] == 6
     source, specs = Source(model_folder()), packed_specs(compressed)
+    assert any(spec.has_half_widths for spec in specs.values())
+    plan = BitAllocation.load(compressed / "moepress_plan.json")
+    assert [width_number(bits) for bits in plan.bits[0, :, 0]] == [
+        number for _, number in specs[source.experts[plan.layers[0]].parameters[0]].table(64, 64)
+    ]
     model = AutoModelForCausalLM.from_pretrained(compressed)
     for experts in source.experts.values():
         spec = specs[f"{experts.path}.gate_up_proj"]

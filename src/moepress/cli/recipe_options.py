@@ -29,7 +29,7 @@ Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens pe
 Widths = Annotated[
     str | None,
     typer.Option(
-        "--expert-bits", help="Widths offered to experts, such as 1,2,3; 0 leaves an expert out."
+        "--expert-bits", help="Widths offered to experts, such as 1,1.5,2; 0 leaves an expert out."
     ),
 ]
 ExpertCodec = Annotated[

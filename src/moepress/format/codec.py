@@ -27,6 +27,7 @@ and unpack them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -46,7 +47,7 @@ LEFT_OUT = 0  # code bits of an expert that is left out: it has no bytes and no 
 
 def width(bits: float) -> float:
     """A width as it is written: an int where it is whole, so that 2.0 becomes 2."""
-    return int(bits) if bits == int(bits) else float(bits)
+    return int(bits) if float(bits).is_integer() else float(bits)
 
 
 def width_number(bits: float) -> int:
@@ -61,6 +62,21 @@ def width_of(number: int) -> float:
     """The inverse of `width_number`."""
     half = number / 10
     return half if half in HALF_WIDTHS else number
+
+
+def spell_widths(widths: Sequence[float]) -> str:
+    """Widths as text: one digit each or, with half widths among them, separated by commas."""
+    between = "," if any(bits in HALF_WIDTHS for bits in widths) else ""
+    return between.join(str(width(bits)) for bits in widths)
+
+
+def read_widths(text: str) -> tuple[float, ...]:
+    """The inverse of `spell_widths`.
+
+    Raises:
+        ValueError: the text is of another form.
+    """
+    return tuple(width(float(bits)) for bits in (text.split(",") if "." in text else text))
 
 
 @dataclass(frozen=True, order=True)
@@ -199,21 +215,19 @@ class PackedSpec:
 
     @property
     def has_half_widths(self) -> bool:
-        """Whether a matrix has 1.5, 2.5 or 3.5 bits: only then are the widths set off by commas."""
+        """Whether a matrix has 1.5, 2.5 or 3.5 bits."""
         return any(bits in HALF_WIDTHS for bits in self.bits)
 
     def to_json(self) -> dict[str, str | int]:
-        between = "," if self.has_half_widths else ""
         fields: dict[str, str | int] = {
-            "bits": between.join(map(str, self.bits)),
+            "bits": spell_widths(self.bits),
             "group_size": self.group_size,
         }
         return fields if self.family == "int" else fields | {"family": self.family}
 
     @classmethod
     def from_json(cls, fields: dict[str, str | int]) -> PackedSpec:
-        text = str(fields["bits"])
-        bits = tuple(map(float, text.split(","))) if "." in text else tuple(map(int, text))
+        bits = read_widths(str(fields["bits"]))
         return cls(bits, int(fields["group_size"]), str(fields.get("family", "int")))
 
 

@@ -44,7 +44,7 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
     """The `quantization_config` of a compressed folder's config.json (docs/format.md).
 
     Args:
-        modules: parameter path to {"bits": one digit per matrix, "group_size": G}, and "family"
+        modules: parameter path to {"bits": one width per matrix, "group_size": G}, and "family"
             unless it is "int".
         format_version: version of the byte layout.
         provenance: how the folder was made; kept when the model is saved, otherwise unused.
@@ -235,7 +235,7 @@ def _spec(path: str, fields: Mapping[str, str | int]) -> PackedSpec:
     except (KeyError, ValueError) as error:  # InputError is a ValueError
         raise InputError(
             f"quantization_config of config.json has {dict(fields)} for {path}. Expected "
-            f'{{"bits": one digit per matrix, "group_size": 128}}. {error}'
+            f'{{"bits": one digit per matrix, or "1.5,2", "group_size": 128}}. {error}'
         ) from error
 
 

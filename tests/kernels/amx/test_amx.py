@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moepress.format.codec import TRELLIS_BITS
 from moepress.kernels import cpu, reference
 from tests.kernels.test_trellis_cpu import experts_call
 from tests.rounding.test_trellis import codec_of, random_packed
@@ -69,9 +70,11 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     cpu._library.cache_clear()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("group, tokens", [(32, 8), (64, 9), (128, 17), (128, 37)])
-def test_many_tokens_get_the_bits_of_one(emulated: str, bits: int, group: int, tokens: int) -> None:
+def test_many_tokens_get_the_bits_of_one(
+    emulated: str, bits: float, group: int, tokens: int
+) -> None:
     """Tails of 16 and of 32 tokens, one run of tokens and two; the largest codes."""
     rows, cols, codec = 130, 2 * group, codec_of(bits, group)
     packed = random_packed(rows, cols, codec)

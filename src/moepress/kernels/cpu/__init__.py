@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError, MoepressError
-from moepress.format.codec import HALF_WIDTHS, Codec, width_number
+from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
@@ -172,7 +172,7 @@ def linear(
     activation_bits: int,
 ) -> Tensor:
     """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
-    if x.dtype == torch.float64 or codec.bits in HALF_WIDTHS:
+    if x.dtype == torch.float64:
         return reference.linear(x, packed, bias, out_features, codec)
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -197,8 +197,7 @@ def linear(
 def experts(call: ExpertsCall) -> Tensor:
     """The op `moepress::experts`. Sums are in float32; float64 inputs go to the reference."""
     hidden, gate_up_table, down_table = call.hidden, call.gate_up_table, call.down_table
-    half = any(bool((table[:, 1] > 8).any()) for table in (gate_up_table, down_table))
-    if hidden.dtype == torch.float64 or half:
+    if hidden.dtype == torch.float64:
         return reference.experts(call)
     reference.activation_function(call.activation)  # refuses unknown names
     if len(gate_up_table) != len(down_table):

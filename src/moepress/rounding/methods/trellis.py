@@ -42,8 +42,8 @@ from moepress.rounding.rotation import rotate, rotate_back
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
 # START * START_FACTOR_WITH_FEEDBACK: best for matrices of trained models
 # (docs/log.md#first-scale-by-width, decided in docs/log.md#first-scale).
-START = {1: 0.96, 1.5: 1.04, 2: 1.11, 2.5: 1.15, 3: 1.18, 3.5: 1.19, 4: 1.20}
-START_FACTOR_WITH_FEEDBACK = {1: 1.15, 1.5: 1.06, 2: 1.0, 2.5: 0.97, 3: 0.95, 3.5: 0.95, 4: 0.95}
+START = {1: 0.96, 1.5: 0.98, 2: 1.11, 2.5: 1.09, 3: 1.18, 3.5: 1.12, 4: 1.20}
+START_FACTOR_WITH_FEEDBACK = {1: 1.15, 1.5: 1.13, 2: 1.0, 2.5: 1.02, 3: 0.95, 3.5: 1.01, 4: 0.95}
 
 
 @dataclass(frozen=True)
@@ -224,5 +224,5 @@ def _block_feedback_at_once(feedback: Tensor) -> Tensor:
 
 def path_values(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix`, compiled where that is possible."""
-    compiled = branches.device.type == "cpu" and bits == int(bits) and cpu.missing() is None
+    compiled = branches.device.type == "cpu" and cpu.missing() is None
     return (cpu.trellis_values if compiled else code_matrix)(branches, bits)

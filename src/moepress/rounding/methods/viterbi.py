@@ -32,7 +32,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moepress.format.codec import HALF_WIDTHS
 from moepress.kernels import cpu
 from moepress.kernels.cuda import search as cuda
 from moepress.kernels.trellis import (
@@ -66,7 +65,7 @@ def search(target: Tensor, bits: float) -> Tensor:
     """
     if cuda.available(target.device):
         return cuda.trellis_search(target, bits)
-    if _compiled(target, bits):
+    if target.device.type == "cpu" and cpu.missing() is None:
         return cpu.trellis_search(target, bits)
     return search_plainly(target, bits)
 
@@ -91,14 +90,10 @@ def round_together(
         cuda.trellis_search_together(target, feedback, branches, bits, first)
         torch.add(feedback[:, columns], received, out=target[:, columns])
         return
+    compiled = target.device.type == "cpu" and cpu.missing() is None
     for number, width in enumerate(bits):
         one = target[number, columns], feedback[number, columns], branches[number, columns]
-        (cpu.trellis_round if _compiled(target, width) else round_plainly)(*one, width)
-
-
-def _compiled(target: Tensor, bits: float) -> bool:
-    """Whether the compiled C++ searches paths of that width for this target."""
-    return target.device.type == "cpu" and bits not in HALF_WIDTHS and cpu.missing() is None
+        (cpu.trellis_round if compiled else round_plainly)(*one, width)
 
 
 def round_plainly(target: Tensor, feedback: Tensor, branches: Tensor, bits: float) -> None:
