@@ -112,8 +112,8 @@ def check(
         SOURCES[kernel], how.name(product.group, product.planes), grid, how.threads,
         how.shared(product.cols, product.group, grid[1], product.planes),
         [q, product.scale, product.sum, product.planes, product.q.shape[1], pair, choices,
-         panel, positions, packed, len(packed), table, width_number(bits), product.rows, product.cols,
-         product.group, out, grid[1]],
+         panel, positions, packed, len(packed), table, width_number(bits),
+         product.rows, product.cols, product.group, out, grid[1]],
     )  # fmt: skip
     error = (out.double().sum(0) - product.expected).abs() / product.size
     assert error.max() < 3e-7
