@@ -8,7 +8,7 @@ place of a faster one that refused the device, one warning says so, and `status(
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError
-from moepress.format.codec import HALF_WIDTHS, Codec
+from moepress.format.codec import Codec
 from moepress.kernels import cpu, cuda, reference
 from moepress.kernels.experts_call import ExpertsCall
 
@@ -49,15 +49,6 @@ class Backend:
     experts: Experts
     embedding: Embedding
     drop: Drop = reference.drop
-    lacks: tuple[float, ...] = ()  # widths that it has no kernels for
-
-    def check_widths(self, widths: Iterable[float]) -> None:
-        """Raise InputError if the backend lacks one of these code widths."""
-        if self.lacks and (lacking := sorted(set(widths) & set(self.lacks))):
-            raise InputError(
-                f"Backend '{self.name}' has no kernels for matrices of {lacking} bits yet. Run the "
-                "model on a CPU, or compress it with whole --expert-bits, such as 1,2,3,4."
-            )
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -165,6 +156,5 @@ register_backend(
         experts=cuda.experts,
         embedding=cuda.embedding,
         drop=cuda.drop,
-        lacks=HALF_WIDTHS,
     )
 )

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
-from moepress.kernels.backends import backend_for
 from moepress.kernels.gate import Gate, packed_names
 from moepress.kernels.reference import activation_function, check_activation_bits
 
@@ -221,11 +220,7 @@ class PackedExperts(nn.Module):
 
         `forward` does so where it has to, but it cannot while a CUDA graph is captured. So loading
         and `.to` do it before.
-
-        Raises:
-            InputError: the backend of the device has no kernels for a width of the experts.
         """
-        backend_for(device).check_widths(self.gate_up.bits + self.down.bits)
         gate_up_table, down_table = self._tables
         self._tables_here = gate_up_table.to(device), down_table.to(device)
 

@@ -59,9 +59,7 @@ def linear(
     check_activation_bits(activation_bits)
     if bias is not None and bias.shape != (out_features,):
         raise InputError(f"bias must be [{out_features}], got {list(bias.shape)}.")
-    backend = backend_for(x.device)
-    backend.check_widths([codec.bits])
-    return backend.linear(x, packed, bias, out_features, codec, activation_bits)
+    return backend_for(x.device).linear(x, packed, bias, out_features, codec, activation_bits)
 
 
 @linear.register_fake

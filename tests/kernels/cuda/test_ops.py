@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moepress import kernels
 from moepress.errors import InputError
-from moepress.format.codec import GRID_BITS, HALF_WIDTHS, TRELLIS_BITS, Codec, PackedSpec
+from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import backends, cpu, cuda, reference, trellis
 from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.launch import Launcher, launcher_for
@@ -136,8 +136,7 @@ def close(result: Tensor, oracle: Tensor, rtol: float = 1e-5) -> None:
     )
 
 
-WHOLE_BITS = [b for b in TRELLIS_BITS if b not in HALF_WIDTHS]  # others: not on cards yet
-CODECS = [Codec(b, g, f) for f, bits in (("int", GRID_BITS), ("trellis", WHOLE_BITS))
+CODECS = [Codec(b, g, f) for f, bits in (("int", GRID_BITS), ("trellis", TRELLIS_BITS))
           for b in bits for g in (32, 128)]  # fmt: skip
 
 
@@ -186,7 +185,9 @@ def test_a_token_that_is_not_finite_spoils_no_other_token(family: str) -> None:
 def experts_call(family: str, tokens: int, k: int, bits: int, activation: str) -> ExpertsCall:
     torch.manual_seed(tokens)
     hidden, inner = 128, 96
-    widths = (1, 2, 0, 4, 3), (3, 2, 0, 1, 4)
+    widths: tuple[tuple[float, ...], ...] = (1, 2, 0, 4, 3), (3, 2, 0, 1, 4)
+    if family == "trellis":
+        widths = (1, 2.5, 0, 1.5, 3), (3.5, 2, 0, 1, 2.5)
     specs = [PackedSpec(w, g, family) for w, g in zip(widths, (64, 32), strict=True)]
     shapes = (2 * inner, hidden), (hidden, inner)
     packed = [

@@ -9,8 +9,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moepress.errors import InputError
-from moepress.format.codec import HALF_WIDTHS
 from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for, missing
 
 logger = logging.getLogger(__name__)
@@ -70,9 +68,5 @@ def _launch(
 
 @lru_cache(maxsize=64)
 def _widths(bits: tuple[float, ...], device: torch.device) -> Tensor:
-    if half := sorted(set(bits) & set(HALF_WIDTHS)):
-        raise InputError(
-            f"Paths of {half} bits cannot be searched on a card yet. Offer whole --expert-bits, "
-            "such as 1,2,3,4, or compress on a CPU (--device cpu)."
-        )
-    return torch.tensor(bits, dtype=torch.int32, device=device)
+    """Twice the bits, [M] int32."""
+    return torch.tensor([round(2 * b) for b in bits], dtype=torch.int32, device=device)
