@@ -49,7 +49,6 @@ def effort(name: str, recipe: Recipe) -> Effort:
         shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
         source = Shape(folder, read_config(folder))
         source.device = torch.device("cpu")
-        source.compute_dtype = source.dtype
         source.files = []
         tensors = ModelTensors.of(source, recipe)
         request = Request(source, recipe, tensors, unmeasured(source, recipe, tensors))

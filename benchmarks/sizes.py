@@ -48,16 +48,19 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.original.architectures import decoder_layers, find_experts
+from moepress.original.composite import copied
 from moepress.original.folder import read_config
 from moepress.original.skeleton import skeleton
 from moepress.original.source import Source
@@ -105,12 +108,17 @@ class Shape(Source):
 
     def __init__(self, folder: Path, config: Any) -> None:
         self.name, self.folder = folder.name, folder
-        self.config, self.dtype = config, config.dtype
+        self.config, self.dtype, self.compute_dtype = config, config.dtype, config.dtype
         self.model = skeleton(config, config.dtype)
         tied = frozenset(getattr(self.model, "all_tied_weights_keys", None) or ())
         self._ties = Ties(tied, stored_as={}, untied=False)
         self.layers = decoder_layers(self.model)
         self.experts = find_experts(self.model)
+
+    @cached_property
+    def copied(self) -> dict[str, torch.dtype]:
+        """All that is copied, in the dtype of the config: there is no file that has another."""
+        return {name: self.dtype for name in copied(self.model) if name in self._needed}
 
 
 class Model(NamedTuple):

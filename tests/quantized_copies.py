@@ -79,6 +79,22 @@ def fp8_tensor(key: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {key: codes, f"{key}_scale": scale, **other}, (codes.float() * scale).to(weight.dtype)
 
 
+def fp8_mistral(key: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """E4M3 with one scale in the weight's dtype, and one of activations: Mistral's own names."""
+    scale = (weight.float().abs().max() / 448).to(weight.dtype)
+    codes = (weight.float() / scale.float()).to(torch.float8_e4m3fn)
+    module = key.removesuffix("weight")
+    beside = {f"{module}qscale_weight": scale, f"{module}qscale_act": torch.ones_like(scale)}
+    return {key: codes, **beside}, (codes.float() * scale.float()).to(weight.dtype)
+
+
+def fp8_experts(key: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """E4M3 of all experts in one tensor [E, N, K], a float32 scale [E, 1, 1] for each."""
+    scale = weight.float().abs().amax((1, 2), keepdim=True) / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {key: codes, f"{key}_scale_inv": scale}, (codes.float() * scale).to(weight.dtype)
+
+
 def nibbles(codes: Tensor) -> Tensor:
     """Codes [..., K] of four bits, two to a byte, the first in the low bits."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)

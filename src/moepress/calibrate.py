@@ -20,6 +20,7 @@ from moepress.costs.drop_costs import DropCosts, DropMeter, drop_seed
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import load_tensors, read_about, save_tensors
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.recipe import Recipe
@@ -92,6 +93,7 @@ def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:
         recipe: names the text, its amount and the seed.
     """
     source = source if isinstance(source, Source) else Source(source)
+    check_usable(source)
     ids = calibration_ids(source, recipe)
     walk = Walk(source, ids)
     rows = {}

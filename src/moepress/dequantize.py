@@ -21,7 +21,8 @@ from moepress.format.checkpoint import finish_folder, load_json, packed_specs, s
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
-from moepress.original.folder import companions, weight_files
+from moepress.original.companions import companions
+from moepress.original.folder import weight_files
 from moepress.original.sizes import unpacked_model
 from moepress.progress import Progress
 

@@ -10,7 +10,6 @@ states of the original model, so that weights can make up for the errors of earl
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -37,9 +36,10 @@ from moepress.format.checkpoint import (
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.original.batches import empty
+from moepress.original.companions import companions
 from moepress.original.experts import Routed
-from moepress.original.folder import companions
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.rounding.expert import dequantized, experts_at_once, round_experts
@@ -48,8 +48,6 @@ from moepress.rounding.linear import SharedInputs, linear_inputs, round_linear
 from moepress.rounding.methods import Matrix, quantize_matrix
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, claim, identity, keep_ids, kept_ids
-
-logger = logging.getLogger(__name__)
 
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
 # and is kept because unfinished work on disk has it.
@@ -86,6 +84,7 @@ def quantize(
     out = Path(out)
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
+    check_usable(source)
     ids = kept_ids(out / WORK, source, plan.recipe) if ids is None else ids
     return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
 
@@ -100,7 +99,6 @@ def quantize_tensors(
     }
     if claim(out, work):
         return out
-    tell_unused(source)
     keep_ids(out / WORK, ids)
     layers = range(len(source.layers))
     folder = out / WORK / "quantize"
@@ -309,16 +307,6 @@ def copied_shards(source: Source) -> dict[str, list[str]]:
             shards[copied_name(len(shards))] = []
         shards[copied_name(len(shards) - 1)].append(name)
     return shards
-
-
-def tell_unused(source: Source) -> None:
-    """Say which tensors of the checkpoint are not in the compressed model."""
-    if source.unused:
-        logger.warning(
-            "%s has %d tensors that %s of transformers does not use, such as %s. They are left "
-            "out: the compressed model computes what transformers computes.",
-            source.name, len(source.unused), type(source.model).__name__, source.unused[0],
-        )  # fmt: skip
 
 
 def _packed_bytes(matrix: Matrix) -> Tensor:

@@ -43,6 +43,7 @@ from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
 from moepress.original.batches import chunks
 from moepress.original.source import Source
+from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.recipe import TABLE_BITS, Recipe
@@ -83,6 +84,7 @@ def score(
         InputError: `work` holds unfinished work of another identity.
     """
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
+    check_usable(source)
     check_group_sizes(source, recipe)
     with temporary_folder(work) as folder:
         ids = kept_ids(folder, source, recipe) if ids is None else ids

@@ -27,7 +27,12 @@ from tests.original.test_walk import some_ids
 Folder = Callable[..., Path]
 MADE_OF = {"work": "1"}
 TOKENS = 5 * 24
-OTHER_FORMS = ("gpt_oss", "nemotron_h", "llama4_text")
+OTHER_FORMS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {},
+    "nemotron_h": {},
+    "llama4_text": {},
+    "gemma4_text": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 384},
+}
 
 
 def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +73,8 @@ def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 # granitemoe scales the outputs of the embedding and of the head. Of the others, gpt_oss has biases,
-# nemotron_h no gate, and llama4 scales the inputs of experts by the routing weight.
+# nemotron_h no gate, llama4 scales the inputs of experts by the routing weight, and gemma4 computes
+# an argument of each layer from the embedding.
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", *OTHER_FORMS])
 @pytest.mark.parametrize(  # uneven last batches, and all in one
     ("batch_tokens", "logit_tokens"), [(48, 10), (4096, 4096)]
@@ -84,7 +90,7 @@ def test_sensitivity_is_from_the_gradient_of_the_whole_model(
     monkeypatch.setattr(batch_sizes, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(batch_sizes, "LOGIT_TOKENS", logit_tokens)
     folder = (
-        save_model(make_model(family), tmp_path / "model")
+        save_model(make_model(family, **OTHER_FORMS[family]), tmp_path / "model")
         if family in OTHER_FORMS
         else model_folder(family)
     )

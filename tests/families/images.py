@@ -94,6 +94,7 @@ IMAGES: Mapping[str, Callable[[], Prompt]] = {
     "inkling2_loop": _inkling2,
     "inkling_mm_model": lambda: {"input_ids": _ids(4), "pixel_values": _random(4, 2, 8, 8, 3)},
     "kimi_k25": lambda: patches(14, flat=False),
+    "llama4": lambda: pixels(28, 1),
     "minimax_m3_vl": lambda: patches(14, 2),
     "mistral_large4": lambda: pixels(64, 4, image_sizes=torch.tensor([[64, 64]])),
     "muse_spark": lambda: patches(14, 2),

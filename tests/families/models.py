@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moepress.hf.mend import mend
 from tests.families.causal import CAUSAL
 from tests.families.composites import AUDIO, COMPOSITES, ENCODER_SIZES, IMAGE, TEXT_ONLY, VIDEO
 from tests.families.sizes import DROP, SIZES, tiny_fields
@@ -81,6 +82,16 @@ def model_class(family: str) -> Any:
     raise KeyError(family)
 
 
+def open_model(family: str, folder: Path) -> Any:
+    """The model of a folder, of transformers' class of the family, in eval mode.
+
+    Where that class has a fault that moepress knows, it is mended.
+    """
+    model = model_class(family).from_pretrained(folder).eval()
+    mend(model)
+    return model
+
+
 def make_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny model of a family with random weights.
 
@@ -99,6 +110,7 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
             for name, value in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set and name.endswith("bias"):
                     value.add_(0.1 * torch.randn(value.shape))  # correction of the router's choice
+    mend(model)
     return model.eval()
 
 

@@ -58,6 +58,7 @@ NAMES: Mapping[str, str] = {
     "laguna": "Laguna XS",
     "lara_mini": "Lara 4 Mini",
     "lfm2_moe": "LFM2-8B-A1B",
+    "llama4": "Llama-4-Scout, Maverick",
     "llama4_text": "Llama-4-Scout, Maverick, without vision",
     "longcat_flash": "LongCat-Flash",
     "mellum": "Mellum2-12B-A2.5B",

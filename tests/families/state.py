@@ -11,7 +11,6 @@ from tests.families.composites import COMPOSITES, TEXT_ONLY
 # Models of transformers' maps for text that are no such families, and why.
 NOT_COMPRESSED = {
     "diffusion_gemma": "writes blocks of text by diffusion",
-    "llama4": "the forward of transformers' own class raises an AttributeError (5.24.0)",
     "nemo_speechlm": "writes down speech, and cannot be run without sound",
     "qwen3_omni_moe": "three models in one folder; the one that writes is qwen3_omni_moe_thinker",
 }
@@ -34,17 +33,14 @@ class Failure:
     last: bool = True  # later steps cannot be run
 
 
-COMPRESS, LOGITS, PRUNE = "compress", "logits", "prune"
+COMPRESS, PRUNE = "compress", "prune"
 NO_EXPERTS = Failure("single rows of two tables", "each expert is one neuron")
 LOOP = Failure("calls its layers in the order", "it runs some layers several times")
 ONE = Failure("keeps its first", "a token chooses one expert", last=False)
 
-IMAGES_ONLY = Failure("image_outputs", "transformers' own class fails on text (5.24.0)")
-
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
     (COMPRESS, NO_EXPERTS): ("doge",),
-    (LOGITS, IMAGES_ONLY): ("llama4",),
     (COMPRESS, LOOP): ("inkling2_loop_text", "inkling2_loop"),
     (PRUNE, ONE): ("zaya",),
 }  # fmt: skip

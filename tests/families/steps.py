@@ -27,7 +27,7 @@ from moepress.pruning.thresholds import dropped_share
 from moepress.recipe import Recipe
 from tests.conftest import small_recipe
 from tests.families.composites import COMPOSITES
-from tests.families.models import model_class
+from tests.families.models import model_class, open_model
 
 SHARE = 0.15  # of the choices of experts, to drop
 WIDE = {  # 8 bits for all that can be packed
@@ -74,7 +74,7 @@ class Case:
     def plain(self) -> Any:
         """The family's own class with the dequantized weights."""
         folder = moepress.dequantize(self.folder, self.work / "plain")
-        return model_class(self.family).from_pretrained(folder).eval()
+        return open_model(self.family, folder)
 
     def ids(self, sequences: int = 2, length: int = 24) -> Tensor:
         """[sequences, length] tokens of the calibration text."""
@@ -124,7 +124,7 @@ def logits_step(case: Case) -> None:
 @torch.inference_mode()
 def close_step(case: Case) -> None:
     """With 8 bits for everything it is close to the original."""
-    original = model_class(case.family).from_pretrained(case.original).eval()
+    original = open_model(case.family, case.original)
     wide = compress(case.original, case.work / "wide", wide_recipe(case.text, original))
     packed = model_class(case.family).from_pretrained(wide).eval()
     exact, close = (model(input_ids=case.ids()).logits for model in (original, packed))

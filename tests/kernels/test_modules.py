@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InputError
-from moepress.format.codec import HALF_WIDTHS, Codec, PackedSpec
-from moepress.kernels import backends, cpu
+from moepress.format.codec import Codec, PackedSpec
+from moepress.kernels import cpu
 from moepress.kernels.gate import Gate
 from moepress.kernels.modules import (
     PackedEmbedding,
@@ -167,20 +166,3 @@ def test_a_packed_linear_refuses_inputs_that_are_no_floats() -> None:
     linear = PackedLinear(32, 4, Codec(4, 32))
     with pytest.raises(InputError, match=r"got inputs of torch\.uint8"):
         linear(torch.ones(1, 32).to(linear.weight.dtype))
-
-
-def test_a_backend_without_half_widths_refuses_them() -> None:
-    """Before anything runs: the tables of experts lie on the card, where they cannot be read."""
-    lacking = dataclasses.replace(backends.BACKENDS["reference"], lacks=HALF_WIDTHS)
-    with pytest.raises(InputError, match=r"no kernels for matrices of \[1\.5, 2\.5\] bits"):
-        lacking.check_widths((1, 2.5, 1.5))
-    lacking.check_widths((0, 1, 2, 3, 4, 8))
-    assert backends.BACKENDS["cuda"].lacks == HALF_WIDTHS
-    specs = [PackedSpec((1.5, 2), 32, "trellis")] * 2
-    experts = PackedExperts(2, 64, 32, *specs, Gate("silu"))
-    with backends.only("reference"):
-        backends.register_backend(lacking)
-        with pytest.raises(InputError, match=r"matrices of \[1\.5\] bits"):
-            experts.place_tables(torch.device("cpu"))
-        with pytest.raises(InputError, match=r"matrices of \[2\.5\] bits"):
-            PackedLinear(64, 64, Codec(2.5, 32, "trellis"))(torch.ones(1, 64))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moepress.errors import FileError
+from moepress.errors import FileError, InputError
 from moepress.reading.json import MOST_DIGITS, MOST_NESTED, parse_json, read_json, read_object
 
 WRONG = {
@@ -56,3 +56,11 @@ def test_an_object_is_asked_for(tmp_path: Path) -> None:
             read_object(path, "The plan")
     path.write_text('{"a": 1}')
     assert read_object(path, "The plan") == {"a": 1}
+
+
+def test_infinities_of_old_configs_become_what_transformers_writes() -> None:
+    text = '{"limit": [0.0, Infinity, -Infinity]}'
+    tagged = [0.0, {"__float__": "Infinity"}, {"__float__": "-Infinity"}]
+    assert parse_json(text, infinities=True) == {"limit": tagged}
+    with pytest.raises(InputError, match="NaN"):
+        parse_json("[NaN]", infinities=True)

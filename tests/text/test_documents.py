@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,14 @@ def test_a_long_jsonl_line_is_sampled_in_chunks(tokenizer: Any, tmp_path: Path) 
     ("line", "message"),
     [
         ("{broken", "line 2, is not JSON"),
-        (b"\xff\xfe", "line 2, is not JSON"),
-        ("[1, 2]", "line 2, has list"),
+        (b"\xff\xfe", "line 2, is not UTF-8 text"),
+        (b'{"text": "caf\xe9"}', "line 2, is not UTF-8 text"),
+        ("[1, 2]", "line 2, has an array"),
+        ('{"text": "a", "text": "b"}', "line 2, is not JSON: key 'text' is there twice"),
+        ('{"text": "a", "score": NaN}', "line 2, is not JSON: NaN"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "line 2, is not JSON: a number has 5,000"),
+        ("[" * 10_000, "line 2, is not JSON: objects and arrays are nested too deep"),
+        (r'{"text": "\ud800"}', "line 2, is not JSON: a string is no Unicode"),
         ('{"body": "x"}', r"line 2, has \['body'\]"),
         ('{"text": 3}', r"line 2, has \['text'\]"),
         ('{"messages": []}', "no chat template"),
@@ -113,7 +120,9 @@ def test_bad_jsonl_lines(tokenizer: Any, tmp_path: Path, line: str | bytes, mess
         (b"", "it is empty"),
         (b"plain \xff\xfe bytes" * 3, "is not UTF-8 text: see byte 6"),
         (b"abc\0def" * 3, "is not UTF-8 text: see byte 3"),
-        ("naïve".encode("latin-1") * 3, "is not UTF-8 text: see byte 2"),
+        ("naïve".encode("latin-1") * 3, "is not UTF-8 text: see byte 2, line 1"),
+        (b"one\ntwo\n\xff", "is not UTF-8 text: see byte 8, line 3"),
+        ("text".encode("utf-16"), "is not UTF-8 text: see byte 0"),
     ],
 )
 def test_files_that_are_no_text(
@@ -123,6 +132,84 @@ def test_files_that_are_no_text(
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_tokens([(str(path), 1.0)], tokenizer, 1, 4, 0)
+
+
+RECORDS = [{"text": 'one "quoted" line\nand another', "id": 3}, {"text": "two"}]
+
+
+LAYOUTS = {
+    "\n".join(map(json.dumps, RECORDS)): ["jsonl", "JSONL", "ndjson", "json", "txt"],
+    json.dumps(RECORDS): ["json", "JSON", "txt"],
+    "\ufeff" + json.dumps(RECORDS, indent=2): ["json", "txt"],
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    ("content", "suffix"), [(content, s) for content, names in LAYOUTS.items() for s in names]
+)
+def test_json_is_data_under_every_name(
+    tokenizer: Any, tmp_path: Path, content: str, suffix: str, folder: bool
+) -> None:
+    name = f"a.{suffix}"
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    expected = joined(tokenizer, [str(record["text"]) for record in RECORDS])
+    given = tmp_path if folder else tmp_path / name
+    tokens = evaluation_tokens([(str(given), 1.0)], tokenizer, len(expected), None)
+    assert tokens.ids.tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"body": "x"}]', r"entry 1, has \['body'\]"),
+        ('[{"text": "x"}, 3]', "entry 2, has a number"),
+        ('{"body": "x"}\n{"body": "y"}', r"line 1, has \['body'\]"),
+        ('{"data": [{"text": "x"}]}', r"entry 1, has \['data'\]"),
+        ('"text"', "entry 1, has a string"),
+        ('[{"text": "x"},', "is not JSON"),
+        ("just words", "is not JSON"),
+    ],
+)
+def test_other_json_is_refused(tokenizer: Any, tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        evaluation_tokens([(str(path), 1.0)], tokenizer, 2, None)
+
+
+def test_what_only_looks_like_json_is_text(tokenizer: Any, tmp_path: Path) -> None:
+    texts = {"a.json": '{"name": "app", "version": 3}\n', "b.txt": '[{"a": 1}, more words\n'}
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
+    expected = joined(tokenizer, list(texts.values()))
+    tokens = evaluation_tokens([(str(tmp_path), 1.0)], tokenizer, len(expected), None)
+    assert tokens.ids.tolist() == [expected]
+
+
+def test_files_that_are_no_files(tokenizer: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, message in {
+        str(tmp_path / "pipe"): "is a pipe",
+        str(tmp_path / "loop"): "No text",
+        "/dev/zero": "is a device",
+        "nul\0": "No text",
+        "x" * 5000: "too long",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_tokens([(name, 1.0)], tokenizer, 1, 4, 0)
+
+
+def test_a_tokenizer_that_fails(text: Path) -> None:
+    class Broken:
+        eos_token_id = 0
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            raise KeyError("no such token")
+
+    with pytest.raises(InputError, match="tokenizer fails on the text with KeyError"):
+        load_tokens([(str(text), 1.0)], Broken(), 1, 4, 0)
 
 
 def test_other_refusals(tokenizer: Any, text: Path, tmp_path: Path) -> None:

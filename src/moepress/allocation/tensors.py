@@ -25,8 +25,7 @@ from moepress.format.codec import (
     stored_family,
 )
 from moepress.original.architectures import linear_role
-from moepress.original.dtypes import kept_in_float32
-from moepress.original.folder import companions
+from moepress.original.companions import companions
 from moepress.original.source import Source
 from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
 
@@ -178,11 +177,10 @@ def _table_bits(source: Source, roles: Sequence[str], recipe: Recipe) -> int | N
 def _can_be_packed(source: Source, name: str) -> bool:
     """Whether a packed module can stand in for this embedding or head.
 
-    Not for a head that transformers keeps in float32 (hy_v4): its model casts the states to the
-    dtype of the weight, which is uint8 once it is packed.
+    Not for a head that transformers keeps in float32 (hy_v4).
     """
     plain = type(source.module(name)) in (nn.Linear, nn.Embedding)
-    plain = plain and not kept_in_float32(source.model, source.dtype, name)
+    plain = plain and source.has_models_dtype(name)
     return plain and fitting_group_size(source.shape(name)[1], GROUP_SIZES[0]) is not None
 
 

@@ -177,7 +177,7 @@ def head_gradient(walk: Walk, seed: int) -> Gradient:
                     likelihood = logits[0].gather(-1, drawn).sum()
                 found = torch.autograd.grad(likelihood, leaves, allow_unused=True)
                 gradient.states[one, positions] = found[0][:, positions].to(gradient.states)
-                gradient.add_carried(one, carried, found[1:], walk.carried)
+                gradient.add_carried(one, carried, found[1:])
     return gradient
 
 
@@ -202,9 +202,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
             result[EXPERTS] = at_experts / (2 * tokens * source.experts[layer].hidden)
         files: dict[Path, dict[str, Tensor]] = {}
         if layer == 0:
-            result[EMBEDDING] = embedding_norms(walk, gradient.states) / (
-                2 * tokens * source.hidden
-            )
+            result[EMBEDDING] = embedding_norms(walk_back) / (2 * tokens * source.hidden)
         else:
             files[_gradient(folder, layer)] = gradient.tensors()
         files[result_file(folder, layer)] = result
@@ -220,14 +218,16 @@ def _forget(folder: Path, layer: int) -> None:
     _states(folder, layer).unlink(missing_ok=True)
 
 
-def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
+def embedding_norms(walk_back: BackwardWalk) -> Tensor:
     """Squared norms [T] float32 of the gradient at the output of the embedding module.
 
-    That output is not always the first layer's input: some families scale it or add to it.
+    That output is not always the first layer's input: some families scale it or add to it, or
+    compute other arguments of all layers from it.
 
     Args:
-        gradient: [S, L, ...] at the first layer's input.
+        walk_back: at the first layer's input.
     """
+    walk, gradient = walk_back.walk, walk_back.gradient
     source = walk.source
     norms = []
     with source.loaded(None), torch.enable_grad():
@@ -235,8 +235,15 @@ def embedding_norms(walk: Walk, gradient: Tensor) -> Tensor:
             leaves: list[Tensor] = []
             embedding = source.language_model.get_input_embeddings()
             with outputs_as_leaves(embedding, leaves):
-                hidden = record_calls(source, walk.ids[batch])[0].hidden
-            (found,) = torch.autograd.grad(hidden, leaves, gradient[batch].to(hidden))
+                calls = record_calls(source, walk.ids[batch])
+            outputs, at_outputs = [calls[0].hidden], [gradient.states[batch]]
+            for call, places in zip(calls, walk_back.embedded, strict=True):
+                for name, place in places.items():
+                    if name in gradient.carried:
+                        outputs.append(call.tensors()[place])
+                        at_outputs.append(gradient.carried[name][batch])
+            at_outputs = [g.to(out) for g, out in zip(at_outputs, outputs, strict=True)]
+            (found,) = torch.autograd.grad(outputs, leaves, at_outputs)
             norms.append(found.float().square().sum(-1).flatten().cpu())
     return torch.cat(norms)
 

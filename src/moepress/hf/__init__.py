@@ -32,6 +32,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.codec import PackedSpec
 from moepress.hf.files import check_files, read_ahead
+from moepress.hf.mend import mend
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
 from moepress.kernels.modules import PackedExperts, set_activation_bits
@@ -109,7 +110,9 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             check_files(checkpoint_files, sizes)
             read_ahead(checkpoint_files)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         """The conversions that apply to a compressed folder: at most renamings.
 
         Its tensors have the form and the names of the class that was compressed. Conversions of
@@ -121,6 +124,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         for module in model.modules():
             if isinstance(module, PackedExperts) and not module.first_proj.is_meta:
                 module.place_tables(module.first_proj.device)
+        mend(model)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))

@@ -12,7 +12,7 @@ gradient.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -160,18 +160,26 @@ class PackedExperts(nn.Module):
                 )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.gate_up = gate_up
-        self.down = down
         self.gate = gate
-        gate_up_shape = gate.parts * intermediate_size, hidden_size
-        down_shape = hidden_size, intermediate_size
-        self._first = first
+        self.first_name = first
+        self._describe(intermediate_size, gate_up, down)
+        gate_up_shape, down_shape = self.shapes
         self.register_parameter(first, _packed(gate_up.nbytes(*gate_up_shape)))
         self.down_proj = _packed(down.nbytes(*down_shape))
         self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
         self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
+<<<<<<< HEAD
         # (first byte, `width_number`) of each expert's matrices, [E, 2] int64, of gate_up and down.
+=======
+
+    def _describe(self, intermediate_size: int, gate_up: PackedSpec, down: PackedSpec) -> None:
+        """Set inner size and widths, and the tables that follow from them."""
+        self.intermediate_size = intermediate_size
+        self.gate_up = gate_up
+        self.down = down
+        gate_up_shape, down_shape = self.shapes
+        # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
+>>>>>>> main
         # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
         self._tables = (
@@ -181,10 +189,33 @@ class PackedExperts(nn.Module):
         self._tables_here = self._tables  # copies on a device, see place_tables
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
+    def become(
+        self,
+        intermediate_size: int,
+        gate_up: PackedSpec,
+        down: PackedSpec,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Hold other matrices: the part of these experts that one of several devices computes.
+
+        Args:
+            intermediate_size, gate_up, down: as of the class, for as many experts.
+            tensors: new values of parameters, by name.
+        """
+        self._describe(intermediate_size, gate_up, down)
+        for name, value in tensors.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the first product's matrices, and of the second's."""
+        inner, hidden = self.intermediate_size, self.hidden_size
+        return (self.gate.parts * inner, hidden), (hidden, inner)
+
     @property
     def first_proj(self) -> nn.Parameter:
         """The packed matrices of the first product: `gate_up_proj`, or `up_proj` without a gate."""
-        return self.get_parameter(self._first)
+        return self.get_parameter(self.first_name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self._tables_here[0].device != hidden_states.device:
@@ -194,7 +225,7 @@ class PackedExperts(nn.Module):
             hidden_states,
             top_k_index,
             top_k_weights,
-            self._parameters[self._first],
+            self._parameters[self.first_name],
             self.down_proj,
             *self._tables_here,
             self.intermediate_size,
@@ -203,7 +234,7 @@ class PackedExperts(nn.Module):
             gate.activation,
             self.activation_bits,
             self.gate_up.family,
-            self._parameters[f"{self._first}_bias"],
+            self._parameters[f"{self.first_name}_bias"],
             self._parameters["down_proj_bias"],
             gate.gated,
             gate.limit,

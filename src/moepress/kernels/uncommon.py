@@ -115,7 +115,7 @@ class UncommonExperts(PackedExperts):
         """The first and the second product of an expert, as functions of their inputs."""
         sizes = self.hidden_size, self.intermediate_size
         shapes = (self.gate.parts * sizes[1], sizes[0]), sizes
-        names = self._first, "down_proj"
+        names = self.first_name, "down_proj"
         specs = self.gate_up, self.down
         for name, spec, table, (rows, cols) in zip(names, specs, self._tables, shapes, strict=True):
             start, number = table[expert].tolist()

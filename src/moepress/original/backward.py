@@ -18,6 +18,8 @@ of the loss at y, h, w and x are
        backpropagate from out, h and w                             + g_h * dh/dx + g_w * dw/dx
 
 Values that layers hand on beside their states (carried.py) are outputs and inputs like `out` and x.
+So are arguments that the model computes from the embedding for each layer (gemma4): the gradient at
+them is kept until the walk has come back to the embedding.
 The choice of experts has no gradient. Some families detach the routing weights on purpose; step 3
 then does not use g_w.
 """
@@ -34,12 +36,13 @@ from torch import Tensor, nn
 
 from moepress.errors import MoepressError
 from moepress.original.batches import SHARE_IN_ORDER, chunks, empty
-from moepress.original.calls import replaced_forward
+from moepress.original.calls import record_calls, replaced_forward
 from moepress.original.carried import Carried
 from moepress.original.experts import Routed, expert_forward
 from moepress.original.walk import Walk
 
 GRADIENT = "gradient"  # name of the gradient at the states, in files
+EMBEDDED = "embedded"  # first part of the names of arguments that depend on the embedding
 
 
 class _Run(NamedTuple):
@@ -56,7 +59,7 @@ class _Run(NamedTuple):
     y: Tensor | None  # [t, H] the experts' output
     h: Tensor | None  # [t, H] their input
     w: Tensor | None  # [t, k] routing weights
-    carried: Carried  # given to the layer
+    carried: Carried  # given to the layer, and its arguments that depend on the embedding
 
 
 @dataclass
@@ -86,20 +89,18 @@ class Gradient:
         batch: slice,
         leaves: Carried,
         found: Sequence[Tensor | None],
-        like: Carried,
     ) -> None:
         """Add gradients at the carried values of a batch.
 
         Args:
             leaves: the values; `found` has a gradient, or None, of each that requires one.
-            like: the values of all sequences.
         """
         names = [name for name, value in leaves.items() if value.requires_grad]
         for name, at_value in zip(names, found, strict=True):
             if at_value is not None:
                 if name not in self.carried:
-                    whole = like[name]
-                    memory = empty(tuple(whole.shape), whole.dtype, whole.device, SHARE_IN_ORDER)
+                    shape, like = (len(self.states), *at_value.shape[1:]), leaves[name]
+                    memory = empty(shape, like.dtype, like.device, SHARE_IN_ORDER)
                     self.carried[name] = memory.zero_()
                 self.carried[name][batch] += at_value.to(self.carried[name])
 
@@ -123,6 +124,7 @@ class BackwardWalk:
     def __init__(self, walk: Walk, gradient: Gradient) -> None:
         self.walk = walk
         self.gradient = gradient
+        self.embedded = embedded_arguments(walk)
 
     def back(
         self, layer: int, linears: Mapping[str, nn.Module]
@@ -199,7 +201,8 @@ class BackwardWalk:
         Returns:
             Squared norms of the gradient at the outputs of `linears`.
         """
-        before = Gradient(self.gradient.states, {})
+        kept = {k: v for k, v in self.gradient.carried.items() if k.startswith(EMBEDDED + ".")}
+        before = Gradient(self.gradient.states, kept)
         with output_norms(linears) as norms:
             for run in self._runs(layer, output, to_experts=False):
                 outputs, at_outputs = run.outs, run.at_outs
@@ -210,7 +213,7 @@ class BackwardWalk:
                 leaves = [value for value in run.carried.values() if value.requires_grad]
                 found, *at_carried = _gradients(outputs, [run.x], at_outputs, layer, leaves)
                 self.gradient.states[run.batch] = found
-                before.add_carried(run.batch, run.carried, at_carried, self.walk.carried)
+                before.add_carried(run.batch, run.carried, at_carried)
         self.gradient.carried = before.carried
         return {name: torch.cat(found) for name, found in norms.items() if found}
 
@@ -237,17 +240,21 @@ class BackwardWalk:
 
             x = walk.states_of(batch).requires_grad_(not to_experts)
             carried = walk.carried_of(batch)
+            call = walk.call(layer, number)
+            places = {} if to_experts else self.embedded[layer]
+            given = as_leaves({name: call.tensors()[place] for name, place in places.items()})
+            call = call.replaced({place: given[name] * 1 for name, place in places.items()})
             carried = carried if to_experts else as_leaves(carried)
             with torch.enable_grad(), replaced_forward(experts, give), differentiating(layer):
                 inside = {k: v * 1 if v.requires_grad else v for k, v in carried.items()}
-                out, after = walk.run(layer, number, x * 1, inside)
+                out, after = walk.run(layer, number, x * 1, inside, call)
             outs, at_outs = [out], [self.gradient.states[batch].to(out)]
             for name, at_value in self.gradient.carried.items():
                 if name in after and after[name].requires_grad:
                     outs.append(after[name])
                     at_outs.append(at_value[batch].to(after[name]))
             y, h, w = seen or (None, None, None)
-            yield _Run(batch, tokens, x, outs, at_outs, y, h, w, carried)
+            yield _Run(batch, tokens, x, outs, at_outs, y, h, w, carried | given)
 
 
 def _gradients(
@@ -291,6 +298,26 @@ def differentiating(layer: int) -> Iterator[None]:
             f"Layer {layer} cannot be differentiated ({error}). Use the recipe 'fast', or set "
             "sensitivity to 'none': costs are then measured without gradients."
         ) from error
+
+
+def embedded_arguments(walk: Walk) -> list[dict[str, int | str]]:
+    """By layer, the places of arguments beside the states that depend on the embedding's output.
+
+    By the names that the gradients at them have. The model computes these arguments before it runs
+    its layers (gemma4: the inputs of each layer).
+    """
+    source = walk.source
+    embedding = source.language_model.get_input_embeddings()
+    with source.loaded(None), torch.enable_grad(), outputs_as_leaves(embedding, []):
+        calls = record_calls(source, walk.ids[:1])
+    return [
+        {
+            f"{EMBEDDED}.{layer}.{place}": place
+            for place, value in call.tensors().items()
+            if value.requires_grad
+        }
+        for layer, call in enumerate(calls)
+    ]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,19 @@ class Call:
         args = tuple(_shared(a, b) for a, b in zip(self.args, like.args, strict=True))
         kwargs = {k: _shared(v, like.kwargs.get(k)) for k, v in self.kwargs.items()}
         return Call(self.hidden[:0], args, kwargs)
+
+    def tensors(self) -> dict[int | str, Tensor]:
+        """The arguments that are tensors, beside the states, by position or name."""
+        places: tuple[int | str, ...] = (*range(len(self.args)), *self.kwargs)
+        values = (*self.args, *self.kwargs.values())
+        given = zip(places, values, strict=True)
+        return {place: value for place, value in given if isinstance(value, Tensor)}
+
+    def replaced(self, values: Mapping[int | str, Tensor]) -> Call:
+        """The call with other values of some arguments, by position or name."""
+        args = tuple(values.get(place, value) for place, value in enumerate(self.args))
+        kwargs = {name: values.get(name, value) for name, value in self.kwargs.items()}
+        return Call(self.hidden, args, kwargs)
 
 
 def _shared(value: Any, like: Any) -> Any:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepress.errors import InputError
+from moepress.errors import InputError, MoepressError
 from moepress.original.batches import SHARE_IN_ORDER, empty
+from moepress.original.remote_code import one_line
 
 Carried = dict[str, Tensor]
 
@@ -133,9 +134,17 @@ class CarriedCall:
         """The states after the layer, and what it hands on.
 
         Raises:
-            InputError: the layer returns something else than its code tells.
+            InputError: the layer's code fails, or returns something else than it tells.
         """
-        out = layer(self.states, *self.args, **self.kwargs)
+        try:
+            out = layer(self.states, *self.args, **self.kwargs)
+        except (MoepressError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the model's own code, which may raise anything
+            raise InputError(
+                f"A layer of {type(layer).__name__} fails with {one_line(error)}. Its config may "
+                "be another model's, or transformers too old or too new for the model."
+            ) from error
         outputs = out if isinstance(out, tuple) else (out,)
         count = returned_values(layer)
         rest = outputs[1:]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -32,13 +33,22 @@ class Checkpoint:
     quantization: Quantization | None  # what config.json says
 
     @classmethod
-    def of(cls, files: Iterable[Path], quantization: Quantization | None) -> Checkpoint:
+    def of(
+        cls,
+        files: Iterable[Path],
+        quantization: Quantization | None,
+        assigned: Mapping[str, str] = MappingProxyType({}),
+    ) -> Checkpoint:
         """Read the headers of the files.
 
+        Args:
+            assigned: file name by tensor, as the index says; empty: there is none.
+
         Raises:
-            CheckpointError: a header is damaged, or scales and codes do not fit.
+            CheckpointError: a header is damaged, the files contradict each other or the index, or
+                scales and codes do not fit.
         """
-        return cls(find_forms(read_headers(files), quantization), quantization)
+        return cls(find_forms(read_headers(files, assigned), quantization), quantization)
 
     @property
     def names(self) -> Collection[str]:
@@ -67,17 +77,27 @@ class Checkpoint:
         known = DTYPES | OTHER_DTYPES
         return known.get(form.entry.dtype) if isinstance(form, Plain) else None
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise CheckpointError if one of these tensors, which are to be floats, cannot be read."""
+    def check(self, names: Iterable[str], floats: bool) -> None:
+        """Check the dtypes of tensors that go into one parameter or buffer.
+
+        Args:
+            floats: whether it is one of floats.
+
+        Raises:
+            CheckpointError: a tensor is of the other kind, or cannot be read.
+        """
         for name in names:
             form = self.forms[name]
-            if isinstance(form, Plain) and form.entry.dtype not in WIDE:
-                raise CheckpointError(
-                    f"{form.entry.text} holds integers without scales. Expected floats: fetch the "
-                    "model again, or give the original's folder."
-                )
             if isinstance(form, Unreadable):
                 raise CheckpointError(f"{form.entry.text} {form.reason}")
+            if isinstance(form, Plain) and (form.entry.dtype in WIDE) != floats:
+                found, expected = "floats", "integers"
+                if floats:
+                    found, expected = "integers without scales", "floats"
+                raise CheckpointError(
+                    f"{form.entry.text} holds {found}. Expected {expected}: fetch the model again, "
+                    "or give the original's folder."
+                )
 
     def read(
         self,

@@ -99,9 +99,11 @@ class Conversion:
             experts: the routed experts of each layer.
 
         Raises:
-            CheckpointError: no tensor goes into a parameter, or an expert is missing.
+            CheckpointError: no tensor goes into a parameter, several contradict each other, or an
+                expert is missing.
         """
         self._check_complete(needed)
+        self._check_single()
         for one in experts:
             self._check_experts(one)
 
@@ -151,6 +153,16 @@ class Conversion:
         made = converter.convert(name, model=model, config=self.model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
+    def taken(self, layers: tuple[str, ...]) -> tuple[set[str], set[str]]:
+        """Names of all tensors of the checkpoint that go into parameters, and of those in layers.
+
+        Args:
+            layers: paths of the decoder layers.
+        """
+        inside = tuple(path + "." for path in layers)
+        of_layers = {p.key for n, ps in self.pieces.items() if n.startswith(inside) for p in ps}
+        return {piece.key for pieces in self.pieces.values() for piece in pieces}, of_layers
+
     def sources(self, name: str) -> list[str]:
         """Names of the checkpoint's tensors that the parameter `name` is made of."""
         return [p.key for p in self.pieces.get(name) or self.pieces[self._first_target(name)]]
@@ -173,16 +185,26 @@ class Conversion:
                 "config is another model's: fetch the model again."
             )
 
+    def _check_single(self) -> None:
+        """Raise CheckpointError if two tensors are one parameter by two names or forms."""
+        for name, pieces in self.pieces.items():
+            if len(pieces) > 1 and any(piece.pattern is None for piece in pieces):
+                raise CheckpointError(
+                    f"{self.folder} has {len(pieces)} tensors for {name}: {pieces[0].key} and "
+                    f"{pieces[1].key}. Expected one: the files are of two models; fetch it again."
+                )
+
     def _check_experts(self, experts: Experts) -> None:
-        """Raise CheckpointError if experts have separate tensors on disk and some are missing."""
+        """Raise CheckpointError if experts have separate tensors, and fewer than there are."""
         for name in experts.matrix_names:
             patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
             for pattern in set(patterns):
                 expected = experts.experts * len(self.converters[pattern].target_patterns)
-                if patterns.count(pattern) < expected:
+                if patterns.count(pattern) < expected:  # too many are of another shape
                     raise CheckpointError(
-                        f"{self.folder} has {patterns.count(pattern)} of {expected} "
-                        f"experts' {pattern} for {name}. Fetch the model again."
+                        f"{self.folder} has {patterns.count(pattern)} of {expected} experts' "
+                        f"{pattern} for {name}. A shard is missing or the config is another "
+                        "model's: fetch the model again."
                     )
 
     def _first_target(self, name: str) -> str:

@@ -6,6 +6,30 @@ from typing import Any
 
 import torch
 
+from moepress.errors import InputError
+
+
+def dtype_of_weights(name: str, config: Any, stored: torch.dtype) -> torch.dtype:
+    """The dtype of a model: that of its config, or else of its files.
+
+    Args:
+        name: of the model, for messages.
+        stored: of its files.
+
+    Raises:
+        InputError: it is none of weights that are not quantized.
+    """
+    configs = (config, config.get_text_config())
+    dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.itemsize == 1):
+        dtype = stored  # some configs name the dtype of the codes
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(
+            f"{name} holds {dtype} weights. Expected float32, bfloat16 or float16: give the "
+            "original model, not a quantized one."
+        )
+    return dtype
+
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute with: the model's, or float32 on CPUs without 16-bit products.
@@ -23,13 +47,26 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
 
 
-def kept_in_float32(model: Any, dtype: torch.dtype, name: str) -> bool:
-    """Whether transformers keeps a parameter in float32, in a model of another dtype.
+def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of all parameters and buffers of a model that transformers loads in `dtype`.
+
+    transformers keeps in float32 what a pattern of `_keep_in_fp32_modules(_strict)` is found in,
+    as a regular expression anywhere in the name, and what the class itself makes in float32.
+    The search is transformers' own (core_model_loading.py).
 
     Args:
-        dtype: of the model.
+        model: made in `dtype`.
     """
-    keep: set[str] = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return any(part in name.split(".") for part in keep)
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    patterns, names, _ = build_glob_alternation(list(plan))
+
+    def loaded(name: str, declared: torch.dtype) -> torch.dtype:
+        found = patterns.search(name) if plan else None
+        if found is None or not declared.is_floating_point:
+            return declared
+        return plan[names[str(found.lastgroup)]]
+
+    state = model.state_dict(keep_vars=True)
+    return {name: loaded(name, value.dtype) for name, value in state.items()}

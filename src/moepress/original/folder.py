@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import QUANTIZATION_FIELDS
+from moepress.original.companions import FETCHED
 from moepress.original.quantized.config import PARTS, read_quantization
-from moepress.original.remote_code import code_files, config_of
+from moepress.original.remote_code import config_of
+from moepress.reading.config import CONFIG, config_fields
+from moepress.reading.headers import read_header
+from moepress.reading.json import kind_of, read_object
 
-INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
 SINGLE = "model.safetensors"
-# Files of a model that are copied along with it: tokenizer, processors of images and sound, chat
-# templates, generation config, licence.
-TEMPLATES = "additional_chat_templates"
-COMPANIONS = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    f"{TEMPLATES}/*.jinja",
-)
-# What the patterns above match, too: configs of the weights, which are written anew, and indices.
-NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json")
+INDEX = SINGLE + ".index.json"
+CHOSEN = "transformers_weights"  # field of config.json that names another file or index
 # Weights in the format of other programs, which a snapshot leaves out.
 FOREIGN = ("*/*.safetensors", "consolidated*")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files that hold a model."""
+
+    paths: tuple[Path, ...]
+    assigned: Mapping[str, str]  # file name by tensor, as the index says; empty: there is no index
 
 
 def resolve(name: str | Path) -> Path:
@@ -47,9 +45,13 @@ def resolve(name: str | Path) -> Path:
         InputError: there is no such folder, and the hub has no such model.
     """
     folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    try:
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"No model folder {name}: {error.strerror}. Check the path.") from error
+    if exists or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise InputError(f"No model folder {name}. Give a folder with config.json, or a hub id.")
     from huggingface_hub import snapshot_download
 
@@ -57,7 +59,7 @@ def resolve(name: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(name),
-                allow_patterns=["*.safetensors", "*.py", *COMPANIONS],
+                allow_patterns=["*.safetensors", *FETCHED],
                 ignore_patterns=list(FOREIGN),
             )
         )
@@ -78,15 +80,10 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         InputError: there is none, transformers cannot read it, it needs code that is not trusted,
             or the model is quantized in a way that moepress does not read.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).exists():
         raise InputError(f"{folder} has no config.json. Expected a transformers model folder.")
     read_quantization(folder)  # before transformers, which knows fewer reasons
-    try:
-        config = config_of(folder, trust_remote_code)
-    except InputError:
-        raise
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+    config = config_of(folder, trust_remote_code)
     for part in (config, *(getattr(config, name, None) for name in PARTS)):
         for field in QUANTIZATION_FIELDS:
             if getattr(part, field, None) is not None:
@@ -95,34 +92,72 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
+    """The safetensors files of a model folder. Errors: as of `find_weights`."""
+    return list(find_weights(folder).paths)
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The safetensors files of a model folder: those that transformers takes, or a refusal.
 
     Raises:
         InputError: the folder has none.
-        CheckpointError: the index is damaged, or a file is missing, truncated or damaged.
+        CheckpointError: both a single file and an index of others are there, the index is damaged,
+            or a file is missing, truncated or damaged.
     """
-    if (folder / INDEX).is_file():
-        try:
-            names = set(
-                json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}.") from error
-        paths = [folder / name for name in sorted(names)]
-    elif (folder / SINGLE).is_file():
-        paths = [folder / SINGLE]
-    else:
-        raise InputError(
-            f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors."
+    chosen = config_fields(folder).get(CHOSEN) if (folder / CONFIG).exists() else None
+    if chosen is not None:
+        raise FileError(
+            f"{folder / CONFIG} names its weights in {CHOSEN}. Expected {SINGLE} or {INDEX}: "
+            "rename the files, and delete that field."
         )
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(
-                f"{INDEX} names {path.name}, which is not in {folder}. Fetch that shard."
+    single, index = (folder / name for name in (SINGLE, INDEX))
+    if not index.exists():
+        if not single.exists():
+            raise InputError(
+                f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors."
             )
-        with opened(path):
-            pass
-    return paths
+        return WeightFiles((_checked(single),), {})
+    assigned = _read_index(index)
+    names = sorted(set(assigned.values()))
+    if single.exists() and names != [SINGLE]:
+        raise FileError(
+            f"{folder} has {SINGLE} beside {INDEX}, which names {len(names)} other files. Expected "
+            "one of both: transformers would take the single file; delete what is not the model."
+        )
+    for name in names:
+        if not (folder / name).exists():
+            raise CheckpointError(
+                f"{INDEX} names {name}, which is not in {folder}. Fetch that shard."
+            )
+    return WeightFiles(tuple(_checked(folder / name) for name in names), assigned)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file name of each tensor, as an index says."""
+    assigned = read_object(path, "The index").get("weight_map")
+    if not isinstance(assigned, dict) or not assigned:
+        found = "no weight_map" if assigned is None else f"weight_map = {kind_of(assigned)}"
+        raise FileError(
+            f"The index {path} has {found}. Expected the file of each tensor: fetch it again."
+        )
+    for tensor, name in assigned.items():
+        if not isinstance(name, str) or not _is_inside(name):
+            raise FileError(
+                f"The index {path} says that {tensor[:200]} is in {str(name)[:200]!r}. Expected "
+                f"the name of a {SUFFIX} file in the folder: fetch it again."
+            )
+    return assigned
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a safetensors file in the folder or below it."""
+    path = PurePosixPath(name)
+    return name.endswith(SUFFIX) and not path.is_absolute() and ".." not in path.parts
+
+
+def _checked(path: Path) -> Path:
+    """A safetensors file that is whole."""
+    return read_header(path).path
 
 
 def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
@@ -138,20 +173,6 @@ def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
                 file.seek(max(0, size * place // 16 - 64))
                 digest.update(file.read(64))
     return digest.hexdigest()[:16]
-
-
-def companions(folder: Path) -> dict[str, Path]:
-    """The files of tokenizer, processors, code and the like that a copy of the model needs.
-
-    By their names in the folder: chat templates beside the default one are in a subfolder.
-    """
-    found = set(code_files(folder))
-    found |= {p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
-    return {
-        str(path.relative_to(folder)): path
-        for path in sorted(found)
-        if not any(fnmatch(path.name, other) for other in NOT_COPIED)
-    }
 
 
 @contextmanager

@@ -7,15 +7,19 @@ model, that class is used and the folder's code is not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moepress.errors import InputError
-from moepress.format.checkpoint import load_json
+from moepress.errors import InputError, MoepressError
+from moepress.reading.config import CONFIG, config_fields
+from moepress.reading.json import read_object
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files that may name code, in the field "auto_map".
-NAMING = ("config.json", "tokenizer_config.json", "processor_config.json")
+NAMING = (CONFIG, TOKENIZER_CONFIG, "processor_config.json")
+AUTO_MAP = "auto_map"
+MOST_SHOWN = 300  # characters of the message of an exception
 MODULES = "transformers_modules"  # package in which transformers imports such code
 
 
@@ -26,15 +30,17 @@ def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: run the folder's code if transformers has no class for its model type.
 
     Raises:
-        InputError: the config is of a class in the folder's code, which is not trusted.
-        ValueError, KeyError, OSError: transformers cannot read it.
+        InputError: there is none, it is damaged or transformers cannot read it, or it is of a class
+            in the folder's code, which is not trusted.
     """
     from transformers import AutoConfig
+
+    config_fields(folder)  # transformers reads it less strictly
 
     def load(trust: bool) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
 
-    return _trusted(folder, load, trust_remote_code)
+    return _trusted(folder, load, trust_remote_code, f"{folder / CONFIG}")
 
 
 def tokenizer_of(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -44,14 +50,18 @@ def tokenizer_of(folder: Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: run the folder's code if transformers has no class for the tokenizer.
 
     Raises:
-        InputError: the tokenizer is of a class in the folder's code, which is not trusted.
+        InputError: there is none, it is damaged, or it is of a class in the folder's code, which is
+            not trusted.
     """
     from transformers import AutoTokenizer
+
+    if (folder / CONFIG).exists():
+        config_fields(folder)  # transformers may choose the tokenizer's class by it
 
     def load(trust: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 
-    return _trusted(folder, load, trust_remote_code)
+    return _trusted(folder, load, trust_remote_code, f"the tokenizer of {folder}")
 
 
 def is_remote(config: Any) -> bool:
@@ -73,13 +83,13 @@ def needs_code(folder: Path, trust_remote_code: bool) -> bool:
     return remote or is_remote(config_of(folder, trust_remote_code))
 
 
-def _trusted(folder: Path, load: Callable[[bool], Any], trust: bool) -> Any:
+def _trusted(folder: Path, load: Callable[[bool], Any], trust: bool, what: str) -> Any:
     """What `load` returns; it may run the folder's code only if it must, and if that is trusted."""
     try:
         return load(False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
+    except Exception as error:  # transformers and the libraries below it raise many types
+        if not (isinstance(error, ValueError) and "trust_remote_code" in str(error)):
+            raise _unreadable(what, error) from error
         if not trust:
             files = ", ".join(path.name for path in code_files(folder)) or "files on the hub"
             raise InputError(
@@ -87,7 +97,25 @@ def _trusted(folder: Path, load: Callable[[bool], Any], trust: bool) -> Any:
                 f"({files}). Read it; if you trust it, run the same command with "
                 "--trust-remote-code (in Python: trust_remote_code=True)."
             ) from error
-    return load(True)
+    try:
+        return load(True)
+    except Exception as error:
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> MoepressError:
+    if isinstance(error, MoepressError):
+        return error
+    return InputError(
+        f"transformers cannot read {what}: {one_line(error)}. The file is damaged, or of another "
+        "version of transformers: fetch it again."
+    )
+
+
+def one_line(error: Exception) -> str:
+    """The type and the beginning of the message of a library's exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:MOST_SHOWN]}" if text else type(error).__name__
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -98,13 +126,45 @@ def code_files(folder: Path) -> list[Path]:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     found: set[Path] = set()
+    for path in _named_files(folder):
+        if path.is_file():
+            try:
+                found |= {path, *map(Path, get_relative_import_files(path))}
+            except Exception as error:  # an import of a file that is not there, no UTF-8
+                raise InputError(
+                    f"The code {path}, which a config of the folder names, cannot be followed to "
+                    f"the files that it imports: {one_line(error)}. Fetch the model again."
+                ) from error
+    return sorted(path for path in found if path.is_file() and path.is_relative_to(folder))
+
+
+def missing_code(folder: Path) -> list[str]:
+    """Names of the files of code that a folder's configs name and that are not in it."""
+    return sorted({path.name for path in _named_files(folder) if not path.is_file()})
+
+
+def without_missing_code(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, without the classes whose code is not in the folder."""
+    named = fields.get(AUTO_MAP)
+    if not isinstance(named, Mapping):
+        return dict(fields)
+    kept = {
+        auto: found
+        for auto, found in named.items()
+        if all(
+            (folder / f"{module}.py").is_file() for module in _modules({AUTO_MAP: {auto: found}})
+        )
+    }
+    rest = {name: value for name, value in fields.items() if name != AUTO_MAP}
+    return rest | ({AUTO_MAP: kept} if kept else {})
+
+
+def _named_files(folder: Path) -> Iterator[Path]:
+    """The files of code that a folder's configs name."""
     for name in NAMING:
-        if (folder / name).is_file():
-            for module in _modules(load_json(folder / name)):
-                path = folder / f"{module}.py"
-                if path.is_file():
-                    found |= {path, *map(Path, get_relative_import_files(path))}
-    return sorted(path for path in found if path.is_file())
+        if (folder / name).exists():
+            fields = read_object(folder / name, "The file", infinities=True)
+            yield from (folder / f"{module}.py" for module in _modules(fields))
 
 
 def _modules(config: Any) -> Iterator[str]:
@@ -112,11 +172,12 @@ def _modules(config: Any) -> Iterator[str]:
     if not isinstance(config, dict):
         return
     for key, value in config.items():
-        if key == "auto_map" and isinstance(value, dict):
+        if key == AUTO_MAP and isinstance(value, dict):
             classes = (
                 c for one in value.values() for c in (one if isinstance(one, list) else [one])
             )
             # "module.Class"; "owner/name--module.Class" lies in another repository
-            yield from (c.rpartition(".")[0] for c in classes if c and "--" not in c)
+            named = (c.rpartition(".")[0] for c in classes if isinstance(c, str) and "--" not in c)
+            yield from (module for module in named if module.isidentifier())
         else:
             yield from _modules(value)

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError
 from moepress.format.checkpoint import is_compressed, packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
 from moepress.original.composite import copied, language_model
@@ -112,12 +112,7 @@ def unpacked_model(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: transformers cannot read the config, or it needs code that is not trusted.
     """
-    try:
-        config = config_of(folder, trust_remote_code)
-    except InputError:
-        raise
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+    config = config_of(folder, trust_remote_code)
     del config.quantization_config
     dtype = config.dtype or config.get_text_config().dtype
     return skeleton(config, dtype)

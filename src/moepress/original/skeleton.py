@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moepress.blocks import adapt
-from moepress.errors import InputError
-from moepress.original.remote_code import config_of, is_remote
+from moepress.errors import InputError, MoepressError
+from moepress.original.remote_code import config_of, is_remote, one_line
 
 # Modules are made one by one and moved to the meta device when they are complete. A single tensor
 # of this many bytes may not fit in memory, so it is made there.
 LARGE = 1 << 28
+PARAMETERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+TABLES = (torch.arange, torch.linspace, torch.eye)  # which buffers are made of
 
 
 def auto_class(config: Any) -> Any:
@@ -38,9 +40,14 @@ def auto_class(config: Any) -> Any:
         named_there = getattr(config, "auto_map", None) or {}
         return next((a for a in autos if a.__name__ in named_there), AutoModelForCausalLM)
     fitting = [auto for auto in autos if type(config) in auto._model_mapping]
-    named = set(config.architectures or ())
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise InputError(
+            "config.json has architectures that are no names of classes. Expected an array of "
+            "strings: fetch the config again."
+        )
     for auto in fitting:
-        if named & _class_names(auto, config):
+        if _class_names(auto, config) & set(named):
             return auto
     if not fitting:
         raise InputError(
@@ -85,16 +92,23 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     try:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = auto.from_config(config, dtype=dtype, trust_remote_code=is_remote(config))
-    except ValueError as error:
+    except MoepressError:
+        raise
+    except Exception as error:  # the model's own code, which may raise anything
         raise InputError(
-            f"transformers cannot make the model of type '{config.model_type}': {error}"
+            f"transformers cannot make the model of type '{config.model_type}' as config.json "
+            f"describes it: {one_line(error)}. Fetch the config again."
         ) from error
     adapt(model)
     return model.eval()
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Inside the `with` statement, large uninitialised tensors are made on the meta device."""
+    """Inside the `with` statement, large tensors that a model makes take no memory.
+
+    Parameters are made on the meta device. Nothing else in a model is as large, unless its config
+    is damaged: a table of positions, for example.
+    """
 
     def __torch_function__(
         self,
@@ -104,8 +118,14 @@ class _LargeOnMeta(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty:
-            tried: Tensor = func(*args, **{**kwargs, "device": "meta"})
-            if tried.nbytes >= LARGE:
-                return tried
-        return func(*args, **kwargs)
+        if func not in (*PARAMETERS, *TABLES):
+            return func(*args, **kwargs)
+        tried: Tensor = func(*args, **{**kwargs, "device": "meta"})
+        if tried.nbytes < LARGE:
+            return func(*args, **kwargs)
+        if func in TABLES:
+            raise InputError(
+                f"config.json asks for a table of {tried.nbytes:,} bytes that is no weight. "
+                f"Expected less than {LARGE:,}: it is damaged or was edited; fetch it again."
+            )
+        return tried

@@ -8,7 +8,7 @@ Nothing larger is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,22 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepress.errors import InputError, NumericalError
-from moepress.format.checkpoint import load_json
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
 from moepress.original.card_readers import CardReaders
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
-from moepress.original.dtypes import compute_dtype, kept_in_float32
+from moepress.original.dtypes import compute_dtype, dtype_of_weights, loaded_dtypes
 from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
-from moepress.original.finite import all_finite
-from moepress.original.folder import fingerprint, read_config, resolve, weight_files
+from moepress.original.folder import find_weights, fingerprint, read_config, resolve
 from moepress.original.quantized.config import read_quantization
+from moepress.original.remote_code import without_missing_code
+from moepress.original.shapes import check_tensors
 from moepress.original.skeleton import skeleton
 from moepress.original.ties import settle, untied_config
+from moepress.original.unneeded import check_unneeded
+from moepress.original.values import Values
+from moepress.reading.config import check_layers, config_fields
 
 
 class Source:
@@ -46,8 +48,8 @@ class Source:
     Raises:
         InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
             read.
-        CheckpointError: a file is missing, truncated or does not fit the model, or a tensor
-            holds codes without scales.
+        CheckpointError: a file is missing, truncated or does not fit the model or another file, a
+            tensor holds codes without scales, or the model would leave out a part of itself.
     """
 
     checkpoint = Checkpoint({}, None)  # of a source that has no weights, as tools make them
@@ -64,21 +66,27 @@ class Source:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        quantization = read_quantization(self.folder)
+        weights = find_weights(self.folder)
+        self.files = list(weights.paths)
+        self.checkpoint = Checkpoint.of(self.files, quantization, weights.assigned)
+        check_layers(self.folder, len(self.checkpoint.names))  # before transformers makes them
         self.config = read_config(self.folder, trust_remote_code)
-        self.files = weight_files(self.folder)
-        self.checkpoint = Checkpoint.of(self.files, read_quantization(self.folder))
-        self.dtype = self._dtype()  # of the weights, dequantized if they are not so on disk
+        self.dtype = dtype_of_weights(self.name, self.config, self.checkpoint.dtype)  # dequantized
         self.compute_dtype = compute_dtype(self.dtype, self.device)
         self.model = skeleton(self.config, self.compute_dtype)
         self.layers = decoder_layers(self.model)
         self.experts: dict[int, Experts] = find_experts(self.model)
         self._conversion = Conversion.of(self.model, self.folder, self.checkpoint.names)
         self.unused = self._conversion.unused  # tensors that transformers leaves out too
+        check_unneeded(
+            self.folder, self.model, self.unused, *self._conversion.taken(self.layer_paths)
+        )
+        self._values = Values(self.folder)
         self._ties = settle(self.model, self._conversion.made, self._equal)
         stored = [name for name in self._needed if name not in self._ties.stored_as]
         self._conversion.check(stored, self.experts.values())
-        floats = (name for name, value in self._needed.items() if value.is_floating_point())
-        self.checkpoint.check(key for name in floats for key in self.keys_of(name))
+        check_tensors(self.checkpoint, self._conversion, self._needed, self._ties.stored_as)
 
     # Names, shapes and roles of the tensors
 
@@ -191,6 +199,7 @@ class Source:
                 for path, module in layer.named_modules()
                 if type(module) is nn.Linear
                 and linear_role(path, index in self.experts) is not None
+                and self.has_models_dtype(f"{self.layer_paths[index]}.{path}.weight")
                 and fitting_group_size(module.in_features, GROUP_SIZES[0]) is not None
             }
             for index, layer in enumerate(self.layers)
@@ -204,6 +213,10 @@ class Source:
     @cached_property
     def _expert_names(self) -> set[str]:
         return {name for experts in self.experts.values() for name in experts.matrix_names}
+
+    @cached_property
+    def _parameters(self) -> set[str]:
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
 
     @cached_property
     def _needed(self) -> dict[str, Tensor]:
@@ -237,8 +250,11 @@ class Source:
         return module
 
     def config_json(self) -> dict[str, Any]:
-        """The fields of config.json; they say of tied parameters what the checkpoint says."""
-        read = load_json(self.folder / "config.json")
+        """The fields of config.json; they say of tied parameters what the checkpoint says.
+
+        Classes whose code is not in the folder are left out.
+        """
+        read = without_missing_code(self.folder, config_fields(self.folder))
         return untied_config(read) if self._ties.untied else read
 
     # Reading tensors, and putting them into the skeleton
@@ -337,19 +353,6 @@ class Source:
         """A tensor of the model's dtype, cast to the dtype of the computation; others unchanged."""
         return value.to(self.compute_dtype) if value.dtype == self.dtype else value
 
-    def _dtype(self) -> torch.dtype:
-        """The dtype of the config, or else of the checkpoint."""
-        configs = (self.config, self.config.get_text_config())
-        dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
-        if dtype is None or dtype.itemsize == 1:  # some configs name the dtype of the codes
-            dtype = self.checkpoint.dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(
-                f"{self.name} holds {dtype} weights. Expected float32, bfloat16 or float16: give "
-                "the original model, not a quantized one."
-            )
-        return dtype
-
     def _converted(self, name: str, expert: int | None, rows: int = 1) -> dict[str, Tensor]:
         """The parameter `name`, or one expert's rows, and others that its converter makes."""
         made = self._conversion.convert(name, expert, partial(self._read, rows=rows))
@@ -359,36 +362,36 @@ class Source:
         """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
         return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
 
-    def converted_shape(self, name: str, read: Callable[[str, int | None], Tensor]) -> torch.Size:
-        """The shape of the parameter that is made of what `read` returns for its tensors."""
-        stored = self._ties.stored_as.get(name, name)
-        return self._conversion.convert(stored, None, read)[stored].shape
-
     def _equal(self, *names: str) -> bool:
         """Whether two parameters are equal in the checkpoint."""
         first, second = (self._conversion.convert(n, None, self._read)[n] for n in names)
-        return torch.equal(first, second)
+        return torch.equal(first.to(self.dtype), second.to(self.dtype))
 
     def _finished(self, name: str, value: Tensor) -> Tensor:
         """A converted tensor, checked to be finite, in its stored dtype, on the device."""
-        if value.is_floating_point():
-            if name not in self.copied and not all_finite(value):
-                raise NumericalError(
-                    f"{name} of {self.folder} contains NaN or infinite weights. Expected finite "
-                    "numbers: the file is damaged or the model is broken; fetch it again."
-                )
-            value = value.to(self.stored_dtype(name))
-        return value.to(self.device)
+        if not value.is_floating_point():
+            return value.to(self.device)
+        stored = value.to(self.stored_dtype(name))
+        if name not in self.copied:
+            self._values.check(name, value, stored)
+        elif name in self._parameters:  # copied buffers may be infinite: masks are
+            self._values.check(name, value, stored.to(self.dtype))  # as transformers opens them
+        return stored.to(self.device)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the model and, if it is not packed, in a compressed folder.
 
-        It is the model's dtype, or float32 for the few modules that transformers keeps in float32.
-        Copied tensors keep the dtype that they have on disk.
+        It is the one that transformers loads it in: the model's, or float32 for a few. Copied
+        tensors keep the dtype that they have on disk.
         """
-        if name in self.copied:
-            return self.copied[name]
-        declared = self._needed[name].dtype if name in self._needed else self.dtype
-        if not declared.is_floating_point:
-            return declared
-        return torch.float32 if kept_in_float32(self.model, self.dtype, name) else self.dtype
+        return self.copied.get(name) or self._loaded_dtypes.get(name, self.dtype)
+
+    def has_models_dtype(self, name: str) -> bool:
+        """Whether a weight can be packed: models cast states to the dtype of one in float32."""
+        return self.stored_dtype(name) == self.dtype
+
+    @cached_property
+    def _loaded_dtypes(self) -> dict[str, torch.dtype]:
+        same = self.compute_dtype == self.dtype
+        model = self.model if same else skeleton(self.config, self.dtype)
+        return loaded_dtypes(model, self.dtype)

@@ -1,41 +1,86 @@
-"""Whether a model can be walked and read: one check for `inspect`, dry runs and compression.
+"""Whether a model can be walked and read: one check for `inspect`, dry runs and all work.
 
-It takes a fraction of a second, and no weight is read.
+It takes seconds. Of the weights only those are read that are outside the layers or small; linears
+and experts are checked as they are read.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moepress.errors import CheckpointError, InputError, MoepressError
+from moepress.errors import InputError, MoepressError
 from moepress.original.calls import record_layer_calls
 from moepress.original.carried import returned_values
+from moepress.original.companions import left_behind
 from moepress.original.composite import decoder
-from moepress.original.quantized.forms import Plain
+from moepress.original.remote_code import missing_code, one_line
 from moepress.original.source import Source
+from moepress.original.unneeded import some_of
+from moepress.reading.config import CONFIG
+
+logger = logging.getLogger(__name__)
 
 TOKENS = 8  # of the sequence for which the model calls its layers
 
 
-class _Dequantized(Exception):  # noqa: N818  # no error: its shape is only known when it is read
-    """A tensor is quantized."""
-
-
 def check_usable(source: Source) -> None:
-    """Check what would otherwise fail only in the middle of a compression.
+    """Check what would otherwise fail only in the middle of a compression, and tell what is odd.
 
     Raises:
-        InputError: the model cannot be walked layer by layer.
-        CheckpointError: a tensor cannot be converted, or has another shape than the model's.
+        InputError: the model cannot be walked layer by layer, or chooses no expert.
+        NumericalError: a weight outside the layers, or a small one inside, is not finite.
     """
     for layer in source.layers:
         returned_values(layer)
+    _check_choices(source)
     _check_calls(source)
+    large = {name for linears in source.packable for name in linears}
     for name in source.all_names:
-        _check_conversion(source, name)
+        if name not in large:
+            source.tensor(name)
+    _tell_left_out(source)
+
+
+def _check_choices(source: Source) -> None:
+    """Raise InputError if routers choose no expert, or more than there are."""
+    more = int(getattr(source.text_config, "zero_expert_num", None) or 0)  # that compute nothing
+    for index, experts in source.experts.items():
+        for module in source.layers[index].modules():
+            for name in ("top_k", "num_experts_per_tok"):
+                chosen = getattr(module, name, 1)
+                if isinstance(chosen, int) and not 1 <= chosen <= experts.experts + more:
+                    raise InputError(
+                        f"{source.folder / CONFIG} has each token choose {chosen} of "
+                        f"{experts.experts} experts. Expected at least 1, and no more than there "
+                        "are: fetch the config again."
+                    )
+
+
+def _tell_left_out(source: Source) -> None:
+    """Warn of tensors and files of the folder that a compressed model does not get."""
+    if source.unused:
+        logger.warning(
+            "%s has %d tensors that %s of transformers does not use: %s. They are left out: the "
+            "compressed model computes what transformers computes.",
+            source.name, len(source.unused), type(source.model).__name__, some_of(source.unused),
+        )  # fmt: skip
+    files = left_behind(source.folder, set(source.files))
+    if files:
+        logger.warning(
+            "%s has files that are no part of the model: %s. They are not copied.",
+            source.name, some_of(files),
+        )  # fmt: skip
+    code = missing_code(source.folder)
+    if code:
+        logger.warning(
+            "The configs of %s name code that is not there: %s. The compressed folder does "
+            "without it.",
+            source.name, some_of(code),
+        )  # fmt: skip
 
 
 def _check_calls(source: Source) -> None:
@@ -54,7 +99,7 @@ def _check_calls(source: Source) -> None:
     except Exception as error:  # the model's own code, which may raise anything
         raise InputError(
             f"{type(source.model).__name__} cannot be walked layer by layer: outside its layers "
-            f"its code fails with {type(error).__name__}: {error}"
+            f"its code fails with {one_line(error)}"
         ) from error
 
 
@@ -67,31 +112,3 @@ def _fill_with_zeros(module: nn.Module) -> None:
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta:
             module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-
-
-def _check_conversion(source: Source, name: str) -> None:
-    """Convert a tensor on the meta device, and compare its shape with the model's."""
-    forms = source.checkpoint.forms
-
-    def read(key: str, expert: int | None) -> Tensor:
-        form = forms[key]
-        if not isinstance(form, Plain):
-            raise _Dequantized
-        return torch.empty(form.entry.shape, device="meta")
-
-    try:
-        made = source.converted_shape(name, read)
-    except _Dequantized:
-        return
-    except MoepressError:
-        raise
-    except Exception as error:  # transformers' conversions raise many types
-        raise CheckpointError(
-            f"{name} cannot be made of the tensors of {source.folder}: {error}. They do not fit "
-            "the config: fetch the model again."
-        ) from error
-    if made != source.shape(name):
-        raise CheckpointError(
-            f"{name} of {source.folder} has shape {list(made)}. Its config says "
-            f"{list(source.shape(name))}: fetch the model again."
-        )

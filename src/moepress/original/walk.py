@@ -282,19 +282,24 @@ class Walk:
         return logits
 
     def run(
-        self, layer: int, number: int, states: Tensor, carried: Carried
+        self, layer: int, number: int, states: Tensor, carried: Carried, call: Call | None = None
     ) -> tuple[Tensor, Carried]:
         """Bring states of batch `number` through a loaded layer as the model calls it.
 
         Args:
             states: [b, L, ...] before the layer.
             carried: of the batch.
+            call: the model's, with other arguments; None: as it is.
 
         Returns:
             The states after the layer, and the values that are carried on.
         """
-        call = self._calls[number][layer]
+        call = self.call(layer, number) if call is None else call
         return CarriedCall(call.args, call.kwargs, states, carried).run(self.source.layers[layer])
+
+    def call(self, layer: int, number: int) -> Call:
+        """How the model calls a layer for batch `number`."""
+        return self._calls[number][layer]
 
     def run_batch(self, layer: int, number: int) -> Tensor:
         """Run a batch's own states through a loaded layer. The walk's states stay as they are."""

@@ -21,19 +21,22 @@ MOST_NESTED = 64  # objects and arrays inside each other; files of transformers 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: str | Path, what: str, limit: int = TEXT_LIMIT) -> Any:
+def read_json(
+    path: str | Path, what: str, limit: int = TEXT_LIMIT, *, infinities: bool = False
+) -> Any:
     """The value of a JSON file.
 
     Args:
         what: what the file is for the caller, such as "the plan"; begins the message.
         limit: the most bytes it may have.
+        infinities: as of `parse_json`.
 
     Raises:
         FileError: it cannot be read (`read_text`), or is not JSON as `parse_json` says.
     """
     text = read_text(path, what, limit)
     try:
-        return parse_json(text)
+        return parse_json(text, infinities)
     except ValueError as error:
         raise FileError(
             f"{what} {path} cannot be read as JSON: {error}. It is damaged or was edited: restore "
@@ -41,9 +44,11 @@ def read_json(path: str | Path, what: str, limit: int = TEXT_LIMIT) -> Any:
         ) from error
 
 
-def read_object(path: str | Path, what: str, limit: int = TEXT_LIMIT) -> dict[str, Any]:
+def read_object(
+    path: str | Path, what: str, limit: int = TEXT_LIMIT, *, infinities: bool = False
+) -> dict[str, Any]:
     """The fields of a JSON file that holds an object. Arguments and errors: as of `read_json`."""
-    value = read_json(path, what, limit)
+    value = read_json(path, what, limit, infinities=infinities)
     if not isinstance(value, dict):
         raise FileError(
             f"{what} {path} holds {kind_of(value)}. Expected an object, {{...}}: restore the file."
@@ -51,8 +56,12 @@ def read_object(path: str | Path, what: str, limit: int = TEXT_LIMIT) -> dict[st
     return value
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, infinities: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        infinities: take Infinity, which old configs of transformers have, as the object that
+            transformers writes for it since: {"__float__": "Infinity"}.
 
     Raises:
         InputError: it is not JSON, or has NaN or an infinity, a number of more than 300 digits or
@@ -63,7 +72,7 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(
             text,
-            parse_constant=_no_constant,
+            parse_constant=_tagged if infinities else _no_constant,
             parse_int=_bounded(int),
             parse_float=_bounded(float),
             object_pairs_hook=_distinct,
@@ -89,6 +98,10 @@ def kind_of(value: Any) -> str:
 
 def _no_constant(name: str) -> Any:
     raise InputError(f"{name} is no JSON. Expected a finite number")
+
+
+def _tagged(name: str) -> Any:
+    return _no_constant(name) if name == "NaN" else {"__float__": name}
 
 
 def _bounded(kind: Callable[[str], Any]) -> Callable[[str], Any]:

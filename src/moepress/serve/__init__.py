@@ -15,6 +15,7 @@ from typing import Any
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import is_compressed, load_json
 from moepress.hf import no_progress_bars, register, set_threads
+from moepress.hf.mend import mend
 from moepress.kernels.modules import set_activation_bits
 from moepress.kernels.reference import check_activation_bits
 from moepress.original.remote_code import needs_code
@@ -73,6 +74,7 @@ def serve(
     from moepress.serve.requests import check_requests
 
     def prepare(model: Any) -> None:
+        mend(model)
         if packed:
             set_activation_bits(model, activation_bits)
         if pruning is not None:

@@ -1,4 +1,4 @@
-"""Documents of a text: a file, a folder, JSONL, a data set, or this Python's own library.
+"""Documents of a text: a file, a folder, JSON, a data set, or this Python's own library.
 
 A document is read a byte range at a time, so that of a file of a gigabyte only the ranges that are
 used are read. stream.py makes token sequences of documents.
@@ -6,7 +6,6 @@ used are read. stream.py makes token sequences of documents.
 
 from __future__ import annotations
 
-import json
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moepress.errors import InputError
+from moepress.reading.files import regular_file
 from moepress.text.named import DATA_SETS, SELF, STDLIB, Split, load_data_set
+from moepress.text.records import array_texts, layout, line_text
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
 
         return [_of_string(f"stdlib {document.name}", document.text) for document in corpus(split)]
     path = Path(text)
+    with _reported(path):
+        exists = path.exists()
     if path.is_dir():
         files = [file for file in _visible_files(path) if _looks_like_text(file)]
-        documents = [document for file in files for document in _of_file(file, tokenizer)]
-    elif path.is_file():
-        documents = _of_file(path, tokenizer)
+        documents = [one for file in files for one in _of_file(file, tokenizer, True)]
+    elif exists:
+        documents = _of_file(regular_file(path, "The text"), tokenizer)
     else:
         raise InputError(
             f"No text '{text}'. Expected a file, a folder, or one of "
@@ -80,18 +83,25 @@ def _looks_like_text(path: Path) -> bool:
     return b"\0" not in head
 
 
-def _of_file(path: Path, tokenizer: Any) -> list[Document]:
-    """One document, or one per line of a .jsonl file that is not blank."""
-    if path.suffix != ".jsonl":
+def _of_file(path: Path, tokenizer: Any, in_folder: bool = False) -> list[Document]:
+    """One document, or one per record of a file of JSON (records.py); blank lines are none."""
+    with _reported(path):
+        found = layout(path, in_folder)
+    if found is None:
         return [Document(str(path), path.stat().st_size, partial(_read_file, path))]
+    if found == "array":
+        return [
+            Document(name, size, partial(_read_record, content))
+            for name, size, content in array_texts(path, tokenizer)
+        ]
     documents = []
     offset = 0
     # Byte ranges of a long line are read one after the other: the cache parses the line once.
-    line_text = lru_cache(maxsize=1)(partial(_line_text, path, tokenizer))
+    text = lru_cache(maxsize=1)(partial(_line_text, path, tokenizer))
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                read = partial(_read_line, line_text, (number, offset, len(line)))
+                read = partial(_read_record, partial(text, number, offset, len(line)))
                 documents.append(Document(f"{path}, line {number}", len(line), read))
             offset += len(line)
     return documents
@@ -108,56 +118,33 @@ def _read_file(path: Path, start: int, stop: int | None) -> bytes:
         return file.read(-1 if stop is None else stop - start)
 
 
-def _read_line(
-    line_text: Callable[..., bytes], place: tuple[int, int, int], start: int, stop: int | None
-) -> bytes:
-    """A byte range of the text of a JSONL line; `place` is its (number, offset, size)."""
-    return line_text(*place)[start:stop]
+def _read_record(content: Callable[[], bytes], start: int, stop: int | None) -> bytes:
+    """A byte range of the text of a record."""
+    return content()[start:stop]
 
 
 def _line_text(path: Path, tokenizer: Any, number: int, offset: int, size: int) -> bytes:
-    """The text of a JSONL line, in UTF-8.
+    """The text of a line of JSON, in UTF-8.
 
     Args:
         number: of the line, from 1, for messages.
         offset, size: the bytes of the line in the file.
     """
-    name = f"{path}, line {number},"
-    try:
-        fields = json.loads(_read_file(path, offset, offset + size))
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise InputError(f"{name} is not JSON: {error}. Expected one object a line.") from error
-    return _text_of(fields, name, tokenizer).encode(errors="replace")
-
-
-def _text_of(fields: object, name: str, tokenizer: Any) -> str:
-    """The "text" of an object, or its "messages" as the model's chat template writes them."""
-    if isinstance(fields, dict) and isinstance(fields.get("text"), str):
-        return str(fields["text"])
-    if not isinstance(fields, dict) or not isinstance(fields.get("messages"), list):
-        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise InputError(
-            f'{name} has {found}. Expected an object with "text" (a string) or "messages" (a list).'
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f'{name} has "messages", but the tokenizer has no chat template to write them with. '
-            'Give their text as "text".'
-        )
-    try:
-        return str(tokenizer.apply_chat_template(fields["messages"], tokenize=False))
-    except Exception as error:  # a template is a program and may raise anything
-        raise InputError(
-            f"{name} does not fit the tokenizer's chat template: {error}. Expected messages with "
-            '"role" and "content".'
-        ) from error
+    raw = _read_file(path, offset, offset + size)
+    return line_text(raw, f"{path}, line {number},", tokenizer)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
+    with _reported(path), path.open("rb") as file:
+        yield file
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn the system's errors into an InputError that names the file."""
     try:
-        with path.open("rb") as file:
-            yield file
+        yield
     except OSError as error:
         raise InputError(
             f"Cannot read {path}: {error.strerror}. Expected a file that can be read."

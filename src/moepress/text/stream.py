@@ -22,6 +22,7 @@ from moepress.errors import InputError
 from moepress.text.documents import Document
 
 BATCH_BYTES = 1 << 18  # of text given to the tokenizer at once
+LOOKED_AT = 1 << 20  # bytes that are read at a time to count lines
 
 
 def token_stream(
@@ -79,7 +80,15 @@ def _chunk_counts(documents: Sequence[Document], chunk_bytes: int) -> list[int]:
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: no warning about texts longer than the model's context; they are cut later.
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    except Exception as error:  # the tokenizer's library, or code of the model
+        raise InputError(
+            f"The model's tokenizer fails on the text with {type(error).__name__}: "
+            f"{str(error)[:300]}. Its files are damaged, or of another model: fetch them again."
+        ) from error
     return ids
 
 
@@ -91,9 +100,9 @@ def _chunk(document: Document, index: int, count: int, chunk_bytes: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_text(document.name, start + error.start) from error
+        raise _not_text(document, start + error.start) from error
     if "\0" in text:
-        raise _not_text(document.name, start + raw.index(b"\0"))
+        raise _not_text(document, start + raw.index(b"\0"))
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
@@ -111,8 +120,12 @@ def _cut(document: Document, at: int, reach: int) -> int:
     return at + sum(1 for _ in takewhile(lambda byte: byte & 0xC0 == 0x80, ahead))
 
 
-def _not_text(name: str, byte: int) -> InputError:
+def _not_text(document: Document, byte: int) -> InputError:
+    """The error of a document that is no text at one byte."""
+    line = 1
+    for start in range(0, byte, LOOKED_AT):
+        line += document.read(start, min(byte, start + LOOKED_AT)).count(b"\n")
     return InputError(
-        f"{name} is not UTF-8 text: see byte {byte:,}. Expected a text file, a .jsonl file or a "
-        "folder of them."
+        f"{document.name} is not UTF-8 text: see byte {byte:,}, line {line:,}. Expected a text "
+        "file in UTF-8, a .jsonl file or a folder of them: convert it, or leave it out."
     )

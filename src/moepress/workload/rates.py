@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from moepress.format.codec import Codec, codec_for
 from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.original.batches import LOGIT_TOKENS
-from moepress.original.finite import all_finite
 from moepress.original.quantized.config import BLOCK
 from moepress.original.quantized.forms import products
 from moepress.original.quantized.numbers import Numbers
+from moepress.original.values import all_finite
 from moepress.rounding.hessian import Factor
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.methods.trellis import block_feedback, path_values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from moepress.errors import InputError
 from moepress.format.checkpoint import QUANTIZATION_FIELDS
 from moepress.original.quantized.grids import Sizes
+from moepress.reading.config import config_fields
+from moepress.reading.json import kind_of
 
 PARTS = ("text_config", "thinker_config", "language_config", "llm_config")  # of composite models
 BLOCK = 128  # rows and columns of an FP8 block where the config says none
@@ -105,21 +106,25 @@ def read_quantization(folder: Path) -> Quantization | None:
     Raises:
         InputError: it is one that moepress does not read, or config.json is damaged.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}. Fetch it again.") from error
-    declared = declared_quantization(config)
+    declared = declared_quantization(config_fields(folder))
     return None if declared is None else parse_quantization(declared, folder)
 
 
 def declared_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization_config of a model's config, or of the text part of a composite's."""
+    """The quantization_config of a model's config, or of the text part of a composite's.
+
+    Raises:
+        InputError: it is no object.
+    """
     for part in (config, *(config.get(name) or {} for name in PARTS)):
         for field in QUANTIZATION_FIELDS:
-            if isinstance(part, Mapping) and part.get(field):
-                found: Mapping[str, Any] = part[field]
+            found = part.get(field) if isinstance(part, Mapping) else None
+            if found:
+                if not isinstance(found, Mapping):
+                    raise InputError(
+                        f"config.json has {field} = {kind_of(found)}. Expected an object, or none: "
+                        "fetch the config again."
+                    )
                 return found
     return None
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError, NumericalError
-from moepress.original.finite import all_finite
 from moepress.original.quantized.grids import Blocks
 from moepress.original.quantized.headers import Entry
 from moepress.original.quantized.numbers import CAST, Numbers, scales_as_float
+from moepress.original.values import all_finite
 
 ON_CPU, ON_CARD = 1 << 20, 1 << 25  # weights that are held as float32 at a time
 
@@ -30,6 +30,10 @@ class Form(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes in the files, with scales."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the unquantized checkpoint."""
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor, or row `row` of it as [1, ...], on the device.
@@ -53,6 +57,10 @@ class Plain:
     def nbytes(self) -> int:
         return self.entry.nbytes
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
     def read(
         self, row: int | None, dtype: torch.dtype, device: torch.device, rows: int = 1
     ) -> Tensor:
@@ -70,6 +78,10 @@ class Unreadable:
     @property
     def nbytes(self) -> int:
         return self.entry.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         raise CheckpointError(f"{self.entry.text} {self.reason}")
@@ -114,6 +126,11 @@ class Quantized:
     def leading(self) -> tuple[int, ...]:
         """Dimensions before N and K: (E,) or ()."""
         return self.codes.shape[: -1 - self.flattened]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        length, width = self.matrix
+        return (*self.leading, *((width, length) if self.transposed else (length, width)))
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._check_shape()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moepress.errors import CheckpointError
 from moepress.original.folder import opened
+from moepress.reading.headers import read_header
 
 WIDE = ("F64", "F32", "BF16", "F16")  # floats that need no scales
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -47,24 +47,28 @@ class Entry:
             return value
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
+def read_headers(files: Iterable[Path], assigned: Mapping[str, str]) -> dict[str, Entry]:
     """Every tensor of some safetensors files, by key.
 
+    Args:
+        assigned: file name by key, as an index says; empty: there is none.
+
     Raises:
-        CheckpointError: a header is damaged.
+        CheckpointError: a header is damaged, two files hold a tensor of the same name, or a tensor
+            is in another file than the index says.
     """
     found: dict[str, Entry] = {}
     for path in files:
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            for key, fields in header.items():
-                if key != "__metadata__":
-                    start, stop = fields["data_offsets"]
-                    shape = tuple(fields["shape"])
-                    found[key] = Entry(key, path, fields["dtype"], shape, stop - start)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"The header of {path} cannot be read: {error!r}. Fetch the file again."
-            ) from error
+        for key, entry in read_header(path).tensors.items():
+            if key in found:
+                raise CheckpointError(
+                    f"{key} is in {found[key].path.name} and in {path.name} of {path.parent}. "
+                    "Expected each tensor once: one of the files is stale; fetch the model again."
+                )
+            if key in assigned and path.name != Path(assigned[key]).name:
+                raise CheckpointError(
+                    f"The index of {path.parent} says that {key} is in {assigned[key]}, but it is "
+                    f"in {path.name}. They do not belong together: fetch the model again."
+                )
+            found[key] = Entry(key, path, entry.dtype, entry.shape, entry.nbytes)
     return found

@@ -62,7 +62,8 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
         quantization: what config.json says; None: nothing.
 
     Raises:
-        CheckpointError: scales do not fit their tensor, or have none.
+        CheckpointError: scales do not fit their tensor, or have none, or config.json does not say
+            that there are scales.
     """
     said = quantization or Quantization()
     forms: dict[str, Form] = {}
@@ -72,6 +73,12 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
             found = find(key, entry, entries, said)
             if found is not None:
                 name, form = found
+                if quantization is None:
+                    raise CheckpointError(
+                        f"{entry.text} has scales beside it ({form.scale.text}), but config.json "
+                        "has no quantization_config that says what they mean. Expected one: fetch "
+                        "the config that belongs to these files, or give the original model."
+                    )
                 forms[name] = form
                 used |= {part.key for part in form.entries}
                 break

@@ -1,0 +1,144 @@
+"""vLLM's default model loader, with a path of its own for compressed folders."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import extract_layer_index
+
+from moepress.errors import InputError
+from moepress.format.checkpoint import QUANT_METHOD
+from moepress.kernels.modules import PackedExperts
+from moepress.prune import Pruning
+from moepress.vllm.experts import Thresholds, give_experts
+from moepress.vllm.linears import LinearMethod
+from moepress.vllm.placement import Ranks, calibration_tokens, divide
+from moepress.vllm.stored import StoredModel
+
+LOAD_FORMATS = ("auto", "hf", "safetensors")  # under which a folder may be opened
+
+logger = init_logger("vllm.moepress")  # below vLLM's own logger, which has a handler
+
+
+class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by mypy
+    """Loads compressed folders, and all other models as vLLM does."""
+
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        if model_config.quantization != QUANT_METHOD:
+            super().load_weights(model, model_config)
+            return
+        begin = time.perf_counter()
+        folder, files, _, _ = self._prepare_weights(
+            model_config.model, None, model_config.revision, False, ["*.safetensors"]
+        )
+        stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
+        _take_embeddings(model)
+        model.load_weights(stored.tensors(_of_model(files)))
+        _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
+        logger.info("Loading packed weights took %.2f seconds", time.perf_counter() - begin)
+
+
+def register_loader() -> None:
+    """Put `Loader` in place of vLLM's default one. Safe to repeat."""
+    log = logging.getLogger("vllm.model_executor.model_loader")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each format that is registered again
+    try:
+        for load_format in LOAD_FORMATS:
+            register_model_loader(load_format)(Loader)
+    finally:
+        log.setLevel(level)
+
+
+def _of_model(files: list[str]) -> list[str]:
+    """The files with weights: not those that describe how the folder was made."""
+    return sorted(path for path in files if not Path(path).name.startswith("moepress_"))
+
+
+def _take_embeddings(model: nn.Module) -> None:
+    """Give embeddings our method, also where vLLM's class does not ask the config for one."""
+    taken: dict[int, Any] = {}
+    module: Any
+    for module in model.modules():
+        if not isinstance(module, VocabParallelEmbedding):
+            continue
+        if type(module.quant_method) is not UnquantizedEmbeddingMethod:
+            continue
+        weight = module.weight
+        attributes = {"weight_loader": module.weight_loader}
+        module.quant_method = LinearMethod()
+        module.use_fused_embedding = False
+        module.quant_method.create_weights(
+            module,
+            module.input_size_per_partition,
+            module.output_partition_sizes,
+            module.input_size,
+            module.output_size,
+            module.params_dtype,
+            **attributes,
+        )
+        if id(weight) in taken:
+            module.quant_method.tie_weights(module, taken[id(weight)])
+        taken[id(weight)] = module
+
+
+def _pruning(model_config: Any) -> Pruning | None:
+    fields = model_config.hf_config.quantization_config.get("pruning")
+    return None if fields is None else Pruning.from_json(fields)
+
+
+def _give_all_experts(
+    model: nn.Module,
+    stored: StoredModel,
+    pruning: Pruning | None,
+    tokens: Mapping[int, Sequence[int]],
+) -> None:
+    """Give each layer of routed experts those of the decoder layer with its number.
+
+    Raises:
+        InputError: vLLM has no such layer, or the folder has not.
+    """
+    layers = {
+        extract_layer_index(module.layer_name): module
+        for module in model.modules()
+        if isinstance(module, RoutedExperts)
+    }
+    strangers = sorted(layers.keys() - stored.experts.keys())
+    if strangers or not layers:
+        raise InputError(
+            f"{type(model).__name__} of vLLM has routed experts in layers {sorted(layers)}, the "
+            f"folder in layers {sorted(stored.experts)}. vLLM cannot serve this model from a "
+            "compressed folder; `moepress serve` can."
+        )
+    for number, layer in layers.items():
+        packed = stored.experts[number]
+        unset = [name for name, value in packed.named_parameters() if value.is_meta]
+        if unset:
+            raise InputError(
+                f"The folder has no {unset[0]} of the experts of layer {number}. A file is missing."
+            )
+        pruned = _thresholds(packed, pruning, number)  # it must see all experts of the folder
+        divide(packed, Ranks.of(layer), tokens.get(number))
+        give_experts(layer, packed, pruned)
+
+
+def _thresholds(packed: PackedExperts, pruning: Pruning | None, layer: int) -> Thresholds | None:
+    ratios = () if pruning is None else pruning.thresholds.get(layer, ())
+    if pruning is None or not any(ratios):
+        return None
+    left_out = torch.tensor(packed.left_out, dtype=torch.int64, device="cpu")
+    return Thresholds(tuple(ratios), pruning.renormalise, left_out, packed.num_experts)
