@@ -168,9 +168,6 @@ class PackedExperts(nn.Module):
         self.down_proj = _packed(down.nbytes(*down_shape))
         self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
         self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
-<<<<<<< HEAD
-        # (first byte, `width_number`) of each expert's matrices, [E, 2] int64, of gate_up and down.
-=======
 
     def _describe(self, intermediate_size: int, gate_up: PackedSpec, down: PackedSpec) -> None:
         """Set inner size and widths, and the tables that follow from them."""
@@ -178,8 +175,7 @@ class PackedExperts(nn.Module):
         self.gate_up = gate_up
         self.down = down
         gate_up_shape, down_shape = self.shapes
-        # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
->>>>>>> main
+        # (first byte, `width_number`) of each expert's matrices, [E, 2] int64, of gate_up and down.
         # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
         self._tables = (

@@ -123,7 +123,7 @@ def _columns_of_blocks(
     groups = slice(start // codec.group_size, stop // codec.group_size)
     blocks = blocks_of(packed, rows, cols, codec)
     count = codec.groups(cols)
-    codes = ROWS_PER_BLOCK * codec.group_size * codec.bits // 8 * count
+    codes = ROWS_PER_BLOCK * codec.group_size * codec.number // 8 * count
     scales = 2 * ROWS_PER_BLOCK * count
     parts = blocks.tensor_split((codes, codes + scales), dim=1)
     kept = [
