@@ -150,7 +150,7 @@ class PackedExperts(nn.Module):
             if len(spec.bits) != num_experts:
                 raise InputError(
                     f"{name} has {num_experts} experts, but {len(spec.bits)} widths are given. "
-                    "Expected one digit per expert."
+                    "Expected one width per expert."
                 )
         for expert, pair in enumerate(zip(gate_up.bits, down.bits, strict=True)):
             if LEFT_OUT in pair and pair != (LEFT_OUT, LEFT_OUT):

@@ -2,8 +2,8 @@
 // operands that lie in the first-level cache (16 KB for 128 columns), and then multiplied with some
 // tokens at a time. The integers are those of trellis_product.h, so the floats are too.
 //
-// Dot products limit the speed. A weight's value has 9 bits with its sign at 1 and 2 bits, 10 at 3
-// and 4, so that a plain dot product takes two bytes for each. Two kinds of operands need one dot
+// Dot products limit the speed. A weight's value has 9 bits with its sign up to 2 bits, 10 above,
+// so that a plain dot product takes two bytes for each. Two kinds of operands need one dot
 // product for 4 columns where the plain way needs two, and instructions that run beside it:
 //
 //     MagnitudeBytes for values of at most 255: the magnitude v is one operand; the other is
