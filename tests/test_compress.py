@@ -25,7 +25,8 @@ from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
-from moepress.format.checkpoint import PLAN, SCORES, folder_bytes, packed_specs, tensor_bytes
+from moepress.format.checkpoint import PLAN, SCORES, folder_bytes, tensor_bytes
+from moepress.format.quantization import packed_specs
 from moepress.kernels.reference import dequantize
 from moepress.original.source import Source
 from moepress.quantize import quantize

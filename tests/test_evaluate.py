@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moepress import evaluate as run_evaluate
 from moepress.compress import compress
-from moepress.errors import InputError
-from moepress.format.checkpoint import folder_bytes
+from moepress.errors import FileError, InputError, NumericalError
+from moepress.evaluation.document import load_evaluation
+from moepress.format.checkpoint import folder_bytes, save_json
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -102,3 +104,45 @@ def test_an_original_that_does_not_fit_is_still_compared(
 def test_no_text_is_refused(model_folder: Folder) -> None:
     with pytest.raises(InputError, match="No text"):
         run_evaluate(model_folder(), [])
+
+
+def test_nan_is_an_error_and_no_figure(model_folder: Folder, tmp_path: Path) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    good, bad = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
+    bad[0, 1, 3] = math.nan
+    with pytest.raises(NumericalError, match="The model gives NaN"):
+        evaluate_module.compare(ids, bad, None)
+    with pytest.raises(NumericalError, match="The original gives NaN"):
+        evaluate_module.compare(ids, good, bad)
+    good[..., 1] = 1e4
+    with pytest.raises(NumericalError, match="mean loss of a text is 1e"):
+        evaluate_module.summary("text", evaluate_module.compare(ids, good, None))
+    with pytest.raises(NumericalError, match="not written"):
+        save_json(tmp_path / "x.json", {"kl": math.nan})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_evaluation_is_refused(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    folder, path = model_folder(), tmp_path / "x.json"
+    result = run_evaluate(folder, [str(text_file)], against=folder, length=32, limit=2)
+    result.save(path)
+    assert load_evaluation(path) == json.loads(path.read_text())
+    fields = json.loads(path.read_text())
+    for change, message in (
+        ({"kind": "plan"}, "not an evaluation"),
+        ({"texts": 3}, "texts = 3"),
+        ({"texts": [{**fields["texts"][0], "kl": None}]}, "or neither"),
+        ({"ratio": None}, "or neither"),
+        ({"provenance": {"a": 1}}, "provenance.a = 1"),
+        ({"folder_bytes": -1}, "folder_bytes = -1"),
+        ({"more": 1}, "unknown field 'more'"),
+        ({"repetition": {"generations": 0}}, "repetition"),
+    ):
+        save_json(path, fields | change)
+        with pytest.raises(InputError, match=message):
+            load_evaluation(path)
+    path.write_text('{"kind": "evaluation", "kl": NaN}')
+    with pytest.raises(FileError, match="NaN is no JSON"):
+        load_evaluation(path)

@@ -26,8 +26,9 @@ from moepress.compress import compress
 from moepress.costs.drop_costs import DropMeter
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError
-from moepress.format.checkpoint import PLAN, load_json, packed_specs
+from moepress.format.checkpoint import PLAN, load_json
 from moepress.format.codec import Codec, PackedSpec
+from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu
 from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedExperts

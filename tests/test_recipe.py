@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.recipe import FIELDS_AFTER_SCORING, NAMED, Recipe, parse_size, parse_widths
 
 
@@ -68,7 +68,21 @@ def test_allocation_fields_are_fields() -> None:
         ({"sensitivity": "much"}, "sensitivity is 'much'"),
         ({"over": "best"}, "over is 'best'"),
         ({"colour": "red"}, "Unknown recipe field colour"),
-        ({"bits": "many"}, "wrong type"),
+        ({"bits": "many"}, "bits = 'many'. Expected: a valid number"),
+        ({"bits": float("nan")}, "bits = nan. Expected: a finite number"),
+        ({"sequences": 4.5}, "sequences = 4.5. Expected: a valid integer"),
+        ({"sequences": True}, "sequences = True. Expected: a valid integer"),
+        ({"sequences": 1 << 40}, "sequences must be at least 1 and at most"),
+        ({"sequences": 10**5000}, "a number of thousands of digits"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"expert_bits": (1, "2")}, r"expert_bits.1 = '2'"),
+        ({"calib": "a.txt"}, "calib = 'a.txt'. Expected: a valid tuple"),
+        ({"calib": (("a", float("inf")),)}, "calib.0.1 = inf"),
+        ({"calib": (("a",),)}, "no field 'calib.0.1'"),
+        ({"per_projection": 1}, "per_projection = 1. Expected: a valid boolean"),
+        ({"quantizer": ["gptq"]}, "quantizer is "),
+        ({"gamma": 1e9}, "gamma must be at least -64"),
+        ({"size": 1 << 70}, "size must be above 0"),
     ],
 )
 def test_wrong_fields_are_refused(changes: dict[str, object], says: str) -> None:
@@ -81,6 +95,15 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     file.write_text("bits = = 2")
     with pytest.raises(InputError, match="Cannot read the recipe"):
         Recipe.load(file)
+    for name, text in (
+        ("r.json", "[]"), ("r.json", "{"), ("r.json", '{"bits": NaN}'), ("r.json", "[" * 10_000),
+        ("r.toml", "bits = nan"), ("r.toml", "a = " + "[" * 10_000), ("r.toml", "bits = 2\0"),
+        ("r.toml", "seed = " + "9" * 5000), ("r.toml", "bits = 1979-05-27"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FileError) as caught:
+            Recipe.load(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_sizes_and_widths() -> None:
@@ -89,6 +112,6 @@ def test_sizes_and_widths() -> None:
     assert parse_size("700") == 700 and parse_size("2k") == 2000
     assert parse_widths("3,1,2") == (1, 2, 3)
     assert str(parse_widths("2.5,1,2.0")) == "(1, 2, 2.5)"
-    for wrong in ("GB", "16 potatoes", "-3GB"):
+    for wrong in ("GB", "16 potatoes", "-3GB", "9" * 400):
         with pytest.raises(InputError):
             parse_size(wrong)

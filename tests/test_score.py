@@ -322,7 +322,7 @@ def test_scores_of_another_version_are_refused(tmp_path: Path) -> None:
     save_tensors(
         tmp_path / "old.safetensors", {"tokens": torch.zeros(1)}, '{"kind": "moepress scores"}'
     )
-    with pytest.raises(CheckpointError, match=r"another version of moepress.*Score again"):
+    with pytest.raises(CheckpointError, match=r"has no field.*Score again"):
         ExpertScores.load(tmp_path / "old.safetensors")
 
 

@@ -10,24 +10,41 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from moepress.costs.drop_costs import DropCosts, DropMeter, drop_seed
-from moepress.errors import CheckpointError
-from moepress.format.checkpoint import load_tensors, read_about, save_tensors
+from moepress.costs.drop_costs import ARRAYS as DROP_ARRAYS
+from moepress.costs.drop_costs import DropCosts, DropFields, DropMeter, drop_seed
+from moepress.errors import CheckpointError, FileError
+from moepress.format.arrays import read_arrays, read_document
+from moepress.format.checkpoint import save_tensors
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
+from moepress.reading.documents import Array, Document
 from moepress.recipe import Recipe
 from moepress.work import calibration_ids, identity
 
 KIND = "moepress calibration"
 ARRAYS = ("tokens", "routing_weight")
+DTYPES = {"tokens": "int64", "routing_weight": "float64"} | dict.fromkeys(DROP_ARRAYS, "float32")
+AGAIN = "Calibrate again."
+
+
+class CalibrationFields(Document):
+    """The document in the file, without its kind."""
+
+    layers: Array[Annotated[int, Field(ge=0, lt=1 << 16)]]
+    total_tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
+    token_floor: Annotated[int, Field(ge=0, lt=1 << 63)]
+    drop_costs: DropFields
+    provenance: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,19 @@ class Calibration:
     token_floor: int  # an expert with fewer tokens borrows some, see rounding/tokens.py
     drop_costs: DropCosts  # of the original model
     provenance: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        shape = self.tokens.shape
+        if len(shape) != 2 or 0 in shape or shape[0] != len(self.layers):
+            raise CheckpointError(
+                f"The calibration has tokens of shape {shape}. Expected {len(self.layers)} layers."
+            )
+        if self.routing_weight.shape != shape or self.drop_costs.layers != self.layers:
+            raise CheckpointError(
+                f"The calibration has routing weights of shape {self.routing_weight.shape} and "
+                f"drop costs of layers {self.drop_costs.layers}. Expected {shape} and "
+                f"{self.layers}."
+            )
 
     @property
     def frequency(self) -> npt.NDArray[np.float64]:
@@ -73,16 +103,18 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or holds no calibration.
+            FileError: the file is missing or damaged, or holds no calibration.
         """
-        arrays = load_tensors(path)
-        fields = json.loads(read_about(path) or "{}")
-        if fields.pop("kind", None) != KIND:
-            raise CheckpointError(f"{path} is not a calibration made by `moepress calibrate`.")
+        fields = read_document(path, KIND, "calibration", AGAIN)
+        arrays = read_arrays(path, fields, CalibrationFields, DTYPES, AGAIN)
+        rest = fields.pop("drop_costs")
+        drops = {name: arrays.pop(name) for name in DROP_ARRAYS}
         fields["layers"] = tuple(fields["layers"])
-        fields["drop_costs"] = DropCosts.of(arrays, fields["drop_costs"])
-        fields |= {name: arrays[name].numpy() for name in ARRAYS}
-        return cls(**fields)
+        try:
+            costs = DropCosts(**{**rest, "layers": tuple(rest["layers"]), **drops})
+            return cls(drop_costs=costs, **{**fields, **arrays})
+        except CheckpointError as error:
+            raise FileError(f"{path} cannot be used: {error} {AGAIN}") from error
 
 
 def calibrate(source: Source | str | Path, recipe: Recipe) -> Calibration:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import finish_folder, load_json, packed_specs, save_tensors
+from moepress.format.checkpoint import finish_folder, model_config, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.format.quantization import packed_specs
 from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
@@ -62,7 +63,7 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
             progress.advance()
     finish_folder(
         out,
-        load_json(folder / "config.json"),
+        model_config(folder),
         {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
         None,
         [out / path.name for path in files],

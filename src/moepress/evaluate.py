@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moepress.errors import InputError
+from moepress.errors import InputError, NumericalError
 from moepress.evaluation.performance import Performance, forget_peak, measure_performance
 from moepress.evaluation.repetition import Repetition, measure_repetition, prompts_of
 from moepress.evaluation.tasks import find_tasks, run_tasks
-from moepress.format.checkpoint import folder_bytes, is_compressed, load_json, save_json
+from moepress.format.checkpoint import folder_bytes, is_compressed, save_json
+from moepress.format.quantization import quantization_of
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
@@ -41,6 +42,7 @@ from moepress.text import windows
 logger = logging.getLogger(__name__)
 
 FITS = 0.8  # share of the free memory that an original may take to be loaded whole
+MOST_LOSS = 700  # nats: the perplexity of a larger loss is beyond a float
 ROWS = 512  # tokens whose float32 logits are in memory at once
 
 
@@ -144,6 +146,7 @@ def evaluate(
 
     Raises:
         InputError: a model, text or task cannot be used.
+        NumericalError: a model gives NaN, or assigns no probability to the text.
         MoepressError: a task fails.
     """
     started = time.monotonic()
@@ -299,6 +302,9 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
     measured: dict[str, list[Tensor]] = {}
     for start in range(0, len(flat), ROWS):
         rows = slice(start, start + ROWS)
+        _check_logits(flat[rows], "The model")
+        if other is not None:
+            _check_logits(other[rows], "The original")
         log_p = F.log_softmax(flat[rows].float(), dim=-1)
         values = {"loss": F.nll_loss(log_p, target[rows], reduction="none")}
         if other is not None:
@@ -309,6 +315,16 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
         for name, value in values.items():
             measured.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(chunks).view(shape) for name, chunks in measured.items()}
+
+
+def _check_logits(logits: Tensor, whose: str) -> None:
+    """Raise NumericalError if there is a NaN among logits: no figure would mean anything."""
+    if torch.isnan(logits).any():
+        raise NumericalError(
+            f"{whose} gives NaN where it should give logits, so it cannot be evaluated. Its "
+            "weights are damaged (`moepress inspect --verify` finds out which), or its numbers "
+            "exceed its dtype."
+        )
 
 
 def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
@@ -328,7 +344,13 @@ def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
 
 
 def _perplexity(loss: Tensor) -> float:
-    return math.exp(loss.double().mean().item())
+    mean = loss.double().mean().item()
+    if not mean < MOST_LOSS:
+        raise NumericalError(
+            f"The mean loss of a text is {mean:.4g} nats per token. Expected one below {MOST_LOSS}:"
+            " the weights are damaged (`moepress inspect --verify` finds out which)."
+        )
+    return math.exp(mean)
 
 
 def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
@@ -336,8 +358,8 @@ def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
 
     from moepress import __version__
 
-    config = load_json(folder / "config.json").get("quantization_config") or {}
-    made = {f"made_with_{k}": str(v) for k, v in config.get("provenance", {}).items()}
+    provenance = quantization_of(folder).provenance if is_compressed(folder) else {}
+    made = {f"made_with_{k}": str(v) for k, v in provenance.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if made:
         made["activation_bits"] = str(activation_bits)

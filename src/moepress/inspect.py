@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,42 +18,51 @@ from moepress.costs.drop_costs import KIND as DROP_COSTS
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import BOTH, ExpertScores
 from moepress.errors import InputError
+from moepress.format.arrays import kind_in
 from moepress.format.checkpoint import (
     PLAN,
     folder_bytes,
     is_compressed,
-    load_json,
-    packed_specs,
-    read_about,
     tensor_bytes,
 )
+from moepress.format.checksums import verify as verify_bytes
 from moepress.format.codec import width
+from moepress.format.quantization import quantization_of
 from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
 
+AVERAGES = ("average_bits", "expert_bits_per_weight", "bits_per_weight")  # that a plan has
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
 
 
-def inspect(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(
+    path: str | Path, *, verify: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Describe a compressed folder, an original model, or a file of scores, plan or calibration.
 
     Args:
         path: the folder or file.
+        verify: of a compressed folder, compare every byte of its tensors with their checksums.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
         A dict that can be written as JSON; its "kind" says what `path` is.
 
     Raises:
-        InputError: `path` is something else.
+        InputError: `path` is something else, or cannot be verified.
+        FileError: it is damaged.
     """
     path = Path(path)
+    if verify and not (path.is_dir() and is_compressed(path)):
+        raise InputError(f"{path} cannot be verified. Expected a folder made by moepress.")
     if path.is_dir():
-        describe = _folder if is_compressed(path) else _original
-        return describe(path, trust_remote_code)
+        if not is_compressed(path):
+            return _original(path, trust_remote_code)
+        verified = {"verified_tensors": verify_bytes(path, weight_files(path))} if verify else {}
+        return _folder(path, trust_remote_code) | verified
     if path.suffix == ".safetensors" and path.is_file():
         return _tensors(path)
     if path.suffix == ".json" and path.is_file():
@@ -67,7 +75,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> dict[str, A
 
 def _tensors(path: Path) -> dict[str, Any]:
     """A .safetensors file; its metadata tells which kind."""
-    kind = json.loads(read_about(path) or "{}").get("kind")
+    kind = kind_in(path)
     if kind == CALIBRATION:
         return _calibration(Calibration.load(path))
     if kind == DROP_COSTS:
@@ -77,13 +85,12 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """A compressed model: bytes by part, widths of the experts, averages, pruning."""
-    specs = packed_specs(folder)
+    quantization = quantization_of(folder)
     widths: defaultdict[str, Counter[float]] = defaultdict(Counter)
-    for name, spec in specs.items():
+    for name, spec in quantization.specs().items():
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)
-    plan = BitAllocation.load(folder / PLAN)
-    config = load_json(folder / "config.json")["quantization_config"]
+    plan = BitAllocation.load(folder / PLAN) if (folder / PLAN).exists() else None
     return {
         "kind": "compressed model",
         "folder_bytes": folder_bytes(folder),
@@ -95,11 +102,9 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             name: {str(bits): count for bits, count in sorted(counts.items())}
             for name, counts in widths.items()
         },
-        "average_bits": plan.average_bits,
-        "expert_bits_per_weight": plan.expert_bits_per_weight,
-        "bits_per_weight": plan.bits_per_weight,
-        "pruning": config.get("pruning"),
-        "provenance": config["provenance"],
+        **{name: getattr(plan, name, None) for name in AVERAGES},  # None: a copy without plan
+        "pruning": quantization.pruning,
+        "provenance": quantization.provenance,
     }
 
 

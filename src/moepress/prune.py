@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from moepress.errors import InputError
-from moepress.format.checkpoint import DROP_COSTS, is_compressed, load_json, save_json
+from moepress.format.checkpoint import (
+    CONFIG,
+    DROP_COSTS,
+    is_compressed,
+    load_json,
+    model_config,
+    save_json,
+)
+from moepress.format.quantization import quantization_of
 from moepress.original.composite import decoder
 from moepress.pruning.layer import pruned_layers
 from moepress.pruning.rule import PROTECT
@@ -165,6 +173,12 @@ def _resolved(
     return Pruning.of(costs(), strength, protect)
 
 
+def active_pruning(model: Any) -> Pruning | None:
+    """The pruning in force on a model; None: none."""
+    active: Pruned | None = getattr(decoder(model), ACTIVE, None)
+    return None if active is None else active.pruning
+
+
 def count_dropped(model: Any) -> Pruned | None:
     """Count what the pruning in force drops from now on. Returns None if nothing is dropped."""
     active: Pruned | None = getattr(decoder(model), ACTIVE, None)
@@ -191,11 +205,12 @@ def set_pruning(
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         _check_fits(pruning, stored_costs(folder))
-    config = load_json(folder / "config.json")
+    quantization_of(folder)  # raises if it is damaged
+    config = model_config(folder)
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
         config["quantization_config"]["pruning"] = pruning.to_json()
-    save_json(folder / "config.json", config)
+    save_json(folder / CONFIG, config)
 
 
 def _check_fits(pruning: Pruning, costs: DropCosts) -> None:

@@ -33,6 +33,7 @@ from moepress.format.checkpoint import (
     save_tensors,
     shard_name,
 )
+from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.original.batches import empty
@@ -117,12 +118,14 @@ def quantize_tensors(
         _quantize_layers(source, plan, packed, ids, journal, out)
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
+    shards = [out / name for name in (*map(shard_name, (None, *layers)), *copies)]
+    write_checksums(out, shards)
     finish_folder(
         out,
         source.config_json(),
         companions(source.folder),
         quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
-        [out / name for name in (*map(shard_name, (None, *layers)), *copies)],
+        shards,
     )
     shutil.rmtree(out / WORK)
     return out

@@ -13,8 +13,11 @@ import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moepress.errors import FileError, InputError
 from moepress.format.codec import (
@@ -25,8 +28,9 @@ from moepress.format.codec import (
     LEFT_OUT,
     width,
 )
+from moepress.reading.documents import shown, wrong_field
 from moepress.reading.files import read_text
-from moepress.reading.json import parse_json
+from moepress.reading.json import MOST_DIGITS, kind_of, parse_json
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
 MeasureName = QuantizerName | Literal["noise"]
@@ -45,6 +49,7 @@ EXPERT_BITS: dict[str, tuple[float, ...]] = {  # offered to routed experts by de
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
 }
 TABLE_BITS = (4, 8, UNQUANTIZED)  # widths offered to the embedding and to the head
+MOST_BUDGET = 1 << 60  # bytes, or bits: more than anybody has
 FALLBACK_BITS = 4  # width of linears whose cost is unknown
 
 
@@ -111,11 +116,20 @@ class Recipe:
             if isinstance(value, list):
                 frozen = tuple(tuple(v) if isinstance(v, list) else v for v in value)
                 object.__setattr__(self, field.name, frozen)
+        self._check_types()
         if self.expert_codec == "int" and self.expert_bits is EXPERT_BITS["trellis"]:  # unset
             object.__setattr__(self, "expert_bits", EXPERT_BITS["int"])
         for name in ("expert_bits", "at_least_one"):  # 2.0 of a file is 2
             object.__setattr__(self, name, tuple(map(_as_width, getattr(self, name))))
         self._check()
+
+    def _check_types(self) -> None:
+        """Raise InputError if a field is not of its declared type, or is no finite number."""
+        for name, adapter in _field_types().items():
+            try:
+                adapter.validate_python(getattr(self, name))
+            except ValidationError as error:
+                raise InputError(f"The recipe {wrong_field(error, name)}") from error
 
     def _check(self) -> None:
         set_budgets = [n for n in ("bits", "bpw", "size") if getattr(self, n) is not None]
@@ -124,8 +138,11 @@ class Recipe:
                 f"More than one budget is set: {', '.join(set_budgets)}. Give exactly one."
             )
         for name in set_budgets:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < MOST_BUDGET:
+                raise InputError(
+                    f"{name} must be above 0 and below {MOST_BUDGET}, got "
+                    f"{shown(getattr(self, name))}."
+                )
         _one_of("quantizer", self.quantizer, QUANTIZERS)
         _one_of("measure", self.measure, (*QUANTIZERS, NOISE))
         _one_of("expert_codec", self.expert_codec, get_args(CodecFamily))
@@ -168,9 +185,12 @@ class Recipe:
                     f"at_least_one asks for {bits}-bit experts, but expert_bits offers "
                     f"{list(self.expert_bits)}. Offer it or do not ask for it."
                 )
-        for name, least in (("sequences", 1), ("sequence_length", 2), ("token_floor", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise InputError(
+                    f"{name} must be at least {least} and at most {most}, got "
+                    f"{shown(getattr(self, name))}."
+                )
         if not 0 < self.damping < 1:
             raise InputError(f"damping must lie between 0 and 1, got {self.damping}.")
         if not 0 <= self.correction <= 1:
@@ -205,12 +225,14 @@ class Recipe:
                 f"No recipe '{name_or_path}'. Expected one of {sorted(NAMED)} or a .toml or "
                 ".json file."
             )
+        text = read_text(path, "The recipe")
         try:
-            text = read_text(path, "The recipe")
             fields = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"Cannot read the recipe {path}: {error}. Mend it.") from error
-        return cls.from_dict({**fields, **changes})
+            if not isinstance(fields, dict):
+                raise InputError(f"it is {kind_of(fields)}. Expected an object with fields")
+            return cls.from_dict({**fields, **changes})
+        except (ValueError, RecursionError) as error:  # InputError is a ValueError
+            raise FileError(f"Cannot read the recipe {path}: {error} Mend it.") from error
 
     def with_changes(self, **changes: Any) -> Recipe:
         """This recipe with some fields changed, by name.
@@ -263,6 +285,19 @@ def _as_width(value: Any) -> Any:
     return width(value) if isinstance(value, float) else value
 
 
+@cache
+def _field_types() -> dict[str, TypeAdapter[Any]]:
+    """What checks the type of each field; names of choices are checked by `_check`."""
+    strict = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    hints = get_type_hints(Recipe)
+    return {
+        name: TypeAdapter(hint, config=strict)
+        for name, hint in hints.items()
+        if not all(get_origin(one) is Literal for one in (get_args(hint) or (hint,)))
+        and get_origin(hint) is not Literal
+    }
+
+
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name} is {value!r}. Expected one of {list(allowed)}.")
@@ -283,6 +318,8 @@ def parse_size(text: str) -> int:
             f"Size {text!r} is not understood. Expected something like 16GB or 900MiB."
         )
     number, prefix, binary = match.groups()
+    if len(number) > MOST_DIGITS:
+        raise InputError(f"Size {shown(text)} has too many digits. Expected something like 16GB.")
     unit = (1024 if binary else 1000) ** (" KMGT".index(prefix.upper() or " "))
     return int(float(number) * unit)
 
@@ -294,6 +331,12 @@ def parse_widths(text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise InputError(f"Widths {text!r} are not understood. Expected e.g. 1,1.5,2.") from error
 
+
+# Least and most of numbers that work or memory grow with, or that a generator takes.
+RANGES = {
+    "sequences": (1, 1 << 24), "sequence_length": (2, 1 << 24), "token_floor": (0, 1 << 48),
+    "seed": (0, (1 << 32) - 1), "alpha": (-64, 64), "beta": (-64, 64), "gamma": (-64, 64),
+}  # fmt: skip
 
 # Fields that only the allocation and later stages read: scores do not depend on them.
 FIELDS_AFTER_SCORING = (

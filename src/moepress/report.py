@@ -26,6 +26,7 @@ from moepress.allocation.plan import PROJECTIONS, BitAllocation
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
+from moepress.evaluation.document import load_evaluation
 from moepress.format.checkpoint import (
     DROP_COSTS,
     EVALUATION,
@@ -33,10 +34,10 @@ from moepress.format.checkpoint import (
     REPORT,
     SCORES,
     is_compressed,
-    load_json,
     write_atomically,
 )
 from moepress.format.codec import width
+from moepress.format.quantization import quantization_of
 from moepress.original.sizes import byte_unit, bytes_by_part
 from moepress.page.picture import Format, Picture
 from moepress.page.sections import sections
@@ -129,10 +130,10 @@ def read_subject(
     if measured is not None:
         check_scores(measured, plan, str(given))
     given = _given(evaluation, folder / EVALUATION)
-    evaluated = load_json(given) if given is not None else None
-    config = load_json(folder / "config.json")["quantization_config"]
+    evaluated = load_evaluation(given) if given is not None else None
+    made = quantization_of(folder)
     if evaluated is not None:
-        check_evaluation(evaluated, config.get("provenance", {}), str(given))
+        check_evaluation(evaluated, made.provenance, str(given))
     costs = folder / DROP_COSTS
     return Subject(
         folder.resolve().name,
@@ -141,7 +142,7 @@ def read_subject(
         bytes_by_part(folder, trust_remote_code),
         evaluated,
         DropCosts.load(costs) if costs.is_file() else None,
-        Pruning.from_json(config["pruning"]) if "pruning" in config else None,
+        None if made.pruning is None else Pruning.from_json(made.pruning),
     )
 
 
@@ -154,17 +155,13 @@ def check_scores(scores: ExpertScores, plan: BitAllocation, where: str) -> None:
         )
 
 
-def check_evaluation(evaluation: Any, made: Mapping[str, str], where: str) -> None:
-    """Raise InputError if this is no evaluation, or that of another model.
+def check_evaluation(evaluation: Mapping[str, Any], made: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if this is the evaluation of another model.
 
     Args:
         made: provenance of the compressed folder.
         where: the file of the evaluation.
     """
-    if not isinstance(evaluation, Mapping) or evaluation.get("kind") != "evaluation":
-        raise InputError(
-            f"{where} is not an evaluation. Expected a file of `moepress evaluate --out`."
-        )
     plan = evaluation["provenance"].get("made_with_plan")
     if plan != made.get("plan"):
         raise InputError(

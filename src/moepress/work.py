@@ -20,11 +20,11 @@ from moepress.errors import InputError
 from moepress.format.checkpoint import (
     SCORES,
     is_compressed,
-    load_json,
     load_tensors,
     save_tensors,
 )
 from moepress.format.journal import compare_identity
+from moepress.format.quantization import quantization_of
 from moepress.original.composite import language_model
 from moepress.original.remote_code import tokenizer_of
 from moepress.original.skeleton import open_folder
@@ -173,7 +173,7 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
     if not (out.is_dir() and is_compressed(out)):
         check_output(out)
         return False
-    made = load_json(out / "config.json")["quantization_config"].get("provenance", {})
+    made = quantization_of(out).provenance
     differs = sorted(key for key, value in work.items() if made.get(key) != value)
     if differs:
         raise InputError(

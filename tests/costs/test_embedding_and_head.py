@@ -17,8 +17,8 @@ from moepress.costs import embedding_and_head
 from moepress.costs.scores import ExpertScores
 from moepress.costs.sensitivity import EMBEDDING, SENSITIVITY, Sensitivity
 from moepress.costs.texts import Texts
-from moepress.format.checkpoint import packed_specs
 from moepress.format.codec import Codec
+from moepress.format.quantization import packed_specs
 from moepress.original import batches as batch_sizes
 from moepress.original.source import Source
 from moepress.original.walk import Walk

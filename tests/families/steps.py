@@ -170,7 +170,8 @@ def serve_step(case: Case) -> None:
 
     def ask(server: Any) -> None:
         body = {"model": str(case.folder), "prompt": "def f1(x):", "max_tokens": NEW}
-        answers.append(TestClient(server.config.app).post("/v1/completions", json=body))
+        client = TestClient(server.config.app, "http://localhost")
+        answers.append(client.post("/v1/completions", json=body))
 
     with mock.patch("uvicorn.Server.run", ask):
         moepress.serve(case.folder, port=0)

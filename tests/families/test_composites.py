@@ -24,7 +24,8 @@ from moepress.compress import compress
 from moepress.dequantize import dequantize
 from moepress.errors import InputError
 from moepress.evaluate import evaluate
-from moepress.format.checkpoint import load_tensors, packed_specs
+from moepress.format.checkpoint import load_tensors
+from moepress.format.quantization import packed_specs
 from moepress.generate import generate
 from moepress.hf.mend import mend
 from moepress.inspect import inspect

@@ -14,7 +14,6 @@ from moepress.format.checkpoint import (
     folder_bytes,
     load_json,
     load_tensors,
-    packed_specs,
     read_about,
     save_json,
     save_tensors,
@@ -22,6 +21,7 @@ from moepress.format.checkpoint import (
     write_atomically,
 )
 from moepress.format.codec import Codec, PackedSpec, fitting_group_size
+from moepress.format.quantization import packed_specs
 from moepress.hf import MoePressConfig
 
 FILE = "x.safetensors"

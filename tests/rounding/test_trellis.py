@@ -19,7 +19,7 @@ from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, NumericalError
-from moepress.format.checkpoint import load_json, packed_specs
+from moepress.format.checkpoint import load_json
 from moepress.format.codec import (
     HALF_WIDTHS,
     TRELLIS_BITS,
@@ -28,6 +28,7 @@ from moepress.format.codec import (
     width_number,
     width_of,
 )
+from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu, reference, scalar, trellis
 from moepress.original.source import Source
 from moepress.recipe import Recipe

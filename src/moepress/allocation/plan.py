@@ -7,12 +7,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import load_json, save_json
+from moepress.errors import CheckpointError, FileError, InputError
+from moepress.format.checkpoint import save_json
 from moepress.format.codec import (
     GROUP_SIZES,
     LEFT_OUT,
@@ -21,10 +23,40 @@ from moepress.format.codec import (
     width,
     width_number,
 )
+from moepress.reading.documents import Array, Document, parse
+from moepress.reading.json import read_json
 from moepress.recipe import FAST, TABLE_BITS, Recipe
 
 PROJECTIONS = ("gate_up", "down")
 KIND = "plan"
+AGAIN = "Make it again with `moepress allocate`."
+
+Bytes = Annotated[int, Field(gt=0, lt=1 << 63)]
+
+
+class LayerFields(Document):
+    """The widths of a layer's experts in the file."""
+
+    layer: Annotated[int, Field(ge=0, lt=1 << 16)]
+    gate_up: str
+    down: str
+
+
+class PlanFields(Document):
+    """The fields of the file, without its kind."""
+
+    layers: Array[LayerFields]
+    linear_bits: dict[str, float] = Field(default_factory=dict)
+    group_size: int
+    predicted_loss: float
+    expert_bytes: Bytes
+    total_bytes: Bytes
+    folder_bytes: Bytes
+    average_bits: float
+    expert_bits_per_weight: float
+    bits_per_weight: float
+    recipe: dict[str, Any]
+    provenance: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -115,14 +147,15 @@ class BitAllocation:
 
         Raises:
             InputError: the file is JSON, but not a plan.
-            CheckpointError: it is missing or damaged, or its fields contradict each other.
+            FileError: it is missing or damaged, or its fields contradict each other.
         """
-        fields = load_json(path)
+        fields = read_json(path, "The plan")
         if not isinstance(fields, dict) or fields.pop("kind", None) != KIND:
             raise InputError(
                 f"{path} is not a plan. Expected a file made by `moepress allocate`, or "
                 "moepress_plan.json in a compressed folder."
             )
+        parse(PlanFields, fields, f"The plan {path}", AGAIN)
         try:
             rows = fields.pop("layers")
             bits = [[read_widths(row[n]) for n in PROJECTIONS] for row in rows]
@@ -135,7 +168,6 @@ class BitAllocation:
                 bits=np.array(bits, dtype=np.float64).swapaxes(1, 2),
             )
         except (TypeError, KeyError, ValueError, OverflowError, CheckpointError) as error:
-            raise CheckpointError(
-                f"{path} is a damaged plan ({type(error).__name__}: {error}). Make it again with "
-                "`moepress allocate`."
+            raise FileError(
+                f"{path} is a damaged plan ({type(error).__name__}: {error}). {AGAIN}"
             ) from error

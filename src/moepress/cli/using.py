@@ -93,6 +93,12 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="Folder or file made by moepress, or an original model.")
     ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Compare every byte of a compressed folder's tensors with checksums."
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -103,7 +109,8 @@ def inspect(
     from moepress.cli.tables import nested_table
     from moepress.inspect import inspect as run
 
-    show(run(path, trust_remote_code=trust_remote_code), as_json, nested_table)
+    found = run(path, verify=verify, trust_remote_code=trust_remote_code)
+    show(found, as_json, nested_table)
 
 
 def prune(
@@ -218,14 +225,48 @@ def serve(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens of an answer.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of prompt and answer; default: what the model reads."),
+    ] = None,
+    concurrent: Annotated[int, typer.Option(help="Answers computed at the same time.")] = 128,
+    queue: Annotated[
+        int, typer.Option(help="Requests that wait beside them; one more gets 429.")
+    ] = 128,
+    deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600,
+    max_body: Annotated[float, typer.Option(help="Most MB of a request.")] = 8,
+    cache: Annotated[
+        float | None,
+        typer.Option(help="Most GB of keys and values; default: half of the free memory."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="MOEPRESS_API_KEY", help="Key that clients must send; default: none."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name by which clients reach this server (Host header). Repeatable."),
+    ] = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Describe the endpoints at /docs.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve a model to any OpenAI client, with transformers' server (pip extra: serve).
+    """Serve a model to any OpenAI client, many requests at a time (pip extra: serve).
 
     Example: moepress serve mixtral-2.5bit --port 8000
     """
+    from moepress.serve import Limits
     from moepress.serve import serve as run
 
+    limits = Limits(
+        max_tokens=max_tokens,
+        context=context,
+        concurrent=concurrent,
+        queue=queue,
+        deadline=deadline,
+        body=int(max_body * 1e6),
+        cache=None if cache is None else int(cache * 1e9),
+    )
     run(
         folder,
         host=host,
@@ -235,6 +276,10 @@ def serve(
         activation_bits=activation_bits,
         pruning=pruning(prune),
         trust_remote_code=trust_remote_code,
+        limits=limits,
+        api_key=api_key,
+        allowed_hosts=allowed_host or (),
+        docs=docs,
     )
 
 

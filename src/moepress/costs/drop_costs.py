@@ -19,25 +19,37 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from moepress.errors import CheckpointError
-from moepress.format.checkpoint import load_tensors, read_about, save_tensors
+from moepress.errors import CheckpointError, FileError
+from moepress.format.arrays import read_arrays, read_document
+from moepress.format.checkpoint import save_tensors
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import Routed, RoutedExpert, expert_forward
+from moepress.reading.documents import Array, Document
 
 SAMPLE = 4096  # tokens of a layer; the standard error of a median is 0.8 % of the tokens
 BINS = 32  # bins of equally many tokens, by rising ratio
 KIND = "moepress drop costs"
 ARRAYS = ("ratio", "cost", "renormalised_cost")
+AGAIN = "Copy it again, or measure them again."
 NO_EXPERT = 2.0  # ratio of a choice of no expert: above all others, so it is never dropped
 # If the sums of the tokens' routing weights differ by at most this share, they count as constant.
 EVEN_SUM = 0.01  # bfloat16 alone makes them differ by 0.004
+
+
+class DropFields(Document):
+    """The document in the file, without its kind."""
+
+    layers: Array[Annotated[int, Field(ge=0, lt=1 << 16)]]
+    normalised: bool
+    provenance: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -112,19 +124,14 @@ class DropCosts:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or holds something else.
+            FileError: the file is missing or damaged, or holds something else.
         """
-        arrays = load_tensors(path)
+        rest = read_document(path, KIND, "drop costs", AGAIN)
+        arrays = read_arrays(path, rest, DropFields, dict.fromkeys(ARRAYS, "float32"), AGAIN)
         try:
-            rest = dict(json.loads(read_about(path) or "{}"))
-            if rest.pop("kind", None) != KIND:
-                raise CheckpointError("it holds something else")
-            return cls.of(arrays, rest)
-        except (CheckpointError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} does not hold drop costs of moepress ({type(error).__name__}: {error}). "
-                "Copy it again, or measure them again."
-            ) from error
+            return cls(**{**rest, "layers": tuple(rest["layers"]), **arrays})
+        except CheckpointError as error:
+            raise FileError(f"{path} does not hold drop costs: {error} {AGAIN}") from error
 
     @classmethod
     def of_layers(

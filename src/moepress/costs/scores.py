@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
-from moepress.errors import CheckpointError
-from moepress.format.checkpoint import load_tensors, read_about, save_tensors
+from moepress.errors import CheckpointError, FileError, InputError
+from moepress.format.arrays import read_arrays, read_document
+from moepress.format.checkpoint import save_tensors
+from moepress.reading.documents import Array, Document, Pair
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 
 EXPERT_ARRAYS = (
@@ -27,6 +30,34 @@ ROUNDED = ("gate_up", "down", "both")  # the projections that are rounded when a
 BOTH = 2  # index in ROUNDED of an expert rounded whole
 # Fields that have another name in the file.
 STORED_AS = {"text_tokens": "source_tokens", "other_weights": "fixed_weights"}
+DTYPES = {
+    "tokens": "int64", "routing_weight": "float64", "squared_error": "float64", "cost": "float64",
+    "output_energy": "float64", "residual_energy": "float64", "linear_bytes": "int64",
+    "linear_cost": "float64 or inf",
+}  # fmt: skip
+AGAIN = "Score again."
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class ScoresFields(Document):
+    """The document in the file, without its kind."""
+
+    layers: Array[Annotated[int, Field(ge=0, lt=1 << 16)]]
+    bits: Array[float]
+    linears: Array[str]
+    linear_bits: Array[float]
+    total_tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
+    source_tokens: Array[Count]
+    gate_up_shape: Pair[Size]
+    down_shape: Pair[Size]
+    fixed_bytes: Count
+    fixed_weights: Count
+    file_bytes: Count
+    group_size: int
+    provenance: dict[str, str]
+    recipe: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +93,10 @@ class ExpertScores:
     recipe: dict[str, Any] = field(default_factory=dict)  # the recipe of the measurement
 
     def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or 0 in self.tokens.shape:
+            raise CheckpointError(
+                f"Scores have tokens of shape {self.tokens.shape}. Expected layers and experts."
+            )
         count, experts = self.tokens.shape
         expected = (count, experts, len(ROUNDED), len(self.bits))
         linears = (len(self.linears), len(self.linear_bits))
@@ -74,7 +109,9 @@ class ExpertScores:
         if (
             len(self.layers) != count
             or self.squared_error.shape != expected
-            or self.cost.shape[1:] != expected
+            or self.cost.shape != (len(self.text_tokens), *expected)
+            or self.routing_weight.shape != self.tokens.shape
+            or {self.output_energy.shape, self.residual_energy.shape} != {(count,)}
             or self.linear_bytes.shape != linears
             or self.linear_cost.shape != (len(self.cost), *linears)
         ):
@@ -120,18 +157,14 @@ class ExpertScores:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or holds no scores.
+            FileError: the file is missing or damaged, or holds no scores.
         """
-        arrays = load_tensors(path)
-        rest = json.loads(read_about(path) or "{}")
-        if rest.pop("kind", None) != KIND:
-            raise CheckpointError(f"{path} holds no scores. Expected a file of `moepress score`.")
+        rest = read_document(path, KIND, "scores", AGAIN)
+        arrays = read_arrays(path, rest, ScoresFields, DTYPES, AGAIN)
         try:
             rest |= {name: rest.pop(stored) for name, stored in STORED_AS.items()}
             rest |= {name: tuple(rest[name]) for name in TUPLES}
-            rest |= {name: arrays[name].numpy() for name in ARRAYS}
-            return cls(**rest)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} holds scores of another version of moepress ({error}). Score again."
-            ) from error
+            Recipe.from_dict(rest.get("recipe", {}))
+            return cls(**{**rest, **arrays})
+        except (InputError, CheckpointError) as error:
+            raise FileError(f"{path} cannot be used: {error} {AGAIN}") from error

@@ -7,6 +7,7 @@ network if their data is in local files.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,10 @@ def run_tasks(
     if results is None:
         raise MoepressError("lm-eval gave no results. Run moepress in the process of rank 0.")
     return {
-        task: {k: float(v) for k, v in metrics.items() if type(v) in (int, float) and "," in k}
+        task: {
+            k: float(v)
+            for k, v in metrics.items()
+            if "," in k and type(v) in (int, float) and math.isfinite(v)  # one example has no error
+        }
         for task, metrics in results["results"].items()
     }

@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import CheckpointError, FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.reading.headers import read_header
-from moepress.reading.json import read_json
+from moepress.reading.json import read_json, read_object
 
 FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
 HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
@@ -39,12 +39,15 @@ MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps
 QUANT_METHOD = "moepress"
 # Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
+CONFIG = "config.json"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
+CHECKSUMS = "moepress_checksums.json"  # of every tensor; not counted as a file of the model
 # Added to a finished folder by other commands; not counted as files of the model.
 EVALUATION = "moepress_evaluation.json"
 REPORT = "moepress_report.html"
+NOT_COUNTED = (CHECKSUMS, EVALUATION, REPORT)
 INDEX = "model.safetensors.index.json"
 
 
@@ -215,8 +218,16 @@ def temporary_folder(folder: Path | None) -> Iterator[Path]:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, with sorted keys."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    """Write JSON atomically, with sorted keys.
+
+    Raises:
+        NumericalError: a number is NaN or infinite, which JSON has not.
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise NumericalError(f"{path} would hold NaN or infinity: not written.") from error
     write_atomically(path, lambda to: _write_text(to, text))
 
 
@@ -340,35 +351,33 @@ def tensor_bytes(path: Path) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a model's files, without hidden files, subfolders, evaluation and report."""
+    """Bytes of a model's files, without hidden files, subfolders, checksums, evaluation, report."""
     return sum(
         p.stat().st_size
         for p in folder.iterdir()
-        if p.is_file() and not p.name.startswith(".") and p.name not in (EVALUATION, REPORT)
+        if p.is_file() and not p.name.startswith(".") and p.name not in NOT_COUNTED
     )
 
 
-def is_compressed(folder: Path) -> bool:
-    """Whether a folder is a complete model compressed by moepress."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return False
-    method = (load_json(config).get("quantization_config") or {}).get("quant_method")
-    return bool(method == QUANT_METHOD)
-
-
-def packed_specs(folder: Path) -> dict[str, PackedSpec]:
-    """The packed tensors of a compressed folder, by parameter name.
+def model_config(folder: Path) -> dict[str, Any]:
+    """The fields of a model folder's config.json.
 
     Raises:
-        InputError: it is not a compressed folder, or of a format version that cannot be read.
+        FileError: there is none, or it is damaged.
     """
-    if not is_compressed(folder):
-        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
-    config = load_json(folder / "config.json")["quantization_config"]
-    modules = config.get("modules", {})
-    check_version(config["format_version"], modules, str(folder))
-    return {name: PackedSpec.from_json(fields) for name, fields in modules.items()}
+    return read_object(folder / CONFIG, "The model's config")
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder is a complete model compressed by moepress.
+
+    Raises:
+        FileError: its config.json is damaged.
+    """
+    if not os.path.lexists(folder / CONFIG):
+        return False
+    declared = model_config(folder).get("quantization_config")
+    return isinstance(declared, dict) and declared.get("quant_method") == QUANT_METHOD
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -11,10 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import Writer, load_json, load_tensors, save_json
+from moepress.reading.documents import parse_value
+
+IDENTITY: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
 class Journal:
@@ -129,7 +133,7 @@ def compare_identity(path: Path, identity: Mapping[str, str]) -> None:
     """
     if not path.is_file():
         return
-    found = load_json(path)
+    found = parse_value(IDENTITY, load_json(path), f"{path}", "Delete its folder to start over.")
     differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
     if differs:
         raise InputError(

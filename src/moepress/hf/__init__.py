@@ -23,18 +23,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moepress.errors import InputError
-from moepress.format.checkpoint import (
-    FORMAT_VERSION,
-    QUANT_METHOD,
-    check_version,
-    is_compressed,
-)
+from moepress.errors import FileError, InputError, MoepressError
+from moepress.format.checkpoint import FORMAT_VERSION, QUANT_METHOD, is_compressed
 from moepress.format.codec import PackedSpec
-from moepress.hf.files import check_files, read_ahead
+from moepress.format.quantization import Quantization
+from moepress.hf.agreement import (
+    check_agreement,
+    check_sizes,
+    places_of,
+    stored_tensors,
+)
+from moepress.hf.files import check_written, read_ahead
 from moepress.hf.mend import mend
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
+from moepress.hf.saving import follow_saving, remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.original.composite import language_model
 from moepress.original.skeleton import open_folder
@@ -53,7 +56,8 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         quant_method: "moepress".
 
     Raises:
-        InputError: a format version that cannot be read, or fields that the format does not have.
+        InputError: a format version that cannot be read.
+        FileError: a field is unknown, of a wrong type, or has a value that does not exist.
     """
 
     def __init__(
@@ -67,23 +71,19 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
     ) -> None:
         if quant_method != QUANT_METHOD:
             raise InputError(f"quant_method is '{quant_method}', expected '{QUANT_METHOD}'.")
-        check_version(format_version, modules, "This model")
-        if unknown:
-            raise InputError(
-                f"quantization_config of config.json has unknown fields {sorted(unknown)}. The "
-                "file is damaged or was edited: restore it."
-            )
+        given = {"format_version": format_version, "modules": modules, **unknown}
+        checked = Quantization.of(given | {"provenance": provenance or {}}, "this model")
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = {path: dict(fields) for path, fields in modules.items()}
-        self.provenance = dict(provenance or {})
-        self.specs()  # refuses damaged entries
+        self.provenance = checked.provenance
         if pruning is not None:  # else no such attribute: config.json of older folders has no field
             self.pruning = Pruning.from_json(pruning).to_json()
 
     def specs(self) -> dict[str, PackedSpec]:
         """How each packed parameter is stored, by parameter path."""
-        return {path: _spec(path, fields) for path, fields in self.modules.items()}
+        fields = {"format_version": self.format_version, "modules": self.modules}
+        return Quantization.of(fields, "this model").specs()
 
 
 class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
@@ -95,19 +95,20 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        follow_saving()
         given: dict[str, PackedSpec] = self.quantization_config.specs()
         places = places_in(model, given)
         self._renamed = any(stored != path for stored, path in places.items())
         specs = with_tied(model, {path: given[stored] for stored, path in places.items()})
         pack_modules(model, specs)
         if checkpoint_files is not None:
-            tied = model.all_tied_weights_keys.keys()  # stored under one name only
-            sizes = {
-                stored: model.get_parameter(path).numel()
-                for stored, path in sorted(places.items())
-                if path not in tied
-            }
-            check_files(checkpoint_files, sizes)
+            stored = stored_tensors(checkpoint_files)
+            conversions = get_model_conversion_mapping(model, hf_quantizer=self)
+            same_class = type(model).__name__ in (model.config.architectures or ())
+            check_agreement(model, stored, places_of(model, stored, conversions), same_class)
+            check_written(checkpoint_files, stored)
             read_ahead(checkpoint_files)
 
     def update_weight_conversions(
@@ -129,6 +130,16 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
         return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before the model is built."""
+        check_sizes(config)
+        return config
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called before a model is saved: its config gets the pruning in force."""
+        remember_pruning(model)
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -170,17 +181,39 @@ def load_model(
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         trust_remote_code: run code in the folder, if transformers has no class for the model.
     """
+    model = load_whole(folder, device, activation_bits, pruning, trust_remote_code)
+    text = language_model(model)
+    text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
+    return text
+
+
+def load_whole(
+    folder: Path,
+    device: str = "cpu",
+    activation_bits: int = 8,
+    pruning: Strength | Pruning | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """As `load_model`; a composite is returned whole."""
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
-    with no_progress_bars():
-        model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
+    try:
+        with no_progress_bars():
+            model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
+    except (MoepressError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged config takes transformers to errors of any type
+        reason = " ".join(str(error).split())[:300]
+        raise FileError(
+            f"transformers cannot open {folder} ({type(error).__name__}: {reason}). Expected the "
+            "folder of a model: check its config.json, or copy it again."
+        ) from error
+    mend(model)
     if is_compressed(folder):
         set_activation_bits(model, activation_bits)
     if pruning is not None:
         prune(model, pruning)
-    text = language_model(model)
-    text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
-    return text
+    return model
 
 
 def set_threads(threads: int | None) -> None:
@@ -231,16 +264,6 @@ _HIDING = _Hiding()
 
 def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return transformers_logging.EmptyTqdm(*args, **options)
-
-
-def _spec(path: str, fields: Mapping[str, str | int]) -> PackedSpec:
-    try:
-        return PackedSpec.from_json(dict(fields))
-    except (KeyError, ValueError) as error:  # InputError is a ValueError
-        raise InputError(
-            f"quantization_config of config.json has {dict(fields)} for {path}. Expected "
-            f'{{"bits": one digit per matrix, or "1.5,2", "group_size": 128}}. {error}'
-        ) from error
 
 
 register()  # for processes that import this module before transformers, see _plugin.py

@@ -1,48 +1,37 @@
-"""The safetensors files of a compressed folder: check their headers, read them ahead of use."""
+"""The files of a compressed folder's weights: compared with their checksums, read ahead of use."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from safetensors import SafetensorError, safe_open
 
-from moepress.errors import CheckpointError
+from moepress.format.checksums import check_listed, read_checksums, verify
+from moepress.reading.headers import Entry
+
+VERIFY = "MOEPRESS_VERIFY"  # environment variable; 1: compare all bytes whenever a folder is opened
 
 
-def check_files(files: Iterable[str], sizes: Mapping[str, int]) -> None:
-    """Compare the headers of safetensors files with what the model expects; read no weights.
+def check_written(files: Sequence[str], stored: Mapping[str, Entry]) -> None:
+    """Compare the tensors of a folder with what was written, if it has checksums.
 
     Args:
-        files: paths.
-        sizes: bytes of each packed parameter, by its name in the files.
+        files: its safetensors files.
+        stored: their tensors, by name.
 
     Raises:
-        CheckpointError: a file is damaged, or a packed tensor is missing or of another size.
+        FileError: names, dtypes or shapes differ, or bytes if MOEPRESS_VERIFY is 1.
+        InputError: MOEPRESS_VERIFY is 1, and the folder has no checksums.
     """
-    found: dict[str, tuple[str, list[int]]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in sizes.keys() & set(file.keys()):
-                    tensor = file.get_slice(name)
-                    found[name] = tensor.get_dtype(), tensor.get_shape()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}. Copy it again.") from error
-    for name, size in sizes.items():
-        if name not in found:
-            raise CheckpointError(
-                f"Tensor {name} is in none of the model's files. A shard is missing or damaged: "
-                "copy the folder again."
-            )
-        if found[name] != ("U8", [size]):
-            raise CheckpointError(
-                f"Tensor {name} is {found[name][1]} {found[name][0]}; config.json describes "
-                f"[{size}] U8. The files and config.json do not belong together: copy the folder "
-                "again."
-            )
+    folder = Path(files[0]).parent
+    checksums = read_checksums(folder)
+    if checksums is not None:
+        check_listed(checksums, stored)
+    if os.environ.get(VERIFY) == "1":
+        verify(folder, map(Path, files))
 
 
 def read_ahead(files: Iterable[str]) -> threading.Thread | None:

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from moepress.errors import CheckpointError
-from moepress.format.checkpoint import is_compressed, packed_specs
+from moepress.format.checkpoint import is_compressed
+from moepress.format.quantization import packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
 from moepress.original.composite import copied, language_model
 from moepress.original.folder import weight_files

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from moepress.errors import InputError
+from moepress.reading.documents import Array, Document, parse
 
 if TYPE_CHECKING:
     from moepress.costs.drop_costs import DropCosts
@@ -19,7 +21,23 @@ logger = logging.getLogger(__name__)
 NEARLY = 0.9  # of the asked share: if less than this can be dropped, a warning says so
 PROTECT = 0.02  # share of a prefill's tokens that keep all experts, as in the paper
 
+EXPECTED = (
+    'Give {"thresholds": {layer: [0, ratio, ...]}, "renormalise": true or false, "protect": share}.'
+)
+
 Strength = float | Literal["paper"]
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+LayerNumber = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")]
+
+
+class PruningFields(Document):
+    """`Pruning` as JSON."""
+
+    thresholds: dict[LayerNumber, Array[Share]]
+    renormalise: bool
+    protect: Share = PROTECT
 
 
 @dataclass(frozen=True)
@@ -98,19 +116,11 @@ class Pruning:
         """The inverse of `to_json`.
 
         Raises:
-            InputError: the fields are not of a `Pruning`.
+            FileError: the fields are not of a `Pruning`.
         """
-        try:
-            thresholds = {int(n): tuple(ratios) for n, ratios in fields["thresholds"].items()}
-            return cls(**{**fields, "thresholds": thresholds})
-        except InputError:
-            raise
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise InputError(
-                'Pruning is not understood. Expected {"thresholds": {layer: [0, ratio, ...]}, '
-                '"renormalise": true or false, "protect": share}, got '
-                f"{type(error).__name__}: {error}."
-            ) from error
+        parse(PruningFields, fields, "The pruning", EXPECTED)
+        thresholds = {int(n): tuple(ratios) for n, ratios in fields["thresholds"].items()}
+        return cls(**{**fields, "thresholds": thresholds})
 
 
 def _is_share(value: Any) -> bool:

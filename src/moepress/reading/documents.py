@@ -69,10 +69,15 @@ def parse_value(adapter: TypeAdapter[T], value: Any, where: str, do: str) -> T:
         raise FileError(f"{where} {wrong_field(error)} {do}") from error
 
 
-def wrong_field(error: ValidationError) -> str:
-    """The first wrong field, what it is, and what was expected, as the end of a sentence."""
+def wrong_field(error: ValidationError, name: str = "") -> str:
+    """The first wrong field, what it is, and what was expected, as the end of a sentence.
+
+    Args:
+        name: of the field that was validated; empty: a whole document was.
+    """
     first, *others = error.errors(include_url=False)
-    path = ".".join(printable(str(part))[:MOST_SHOWN] for part in first["loc"])
+    parts = (*([name] if name else []), *first["loc"])
+    path = ".".join(printable(str(part))[:MOST_SHOWN] for part in parts)
     more = f" {len(others)} more are wrong." if others else ""
     if first["type"] == "missing":
         return f"has no field '{path}'. Expected one.{more}"
@@ -84,5 +89,10 @@ def wrong_field(error: ValidationError) -> str:
 
 def shown(value: Any) -> str:
     """A value for a message: one line without control characters, and short."""
-    text = printable(repr(value)) if not isinstance(value, Mapping | list) else kind_of(value)
+    if isinstance(value, Mapping | list):
+        return kind_of(value)
+    try:
+        text = printable(repr(value))
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."

@@ -1,30 +1,38 @@
-"""An OpenAI-compatible HTTP server: `transformers serve` with a compressed model.
+"""An OpenAI-compatible HTTP server for one model, with continuous batching.
 
-transformers handles endpoints, streaming, queues and disconnected clients. This module registers
-moepress, checks that the folder can be served, sets activation bits and pruning on the model, and
-has invalid requests refused in the form that OpenAI's clients expect (requests.py).
+    app.py        endpoints               guard.py     who may ask: Host, key, content type
+    schema.py     fields of requests      prompts.py   chat template, tokens
+    asking.py     from a request to work  work.py      work for the engine, and its news
+    engine.py     the thread that works   stepping.py  steps of the model; rows.py: their cache
+    sampling.py   choice of tokens        writing.py   text and stop sequences
+    parsing.py    reasoning, tool calls   answers.py   OpenAI's form
+    model.py      a model made ready      limits.py    what clients may ask for
+    metrics.py    for Prometheus
+
+transformers has a server and continuous batching of its own. Why they are not used: docs/log.md.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import is_compressed, load_json
-from moepress.hf import no_progress_bars, register, set_threads
-from moepress.hf.mend import mend
-from moepress.kernels.modules import set_activation_bits
+from moepress.hf import load_whole, no_progress_bars, set_threads
 from moepress.kernels.reference import check_activation_bits
 from moepress.original.remote_code import needs_code
-from moepress.prune import Pruning, Strength, prune
+from moepress.prune import Pruning, Strength
+from moepress.serve.limits import Limits as Limits
 
 MISSING = (
-    "Serving needs libraries that are not installed (fastapi, uvicorn, openai, pydantic): "
+    "Serving needs libraries that are not installed (fastapi, uvicorn, prometheus-client): "
     "pip install 'moepress[serve]'."
 )
+CLOSING_SECONDS = 3  # that connections and the engine have to end after SIGTERM or Ctrl-C
 
 
 def serve(
@@ -37,6 +45,10 @@ def serve(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     trust_remote_code: bool = False,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    allowed_hosts: Iterable[str] = (),
+    docs: bool = False,
 ) -> None:
     """Serve a model until the process is stopped.
 
@@ -49,6 +61,10 @@ def serve(
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
+        limits: what clients may ask for; None: `Limits()`.
+        api_key: that clients must send; None: none is needed.
+        allowed_hosts: names by which clients may reach the server, beside this machine's own.
+        docs: whether /docs describes the endpoints.
 
     Raises:
         InputError: libraries or the folder are missing, the port is taken, or an option does not
@@ -56,70 +72,62 @@ def serve(
         MoepressError: the server could not start.
     """
     try:
-        from transformers.cli.serve import Serve
-        from transformers.utils.import_utils import is_serve_available
+        import uvicorn
+
+        from moepress.serve.app import build
+        from moepress.serve.guard import allowed_hosts as hosts_of
+        from moepress.serve.model import opened
     except ImportError as error:
         raise InputError(MISSING) from error
-    if not is_serve_available():
-        raise InputError(MISSING)
+    limits = limits or Limits()
     packed = is_compressed(check_servable(folder))
     remote = needs_code(Path(folder), trust_remote_code)
     if pruning is not None and not packed:
         raise InputError(f"{folder} is an original model. Expected a compressed one to prune.")
     check_activation_bits(activation_bits)
+    check_key(api_key)
     check_port(host, port)
     set_threads(threads)
-    register()
+    with no_progress_bars():
+        model = load_whole(Path(folder), device, activation_bits, pruning, remote)
+    served = opened(model, Path(folder), str(folder), limits, remote)
+    app = build(served, hosts=hosts_of(host, allowed_hosts), key=api_key, docs=docs)
 
-    from moepress.serve.requests import check_requests
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            """At SIGTERM or Ctrl-C, answers in progress end with an error, then connections."""
+            served.engine.stop(0)
+            super().handle_exit(sig, frame)
 
-    def prepare(model: Any) -> None:
-        mend(model)
-        if packed:
-            set_activation_bits(model, activation_bits)
-        if pruning is not None:
-            prune(model, pruning)
-
-    class Server(Serve):  # type: ignore[misc]  # transformers is untyped
-        def start_server(self) -> None:
-            """Set up the loaded model, then serve in this thread.
-
-            Clients can have the model unloaded; the next request loads it again.
-            """
-            manager = self._model_manager
-            (held,) = manager.loaded_models.values()
-            prepare(held.model)
-            manager._load_model = _then(manager._load_model, prepare)
-            tokenizer = getattr(held.processor, "tokenizer", held.processor)
-            templates = (getattr(held.processor, "chat_template", None), tokenizer.chat_template)
-            check_requests(self.server.config.app, chats=any(templates))
-            self.server.run()
-
+    server = Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            limit_concurrency=limits.connections,
+            timeout_graceful_shutdown=CLOSING_SECONDS,
+            server_header=False,
+            ws="none",
+        )
+    )
+    served.engine.start()
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:
-        with no_progress_bars():
-            Server(
-                force_model=str(folder),
-                device=device,
-                host=host,
-                port=port,
-                trust_remote_code=remote,
-                non_blocking=True,
-            )
+        server.run()
     except SystemExit as stop:  # uvicorn exits when it cannot start
         if stop.code:
             raise MoepressError(f"The server could not start at {host}:{port}.") from stop
+    finally:
+        if not served.engine.stop(CLOSING_SECONDS):
+            # Inside one long step. Python would wait for it at its end.
+            os._exit(1)
 
 
-def _then(load: Callable[..., Any], prepare: Callable[[Any], None]) -> Callable[..., Any]:
-    """A function that loads a model with `load` and then applies `prepare` to it."""
-
-    def load_and_prepare(*args: Any, **named: Any) -> Any:
-        model = load(*args, **named)
-        prepare(model)
-        return model
-
-    return load_and_prepare
+def check_key(key: str | None) -> None:
+    """Raise InputError for a key that cannot be sent in a header."""
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise InputError("The API key is empty or has other characters than printable ASCII.")
 
 
 def check_servable(folder: str | Path) -> Path:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moepress.errors import InputError
-from moepress.format.checkpoint import packed_specs
 from moepress.format.codec import PackedSpec
+from moepress.format.quantization import packed_specs
 from moepress.hf.packing import pack_modules
 from moepress.kernels.modules import PackedExperts
 from moepress.original.architectures import find_experts

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.format.checkpoint import load_json, save_json
 from moepress.hf import load_model
-from moepress.serve import serve
+from moepress.serve import Limits, serve
 from tests.conftest import small_recipe
 from tests.test_chat import TEMPLATE
 
@@ -55,24 +54,30 @@ def served(
     folder = tmp_path_factory.mktemp("served") / "model"
     compress(model_folder(), folder, small_recipe(text_file, bits=2))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    options = ["--threads", "1", "--prune", str(PRUNE), "--activation-bits", str(BITS)]
+    process, url, log = start(folder, options)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    yield Served(url, str(folder), client, process, log, writer(folder, BITS, PRUNE))
+    process.terminate()
+    process.wait(30)
+
+
+def start(folder: Path, options: Sequence[str]) -> tuple[subprocess.Popen[bytes], str, Path]:
+    """A process that serves a folder, once it answers; its URL, and the file of its output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder.parent / "log"
     command = [sys.executable, "-m", "moepress", "serve", str(folder), "--port", str(port)]
-    command += ["--threads", "1", "--prune", str(PRUNE), "--activation-bits", str(BITS)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen([*command, *options], stdout=file, stderr=file)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + START_SECONDS
     while not alive(url):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    yield Served(url, str(folder), client, process, log, writer(folder, BITS, PRUNE))
-    process.terminate()
-    process.wait(30)
+    return process, url, log
 
 
 def writer(folder: str | Path, bits: int = 8, share: float | None = None) -> Writer:
@@ -153,73 +158,7 @@ def test_it_runs_pruned_and_at_the_precision_asked_for(served: Served) -> None:
     for bits, share in ((8, None), (BITS, None), (8, PRUNE)):
         other = writer(served.model, bits, share)
         assert before != [other(prompt, 80) for prompt in prompts]
-    # Any client can have the model unloaded; the next request loads it again.
-    urllib.request.urlopen(urllib.request.Request(f"{served.url}/reset", b""), timeout=60)
-    assert [complete(served, prompt, 80) for prompt in prompts] == before
     assert "Loading weights" not in served.log.read_text()
-
-
-def refused(served: Served, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    """Status and error of a refused request."""
-    request = urllib.request.Request(
-        f"{served.url}{path}", body, {"Content-Type": "application/json"}
-    )
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=60)
-    found = json.loads(error.value.read())["error"]
-    assert found.keys() == {"message", "type", "param", "code"}
-    return error.value.code, found
-
-
-def test_malformed_requests_are_refused_and_the_server_lives_on(served: Served) -> None:
-    for body in (b"{not json", b"[]", b"", b'{"prompt": "x", "nonsense": 1}'):
-        status, error = refused(served, "/v1/completions", body)
-        assert 400 <= status < 500 and error["type"] == "invalid_request_error"
-    ends = {"/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}
-    ends["/v1/chat/completions"] = {"messages": [{"role": "user", "content": "x"}]}
-    wrong = [
-        ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 2), ("seed", "x"),
-        ("seed", -1), ("stream", "perhaps"), ("generation_config", "{"),
-    ]  # fmt: skip
-    own = {
-        "/v1/completions": [
-            ("prompt", ""), ("prompt", [1, 2]), ("max_tokens", "many"), ("max_tokens", 0),
-            ("stop", ""), ("stop", 3), ("frequency_penalty", -1.5),
-        ],
-        "/v1/chat/completions": [
-            ("messages", "x"), ("messages", []), ("messages", [{"content": "x"}]),
-            ("messages", [{"role": "user", "content": [{}]}]), ("max_completion_tokens", 1.5),
-            ("max_tokens", "many"), ("tools", {}), ("stop", []),
-        ],
-        "/v1/responses": [("input", 3), ("max_output_tokens", -2)],
-    }  # fmt: skip
-    for path, good in ends.items():
-        for field, value in [*wrong, *own[path]]:
-            body = json.dumps({"model": served.model, **good, field: value})
-            status, error = refused(served, path, body.encode())
-            assert (status, error["param"]) == (400, field), body
-            assert error["message"].startswith(field) and "Got " in error["message"]
-    with pytest.raises(openai.BadRequestError, match="max_tokens: Input should be a valid integer"):
-        served.client.completions.create(model=served.model, prompt="x", max_tokens="many")
-    with pytest.raises(openai.BadRequestError, match="pinned to"):
-        served.client.completions.create(model="another", prompt="x")
-    assert complete(served, "def f1(x):") == served.expected("def f1(x):", 12)
-
-
-def test_requests_that_the_server_can_answer_are_not_refused(served: Served) -> None:
-    """Fields at the ends of their ranges, content as a list, null for an unset field."""
-    answer = served.client.chat.completions.create(
-        model=served.model,
-        messages=[{"role": "user", "content": [{"type": "text", "text": "def f2(x):"}]}],
-        max_tokens=1,
-        temperature=0,
-        top_p=1,
-        seed=0,
-        stop=["@@@"],
-        frequency_penalty=0,
-        extra_body={"stream": None},
-    )
-    assert answer.usage.completion_tokens == 1
 
 
 def test_a_client_that_leaves_midway_does_no_harm(served: Served) -> None:
@@ -253,30 +192,40 @@ def test_what_cannot_be_served_is_refused_before_loading(
         serve(model_folder(), pruning=0.2)
     with pytest.raises(InputError, match="activation_bits is 4"):
         serve(served.model, activation_bits=4)
-    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    with pytest.raises(InputError, match="context is 1000"):
+        serve(served.model, port=0, limits=Limits(context=1000))
+    with pytest.raises(InputError, match="concurrent is 0"):
+        Limits(concurrent=0)
+    with pytest.raises(InputError, match="API key"):
+        serve(served.model, port=0, api_key="")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match=r"pip install 'moepress\[serve\]'"):
         serve(served.model)
 
 
-def test_errors_of_any_kind_have_openais_shape() -> None:
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
+def ended_by(stop: signal.Signals, process: subprocess.Popen[bytes], url: str, model: str) -> None:
+    """Send a signal to a server while it answers; it ends, and says so to its client."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60)
+    stream = client.completions.create(
+        model=model, prompt="def", max_tokens=240, n=60, stream=True, temperature=0
+    )
+    next(iter(stream))
+    process.send_signal(stop)
+    with pytest.raises(openai.APIError, match=r"stopping|[Cc]onnection"):
+        for _ in stream:
+            pass
+    process.wait(30)  # a limit for what hangs
 
-    from moepress.serve.requests import check_requests
 
-    app = FastAPI()
+def test_ctrl_c_ends_it_also_while_it_answers(chat_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(chat_folder, folder)
+    process, url, log = start(folder, ["--threads", "1", "--api-key", "secret"])
+    ended_by(signal.SIGINT, process, url, str(folder))
+    assert "Traceback" not in log.read_text()
 
-    @app.post("/v1/chat/completions")
-    @app.post("/v1/completions")
-    def answer(body: dict[str, Any]) -> None:
-        raise RuntimeError(f"cannot {body['prompt']}")
 
-    check_requests(app, chats=False)
-    client = TestClient(app, raise_server_exceptions=False)
-    failed = client.post("/v1/completions", json={"prompt": "jump"})
-    assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
-    assert failed.json()["error"]["message"] == "RuntimeError: cannot jump"
-    chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user"}]})
-    assert chat.status_code == 400 and "no chat template" in chat.json()["error"]["message"]
-    lost = client.post("/v1/nowhere", json={})
-    assert lost.status_code == 404 and lost.json()["error"]["message"] == "Not Found"
+def test_sigterm_ends_it_also_while_it_answers(served: Served) -> None:
+    """The last test of this file: it ends the server of the others."""
+    ended_by(signal.SIGTERM, served.process, served.url, served.model)
+    assert "Traceback" not in served.log.read_text()

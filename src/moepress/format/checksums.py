@@ -1,0 +1,149 @@
+"""A checksum of every tensor of a compressed folder, in a file beside them.
+
+Opening a folder compares the names, dtypes and shapes in that file with the headers of the tensor
+files, which costs nothing. `verify` compares the bytes too: one flipped bit of packed experts may
+turn all outputs into NaN, or change them a little.
+
+The hash is SHA-256: it is in the standard library, processors have instructions for it, and it
+also tells apart what somebody changed on purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moepress.errors import FileError, InputError
+from moepress.format.checkpoint import CHECKSUMS, save_json
+from moepress.reading.documents import Array, Document, parse
+from moepress.reading.headers import Entry, read_header
+from moepress.reading.json import read_object
+
+PIECE = 8 << 20  # bytes that are read at once
+COPY = "The folder was damaged or changed: copy it again."
+
+
+class TensorFields(Document):
+    """What is known of a tensor."""
+
+    dtype: str
+    shape: Array[Annotated[int, Field(ge=0)]]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Checksums(Document):
+    """The file."""
+
+    kind: Literal["checksums"]
+    tensors: dict[str, TensorFields]  # by name
+
+
+def write_checksums(folder: Path, files: Iterable[Path]) -> None:
+    """Write the checksums of a folder. Reads the files once.
+
+    Args:
+        files: its safetensors files.
+
+    Raises:
+        FileError: a file is damaged.
+        CheckpointError: the checksums cannot be written.
+    """
+    found = {
+        name: TensorFields(dtype=entry.dtype, shape=entry.shape, sha256=digest)
+        for name, (entry, digest) in _digests(files).items()
+    }
+    save_json(folder / CHECKSUMS, Checksums(kind="checksums", tensors=found).model_dump())
+
+
+def read_checksums(folder: Path) -> Checksums | None:
+    """The checksums of a folder; None: it has none, as folders of older versions.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists() and not path.is_symlink():
+        return None
+    return parse(Checksums, read_object(path, "The checksums"), f"{path}", COPY)
+
+
+def check_listed(checksums: Checksums, stored: Mapping[str, Entry]) -> None:
+    """Compare names, dtypes and shapes of stored tensors with those that were written.
+
+    Raises:
+        FileError: they differ.
+    """
+    written = checksums.tensors
+    for name in sorted(written.keys() ^ stored.keys()):
+        where = "the model's files" if name in written else CHECKSUMS
+        raise FileError(f"Tensor {name} is not in {where}. {COPY}")
+    for name, entry in stored.items():
+        one = written[name]
+        if (one.dtype, one.shape) != (entry.dtype, entry.shape):
+            raise FileError(
+                f"Tensor {name} is {list(entry.shape)} {entry.dtype}; {CHECKSUMS} says that "
+                f"{list(one.shape)} {one.dtype} was written. {COPY}"
+            )
+
+
+def verify(folder: Path, files: Iterable[Path]) -> int:
+    """Compare every byte of the tensors with the checksums. Reads the files once.
+
+    Args:
+        files: the safetensors files of the folder.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        InputError: the folder has no checksums.
+        FileError: a tensor is missing, added or changed, or a file is damaged.
+    """
+    checksums = read_checksums(folder)
+    if checksums is None:
+        raise InputError(
+            f"{folder} has no {CHECKSUMS}: it was made by an older version, so its bytes cannot be "
+            "verified. Compress the model again, or save it again with save_pretrained."
+        )
+    found = _digests(files)
+    check_listed(checksums, {name: entry for name, (entry, _) in found.items()})
+    changed = [n for n, (_, digest) in found.items() if digest != checksums.tensors[n].sha256]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise FileError(
+            f"Tensor {changed[0]}{more} of {folder} is not as it was written: its bytes have "
+            f"another checksum. {COPY}"
+        )
+    return len(found)
+
+
+def _digests(files: Iterable[Path]) -> dict[str, tuple[Entry, str]]:
+    """Every tensor of some files, and the SHA-256 of its bytes, by name."""
+    found: dict[str, tuple[Entry, str]] = {}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for path in files:
+            tensors = read_header(path).tensors
+            digests = pool.map(partial(_digest, path), tensors.values())
+            pairs = zip(tensors.values(), digests, strict=True)
+            found |= dict(zip(tensors, pairs, strict=True))
+    return found
+
+
+def _digest(path: Path, entry: Entry) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            file.seek(entry.start)
+            left = entry.nbytes
+            while left and (piece := file.read(min(left, PIECE))):
+                digest.update(piece)
+                left -= len(piece)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}. {COPY}") from error
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Answers in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moepress.serve.parsing import Message
+from moepress.serve.sampling import Choice
+from moepress.serve.work import Event, Prompt
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Whole:
+    """An answer that is complete, put together from its events."""
+
+    message: Message = field(default_factory=Message)
+    choices: list[Choice] = field(default_factory=list)
+    scored: tuple[Choice, ...] | None = None
+    finish: str | None = None
+
+    def add(self, event: Event) -> None:
+        self.message.text += event.message.text
+        self.message.reasoning += event.message.reasoning
+        self.message.calls += event.message.calls
+        self.choices += event.choices
+        if event.finish:
+            self.finish, self.scored = event.finish, event.scored
+
+
+@dataclass(frozen=True)
+class Form:
+    """How answers to one request are written.
+
+    Args:
+        chat: for chat/completions, else for completions.
+        model: name in the answer.
+        token: the text of a token id.
+        prompts: of the request.
+        logprobs: whether they are wanted.
+        echo: whether the prompt begins the text of a completion.
+    """
+
+    chat: bool
+    model: str
+    token: Callable[[int], str]
+    prompts: Sequence[Prompt]
+    logprobs: bool
+    echo: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, answers: Sequence[Whole], usage: Json) -> Json:
+        """The answer to a request without `stream`."""
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        return {**self._head(stream=False), "choices": choices, "usage": usage}
+
+    def first(self, index: int) -> Json:
+        """The first chunk of an answer of a stream: the role, or with `echo` the prompt."""
+        if self.chat:
+            return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+        return self._chunk(index, self.prompts[index].text, None, None)
+
+    def chunk(self, event: Event, calls: int) -> Json:
+        """A chunk of a stream.
+
+        Args:
+            calls: calls of tools in earlier chunks of the answer.
+        """
+        logprobs = self._logprobs(event.choices) if self.logprobs and event.choices else None
+        if not self.chat:
+            return self._chunk(event.index, event.message.text, logprobs, event.finish)
+        message = event.message
+        delta: Json = {}
+        if message.text:
+            delta["content"] = message.text
+        if message.reasoning:
+            delta["reasoning_content"] = message.reasoning
+        if message.calls:
+            made = [_call(call) for call in message.calls]
+            delta["tool_calls"] = [{"index": calls + at, **call} for at, call in enumerate(made)]
+        return self._chunk(
+            event.index, delta, logprobs, _finish(event.finish, calls + len(message.calls))
+        )
+
+    def usage_chunk(self, usage: Json) -> Json:
+        """The last chunk of a stream with `include_usage`."""
+        return {**self._head(stream=True), "choices": [], "usage": usage}
+
+    def _head(self, stream: bool) -> Json:
+        kind = "text_completion"
+        if self.chat:
+            kind = "chat.completion.chunk" if stream else "chat.completion"
+        name = "chatcmpl" if self.chat else "cmpl"
+        return {
+            "id": f"{name}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _chunk(self, index: int, content: Any, logprobs: Any, finish: str | None) -> Json:
+        body = {"delta" if self.chat else "text": content}
+        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head(stream=True), "choices": [choice]}
+
+    def _choice(self, index: int, answer: Whole) -> Json:
+        message = answer.message
+        logprobs = self._logprobs(answer.choices) if self.logprobs else None
+        if self.chat:
+            made: Json = {"role": "assistant", "content": message.text or None, "refusal": None}
+            if not message.calls:
+                made["content"] = message.text
+            if message.reasoning:
+                made["reasoning_content"] = message.reasoning
+            if message.calls:
+                made["tool_calls"] = [_call(call) for call in message.calls]
+            finish = _finish(answer.finish, len(message.calls))
+            return {"index": index, "message": made, "logprobs": logprobs, "finish_reason": finish}
+        text = message.text
+        if self.echo:
+            prompt = self.prompts[index]
+            text = prompt.text + text
+            if logprobs is not None and answer.scored is not None:
+                logprobs = self._completion_logprobs(
+                    [*answer.scored, *answer.choices], prompt.ids[0]
+                )
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
+
+    def _logprobs(self, choices: Sequence[Choice]) -> Json:
+        if not self.chat:
+            return self._completion_logprobs(choices)
+        content = [
+            {
+                **self._described(choice.token, choice.logprob),
+                "top_logprobs": [self._described(token, value) for token, value in choice.top],
+            }
+            for choice in choices
+        ]
+        return {"content": content, "refusal": None}
+
+    def _described(self, token: int, logprob: float | None) -> Json:
+        text = self.token(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+    def _completion_logprobs(self, choices: Sequence[Choice], first: int | None = None) -> Json:
+        """The older form. `first`: the token before the first choice, of which nothing is known."""
+        tokens = [self.token(choice.token) for choice in choices]
+        values = [_finite(choice.logprob) for choice in choices]
+        top: list[Json | None] = [
+            {self.token(token): _finite(value) for token, value in choice.top} for choice in choices
+        ]
+        if first is not None:
+            tokens, values, top = [self.token(first), *tokens], [None, *values], [None, *top]
+        offsets, at = [], 0
+        for text in tokens:
+            offsets.append(at)
+            at += len(text)
+        return {
+            "tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets,
+        }  # fmt: skip
+
+
+def usage(prompts: Sequence[Prompt], n: int, generated: int) -> Json:
+    """Tokens of a request. A prompt with n answers counts once."""
+    read = sum(len(prompt.ids) for prompt in prompts[::n])
+    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+
+
+def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def event(data: Json | str) -> str:
+    """A server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n\n"
+
+
+def _call(call: dict[str, str]) -> Json:
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call}
+
+
+def _finish(finish: str | None, calls: int) -> str | None:
+    return "tool_calls" if finish == "stop" and calls else finish
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: a token that cannot come gets the lowest value of OpenAI's."""
+    return None if value is None else max(value, -9999.0)

@@ -1,0 +1,155 @@
+"""From the body of a request to what the engine computes. May take long: it runs in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moepress.serve.answers import Form
+from moepress.serve.engine import Engine
+from moepress.serve.limits import Limits
+from moepress.serve.parsing import Parser
+from moepress.serve.prompts import Prompts
+from moepress.serve.sampling import Settings
+from moepress.serve.schema import Chat, Completion, RefusedError, Request, parsed
+from moepress.serve.work import Wanted
+
+COMPLETION_TOKENS = 16  # of a completion without max_tokens, as OpenAI has it
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, ready to answer."""
+
+    name: str  # in requests
+    limits: Limits
+    engine: Engine
+    prompts: Prompts
+    defaults: Settings
+    parser: Callable[[str, Any], Parser] | None  # from a prompt's text and tools
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that can be computed."""
+
+    form: Form  # with the prompt of each answer
+    n: int
+    wanted: Wanted
+    stream: bool
+    include_usage: bool
+
+
+def settings_of(asked: Request, defaults: Settings) -> Settings:
+    """How to choose tokens: what the request says, else what the model's folder says.
+
+    A request with top_p that names no temperature samples, with that of the folder or 1.
+    """
+    temperature = asked.temperature
+    if temperature is None:
+        temperature = defaults.temperature
+        if asked.top_p is not None and asked.top_p < 1 and temperature == 0:
+            temperature = 1.0
+    return replace(
+        defaults,
+        temperature=temperature,
+        top_p=defaults.top_p if asked.top_p is None else asked.top_p,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        presence_penalty=asked.presence_penalty or 0.0,
+        seed=asked.seed,
+    )
+
+
+def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
+    """The request in a body.
+
+    Raises:
+        RefusedError: it is not one, or asks for what this server does not do.
+    """
+    asked = parsed(kind, body)
+    if asked.model not in (None, served.name):
+        message = f"this server has one model, '{served.name}'"
+        raise RefusedError("model", message, asked.model, status=404, code="model_not_found")
+    _check_size(asked, served)
+    if isinstance(asked, Chat):
+        prompts = [served.prompts.of_chat(asked)]
+    else:
+        assert isinstance(asked, Completion)
+        prompts = served.prompts.of_completion(asked)
+    n = asked.n or 1
+    logprobs = _logprobs(asked)
+    echo = isinstance(asked, Completion) and bool(asked.echo)
+    options = asked.stream_options
+    wanted = Wanted(
+        replace(settings_of(asked, served.defaults), bias=asked.bias, logprobs=logprobs),
+        _most(asked, max(len(prompt.ids) for prompt in prompts), served),
+        asked.stops,
+        _parser(asked, served),
+        score=echo and logprobs is not None,
+    )
+    form = Form(
+        chat=isinstance(asked, Chat),
+        model=served.name,
+        token=lambda token: str(served.prompts.tokenizer.decode([token])),
+        prompts=tuple(prompt for prompt in prompts for _ in range(n)),
+        logprobs=logprobs is not None,
+        echo=echo,
+    )
+    return Asked(form, n, wanted, bool(asked.stream), bool(options and options.include_usage))
+
+
+def _check_size(asked: Request, served: Served) -> None:
+    """Refuse what asks for too much, before its prompt is read."""
+    prompts = len(asked.prompts) if isinstance(asked, Completion) else 1
+    answers = prompts * (asked.n or 1)
+    if answers > served.limits.answers:
+        param = "prompt" if prompts > served.limits.answers else "n"
+        message = f"{param}: expected at most {served.limits.answers} answers in all"
+        raise RefusedError(param, message, answers)
+    for name in ("max_tokens", "max_completion_tokens"):
+        given = getattr(asked, name, None)
+        if given is not None and given > served.limits.max_tokens:
+            raise RefusedError(name, f"{name}: expected at most {served.limits.max_tokens}", given)
+    unknown = next((token for token, _ in asked.bias if token >= served.prompts.vocabulary), None)
+    if unknown is not None:
+        raise RefusedError("logit_bias", "logit_bias: the model has no such token", unknown)
+    if isinstance(asked, Completion) and asked.echo and asked.stream and asked.logprobs is not None:
+        raise RefusedError("echo", "echo with logprobs is not supported in a stream")
+
+
+def _most(asked: Request, longest: int, served: Served) -> int:
+    """New tokens that an answer may have. `longest`: tokens of the longest prompt."""
+    context = served.prompts.context
+    room = context - longest
+    name = "max_tokens"
+    given = asked.max_tokens
+    if given is None and isinstance(asked, Chat):
+        name = "max_completion_tokens"
+        given = asked.max_completion_tokens
+    if given is None:
+        usual = served.limits.max_tokens
+        return min(usual if isinstance(asked, Chat) else min(usual, COMPLETION_TOKENS), room)
+    if given > room:
+        message = (
+            f"{name}: the prompt has {longest} tokens and this server reads {context}, with the "
+            f"answer: expected at most {room}"
+        )
+        raise RefusedError(name, message, given, code="context_length_exceeded")
+    return given
+
+
+def _logprobs(asked: Request) -> int | None:
+    """Tokens to name beside each; None: no logprobs are wanted."""
+    if isinstance(asked, Chat):
+        return (asked.top_logprobs or 0) if asked.logprobs else None
+    assert isinstance(asked, Completion)
+    return asked.logprobs
+
+
+def _parser(asked: Request, served: Served) -> Callable[[str], Parser] | None:
+    make = served.parser
+    if make is None or not isinstance(asked, Chat):
+        return None
+    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None
+    return lambda prefix: make(prefix, tools)

@@ -1,0 +1,277 @@
+"""Continuous batching: one thread that computes the answers to all requests.
+
+Each turn of its loop takes in new requests, drops those whose client has left or whose deadline
+has passed, computes at most `CHUNK` tokens of prompts, and then one token of every running answer.
+So a long prompt delays the others by one chunk at a time, and an answer that is no longer wanted
+costs at most one turn. Prompts take turns, and of a request's answers the first go first, so that
+nobody waits for all of a large request.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moepress.serve.limits import Limits
+from moepress.serve.parsing import Message
+from moepress.serve.sampling import Choice, Sampler, described
+from moepress.serve.stepping import CHUNK, Stepper
+from moepress.serve.work import Answer, Event, Finish, Job
+from moepress.serve.writing import Writer
+
+logger = logging.getLogger(__name__)
+
+FAILED = "The model failed on this request; the server's log says how."
+LATE = "The deadline of the request has passed."
+STOPPING = "The server is stopping."
+
+
+class Engine:
+    """Computes answers until `stop`.
+
+    Args:
+        stepper: the model.
+        tokenizer: of transformers.
+        ends: tokens that end an answer.
+        limits: of the server.
+        cache: bytes that all caches may take.
+    """
+
+    def __init__(
+        self, stepper: Stepper, tokenizer: Any, ends: Sequence[int], limits: Limits, cache: int
+    ) -> None:
+        self.stepper = stepper
+        self.tokenizer = tokenizer
+        self.ends = frozenset(ends)
+        self.limits = limits
+        self.cache = cache
+        self.generated = 0  # tokens, since the start
+        self.prefilled = 0
+        self._inbox: deque[Job] = deque()
+        self._waiting: list[tuple[int, int, Answer]] = []  # a heap
+        self._arrivals = itertools.count()
+        self._prompts: deque[Answer] = deque()  # whose prompts are being computed
+        self._running: list[Answer] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._turn_began: float | None = None
+        self._thread = threading.Thread(target=self._run, name="moepress-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Have a job computed. Its answers come as events."""
+        with self._wake:
+            self._inbox.append(job)
+            self._wake.notify()
+
+    def stop(self, seconds: float) -> bool:
+        """End all answers and the thread. Returns whether it ended within the time."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        return len(self._running) + len(self._prompts)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + sum(len(job.prompts) for job in list(self._inbox))
+
+    def trouble(self) -> str | None:
+        """Why the engine does not work; None: it does."""
+        if not self._thread.is_alive():
+            return "stopped"
+        began = self._turn_began
+        if began is not None and time.monotonic() - began > self.limits.stuck:
+            return "stuck"
+        return None
+
+    def held(self, answer: Answer) -> int:
+        """Bytes that an answer's cache may come to take."""
+        return self.stepper.least_bytes + answer.room * self.stepper.token_bytes
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception:  # a fault of this module: /health reports that the thread has ended
+            logger.exception("the engine failed")
+        for answer in self._all():
+            self._fail(answer, STOPPING)
+        for job in self._inbox:
+            job.tell(Event(0, Message(), error=STOPPING))
+
+    def _turn(self) -> None:
+        self._turn_began = None
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._inbox or self._all())
+            jobs = list(self._inbox)
+            self._inbox.clear()
+        self._turn_began = time.monotonic()
+        for job in jobs:
+            self._take(job)
+        self._sweep()
+        self._admit()
+        self._prefill()
+        self._decode()
+
+    def _all(self) -> list[Answer]:
+        return [*self._running, *self._prompts, *(answer for _, _, answer in self._waiting)]
+
+    def _take(self, job: Job) -> None:
+        wanted = job.wanted
+        for index, prompt in enumerate(job.prompts):
+            try:
+                parser = None if wanted.parser is None else wanted.parser(prompt.text)
+                answer = Answer(
+                    job,
+                    index,
+                    Writer(self.tokenizer, wanted.stop, raw=parser is not None),
+                    Sampler(wanted.settings, prompt.ids, index),
+                    parser,
+                )
+            except Exception:
+                logger.exception("a request could not begin")
+                job.tell(Event(index, Message(), error=FAILED))
+                continue
+            heapq.heappush(self._waiting, (index, next(self._arrivals), answer))
+
+    def _sweep(self) -> None:
+        """Drop the answers of those who left, and those that are late."""
+        now = time.monotonic()
+        over = {id(a.job) for a in self._all() if a.job.cancelled or now > a.job.ends}
+        if not over:
+            return
+        for answer in self._all():
+            if id(answer.job) in over and not answer.job.cancelled:
+                self._fail(answer, LATE)
+        self._running = [a for a in self._running if id(a.job) not in over]
+        self._prompts = deque(a for a in self._prompts if id(a.job) not in over)
+        self._waiting = [entry for entry in self._waiting if id(entry[2].job) not in over]
+        heapq.heapify(self._waiting)
+
+    def _admit(self) -> None:
+        """Start waiting answers while there is room."""
+        free = self.cache - sum(map(self.held, [*self._running, *self._prompts]))
+        while self._waiting and self.running < self.limits.concurrent:
+            answer = self._waiting[0][2]
+            free -= self.held(answer)
+            if free < 0 and self.running:
+                return
+            heapq.heappop(self._waiting)
+            answer.state = self.stepper.new()
+            self._prompts.append(answer)
+
+    def _prefill(self) -> None:
+        """Compute parts of prompts, in turn, `CHUNK` tokens in all; images make a prompt whole."""
+        left = CHUNK
+        for _ in range(len(self._prompts)):
+            answer = self._prompts.popleft()
+            try:
+                left -= self._prefill_one(answer, left)
+            except Exception:
+                logger.exception("a prompt could not be computed")
+                self._fail(answer, FAILED)
+            if left <= 0:
+                return
+
+    def _prefill_one(self, answer: Answer, most: int) -> int:
+        """Tokens computed of a prompt. Its answer goes where it belongs now."""
+        state, prompt = answer.state, answer.prompt
+        assert state is not None
+        whole = prompt.inputs is not None or not self.stepper.chunks
+        ids = prompt.ids[state.length :] if whole else prompt.ids[state.length :][:most]
+        start = state.length
+        score = answer.job.wanted.score
+        logits = self.stepper.prefill(state, ids, prompt.inputs, all_logits=score)
+        self.prefilled += len(ids)
+        if score:
+            self._score(answer, logits, start)
+            logits = logits[-1]
+        if state.length < len(prompt.ids):
+            self._prompts.append(answer)
+        elif self._next(answer, logits):
+            self._running.append(answer)
+        return len(ids)
+
+    def _score(self, answer: Answer, logits: Tensor, start: int) -> None:
+        """Keep the logprobs of a prompt's tokens start + 1 .. start + len(logits)."""
+        most = answer.job.wanted.settings.logprobs or 0
+        following = answer.prompt.ids[start + 1 : start + 1 + len(logits)]
+        for row, token in zip(logits, following, strict=False):
+            answer.scored.append(described(row, token, most))
+
+    def _decode(self) -> None:
+        """One token of every running answer."""
+        answers = self._running
+        if not answers:
+            return
+        states = [answer.state for answer in answers if answer.state is not None]
+        try:
+            logits = self.stepper.decode(states, [answer.last for answer in answers])
+        except Exception:  # out of memory, for example: the caches may be in any state
+            logger.exception("a step failed")
+            for answer in answers:
+                self._fail(answer, FAILED)
+            self._running = []
+            return
+        running = []
+        for answer, row in zip(answers, logits, strict=True):
+            try:
+                if self._next(answer, row):
+                    running.append(answer)
+            except Exception:
+                logger.exception("an answer could not go on")
+                self._fail(answer, FAILED)
+        self._running = running
+
+    def _next(self, answer: Answer, logits: Tensor) -> bool:
+        """Add a token to an answer and tell the client. Returns whether the answer goes on."""
+        wanted = answer.job.wanted
+        if wanted.most == 0:
+            self._tell(answer, "", (), "length")
+            return False
+        choice = answer.sampler.choose(logits)
+        answer.last = choice.token
+        answer.tokens += 1
+        self.generated += 1
+        ended = choice.token in self.ends
+        writer = answer.writer
+        # Parsers know the token that ends an answer; a reader need not see it.
+        text = "" if ended and answer.parser is None else writer.add(choice.token)
+        finish: Finish | None = None
+        if ended or writer.stopped or answer.tokens >= wanted.most:
+            text += writer.end()
+            finish = "stop" if ended or writer.stopped else "length"
+        self._tell(answer, text, (choice,), finish)
+        return finish is None
+
+    def _tell(
+        self, answer: Answer, text: str, choices: tuple[Choice, ...], finish: Finish | None
+    ) -> None:
+        message = Message(text)
+        if answer.parser is not None:
+            message = answer.parser.feed(text)
+            if finish:
+                rest = answer.parser.end()
+                message.text += rest.text
+                message.reasoning += rest.reasoning
+                message.calls += rest.calls
+        scored = tuple(answer.scored) if finish and answer.job.wanted.score else None
+        answer.job.tell(Event(answer.index, message, choices, finish, None, scored, answer.tokens))
+
+    def _fail(self, answer: Answer, why: str) -> None:
+        answer.job.tell(Event(answer.index, Message(), error=why, tokens=answer.tokens))

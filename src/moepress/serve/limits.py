@@ -1,0 +1,40 @@
+"""What the server allows a client, and all clients together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moepress.errors import InputError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server. Each field that can be set on the command line is an option of `serve`.
+
+    Raises:
+        InputError: a limit is below 1.
+    """
+
+    max_tokens: int = 4096  # most new tokens of one answer
+    context: int | None = None  # tokens of prompt and answer; None: what the model reads
+    concurrent: int = 128  # answers that are computed at the same time
+    queue: int = 128  # requests that wait beside them; one more is answered with 429
+    deadline: float = 600.0  # seconds from the arrival of a request to the end of its answer
+    body: int = 8 << 20  # bytes of a request
+    cache: int | None = None  # bytes of all keys and values; None: half of the free memory
+    answers: int = 128  # n times prompts of one request
+    upload: float = 30.0  # seconds that a client may take to send a request
+    download: float = 60.0  # seconds that a client may let one piece of its answer wait
+    stuck: float = 60.0  # seconds without a step of the model after which /health says 503
+    connections: int = 1024
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            least = 0 if field.name == "queue" else 1 if isinstance(value, int) else 0.0
+            if value is not None and not least <= value < float("inf"):
+                raise InputError(
+                    f"{field.name} is {value}. Expected a number of at least {least}: change "
+                    f"--{field.name.replace('_', '-')}."
+                )

@@ -1,0 +1,107 @@
+"""A loaded model, made ready to be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from moepress.errors import InputError
+from moepress.serve.asking import Served
+from moepress.serve.engine import Engine
+from moepress.serve.limits import Limits
+from moepress.serve.parsing import Parser, answer_template
+from moepress.serve.prompts import Prompts
+from moepress.serve.sampling import Settings
+from moepress.serve.stepping import Stepper
+
+CACHE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
+UNLIMITED = 1 << 17  # context of a model whose config says nothing
+
+
+def opened(model: Any, folder: Path, name: str, limits: Limits, remote: bool) -> Served:
+    """A model with its engine, which is not started yet.
+
+    Args:
+        model: of transformers, in eval mode. With a processor of images in its folder it may be a
+            composite.
+        folder: of the model.
+        name: in requests.
+        limits: of the server.
+        remote: whether the folder's code may run.
+
+    Raises:
+        InputError: the context asked for is longer than what the model reads.
+    """
+    processor = processor_of(folder, remote)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    context = context_of(model, limits.context)
+    template = answer_template(processor, model)
+    stepper = Stepper(model)
+    engine = Engine(stepper, tokenizer, ends_of(model, tokenizer), limits, cache_of(model, limits))
+    return Served(
+        name,
+        limits,
+        engine,
+        Prompts(processor, vocabulary_of(model), context, calls=_calls(template)),
+        Settings.of_folder(model.generation_config),
+        None if template is None else lambda text, tools: Parser(template, text, tools),
+    )
+
+
+def processor_of(folder: Path, remote: bool) -> Any:
+    """The folder's processor of texts and images, or its tokenizer."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    has_images = any(
+        (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+    )
+    kind = AutoProcessor if has_images else AutoTokenizer
+    return kind.from_pretrained(folder, trust_remote_code=remote)
+
+
+def context_of(model: Any, wanted: int | None) -> int:
+    """Tokens of the longest prompt with its answer.
+
+    Raises:
+        InputError: the model reads fewer than wanted.
+    """
+    config = model.config.get_text_config(decoder=True)
+    reads = getattr(config, "max_position_embeddings", None)
+    reads = reads if isinstance(reads, int) and reads > 0 else None
+    if wanted is not None and reads is not None and wanted > reads:
+        raise InputError(
+            f"context is {wanted}. The model reads {reads} tokens (max_position_embeddings): "
+            "choose a smaller --context."
+        )
+    return wanted or reads or UNLIMITED
+
+
+def vocabulary_of(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer, as `generate` has them, else the tokenizer's."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    return [found] if isinstance(found, int) else list(found or ())
+
+
+def cache_of(model: Any, limits: Limits) -> int:
+    """Bytes that keys and values may take."""
+    if limits.cache is not None:
+        return limits.cache
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return int(free * CACHE_SHARE)
+
+
+def _calls(template: Any) -> bool:
+    """Whether an answer's template has a place for calls of tools."""
+    return template is not None and "tool_calls" in template.get("fields", {})

@@ -1,0 +1,144 @@
+"""Choose the next token of a sequence from its logits."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+SMALLEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow: the most probable token
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to choose tokens. The first five have the defaults of the model's folder."""
+
+    temperature: float = 0.0  # 0: the most probable token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0  # subtracted for each time that a token was generated
+    presence_penalty: float = 0.0  # subtracted if a token was generated
+    bias: tuple[tuple[int, float], ...] = ()  # added to the logits of tokens
+    seed: int | None = None
+    logprobs: int | None = None  # most probable tokens to name beside each; None: no logprobs
+
+    @classmethod
+    def of_folder(cls, config: Any) -> Settings:
+        """The defaults in a model's GenerationConfig. One that does not sample is greedy."""
+        samples = bool(getattr(config, "do_sample", False))
+        temperature = _number(config, "temperature", 1.0) if samples else 0.0
+        return cls(
+            temperature=temperature,
+            top_p=_number(config, "top_p", 1.0),
+            top_k=int(_number(config, "top_k", 0)),
+            min_p=_number(config, "min_p", 0.0),
+            repetition_penalty=_number(config, "repetition_penalty", 1.0),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, and if asked for its logarithmic probability and those of the most probable."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one sequence.
+
+    Args:
+        settings: how.
+        prompt: token ids, which count for `repetition_penalty`.
+        number: of the answer in its request. With a seed, each answer draws other numbers.
+    """
+
+    def __init__(self, settings: Settings, prompt: Sequence[int], number: int = 0) -> None:
+        self.settings = settings
+        self.seen = list(prompt)
+        self.counts: Counter[int] = Counter()
+        self.random = torch.Generator()
+        if settings.seed is None:
+            self.random.seed()
+        else:
+            self.random.manual_seed((settings.seed + number) % 2**63)
+        self.warpers = _warpers(settings)
+
+    def choose(self, logits: Tensor) -> Choice:
+        """The next token, from logits [V] float32 of the model. They are left as they are."""
+        scores = self._adjusted(logits)
+        if self.settings.temperature < SMALLEST_TEMPERATURE:
+            token = int(scores.argmax())
+        else:
+            row = scores[None]
+            for warper in self.warpers:
+                row = warper(None, row)
+            token = int(torch.multinomial(row[0].softmax(-1), 1, generator=self.random))
+        self.seen.append(token)
+        self.counts[token] += 1
+        if self.settings.logprobs is None:
+            return Choice(token)
+        return described(logits, token, self.settings.logprobs)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.repetition_penalty != 1.0:
+            penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+            logits = penalty(torch.tensor([self.seen]), logits[None].clone())[0]
+        change: Counter[int] = Counter()
+        if settings.frequency_penalty or settings.presence_penalty:
+            for token, count in self.counts.items():
+                change[token] -= settings.frequency_penalty * count + settings.presence_penalty  # type: ignore[assignment]
+        for token, bias in settings.bias:
+            change[token] += bias  # type: ignore[assignment]
+        if not change:
+            return logits
+        index = torch.tensor(list(change))
+        return logits.index_add(0, index, torch.tensor(list(change.values()), dtype=logits.dtype))
+
+
+def described(logits: Tensor, token: int, most: int) -> Choice:
+    """A token with its logprob and the `most` most probable tokens, from logits [V]."""
+    logprobs = logits.float().log_softmax(-1)
+    values, tokens = logprobs.topk(min(most, len(logprobs)))
+    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    return Choice(token, float(logprobs[token]), top)
+
+
+def _warpers(settings: Settings) -> list[Any]:
+    """transformers' processors, in the order of `generate`."""
+    found: list[Any] = []
+    if settings.temperature not in (0.0, 1.0):
+        found.append(TemperatureLogitsWarper(max(settings.temperature, SMALLEST_TEMPERATURE)))
+    if settings.top_k:
+        found.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        found.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        found.append(MinPLogitsWarper(settings.min_p))
+    return found
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    """A field of a GenerationConfig; the default where it is unset or no number in range."""
+    value = getattr(config, name, None)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return default
+    if value <= 0 or (name in ("top_p", "min_p") and value > 1):
+        return default
+    return float(value)

@@ -1,0 +1,300 @@
+"""The fields of OpenAI's requests: each is honoured, or refused by name.
+
+A field of the schema that asks for what this server does not do is refused unless its value is the
+one that changes nothing (`WITHOUT_EFFECT`). A field that is not in the schema is refused too.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+MESSAGE_LENGTH = 500  # most characters of an error message, which quotes the invalid value
+QUOTED = 80  # most characters of a quoted value
+MOST_STOP = 16  # stop sequences; OpenAI allows 4
+MOST_BIAS = 1024  # entries of logit_bias
+
+Number = Annotated[FiniteFloat, Field(strict=True)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Positive = Annotated[StrictInt, Field(ge=1)]
+Text = Annotated[StrictStr, Field(min_length=1)]
+Stop = Annotated[list[Annotated[Text, Field(max_length=1000)]], Field(max_length=MOST_STOP)]
+Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Scalar = StrictBool | StrictInt | FiniteFloat | Annotated[StrictStr, Field(max_length=1000)] | None
+
+
+T = TypeVar("T", bound="Request")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False  # padding against eavesdroppers: never sent
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _no_obfuscation(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("not supported")
+        return value
+
+
+class Request(Strict):
+    """Fields that both endpoints have."""
+
+    WITHOUT_EFFECT: ClassVar[dict[str, tuple[Any, ...]]]
+
+    model: StrictStr | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    stop: Text | Stop | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^\d{1,9}$")],
+                Annotated[Number, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MOST_BIAS),
+        ]
+        | None
+    ) = None
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    user: StrictStr | None = None  # names the client's user; nothing depends on it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_effect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = dict(data)
+        for name, values in cls.WITHOUT_EFFECT.items():
+            if name in kept and any(_same(kept[name], value) for value in (None, *values)):
+                del kept[name]
+            elif name in kept:
+                raise RefusedError(name, f"{name} is not supported by this server", kept[name])
+        return kept
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def bias(self) -> tuple[tuple[int, float], ...]:
+        return tuple((int(token), value) for token, value in (self.logit_bias or {}).items())
+
+
+class Completion(Request):
+    """POST /v1/completions"""
+
+    WITHOUT_EFFECT = {"suffix": ("",)}
+
+    prompt: StrictStr | list[StrictStr] | Tokens | list[Tokens]
+    best_of: Positive | None = None
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or several."""
+        found: Any = self.prompt
+        if isinstance(found, str) or (found and isinstance(found[0], int)):
+            found = [found]
+        return list(found)
+
+
+class ImageUrl(Strict):
+    url: StrictStr
+    detail: Literal["auto"] | None = None
+
+
+class Piece(Strict):
+    """A part of a message."""
+
+    type: Literal["text", "image_url"]
+    text: StrictStr | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def _has_its_field(self) -> Piece:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of type {self.type} needs the field {self.type}")
+        return self
+
+
+class Called(Strict):
+    name: StrictStr
+    arguments: StrictStr
+
+
+class Call(Strict):
+    id: StrictStr
+    type: Literal["function"]
+    function: Called
+
+
+class Message(Strict):
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: StrictStr | list[Piece] | None = None
+    name: StrictStr | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: StrictStr | None = None
+    refusal: None = None
+    reasoning_content: StrictStr | None = None  # as this server's answers have it
+
+
+class Function(Strict):
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class Format(Strict):
+    type: Literal["text"]
+
+
+class Chat(Request):
+    """POST /v1/chat/completions"""
+
+    WITHOUT_EFFECT = {
+        "audio": (),
+        "function_call": (),
+        "functions": (),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True,),
+        "prediction": (),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": (),
+        "safety_identifier": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    response_format: Format | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    chat_template_kwargs: dict[str, Scalar] | None = None  # variables of the folder's template
+
+
+class RefusedError(Exception):
+    """A request that is not answered.
+
+    Args:
+        param: the field that is to blame; None: none is.
+        message: what is wrong and what was expected.
+        value: what was got, to be quoted.
+        status: of HTTP.
+    """
+
+    def __init__(
+        self,
+        param: str | None,
+        message: str,
+        value: Any = None,
+        *,
+        status: int = 400,
+        code: str | None = None,
+    ) -> None:
+        got = "" if value is None else f" Got {_quoted(value)}."
+        self.message = f"{message.rstrip('.')}.{got}"[:MESSAGE_LENGTH]
+        self.param = param
+        self.status = status
+        self.code = code
+        super().__init__(self.message)
+
+
+def parsed(kind: type[T], body: bytes) -> T:
+    """The request in a body of JSON.
+
+    Raises:
+        RefusedError: it is not one; the first field that is wrong is named.
+    """
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _first(error) from None
+    _check_together(asked)
+    return asked
+
+
+def _check_together(asked: Request) -> None:
+    """Refuse fields that need others."""
+    if asked.stream_options is not None and not asked.stream:
+        raise RefusedError("stream_options", "stream_options needs stream: true")
+    if isinstance(asked, Chat):
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise RefusedError("top_logprobs", "top_logprobs needs logprobs: true")
+        if asked.max_tokens == 0:
+            raise RefusedError("max_tokens", "max_tokens: expected at least 1", 0)
+        both = asked.max_tokens, asked.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise RefusedError("max_tokens", "max_tokens and max_completion_tokens differ", both)
+    if isinstance(asked, Completion):
+        if asked.best_of is not None and asked.best_of != (asked.n or 1):
+            raise RefusedError(
+                "best_of", "best_of is supported only where it equals n", asked.best_of
+            )
+        if asked.max_tokens == 0 and not asked.echo:
+            raise RefusedError("max_tokens", "max_tokens: expected at least 1, or echo: true", 0)
+
+
+def _first(found: ValidationError) -> RefusedError:
+    """The first field that pydantic refuses, as OpenAI names it."""
+    error = min(found.errors(include_url=False), key=lambda one: len(one["loc"]) == 0)
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, RefusedError):
+        return cause
+    steps = [str(step) for step in error["loc"]]
+    name = steps[0] if steps else None
+    message = error["msg"]
+    if error["type"] == "extra_forbidden":
+        message = "there is no such field in the requests that this server answers"
+    where = ".".join(steps) or "body"
+    return RefusedError(name, f"{where}: {message}", error["input"])
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality that tells False from 0."""
+    return type(value) is type(other) and bool(value == other)

@@ -1,0 +1,196 @@
+"""Steps of the model: a part of one prompt, or one new token of several sequences.
+
+Inputs are prepared as `generate` prepares them: with the model's own
+`prepare_inputs_for_generation`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin
+
+from moepress.serve.rows import Rows, can_batch, nbytes
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 256  # tokens of a prompt computed at a time: between two chunks the others get a token
+PROBE = (33, 17)  # tokens of the two sequences that `Stepper` tries at its start
+CLOSE = 0.03  # of the logits' spread, for other orders of sums: bfloat16 was seen to take 0.008
+_OWN_CACHE = {"cache", "past_key_values"} & set(
+    inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+CACHE = _OWN_CACHE.pop()  # what this transformers calls a model's cache
+
+
+@dataclass
+class State:
+    """What the model keeps of one sequence."""
+
+    cache: Any
+    length: int = 0  # tokens in the cache
+    position: Tensor | None = None  # of the last token, [.., 1, 1]; None: nothing computed yet
+
+
+class Stepper:
+    """Computes logits. It finds out by trial what the model's cache allows.
+
+    Attributes:
+        batches: sequences of different lengths can be computed together.
+        chunks: a prompt can be computed in parts.
+        token_bytes: memory of a token in the cache; least_bytes: of any sequence beside that.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = model.device
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.batches = self.chunks = True
+        self._try()
+
+    def new(self) -> State:
+        if not self.model._supports_default_dynamic_cache():
+            return State(None)  # the model makes a cache of its own
+        return State(DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        state: State,
+        ids: Sequence[int],
+        inputs: Mapping[str, Tensor] | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Tensor:
+        """Logits [V] float32 on the CPU after the next tokens of a prompt.
+
+        Args:
+            state: of the sequence; changed.
+            ids: the next tokens.
+            inputs: what a processor made of images beside the ids of the whole prompt; None: text.
+            all_logits: return those after each of the tokens, [len(ids), V].
+        """
+        tokens = torch.tensor([list(ids)], device=self.device)
+        mask = torch.ones((1, state.length + len(ids)), dtype=torch.long, device=self.device)
+        given = {name: value.to(self.device) for name, value in (inputs or {}).items()}
+        if state.position is None:
+            positions = self.model._prepare_position_ids_for_generation(
+                tokens, {"attention_mask": mask, **given}
+            )
+        else:
+            more = torch.arange(1, len(ids) + 1, device=self.device)
+            positions = state.position + more
+        first = state.length == 0
+        keep = 0 if all_logits else 1
+        logits, state.cache = self._forward(
+            tokens, state.cache, mask, positions, keep, first, given
+        )
+        state.length += len(ids)
+        state.position = positions[..., -1:]
+        found = logits[0].float().cpu()
+        return found if all_logits else found[-1]
+
+    @torch.inference_mode()
+    def decode(self, states: Sequence[State], ids: Sequence[int]) -> Tensor:
+        """Logits [B, V] float32 on the CPU after one more token of each of B sequences.
+
+        Args:
+            states: changed.
+            ids: the tokens.
+        """
+        if len(states) > 1 and not self.batches:
+            pairs = zip(states, ids, strict=True)
+            return torch.cat([self.decode([state], [token]) for state, token in pairs])
+        tokens = torch.tensor([[token] for token in ids], device=self.device)
+        lengths = [state.length for state in states]
+        total = max(lengths) + 1
+        mask = torch.zeros((len(states), total), dtype=torch.long)
+        for row, length in enumerate(lengths):
+            mask[row, total - length - 1 :] = 1
+        rows = Rows([state.cache for state in states], lengths) if len(states) > 1 else None
+        positions = _joined([state.position + 1 for state in states if state.position is not None])
+        cache = states[0].cache if rows is None else rows
+        logits, _ = self._forward(tokens, cache, mask.to(self.device), positions, 1, False, {})
+        if rows is not None:
+            rows.give_back()
+        for row, state in enumerate(states):
+            state.length += 1
+            state.position = positions[..., row : row + 1, :]
+        return logits[:, -1].float().cpu()
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        cache: Any,
+        mask: Tensor,
+        positions: Tensor,
+        keep: int,
+        first: bool,
+        more: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Any]:
+        """Logits [B, keep or Q, V], and the cache."""
+        options = {CACHE: cache, "logits_to_keep": keep} if self._keeps else {CACHE: cache}
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens,
+            next_sequence_length=tokens.shape[1],
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            is_first_iteration=first,
+            **options,
+            **more,
+        )
+        out = self.model(**inputs, return_dict=True)
+        return out.logits, out.get(CACHE, cache)
+
+    def _try(self) -> None:
+        """Compare two sequences computed together, and in parts, with each computed alone."""
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        texts = [[(7 * i + n) % vocabulary for i in range(n)] for n in PROBE]
+        alone = [self.new() for _ in texts]
+        for state, ids in zip(alone, texts, strict=True):
+            self.prefill(state, ids)
+        sizes = [nbytes(state.cache) for state in alone]
+        self.token_bytes = max(0, (sizes[0] - sizes[1]) // (PROBE[0] - PROBE[1]))
+        self.least_bytes = max(0, sizes[1] - self.token_bytes * PROBE[1])
+        expected = torch.stack([self.decode([state], [3])[0] for state in alone])
+        try:
+            parts = [self.new() for _ in texts]
+            for state, ids in zip(parts, texts, strict=True):
+                self.prefill(state, ids[: len(ids) // 2])
+                self.prefill(state, ids[len(ids) // 2 :])
+            got = torch.stack([self.decode([state], [3])[0] for state in parts])
+            self.chunks = _close(got, expected)
+        except Exception as error:  # whatever a model's own cache raises
+            logger.debug("prompts in parts: %s", error)
+            self.chunks = False
+        together = [self.new() for _ in texts]
+        for state, ids in zip(together, texts, strict=True):
+            self.prefill(state, ids)
+        try:
+            self.batches = can_batch(together[0].cache) and _close(
+                self.decode(together, [3, 3]), expected
+            )
+        except Exception as error:
+            logger.debug("sequences together: %s", error)
+            self.batches = False
+
+
+def _joined(positions: Sequence[Tensor]) -> Tensor:
+    """Positions [.., B, 1] of B sequences; some may have one more dimension, with images."""
+    most = max(position.dim() for position in positions)
+    deep = next(position for position in positions if position.dim() == most)
+    return torch.cat(
+        [p if p.dim() == most else p.expand(*deep.shape[:-2], *p.shape) for p in positions], dim=-2
+    )
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    error = (got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()
+    return bool(error < CLOSE)

@@ -1,0 +1,105 @@
+"""What the engine is asked to do, and what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moepress.serve.parsing import Message, Parser
+from moepress.serve.sampling import Choice, Sampler, Settings
+from moepress.serve.stepping import State
+from moepress.serve.writing import Writer
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens to continue, and what a processor made of images beside them."""
+
+    ids: tuple[int, ...]
+    inputs: Mapping[str, Any] | None = None
+    text: str = ""  # the prompt as text, for `Parser` and `echo`
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What every answer to a request has in common."""
+
+    settings: Settings
+    most: int  # new tokens; 0 with `score`
+    stop: tuple[str, ...] = ()
+    parser: Callable[[str], Parser] | None = None  # from the prompt's text
+    score: bool = False  # also the logprobs of the prompt's tokens
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one answer of a request."""
+
+    index: int  # of the answer
+    message: Message
+    choices: tuple[Choice, ...] = ()  # tokens that the message ends with
+    finish: Finish | None = None  # set in the last event of an answer
+    error: str | None = None  # the answer ends here: why
+    scored: tuple[Choice, ...] | None = None  # of the prompt's tokens but the first
+    tokens: int = 0  # generated so far
+
+
+class Job:
+    """One request: its answers, and the way back to the client.
+
+    Args:
+        prompts: one for each answer.
+        wanted: of all answers.
+        loop: in which `events` is read.
+        ends: time (monotonic seconds) of the deadline.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        wanted: Wanted,
+        loop: asyncio.AbstractEventLoop,
+        ends: float,
+    ) -> None:
+        self.prompts = tuple(prompts)
+        self.wanted = wanted
+        self.ends = ends
+        self.cancelled = False  # the client has left: set in its thread, read by the engine
+        self.done = False  # the client got all of it, or why not
+        self.begun = time.monotonic()
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._loop = loop
+
+    def tell(self, event: Event) -> None:
+        """Pass an event to the client's coroutine. Called by the engine."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+@dataclass
+class Answer:
+    """One answer, while the engine makes it."""
+
+    job: Job
+    index: int
+    writer: Writer
+    sampler: Sampler
+    parser: Parser | None
+    state: State | None = None  # None: waiting
+    last: int = 0  # token, of which the next step computes the logits
+    tokens: int = 0  # generated so far
+    scored: list[Choice] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.job.prompts[self.index]
+
+    @property
+    def room(self) -> int:
+        """Tokens that its cache may come to hold."""
+        return len(self.prompt.ids) + self.job.wanted.most

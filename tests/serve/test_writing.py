@@ -1,0 +1,87 @@
+"""Text piece by piece, and the choice of tokens, each against a plain computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, GenerationConfig
+
+from moepress.serve.sampling import Sampler, Settings
+from moepress.serve.writing import Writer
+from tests.serve import conftest as conftest  # skips without the server's libraries
+
+
+class Letters:
+    """A tokenizer of letters that is written in Python."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(map(chr, ids))
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_sequence(text: str, stop: list[str]) -> None:
+    writer = Writer(Letters(), stop)
+    pieces = []
+    for letter in text:
+        pieces.append(writer.add(ord(letter)))
+        if writer.stopped:
+            break
+    pieces.append(writer.end())
+    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(one) for one in stop)]
+    expected = text
+    if ends:  # the earliest end of one; of those that end there, the one that begins first
+        seen = text[: ends[0]]
+        expected = seen[: min(seen.find(one) for one in stop if one in seen)]
+    assert "".join(pieces) == expected
+    assert writer.stopped == bool(ends)
+
+
+def test_incomplete_characters_wait(tokenizer_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ids = tokenizer("héé → x", add_special_tokens=False).input_ids
+    writer = Writer(tokenizer)
+    pieces = [writer.add(token) for token in ids]
+    assert "".join(pieces) + writer.end() == "héé → x" and "\ufffd" not in "".join(pieces)
+    cut = Writer(tokenizer)
+    first = [cut.add(token) for token in tokenizer("é", add_special_tokens=False).input_ids[:1]]
+    assert first == [""] and cut.end() == "\ufffd"
+
+
+def test_defaults_of_the_folder() -> None:
+    greedy = GenerationConfig(temperature=0.7, do_sample=False)
+    assert Settings.of_folder(greedy).temperature == 0
+    sampling = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, top_k=5)
+    settings = Settings.of_folder(sampling)
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.7, 0.9, 5)
+    sampling.temperature = "warm"  # type: ignore[assignment]
+    assert Settings.of_folder(sampling).temperature == 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_their_probabilities_say(temperature: float) -> None:
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0])
+    sampler = Sampler(Settings(temperature=temperature, top_p=0.95, seed=1), [])
+    counts = torch.bincount(
+        torch.tensor([sampler.choose(logits).token for _ in range(4000)]), minlength=4
+    )
+    expected = (logits / temperature).softmax(-1)
+    order = expected.argsort(descending=True)
+    kept = order[expected[order].cumsum(0) - expected[order] < 0.95]
+    share = torch.zeros(4).index_put((kept,), expected[kept] / expected[kept].sum())
+    torch.testing.assert_close(counts / 4000, share, atol=0.03, rtol=0)
+    assert counts[share == 0].sum() == 0
+
+
+def test_penalties_count_what_was_generated() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.0])
+    frequent = Sampler(Settings(frequency_penalty=0.08), [0, 0])
+    assert [frequent.choose(logits).token for _ in range(4)] == [0, 0, 1, 0]
+    present = Sampler(Settings(presence_penalty=0.5), [])
+    assert [present.choose(logits).token for _ in range(3)] == [0, 1, 0]
+    repeated = Sampler(Settings(repetition_penalty=2.0), [0])  # counts the prompt, as in `generate`
+    assert repeated.choose(logits).token == 1
+    assert logits.tolist() == pytest.approx([1.0, 0.9, 0.0])
