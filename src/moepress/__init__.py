@@ -8,8 +8,8 @@
 
 Each verb is a function, and also the module that holds it: `mp.compress` is always the function,
 `from moepress.compress import ...` reaches the rest of its module. Importing this package imports
-nothing heavy: it only prepares transformers to open compressed folders (see _plugin.py). The rest
-is imported on first use.
+nothing heavy: it only prepares transformers to open compressed folders (see _plugin.py), and OpenMP
+for machines that are busy (see _threads.py). The rest is imported on first use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from moepress import _plugin
+from moepress import _plugin, _threads
 
 if TYPE_CHECKING:
     from moepress.allocate import allocate as allocate
@@ -87,3 +87,4 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 _plugin.install()
+_threads.shorten_spin()

@@ -24,7 +24,9 @@ import torch
 from transformers import TextStreamer
 
 from moepress.errors import InputError
+from moepress.generation import chat_settings, following, left_aside
 from moepress.hf import load_model, set_threads
+from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 
@@ -50,7 +52,7 @@ class Conversation:
         system: system message; None: none.
         raw: continue the user's text, without a chat template.
         tokens: most tokens of an answer.
-        temperature: 0: greedy; None: the model's own generation settings.
+        temperature: 0: greedy; None: as the model's own generation settings say.
 
     Raises:
         InputError: the model has no chat template, or an option is out of range.
@@ -73,6 +75,7 @@ class Conversation:
         self.raw = raw
         self.tokens = tokens
         self.temperature = temperature
+        self.settings = chat_settings(model)
         self.reset()
 
     def reset(self) -> None:
@@ -93,10 +96,11 @@ class Conversation:
         streamer = _Pieces(self.tokenizer, write)
         stopped = False
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), following(self.model, self.settings):
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
+                    tokenizer=self.tokenizer,
                     streamer=streamer,
                     max_new_tokens=min(self.tokens, room),
                     **self._sampling(),
@@ -205,7 +209,8 @@ def chat(
     """Answer turns on stdout until they end; notes such as the speed go to stderr.
 
     Args:
-        folder: a folder made by moepress, or an original model that fits in memory.
+        folder: a folder made by moepress, or an original model that fits in memory (folder or hub
+            id).
         system, raw, tokens, temperature: see `Conversation`.
         threads: CPU threads; None: torch's setting.
         device: "cpu", or a card such as "cuda" or "cuda:1".
@@ -217,9 +222,7 @@ def chat(
     Raises:
         InputError: no such folder, no chat template, or an option is out of range.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json. Expected a model folder.")
+    folder = resolve(folder)
     set_threads(threads)
     tokenizer = tokenizer_of(folder, trust_remote_code)
     check_options(tokenizer, system, raw, tokens, temperature)
@@ -227,6 +230,8 @@ def chat(
     conversation = Conversation(
         model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature
     )
+    if ignored := left_aside(model, conversation.settings):
+        _say(f"(A chat does not follow these settings of the model: {ignored}.)")
     for text in _typed() if turns is None else turns:
         command = text.strip()
         if command in ("/exit", "/quit"):

@@ -18,7 +18,16 @@ from moepress.quantize import quantize_tensors
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.score import score_tensors
-from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, stored_scores
+from moepress.work import (
+    WORK,
+    check_output,
+    claim,
+    identity,
+    keep_ids,
+    kept_ids,
+    output_held,
+    stored_scores,
+)
 
 
 def compress(
@@ -49,18 +58,24 @@ def compress(
         CheckpointError: no space left; everything finished is kept.
     """
     out = Path(out)
-    request = Request.of(model, recipe, device, trust_remote_code, needs_budget=True, **changes)
-    source, recipe, tensors = request.source, request.recipe, request.tensors
     check_output(out)
+    request = Request.of(model, recipe, device, trust_remote_code, needs_budget=True, **changes)
     announce_estimate(request, out)
-    ids = kept_ids(out / WORK, source, recipe)
+    with output_held(out) as folder:
+        return _compress(request, out, folder)
+
+
+def _compress(request: Request, out: Path, folder: Path) -> Path:
+    """`compress` in an output that is held, with its work folder."""
+    source, recipe, tensors = request.source, request.recipe, request.tensors
+    ids = kept_ids(folder, source, recipe)
     made_of = identity(source, recipe, ids)
     work = made_of | {"full_recipe": recipe.digest()}
     if claim(out, work):
         return out
     stored = stored_scores(out, made_of)  # raises for scores of other work, before any writing
-    keep_ids(out / WORK, ids)
-    check_identity(out / WORK / "compress.json", work)
+    keep_ids(folder, ids)
+    check_identity(folder / "compress.json", work)
     scores = stored or score_and_store(source, recipe, tensors, ids, out)
     plan = allocate(scores, recipe)
     warn_of_left_out(scores, plan)

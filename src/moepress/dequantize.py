@@ -6,8 +6,9 @@ packed weights, for checks, and as an oracle in tests.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import finish_folder, model_config, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.format.journal import check_identity
 from moepress.format.quantization import packed_specs
 from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
@@ -26,7 +28,10 @@ from moepress.original.companions import companions
 from moepress.original.folder import weight_files
 from moepress.original.sizes import unpacked_model
 from moepress.progress import Progress
+from moepress.writing.files import check_place, sweep
+from moepress.writing.held import check_work, discard, held
 
+WORK = ".moepress-dequantize"  # the work folder inside the output
 OURS = "moepress_"  # how the names of files begin that describe the compressed folder
 
 
@@ -39,7 +44,7 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
 
     Args:
         folder: a folder made by moepress.
-        out: folder to make. It must be new or empty.
+        out: folder to make, new or empty. A stopped run is continued by the same call.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
@@ -51,24 +56,47 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     """
     folder, out = Path(folder), Path(out)
     specs = packed_specs(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not an empty folder. Give the name of a new one.")
+    _check_output(out)
     model = unpacked_model(folder, trust_remote_code)
     files = weight_files(folder)
     _check_space(out, model)
     plain = _Plain(model, specs)
-    with Progress("dequantize", total=len(files)) as progress:
-        for path in files:
-            save_tensors(out / path.name, plain.tensors(path))
-            progress.advance()
-    finish_folder(
-        out,
-        model_config(folder),
-        {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
-        None,
-        [out / path.name for path in files],
-    )
+    written = [out / path.name for path in files]
+    with held(out / WORK, lambda: _kept(out, written)) as work:
+        sweep(out)
+        check_identity(work / "identity.json", {"config": _digest(folder / "config.json")})
+        with Progress("dequantize", total=len(files)) as progress:
+            for path, to in zip(files, written, strict=True):
+                if not to.is_file():
+                    save_tensors(to, plain.tensors(path))
+                progress.advance()
+        finish_folder(
+            out,
+            model_config(folder),
+            {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
+            None,
+            written,
+        )
+        discard(work)
     return out
+
+
+def _check_output(out: Path) -> None:
+    """Raise InputError if `out` is neither new, nor empty, nor left by a stopped `dequantize`."""
+    if out.is_symlink() or out.exists():
+        if not out.is_dir() or (any(out.iterdir()) and not (out / WORK).is_dir()):
+            raise InputError(f"{out} is not an empty folder. Give the name of a new one.")
+        check_work(out / WORK)
+    check_place(out / WORK)
+
+
+def _kept(out: Path, written: Sequence[Path]) -> str:
+    done = sum(path.is_file() for path in written)
+    return f"Kept in {out}: {done} of {len(written)} files." if done else ""
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 class _Plain:

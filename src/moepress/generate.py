@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from moepress.errors import InputError
+from moepress.generation import STOPS, following
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 
@@ -21,10 +22,13 @@ def generate(
     pruning: Strength | Pruning | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Continue a prompt greedily.
+    """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
+
+    No other setting of the model's generation_config.json is followed.
 
     Args:
-        folder: a folder made by moepress, or an original model that fits in memory.
+        folder: a folder made by moepress, or an original model that fits in memory (folder or hub
+            id).
         prompt: any text, not empty.
         tokens: most new tokens.
         device: "cpu", or a card such as "cuda" or "cuda:1".
@@ -36,16 +40,17 @@ def generate(
         The prompt and its continuation.
 
     Raises:
-        InputError: the prompt is empty, or `tokens` is below 1.
+        InputError: the prompt is empty, `tokens` is below 1, or the folder is no model.
     """
     from moepress.hf import load_model
+    from moepress.original.folder import resolve
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
-    folder = Path(folder)
-    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
+    folder = resolve(folder)
     tokenizer = tokenizer_of(folder, trust_remote_code)
+    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    with torch.inference_mode(), following(model, STOPS):
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

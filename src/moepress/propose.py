@@ -26,7 +26,7 @@ from moepress.errors import BudgetError
 from moepress.estimate import announce_estimate
 from moepress.recipe import Recipe
 from moepress.request import Request
-from moepress.work import WORK, check_output, identity, kept_ids, stored_scores
+from moepress.work import check_output, identity, kept_ids, output_held, stored_scores
 
 STEP = 0.25  # bits between the budgets of the table
 SHARE = 0.8  # of a memory, for the model; the KV cache and everything else need the rest
@@ -80,15 +80,16 @@ def propose(
             work.
     """
     out = Path(out)
+    check_output(out)
     recipe = (recipe or Recipe()).with_changes(bits=None, bpw=None, size=None)
     request = Request.of(model, recipe, device, trust_remote_code)
     source = request.source
-    check_output(out)
     announce_estimate(request, out)
-    ids = kept_ids(out / WORK, source, recipe)
-    scores = stored_scores(out, identity(source, recipe, ids))
-    if scores is None:
-        scores = score_and_store(source, recipe, request.tensors, ids, out)
+    with output_held(out) as folder:
+        ids = kept_ids(folder, source, recipe)
+        scores = stored_scores(out, identity(source, recipe, ids))
+        if scores is None:
+            scores = score_and_store(source, recipe, request.tensors, ids, out)
     return proposal(scores, recipe, memory())
 
 

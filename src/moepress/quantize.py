@@ -26,7 +26,6 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
-    copied_name,
     finish_folder,
     load_tensors,
     quantization_config,
@@ -42,18 +41,19 @@ from moepress.original.experts import Routed
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
+from moepress.outside import copied_shards, outside_layers
 from moepress.progress import Progress
 from moepress.rounding.expert import dequantized, experts_at_once, round_experts
 from moepress.rounding.hessian import Factor
 from moepress.rounding.linear import SharedInputs, linear_inputs, round_linear
-from moepress.rounding.methods import Matrix, quantize_matrix
+from moepress.rounding.methods import Matrix
 from moepress.rounding.options import Rounding
-from moepress.work import WORK, claim, identity, keep_ids, kept_ids
+from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, output_held
+from moepress.writing.held import discard
 
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
 # and is kept because unfinished work on disk has it.
 ORIGINAL_STATES = "twin"
-COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 
 
 def quantize(
@@ -83,17 +83,22 @@ def quantize(
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
+    check_output(out)
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     check_usable(source)
-    ids = kept_ids(out / WORK, source, plan.recipe) if ids is None else ids
-    return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
+    with output_held(out) as folder:
+        ids = kept_ids(folder, source, plan.recipe) if ids is None else ids
+        return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
 
 
 def quantize_tensors(
     source: Source, plan: BitAllocation, tensors: ModelTensors, ids: Tensor, out: Path
 ) -> Path:
-    """`quantize` for a checked plan, with the model's tensors and calibration sequences given."""
+    """`quantize` for a checked plan, with the model's tensors and calibration sequences given.
+
+    The output must be held (`output_held`).
+    """
     work = identity(source, plan.recipe, ids) | {
         "full_recipe": plan.recipe.digest(),
         "plan": plan.digest(),
@@ -127,7 +132,7 @@ def quantize_tensors(
         quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
         shards,
     )
-    shutil.rmtree(out / WORK)
+    discard(out / WORK)
     return out
 
 
@@ -281,35 +286,6 @@ def quantize_linears(
         for name, target in zip(sharing, targets, strict=True):
             put(name, target, factor)
     return tensors
-
-
-@torch.inference_mode()
-def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str, Tensor]:
-    """Stored tensors outside the layers. Embedding and head, if packed, are rounded to nearest."""
-    tensors = {}
-    for name in source.names(None):
-        value = source.tensor(name)
-        if name in packed:
-            (codec,) = packed[name].codecs
-            value = _packed_bytes(quantize_matrix("rtn", value, codec, None))
-        tensors[name] = value.to("cpu")
-    return tensors
-
-
-def copied_shards(source: Source) -> dict[str, list[str]]:
-    """Names of a composite's copied tensors, by the file that stores them.
-
-    A file has at most COPIED_BYTES, or one tensor: they are in memory while it is written.
-    """
-    shards: dict[str, list[str]] = {}
-    size = COPIED_BYTES + 1  # a file is begun with the first tensor
-    for name in source.copied:
-        size += source.nbytes(name)
-        if size > COPIED_BYTES:
-            size = source.nbytes(name)
-            shards[copied_name(len(shards))] = []
-        shards[copied_name(len(shards) - 1)].append(name)
-    return shards
 
 
 def _packed_bytes(matrix: Matrix) -> Tensor:

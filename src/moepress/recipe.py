@@ -31,6 +31,7 @@ from moepress.format.codec import (
 from moepress.reading.documents import shown, wrong_field
 from moepress.reading.files import read_text
 from moepress.reading.json import MOST_DIGITS, kind_of, parse_json
+from moepress.text.named import normalised
 
 QuantizerName = Literal["gptq", "gptq-released", "rtn", "sign"]
 MeasureName = QuantizerName | Literal["noise"]
@@ -122,6 +123,8 @@ class Recipe:
         for name in ("expert_bits", "at_least_one"):  # 2.0 of a file is 2
             object.__setattr__(self, name, tuple(map(_as_width, getattr(self, name))))
         self._check()
+        calib = tuple((normalised(text), weight) for text, weight in self.calib)
+        object.__setattr__(self, "calib", calib)
 
     def _check_types(self) -> None:
         """Raise InputError if a field is not of its declared type, or is no finite number."""

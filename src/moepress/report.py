@@ -34,7 +34,6 @@ from moepress.format.checkpoint import (
     REPORT,
     SCORES,
     is_compressed,
-    write_atomically,
 )
 from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
@@ -43,6 +42,7 @@ from moepress.page.picture import Format, Picture
 from moepress.page.sections import sections
 from moepress.page.subject import Subject
 from moepress.prune import Pruning
+from moepress.writing.files import check_file, check_place, write_atomically
 
 
 def report(
@@ -69,8 +69,9 @@ def report(
         InputError: not a folder made by moepress, or scores or evaluation of another model.
         CheckpointError: a file is damaged, or cannot be written.
     """
-    subject = read_subject(folder, scores, evaluation, trust_remote_code)
     out = Path(folder) / REPORT if out is None else Path(out)
+    subject = read_subject(folder, scores, evaluation, trust_remote_code)
+    check_file(out)
     page = render(subject)
     write_atomically(out, partial(_write, page.encode()))
     return out
@@ -101,10 +102,12 @@ def plot(
     """
     if form not in get_args(Format):
         raise InputError(f"Pictures in format {form!r} are not made. Expected svg or png.")
+    check_place(Path(out) / "picture")
     subject = read_subject(folder, scores, trust_remote_code=trust_remote_code)
     written = []
     for picture in (p for _, _, section in sections(subject) for p in section.pictures):
         path = Path(out) / f"{picture.name}.{form}"
+        check_file(path)
         content = picture.image(form)
         write_atomically(path, partial(_write, content))
         written.append(path)

@@ -49,7 +49,9 @@ from moepress.progress import Progress
 from moepress.recipe import TABLE_BITS, Recipe
 from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
-from moepress.work import identity, keep_ids, kept_ids, text_digest
+from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
+from moepress.writing.files import check_file, check_place
+from moepress.writing.held import check_work, discard
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +83,40 @@ def score(
         trust_remote_code: see `Source`.
 
     Raises:
-        InputError: `work` holds unfinished work of another identity.
+        InputError: `work` holds unfinished work of another identity, or files that are not of
+            moepress, or another process works there.
     """
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_usable(source)
     check_group_sizes(source, recipe)
-    with temporary_folder(work) as folder:
+    with temporary_folder(None) if work is None else work_held(work) as folder:
         ids = kept_ids(folder, source, recipe) if ids is None else ids
         return score_tensors(source, recipe, ModelTensors.of(source, recipe), ids, folder)
+
+
+def score_to_file(
+    model: str | Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> None:
+    """`score`, written to a file. Unfinished work is in a folder beside it, `out` + ".work".
+
+    Raises:
+        InputError: as of `score`; or `out` or that folder cannot be written or is not of moepress.
+    """
+    work = out.with_name(out.name + ".work")
+    check_file(out)
+    check_work(work)
+    check_place(work / "lock")
+    source = Source(model, device, trust_remote_code)
+    check_group_sizes(source, recipe)
+    with work_held(work) as folder:
+        ids = kept_ids(folder, source, recipe)
+        score_tensors(source, recipe, ModelTensors.of(source, recipe), ids, folder).save(out)
+        discard(folder)
 
 
 def score_tensors(

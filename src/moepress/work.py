@@ -9,8 +9,8 @@ work are never mixed: a run that finds work of another identity stops with an er
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +33,8 @@ from moepress.original.whole import whole_model
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
+from moepress.writing.files import check_place, sweep
+from moepress.writing.held import check_work, discard, held
 
 WORK = ".moepress"  # the work folder inside the output
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
@@ -131,17 +133,73 @@ def _whole_model(source: Source) -> object:
 
 
 def check_output(out: Path) -> None:
-    """Raise InputError if `out` is neither new, nor empty, nor a folder of moepress."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file. Expected a folder that is new, empty or ours.")
-    if out.exists() and any(out.iterdir()) and not ((out / WORK).is_dir() or is_compressed(out)):
-        raise InputError(
-            f"{out} is not empty and was not made by moepress. Choose another output folder."
-        )
+    """Check, before any work, that `out` can be written: new, empty, or a folder of moepress.
+
+    Raises:
+        InputError: it is something else, cannot be made or written, or holds a folder `.moepress`
+            that is not ours.
+    """
+    if out.is_dir():
+        if any(out.iterdir()) and not ((out / WORK).is_dir() or is_compressed(out)):
+            raise InputError(
+                f"{out} is not empty and was not made by moepress. Choose another output folder."
+            )
+        check_work(out / WORK)
+        if not _is_finished(out):
+            check_place(out / WORK)
+        return
+    if out.is_symlink() or out.exists():
+        raise InputError(f"{out} is no folder. Expected a folder that is new, empty or ours.")
+    check_place(out)
+
+
+@contextmanager
+def output_held(out: Path) -> Iterator[Path]:
+    """Hold the output folder of a run inside the `with` statement, against other runs.
+
+    What a killed run left unfinished in single files is deleted. A finished folder is not touched.
+
+    Yields:
+        The work folder.
+
+    Raises:
+        InputError: another process writes there, or the folder is not ours.
+    """
+    if _is_finished(out):
+        yield out / WORK
+        return
+    with held(out / WORK, lambda: kept(out)) as work:
+        sweep(out)
+        yield work
+
+
+def work_held(folder: Path) -> AbstractContextManager[Path]:
+    """Hold a work folder that is not inside an output; see `held`."""
+    return held(folder, lambda: kept(folder))
+
+
+def _is_finished(out: Path) -> bool:
+    return is_compressed(out) and not (out / WORK).exists()
+
+
+def kept(out: Path) -> str:
+    """What a stopped run keeps in its output or work folder, in words; empty: nothing."""
+    work = out / WORK if (out / WORK).is_dir() else out
+    done = ["the calibration text"] if (work / TEXT).is_file() else []
+    if (out / SCORES).is_file():
+        done.append("all scores")
+    for pattern, folder, what in (
+        ("sensitivity-*.safetensors", work, "with sensitivities"),
+        ("layer-*.safetensors", work, "scored"),
+        ("model-layer-*.safetensors", out, "rounded"),
+    ):
+        if count := len([*folder.rglob(pattern)]):
+            done.append(f"{count} layer{'s' if count > 1 else ''} {what}")
+    return f"Kept in {out}: {', '.join(done)}." if done else ""
 
 
 def claim(out: Path, work: Mapping[str, str]) -> bool:
-    """Check that the folder `out` can be used for this work; make it if it is missing.
+    """Check that the folder `out`, which is held, can be used for this work.
 
     If `out` holds the finished work already, its work folder is deleted.
 
@@ -154,11 +212,8 @@ def claim(out: Path, work: Mapping[str, str]) -> bool:
     Raises:
         InputError: `out` holds work of another identity, or files that are not of moepress.
     """
-    if not out.exists():
-        out.mkdir(parents=True)
-        return False
     if holds_finished(out, work):
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        discard(out / WORK)
         return True
     return False
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from moepress import __version__, cli
-from moepress.cli.recipe_options import recipe_of
-from moepress.cli.tables import table
+from moepress.cli.recipe_options import DEFAULTS, recipe_of
+from moepress.cli.tables import nested_table, table
 from moepress.compress import compress
 from moepress.format.checkpoint import DROP_COSTS
-from moepress.recipe import Recipe
+from moepress.recipe import NAMED, Recipe
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -164,6 +164,29 @@ def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -
         bpw=3.5, calib=((str(text_file), 2.0),), sequences=7, sequence_length=64,
         expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",
     )  # fmt: skip
+
+
+def test_help_shows_the_values_of_the_named_recipes() -> None:
+    for field, shown in DEFAULTS.items():
+        common, *others = shown.split("; ")
+        told = dict.fromkeys(NAMED, common)
+        for names, _, value in (other.partition(": ") for other in others):
+            told |= {n: value for n in NAMED for name in names.split(", ") if n.startswith(name)}
+        for name, recipe in NAMED.items():
+            value = getattr(recipe, field)
+            if field == "calib":
+                value = [text for text, _ in value]
+            plain = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            assert told[name] == plain, (field, name)
+
+
+def test_a_calibration_is_described_in_lines_that_can_be_read() -> None:
+    below = [{"layer": 0, "expert": e, "tokens": 3} for e in range(50)]
+    result = {"kind": "calibration", "name": "a\x1b[31m", "below": below, "ratio": [[0.5, 0.25]]}
+    text = nested_table(result)
+    assert max(map(len, text.splitlines())) < 60 and "\x1b" not in text
+    assert "below\nlayer  expert  tokens\n0" in text and "... and 10 more" in text
+    assert "0.5000  0.2500" in text
 
 
 def test_help_needs_no_torch_and_every_command_has_an_example() -> None:

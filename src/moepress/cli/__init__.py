@@ -1,22 +1,22 @@
 """The command line: each command turns its arguments into one function call and prints the result.
 
 making.py has the commands that make a compressed model, using.py those that use one, trying.py
-`demo` and `doctor`. Results go to stdout, progress and warnings to stderr. Exit code 0: done,
-1: the work failed, 2: the input was wrong. Heavy imports wait until a command runs.
+`demo` and `doctor`; ending.py says how commands end. Results go to stdout, progress and warnings to
+stderr. Heavy imports wait until a command runs.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Annotated
 
 import typer
 
 from moepress.cli import making, trying, using
+from moepress.cli.ending import ended, set_debug
 
-RESUMABLE = ("compress", "score", "quantize")  # commands that keep their unfinished work
+DEBUG = "--debug"
 
 app = typer.Typer(
     name="moepress",
@@ -44,19 +44,23 @@ for command in (
     using.report,
     using.plot,
 ):
-    app.command()(command)
+    app.command()(ended(command))
 
 
 @app.callback(invoke_without_command=True)
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show the traceback of an error. May stand anywhere.")
+    ] = False,
 ) -> None:
     from moepress import __version__
 
     if version:
         typer.echo(f"moepress {__version__}")
         raise typer.Exit
+    set_debug(debug)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if quiet:
         from moepress.progress import set_verbosity
@@ -65,22 +69,13 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Errors of moepress become one line on stderr and an exit code."""
-    from moepress.errors import InputError, MoepressError
+    """Run the command line."""
+    app(_debug_first(sys.argv[1:]))
 
-    # Threads that spin while they wait for each other make small operations many times slower as
-    # soon as anything else runs on the machine; threads that sleep at once cost a tenth of the
-    # decoding speed. A short spin, about ten microseconds, avoids both (docs/log.md#short-spin and
-    # docs/log.md#passive-threads).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        app()
-    except MoepressError as error:
-        typer.echo(f"moepress: {error}", err=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        advice = " Run the same command again to continue." if command in RESUMABLE else ""
-        typer.echo(f"moepress: stopped.{advice}", err=True)
-        sys.exit(1)
+
+def _debug_first(words: list[str]) -> list[str]:
+    """The words of a command, with a `--debug` before `--` moved to the front: it is for all."""
+    until = words.index("--") if "--" in words else len(words)
+    if DEBUG not in words[:until]:
+        return words
+    return [DEBUG, *(word for word in words[:until] if word != DEBUG), *words[until:]]

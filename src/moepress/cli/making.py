@@ -21,6 +21,7 @@ from moepress.cli.recipe_options import (
     Sequences,
     Size,
     Widths,
+    WidthsOfScores,
     recipe_of,
 )
 
@@ -121,10 +122,12 @@ def calibrate(
     """
     from moepress.calibrate import calibrate as run
     from moepress.original.source import Source
+    from moepress.writing.files import check_file
 
     chosen = recipe_of(
         recipe, calib=calib, sequences=sequences, sequence_length=sequence_length, seed=seed
     )
+    check_file(out)
     run(Source(model, checked_device(device), trust_remote_code), chosen).save(out)
     typer.echo(out)
 
@@ -147,9 +150,7 @@ def score(
 
     Example: moepress score Mixtral-8x7B-v0.1 scores.safetensors --calib text/
     """
-    import shutil
-
-    from moepress.score import score as run
+    from moepress.score import score_to_file
 
     chosen = recipe_of(
         recipe,
@@ -161,15 +162,9 @@ def score(
         group_size=group_size,
         seed=seed,
     )
-    work = out.with_name(out.name + ".work")
-    run(
-        model,
-        chosen,
-        work=work,
-        device=checked_device(device),
-        trust_remote_code=trust_remote_code,
-    ).save(out)
-    shutil.rmtree(work)
+    score_to_file(
+        model, chosen, out, device=checked_device(device), trust_remote_code=trust_remote_code
+    )
     typer.echo(out)
 
 
@@ -179,13 +174,11 @@ def allocate(
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
-    expert_bits: Widths = None,
+    expert_bits: WidthsOfScores = None,
     over: Over = None,
     recipe: RecipeName = "default",
 ) -> None:
     """Choose the bits of every expert under a budget, from stored scores. Takes seconds.
-
-    Without --expert-bits, all widths in the scores are offered.
 
     Example: moepress allocate scores.safetensors plan.json --size 16GB
     """
@@ -193,7 +186,9 @@ def allocate(
     from moepress.allocate import warn_of_left_out
     from moepress.costs.scores import ExpertScores
     from moepress.recipe import parse_widths
+    from moepress.writing.files import check_file
 
+    check_file(out)
     measured = ExpertScores.load(scores)
     widths = {"expert_bits": parse_widths(expert_bits)} if expert_bits is not None else {}
     wanted = recipe_of(recipe, bits=bits, bpw=bpw, size=size, over=over)

@@ -17,30 +17,71 @@ Size = Annotated[str | None, typer.Option(help="Budget: bytes of the folder, suc
 RecipeName = Annotated[
     str, typer.Option(help="default, fast, paper, paper-released, or a .toml or .json file.")
 ]
+# The values that the named recipes have. Written out, since importing them would slow down --help;
+# a test compares them.
+DEFAULTS = {
+    "calib": "self",
+    "sequences": "128",
+    "sequence_length": "512",
+    "expert_bits": "1,1.5,2,2.5,3,3.5,4; fast: 1,2,3,4; paper: 1,2,3",
+    "expert_codec": "trellis; fast, paper: int",
+    "over": "mean",
+    "group_size": "128",
+    "seed": "0",
+}
+
 Calib = Annotated[
     list[str] | None,
     typer.Option(
-        help="Calibration text as PATH[=WEIGHT]: a text or .jsonl file, a folder, c4, wikitext2, "
-        "math, stdlib, or self (the model's own samples). Repeatable."
+        help="Calibration text as PATH[=WEIGHT]: a text, .jsonl or .json file, a folder, c4, "
+        "wikitext2, math, stdlib, or self (the model's own samples). Repeatable.",
+        show_default=DEFAULTS["calib"],
     ),
 ]
-Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
-Length = Annotated[int | None, typer.Option("--sequence-length", help="Tokens per sequence.")]
+Sequences = Annotated[
+    int | None, typer.Option(help="Calibration sequences.", show_default=DEFAULTS["sequences"])
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-length",
+        help="Tokens per sequence.",
+        show_default=DEFAULTS["sequence_length"],
+    ),
+]
+WIDTHS_HELP = "Widths offered to experts, such as 1,1.5,2; 0 leaves an expert out."
 Widths = Annotated[
     str | None,
-    typer.Option(
-        "--expert-bits", help="Widths offered to experts, such as 1,1.5,2; 0 leaves an expert out."
-    ),
+    typer.Option("--expert-bits", help=WIDTHS_HELP, show_default=DEFAULTS["expert_bits"]),
+]
+WidthsOfScores = Annotated[
+    str | None,
+    typer.Option("--expert-bits", help=WIDTHS_HELP, show_default="all in the scores"),
 ]
 ExpertCodec = Annotated[
-    str | None, typer.Option(help="How experts are stored: int (scalar grids) or trellis.")
+    str | None,
+    typer.Option(
+        help="How experts are stored: int (scalar grids) or trellis.",
+        show_default=DEFAULTS["expert_codec"],
+    ),
 ]
 Over = Annotated[
     str | None,
-    typer.Option(help="Loss to minimise: mean (all calibration text) or worst (of the texts)."),
+    typer.Option(
+        help="Loss to minimise: mean (all calibration text) or worst (of the texts).",
+        show_default=DEFAULTS["over"],
+    ),
 ]
-Group = Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size", help="Weights that share a scale.", show_default=DEFAULTS["group_size"]
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Seed of every random choice.", show_default=DEFAULTS["seed"]),
+]
 
 
 def recipe_of(

@@ -12,8 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from moepress.errors import printable
 from moepress.estimate import duration, size_text
 from moepress.evaluation.tables import evaluation_tables
+
+MOST_ROWS = 40  # of a list inside a description
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -120,8 +123,30 @@ def estimate_table(result: Mapping[str, Any]) -> str:
 
 
 def nested_table(result: Mapping[str, Any]) -> str:
-    """Format nested dicts, one line per value."""
-    return table(("", ""), _lines(result, ""))
+    """Format nested dicts, one line per value; lists of dicts and of lists as tables below."""
+    rows: list[tuple[str, Any]] = []
+    below = []
+    for name, value in _lines(result, ""):
+        if value and isinstance(value, list) and isinstance(value[0], dict | list):
+            rows.append((name, f"{len(value):,}, below"))
+            below.append((name, value))
+        else:
+            rows.append((name, value))
+    return "\n\n".join([table(("", ""), rows), *(_listed(name, value) for name, value in below)])
+
+
+def _listed(name: str, value: Sequence[Any]) -> str:
+    """A list of equal dicts or of lists as a table under its name; long ones are cut."""
+    shown = value[:MOST_ROWS]
+    if isinstance(value[0], dict):
+        head, rows = list(value[0]), [list(row.values()) for row in shown]
+    else:
+        head = ["", *(str(number) for number in range(1, max(map(len, shown)) + 1))]
+        rows = [[str(number), *row] for number, row in enumerate(shown)]
+    rows = [[*row, *[None] * (len(head) - len(row))] for row in rows]
+    cut = len(value) - len(shown)
+    more = f"\n... and {cut:,} more: --json has all" if cut else ""
+    return f"{name}\n{table(head, rows)}{more}"
 
 
 def demo_table(result: Mapping[str, Any]) -> str:
@@ -149,5 +174,5 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

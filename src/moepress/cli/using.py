@@ -19,6 +19,9 @@ from moepress.cli.options import (
 )
 
 Folder = Annotated[Path, typer.Argument(help="Compressed folder.")]
+Runnable = Annotated[
+    str, typer.Argument(help="Compressed folder, or an original that fits in memory.")
+]
 Scores = Annotated[
     Path | None, typer.Option(help="Scores that the plan was made from, if not in the folder.")
 ]
@@ -66,7 +69,10 @@ def evaluate(
     """
     from moepress.cli.tables import evaluation_table
     from moepress.evaluate import evaluate as run
+    from moepress.writing.files import check_file
 
+    if out is not None:
+        check_file(out)
     result = run(
         model,
         text,
@@ -138,10 +144,12 @@ def prune(
 
 def dequantize(
     model: Folder,
-    out: Annotated[Path, typer.Argument(help="Folder to make: new or empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make, new or empty, or to continue.")],
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the model with plain weights, as large as the original, for tools without moepress.
+
+    Run again to continue a stopped run.
 
     Example: moepress dequantize mixtral-2.5bit mixtral-plain
     """
@@ -151,7 +159,7 @@ def dequantize(
 
 
 def generate(
-    model: Folder,
+    model: Runnable,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
     device: Device = "cpu",
@@ -178,7 +186,7 @@ def generate(
 
 
 def chat(
-    folder: Folder,
+    folder: Runnable,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue what is typed; for models not trained to chat.")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepress.generation import following
+
 REPEATS = 3  # runs, of which the median is taken
 DECODED = 64  # tokens to time
 DECODE_PROMPT = 32  # tokens of the prompt when decoding
@@ -56,8 +58,9 @@ def measure_performance(model: Any, prompt: Tensor) -> Performance:
         mask = torch.ones_like(short)
         return lambda: model.generate(input_ids=short, attention_mask=mask, **options)
 
-    prefill_seconds = _seconds(prefill, device)
-    decode_seconds = _seconds(decode(1 + DECODED), device) - _seconds(decode(1), device)
+    with following(model):
+        prefill_seconds = _seconds(prefill, device)
+        decode_seconds = _seconds(decode(1 + DECODED), device) - _seconds(decode(1), device)
     return Performance(
         prefill_tokens=prompt.shape[1],
         prefill_tokens_per_second=prompt.shape[1] / prefill_seconds,

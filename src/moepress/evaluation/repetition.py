@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepress.generation import following
+
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
 CYCLES = 4  # least number of repetitions that make a loop
@@ -45,13 +47,15 @@ def measure_repetition(model: Any, prompts: Tensor) -> Repetition:
     prompts = prompts.to(model.device)
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list | tuple) else {ends}
-    written = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=model.generation_config.pad_token_id or next(iter(ends)) or 0,
-    )[:, prompts.shape[1] :]
+    padding = model.generation_config.pad_token_id or next(iter(ends)) or 0
+    with following(model):
+        written = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=padding,
+        )[:, prompts.shape[1] :]
     looping = sum(ends_in_loop(row) for row in written.tolist() if not ends & set(row))
     return Repetition(len(prompts), looping, prompts.shape[1], NEW_TOKENS)
 

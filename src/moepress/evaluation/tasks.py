@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress.errors import InputError, MoepressError
+from moepress.generation import following
 
 SETS = {
     "paper": (
@@ -89,14 +90,15 @@ def run_tasks(
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
-        results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            confirm_run_unsafe_code=run_code,
-            log_samples=False,
-        )
+        with following(model):
+            results = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                confirm_run_unsafe_code=run_code,
+                log_samples=False,
+            )
     except Exception as error:  # lm-eval, datasets and the network raise errors of their own
         raise MoepressError(
             f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {error}. Tasks "

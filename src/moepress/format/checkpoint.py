@@ -8,12 +8,10 @@ last: a folder that has one is complete.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.errors import CheckpointError, FileError, InputError, NumericalError
+from moepress.errors import FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.reading.headers import read_header
 from moepress.reading.json import read_json, read_object
+from moepress.writing.files import write_atomically
 
 FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
 HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
@@ -49,51 +48,6 @@ EVALUATION = "moepress_evaluation.json"
 REPORT = "moepress_report.html"
 NOT_COUNTED = (CHECKSUMS, EVALUATION, REPORT)
 INDEX = "model.safetensors.index.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, sync it to disk, then rename it to `path`.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; `path` is unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())  # safetensors makes files private
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise CheckpointError(
-                f"No space left while writing {path}. Everything finished before is kept: free "
-                "some space and run the same command again to go on."
-            ) from error
-        raise CheckpointError(f"Cannot write {path}: {error}.") from error
-
-
-_umask = threading.Lock()  # two threads could each take the other's mask for the process's
-
-
-def current_umask() -> int:
-    """The umask of the process. It can only be read by setting it, so it is set twice."""
-    with _umask:
-        mask = os.umask(0o077)
-        os.umask(mask)
-    return mask
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder to disk, so that renames inside it survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = None) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moepress.errors import CheckpointError
 from moepress.memory import free_memory
 
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
@@ -66,5 +70,22 @@ def empty(
     if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
+        _reserve(file, size)
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)  # the file has no name any more; it lives as long as the mapping
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Reserve the bytes of a file. Without that, writing to its mapping on a full disk is a crash.
+
+    Raises:
+        CheckpointError: the disk has too little space.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        folder = Path(file.name).parent
+        raise CheckpointError(
+            f"{folder} has no room for a temporary file of {size:,} bytes ({error.strerror}). Free "
+            "some space, or set TMPDIR to a folder on another disk; everything finished is kept."
+        ) from error

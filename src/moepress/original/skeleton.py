@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from moepress.blocks import adapt
 from moepress.errors import InputError, MoepressError
 from moepress.original.remote_code import config_of, is_remote, one_line
+from moepress.original.settings import with_plain_outputs
 
 # Modules are made one by one and moved to the meta device when they are complete. A single tensor
 # of this many bytes may not fit in memory, so it is made there.
@@ -75,9 +76,11 @@ def open_folder(folder: Path, trust_remote_code: bool = False, **options: Any) -
         trust_remote_code: run code in the folder, if transformers has no class for the model.
         options: of `from_pretrained`.
     """
-    config = config_of(folder, trust_remote_code)
+    config = with_plain_outputs(config_of(folder, trust_remote_code))
     remote = is_remote(config)
-    return auto_class(config).from_pretrained(folder, trust_remote_code=remote, **options)
+    return auto_class(config).from_pretrained(
+        folder, config=config, trust_remote_code=remote, **options
+    )
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -88,7 +91,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     """
     from accelerate import init_empty_weights
 
-    auto = auto_class(config)
+    auto = auto_class(with_plain_outputs(config))
     try:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = auto.from_config(config, dtype=dtype, trust_remote_code=is_remote(config))

@@ -73,9 +73,9 @@ class Picture:
             svg: Any = FigureCanvasSVG  # its methods are untyped
             png: Any = FigureCanvasAgg
             if form == "svg":
-                svg(self.figure).print_svg(buffer, metadata={"Date": None})
+                svg(self.figure).print_svg(buffer, metadata={"Date": None, "Creator": "moepress"})
             else:
-                png(self.figure).print_png(buffer, metadata={"Software": None})
+                png(self.figure).print_png(buffer, metadata={"Software": "moepress"})
         return buffer.getvalue()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from pathlib import PurePath
 from typing import Any, Literal
 
 from moepress.errors import InputError
@@ -75,3 +76,12 @@ DATA_SETS: dict[str, Callable[[Callable[..., Any], Split], list[str]]] = {
     "wikitext2": _wikitext2,
     "math": _math,
 }
+
+
+def normalised(text: str) -> str:
+    """The name of a text without what does not change it: "a//b/" becomes "a/b".
+
+    A path that would then be the name of a data set begins with "./".
+    """
+    plain = str(PurePath(text))
+    return f"./{plain}" if plain in (*DATA_SETS, STDLIB, SELF) and plain != text else plain

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.errors import InputError
+from moepress.errors import InputError, MoepressError
+from moepress.generation import following
 from moepress.progress import Progress
 from moepress.text.named import SELF, STDLIB
 
@@ -28,6 +29,7 @@ def own_samples(
 
     Raises:
         InputError: `model` is None: the original model does not fit in memory.
+        MoepressError: the model wrote less.
     """
     if model is None:
         raise InputError(
@@ -49,6 +51,7 @@ def own_samples(
         Progress("sample", total=len(batches)) as progress,
         torch.random.fork_rng(accelerators, device_type=device.type),
         torch.inference_mode(),
+        following(writer, ()),
     ):
         torch.manual_seed(seed)
         for ids in batches:
@@ -57,14 +60,17 @@ def own_samples(
             ids = _continued(writer, ids, length - ids.shape[1], sample=True)
             written.append(ids.cpu())
             progress.advance()
-    return torch.cat(written)
+    ids = torch.cat(written)
+    if ids.shape != (count, length):
+        raise MoepressError(
+            f"The model wrote {tuple(ids.shape)} tokens of text for calibration. Expected "
+            f"{(count, length)}. Give a text file or '{STDLIB}' instead of '{SELF}'."
+        )
+    return ids
 
 
 def _continued(model: Any, ids: Tensor, count: int, *, sample: bool) -> Tensor:
-    """Sequences [b, t] with `count` more tokens each.
-
-    Overrides the model's own temperature, top-k, top-p, repetition penalty and EOS.
-    """
+    """Sequences [b, t] with `count` more tokens each: greedy, or sampled at temperature 1."""
     if count == 0:
         return ids
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
@@ -73,9 +79,6 @@ def _continued(model: Any, ids: Tensor, count: int, *, sample: bool) -> Tensor:
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
         do_sample=sample,
-        repetition_penalty=1.0,
-        eos_token_id=None,
-        pad_token_id=None,
         **sampling,
     )
     return out

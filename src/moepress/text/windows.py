@@ -3,7 +3,8 @@
 A text is named by a string:
 
     notes.txt, src/main.py     any file of UTF-8 text
-    chats.jsonl                one object a line: "text", or "messages" for the chat template
+    chats.jsonl, chats.ndjson  one object a line: "text", or "messages" for the chat template
+    chats.json                 an array of such objects
     corpus/                    every text file below a folder, by path; hidden files are left out
     c4, wikitext2, math        data sets, through the optional `datasets` library and the network
     stdlib                     library and reference of the running Python: always available
