@@ -72,7 +72,7 @@ def kernels(rounds: int) -> None:
 
 
 def one_token(
-    family: str, bits: int, hidden: int, inner: int, experts: int, k: int, copies: int
+    family: str, bits: float, hidden: int, inner: int, experts: int, k: int, copies: int
 ) -> tuple[Callable[[], None], int]:
     """A function that calls the MoE op with one token, and the bytes that a call reads.
 
@@ -114,8 +114,8 @@ def measure_kernels(shape: str, read: Callable[[], float], rounds: int) -> None:
         for family, widths in CODE_BITS.items()
         for bits in widths
     }
-    shares: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    speeds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    shares: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    speeds: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
     ceilings = []
     for _, (case, (call, size)) in itertools.product(range(rounds), cases.items()):
         calls = max(4, 400_000_000 // size)
@@ -148,14 +148,15 @@ def search(rounds: int) -> None:
     """Weights per second of processor time, one thread, and per second on all threads."""
     import torch
 
+    from moepress.format.codec import TRELLIS_BITS
     from moepress.kernels import cpu
-    from moepress.kernels.trellis import code_values
+    from moepress.kernels.trellis import deviation
 
-    for name, bits, rows in itertools.product(cpu.instruction_sets(), (1, 2, 3, 4), (3584, 16384)):
+    for name, bits, rows in itertools.product(cpu.instruction_sets(), TRELLIS_BITS, (3584, 16384)):
         if name == "portable" and rows > 3584:
             continue
         cpu.use(name)
-        target = torch.randn(8, rows) * code_values(bits).double().std().item()
+        target = torch.randn(8, rows) * deviation(bits)
         call = partial(cpu.trellis_search, target, bits)
         rates = []
         for threads, clock in ((1, time.process_time), (THREADS, time.perf_counter)):

@@ -679,8 +679,8 @@ def test_the_file_can_be_read_by_people(tmp_path: Path) -> None:
     assert fields["kind"] == "plan"
     assert [row["layer"] for row in fields["layers"]] == [1, 3]
     for row, bits in zip(fields["layers"], plan.bits, strict=True):
-        assert row["gate_up"] == "".join(map(str, bits[:, 0]))
-        assert row["down"] == "".join(map(str, bits[:, 1]))
+        assert row["gate_up"] == "".join(map(str, bits[:, 0].astype(int)))
+        assert row["down"] == "".join(map(str, bits[:, 1].astype(int)))
 
 
 def test_files_that_are_no_plan_are_refused(tmp_path: Path) -> None:

@@ -29,6 +29,17 @@ def test_digest_sees_every_field_that_is_not_left_out() -> None:
         assert (changed.digest(field)) == base.digest(field)
 
 
+def test_half_widths_are_offered_to_trellis_codes_alone(tmp_path: Path) -> None:
+    assert Recipe().expert_bits == (1, 1.5, 2, 2.5, 3, 3.5, 4)
+    for scalar in (Recipe(expert_codec="int"), Recipe().with_changes(expert_codec="int")):
+        assert scalar.expert_bits == (1, 2, 3, 4)
+    with pytest.raises(InputError, match=r"expert_bits is 1\.5"):
+        Recipe(expert_codec="int", expert_bits=(1, 1.5))
+    file = tmp_path / "recipe.toml"
+    file.write_text("expert_bits = [1.5, 2.0]")
+    assert str(Recipe.load(file).expert_bits) == "(1.5, 2)"
+
+
 def test_allocation_fields_are_fields() -> None:
     assert set(FIELDS_AFTER_SCORING) <= {f.name for f in dataclasses.fields(Recipe)}
 
@@ -100,6 +111,7 @@ def test_sizes_and_widths() -> None:
     assert parse_size("1.5 GiB") == 3 << 29
     assert parse_size("700") == 700 and parse_size("2k") == 2000
     assert parse_widths("3,1,2") == (1, 2, 3)
+    assert str(parse_widths("2.5,1,2.0")) == "(1, 2, 2.5)"
     for wrong in ("GB", "16 potatoes", "-3GB", "9" * 400):
         with pytest.raises(InputError):
             parse_size(wrong)

@@ -91,7 +91,7 @@ def allocate(
     total_bytes = scores.fixed_bytes + linear_bytes + expert_bytes
     return BitAllocation(
         layers=scores.layers,
-        bits=choices.bits(chosen).astype(np.int8),
+        bits=choices.bits(chosen),
         linear_bits={
             name: scores.linear_bits[option]
             for name, option in zip(scores.linears, linears.tolist(), strict=True)

@@ -240,9 +240,8 @@ def _peaks(
 def widths_of(plan: BitAllocation, request: Request) -> Widths:
     """The widths that a plan gives to experts and tensors."""
     specs = request.tensors.specs(plan.linear_bits)
-    pairs = plan.bits.reshape(-1, plan.bits.shape[-1]).tolist()
     return Widths(
-        experts=Counter((gate_up, down) for gate_up, down in pairs),
+        experts=Counter(pair for row in plan.widths() for pair in row),
         tensors={name: spec.bits[0] for name, spec in specs.items()},
     )
 

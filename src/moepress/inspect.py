@@ -27,6 +27,7 @@ from moepress.format.checkpoint import (
     tensor_bytes,
 )
 from moepress.format.checksums import verify as verify_bytes
+from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
 from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_by_part
@@ -87,7 +88,7 @@ def _tensors(path: Path) -> dict[str, Any]:
 def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """A compressed model: bytes by part, widths of the experts, averages, pruning."""
     quantization = quantization_of(folder)
-    widths: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    widths: defaultdict[str, Counter[float]] = defaultdict(Counter)
     for name, spec in quantization.specs().items():
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)
@@ -223,7 +224,7 @@ def _plan(plan: BitAllocation) -> dict[str, Any]:
         "experts_by_bits": {
             name: {
                 str(bits): count
-                for bits, count in sorted(Counter(plan.bits[:, :, p].ravel().tolist()).items())
+                for bits, count in sorted(Counter(map(width, plan.bits[:, :, p].flat)).items())
             }
             for p, name in enumerate(("gate_up_proj", "down_proj"))
         },

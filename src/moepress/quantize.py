@@ -215,7 +215,7 @@ def quantize_experts(
     """
     experts = walk.source.experts[layer]
     rounding = Rounding.of_experts(plan.recipe, plan.recipe.quantizer)
-    widths_of = plan.bits[plan.layers.index(layer)].tolist()
+    widths_of = plan.widths()[plan.layers.index(layer)]
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
     output = walk.zeros(routed)
     meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe.seed, layer), left_out)
@@ -324,7 +324,7 @@ def layer_specs(source: Source, plan: BitAllocation, layer: int) -> dict[str, Pa
     for projection, (name, (_, cols)) in enumerate(
         zip(experts.parameters, (experts.gate_up_shape, experts.down_shape), strict=True)
     ):
-        widths = tuple(int(b) for b in plan.bits[row, :, projection])
+        widths = tuple(plan.bits[row, :, projection].tolist())
         family = plan.recipe.expert_codec
         group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
         specs[name] = PackedSpec(widths, group, family)

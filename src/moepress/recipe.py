@@ -20,7 +20,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from moepress.errors import FileError, InputError
-from moepress.format.codec import CODE_BITS, GRID_BITS, GROUP_SIZES, LEFT_OUT
+from moepress.format.codec import (
+    CODE_BITS,
+    GRID_BITS,
+    GROUP_SIZES,
+    HALF_WIDTHS,
+    LEFT_OUT,
+    width,
+)
 from moepress.reading.documents import shown, wrong_field
 from moepress.reading.files import read_text
 from moepress.reading.json import MOST_DIGITS, kind_of, parse_json
@@ -38,6 +45,10 @@ NOISE = "noise"
 QUANTIZERS: tuple[str, ...] = get_args(QuantizerName)
 TRELLIS = ("gptq", "rtn")  # quantizers that make trellis codes
 UNQUANTIZED = 16  # value of a *_bits field: those weights are not quantized
+EXPERT_BITS: dict[str, tuple[float, ...]] = {  # offered to routed experts by default, by codec
+    "int": (1, 2, 3, 4),
+    "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
+}
 TABLE_BITS = (4, 8, UNQUANTIZED)  # widths offered to the embedding and to the head
 MOST_BUDGET = 1 << 60  # bytes, or bits: more than anybody has
 FALLBACK_BITS = 4  # width of linears whose cost is unknown
@@ -65,9 +76,10 @@ class Recipe:
 
     # Widths offered to routed experts and to all other linears. attention_bits to embedding_bits
     # each fix the width of one kind of tensor; with None the allocator chooses the width of each
-    # tensor of that kind. With 0 among expert_bits, experts may be left out.
+    # tensor of that kind. With 0 among expert_bits, experts may be left out. Trellis codes of
+    # experts also have half widths: 1.5, 2.5 and 3.5.
     expert_codec: CodecFamily = "trellis"  # of all routed experts: scalar grids or trellis codes
-    expert_bits: tuple[int, ...] = (1, 2, 3, 4)
+    expert_bits: tuple[float, ...] = EXPERT_BITS["trellis"]  # if unset, by expert_codec
     group_size: int = 128
     linear_codec: CodecFamily = "trellis"  # of all other linears; widths it lacks are scalar
     linear_bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -97,7 +109,7 @@ class Recipe:
     alpha: float = 1.0  # exponents of phi, w and epsilon in cost "paper"
     beta: float = 1.0
     gamma: float = 2.0
-    at_least_one: tuple[int, ...] = ()  # widths that every layer must use at least once
+    at_least_one: tuple[float, ...] = ()  # widths that every layer must use at least once
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON and TOML have lists, no tuples
@@ -106,6 +118,10 @@ class Recipe:
                 frozen = tuple(tuple(v) if isinstance(v, list) else v for v in value)
                 object.__setattr__(self, field.name, frozen)
         self._check_types()
+        if self.expert_codec == "int" and self.expert_bits is EXPERT_BITS["trellis"]:  # unset
+            object.__setattr__(self, "expert_bits", EXPERT_BITS["int"])
+        for name in ("expert_bits", "at_least_one"):  # 2.0 of a file is 2
+            object.__setattr__(self, name, tuple(map(_as_width, getattr(self, name))))
         self._check()
         calib = tuple((normalised(text), weight) for text, weight in self.calib)
         object.__setattr__(self, "calib", calib)
@@ -222,8 +238,14 @@ class Recipe:
             raise FileError(f"Cannot read the recipe {path}: {error} Mend it.") from error
 
     def with_changes(self, **changes: Any) -> Recipe:
-        """This recipe with some fields changed, by name."""
-        return Recipe.from_dict({**self.to_dict(), **changes})
+        """This recipe with some fields changed, by name.
+
+        Where only `expert_codec` changes, the half widths of trellis codes are no longer offered.
+        """
+        fields = {**self.to_dict(), **changes}
+        if fields["expert_codec"] == "int" and "expert_bits" not in changes:
+            fields["expert_bits"] = [bits for bits in self.expert_bits if bits not in HALF_WIDTHS]
+        return Recipe.from_dict(fields)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Recipe:
@@ -247,7 +269,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[float, ...]:
         """The expert_bits without LEFT_OUT: widths that an expert can be rounded to."""
         return tuple(bits for bits in self.expert_bits if bits != LEFT_OUT)
 
@@ -260,6 +282,10 @@ class Recipe:
         """A short hash of every field but those in `omitted`."""
         fields = {k: v for k, v in self.to_dict().items() if k not in omitted}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _as_width(value: Any) -> Any:
+    return width(value) if isinstance(value, float) else value
 
 
 @cache
@@ -301,12 +327,12 @@ def parse_size(text: str) -> int:
     return int(float(number) * unit)
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
-    """The widths of "1,2,3", in rising order."""
+def parse_widths(text: str) -> tuple[float, ...]:
+    """The widths of "1,1.5,2", in rising order."""
     try:
-        return tuple(sorted({int(width) for width in text.split(",")}))
+        return tuple(sorted({width(float(bits)) for bits in text.split(",")}))
     except ValueError as error:
-        raise InputError(f"Widths {text!r} are not understood. Expected e.g. 1,2,3.") from error
+        raise InputError(f"Widths {text!r} are not understood. Expected e.g. 1,1.5,2.") from error
 
 
 # Least and most of numbers that work or memory grow with, or that a generator takes.

@@ -35,6 +35,7 @@ from moepress.format.checkpoint import (
     SCORES,
     is_compressed,
 )
+from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
 from moepress.original.sizes import byte_unit, bytes_by_part
 from moepress.page.picture import Format, Picture
@@ -214,7 +215,7 @@ def expert_values(subject: Subject) -> dict[str, Any]:
     """The numbers that the page shows for an expert: named columns of L x E values."""
     plan, scores = subject.plan, subject.scores
     columns: list[tuple[str, list[Any]]] = [
-        (f"{name}_proj bits", plan.bits[:, :, projection].ravel().tolist())
+        (f"{name}_proj bits", [width(b) for b in plan.bits[:, :, projection].flat])
         for projection, name in enumerate(PROJECTIONS)
     ]
     if scores is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moepress.format.codec import GRID_BITS, TRELLIS_BITS, Codec
+from moepress.format.codec import GRID_BITS, HALF_WIDTHS, TRELLIS_BITS, Codec
 from moepress.kernels import trellis
 from moepress.kernels.reference import dequantize
 from moepress.kernels.scalar import pack, unpack
@@ -40,9 +40,9 @@ def test_format_1(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_format_4(bits: int) -> None:
-    """The trellis family; `weights` [70, 64] are the rotated ones."""
-    stored = load_file(FOLDER / "format-4.safetensors")
+def test_formats_4_and_6(bits: float) -> None:
+    """The trellis family, 6: its half widths; `weights` [70, 64] are the rotated ones."""
+    stored = load_file(FOLDER / f"format-{6 if bits in HALF_WIDTHS else 4}.safetensors")
     packed, weights = stored[f"{bits}.packed"], stored[f"{bits}.weights"]
     codec = Codec(bits, 32, "trellis")
     found = torch.cat([part for _, part in trellis.strips(packed, *weights.shape, codec)])

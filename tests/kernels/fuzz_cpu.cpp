@@ -176,12 +176,15 @@ void drop() {
     expect(result == kOk, "drop: wrong result");
 }
 
-int64_t trellis_bytes(int64_t rows, int64_t cols, int bits) {  // docs/format.md
-    return (rows + 63) / 64 * (8 * cols * bits + 128);
+int trellis_width() { return one_of({1, 2, 3, 4, 15, 25, 35}); }  // 15: 1.5 bits
+
+int64_t trellis_bytes(int64_t rows, int64_t cols, int width) {  // docs/format.md
+    const int64_t codes = width > 8 ? 8 * cols * width / 10 : 8 * cols * width;
+    return (rows + 63) / 64 * (codes + 128);
 }
 
 void trellis_linear() {
-    const int bits = one_of({1, 2, 3, 4}), group = one_of({32, 64, 128});
+    const int bits = trellis_width(), group = one_of({32, 64, 128});
     const int64_t tokens = pick(0, 60) ? one_of<int64_t>({0, 1, 2, 5, 7, 8, 23}) : 300;
     const int64_t rows = pick(1, 140), cols = group * pick(1, 3);
     const int64_t right = trellis_bytes(rows, cols, bits);
@@ -207,7 +210,7 @@ void trellis_experts() {
         tables.emplace_back(2 * count);
         int64_t offset = 0;
         for (int64_t e = 0; e < count; ++e) {
-            const int bits = one_of({1, 2, 3, 4});
+            const int bits = trellis_width();
             tables[size_t(which)].at[size_t(2 * e)] = perhaps(offset);
             tables[size_t(which)].at[size_t(2 * e + 1)] = perhaps(bits);
             offset += trellis_bytes(shapes[which][0], shapes[which][1], bits);
@@ -233,12 +236,13 @@ void trellis_search() {
     const float spread = one_of({0.0f, 1.0f, 100.0f, 1e6f});  // of costs: equal to saturated
     for (int64_t i = 0; i < target.size; ++i) target.at[size_t(i)] *= spread;
     Buffer<uint8_t> branches(8 * rows);
-    const int bits = int(pick(1, 4));
+    const int bits = trellis_width();
     const int32_t result = moepress_trellis_search(target.get(), pick(0, 1) ? feedback.get() : nullptr,
                                                    rows, bits, int(pick(1, 3)), branches.get());
     expect(result == kOk, "trellis search: wrong result");
     for (int64_t i = 0; i < branches.size; ++i)
-        expect(branches.at[size_t(i)] < 1 << bits, "trellis search: a branch out of range");
+        expect(branches.at[size_t(i)] < 1 << (bits > 8 ? bits / 10 + 1 : bits),
+               "trellis search: a branch out of range");
     Buffer<float> values(8 * rows);
     expect(moepress_trellis_values(branches.get(), rows, 8, bits, int(pick(1, 3)), values.get()) ==
                kOk,

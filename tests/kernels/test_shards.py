@@ -28,7 +28,7 @@ def cuts(size: int, parts: int, unit: int) -> list[tuple[int, int]]:
 
 def product(x: torch.Tensor, packed: torch.Tensor, rows: int, codec: Codec) -> torch.Tensor:
     y: torch.Tensor = kernels.linear(
-        x, packed, None, rows, codec.bits, codec.group_size, 8, codec.family
+        x, packed, None, rows, codec.number, codec.group_size, 8, codec.family
     )
     return y
 
@@ -36,10 +36,10 @@ def product(x: torch.Tensor, packed: torch.Tensor, rows: int, codec: Codec) -> t
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_products_of_columns_add_up(backend: str, bits: int, parts: int) -> None:
+def test_products_of_columns_add_up(backend: str, bits: float, parts: int) -> None:
     rows, cols, codec = 100, 9 * 256, Codec(bits, 64, "trellis")
     packed = random_packed(rows, cols, codec)
-    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(bits))
+    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(codec.number))
     with backends.only(backend):
         whole = product(x, packed, rows, codec)
         total = torch.zeros_like(whole)
@@ -52,10 +52,10 @@ def test_products_of_columns_add_up(backend: str, bits: int, parts: int) -> None
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_products_of_rows_are_those_of_the_matrix(backend: str, bits: int, parts: int) -> None:
+def test_products_of_rows_are_those_of_the_matrix(backend: str, bits: float, parts: int) -> None:
     rows, cols, codec = 8 * 64 + 70, 128, Codec(bits, 128, "trellis")
     packed = random_packed(rows, cols, codec)
-    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(bits))
+    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(codec.number))
     with backends.only(backend):
         whole = product(x, packed, rows, codec)
         for start, stop in cuts(rows, parts, ROWS_PER_SLAB):
@@ -85,7 +85,7 @@ def test_an_mlp_cut_by_rows_then_by_columns(parts: int) -> None:
 
 
 def test_weights_of_parts_are_those_of_the_matrix() -> None:
-    rows, cols, codec = 200, 512, Codec(3, 32, "trellis")
+    rows, cols, codec = 200, 512, Codec(2.5, 32, "trellis")
     packed = random_packed(rows, cols, codec)
     whole = reference.dequantize(packed, rows, cols, codec)
     right = columns_part(packed, rows, cols, codec, 256, 512)

@@ -32,7 +32,10 @@ def experts_call(
     tokens: int, hidden: int, inner: int, group: int, activation: str = "silu", bits: int = 16
 ) -> ExpertsCall:
     generator = torch.Generator().manual_seed(tokens)
-    specs = PackedSpec((1, 2, 4, 3), group, "trellis"), PackedSpec((3, 2, 1, 4), group, "trellis")
+    specs = (
+        PackedSpec((1, 2.5, 4, 3), group, "trellis"),
+        PackedSpec((3.5, 2, 1.5, 4), group, "trellis"),
+    )
     shapes = (2 * inner, hidden), (hidden, inner)
     packed = [
         torch.cat([random_packed(*shape, c, seed) for seed, c in enumerate(spec.codecs)])
@@ -52,7 +55,7 @@ def experts_call(
     "rows, cols, group, tokens", [(64, 32, 32, 1), (70, 384, 128, 3), (200, 64, 64, 300)]
 )
 def test_linear(
-    isa: str, bits: int, rows: int, cols: int, group: int, tokens: int, activation_bits: int
+    isa: str, bits: float, rows: int, cols: int, group: int, tokens: int, activation_bits: int
 ) -> None:
     codec = codec_of(bits, group)
     generator = torch.Generator().manual_seed(0)

@@ -89,7 +89,7 @@ def test_what_is_left_after_feedback_is_the_draw(error: float) -> None:
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_error_of_a_code(bits: int) -> None:
+def test_error_of_a_code(bits: float) -> None:
     assert code_error(bits, 2048) == pytest.approx(DISTORTION[bits], rel=0.03)
     assert code_error(bits, 65536) == code_error(bits, 2048)
     generator = torch.Generator().manual_seed(1)

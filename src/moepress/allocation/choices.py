@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moepress.allocation.arrays import Ints
+from moepress.allocation.arrays import Floats, Ints
 from moepress.costs.scores import BOTH, ExpertScores
 from moepress.format.codec import LEFT_OUT, codec_for, padded_shapes
 from moepress.recipe import Recipe
@@ -22,7 +22,7 @@ from moepress.recipe import Recipe
 Item = Literal["projection", "expert", "pair"]
 
 
-def offered(recipe: Recipe) -> tuple[int, ...]:
+def offered(recipe: Recipe) -> tuple[float, ...]:
     """[B] widths that experts may take. A uniform plan leaves no expert out."""
     return recipe.widths if recipe.cost == "uniform" else recipe.expert_bits
 
@@ -82,7 +82,7 @@ def cost_by_option(item: Item, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return costs
 
 
-def _nbytes(scores: ExpertScores, recipe: Recipe, bits: int, rows: int, cols: int) -> int:
+def _nbytes(scores: ExpertScores, recipe: Recipe, bits: float, rows: int, cols: int) -> int:
     """Stored bytes of an expert's matrix [rows, cols]."""
     if bits == LEFT_OUT:
         return 0
@@ -98,7 +98,7 @@ class Choices:
 
     shape: tuple[int, int, int]  # L, E, P
     item: Item
-    widths: tuple[int, ...]  # [B] offered, rising
+    widths: tuple[float, ...]  # [B] offered, rising
     code_bits: Ints  # [P, C] code bits of all weights of an option together
     nbytes: Ints  # [P, C] stored bytes of an option, with side data and padding
     total_weights: int  # number of weights of all routed experts
@@ -107,7 +107,7 @@ class Choices:
     def of(cls, scores: ExpertScores, recipe: Recipe) -> Choices:
         matrices = (scores.gate_up_shape, scores.down_shape)
         widths, item = offered(recipe), item_of(recipe)
-        code_bits = [[rows * cols * bits for bits in widths] for rows, cols in matrices]
+        code_bits = [[round(rows * cols * bits) for bits in widths] for rows, cols in matrices]
         packed = padded_shapes(*matrices)
         nbytes = [[_nbytes(scores, recipe, bits, *m) for bits in widths] for m in packed]
         count, experts = scores.tokens.shape
@@ -120,12 +120,14 @@ class Choices:
             total_weights=count * experts * sum(rows * cols for rows, cols in matrices),
         )
 
-    def bits(self, chosen: Ints) -> Ints:
+    def bits(self, chosen: Ints) -> Floats:
         """[L, E, 2] widths of gate and up and of down, for chosen options [L, E, P]."""
         both = np.broadcast_to(chosen, (*chosen.shape[:2], 2))
-        return np.asarray(np.array(self.widths)[self._width_indices()[[0, 1], both]])
+        return np.asarray(
+            np.array(self.widths, dtype=np.float64)[self._width_indices()[[0, 1], both]]
+        )
 
-    def options(self, bits: npt.NDArray[np.int8]) -> Ints:
+    def options(self, bits: Floats) -> Ints:
         """[L, E, P] options that have the widths `bits` [L, E, 2]: the inverse of `bits()`."""
         indices = np.searchsorted(self.widths, bits)
         if self.item != "pair":

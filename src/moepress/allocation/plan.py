@@ -15,7 +15,14 @@ from pydantic import Field
 
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import save_json
-from moepress.format.codec import GROUP_SIZES, LEFT_OUT
+from moepress.format.codec import (
+    GROUP_SIZES,
+    LEFT_OUT,
+    read_widths,
+    spell_widths,
+    width,
+    width_number,
+)
 from moepress.reading.documents import Array, Document, parse
 from moepress.reading.json import read_json
 from moepress.recipe import FAST, TABLE_BITS, Recipe
@@ -57,7 +64,7 @@ class BitAllocation:
     """The plan: code bits of both projections of every routed expert. L MoE layers, E experts."""
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
-    bits: npt.NDArray[np.int8]  # [L, E, 2] code bits of gate_up and of down
+    bits: npt.NDArray[np.float64]  # [L, E, 2] code bits of gate_up and of down
     linear_bits: dict[str, int]  # width of each open tensor, by parameter name
     group_size: int
     predicted_loss: float  # sum of the costs of all choices, see allocation/objective.py
@@ -71,7 +78,7 @@ class BitAllocation:
     provenance: dict[str, str]
 
     def __post_init__(self) -> None:
-        bits = np.array(self.bits, dtype=np.int8)  # a copy, so that no caller can change it
+        bits = np.array(self.bits, dtype=np.float64)  # a copy, so that no caller can change it
         bits.setflags(write=False)
         object.__setattr__(self, "bits", bits)
         if wrong := self._contradiction():
@@ -110,17 +117,25 @@ class BitAllocation:
 
     def digest(self) -> str:
         """A short hash of all widths."""
+        numbers = bytes(width_number(bits) for bits in self.bits.flat)
         linears = json.dumps(self.linear_bits, sort_keys=True) if self.linear_bits else ""
-        return hashlib.sha256(self.bits.tobytes() + linears.encode()).hexdigest()[:16]
+        return hashlib.sha256(numbers + linears.encode()).hexdigest()[:16]
+
+    def widths(self) -> list[list[tuple[float, float]]]:
+        """By layer and expert, the code bits of gate_up and of down: int where they are whole."""
+        return [[(width(a), width(b)) for a, b in row] for row in self.bits.tolist()]
 
     def save(self, path: Path) -> None:
-        """Write JSON atomically, widths as one digit per expert. Equal plans give equal bytes.
+        """Write JSON atomically, widths as `spell_widths`. Equal plans give equal bytes.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         rows = [
-            {"layer": layer, **{n: _digits(row[:, p]) for p, n in enumerate(PROJECTIONS)}}
+            {
+                "layer": layer,
+                **{n: spell_widths(row[:, p].tolist()) for p, n in enumerate(PROJECTIONS)},
+            }
             for layer, row in zip(self.layers, self.bits, strict=True)
         ]
         fields = {k: v for k, v in vars(self).items() if k not in ("layers", "bits")}
@@ -143,21 +158,16 @@ class BitAllocation:
         parse(PlanFields, fields, f"The plan {path}", AGAIN)
         try:
             rows = fields.pop("layers")
-            bits = [[[int(digit) for digit in row[n]] for n in PROJECTIONS] for row in rows]
+            bits = [[read_widths(row[n]) for n in PROJECTIONS] for row in rows]
             if "linear_bits" not in fields:  # of a version whose linears were all scalar and fixed
                 fields["linear_bits"] = {}
                 fields["recipe"] = FAST.to_dict() | fields["recipe"]
             return cls(
                 **fields | {"recipe": Recipe.from_dict(fields["recipe"])},
                 layers=tuple(int(row["layer"]) for row in rows),
-                bits=np.array(bits, dtype=np.int8).swapaxes(1, 2),
+                bits=np.array(bits, dtype=np.float64).swapaxes(1, 2),
             )
         except (TypeError, KeyError, ValueError, OverflowError, CheckpointError) as error:
             raise FileError(
                 f"{path} is a damaged plan ({type(error).__name__}: {error}). {AGAIN}"
             ) from error
-
-
-def _digits(bits: npt.NDArray[np.int8]) -> str:
-    """Widths as a string, one digit each."""
-    return "".join(str(b) for b in bits.tolist())

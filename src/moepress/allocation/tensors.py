@@ -18,6 +18,7 @@ from moepress.costs.drop_costs import drop_bytes
 from moepress.errors import InputError
 from moepress.format.codec import (
     GROUP_SIZES,
+    HALF_WIDTHS,
     PackedSpec,
     codec_for,
     fitting_group_size,
@@ -226,8 +227,12 @@ def file_bytes(source: Source, recipe: Recipe, tensors: ModelTensors) -> int:
     moe_layers, experts = len(source.experts), source.one_layer_of_experts.experts
     headers = sum(len(name) + 68 for name in (*names, *expert_names)) + 32 * len(source.layers)
     index = sum(len(name) + 43 for name in (*names, *expert_names)) + 100
-    entries = sum(len(name) + 75 for name in packed) + 2 * moe_layers * experts + 500
-    plan = 1500 + moe_layers * (2 * experts + 75) + sum(len(name) + 10 for name in open_names)
+    # Characters of an expert's width, "2," or "2.5,"; "2" where all are whole.
+    spelt = 3 if set(HALF_WIDTHS) & set(recipe.expert_bits) else 1
+    entries = sum(len(name) + 75 for name in packed) + 2 * spelt * moe_layers * experts + 500
+    plan = (
+        1500 + moe_layers * (2 * spelt * experts + 75) + sum(len(name) + 10 for name in open_names)
+    )
     for group, family in ((expert_names, recipe.expert_codec), (open_names, recipe.linear_codec)):
         entries += 30 * len(group) * (family != "int")  # "family"
     arrays = 1 + len(recipe.calib)  # epsilon^2, and the cost on each text

@@ -23,7 +23,7 @@ DEFAULTS = {
     "calib": "self",
     "sequences": "128",
     "sequence_length": "512",
-    "expert_bits": "1,2,3,4; paper: 1,2,3",
+    "expert_bits": "1,1.5,2,2.5,3,3.5,4; fast: 1,2,3,4; paper: 1,2,3",
     "expert_codec": "trellis; fast, paper: int",
     "over": "mean",
     "group_size": "128",
@@ -49,7 +49,7 @@ Length = Annotated[
         show_default=DEFAULTS["sequence_length"],
     ),
 ]
-WIDTHS_HELP = "Widths offered to experts, such as 1,2,3; 0 leaves an expert out."
+WIDTHS_HELP = "Widths offered to experts, such as 1,1.5,2; 0 leaves an expert out."
 Widths = Annotated[
     str | None,
     typer.Option("--expert-bits", help=WIDTHS_HELP, show_default=DEFAULTS["expert_bits"]),

@@ -26,7 +26,7 @@ from moepress.rounding.options import Rounding
 
 
 def rounded_weights(
-    experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[int]
+    experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[float]
 ) -> Iterator[list[ExpertWeights | None]]:
     """Each expert at every offered width, dequantized; None for width 0, which leaves it out.
 
@@ -48,7 +48,7 @@ def rounded_weights(
 
 
 def _noisy(
-    expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]
+    expert: RoutedExpert, rounding: Rounding, widths: Sequence[float]
 ) -> Iterator[ExpertWeights]:
     """The expert with drawn errors at every width, in the dtype of its weights."""
     weights, seed = expert.weights, rounding.tokens.seed

@@ -69,7 +69,7 @@ class ExpertScores:
     """
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
-    bits: tuple[int, ...]  # [B] widths measured, rising
+    bits: tuple[float, ...]  # [B] widths measured, rising
     tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
     squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by ROUNDED

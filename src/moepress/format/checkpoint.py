@@ -31,7 +31,8 @@ from moepress.reading.headers import read_header
 from moepress.reading.json import read_json
 from moepress.writing.files import write_atomically
 
-FORMAT_VERSION = 5  # the highest; a folder gets the lowest version that can express its tensors
+FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
+HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
 FORMS_VERSION = 5  # the lowest that has experts of any form, and padded ones
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
@@ -209,6 +210,8 @@ def format_version(packed: Collection[PackedSpec], common: bool = True) -> int:
     Args:
         common: whether the experts have the form that all versions have.
     """
+    if any(spec.has_half_widths for spec in packed):
+        return HALF_WIDTHS_VERSION
     if not common:
         return FORMS_VERSION
     if any(spec.family == "trellis" for spec in packed):

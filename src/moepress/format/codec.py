@@ -14,7 +14,10 @@ before it on its path choose one of 2**12 fixed values. Each row has one scale:
 
     w' = scale * value(state),   w' a weight of the rotated matrix
 
-`kernels/trellis.py` defines paths, values and the rotation. The `group_size` of a trellis codec
+`kernels/trellis.py` defines paths, values and the rotation. Half widths, such as 1.5 bits, spend
+the whole numbers below and above in turn. Widths are numbers of bits, `int` where they are whole.
+In ops and their tables ten times the bits stand for half widths (`width_number`).
+The `group_size` of a trellis codec
 changes no stored byte: it is the number of columns whose activations share a scale in kernels that
 round activations.
 
@@ -24,6 +27,7 @@ and unpack them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -31,8 +35,9 @@ from moepress.errors import InputError
 
 FAMILIES = ("int", "trellis")
 GRID_BITS = (1, 2, 3, 4, 8)
-TRELLIS_BITS = (1, 2, 3, 4)
-CODE_BITS = {"int": GRID_BITS, "trellis": TRELLIS_BITS}
+HALF_WIDTHS = (1.5, 2.5, 3.5)
+TRELLIS_BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4)
+CODE_BITS: dict[str, tuple[float, ...]] = {"int": GRID_BITS, "trellis": TRELLIS_BITS}
 GROUP_SIZES = (128, 64, 32)  # tried in this order if the requested one does not divide a row
 ROWS_PER_BLOCK = 16  # one row for each int32 lane of a 512-bit register
 ROWS_PER_SLAB = 64  # the rows of a trellis matrix are padded to a multiple of this
@@ -40,15 +45,50 @@ ALIGNMENT = 64  # every matrix starts at a multiple of this many bytes: one cach
 LEFT_OUT = 0  # code bits of an expert that is left out: it has no bytes and no output
 
 
+def width(bits: float) -> float:
+    """A width as it is written: an int where it is whole, so that 2.0 becomes 2."""
+    return int(bits) if float(bits).is_integer() else float(bits)
+
+
+def width_number(bits: float) -> int:
+    """The integer that stands for a width in the ops: the bits, or ten times those of half widths.
+
+    1, 2, 3, 4 and 8 are themselves; 15, 25 and 35 are 1.5, 2.5 and 3.5 bits.
+    """
+    return int(bits * 10) if bits in HALF_WIDTHS else int(bits)
+
+
+def width_of(number: int) -> float:
+    """The inverse of `width_number`."""
+    half = number / 10
+    return half if half in HALF_WIDTHS else number
+
+
+def spell_widths(widths: Sequence[float]) -> str:
+    """Widths as text: one digit each or, with half widths among them, separated by commas."""
+    between = "," if any(bits in HALF_WIDTHS for bits in widths) else ""
+    return between.join(str(width(bits)) for bits in widths)
+
+
+def read_widths(text: str) -> tuple[float, ...]:
+    """The inverse of `spell_widths`.
+
+    Raises:
+        ValueError: the text is of another form.
+    """
+    return tuple(width(float(bits)) for bits in (text.split(",") if "." in text else text))
+
+
 @dataclass(frozen=True, order=True)
 class Codec:
     """How one matrix is stored: a family, its code bits, and a group size."""
 
-    bits: int
+    bits: float
     group_size: int
     family: str = "int"  # one of FAMILIES
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", width(self.bits))
         if self.family not in FAMILIES:
             raise InputError(f"No codec family '{self.family}'. Expected one of {list(FAMILIES)}.")
         if self.bits not in CODE_BITS[self.family]:
@@ -66,9 +106,14 @@ class Codec:
         return f"{self.family}{self.bits}-g{self.group_size}"
 
     @property
+    def number(self) -> int:
+        """The integer that stands for the width in the ops, see `width_number`."""
+        return width_number(self.bits)
+
+    @property
     def levels(self) -> int:
-        """The largest code, 2**bits - 1."""
-        return (1 << self.bits) - 1
+        """The largest code of the scalar family, 2**bits - 1."""
+        return (1 << int(self.bits)) - 1
 
     @property
     def has_zero(self) -> bool:
@@ -101,11 +146,11 @@ class Codec:
     def block_bytes(self, cols: int) -> int:
         """Bytes of a block: 16 rows of a scalar matrix."""
         side = 2 + self.has_zero  # bf16 scale, uint8 zero
-        return ROWS_PER_BLOCK * (cols * self.bits // 8 + self.groups(cols) * side)
+        return ROWS_PER_BLOCK * (cols * int(self.bits) // 8 + self.groups(cols) * side)
 
     def slab_bytes(self, cols: int) -> int:
         """Bytes of the codes of a slab: 64 rows of a trellis matrix."""
-        return ROWS_PER_SLAB // 8 * self.groups(cols) * self.group_size * self.bits
+        return int(ROWS_PER_SLAB // 8 * self.groups(cols) * self.group_size * self.bits)
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Stored bytes of a [rows, cols] matrix, padding included."""
@@ -123,17 +168,18 @@ class PackedSpec:
     each starting at a multiple of 64 bytes.
     """
 
-    bits: tuple[int, ...]  # one per matrix; LEFT_OUT: the matrix does not exist
+    bits: tuple[float, ...]  # one per matrix; LEFT_OUT: the matrix does not exist
     group_size: int
     family: str = "int"
 
     def __post_init__(self) -> None:
         if not self.bits:
             raise InputError("A packed tensor needs at least one matrix, got no code bits.")
+        object.__setattr__(self, "bits", tuple(map(width, self.bits)))
         for bits in set(self.bits) - {LEFT_OUT}:
             self._codec(bits)  # raises InputError if the width does not exist
 
-    def _codec(self, bits: int) -> Codec:
+    def _codec(self, bits: float) -> Codec:
         return Codec(bits, self.group_size, self.family)
 
     @property
@@ -159,24 +205,29 @@ class PackedSpec:
         return (0, *accumulate(sizes.get(bits, 0) for bits in self.bits))
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
-        """(offset in bytes, code bits) of each [rows, cols] matrix."""
+        """(offset in bytes, `width_number`) of each [rows, cols] matrix."""
         offsets = self.offsets(rows, cols)[:-1]
-        return list(zip(offsets, self.bits, strict=True))
+        return list(zip(offsets, map(width_number, self.bits), strict=True))
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Stored bytes of all matrices, each [rows, cols]."""
         return self.offsets(rows, cols)[-1]
 
+    @property
+    def has_half_widths(self) -> bool:
+        """Whether a matrix has 1.5, 2.5 or 3.5 bits."""
+        return any(bits in HALF_WIDTHS for bits in self.bits)
+
     def to_json(self) -> dict[str, str | int]:
         fields: dict[str, str | int] = {
-            "bits": "".join(map(str, self.bits)),
+            "bits": spell_widths(self.bits),
             "group_size": self.group_size,
         }
         return fields if self.family == "int" else fields | {"family": self.family}
 
     @classmethod
     def from_json(cls, fields: dict[str, str | int]) -> PackedSpec:
-        bits = tuple(int(c) for c in str(fields["bits"]))
+        bits = read_widths(str(fields["bits"]))
         return cls(bits, int(fields["group_size"]), str(fields.get("family", "int")))
 
 
@@ -203,12 +254,12 @@ def padded_shapes(
     return (parts * inner, hidden), (hidden, inner)
 
 
-def stored_family(bits: int, family: str) -> str:
+def stored_family(bits: float, family: str) -> str:
     """The family that stores a width: `family`, or the scalar one for widths that it lacks."""
     return family if bits in CODE_BITS[family] else "int"
 
 
-def codec_for(bits: int, cols: int, group_size: int, family: str = "int") -> Codec:
+def codec_for(bits: float, cols: int, group_size: int, family: str = "int") -> Codec:
     """The codec of `bits` for rows of `cols` weights, with that group size or a smaller one.
 
     Raises:

@@ -69,8 +69,8 @@ def _spec(path: str, packed: PackedFields, what: str = "quantization_config") ->
         return PackedSpec.from_json(packed.model_dump())
     except ValueError as error:  # InputError is a ValueError
         raise FileError(
-            f"{what} has bits '{packed.bits[:60]}' for {path}. Expected one digit per matrix, each "
-            f"a width of the family. {error} {RESTORE}"
+            f"{what} has bits '{packed.bits[:60]}' for {path}. Expected one digit per matrix, or "
+            f"1.5,2 and the like, each a width of the family. {error} {RESTORE}"
         ) from error
 
 

@@ -54,7 +54,7 @@ class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
     """The `quantization_config` of a compressed folder's config.json (docs/format.md).
 
     Args:
-        modules: parameter path to {"bits": one digit per matrix, "group_size": G}, and "family"
+        modules: parameter path to {"bits": one width per matrix, "group_size": G}, and "family"
             unless it is "int".
         format_version: version of the byte layout.
         provenance: how the folder was made; kept when the model is saved, otherwise unused.

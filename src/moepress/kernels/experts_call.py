@@ -28,7 +28,8 @@ class ExpertsCall:
         gate_up: [bytes] uint8, the packed [R, H] matrices of all experts. R = 2I, gate rows first;
             without a gate R = I.
         down: [bytes] uint8, the packed [H, I] matrices of all experts.
-        gate_up_table, down_table: [E, 2] int64, (first byte, code bits) of each expert's matrix.
+        gate_up_table, down_table: [E, 2] int64, (first byte, number of the width) of each expert's
+            matrix; the number as `width_number` of format/codec.py.
             An expert with 0 bits in both tables is left out: choosing it contributes nothing.
         intermediate_size: I.
         gate_up_group, down_group: group sizes, in columns.

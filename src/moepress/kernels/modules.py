@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
             self.weight,
             self.bias,
             self.out_features,
-            codec.bits,
+            codec.number,
             codec.group_size,
             self.activation_bits,
             codec.family,
@@ -98,7 +98,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows, cols, codec = self.num_embeddings, self.embedding_dim, self.codec
         y: Tensor = kernels.embedding(
-            ids, self.weight, rows, cols, codec.bits, codec.group_size, self.like.dtype
+            ids, self.weight, rows, cols, codec.number, codec.group_size, self.like.dtype
         )
         return y
 
@@ -152,7 +152,7 @@ class PackedExperts(nn.Module):
             if len(spec.bits) != num_experts:
                 raise InputError(
                     f"{name} has {num_experts} experts, but {len(spec.bits)} widths are given. "
-                    "Expected one digit per expert."
+                    "Expected one width per expert."
                 )
         for expert, pair in enumerate(zip(gate_up.bits, down.bits, strict=True)):
             if LEFT_OUT in pair and pair != (LEFT_OUT, LEFT_OUT):
@@ -177,7 +177,7 @@ class PackedExperts(nn.Module):
         self.gate_up = gate_up
         self.down = down
         gate_up_shape, down_shape = self.shapes
-        # (first byte, code bits) of each expert's matrices, [E, 2] int64: gate_up's, then down's.
+        # (first byte, `width_number`) of each expert's matrices, [E, 2] int64, of gate_up and down.
         # Not buffers: transformers fills non-persistent buffers with garbage after loading, and
         # accelerate may page them out. The masters stay on the CPU, even in a model built on meta.
         self._tables = (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError
-from moepress.format.codec import Codec
+from moepress.format.codec import Codec, width_of
 from moepress.kernels.backends import backend_for
 from moepress.kernels.checks import check_bytes, check_one_device
 from moepress.kernels.experts_call import ExpertsCall, check_experts_call
@@ -43,7 +43,7 @@ def linear(
         packed: [Codec(bits, group_size, family).nbytes(N, K)] uint8, docs/format.md.
         bias: [N] in the dtype of x, or None.
         out_features: N.
-        bits, group_size, family: the codec of W.
+        bits, group_size, family: the codec of W; `bits` as `width_number` of format/codec.py.
         activation_bits: the least precision of activations. 8: a backend may round them to 8-bit
             codes, one scale per group of columns. 16: to 15-bit codes, finer than bfloat16.
 
@@ -53,7 +53,7 @@ def linear(
     Raises:
         InputError: a shape, dtype or device does not fit, or the codec does not exist.
     """
-    codec = Codec(bits, group_size, family)
+    codec = Codec(width_of(bits), group_size, family)
     check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
     check_one_device(x, weight=packed, bias=bias)
     check_activation_bits(activation_bits)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.errors import InputError
-from moepress.format.codec import LEFT_OUT, Codec
+from moepress.format.codec import LEFT_OUT, Codec, width_of
 from moepress.kernels import scalar, trellis
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
@@ -98,7 +98,10 @@ def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
     total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     gate_up_table, down_table = call.gate_up_table.tolist(), call.down_table.tolist()
     for expert, slots in slots_by_expert(call.top_k_index, len(gate_up_table)):
-        first, second = gate_up_table[expert], down_table[expert]  # each [first byte, code bits]
+        first, second = (
+            gate_up_table[expert],
+            down_table[expert],
+        )  # [first byte, `width_number`]
         if first[1] == second[1] == LEFT_OUT:
             continue
         gate_up, gate_up_codec = _matrix(
@@ -231,8 +234,8 @@ def _matrix(
     packed: Tensor, entry: list[int], group_size: int, family: str, rows: int, cols: int
 ) -> tuple[Tensor, Codec]:
     """The bytes and the codec of one expert's matrix; `entry`, its row of the table."""
-    offset, bits = entry
-    codec = Codec(bits, group_size, family)
+    offset, number = entry
+    codec = Codec(width_of(number), group_size, family)
     return packed[offset : offset + codec.nbytes(rows, cols)], codec
 
 

@@ -98,7 +98,7 @@ def some_rows(packed: Tensor, rows: int, cols: int, codec: Codec, wanted: Tensor
 
 def _planes(codec: Codec) -> tuple[tuple[int, int], ...]:
     """(bits, shift within the code) of the bit planes of a tile, in order."""
-    return ((2, 0), (1, 2)) if codec.bits == 3 else ((codec.bits, 0),)
+    return ((2, 0), (1, 2)) if codec.bits == 3 else ((codec.number, 0),)
 
 
 def _pack_plane(tiles: Tensor, bits: int) -> Tensor:
@@ -133,7 +133,7 @@ def _unpack_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [n, K], scales [n, G] and zeros [n, G] or None, of `rows` ([n] int64) or of all."""
     groups = codec.groups(cols)
-    tile = ROWS_PER_BLOCK * codec.group_size * codec.bits // 8
+    tile = ROWS_PER_BLOCK * codec.group_size * codec.number // 8
     sizes = [groups * tile, 2 * groups * ROWS_PER_BLOCK, codec.has_zero * groups * ROWS_PER_BLOCK]
     tiles, scales, zeros = blocks.split_with_sizes(sizes, dim=1)
     return (

@@ -106,8 +106,9 @@ def rows_part(packed: Tensor, rows: int, cols: int, codec: Codec, start: int, st
     codes, scales = split(packed, rows, cols, codec)
     first, last = start // ROWS_PER_SLAB, -(-stop // ROWS_PER_SLAB)
     above = codes[first - 1 : first] if first else codes[-1:]
-    words = torch.zeros_like(above).view(-1, codec.bits, ROWS_PER_SLAB)
-    words[:, -1] = above.view_as(words)[:, -1]
+    words = torch.zeros_like(above).view(-1, round(2 * codec.bits), ROWS_PER_SLAB)  # of two tiles
+    ends = [-1 - int(codec.bits), -1]  # the last word of each tile
+    words[:, ends] = above.view_as(words)[:, ends]
     kept = scales[first * ROWS_PER_SLAB : last * ROWS_PER_SLAB]
     none = scales.new_zeros(ROWS_PER_SLAB)
     parts = codes[first:last].flatten(), words.flatten(), torch.cat([kept, none]).view(torch.uint8)
@@ -122,7 +123,7 @@ def _columns_of_blocks(
     groups = slice(start // codec.group_size, stop // codec.group_size)
     blocks = blocks_of(packed, rows, cols, codec)
     count = codec.groups(cols)
-    codes = ROWS_PER_BLOCK * codec.group_size * codec.bits // 8 * count
+    codes = ROWS_PER_BLOCK * codec.group_size * codec.number // 8 * count
     scales = 2 * ROWS_PER_BLOCK * count
     parts = blocks.tensor_split((codes, codes + scales), dim=1)
     kept = [

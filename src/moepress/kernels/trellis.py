@@ -7,6 +7,10 @@ weight; the older bits belong to the weights before it on the same path.
     state_t = (state_(t-1) * 2**k + branch_t) mod 2**12,   branch_t in 0 .. 2**k - 1
     value_t = (sum of the low bytes of  state_t * MULTIPLIERS[k]) - CENTERS[k]
 
+Half widths have branches of two widths in turn (`branch_bits`) and values of whole widths
+(`value_bits`). Since a state spans several branches, the error is that of the mean width
+(docs/log.md#half-widths).
+
 The multiplication scatters neighbouring states over the values. A sum of bytes, like any sum, is
 nearly Gaussian, and so are rotated weights. At 1 and 2 bits the sum takes two bytes of the product;
 at 3 and 4 bits, where the tails matter more, it takes all four. The search for the multipliers
@@ -29,7 +33,9 @@ Tiles have 64 rows and 8 columns:
 
 A path continues in the tile below. The last tile continues in the first one (tail-biting), so no
 start state is stored. The k bits of weight i follow those of weight i - 1 in k 16-bit words,
-highest bit first. Word j of all 32 paths is one 512-bit register: [16 lanes][2 parities].
+highest bit first. Word j of all 32 paths is one 512-bit register: [16 lanes][2 parities]. At a half
+width a path has half a word more than a whole number of them in a tile. The half comes first, and
+the halves of two neighbouring tiles share a word.
 
 A register thus holds two neighbouring columns of 16 rows in 16 32-bit lanes. Shifting it gives the
 states of the next step, and pairs of 16-bit values are operands of `vpmaddwd`: no value moves
@@ -38,6 +44,7 @@ between lanes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache, reduce
 
@@ -60,8 +67,33 @@ STRIP_WEIGHTS = 1 << 21  # weights decoded at a time: 8 MB in float32
 WEIGHTS_AT_ONCE = 1 << 24  # packed, rotated, or brought from branches to values; bounds memory
 
 
+def branch_bits(bits: float) -> tuple[int, int]:
+    """The bits of branches of even and of odd steps: 1 and 2 at 1.5 bits, 2 and 2 at 2 bits."""
+    return int(bits), math.ceil(bits)
+
+
+def value_bits(bits: float) -> tuple[int, int]:
+    """The whole widths whose values even and odd steps have.
+
+    At 1.5 bits those of the branches. At 2.5 and 3.5 bits, where the tails matter more, those of 3
+    and of 4 bits.
+    """
+    low, high = branch_bits(bits)
+    return (low if high <= 2 else high), high
+
+
+def values_in_turn(bits: float) -> Tensor:
+    """The values of all states in even and in odd steps, [2, 4096] int32."""
+    return torch.stack([code_values(each) for each in value_bits(bits)])
+
+
+def deviation(bits: float) -> float:
+    """The standard deviation of the values of a code."""
+    return values_in_turn(bits).double().std(1, correction=0).square().mean().sqrt().item()
+
+
 def code_values(bits: int) -> Tensor:
-    """The value of every state, [4096] int32."""
+    """The value of every state at a whole width, [4096] int32."""
     product = torch.arange(STATES, dtype=torch.int64) * MULTIPLIERS[bits]
     count = BYTES_SUMMED[bits]
     total = sum((product >> (8 * i)) & 255 for i in range(count))
@@ -69,15 +101,15 @@ def code_values(bits: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _values(bits: int, device: torch.device) -> Tensor:
-    return code_values(bits).to(device, torch.float32)
+def _values(bits: float, device: torch.device) -> Tensor:
+    return values_in_turn(bits).to(device, torch.float32)
 
 
 def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
     """The bytes of a matrix of trellis codes.
 
     Args:
-        branches: [64 S, K] uint8, each below 2**bits; S = N / 64, rounded up.
+        branches: [64 S, K] uint8, each below 2**bits of its step; S = N / 64, rounded up.
         scales: [N] bfloat16.
 
     Returns:
@@ -93,25 +125,46 @@ def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
         raise InputError(
             f"branches must be [{rows}, K] uint8, got {list(branches.shape)} {branches.dtype}."
         )
-    if branches.numel() and int(branches.max()) > codec.levels:
-        raise InputError(
-            f"{codec.name} has branches 0 to {codec.levels}, got {int(branches.max())}."
-        )
     codec.groups(branches.shape[1])  # raises InputError if the group size does not divide K
+    by_step = branches.view(rows, -1, 2, 2)  # neighbouring steps have neighbouring column pairs
+    for step, width in enumerate(branch_bits(codec.bits)):
+        if branches.numel() and (largest := int(by_step[:, :, step].max())) >= 1 << width:
+            raise InputError(f"{codec.name} has branches 0 to {(1 << width) - 1}, got {largest}.")
     step = max(1, WEIGHTS_AT_ONCE // (ROWS_PER_SLAB * branches.shape[1])) * ROWS_PER_SLAB
     codes = [_pack(branches[i : i + step], codec.bits) for i in range(0, rows, step)]
     return torch.cat([*codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
 
 
-def _pack(branches: Tensor, bits: int) -> Tensor:
+def _pack(branches: Tensor, bits: float) -> Tensor:
     """The bytes of whole slabs."""
-    paths = to_paths(branches)  # [slabs, tiles, 16, 2, STEPS]
-    positions = torch.arange(bits - 1, -1, -1, device=branches.device)
-    ones = (paths[..., None] >> positions & 1).flatten(-2)  # highest first
-    words = torch.unflatten(ones, -1, (bits, 2, 8)).int()  # [..., words, high and low, 8]
-    powers = 1 << torch.arange(7, -1, -1, device=branches.device, dtype=torch.int32)
-    octets = (words * powers).sum(-1).flip(-1).to(torch.uint8)  # low byte first
-    return octets.permute(0, 1, 4, 2, 3, 5).reshape(-1)  # [slabs, tiles, words, 16, 2, 2]
+    paths = to_paths(branches).int()  # [slabs, tiles, 16, 2, STEPS]
+    octets = _octets(paths[..., ::2] << branch_bits(bits)[1] | paths[..., 1::2], round(2 * bits))
+    slabs, tiles = octets.shape[:2]
+    whole = int(bits)  # words of a tile, without a half
+    words = octets[..., -2 * whole :].reshape(slabs, tiles, ROWS_PER_BLOCK, 2, whole, 2)
+    words = words.flip(-1).permute(0, 1, 4, 2, 3, 5)  # low byte first: [..., words, 16, 2, 2]
+    if bits == whole:
+        return words.reshape(-1)
+    halves = octets[..., 0].view(slabs, tiles // 2, 2, ROWS_PER_BLOCK, 2)
+    shared = halves.flip(2).permute(0, 1, 3, 4, 2)[:, :, None]  # low byte: of the odd tile
+    of_two = words.reshape(slabs, tiles // 2, 2 * whole, ROWS_PER_BLOCK, 2, 2)
+    return torch.cat([shared, of_two], 2).reshape(-1)
+
+
+def _octets(pairs: Tensor, width: int) -> Tensor:
+    """Bits one after another as bytes: [..., 8] int32 of `width` bits to [..., width] uint8."""
+    positions = torch.arange(width - 1, -1, -1, device=pairs.device)
+    ones = torch.unflatten((pairs[..., None] >> positions & 1).flatten(-2), -1, (width, 8))
+    powers = 1 << torch.arange(7, -1, -1, device=pairs.device, dtype=torch.int32)
+    return (ones * powers).sum(-1).to(torch.uint8)  # highest first
+
+
+def _from_octets(octets: Tensor, width: int) -> Tensor:
+    """The inverse of `_octets`: [..., width] uint8 to [..., 8] int32."""
+    positions = torch.arange(7, -1, -1, device=octets.device)
+    ones = torch.unflatten((octets[..., None] >> positions & 1).flatten(-2), -1, (8, width)).int()
+    powers = 1 << torch.arange(width - 1, -1, -1, device=octets.device, dtype=torch.int32)
+    return (ones * powers).sum(-1).int()
 
 
 def unpack(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, Tensor]:
@@ -141,17 +194,22 @@ def from_paths(paths: Tensor) -> Tensor:
     return by_step.reshape(slabs * ROWS_PER_SLAB, tiles * TILE_COLUMNS)
 
 
-def states(branches: Tensor, bits: int) -> Tensor:
+def states(branches: Tensor, bits: float) -> Tensor:
     """The states of whole paths, [..., T] int32, from their branches [..., T].
 
     Paths are tail-biting: the last branches precede the first.
     """
-    ages = range(-(-STATE_BITS // bits))
-    shifted = (branches.int().roll(age, dims=-1) << (bits * age) for age in ages)
+    widths = branch_bits(bits)
+    ages = range(-(-STATE_BITS // widths[0]))
+    # How many bits of its own and of steps after it stand below a branch: by the state's step.
+    below = [[sum(widths[(step - n) % 2] for n in range(age)) for step in (0, 1)] for age in ages]
+    places = torch.tensor(below, dtype=torch.int32, device=branches.device)
+    places = places.clamp(max=STATE_BITS).repeat(1, branches.shape[-1] // 2)
+    shifted = (branches.int().roll(age, dims=-1) << places[age] for age in ages)
     return reduce(torch.bitwise_or, shifted) & (STATES - 1)
 
 
-def code_matrix(branches: Tensor, bits: int) -> Tensor:
+def code_matrix(branches: Tensor, bits: float) -> Tensor:
     """The values that branches [64 S, K] choose: [64 S, K] float32, as in `code_values`."""
     rows, cols = branches.shape
     step = max(1, WEIGHTS_AT_ONCE // (TILE_COLUMNS * rows)) * TILE_COLUMNS
@@ -164,10 +222,12 @@ def code_matrix(branches: Tensor, bits: int) -> Tensor:
     return values
 
 
-def _code_matrix(branches: Tensor, bits: int) -> Tensor:
+def _code_matrix(branches: Tensor, bits: float) -> Tensor:
     paths = to_paths(branches)
     runs = paths.permute(1, 2, 3, 0, 4)  # [tiles, 16, 2, slabs, STEPS]
-    chosen = _values(bits, branches.device)[states(runs.flatten(-2), bits)]
+    reached = torch.unflatten(states(runs.flatten(-2), bits), -1, (-1, 2))
+    values = _values(bits, branches.device)
+    chosen = torch.stack([values[step][reached[..., step]] for step in (0, 1)], -1)
     return from_paths(chosen.view(runs.shape).permute(3, 0, 1, 2, 4))
 
 
@@ -266,9 +326,22 @@ def split(packed: Tensor, rows: int, cols: int, codec: Codec) -> tuple[Tensor, T
 
 def _branches(codes: Tensor, cols: int, codec: Codec) -> Tensor:
     """Bytes of slabs [S, slab bytes] to branches [64 S, K] uint8."""
-    octets = codes.view(len(codes), -1, codec.bits, ROWS_PER_BLOCK, 2, 2).permute(0, 1, 3, 4, 2, 5)
-    positions = torch.arange(7, -1, -1, device=codes.device)
-    bits = (octets.flip(-1)[..., None] >> positions & 1).flatten(-3)  # [slabs, tiles, 16, 2, 16 k]
-    steps = torch.unflatten(bits, -1, (STEPS, codec.bits)).int()
-    powers = 1 << torch.arange(codec.bits - 1, -1, -1, device=codes.device, dtype=torch.int32)
-    return from_paths((steps * powers).sum(-1).to(torch.uint8))
+    whole, tiles = int(codec.bits), cols // TILE_COLUMNS
+    words = codes.view(len(codes), -1, ROWS_PER_BLOCK, 2, 2)
+    if codec.bits == whole:
+        octets = _tile_octets(words, tiles)
+    else:
+        of_two = words.view(len(codes), tiles // 2, 1 + 2 * whole, ROWS_PER_BLOCK, 2, 2)
+        halves = of_two[:, :, 0].permute(0, 1, 4, 2, 3).flip(2)  # of the even, of the odd tile
+        halves = halves.reshape(len(codes), tiles, ROWS_PER_BLOCK, 2, 1)
+        octets = torch.cat([halves, _tile_octets(of_two[:, :, 1:], tiles)], -1)
+    pairs = _from_octets(octets, round(2 * codec.bits))
+    high = branch_bits(codec.bits)[1]
+    steps = torch.stack([pairs >> high, pairs & (1 << high) - 1], -1).flatten(-2)
+    return from_paths(steps.to(torch.uint8))
+
+
+def _tile_octets(words: Tensor, tiles: int) -> Tensor:
+    """Words [S, ..., 16, 2, 2 bytes] to [S, tiles, 16, 2, bytes of a path in a tile]."""
+    by_tile = words.reshape(len(words), tiles, -1, ROWS_PER_BLOCK, 2, 2)
+    return by_tile.flip(-1).permute(0, 1, 3, 4, 2, 5).flatten(-2)

@@ -120,12 +120,12 @@ class UncommonExperts(PackedExperts):
         for name, held, spec, table, (rows, cols) in zip(
             names, self.packed, specs, self._tables, self.shapes, strict=True
         ):
-            start, bits = table[expert].tolist()
+            start, number = table[expert].tolist()
             codec = spec.codec(expert)
             packed = held[start : start + codec.nbytes(rows, cols)]
             bias = self._parameters[f"{name}_bias"]
             own_bias = None if bias is None else bias[expert].to(dtype)
-            yield _product(packed, own_bias, rows, bits, spec, self.activation_bits)
+            yield _product(packed, own_bias, rows, number, spec, self.activation_bits)
 
     def extra_repr(self) -> str:
         own = "" if self.own is None else ", expert by expert, by the model's own functions"
@@ -136,13 +136,13 @@ def _product(
     packed: Tensor,
     bias: Tensor | None,
     rows: int,
-    bits: int,
+    number: int,
     spec: PackedSpec,
     activation_bits: int,
 ) -> Callable[[Tensor], Tensor]:
     def product(x: Tensor) -> Tensor:
         y: Tensor = kernels.linear(
-            x, packed, bias, rows, bits, spec.group_size, activation_bits, spec.family
+            x, packed, bias, rows, number, spec.group_size, activation_bits, spec.family
         )
         return y
 

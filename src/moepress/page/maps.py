@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moepress.allocation.plan import PROJECTIONS, BitAllocation
-from moepress.format.codec import LEFT_OUT
+from moepress.format.codec import LEFT_OUT, width
 from moepress.page.picture import (
     STYLE,
     WIDTH,
@@ -41,19 +41,19 @@ LOG_SPREAD = 20  # largest over smallest value above which the colour scale is l
 NO_VALUE = "#d9d9d9"
 # Lighter for fewer bits. A width has the same colour in every map, so that models can be compared.
 BIT_COLOURS = {
-    LEFT_OUT: "#ffffff", 1: "#fde725", 2: "#5ec962", 3: "#21918c", 4: "#3b528b", 8: "#440154",
+    LEFT_OUT: "#ffffff", 1: "#fde725", 1.5: "#addc30", 2: "#5ec962", 2.5: "#28ae80", 3: "#21918c",
+    3.5: "#2c728e", 4: "#3b528b", 8: "#440154",
 }  # fmt: skip
 BIT_MAP = "Code bits of every expert"
 
 
 def bit_map(plan: BitAllocation) -> Picture:
     """Code bits of every expert: a map of gate and up, and one of down."""
-    widths = sorted({*np.unique(plan.bits).tolist()})
+    widths = [width(bits) for bits in np.unique(plan.bits).tolist()]
     colours = ListedColormap([BIT_COLOURS[bits] for bits in widths])
-    norm = BoundaryNorm([bits - 0.5 for bits in widths] + [widths[-1] + 0.5], len(widths))
+    norm = BoundaryNorm([bits - 0.25 for bits in widths] + [widths[-1] + 0.25], len(widths))
     maps = {
-        f"{name}_proj": plan.bits[:, :, projection].astype(np.float64)
-        for projection, name in enumerate(PROJECTIONS)
+        f"{name}_proj": plan.bits[:, :, projection] for projection, name in enumerate(PROJECTIONS)
     }
     with rc_context(STYLE):
         figure, axes = _grids(maps, plan.layers, colours, norm, 1, extra=0.4)
@@ -73,7 +73,7 @@ def bit_map(plan: BitAllocation) -> Picture:
     return Picture("bit-map", BIT_MAP, about, figure, panels)
 
 
-def _width(bits: int) -> str:
+def _width(bits: float) -> str:
     return "left out" if bits == LEFT_OUT else f"{bits} bit{'s' * (bits > 1)}"
 
 

@@ -54,7 +54,7 @@ class Subject:
         """Cost of each expert at the widths of the plan, [L, E]."""
         return self.cost_of(self.plan.bits)
 
-    def cost_of(self, bits: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
+    def cost_of(self, bits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Cost [L, E] of each expert at widths [L, E, 2] of gate and up, and down."""
         choices = Choices.of(self._scores(), self.plan.recipe)
         costs = cost_by_option(choices.item, self.costs)

@@ -27,7 +27,7 @@ ToMatrixInputs = Callable[[Tensor], Tensor]
 
 
 def round_experts(
-    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[int]]
+    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[float]]
 ) -> list[tuple[Matrix, Matrix]]:
     """Round gate and up of each expert to its first width, then down to its second.
 
@@ -66,14 +66,16 @@ def experts_at_once(source: Source, layer: int, rounding: Rounding, widths: int 
     return -(-experts.experts // -(-experts.experts // fitting))  # groups of equal size
 
 
-def round_gate_up(expert: RoutedExpert, rounding: Rounding, widths: Sequence[int]) -> list[Matrix]:
+def round_gate_up(
+    expert: RoutedExpert, rounding: Rounding, widths: Sequence[float]
+) -> list[Matrix]:
     """`round_gate_ups` for one expert."""
     (matrices,) = round_gate_ups([expert], rounding, [widths])
     return matrices
 
 
 def round_gate_ups(
-    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[int]]
+    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[float]]
 ) -> list[list[Matrix]]:
     """The fused gate and up projection [R, H] of each expert, at each of its widths.
 
@@ -85,7 +87,7 @@ def round_gate_ups(
 
 
 def round_down(
-    expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, widths: Sequence[int]
+    expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, widths: Sequence[float]
 ) -> list[Matrix]:
     """`round_downs` for one expert."""
     (matrices,) = round_downs([expert], [gate_up], rounding, [widths])
@@ -96,7 +98,7 @@ def round_downs(
     experts: Sequence[RoutedExpert],
     gate_ups: Iterable[Tensor],
     rounding: Rounding,
-    widths: Sequence[Sequence[int]],
+    widths: Sequence[Sequence[float]],
 ) -> list[list[Matrix]]:
     """The down projection [H, I] of each expert, at each of its widths.
 
@@ -195,7 +197,7 @@ def _target(weight: Tensor, inputs: Inputs, rounding: Rounding) -> tuple[Tensor,
 def _round(
     targets: Sequence[tuple[Tensor, Factor | None]],
     rounding: Rounding,
-    widths: Sequence[Sequence[int]],
+    widths: Sequence[Sequence[float]],
 ) -> list[list[Matrix]]:
     """Weights of one shape, each at each of its widths."""
     matrices = quantize_matrices(

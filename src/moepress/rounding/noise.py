@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
 from moepress.rounding.fit import gain, inverse, upper_product, within_blocks
 from moepress.rounding.hessian import Factor, tensor_cores
 from moepress.rounding.methods.gptq import sweep
@@ -77,7 +77,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def noisy_weights(
-    weight: Tensor, widths: Sequence[int], factor: Factor, noise: Tensor
+    weight: Tensor, widths: Sequence[float], factor: Factor, noise: Tensor
 ) -> Iterator[Tensor]:
     """A matrix with the error of trellis codes of each width, [N, K] float32.
 
@@ -155,7 +155,7 @@ def drawn_errors(
     return buffer, residual
 
 
-def code_error(bits: int, rows: int, device: torch.device | str = "cpu") -> float:
+def code_error(bits: float, rows: int, device: torch.device | str = "cpu") -> float:
     """Relative squared error of a trellis code on Gaussian numbers, with the best scale.
 
     It is larger for few rows, because a tail-biting path must end where it starts, and smaller
@@ -169,12 +169,12 @@ def code_error(bits: int, rows: int, device: torch.device | str = "cpu") -> floa
 
 
 @lru_cache(maxsize=64)
-def _code_error(bits: int, rows: int, device: torch.device) -> float:
+def _code_error(bits: float, rows: int, device: torch.device) -> float:
     padding = -rows % ROWS_PER_SLAB
     blocks = SAMPLE // ((rows + padding) * TILE_COLUMNS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(blocks, TILE_COLUMNS, rows, generator=generator)
-    scale = START[bits] / code_values(bits).double().std(correction=0).item()
+    scale = START[bits] / deviation(bits)
     padded = F.pad(x / scale, (0, padding)).to(device)
     branches = [search(block, bits).cpu() for block in padded]
     codes = code_matrix(torch.cat(branches).T.contiguous(), bits)[:rows].T.flatten().double()

@@ -37,7 +37,7 @@ class Rounding:
         policy = TokenPolicy(recipe.hessian_weight == "routing", recipe.token_floor, recipe.seed)
         return cls(quantizer, family, recipe.group_size, recipe.damping, recipe.correction, policy)
 
-    def codec(self, bits: int, cols: int) -> Codec:
+    def codec(self, bits: float, cols: int) -> Codec:
         """The codec of a matrix [N, cols] at a width."""
         return codec_for(bits, cols, self.group_size, stored_family(bits, self.family))
 

@@ -52,7 +52,7 @@ class Piece(nn.Module):
             layer.weight,
             bias if self.all_rows else None,
             layer.out_features,
-            codec.bits,
+            codec.number,
             codec.group_size,
             layer.activation_bits,
             codec.family,
@@ -71,7 +71,7 @@ class Piece(nn.Module):
             layer.weight,
             layer.out_features,
             layer.in_features,
-            codec.bits,
+            codec.number,
             codec.group_size,
             dtype,
         )

@@ -186,7 +186,7 @@ def _chunk(task: Task, cols: int) -> int:
 def _linears(
     layer: Layer,
     names: Collection[str],
-    widths: Sequence[int],
+    widths: Sequence[float],
     rounding: Rounding,
     corrects: bool,
 ) -> int:
@@ -200,7 +200,7 @@ def _linears(
     return held + 3 * FLOAT * max(squares) + largest * _rounding_bytes(widths, rounding, corrects)
 
 
-def _rounding_bytes(widths: Sequence[int], rounding: Rounding, corrects: bool) -> int:
+def _rounding_bytes(widths: Sequence[float], rounding: Rounding, corrects: bool) -> int:
     """Bytes of a weight while its matrix is rounded to one of the widths."""
     trellis = any(stored_family(bits, rounding.family) == "trellis" for bits in widths)
     rounded = ROUNDING_TRELLIS if trellis else ROUNDING_SCALAR
@@ -228,7 +228,7 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
 
 
 def _rounded_matrix(
-    task: Task, rows: int, cols: int, rounding: Rounding, widths: Collection[tuple[int, int]]
+    task: Task, rows: int, cols: int, rounding: Rounding, widths: Collection[tuple[float, float]]
 ) -> int:
     """A matrix of an expert while it is rounded to one width."""
     offered = [bits for both in widths for bits in both if bits]

@@ -149,7 +149,7 @@ def block_feedback(cols: int) -> Work:
     return Work({"solve": cols**2, "call": calls})
 
 
-def search(rows: int, cols: int, bits: int) -> Work:
+def search(rows: int, cols: int, bits: float) -> Work:
     """The search for trellis paths. Each path is also searched through its seam (viterbi.py)."""
     steps = -(-rows // ROWS_PER_SLAB) * STEPS
     paths = ROWS_PER_SLAB * TILE_COLUMNS // STEPS
@@ -157,20 +157,20 @@ def search(rows: int, cols: int, bits: int) -> Work:
     return Work({f"search {bits}": cols // TILE_COLUMNS * paths * with_seam})
 
 
-def decode(rows: int, cols: int, bits: int) -> Work:
+def decode(rows: int, cols: int, bits: float) -> Work:
     """The values of trellis paths."""
     padded = -(-rows // ROWS_PER_SLAB) * ROWS_PER_SLAB
     return Work({f"decode {bits}": padded * cols})
 
 
-def dequantize(rows: int, cols: int, bits: int, family: str) -> Work:
+def dequantize(rows: int, cols: int, bits: float, family: str) -> Work:
     """A rounded matrix as weights."""
     if family == "trellis":
         return decode(rows, cols, bits) + rotation(rows, cols) + Work({"copy": 2 * rows * cols})
     return Work({"copy": 4 * rows * cols})
 
 
-def round_trellis(rows: int, cols: int, bits: int, feedback: bool) -> Work:
+def round_trellis(rows: int, cols: int, bits: float, feedback: bool) -> Work:
     """Round a matrix to trellis codes; with feedback its factor is at hand."""
     visits = cols // TILE_COLUMNS
     work = rotation(rows, cols) + search(rows, cols, bits)
@@ -197,7 +197,7 @@ def draw_errors(rows: int, cols: int, widths: int) -> Work:
     return shared + times(widths, of_one)
 
 
-def round_scalar(rows: int, cols: int, bits: int, group: int, feedback: bool) -> Work:
+def round_scalar(rows: int, cols: int, bits: float, group: int, feedback: bool) -> Work:
     """Round a matrix to scalar codes."""
     if not feedback:
         return Work({f"nearest {bits}": rows * cols})

@@ -90,7 +90,7 @@ def measured(names: Iterable[str], machine: Machine) -> dict[str, float]:
             if kind == "read":
                 found[name], found[REREAD] = _reading(machine.files)
             else:
-                found[name] = PROBES[kind](machine, int(bits or 0))
+                found[name] = PROBES[kind](machine, float(bits or 0))
     return found
 
 
@@ -99,7 +99,7 @@ def seconds(work: Work, rates: Mapping[str, float]) -> float:
     return sum(count * rates[name] for name, count in work.items())
 
 
-def _product(machine: Machine, _: int) -> float:
+def _product(machine: Machine, _: float) -> float:
     rows, cols = machine.shape.gate_up
     x = machine.random(TOKENS, min(cols, COLUMNS), dtype=machine.dtype)
     w = machine.random(min(rows, ROWS), x.shape[1], dtype=machine.dtype)
@@ -107,14 +107,14 @@ def _product(machine: Machine, _: int) -> float:
     return machine.seconds(lambda: F.linear(x, w)) / flops
 
 
-def _attend(machine: Machine, _: int) -> float:
+def _attend(machine: Machine, _: float) -> float:
     heads, length = min(machine.shape.heads, HEADS), min(machine.length, TOKENS)
     q, k, v = machine.random(3, 1, heads, length, machine.shape.head, dtype=machine.dtype)
     run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     return run / (heads * length**2)
 
 
-def _float32(machine: Machine, _: int) -> float:
+def _float32(machine: Machine, _: float) -> float:
     rows, cols = machine.shape.gate_up
     w = machine.random(min(rows, ROWS), min(cols, COLUMNS))
     square = machine.random(w.shape[1], w.shape[1])
@@ -122,40 +122,40 @@ def _float32(machine: Machine, _: int) -> float:
     return machine.seconds(lambda: w @ square) / flops
 
 
-def _cholesky(machine: Machine, _: int) -> float:
+def _cholesky(machine: Machine, _: float) -> float:
     cols = min(max(machine.shape.hidden, machine.shape.intermediate), FACTORED)
     matrix = torch.eye(cols, device=machine.device) + 0.5 / cols
     run = machine.seconds(lambda: torch.linalg.cholesky_ex(matrix.mT, upper=True))
     return max(0.0, run - op.factor(cols)["float32"] * _float32(machine, 0)) / cols**2
 
 
-def _copy(machine: Machine, _: int) -> float:
+def _copy(machine: Machine, _: float) -> float:
     rows, cols = machine.shape.gate_up
     x = machine.random(min(rows * cols, ELEMENTS))
     return machine.seconds(lambda: x * 2) / len(x)
 
 
-def _rotate(machine: Machine, _: int) -> float:
+def _rotate(machine: Machine, _: float) -> float:
     rows, cols = machine.shape.gate_up
     x = machine.random(max(1, min(rows, ELEMENTS // cols)), cols)
     return machine.seconds(lambda: rotate(x)) / op.rotation(*x.shape)["rotate"]
 
 
-def _search(machine: Machine, bits: int) -> float:
+def _search(machine: Machine, bits: float) -> float:
     rows = max(64, min(machine.shape.gate_up[0], ROWS) // 64 * 64)
     target = machine.random(TILE_COLUMNS, rows)
     counted = op.search(rows, TILE_COLUMNS, bits)[f"search {bits}"]
     return machine.seconds(lambda: search(target, bits)) / counted
 
 
-def _decode(machine: Machine, bits: int) -> float:
+def _decode(machine: Machine, bits: float) -> float:
     rows, cols = machine.shape.gate_up
     size = max(64, min(rows, TOKENS) // 64 * 64), max(8, min(cols, COLUMNS) // 8 * 8)
     branches = torch.zeros(size, dtype=torch.uint8, device=machine.device)
     return machine.seconds(lambda: path_values(branches, bits)) / branches.numel()
 
 
-def _int(machine: Machine, bits: int) -> float:
+def _int(machine: Machine, bits: float) -> float:
     codec = _codec(machine, bits)
     cols = codec.group_size
     weight = machine.random(min(machine.shape.gate_up[0], ROWS), cols)
@@ -165,29 +165,29 @@ def _int(machine: Machine, bits: int) -> float:
     return run / weight.numel()
 
 
-def _nearest(machine: Machine, bits: int) -> float:
+def _nearest(machine: Machine, bits: float) -> float:
     codec = _codec(machine, bits)
     cols = min(machine.shape.gate_up[1], COLUMNS) // codec.group_size * codec.group_size
     weight = machine.random(min(machine.shape.gate_up[0], ROWS), cols)
     return machine.seconds(lambda: quantize_matrix("rtn", weight, codec)) / weight.numel()
 
 
-def _codec(machine: Machine, bits: int) -> Codec:
+def _codec(machine: Machine, bits: float) -> Codec:
     return codec_for(bits, machine.shape.gate_up[1], machine.group_size)
 
 
-def _draw(machine: Machine, _: int) -> float:
+def _draw(machine: Machine, _: float) -> float:
     generator = torch.Generator().manual_seed(0)
     return machine.seconds(lambda: torch.randn(ELEMENTS, generator=generator)) / ELEMENTS
 
 
-def _solve(machine: Machine, _: int) -> float:
+def _solve(machine: Machine, _: float) -> float:
     cols = min(max(machine.shape.hidden, machine.shape.intermediate), COLUMNS) // 8 * 8
     matrix = torch.eye(cols, device=machine.device)
     return machine.seconds(lambda: block_feedback(matrix)) / cols**2
 
 
-def _logits(machine: Machine, _: int) -> float:
+def _logits(machine: Machine, _: float) -> float:
     vocabulary = machine.shape.vocabulary
     tokens = max(1, min(LOGIT_TOKENS, LOGITS // vocabulary))
     logits = machine.random(tokens, vocabulary, dtype=machine.dtype).requires_grad_()
@@ -203,7 +203,7 @@ def _logits(machine: Machine, _: int) -> float:
     return machine.seconds(run) / logits.numel()
 
 
-def _load(machine: Machine, _: int) -> float:
+def _load(machine: Machine, _: float) -> float:
     if machine.codes is not None:
         return _dequantize(machine, machine.codes)
     stored = machine.random(ELEMENTS, dtype=machine.stored).cpu()
@@ -233,7 +233,7 @@ def _dequantize(machine: Machine, numbers: Numbers) -> float:
     return machine.seconds(run) / (rows * cols)
 
 
-def _call(machine: Machine, _: int) -> float:
+def _call(machine: Machine, _: float) -> float:
     x = machine.random(256)
 
     def run() -> None:
@@ -243,7 +243,7 @@ def _call(machine: Machine, _: int) -> float:
     return machine.seconds(run) / 100
 
 
-PROBES: Mapping[str, Callable[[Machine, int], float]] = {
+PROBES: Mapping[str, Callable[[Machine, float], float]] = {
     "product": _product,
     "attend": _attend,
     "float32": _float32,

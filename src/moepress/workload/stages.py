@@ -33,8 +33,8 @@ BACKWARD = 2  # operations of a step forward and back, over those forward: weigh
 class Widths:
     """Widths that a plan is expected to give, for the stage that applies it."""
 
-    experts: Mapping[tuple[int, int], int]  # number of experts, by widths of gate_up and down
-    tensors: Mapping[str, int]  # of each packed linear and table, by name
+    experts: Mapping[tuple[float, float], int]  # number of experts, by widths of gate_up and down
+    tensors: Mapping[str, float]  # of each packed linear and table, by name
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
     return total(works)
 
 
-def _offered(rows: int, cols: int, widths: Sequence[int], rounding: Rounding) -> Work:
+def _offered(rows: int, cols: int, widths: Sequence[float], rounding: Rounding) -> Work:
     """A matrix rounded to, or given the error of, each width, and dequantized."""
     drawn = [
         bits
@@ -192,7 +192,7 @@ def _offered(rows: int, cols: int, widths: Sequence[int], rounding: Rounding) ->
     return total(works)
 
 
-def _rounded(rows: int, cols: int, bits: int, rounding: Rounding) -> Work:
+def _rounded(rows: int, cols: int, bits: float, rounding: Rounding) -> Work:
     """A matrix rounded to one width; widths of another family are rounded to nearest."""
     family = stored_family(bits, rounding.family)
     if family != rounding.family:
@@ -274,7 +274,7 @@ def _quantize_linears(
     return total(works)
 
 
-def _quantize_expert(task: Task, widths: tuple[int, int], rounding: Rounding) -> Work:
+def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding) -> Work:
     """One expert rounded to its two widths, and run."""
     shape, rotates = task.shape, rounding.family == "trellis"
     works = [op.load(shape.expert_weights, shape.expert_disk)]
@@ -296,10 +296,10 @@ def _quantize_expert(task: Task, widths: tuple[int, int], rounding: Rounding) ->
     return total(works)
 
 
-def _stored(rows: int, cols: int, bits: int, rounding: Rounding) -> Work:
+def _stored(rows: int, cols: int, bits: float, rounding: Rounding) -> Work:
     """A rounded matrix packed and dequantized."""
     family = stored_family(bits, rounding.family)
-    packing = Work({"copy": 2 * bits * rows * cols, "read": rows * cols * bits // 8})
+    packing = Work({"copy": 2 * bits * rows * cols, "read": int(rows * cols * bits / 8)})
     return packing + op.dequantize(rows, cols, bits, family)
 
 

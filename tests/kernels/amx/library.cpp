@@ -18,7 +18,7 @@ struct ByteLanes : PortableLanes {
 constexpr Isa kBytes = make_isa<ByteLanes, PortableSearch>("emulated");
 constexpr Isa kAmx = [] {
     Isa isa = kBytes;
-    set_trellis_amx<ByteLanes>(isa);
+    set_trellis_amx<ByteLanes>(isa, TrellisWidths());
     return isa;
 }();
 

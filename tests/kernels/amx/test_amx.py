@@ -72,7 +72,9 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("group, tokens", [(32, 8), (64, 9), (128, 17), (128, 37)])
-def test_many_tokens_get_the_bits_of_one(emulated: str, bits: int, group: int, tokens: int) -> None:
+def test_many_tokens_get_the_bits_of_one(
+    emulated: str, bits: float, group: int, tokens: int
+) -> None:
     """Tails of 16 and of 32 tokens, one run of tokens and two; the largest codes."""
     rows, cols, codec = 130, 2 * group, codec_of(bits, group)
     packed = random_packed(rows, cols, codec)

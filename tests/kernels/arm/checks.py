@@ -91,9 +91,9 @@ for module in (test_cpu, test_trellis_cpu, test_gate_cpu):
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("spread", [0.0, 130.0, 400.0, 1e9])
-def test_the_search_finds_the_paths_of_the_oracle(isa: str, bits: int, spread: float) -> None:
+def test_the_search_finds_the_paths_of_the_oracle(isa: str, bits: float, spread: float) -> None:
     """Targets as usual, with equal costs, with costs that saturate; -2^15 as a distance."""
-    generator = torch.Generator().manual_seed(bits)
+    generator = torch.Generator().manual_seed(int(10 * bits))
     target = torch.randn(8, 192, generator=generator) * spread
     target[:, 64:96] *= 0.1
     target[0, :4] = torch.tensor([1e9, -1e9, 0.5 / viterbi.UNITS[bits], -300.0])
@@ -101,7 +101,7 @@ def test_the_search_finds_the_paths_of_the_oracle(isa: str, bits: int, spread: f
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_trellis_columns(isa: str, bits: int) -> None:
+def test_trellis_columns(isa: str, bits: float) -> None:
     test_trellis.test_rounding_in_place(bits, 192)
     test_trellis.test_values_of_branches(bits, (192, 72))
 
@@ -146,7 +146,7 @@ def test_scalar_products(same: Same, codec: Codec, activation_bits: int) -> None
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_trellis_products(same: Same, bits: int, group: int, activation_bits: int) -> None:
+def test_trellis_products(same: Same, bits: float, group: int, activation_bits: int) -> None:
     codec = Codec(bits, group, "trellis")
     packed = test_trellis.random_packed(130, 3 * group, codec)
     x = torch.randn(21, 3 * group, generator=torch.Generator().manual_seed(0))

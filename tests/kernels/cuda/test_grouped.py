@@ -37,7 +37,7 @@ def test_a_decoded_matrix(codec: Codec, group: int) -> None:
     codec = dataclasses.replace(codec, group_size=group)
     for rows, cols in ((130, 5 * group), (64, 640), (16, 128)):
         packed = random_packed(rows, cols, codec)
-        given = codec.bits, codec.family, group, None, rows, cols
+        given = codec.number, codec.family, group, None, rows, cols
         matrices = grouped._Matrices(packed, None, *given)
         scratch = torch.full((rows * cols,), torch.nan, dtype=torch.bfloat16)
         (found,) = matrices.rows_from(launcher_for(HERE), scratch, 0, None, rows)

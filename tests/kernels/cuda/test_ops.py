@@ -185,7 +185,9 @@ def test_a_token_that_is_not_finite_spoils_no_other_token(family: str) -> None:
 def experts_call(family: str, tokens: int, k: int, bits: int, activation: str) -> ExpertsCall:
     torch.manual_seed(tokens)
     hidden, inner = 128, 96
-    widths = (1, 2, 0, 4, 3), (3, 2, 0, 1, 4)
+    widths: tuple[tuple[float, ...], ...] = (1, 2, 0, 4, 3), (3, 2, 0, 1, 4)
+    if family == "trellis":
+        widths = (1, 2.5, 0, 1.5, 3), (3.5, 2, 0, 1, 2.5)
     specs = [PackedSpec(w, g, family) for w, g in zip(widths, (64, 32), strict=True)]
     shapes = (2 * inner, hidden), (hidden, inner)
     packed = [

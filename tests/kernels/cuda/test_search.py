@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moepress.compress import compress
-from moepress.format.codec import Codec
+from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels import trellis
 from moepress.kernels.cuda.launch import LAUNCHERS, Launcher
 from moepress.kernels.cuda.search import available
@@ -42,9 +42,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     available.cache_clear()
 
 
-def targets(rows: int, bits: int) -> dict[str, Tensor]:
+def targets(rows: int, bits: float) -> dict[str, Tensor]:
     """Targets [8, rows]: weights, ties, and what makes differences and costs saturate."""
-    generator = torch.Generator().manual_seed(bits)
+    generator = torch.Generator().manual_seed(int(2 * bits))
     normal = torch.randn(8, rows, generator=generator)
     return {
         "weights": normal * 90,
@@ -55,8 +55,8 @@ def targets(rows: int, bits: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_paths_are_those_of_the_definition(bits: int, card: None) -> None:
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_paths_are_those_of_the_definition(bits: float, card: None) -> None:
     for name, target in targets(192, bits).items():
         assert viterbi.search(target, bits).equal(viterbi.search_plainly(target, bits)), name
     assert set(LAUNCHES) == {"moepress_viterbi_search"}
@@ -65,12 +65,13 @@ def test_paths_are_those_of_the_definition(bits: int, card: None) -> None:
 def test_paths_longer_than_a_run(card: None) -> None:
     rows = 64 * (viterbi.RUN // 16 + 1)
     target = torch.randn(8, rows, generator=torch.Generator().manual_seed(0)) * 90
-    assert viterbi.search(target, 3).equal(viterbi.search_plainly(target, 3))
+    for bits in (3, 1.5):
+        assert viterbi.search(target, bits).equal(viterbi.search_plainly(target, bits))
 
 
 def test_many_matrices_at_a_time(card: None) -> None:
     generator = torch.Generator().manual_seed(0)
-    bits = [3, 1, 4, 2]
+    bits = [3, 1, 3.5, 2]
     target = torch.randn(4, 16, 128, generator=generator) * 90
     feedback = torch.randn(4, 16, 128, generator=generator) * 20
     left, errors = target.clone(), feedback.clone()

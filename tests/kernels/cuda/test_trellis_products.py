@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepress.format.codec import Codec
+from moepress.format.codec import TRELLIS_BITS, Codec, width_number
 from moepress.kernels import trellis
 from moepress.kernels.cuda.products import FEW, MANY
 from tests.kernels.cuda.emulate import SOURCES as FOLDER
@@ -42,8 +42,16 @@ class Product:
     size: Tensor  # sums of the sizes of all terms
 
 
+def random_branches(rows: int, cols: int, bits: float, generator: torch.Generator) -> Tensor:
+    branches = torch.randint(0, 256, (rows, cols), generator=generator, dtype=torch.uint8)
+    by_step = branches.view(rows, -1, 2, 2)
+    for step, width in enumerate(trellis.branch_bits(bits)):
+        by_step[:, :, step] &= (1 << width) - 1
+    return branches
+
+
 def random_product(
-    bits: tuple[int, ...], rows: int, cols: int, group: int, planes: int, experts: list[int],
+    bits: tuple[float, ...], rows: int, cols: int, group: int, planes: int, experts: list[int],
     tokens: list[int], seed: int = 0,
 ) -> Product:  # fmt: skip
     """`experts[p]` and `tokens[p]`: the expert and the row of q of position p."""
@@ -51,12 +59,12 @@ def random_product(
     slabs = -(-rows // 64)
     matrices, values, table, at = [], [], [], 64  # 64 bytes before the first matrix
     for b in bits:
-        table.append([at, b])
+        table.append([at, width_number(b)])
         if b == 0:
             values.append(torch.zeros(rows, cols, dtype=torch.float64))
             continue
         codec = Codec(b, group, "trellis")
-        branches = torch.randint(0, 1 << b, (64 * slabs, cols), generator=g, dtype=torch.uint8)
+        branches = random_branches(64 * slabs, cols, b, g)
         scales = torch.randn(rows, generator=g).bfloat16()
         matrices.append(trellis.pack(branches, scales, codec))
         at += len(matrices[-1])
@@ -90,7 +98,7 @@ def panels(experts: list[int], size: int, unused: int = 1) -> Tensor:
 
 def check(
     product: Product, kernel: str, grid: tuple[int, int, int], pair: Tensor | None,
-    panel: Tensor | None, choices: int, bits: int = 0,
+    panel: Tensor | None, choices: int, bits: float = 0,
 ) -> None:  # fmt: skip
     how = (FEW if kernel == "decode" else MANY)["trellis"]
     positions = len(product.expected)
@@ -104,15 +112,15 @@ def check(
         SOURCES[kernel], how.name(product.group, product.planes), grid, how.threads,
         how.shared(product.cols, product.group, grid[1], product.planes),
         [q, product.scale, product.sum, product.planes, product.q.shape[1], pair, choices,
-         panel, positions, packed, len(packed), table, bits, product.rows, product.cols,
-         product.group, out, grid[1]],
+         panel, positions, packed, len(packed), table, width_number(bits),
+         product.rows, product.cols, product.group, out, grid[1]],
     )  # fmt: skip
     error = (out.double().sum(0) - product.expected).abs() / product.size
     assert error.max() < 3e-7
 
 
 def routed(
-    kernel: str, bits: tuple[int, ...], rows: int, cols: int, group: int, planes: int,
+    kernel: str, bits: tuple[float, ...], rows: int, cols: int, group: int, planes: int,
     counts: list[int], grid: tuple[int, int], choices: int = 0,
 ) -> None:  # fmt: skip
     """`counts[e]` positions of expert e; `grid`: blocks of rows, splits."""
@@ -127,8 +135,8 @@ def routed(
 
 @pytest.mark.parametrize("kernel", SOURCES)
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_one_matrix(kernel: str, bits: int, planes: int) -> None:
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_one_matrix(kernel: str, bits: float, planes: int) -> None:
     how = (FEW if kernel == "decode" else MANY)["trellis"]
     size = how.panel(planes)
     tokens = size + 3
@@ -143,8 +151,8 @@ def test_experts_of_mixed_widths(
     kernel: str, rows: int, cols: int, group: int, planes: int
 ) -> None:
     blocks = (FEW if kernel == "decode" else MANY)["trellis"].row_blocks(rows)
-    counts = [1, 9, 0, 3, 2] if kernel == "decode" else [1, 70, 0, 30, 9]
-    routed(kernel, (2, 3, 1, 4, 2), rows, cols, group, planes, counts, (blocks, 1), 3)
+    counts = [1, 9, 0, 3, 2, 1] if kernel == "decode" else [1, 70, 0, 30, 9, 2]
+    routed(kernel, (2, 3.5, 1, 4, 1.5, 2.5), rows, cols, group, planes, counts, (blocks, 1), 3)
 
 
 @pytest.mark.parametrize("kernel", SOURCES)

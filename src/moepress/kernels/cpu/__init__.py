@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError, MoepressError
-from moepress.format.codec import Codec
+from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
@@ -191,7 +191,7 @@ def linear(
         packed.data_ptr(),
         packed.numel(),
         out_features,
-        codec.bits,
+        codec.number,
         codec.group_size,
         None if bias is None else bias.data_ptr(),
         activation_bits,
@@ -292,7 +292,7 @@ def embedding(
         packed.numel(),
         rows,
         cols,
-        codec.bits,
+        codec.number,
         codec.group_size,
         out.data_ptr(),
     )
@@ -328,7 +328,7 @@ def drop(
     return ranked, kept.to(weights.dtype), dropped
 
 
-def trellis_search(target: Tensor, bits: int) -> Tensor:
+def trellis_search(target: Tensor, bits: float) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
     branches = torch.empty(columns.shape, dtype=torch.uint8)
@@ -336,7 +336,7 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
     return branches
 
 
-def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: float) -> None:
     """Round eight columns of one matrix as `rounding.methods.viterbi.round_together`, in place.
 
     Args:
@@ -346,19 +346,19 @@ def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: int)
     _search(target, feedback, bits, branches)
 
 
-def _search(target: Tensor, feedback: Tensor | None, bits: int, branches: Tensor) -> None:
+def _search(target: Tensor, feedback: Tensor | None, bits: float, branches: Tensor) -> None:
     _call(
         "moepress_trellis_search",
         target.data_ptr(),
         None if feedback is None else feedback.data_ptr(),
         target.shape[1],
-        bits,
+        width_number(bits),
         torch.get_num_threads(),
         branches.data_ptr(),
     )
 
 
-def trellis_values(branches: Tensor, bits: int) -> Tensor:
+def trellis_values(branches: Tensor, bits: float) -> Tensor:
     """The values that branches [64 S, K] choose, `trellis.code_matrix`: [64 S, K] float32."""
     given = branches.contiguous()
     values = torch.empty(given.shape)
@@ -367,7 +367,7 @@ def trellis_values(branches: Tensor, bits: int) -> Tensor:
         "moepress_trellis_values",
         given.data_ptr(),
         *given.shape,
-        bits,
+        width_number(bits),
         threads,
         values.data_ptr(),
     )

@@ -12,10 +12,7 @@ static constexpr Isa isa = make_isa<Avx512Lanes, Avx512Search>("avx512");
 const Isa* const kAvx512 = &isa;
 
 static void cross(Isa& isa) {
-    set_trellis_dots<Avx512Lanes, 1, true>(isa);
-    set_trellis_dots<Avx512Lanes, 2, true>(isa);
-    set_trellis_dots<Avx512Lanes, 3, true>(isa);
-    set_trellis_dots<Avx512Lanes, 4, true>(isa);
+    set_trellis_dots<Avx512Lanes, true>(isa, TrellisWidths());
 }
 void (*const kAvx512Crossed)(Isa& avx512) = cross;
 }  // namespace moepress

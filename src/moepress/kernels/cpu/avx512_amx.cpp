@@ -12,7 +12,7 @@
 namespace moepress {
 static void change(Isa& isa) {
     isa.name = "avx512_amx";
-    set_trellis_amx<Avx512Vbmi2Lanes>(isa);
+    set_trellis_amx<Avx512Vbmi2Lanes>(isa, TrellisWidths());
 }
 void (*const kAvx512Amx)(Isa& avx512_vbmi2) = change;
 }  // namespace moepress

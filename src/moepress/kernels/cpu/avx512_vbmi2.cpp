@@ -11,10 +11,7 @@
 namespace moepress {
 static void change(Isa& isa) {
     isa.name = "avx512_vbmi2";
-    set_trellis_dots<Avx512Vbmi2Lanes, 1>(isa);
-    set_trellis_dots<Avx512Vbmi2Lanes, 2>(isa);
-    set_trellis_dots<Avx512Vbmi2Lanes, 3>(isa);
-    set_trellis_dots<Avx512Vbmi2Lanes, 4>(isa);
+    set_trellis_dots<Avx512Vbmi2Lanes>(isa, TrellisWidths());
 }
 void (*const kAvx512Vbmi2)(Isa& avx512) = change;
 }  // namespace moepress

@@ -7,10 +7,11 @@
 #include <vector>
 
 #include "moepress.h"
+#include "trellis_code.h"
 
 namespace moepress {
 
-// Append to `out` the matrices that `table` [experts][2] lists: first byte, code bits. A matrix of
+// Append to `out` the matrices that `table` [experts][2] lists: first byte, width (trellis_code.h). A matrix of
 // 0 bits has no bytes. Fails where there is no such codec, or where a matrix reaches outside
 // `bytes`.
 template <class M>
@@ -18,7 +19,7 @@ Result read_table(const uint8_t* bytes, int64_t size, const int64_t* table, int6
                   int64_t rows, int64_t cols, int group, std::vector<M>& out) {
     for (int64_t e = 0; e < experts; ++e) {
         const int64_t offset = table[2 * e], bits = table[2 * e + 1];
-        if (bits < 0 || bits > 8) return kBadCodec;
+        if (bits < 0 || bits >= kWidthsEnd) return kBadCodec;
         M matrix{nullptr, rows, cols, int(bits), group};
         if (bits > 0) {
             if (!matrix.exists()) return kBadCodec;

@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "moepress.h"
+#include "trellis_code.h"
 
 namespace moepress {
 
@@ -47,7 +49,9 @@ using ScalarDot = void (*)(const uint8_t* block, int64_t cols, int group, const 
 using ScalarRound = void (*)(const float* x, int64_t cols, int group, int activation_bits,
                              const ScalarPanel& panel, int place);
 
-// ---- Trellis matrices ------------------------------------------------------------------------
+// ---- Trellis matrices (widths: trellis_code.h) -------------------------------------------------
+
+using TrellisWidths = std::integer_sequence<int, 1, 2, 3, 4, 15, 25, 35>;
 
 // Rotated activations of some tokens, rounded to codes: x = scale * code. With activation bits 16
 // the codes have 15 bits, from -16256 to 16256. With 8 they are from -127 to 127; instruction sets
@@ -83,7 +87,7 @@ using TrellisRound = void (*)(const float* x, int64_t cols, int group, int activ
 
 // Viterbi's algorithm (viterbi.cpp). Its costs are by group: states with the same older bits, which
 // have the same predecessors. `best` [2^(12 - bits)] holds the least cost of the predecessors of
-// each group. Targets are in units of 1 / kUnit.
+// each group. Targets are in units of 1 / unit.
 
 // One step: `next` from `best`. `small`: no cost of `best` is above 32767. Returns whether that is
 // known of `next`.
@@ -96,7 +100,7 @@ using SubtractLeast = void (*)(uint16_t* costs, int count);
 using ViterbiBest = int (*)(const uint16_t* best, int16_t target);
 
 // The states [steps] of the best path that ends in state `end`. `kept` holds `best` of every
-// kStride-th step, kKeptWords apart.
+// step that a stride starts with, kept_words apart.
 using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* target, int steps, int end,
                               uint16_t* states);
 
@@ -111,12 +115,12 @@ struct Isa {
                                            // null where the width is above max_width
     ScalarRound scalar_round;
 
-    TrellisDot trellis_dot[2][5];  // by activation bits, 8 and 16, and code bits, 1 to 4
+    TrellisDot trellis_dot[2][kWidthsEnd];  // by activation bits, 8 and 16, and width
     TrellisRotate trellis_rotate;
     TrellisRound trellis_round;
-    ViterbiStep viterbi_step[5];
-    ViterbiBest viterbi_best[5];
-    ViterbiTrace viterbi_trace[5];
+    ViterbiStep viterbi_step[kWidthsEnd][2];  // by width and phase (viterbi.h)
+    ViterbiBest viterbi_best[kWidthsEnd];
+    ViterbiTrace viterbi_trace[kWidthsEnd];
     SubtractLeast subtract_least;
 };
 

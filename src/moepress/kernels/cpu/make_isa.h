@@ -42,12 +42,12 @@ constexpr void set_scalar(Isa& isa) {
     set_scalar_dots<Lanes, bits>(isa, std::make_index_sequence<kWidthCount>());
 }
 
-template <class Lanes, class Search, int bits>
-constexpr void set_trellis(Isa& isa) {
-    set_trellis_dots<Lanes, bits>(isa);
-    isa.viterbi_step[bits] = Search::template step<bits>;
-    isa.viterbi_best[bits] = best_state<bits>;
-    isa.viterbi_trace[bits] = trace_back<Search, bits>;
+template <class Search, int... width>
+constexpr void set_search(Isa& isa, std::integer_sequence<int, width...>) {
+    ((isa.viterbi_step[width][0] = Search::template step<width, 0>), ...);
+    ((isa.viterbi_step[width][1] = Search::template step<width, phase_of(width, 1)>), ...);
+    ((isa.viterbi_best[width] = best_state<width>), ...);
+    ((isa.viterbi_trace[width] = trace_back<Search, width>), ...);
 }
 
 template <class Lanes, class Search>
@@ -62,10 +62,8 @@ constexpr Isa make_isa(const char* name) {
     set_scalar<Lanes, 4>(isa);
     set_scalar<Lanes, 8>(isa);
     isa.scalar_round = scalar_round;
-    set_trellis<Lanes, Search, 1>(isa);
-    set_trellis<Lanes, Search, 2>(isa);
-    set_trellis<Lanes, Search, 3>(isa);
-    set_trellis<Lanes, Search, 4>(isa);
+    set_trellis_dots<Lanes>(isa, TrellisWidths());
+    set_search<Search>(isa, TrellisWidths());
     isa.trellis_rotate = trellis_rotate;
     isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;

@@ -87,7 +87,8 @@ MOEPRESS_API int32_t moepress_scalar_embedding(const int64_t* ids, int64_t n,
 
 // ---- Trellis matrices (trellis.cpp): activations are rotated and rounded -----------------------
 
-// As moepress_scalar_linear and moepress_scalar_experts.
+// As moepress_scalar_linear and moepress_scalar_experts. `bits`, in tables too, are 1 to 4 or, for
+// half widths, ten times the bits: 15, 25, 35 (trellis_code.h).
 MOEPRESS_API int32_t moepress_trellis_linear(const float* x, int64_t tokens, int64_t cols,
                                              const uint8_t* packed, int64_t packed_bytes,
                                              int64_t rows, int32_t bits, int32_t group,

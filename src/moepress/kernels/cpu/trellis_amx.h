@@ -3,7 +3,7 @@
 //
 //     A   16 tokens, 32 columns of codes that are there twice, as the panel holds them
 //     B   16 rows of the matrix and 32 columns: one decoded register, [16 rows][2 columns][2 bytes],
-//         is a line of it as it lies. At 3 and 4 bits the upper bytes of the products make a second
+//         is a line of it as it lies. Above 2 bits the upper bytes of the products make a second
 //         B, for the same A.
 //     C   [16 tokens][16 rows], of a group of columns
 //
@@ -54,29 +54,30 @@ inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
 // A group of columns: the B of each run of 16 rows, 32 columns and plane of bytes; the A of 32
 // tokens; four C.
-template <class Lanes, int bits>
+template <class Lanes, int width>
 struct AmxOperands {
-    static constexpr int planes = bits > 2 ? 2 : 1;
+    static constexpr int planes = sums_four_bytes(width) ? 2 : 1;
     alignas(64) typename Lanes::Words b[kRuns][kMaxGroup / 32][planes][kTileLines];
     alignas(64) int16_t a[kAmxTokens][kMaxGroup];
     alignas(64) int32_t c[4][kTileLines][16];
 };
 
 // Decode steps i to 15 of tile t of a group.
-template <class Lanes, int bits, int i = 0>
-MOEPRESS_INLINE void decode_tile(const Tile<Lanes, bits>& tile, int t,
-                                 AmxOperands<Lanes, bits>& out) {
-    const typename Lanes::Words state = state_at<Lanes, bits, i>(tile);
+template <class Lanes, int width, int i = 0>
+MOEPRESS_INLINE void decode_tile(const Tile<Lanes, width>& tile, int t,
+                                 AmxOperands<Lanes, width>& out) {
+    const typename Lanes::Words state = state_at<Lanes, width, i>(tile);
+    constexpr int multiplier = kMultiplier[value_bits(width, i)];
     auto& b = out.b[i / 4][t / 4];
     const int line = t % 4 * 4 + i % 4;
-    b[0][line] = Lanes::low_products(state, kMultiplier[bits]);
-    if constexpr (bits > 2) b[1][line] = Lanes::high_products(state, kMultiplier[bits]);
-    if constexpr (i + 1 < kSteps) decode_tile<Lanes, bits, i + 1>(tile, t, out);
+    b[0][line] = Lanes::low_products(state, multiplier);
+    if constexpr (sums_four_bytes(width)) b[1][line] = Lanes::high_products(state, multiplier);
+    if constexpr (i + 1 < kSteps) decode_tile<Lanes, width, i + 1>(tile, t, out);
 }
 
 // C = A B for runs `run` and run + 1; `both`: for 32 tokens, else for 16, in tiles 0 and 1.
-template <class Lanes, int bits>
-void multiply_tiles(AmxOperands<Lanes, bits>& w, int run, int group, bool both) {
+template <class Lanes, int width>
+void multiply_tiles(AmxOperands<Lanes, width>& w, int run, int group, bool both) {
     memory_barrier();
     _tile_zero(0);
     _tile_zero(1);
@@ -108,8 +109,8 @@ void multiply_tiles(AmxOperands<Lanes, bits>& w, int run, int group, bool both) 
 }
 
 // Add a decoded group times all tokens of the panel to out [count][64].
-template <class Lanes, int bits>
-void add_amx(AmxOperands<Lanes, bits>& w, int64_t cols, int group, int64_t g,
+template <class Lanes, int width>
+void add_amx(AmxOperands<Lanes, width>& w, int64_t cols, int group, int64_t g,
              const TrellisPanel& x, float* out) {
     for (int64_t p = 0; p < x.count; p += kAmxTokens) {
         const int count = int(x.count - p < kAmxTokens ? x.count - p : kAmxTokens);
@@ -125,7 +126,7 @@ void add_amx(AmxOperands<Lanes, bits>& w, int64_t cols, int group, int64_t g,
                     typename Lanes::Pairs sum;
                     static_assert(sizeof sum == sizeof w.c[0][0]);
                     std::memcpy(&sum, w.c[q / kTileLines * 2 + r][q % kTileLines], sizeof sum);
-                    finish_group<Lanes>(sum, x.all.scale[at], kCenter[bits] * x.all.sum[at],
+                    finish_group<Lanes>(sum, x.all.scale[at], center_of(width) * x.all.sum[at],
                                         out + (p + q) * kSlabRows + 16 * (run + r));
                 }
             }
@@ -135,43 +136,41 @@ void add_amx(AmxOperands<Lanes, bits>& w, int64_t cols, int group, int64_t g,
 
 // As trellis_dot, for many tokens. Not inlined, for its operands would be on the stack of products
 // with few tokens too.
-template <class Lanes, int bits>
+template <class Lanes, int width>
 [[gnu::noinline]] void many_with_amx(const uint8_t* above, const uint8_t* slab, int64_t cols,
                                      int group, const TrellisPanel& x, float* out) {
-    constexpr int tile_bytes = 64 * bits;
     const int tiles = group / kTileColumns;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
-    AmxOperands<Lanes, bits> w;
+    AmxOperands<Lanes, width> w;
     std::memset(w.a, 0, sizeof w.a);  // of tokens beyond the last
     _tile_loadconfig(&kTileConfig);
     for (int64_t g = 0; g < cols / group; ++g) {
-        for (int t = 0; t < tiles; ++t) {
-            const int64_t at = (g * tiles + t) * tile_bytes;
-            decode_tile<Lanes, bits>(load_tile<Lanes, bits>(above + at, slab + at), t, w);
-        }
-        add_amx<Lanes, bits>(w, cols, group, g, x, out);
+        const int64_t at = tiles_bytes(width, g * tiles);
+        each_tile<Lanes, width>(
+            above + at, slab + at, tiles,
+            [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
+                decode_tile<Lanes, width>(tile, t, w);
+            });
+        add_amx<Lanes, width>(w, cols, group, g, x, out);
     }
     _tile_release();
 }
 
 // As trellis_dot, for 8-bit activations, which the panel holds twice.
-template <class Lanes, int bits>
+template <class Lanes, int width>
 void trellis_dot_amx(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                      const TrellisPanel& panel, const uint8_t* scales, float* out) {
     static_assert(Lanes::sums_any_byte && Lanes::byte_offset == 0);
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
     if (x.count < kManyTokens)
-        return trellis_dot<Lanes, bits, true, false>(above, slab, cols, group, x, scales, out);
-    many_with_amx<Lanes, bits>(above, slab, cols, group, x, out);
+        return trellis_dot<Lanes, width, true, false>(above, slab, cols, group, x, scales, out);
+    many_with_amx<Lanes, width>(above, slab, cols, group, x, out);
     scale_rows<Lanes>(scales, x.count, out);
 }
 
-template <class Lanes>
-constexpr void set_trellis_amx(Isa& isa) {
-    isa.trellis_dot[0][1] = trellis_dot_amx<Lanes, 1>;
-    isa.trellis_dot[0][2] = trellis_dot_amx<Lanes, 2>;
-    isa.trellis_dot[0][3] = trellis_dot_amx<Lanes, 3>;
-    isa.trellis_dot[0][4] = trellis_dot_amx<Lanes, 4>;
+template <class Lanes, int... width>
+constexpr void set_trellis_amx(Isa& isa, std::integer_sequence<int, width...>) {
+    ((isa.trellis_dot[0][width] = trellis_dot_amx<Lanes, width>), ...);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 // operands that lie in the first-level cache (16 KB for 128 columns), and then multiplied with some
 // tokens at a time. The integers are those of trellis_product.h, so the floats are too.
 //
-// Dot products limit the speed. A weight's value has 9 bits with its sign at 1 and 2 bits, 10 at 3
-// and 4, so that a plain dot product takes two bytes for each. Two kinds of operands need one dot
+// Dot products limit the speed. A weight's value has 9 bits with its sign up to 2 bits, 10 above,
+// so that a plain dot product takes two bytes for each. Two kinds of operands need one dot
 // product for 4 columns where the plain way needs two, and instructions that run beside it:
 //
 //     MagnitudeBytes for values of at most 255: the magnitude v is one operand; the other is
@@ -45,9 +45,9 @@ struct ManyOperands {
     }
 };
 
-template <class Lanes, int bits>
+template <class Lanes, int width>
 struct MagnitudeBytes {
-    static_assert(kCenter[bits] == 255);  // byte0 + byte1 - 255 = byte0 - (255 - byte1)
+    static_assert(center_of(width) == 255);  // byte0 + byte1 - 255 = byte0 - (255 - byte1)
     using Code = int8_t;
 
     static void decode(const typename Lanes::Words* step, int run, int quad,
@@ -74,7 +74,7 @@ struct MagnitudeBytes {
     }
 };
 
-template <class Lanes, int bits, bool twice>
+template <class Lanes, int width, bool twice>
 struct CrossedWords {
     using Code = int16_t;
 
@@ -93,7 +93,7 @@ struct CrossedWords {
         for (int i = 0; i < group; ++i) to[i] = twice ? int16_t(from[i] >> 8) : from[i];
     }
     static int32_t correction(const TrellisPanel& x, int64_t at) {
-        return int32_t(uint32_t(kCenter[bits] * x.all.sum[at]) + uint32_t(x.all.crossed[at]));
+        return int32_t(uint32_t(center_of(width) * x.all.sum[at]) + uint32_t(x.all.crossed[at]));
     }
 
     struct Operand {
@@ -157,25 +157,26 @@ void add_many(const ManyOperands<Lanes>& w, int64_t cols, int group, int64_t g,
 
 // The kind of operands that is best for these lanes and code bits; void: none is better than
 // trellis_product.h, `add_group`.
-template <class Lanes, int bits, bool bytes, bool crossed>
+template <class Lanes, int width, bool bytes, bool crossed>
 using BestKind = std::conditional_t<
-    bytes && bits <= 2 && Lanes::many_tokens != 0, MagnitudeBytes<Lanes, bits>,
-    std::conditional_t<crossed && Lanes::many_tokens != 0, CrossedWords<Lanes, bits, bytes>, void>>;
+    bytes && !sums_four_bytes(width) && Lanes::many_tokens != 0, MagnitudeBytes<Lanes, width>,
+    std::conditional_t<crossed && Lanes::many_tokens != 0, CrossedWords<Lanes, width, bytes>, void>>;
 
 // Add group g of the slab whose tiles of this group are at `from`, the tiles above at `over`.
-template <class Lanes, int bits, class Kind>
+template <class Lanes, int width, class Kind>
 void add_group_to_many(const uint8_t* over, const uint8_t* from, int64_t cols, int group,
                        int64_t g, const TrellisPanel& x, ManyOperands<Lanes>& w, float* out) {
-    constexpr int tile_bytes = 64 * bits;
     for (auto& start : w.start) start = typename Lanes::Pairs();
-    for (int t = 0; t < group / kTileColumns; ++t) {
-        typename Lanes::Words step[kSteps];
-        decode_steps<Lanes, bits, std::is_same_v<Kind, MagnitudeBytes<Lanes, bits>>>(
-            load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes), step);
+    each_tile<Lanes, width>(
+        over, from, group / kTileColumns,
+        [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
+            typename Lanes::Words step[kSteps];
+            decode_steps<Lanes, width, std::is_same_v<Kind, MagnitudeBytes<Lanes, width>>>(tile,
+                                                                                          step);
 #pragma GCC unroll 8
-        for (int i = 0; i < kSteps; i += 2)
-            Kind::decode(step + i, i / 4, 2 * t + i % 4 / 2, w);
-    }
+            for (int i = 0; i < kSteps; i += 2)
+                Kind::decode(step + i, i / 4, 2 * t + i % 4 / 2, w);
+        });
     for (auto& start : w.start) Kind::finish_start(start);
     add_many<Lanes, Kind, Lanes::many_tokens>(w, cols, group, g, x, 0, out);
 }

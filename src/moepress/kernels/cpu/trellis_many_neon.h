@@ -2,8 +2,8 @@
 // bits: the group is decoded once into bytes that lie in the first-level cache, and then multiplied
 // with some tokens at a time. The integers are those of trellis_product.h, so the floats are too.
 //
-// A weight is two bytes: at 1 and 2 bits those of state * multiplier, whose sum is t, next to each
-// other, and each activation is there twice. At 3 and 4 bits they are t div 4 and t mod 4, in two
+// A weight is two bytes: up to 2 bits those of state * multiplier, whose sum is t, next to each
+// other, and each activation is there twice. Above 2 bits they are t div 4 and t mod 4, in two
 // planes, one after the other: the sums of the first are multiplied by 4 before those of the second
 // are added. A sum of four bytes would take four, or products of 16-bit numbers, of which NEON has
 // four in an instruction.
@@ -28,43 +28,43 @@
 namespace moepress {
 namespace {
 
-template <class Bytes, int bits>
-struct ManyTokens<NeonLanes<Bytes>, bits, true> {
+template <class Bytes, int width>
+struct ManyTokens<NeonLanes<Bytes>, width, true> {
     static constexpr bool exists = true;
 
     // Add group g of the slab to the products of all tokens of a panel. The tiles of the group are
     // at `from`, the tiles above at `over`.
     static void add_group(const uint8_t* over, const uint8_t* from, int64_t cols, int group,
                           int64_t g, const TrellisPanel& x, float* out) {
-        constexpr int tile_bytes = 64 * bits;
         Operands w;
-        for (int t = 0; t < group / kTileColumns; ++t)
-            decode(load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes), t,
-                   group / kTileColumns, w);
+        const int tiles = group / kTileColumns;
+        each_tile<Lanes, width>(over, from, tiles, [&](const Tile<Lanes, width>& tile, int t) {
+            decode(tile, t, tiles, w);
+        });
         add_tokens<kTokens>(w, cols, group, g, x, 0, out);
     }
 
   private:
     using Lanes = NeonLanes<Bytes>;
     static constexpr bool matrices = Bytes::matrices;
-    static constexpr int planes = bits > 2 ? 2 : 1;
+    static constexpr int planes = sums_four_bytes(width) ? 2 : 1;
     static constexpr int kBlockRows = matrices ? 8 : 16;
     static constexpr int kTokens = matrices ? 8 : 4;
     static constexpr int kStepBytes = matrices ? 8 : 4;  // of a row, and of a token
     static constexpr int kMostSteps = 2 * kMaxGroup / kStepBytes;
     // Stored bytes lack an offset, of t div 4 too.
     static constexpr int kCenterOfSums =
-        kCenter[bits] - (bits > 2 ? 4 : 2) * Lanes::byte_offset;
+        center_of(width) - (sums_four_bytes(width) ? 4 : 2) * Lanes::byte_offset;
 
     struct Operands {  // by block and step: four registers of 2 or 4 rows
         uint8x16_t at[kSlabRows / kBlockRows][kMostSteps][4];
     };
 
     // Decode tile t of `tiles`.
-    static void decode(const Tile<Lanes, bits>& tile, int t, int tiles, Operands& out) {
+    static void decode(const Tile<Lanes, width>& tile, int t, int tiles, Operands& out) {
         typename Lanes::Words step[kSteps];
         if constexpr (planes == 1)
-            decode_steps<Lanes, bits, true>(tile, step);
+            decode_steps<Lanes, width, true>(tile, step);
         else
             decode_sums(tile, step);
         for (int run = 0; run < 4; ++run)
@@ -86,9 +86,9 @@ struct ManyTokens<NeonLanes<Bytes>, bits, true> {
 
     // Decode steps i to 15 of a tile into t.
     template <int i = 0>
-    static void decode_sums(const Tile<Lanes, bits>& tile, typename Lanes::Words* out) {
-        out[i] = Lanes::template sums_in_order<true>(state_at<Lanes, bits, i>(tile),
-                                                     kMultiplier[bits]);
+    static void decode_sums(const Tile<Lanes, width>& tile, typename Lanes::Words* out) {
+        out[i] = Lanes::template sums_in_order<true>(state_at<Lanes, width, i>(tile),
+                                                     kMultiplier[value_bits(width, i)]);
         if constexpr (i + 1 < kSteps) decode_sums<i + 1>(tile, out);
     }
 

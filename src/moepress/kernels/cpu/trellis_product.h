@@ -34,38 +34,39 @@ namespace {
 
 // One token: add the products of steps i to 15 of a tile to the sums of the four runs of 16 rows.
 // `x` are the codes of the tile's 8 columns.
-template <class Lanes, int bits, bool bytes, int i = 0>
-MOEPRESS_INLINE void add_steps(const Tile<Lanes, bits>& tile, const int16_t* x,
+template <class Lanes, int width, bool bytes, int i = 0>
+MOEPRESS_INLINE void add_steps(const Tile<Lanes, width>& tile, const int16_t* x,
                                typename Lanes::Pairs* sum) {
-    const typename Lanes::Words state = state_at<Lanes, bits, i>(tile);
+    constexpr int multiplier = kMultiplier[value_bits(width, i)];
+    const typename Lanes::Words state = state_at<Lanes, width, i>(tile);
     int32_t pair;
     std::memcpy(&pair, x + 2 * (i % 4), 4);
     if constexpr (bytes) {
-        sum[i / 4].add_bytes(Lanes::low_products(state, kMultiplier[bits]), pair);
-        if constexpr (bits > 2)
-            sum[i / 4].add_bytes(Lanes::high_products(state, kMultiplier[bits]), pair);
+        sum[i / 4].add_bytes(Lanes::low_products(state, multiplier), pair);
+        if constexpr (sums_four_bytes(width))
+            sum[i / 4].add_bytes(Lanes::high_products(state, multiplier), pair);
     } else {
-        sum[i / 4].add(Lanes::template byte_sums<(bits > 2)>(state, kMultiplier[bits]), pair);
+        sum[i / 4].add(Lanes::template byte_sums<sums_four_bytes(width)>(state, multiplier), pair);
     }
-    if constexpr (i + 1 < kSteps) add_steps<Lanes, bits, bytes, i + 1>(tile, x, sum);
+    if constexpr (i + 1 < kSteps) add_steps<Lanes, width, bytes, i + 1>(tile, x, sum);
 }
 
 // The center z of products with `count` bytes, or of t (0). Bytes may be stored less an offset.
 template <class Lanes>
-constexpr int center(int bits, int count) {
-    return kCenter[bits] - count * Lanes::byte_offset;
+constexpr int center(int width, int count) {
+    return center_of(width) - count * Lanes::byte_offset;
 }
 
 // A group of columns, times tokens p to count - 1 of a panel: `tokens` of them at a time, as long
 // as there are so many, then half as many. Several tokens and runs of 16 rows together, so that
 // each decoded register and each pair of activations is loaded for several products.
-template <class Lanes, int bits, bool bytes, int tokens>
+template <class Lanes, int width, bool bytes, int tokens>
 void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, int64_t g,
                const TrellisPanel& x, int64_t p, float* out) {
-    // At 3 and 4 bits, t is decoded, and codes that are there twice become 16-bit numbers again.
-    constexpr bool widen = bytes && bits > 2;
+    // Above 2 bits, t is decoded, and codes that are there twice become 16-bit numbers again.
+    constexpr bool widen = bytes && sums_four_bytes(width);
     constexpr int runs = tokens < Lanes::tokens ? 4 : Lanes::runs;
-    constexpr int z = center<Lanes>(bits, bytes && !widen ? 2 : 0);
+    constexpr int z = center<Lanes>(width, bytes && !widen ? 2 : 0);
     const int tiles = group / kTileColumns;
     for (; p + tokens <= x.count; p += tokens) {
         const int16_t* codes[tokens];
@@ -104,7 +105,7 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
         }
     }
     if constexpr (tokens > 1)
-        add_group<Lanes, bits, bytes, tokens / 2>(decoded, cols, group, g, x, p, out);
+        add_group<Lanes, width, bytes, tokens / 2>(decoded, cols, group, g, x, p, out);
 }
 
 // out [count][64] *= the scales of the rows.
@@ -120,7 +121,7 @@ void scale_rows(const uint8_t* scales, int64_t count, float* out) {
 }
 
 // Products of several tokens made in a way of its own: add_group of trellis_many_neon.h.
-template <class Lanes, int bits, bool bytes>
+template <class Lanes, int width, bool bytes>
 struct ManyTokens {
     static constexpr bool exists = false;
 };
@@ -128,16 +129,15 @@ struct ManyTokens {
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
 // `crossed`: whether additions run beside dot products (trellis_many.h).
-template <class Lanes, int bits, bool bytes, bool crossed>
+template <class Lanes, int width, bool bytes, bool crossed>
 void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
-    constexpr int tile_bytes = 64 * bits;
-    constexpr int z = center<Lanes>(bits, bytes ? (bits > 2 ? 4 : 2) : 0);
+    constexpr int z = center<Lanes>(width, bytes ? (sums_four_bytes(width) ? 4 : 2) : 0);
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
-    using Many = BestKind<Lanes, bits, bytes, crossed>;
+    using Many = BestKind<Lanes, width, bytes, crossed>;
     union Operands {
         typename Lanes::Words decoded[kMaxGroup / kTileColumns * kSteps];
         ManyOperands<Lanes> many;
@@ -145,49 +145,52 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
     } operands;
     typename Lanes::Words* const decoded = operands.decoded;
     for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* from = slab + g * tiles * tile_bytes;
-        const uint8_t* over = above + g * tiles * tile_bytes;
+        const uint8_t* from = slab + tiles_bytes(width, g * tiles);
+        const uint8_t* over = above + tiles_bytes(width, g * tiles);
         if (x.count == 1) {
             const int16_t* codes = x.all.codes + x.places[0] * cols + g * group;
             typename Lanes::Pairs sum[4];
-            for (int t = 0; t < tiles; ++t) {
+            each_tile<Lanes, width>(
+                over, from, tiles,
+                [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
+                    constexpr int ahead = int(tiles_bytes(width, 2) / 2);  // of a tile
 #pragma GCC unroll 4
-                for (int j = 0; j < bits; ++j)
-                    Lanes::prefetch(from + t * tile_bytes + 64 * j + kWordsAhead);
-                add_steps<Lanes, bits, bytes>(
-                    load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
-                    codes + t * kTileColumns, sum);
-            }
+                    for (int j = 0; j < ahead; j += 64)
+                        Lanes::prefetch(from + t * ahead + j + kWordsAhead);
+                    add_steps<Lanes, width, bytes>(tile, codes + t * kTileColumns, sum);
+                });
             const int64_t at = x.places[0] * groups + g;
             for (int run = 0; run < 4; ++run)
                 finish_group<Lanes>(sum[run], x.all.scale[at], z * x.all.sum[at],
                                     out + 16 * run);
             continue;
         }
-        if constexpr (ManyTokens<Lanes, bits, bytes>::exists) {
-            ManyTokens<Lanes, bits, bytes>::add_group(over, from, cols, group, g, x, out);
+        if constexpr (ManyTokens<Lanes, width, bytes>::exists) {
+            ManyTokens<Lanes, width, bytes>::add_group(over, from, cols, group, g, x, out);
         } else {
             if constexpr (!std::is_void_v<Many>) {
                 if (x.count >= kManyTokens) {
-                    add_group_to_many<Lanes, bits, Many>(over, from, cols, group, g, x,
+                    add_group_to_many<Lanes, width, Many>(over, from, cols, group, g, x,
                                                          operands.many, out);
                     continue;
                 }
             }
-            for (int t = 0; t < tiles; ++t)
-                decode_steps<Lanes, bits, bytes && bits <= 2>(
-                    load_tile<Lanes, bits>(over + t * tile_bytes, from + t * tile_bytes),
-                    decoded + t * kSteps);
-            add_group<Lanes, bits, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
+            each_tile<Lanes, width>(
+                over, from, tiles,
+                [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
+                    decode_steps<Lanes, width, bytes && !sums_four_bytes(width)>(
+                        tile, decoded + t * kSteps);
+                });
+            add_group<Lanes, width, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
         }
     }
     scale_rows<Lanes>(scales, x.count, out);
 }
 
-template <class Lanes, int bits, bool crossed = Lanes::crosses>
-constexpr void set_trellis_dots(Isa& isa) {
-    isa.trellis_dot[0][bits] = trellis_dot<Lanes, bits, Lanes::sums_any_byte, crossed>;
-    isa.trellis_dot[1][bits] = trellis_dot<Lanes, bits, false, crossed>;
+template <class Lanes, bool crossed = Lanes::crosses, int... width>
+constexpr void set_trellis_dots(Isa& isa, std::integer_sequence<int, width...>) {
+    ((isa.trellis_dot[0][width] = trellis_dot<Lanes, width, Lanes::sums_any_byte, crossed>), ...);
+    ((isa.trellis_dot[1][width] = trellis_dot<Lanes, width, false, crossed>), ...);
 }
 
 }  // namespace

@@ -26,7 +26,12 @@ const Values& values_of(int bits) {
 // lane: even columns to one, odd columns to the other.
 class Tile {
   public:
-    Tile(int bits, int64_t cols) : bits_(bits), cols_(cols), values_(values_of(bits).at) {}
+    Tile(int width, int64_t cols) : cols_(cols) {
+        for (int step : {0, 1}) {
+            bits_[step] = branch_bits(width, step);
+            values_[step] = values_of(value_bits(width, step)).at;
+        }
+    }
 
     // Pass the rows first .. last - 1 of `branches` and, where `out` is not null, write values.
     void pass(const uint8_t* branches, int64_t first, int64_t last, float* out) {
@@ -34,17 +39,18 @@ class Tile {
             uint32_t* state = states_[row % 16];
             const uint8_t* from = branches + row * cols_;
             for (int column = 0; column < kTileColumns; ++column) {
+                const int step = column / 2 % 2;  // its parity
                 uint32_t& reached = state[column % 2];
-                reached = (reached << bits_ | from[column]) & (kStates - 1);
-                if (out) out[row * cols_ + column] = values_[reached];
+                reached = (reached << bits_[step] | from[column]) & (kStates - 1);
+                if (out) out[row * cols_ + column] = values_[step][reached];
             }
         }
     }
 
   private:
-    int bits_;
+    int bits_[2];
     int64_t cols_;
-    const float* values_;
+    const float* values_[2];
     uint32_t states_[16][2] = {};
 };
 
@@ -55,7 +61,7 @@ using namespace moepress;
 
 int32_t moepress_trellis_values(const uint8_t* branches, int64_t rows, int64_t cols, int32_t bits,
                                 int32_t threads, float* values) {
-    if (bits < 1 || bits > 4) return kBadCodec;
+    if (!is_width(bits)) return kBadCodec;
     if (rows < 1 || rows % kSlabRows != 0 || cols < 1 || cols % kTileColumns != 0 || threads < 1)
         return kBadShape;
     constexpr int64_t kTilesPerLine = 8;  // of 64 bytes of branches

@@ -85,25 +85,25 @@ struct NeonCosts {
 
 struct NeonSearch {
     // Half of all targets are so large that no value is 2^15 above them.
-    template <int bits>
+    template <int width, int phase>
     static bool step(const uint16_t* best, int16_t target, bool small, uint16_t* next) {
-        return target > largest_value<bits>() + INT16_MIN
-                   ? TileSearch<NeonCosts<false>>::step<bits>(best, target, small, next)
-                   : TileSearch<NeonCosts<true>>::step<bits>(best, target, small, next);
+        return target > largest_value<width, phase>() + INT16_MIN
+                   ? TileSearch<NeonCosts<false>>::step<width, phase>(best, target, small, next)
+                   : TileSearch<NeonCosts<true>>::step<width, phase>(best, target, small, next);
     }
 
     template <int bits>
     static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
-        moepress::trace<bits, kStride[bits]>(best, target, end, states);
+        moepress::trace<bits, 0, kStride[bits]>(best, target, end, states);
     }
 
   private:
-    template <int bits>
+    template <int width, int phase>
     static constexpr int largest_value() {
         constexpr int largest = [] {
             int most = INT16_MIN;
             for (int s = 0; s < kStates; ++s)
-                most = value_in_steps<bits>(s) > most ? value_in_steps<bits>(s) : most;
+                if (const int v = value_in_steps<width, phase>(s); v > most) most = v;
             return most;
         }();
         return largest;

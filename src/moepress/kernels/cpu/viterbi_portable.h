@@ -10,14 +10,15 @@ namespace moepress {
 namespace {
 
 struct PortableSearch {
-    template <int bits>
+    template <int width, int phase>
     static bool step(const uint16_t* best, int16_t target, bool, uint16_t* next) {
-        constexpr int branches = 1 << bits, apart = kStates >> 2 * bits;
-        const int16_t* values = constant<ValuesByState<bits>>().at;
+        constexpr int bits = branch_bits(width, phase), next_bits = branch_bits(width, phase + 1);
+        constexpr int branches = 1 << bits, apart = kStates >> (bits + next_bits);
+        const int16_t* values = constant<ValuesByState<width, phase>>().at;
         for (int r = 0; r < apart; ++r) {
             int least[branches];
             for (int& cost : least) cost = kLargest;
-            for (int q = r; q < branches * apart; q += apart)
+            for (int q = r; q < apart << next_bits; q += apart)
                 for (int b = 0; b < branches; ++b) {
                     const int added = square(target, values[q * branches + b]);
                     const int cost = saturated_sum(best[q], added);
@@ -30,7 +31,7 @@ struct PortableSearch {
 
     template <int bits>
     static void trace(const uint16_t* best, const int16_t* target, int end, uint16_t* states) {
-        moepress::trace<bits, kStride[bits]>(best, target, end, states);
+        moepress::trace<bits, 0, kStride[bits]>(best, target, end, states);
     }
 };
 

@@ -7,6 +7,8 @@
 //
 //     next(u, c, b) = min over j of  best(j, u, c) + (x - v(j, u, c, b))^2
 //
+// At half widths b has the bits of the branch of this step, and j those of the next one.
+//
 // A tile is one u: `chunk` values of c times 2^bits of b, as much as two vectors hold. Each chunk
 // of `best` is loaded into a vector several times side by side, once for each b. The minimum over j
 // is then a minimum of whole vectors. At the end of a tile the two sums change their order from
@@ -39,47 +41,49 @@ namespace {
 
 template <class Vector>
 struct TileSearch {
-    template <int bits>
+    template <int width, int phase>
     struct Tile {
-        static constexpr int branches = 1 << bits;
+        static constexpr int bits = branch_bits(width, phase);
+        static constexpr int next_bits = branch_bits(width, phase + 1);
+        static constexpr int predecessors = 1 << next_bits;
         static constexpr int words = 2 * Vector::width;  // of a tile's two sums
-        static constexpr int chunk = words / branches;   // values of c
-        static constexpr int tiles = kStates / branches / words;
-        static constexpr int apart = kStates >> 2 * bits;  // words of `best` between two j
+        static constexpr int chunk = words >> bits;      // values of c
+        static constexpr int tiles = kStates / predecessors / words;
+        static constexpr int apart = kStates >> (bits + next_bits);  // words between two j
         static_assert(tiles >= 1 && chunk * tiles == apart);
     };
 
     // The values of all states in the order in which the tiles read them. Lane `chunk * i + c` of
     // sum `a` belongs to branch 2 i + a.
-    template <int bits>
+    template <int width, int phase>
     struct alignas(64) Values {
         int16_t at[kStates];
         Values() {
-            using T = Tile<bits>;
+            using T = Tile<width, phase>;
             int16_t* next = at;
             for (int u = 0; u < T::tiles; ++u)
-                for (int j = 0; j < T::branches; ++j)
+                for (int j = 0; j < T::predecessors; ++j)
                     for (int a = 0; a < 2; ++a)
                         for (int lane = 0; lane < Vector::width; ++lane) {
                             const int q = j * T::apart + u * T::chunk + lane % T::chunk;
                             const int branch = lane / T::chunk * 2 + a;
-                            *next++ = value_in_steps<bits>(q << bits | branch);
+                            *next++ = value_in_steps<width, phase>(q << T::bits | branch);
                         }
         }
     };
 
-    template <int bits>
+    template <int width, int phase>
     static bool step(const uint16_t* best, int16_t target, bool small, uint16_t* next) {
-        return small ? all_tiles<bits, true>(best, target, next)
-                     : all_tiles<bits, false>(best, target, next);
+        return small ? all_tiles<width, phase, true>(best, target, next)
+                     : all_tiles<width, phase, false>(best, target, next);
     }
 
   private:
     // `small`: no sum of a cost and a square, 32768 at most, needs saturation.
-    template <int bits, bool small>
+    template <int width, int phase, bool small>
     static bool all_tiles(const uint16_t* best, int16_t target, uint16_t* next) {
-        using T = Tile<bits>;
-        const int16_t* values = constant<Values<bits>>().at;
+        using T = Tile<width, phase>;
+        const int16_t* values = constant<Values<width, phase>>().at;
         const auto x = Vector::splat(target);
         const auto cost = [&](auto before, const int16_t* at) {
             const auto square = Vector::square(Vector::minus_to_limit(x, Vector::load(at)));
@@ -90,7 +94,7 @@ struct TileSearch {
         for (int u = 0; u < T::tiles; ++u) {
             auto even = x, odd = x;
 #pragma GCC unroll 16
-            for (int j = 0; j < T::branches; ++j) {
+            for (int j = 0; j < T::predecessors; ++j) {
                 const auto before = Vector::template repeat<T::chunk>(best + j * T::apart);
                 const auto a = cost(before, values);
                 const auto b = cost(before, values + Vector::width);
@@ -99,7 +103,7 @@ struct TileSearch {
                 odd = j == 0 ? b : Vector::least(odd, b);
             }
             all = Vector::any(all, even, odd);
-            Vector::template store<bits>(even, odd, next);
+            Vector::template store<T::bits>(even, odd, next);
             best += T::chunk;
             next += T::words;
         }

@@ -107,7 +107,7 @@ void trace_paths(const uint16_t* best, const int16_t* target, int end, uint16_t*
         const uint32_t one = (found & 0xFFFF) << 4 | (found >> 16) | uint32_t(8 * v);
         first = one < first ? one : first;
     }
-    if (first >> 4 == kLargest) return trace<bits, P::stride>(best, target, end, states);
+    if (first >> 4 == kLargest) return trace<bits, 0, P::stride>(best, target, end, states);
     const int path = P::free_bits(int(first & 15)) << kStateBits | end;
     for (int i = 0; i < P::stride; ++i)
         states[i] = uint16_t((path >> (P::stride - i) * bits) % kStates);

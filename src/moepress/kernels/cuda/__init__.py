@@ -134,7 +134,7 @@ def embedding(
                 _aligned(packed),
                 rows,
                 cols,
-                codec.bits,
+                codec.number,
                 codec.group_size,
                 out,
                 DTYPES[dtype],
@@ -209,7 +209,7 @@ def _linear(
     parts = codes.parts(kernel, rows, panels, launcher)
     splits = parts[1]
     out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
-    matrix = _Matrix(packed, bits=codec.bits)
+    matrix = _Matrix(packed, bits=codec.number)
     _multiply(launcher, kernel, codes, None, 1, None, (*parts, panels), matrix, out)
     launcher.launch(
         "moepress_combine_linear",

@@ -36,7 +36,7 @@ struct Call {
 // What a block of threads decodes.
 struct Work {
     const uint8_t* matrix;
-    int bits;
+    int width;       // of scalar codes their bits, of trellis codes twice their bits
     int block;       // of block_rows rows of the matrix
     int begin, end;  // rows of the matrix that are asked for
     uint16_t* out;   // of row `begin`
@@ -51,7 +51,8 @@ struct Work {
 template <bool trellis>
 DEVICE int64_t matrix_bytes(const Call& call, int64_t bits) {
     if (trellis)
-        return (call.rows + kSlabRows - 1) / kSlabRows * (8 * call.cols * bits + 2 * kSlabRows);
+        return (call.rows + kSlabRows - 1) / kSlabRows *
+               (4 * call.cols * halves_of(bits) + 2 * kSlabRows);
     const int side = bits >= 2 && bits <= 4 ? 48 : 32;
     return (call.rows + kBlockRows - 1) / kBlockRows *
            (2 * call.cols * bits + side * (call.cols / call.group));
@@ -71,13 +72,13 @@ DEVICE bool work_of(const Call& call, Work& work) {
         offset = call.table[2 * expert];
         bits = call.table[2 * expert + 1];
     }
-    const bool exists = trellis ? bits >= 1 && bits <= 4 : (bits >= 1 && bits <= 4) || bits == 8;
+    const bool exists = trellis ? halves_of(bits) > 0 : (bits >= 1 && bits <= 4) || bits == 8;
     if (!exists || offset < 0 || offset % 16 != 0 ||
         matrix_bytes<trellis>(call, bits) > call.packed_bytes - offset)
         trap();
     const bool two = gridDim.y > call.blocks, later = y >= call.blocks;
     work.matrix = call.packed + offset;
-    work.bits = int(bits);
+    work.width = trellis ? halves_of(bits) : int(bits);
     work.begin = int(later ? call.second : call.first);
     work.end = work.begin + int(call.count);
     work.block = work.begin / block_rows + int(later ? y - call.blocks : y);
@@ -94,15 +95,16 @@ DEVICE uint4 rounded(const float (&w)[8]) {
                       floats_to_bfloats(w[4], w[5]), floats_to_bfloats(w[6], w[7]));
 }
 
-template <int bits>
+template <int halves>
 DEVICE void trellis_weights(const Call& call, const Work& work) {
-    constexpr int kAhead = bits <= 2 ? 2 : 1;  // units that are loaded at once
+    using W = Width<halves>;
+    constexpr int kAhead = halves <= 4 ? 2 : 1;  // units that are loaded at once
     const int r = lane_id() / 4, j = lane_id() % 4, units = int(call.cols) / kUnitColumns;
     const int slabs = (int(call.rows) + kSlabRows - 1) / kSlabRows, s = work.block;
-    const int64_t slab_bytes = 8 * call.cols * bits;
+    const int64_t slab_bytes = W::slab_bytes(call.cols);
     const uint8_t* const slab = work.matrix + s * slab_bytes;
     const uint8_t* const above =
-        work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes + 64 * (bits - 1);
+        work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes + W::offset(j, W::words - 1);
     const uint8_t* const scales = work.matrix + slabs * slab_bytes + 2 * (s * kSlabRows + 2 * r);
     float scale[4][2];
 #pragma unroll
@@ -114,14 +116,15 @@ DEVICE void trellis_weights(const Call& call, const Work& work) {
 #pragma unroll 1
     for (int done = 0; done < kUnits; done += kAhead) {
         const int unit = first_unit() + done;
-        Words<bits> words[kAhead];
+        Words<halves> words[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
             if (unit + u >= units) break;
-            const int at = (unit + u) * 256 * bits + 64 * bits * j + 8 * r;
+            const int at = (unit + u) * W::unit_bytes + 8 * r;
             words[u].word[0] = load_stream_8(above + at);
 #pragma unroll
-            for (int i = 0; i < bits; ++i) words[u].word[i + 1] = load_stream_8(slab + at + 64 * i);
+            for (int i = 0; i < W::words; ++i)
+                words[u].word[i + 1] = load_stream_8(slab + at + W::offset(j, i));
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
@@ -129,18 +132,18 @@ DEVICE void trellis_weights(const Call& call, const Work& work) {
             const int column = (unit + u) * kUnitColumns + 8 * j;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                uint32_t word[bits + 1];
+                uint32_t word[W::words + 1];
 #pragma unroll
-                for (int i = 0; i <= bits; ++i)
+                for (int i = 0; i <= W::words; ++i)
                     word[i] = h ? words[u].word[i].y : words[u].word[i].x;
-                const Windows<bits> path = windows<bits>(word);
+                const Windows<halves> path = windows<halves>(word, j % 2);
 #pragma unroll
                 for (int b = 0; b < 4; ++b) {
                     float w[8];
 #pragma unroll
                     for (int c = 0; c < 8; ++c) {
-                        const uint32_t p = product<bits>(path.window[c % 2], 4 * b + c / 2);
-                        const int value = dp4a_us(p, 0x01010101u, kStart - kCenter[bits]);
+                        const uint32_t p = product<halves>(path.window[c % 2], 4 * b + c / 2);
+                        const int value = dp4a_us(p, 0x01010101u, kStart - W::center);
                         w[c] = (__int_as_float(value) - kStartFloat) * scale[b][h];
                     }
                     work.store(s * kSlabRows + 16 * b + 2 * r + h, column, rounded(w));
@@ -232,10 +235,13 @@ extern "C" __global__ void __launch_bounds__(128, 7)
                        group,  first,        second, count, blocks, out};
     Work work;
     if (!work_of<true>(call, work)) return;
-    if (work.bits == 1) trellis_weights<1>(call, work);
-    if (work.bits == 2) trellis_weights<2>(call, work);
-    if (work.bits == 3) trellis_weights<3>(call, work);
-    if (work.bits == 4) trellis_weights<4>(call, work);
+    if (work.width == 2) trellis_weights<2>(call, work);
+    if (work.width == 3) trellis_weights<3>(call, work);
+    if (work.width == 4) trellis_weights<4>(call, work);
+    if (work.width == 5) trellis_weights<5>(call, work);
+    if (work.width == 6) trellis_weights<6>(call, work);
+    if (work.width == 7) trellis_weights<7>(call, work);
+    if (work.width == 8) trellis_weights<8>(call, work);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 8)
@@ -249,9 +255,9 @@ extern "C" __global__ void __launch_bounds__(128, 8)
                        group,  first,        second, count, blocks, out};
     Work work;
     if (!work_of<false>(call, work)) return;
-    if (work.bits == 1) scalar_weights<1>(call, work);
-    if (work.bits == 2) scalar_weights<2>(call, work);
-    if (work.bits == 3) scalar_weights<3>(call, work);
-    if (work.bits == 4) scalar_weights<4>(call, work);
-    if (work.bits == 8) scalar_weights<8>(call, work);
+    if (work.width == 1) scalar_weights<1>(call, work);
+    if (work.width == 2) scalar_weights<2>(call, work);
+    if (work.width == 3) scalar_weights<3>(call, work);
+    if (work.width == 4) scalar_weights<4>(call, work);
+    if (work.width == 8) scalar_weights<8>(call, work);
 }

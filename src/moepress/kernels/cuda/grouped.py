@@ -58,7 +58,9 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, codec: Codec, y: Tens
     inputs = x.new_empty((tokens, cols), dtype=torch.bfloat16)
     _round_inputs(launcher, x, codec.family, None, 1, inputs)
     step = _chunk(rows, 2 * cols, GRAIN)
-    matrices = _Matrices(packed, None, codec.bits, codec.family, codec.group_size, None, rows, cols)
+    matrices = _Matrices(
+        packed, None, codec.number, codec.family, codec.group_size, None, rows, cols
+    )
     scratch = x.new_empty((1, min(step, rows), cols), dtype=torch.bfloat16)
     for first in range(0, rows, step):
         count = min(step, rows - first)

@@ -31,7 +31,7 @@ def available(device: torch.device) -> bool:
     return reason is None
 
 
-def trellis_search(target: Tensor, bits: int) -> Tensor:
+def trellis_search(target: Tensor, bits: float) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on a card."""
     columns = target.float().contiguous()[None]
     branches = torch.empty(columns.shape, dtype=torch.uint8, device=target.device)
@@ -40,7 +40,7 @@ def trellis_search(target: Tensor, bits: int) -> Tensor:
 
 
 def trellis_search_together(
-    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[int], first: int
+    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[float], first: int
 ) -> None:
     """Round columns first .. first + 7 of M matrices [K, N] to trellis codes, in place.
 
@@ -55,7 +55,7 @@ def trellis_search_together(
 
 
 def _launch(
-    target: Tensor, feedback: Tensor | None, branches: Tensor, bits: tuple[int, ...], first: int
+    target: Tensor, feedback: Tensor | None, branches: Tensor, bits: tuple[float, ...], first: int
 ) -> None:
     launcher = launcher_for(target.device)
     count, columns, rows = target.shape
@@ -67,5 +67,6 @@ def _launch(
 
 
 @lru_cache(maxsize=64)
-def _widths(bits: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(bits, dtype=torch.int32, device=device)
+def _widths(bits: tuple[float, ...], device: torch.device) -> Tensor:
+    """Twice the bits, [M] int32."""
+    return torch.tensor([round(2 * b) for b in bits], dtype=torch.int32, device=device)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device.h"
-#include "trellis_code.h"
+#include "trellis_code.cuh"
 
 namespace moepress {
 namespace {
@@ -31,7 +31,7 @@ DEVICE void wait_for_codes(bool now) {
 // What a block computes.
 struct Work {
     const uint8_t* matrix;
-    int bits;
+    int halves;  // twice its code bits
     int row_block, split;
     int first, count;  // positions
 };
@@ -43,8 +43,8 @@ DEVICE int64_t row_of(const Call& call, const Work& work, int token) {
 }
 
 // The work of this block; count 0: none. `size`: positions of a panel. `panel` has the expert, first
-// position and count of each panel; null: positions in order. `table` has the first byte and the code
-// bits of each expert's matrix; null: one matrix of `bits`.
+// position and count of each panel; null: positions in order. `table` has the first byte and the
+// width of each expert's matrix; null: one matrix of width `bits` (both as of `halves_of`).
 //
 // Blocks that run at the same time share weights: those of up to 16 neighbouring panels, often of
 // the same expert, follow each other, and then those of the next rows.
@@ -68,7 +68,7 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
         work.count = int(min(int64_t(size), call.positions - work.first));
     }
     work.matrix = packed;
-    work.bits = int(bits);
+    work.halves = halves_of(bits);
     if (work.count <= 0) {
         work.count = 0;
         return work;
@@ -76,13 +76,12 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
     int64_t offset = 0;
     if (table) {
         offset = table[2 * expert];
-        work.bits = int(table[2 * expert + 1]);
+        work.halves = halves_of(table[2 * expert + 1]);
         work.matrix += offset;
     }
     const int64_t slabs = (call.n + kSlabRows - 1) / kSlabRows;
-    const int64_t bytes = slabs * (int64_t(8) * call.k * work.bits + 2 * kSlabRows);
-    const bool exists = work.bits >= 1 && work.bits <= 4;
-    if (!exists || offset < 0 || offset % 16 != 0 || bytes > packed_bytes - offset) trap();
+    const int64_t bytes = slabs * (int64_t(4) * call.k * work.halves + 2 * kSlabRows);
+    if (!work.halves || offset < 0 || offset % 16 != 0 || bytes > packed_bytes - offset) trap();
     return work;
 }
 
@@ -91,7 +90,7 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
 
 // The kernels of a file: one for each group size and number of planes, such as
 // moepress_trellis_decode_g128_p1. Compiled with MOEPRESS_GROUP and MOEPRESS_PLANES defined, the file
-// has only that one. product<bits, group, planes>(call, work) is what a block does.
+// has only that one. product<halves, group, planes>(call, work) is what a block does.
 #define MOEPRESS_TRELLIS_KERNEL(NAME, GROUP, PLANES, THREADS, BLOCKS, SIZE, LATE, PRODUCT)         \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_g##GROUP##_p##PLANES(     \
         const int8_t* q, const float* scale, const int32_t* sum, int64_t planes, int64_t rows,     \
@@ -107,8 +106,11 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
         const Work work =                                                                          \
             work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);              \
         if (!work.count) return wait_for_codes(late);                                              \
-        if (work.bits == 1) PRODUCT<1, GROUP, PLANES>(call, work);                                 \
-        if (work.bits == 2) PRODUCT<2, GROUP, PLANES>(call, work);                                 \
-        if (work.bits == 3) PRODUCT<3, GROUP, PLANES>(call, work);                                 \
-        if (work.bits == 4) PRODUCT<4, GROUP, PLANES>(call, work);                                 \
+        if (work.halves == 2) PRODUCT<2, GROUP, PLANES>(call, work);                               \
+        if (work.halves == 3) PRODUCT<3, GROUP, PLANES>(call, work);                               \
+        if (work.halves == 4) PRODUCT<4, GROUP, PLANES>(call, work);                               \
+        if (work.halves == 5) PRODUCT<5, GROUP, PLANES>(call, work);                               \
+        if (work.halves == 6) PRODUCT<6, GROUP, PLANES>(call, work);                               \
+        if (work.halves == 7) PRODUCT<7, GROUP, PLANES>(call, work);                               \
+        if (work.halves == 8) PRODUCT<8, GROUP, PLANES>(call, work);                               \
     }

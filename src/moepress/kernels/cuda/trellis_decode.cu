@@ -19,10 +19,10 @@
 #ifndef MOEPRESS_TRELLIS_WARPS
 #define MOEPRESS_TRELLIS_WARPS 4
 #endif
-#ifndef MOEPRESS_TRELLIS_DEPTH  // units of 1- and 2-bit codes that a warp loads ahead
+#ifndef MOEPRESS_TRELLIS_DEPTH  // units of codes of up to 2 bits that a warp loads ahead
 #define MOEPRESS_TRELLIS_DEPTH 2
 #endif
-#ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for 3 and 4 bits
+#ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for more
 #define MOEPRESS_TRELLIS_DEPTH_WIDE 1
 #endif
 #ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
@@ -51,17 +51,19 @@ struct Sums {
 };
 
 // acc[row block] = c + the products of a unit.
-template <int bits>
-DEVICE void add_unit(const Words<bits>& words, uint2 x, const int (&c)[4][4], int (&acc)[4][4]) {
+template <int halves>
+DEVICE void add_unit(const Words<halves>& words, uint2 x, const int (&c)[4][4], int (&acc)[4][4]) {
     using Sum = const int (&)[4];
-    uint32_t even[bits + 1], odd[bits + 1];
+    constexpr int count = Width<halves>::words;
+    uint32_t even[count + 1], odd[count + 1];  // path lanes 2 r and 2 r + 1
 #pragma unroll
-    for (int j = 0; j <= bits; ++j) {
+    for (int j = 0; j <= count; ++j) {
         even[j] = words.word[j].x;
         odd[j] = words.word[j].y;
     }
-    const Windows<bits> first = windows<bits>(even), second = windows<bits>(odd);
-    if (kMerge && bits <= 2) {
+    const int tile = lane_id() % 2;
+    const Windows<halves> first = windows<halves>(even, tile), second = windows<halves>(odd, tile);
+    if (kMerge && halves <= 4) {
         const uint32_t b[2][2] = {
             {__byte_perm(x.x, 0, 0x1100), __byte_perm(x.x, 0, 0x3322)},
             {__byte_perm(x.y, 0, 0x1100), __byte_perm(x.y, 0, 0x3322)}};
@@ -70,12 +72,12 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, const int (&c)[4][4], in
             const int block = step % 4, pair = step / 4;  // row blocks in turn
             const int i = 4 * block + 2 * pair;
             const uint32_t a[4] = {
-                merged(product<bits>(first.window[0], i), product<bits>(first.window[1], i)),
-                merged(product<bits>(second.window[0], i), product<bits>(second.window[1], i)),
-                merged(product<bits>(first.window[0], i + 1),
-                       product<bits>(first.window[1], i + 1)),
-                merged(product<bits>(second.window[0], i + 1),
-                       product<bits>(second.window[1], i + 1))};
+                merged(product<halves>(first.window[0], i), product<halves>(first.window[1], i)),
+                merged(product<halves>(second.window[0], i), product<halves>(second.window[1], i)),
+                merged(product<halves>(first.window[0], i + 1),
+                       product<halves>(first.window[1], i + 1)),
+                merged(product<halves>(second.window[0], i + 1),
+                       product<halves>(second.window[1], i + 1))};
             mma_u8s8(acc[block], a, b[pair], pair ? Sum(acc[block]) : Sum(c[block]));
         }
         return;
@@ -89,32 +91,35 @@ DEVICE void add_unit(const Words<bits>& words, uint2 x, const int (&c)[4][4], in
         const int block = step % 4, pair = step / 4;  // row blocks in turn
         const int i = 4 * block + pair;
         const uint32_t a[4] = {
-            product<bits>(first.window[0], i), product<bits>(second.window[0], i),
-            product<bits>(first.window[1], i), product<bits>(second.window[1], i)};
+            product<halves>(first.window[0], i), product<halves>(second.window[0], i),
+            product<halves>(first.window[1], i), product<halves>(second.window[1], i)};
         mma_u8s8(acc[block], a, b[pair], pair ? Sum(acc[block]) : Sum(c[block]));
     }
 }
 
 // What a lane loads for a unit.
-template <int bits>
+template <int halves>
 struct Unit {
-    Words<bits> words;
+    Words<halves> words;
     uint2 x;  // codes of 8 columns of the lane's token
 };
 
 // The loads of a lane, unit after unit.
-template <int bits>
+template <int halves>
 struct Loader {
-    const uint8_t* words;  // its path lanes of word 0
+    using W = Width<halves>;
+    const uint8_t* words;  // its path lanes of the tile's first own word
     int64_t above;         // from there to the last word of the tile above
+    int shared;            // from there to the word that two tiles share
     const uint8_t* x;
     bool has;  // a token
 
     DEVICE Loader(const Call& call, const Work& work, const uint8_t* over,
                   const uint8_t* slab, int planes, int unit) {
         const int r = lane_id() / 4, j = lane_id() % 4;
-        words = slab + int64_t(unit) * 256 * bits + 64 * bits * j + 8 * r;
-        above = over - slab + 64 * (bits - 1);
+        words = slab + int64_t(unit) * W::unit_bytes + W::offset(j, W::own) + 8 * r;
+        above = over - slab + 64 * (W::low - 1);
+        shared = W::offset(j, 0) - W::offset(j, W::own);
         // Column r of the mma: token r / 2 + 4 (r mod 2), or plane r mod 2 of token r / 2.
         const int token = planes == 1 ? r / 2 + r % 2 * 4 : r / 2;
         has = token < work.count;
@@ -124,36 +129,38 @@ struct Loader {
     }
 
     // Load what is `ahead` units from the current one.
-    DEVICE void load(Unit<bits>& unit, int ahead, bool more) {
+    DEVICE void load(Unit<halves>& unit, int ahead, bool more) {
         load_words(unit, ahead, more);
         load_codes(unit, ahead, more);
     }
-    DEVICE void load_words(Unit<bits>& unit, int ahead, bool more) {
-        const uint8_t* at = words + ahead * 256 * bits;
+    DEVICE void load_words(Unit<halves>& unit, int ahead, bool more) {
+        const uint8_t* at = words + ahead * W::unit_bytes;
         if (more) {
             unit.words.word[0] = load_stream_8(at + above);
+            if (!W::whole) unit.words.word[1] = load_stream_8(at + shared);
 #pragma unroll
-            for (int i = 0; i < bits; ++i) unit.words.word[i + 1] = load_stream_8(at + 64 * i);
+            for (int i = 0; i < W::low; ++i)
+                unit.words.word[W::own + i + 1] = load_stream_8(at + 64 * i);
         }
     }
-    DEVICE void load_codes(Unit<bits>& unit, int ahead, bool more) {
+    DEVICE void load_codes(Unit<halves>& unit, int ahead, bool more) {
         unit.x = make_uint2(0, 0);
         if (has && more)
             unit.x = *reinterpret_cast<const uint2*>(x + ahead * kUnitColumns);  // no __ldg: see late
     }
     DEVICE void advance(int units) {
-        words += units * 256 * bits;
+        words += units * W::unit_bytes;
         x += units * kUnitColumns;
     }
 };
 
 // The sums of a warp over chunks of 128 columns, begin .. end - 1; the last one of a matrix may have
 // fewer columns.
-template <int bits, int group_columns, int planes, int tokens>
+template <int halves, int group_columns, int planes, int tokens>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                        const uint8_t* slab, int begin, int end, Sums<tokens>& sums) {
-    constexpr int depth = bits <= 2 ? kDepth : kDepthWide;
-    constexpr int center = kCenter[bits];
+    constexpr int depth = halves <= 4 ? kDepth : kDepthWide;
+    constexpr int center = Width<halves>::center;
     const int j = lane_id() % 4;
     constexpr int units = group_columns / kUnitColumns;
     constexpr int unroll = kUnroll < units ? kUnroll : units;
@@ -161,8 +168,8 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     int group = begin * kStepUnits / units;
     int rest = min(end * kStepUnits, call.k / kUnitColumns) - begin * kStepUnits;  // units
 
-    Loader<bits> loader(call, work, above, slab, planes, begin * kStepUnits);
-    Unit<bits> next[depth] = {};
+    Loader<halves> loader(call, work, above, slab, planes, begin * kStepUnits);
+    Unit<halves> next[depth] = {};
 #pragma unroll
     for (int d = 0; d < depth; ++d) loader.load_words(next[d], d, d < rest);
 
@@ -222,7 +229,7 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
         for (int v = 0; v < units; v += unroll) {
 #pragma unroll
             for (int u = 0; u < unroll; ++u) {
-                const Unit<bits> now = next[unroll % depth ? 0 : u % depth];
+                const Unit<halves> now = next[unroll % depth ? 0 : u % depth];
                 if (unroll % depth) {
 #pragma unroll
                     for (int d = 0; d + 1 < depth; ++d) next[d] = next[d + 1];
@@ -231,9 +238,9 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
                     loader.load(next[u % depth], u + depth, u + depth < rest);
                 }
                 if (unroll == units && u == 0)
-                    add_unit<bits>(now.words, now.x, start, acc);
+                    add_unit<halves>(now.words, now.x, start, acc);
                 else
-                    add_unit<bits>(now.words, now.x, acc, acc);
+                    add_unit<halves>(now.words, now.x, acc, acc);
             }
             loader.advance(unroll);
             rest -= unroll;
@@ -242,10 +249,10 @@ DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
     }
 }
 
-template <int bits, int group, int planes, int tokens>
+template <int halves, int group, int planes, int tokens>
 DEVICE void decode_some(const Call& call, const Work& work) {
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
-    const int64_t slab_bytes = int64_t(8) * call.k * bits;
+    const int64_t slab_bytes = Width<halves>::slab_bytes(call.k);
     // The warps of a block share the columns of 1, 2, 4, .. slabs: as many as the grid needs.
     int slabs_here = 1;
     while (slabs_here * int(gridDim.x) < slabs) slabs_here *= 2;
@@ -257,7 +264,7 @@ DEVICE void decode_some(const Call& call, const Work& work) {
 
     Sums<tokens> sums = {};
     if (s < slabs)
-        add_chunks<bits, group, planes, tokens>(
+        add_chunks<halves, group, planes, tokens>(
             call, work, work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
             work.matrix + s * slab_bytes, chunks * part / parts, chunks * (part + 1) / parts, sums);
 
@@ -289,12 +296,12 @@ DEVICE void decode_some(const Call& call, const Work& work) {
     }
 }
 
-template <int bits, int group, int planes>
+template <int halves, int group, int planes>
 DEVICE void decode(const Call& call, const Work& work) {
     if (planes == 1 && work.count > 4)
-        decode_some<bits, group, planes, 2>(call, work);
+        decode_some<halves, group, planes, 2>(call, work);
     else
-        decode_some<bits, group, planes, 1>(call, work);
+        decode_some<halves, group, planes, 1>(call, work);
 }
 
 }  // namespace

@@ -34,14 +34,15 @@ constexpr int kShared = 99 << 10;  // bytes of the ring: what every card has
 // A stage of the ring.
 //   codes   [128 columns of the product][128 bytes, of one token each]; the 16-byte pieces of column
 //           n are permuted: piece i is at i ^ n % 8
-//   words   [slabs][bits + 1 parts][4 units][4 tiles][64 bytes]; part 0: the last words of the tiles
-//           above. In the tiles 2 and 3 the halves are swapped: that avoids bank conflicts.
+//   words   [slabs][parts][4 units][4 tiles][64 bytes]; part 0: the last words of the tiles above;
+//           part w + 1: word w. A word that two tiles share is there for both. In the tiles 2 and 3
+//           the upper and lower 32 bytes are swapped: that avoids bank conflicts.
 //   scales  [groups][128 tokens] float32
 //   sums    the same, int32
-template <int bits, int group>
+template <int halves, int group>
 struct Stage {
     static constexpr int groups = kStep / group;
-    static constexpr int slab_words = 1024 * (bits + 1);
+    static constexpr int slab_words = 1024 * (Width<halves>::words + 1);
     static constexpr int words = kColumns * kStep;  // where the words are
     static constexpr int scales = words + kSlabs * slab_words;
     static constexpr int sums = scales + 4 * groups * kColumns;
@@ -55,9 +56,10 @@ DEVICE int piece_of(int column, int piece) { return piece ^ column % 8; }
 
 // The copies of one thread, step after step: 16 bytes of the words of a unit, of every second part; 16
 // bytes of the codes of four columns of the product; a token's scales, or its sums.
-template <int bits, int group_columns, int planes>
+template <int halves, int group_columns, int planes>
 struct Loader {
-    using To = Stage<bits, group_columns>;
+    using To = Stage<halves, group_columns>;
+    using W = Width<halves>;
     static constexpr int tokens = kColumns / planes;
 
     const uint8_t* words[2];  // of the slab above (or word 0); of word 1 or 2
@@ -72,11 +74,11 @@ struct Loader {
                   int step, const uint8_t* shared) {
         const int t = int(threadIdx.x), part = t % 128 / 64;
         const int unit = t % 64 / 16, tile = t / 4 % 4, quarter = t % 4;
-        const int64_t at = int64_t(step * kStepUnits + unit) * 256 * bits + tile * 64 * bits +
-                           quarter * 16;
+        const int64_t at = int64_t(step * kStepUnits + unit) * W::unit_bytes + quarter * 16;
         const uint32_t base = kept_shared_address(shared);
-        words[0] = part == 0 ? above + at + 64 * (bits - 1) : slab + at;
-        words[1] = slab + at + 64 * (part + 1);
+        words[0] = part == 0 ? above + at + W::offset(tile, W::words - 1)
+                             : slab + at + W::offset(tile, 0);
+        words[1] = slab + at + W::offset(tile, part + 1);
         words_to = base + To::words + t / 128 * To::slab_words + part * 1024 + unit * 256 +
                    swapped(tile, quarter * 16);
         words_column = kUnitColumns * unit;
@@ -105,13 +107,13 @@ struct Loader {
 
     // Copy the next step to a stage of the ring.
     DEVICE void copy(int stage) {
-        constexpr int parts = (bits + 2) / 2;
+        constexpr int parts = (W::words + 2) / 2;
         const uint32_t place = uint32_t(stage * To::bytes);
         const bool has_words = words_column < left, has_codes = codes_column < left;
         if (has_words) cp_async_16(words_to + place, words[0]);
 #pragma unroll
         for (int i = 1; i < parts; ++i)
-            if (has_words && (2 * i < bits || has_last))
+            if (has_words && (2 * i < W::words || has_last))
                 cp_async_16(words_to + place + 2048 * i, words[1] + 128 * (i - 1));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -123,7 +125,7 @@ struct Loader {
                 cp_async_4_or_zero(numbers_to + place + 4 * kColumns * i, numbers + i,
                                    group_columns * i < left);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) words[i] += kStepUnits * 256 * bits;
+        for (int i = 0; i < 2; ++i) words[i] += kStepUnits * W::unit_bytes;
 #pragma unroll
         for (int i = 0; i < 4; ++i) codes[i] += kStep;
         numbers += To::groups;
@@ -204,15 +206,15 @@ DEVICE void add_group(const Exact& acc, const float* scales, Sums<planes>& sums)
     }
 }
 
-template <int bits, int group, int planes>
+template <int halves, int group, int planes>
 DEVICE void prefill(const Call& call, const Work& work) {
-    using Ring = Stage<bits, group>;
-    constexpr int center = kCenter[bits], units = group / kUnitColumns;
+    using Ring = Stage<halves, group>;
+    constexpr int center = Width<halves>::center, units = group / kUnitColumns;
     constexpr int ahead = Ring::count - 2;  // steps
     auto* const shared = shared_memory<uint8_t>();
     const uint8_t* const matrix = work.matrix;
     const int slabs = (call.n + kSlabRows - 1) / kSlabRows;
-    const int64_t slab_bytes = int64_t(8) * call.k * bits;
+    const int64_t slab_bytes = Width<halves>::slab_bytes(call.k);
     const int warps = warp_id() / 4;  // which four: they take a slab
     const int s = work.row_block * kSlabs + warps;
     const int mine = s < slabs ? s : slabs - 1;  // warps without a slab work for nobody
@@ -220,7 +222,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
     const int begin = int(int64_t(steps) * work.split / call.splits);
     const int end = int(int64_t(steps) * (work.split + 1) / call.splits);
 
-    Loader<bits, group, planes> loader(call, work,
+    Loader<halves, group, planes> loader(call, work,
                                        matrix + (mine ? mine - 1 : slabs - 1) * slab_bytes,
                                        matrix + mine * slab_bytes, begin, shared);
 #pragma unroll
@@ -229,8 +231,8 @@ DEVICE void prefill(const Call& call, const Work& work) {
         cp_async_commit();
     }
 
-    const RowBlock<bits> block(warp_id() % 4);
     const int r = lane_id() / 4, j = lane_id() % 4;
+    const RowBlock<halves> block(warp_id() % 4, j % 2);
     const int words_at =
         Ring::words + warps * Ring::slab_words + block.last * 1024 + swapped(j, 8 * r);
     const int oldest = block.last > 0 ? -1024 : 0;  // of the words; used where it is not 0
@@ -266,7 +268,7 @@ DEVICE void prefill(const Call& call, const Work& work) {
                 correction = fmaf(scales[at], float(center * exact[at]), correction);
             }
         }
-        uint32_t a[2][kCounted<bits>][4];
+        uint32_t a[2][Width<halves>::counted][4];
 #pragma unroll
         for (int u = 0; u < kStepUnits; ++u) {
             const uint8_t* from = now + words_at + 256 * u;
@@ -274,8 +276,9 @@ DEVICE void prefill(const Call& call, const Work& work) {
             word[2] = *reinterpret_cast<const uint2*>(from + 1024);
             word[1] = *reinterpret_cast<const uint2*>(from);
             word[0] = make_uint2(0, 0);
-            if (bits == 3) word[0] = *reinterpret_cast<const uint2*>(from + oldest);
-            fragments<bits>(word, block, a[u % 2]);
+            if (halves % 2 || halves == 6)
+                word[0] = *reinterpret_cast<const uint2*>(from + oldest);
+            fragments<halves>(word, block, a[u % 2]);
             multiply(a[u % 2], now, u, u % units == 0, acc);
             if (ahead == 1 && u + 1 == kStepUnits) give_word(step + 1);
             if ((u + 1) % units == 0) {

@@ -7,7 +7,7 @@ import numpy as np
 from moepress.allocation.choices import offered
 from moepress.allocation.plan import PROJECTIONS
 from moepress.costs.scores import BOTH
-from moepress.format.codec import LEFT_OUT
+from moepress.format.codec import LEFT_OUT, width
 from moepress.page.maps import heat_map
 from moepress.page.sections.section import Section, Table, no_scores
 from moepress.page.subject import Subject
@@ -42,7 +42,7 @@ def coverage(subject: Subject) -> Section:
             scores.layers[row],
             int(e),
             int(tokens[row, e]),
-            *(int(bits) for bits in subject.plan.bits[row, e]),
+            *(width(bits) for bits in subject.plan.bits[row, e]),
         )
         for row, e in places
     )

@@ -143,7 +143,7 @@ def search(group: Tensor, codec: Codec, weight: Tensor) -> Grid:
     if codec.bits == 8:  # 255 levels: nothing to gain from clipping
         return whole
     weight = weight / weight.sum()
-    shrunken = Grid.of(whole.scale * SHRINK[codec.bits], whole.zero, codec)
+    shrunken = Grid.of(whole.scale * SHRINK[codec.number], whole.zero, codec)
 
     def judge(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted squared error [n] in units of the squared min-max scale; residuals; codes."""

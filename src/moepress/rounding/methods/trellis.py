@@ -30,7 +30,7 @@ from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import cpu, trellis
 from moepress.kernels.cuda.search import available
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
 from moepress.memory import free_memory
 from moepress.rounding.fit import best_scale, inverse
 from moepress.rounding.hessian import Factor
@@ -42,8 +42,8 @@ from moepress.rounding.rotation import rotate, rotate_back
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
 # START * START_FACTOR_WITH_FEEDBACK: best for matrices of trained models
 # (docs/log.md#first-scale-by-width, decided in docs/log.md#first-scale).
-START = {1: 0.96, 2: 1.11, 3: 1.18, 4: 1.20}
-START_FACTOR_WITH_FEEDBACK = {1: 1.15, 2: 1.0, 3: 0.95, 4: 0.95}
+START = {1: 0.96, 1.5: 0.98, 2: 1.11, 2.5: 1.09, 3: 1.18, 3.5: 1.12, 4: 1.20}
+START_FACTOR_WITH_FEEDBACK = {1: 1.15, 1.5: 1.13, 2: 1.0, 2.5: 1.02, 3: 0.95, 3.5: 1.01, 4: 0.95}
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,10 @@ def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
     Args:
         rows: [N, K] float32, rotated weights.
     """
-    deviation = code_values(codec.bits).double().std(correction=0).item()
     start = START[codec.bits]
     if with_feedback:
         start *= START_FACTOR_WITH_FEEDBACK[codec.bits]
-    return rows.square().mean(1).sqrt() * (start / deviation)
+    return rows.square().mean(1).sqrt() * (start / deviation(codec.bits))
 
 
 def _searched(
@@ -223,7 +222,7 @@ def _block_feedback_at_once(feedback: Tensor) -> Tensor:
     return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
 
 
-def path_values(branches: Tensor, bits: int) -> Tensor:
+def path_values(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix`, compiled where that is possible."""
     compiled = branches.device.type == "cpu" and cpu.missing() is None
     return (cpu.trellis_values if compiled else code_matrix)(branches, bits)

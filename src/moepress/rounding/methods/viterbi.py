@@ -7,8 +7,10 @@ make states. The predecessors of a state s are the 2**k states whose low 12 - k 
 
     cost_t(s) = min over j of cost_(t-1)(j * 2**(12-k) + s // 2**k)  +  (x_t - v(s))^2
 
+At half widths k and v differ between even and odd steps.
+
 Costs are unsigned 16-bit integers, of which CPUs compare sixteen or more at a time: targets and
-values are rounded to steps of 1 / UNITS[k], a square is (d * d + 2**14) >> 15, sums saturate at
+values are rounded to steps of 1 / UNITS[bits], a square is (d * d + 2**14) >> 15, sums saturate at
 65535, and the least cost is subtracted every 16 steps. Among equal costs the smallest j is taken,
 so every implementation finds the same path.
 
@@ -37,24 +39,26 @@ from moepress.kernels.trellis import (
     STATES,
     STEPS,
     TILE_COLUMNS,
+    branch_bits,
     code_matrix,
-    code_values,
     from_paths,
     to_paths,
+    values_in_turn,
 )
 
-UNITS = {1: 40, 2: 64, 3: 80, 4: 80}  # by code bits: a target of 1 is this many integer steps
+# By code bits: a target of 1 is this many integer steps.
+UNITS = {1: 40, 1.5: 52, 2: 64, 2.5: 80, 3: 80, 3.5: 80, 4: 80}
 RUN = 1024  # steps of a path that are decided together
 SEAM = 64  # targets on each side of the seam, where the end of a path meets its start
 LARGEST = 65535  # cost at which sums saturate
 
 
-def search(target: Tensor, bits: int) -> Tensor:
+def search(target: Tensor, bits: float) -> Tensor:
     """Branches of the best paths through eight columns of a matrix.
 
     Args:
         target: [8, 64 S] float32, columns first, in the units of `code_values`.
-        bits: of the code, 1 to 4.
+        bits: of the code, one of TRELLIS_BITS.
 
     Returns:
         [8, 64 S] uint8.
@@ -67,7 +71,7 @@ def search(target: Tensor, bits: int) -> Tensor:
 
 
 def round_together(
-    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[int], first: int
+    target: Tensor, feedback: Tensor, branches: Tensor, bits: Sequence[float], first: int
 ) -> None:
     """Round columns first .. first + 7 of M matrices to the best paths, in place.
 
@@ -92,7 +96,7 @@ def round_together(
         (cpu.trellis_round if compiled else round_plainly)(*one, width)
 
 
-def round_plainly(target: Tensor, feedback: Tensor, branches: Tensor, bits: int) -> None:
+def round_plainly(target: Tensor, feedback: Tensor, branches: Tensor, bits: float) -> None:
     """`round_together` in PyTorch operations, for the eight columns of one matrix."""
     wanted = target + feedback
     branches.copy_(search_plainly(wanted, bits))
@@ -101,11 +105,11 @@ def round_plainly(target: Tensor, feedback: Tensor, branches: Tensor, bits: int)
     torch.sub(wanted, values, out=target)
 
 
-def search_plainly(target: Tensor, bits: int) -> Tensor:
+def search_plainly(target: Tensor, bits: float) -> Tensor:
     """`search` in PyTorch operations, on all 32 paths at once."""
     steps = (target * UNITS[bits]).round().clamp(-32767, 32767).int()  # halves round to even
     paths = to_paths(steps.T.contiguous()).permute(1, 2, 3, 0, 4).reshape(32, -1)  # [32, T]
-    values = code_values(bits).to(target.device) * UNITS[bits]
+    values = values_in_turn(bits).to(target.device) * UNITS[bits]
     length = min(SEAM, paths.shape[1])
     seam = torch.cat([paths[:, -length:], paths[:, :length]], dim=1)
     anywhere = torch.zeros(32, STATES, dtype=torch.int32, device=target.device)
@@ -124,36 +128,41 @@ def search_plainly(target: Tensor, bits: int) -> Tensor:
 
 
 def _best_path(
-    targets: Tensor, costs: Tensor, values: Tensor, bits: int, end: Tensor | None = None
+    targets: Tensor, costs: Tensor, values: Tensor, bits: float, end: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Branches and states [n, T] int64 of the best path for each of n sequences of T targets.
 
     Args:
         targets: [n, T] int32, in integer steps.
         costs: [n, 4096] int32, of the states before the first target.
-        values: [4096] int32 of the states, in integer steps.
+        values: [2, 4096] int32 of the states in even and in odd steps, in integer steps.
         end: [n] int64, the state in which each path must end; None: the best one.
     """
-    older = STATE_BITS - bits
-    best_predecessors = []  # by step: [n, 2**older] the j of the best predecessor
+    widths = branch_bits(bits)
+    best_predecessors = []  # by step: [n, 2**(12 - k)] the j of the best predecessor
     for t in range(targets.shape[1]):
-        by_predecessor = costs.view(-1, 1 << bits, 1 << older)
+        width = widths[t % 2]
+        by_predecessor = costs.view(-1, 1 << width, STATES >> width)
         best, best_j = by_predecessor[:, 0], torch.zeros_like(by_predecessor[:, 0])
-        for j in range(1, 1 << bits):
+        for j in range(1, 1 << width):
             cost = by_predecessor[:, j]
             less = cost < best
             best, best_j = torch.where(less, cost, best), best_j.masked_fill(less, j)
         best_predecessors.append(best_j)
-        d = (targets[:, t, None] - values).clamp(-32768, 32767)
+        d = (targets[:, t, None] - values[t % 2]).clamp(-32768, 32767)
         square = (d * d + (1 << 14)) >> 15
-        costs = (best.repeat_interleave(1 << bits, 1) + square).clamp(max=LARGEST)
+        costs = (best.repeat_interleave(1 << width, 1) + square).clamp(max=LARGEST)
         if t % STEPS == STEPS - 1:
             costs -= costs.amin(1, keepdim=True)
     state = costs.argmin(1) if end is None else end  # of equal costs the first state
     states = [state]
-    for best_j in reversed(best_predecessors):
-        rest = state >> bits
-        state = rest | best_j.gather(1, rest[:, None]).squeeze(1).long() << older
+    for t in reversed(range(targets.shape[1])):
+        width = widths[t % 2]
+        rest = state >> width
+        best_j = best_predecessors[t].gather(1, rest[:, None]).squeeze(1)
+        state = rest | best_j.long() << STATE_BITS - width
         states.append(state)
     passed = torch.stack(states[-2::-1], dim=1)
-    return passed & ((1 << bits) - 1), passed
+    masks = torch.tensor([(1 << width) - 1 for width in widths], device=passed.device)
+    steps = torch.arange(passed.shape[1], device=passed.device)
+    return passed & masks[steps % 2], passed
