@@ -26,7 +26,7 @@ PYTHONS = ((3, 11), (3, 13))  # oldest and newest tested
 OLDEST = {"torch": (2, 11), "transformers": (5, 16)}
 NEEDED = (
     "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "typer",
-    "rich", "psutil", "matplotlib", "jinja2",
+    "rich", "psutil", "matplotlib", "jinja2", "pydantic",
 )  # fmt: skip
 EXTRAS = {  # package: (extra that installs it, purpose)
     "datasets": ("datasets", "for the data sets c4, wikitext2 and math"),

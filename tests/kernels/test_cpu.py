@@ -197,7 +197,7 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) 
 
 @pytest.mark.parametrize("team", ["openmp", "pool"])
 def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
-    library, before = cpu._library(), torch.get_num_threads()
+    library, before = cpu.library(), torch.get_num_threads()
     library.moepress_lend_team(cpu._openmp_team() if team == "openmp" else None)
     case = make_case(tokens=40)
     results = []
@@ -219,7 +219,7 @@ from moepress.kernels import cpu
 from tests.kernels.test_kernels import make_case
 
 case = make_case(tokens=40)
-cpu._library().moepress_lend_team(None)
+cpu.library().moepress_lend_team(None)
 torch.set_num_threads(2)
 y = cpu.experts(case.call(8))
 child = os.fork()
@@ -334,7 +334,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     backends._choose.cache_clear()
     try:
         for _ in range(2):
@@ -346,7 +346,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
         assert "cannot be loaded" in (cpu.missing() or "")
     finally:
         monkeypatch.undo()
-        cpu._library.cache_clear()
+        cpu.library.cache_clear()
         backends._choose.cache_clear()
     assert cpu.missing() == MISSING
 

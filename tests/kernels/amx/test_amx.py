@@ -25,7 +25,7 @@ from tests.rounding.test_trellis import codec_of, random_packed
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "src/moepress/kernels/cpu"  # an installed package has no sources
 UNITS = (
-    "scalar", "scalar_matrix", "trellis", "trellis_values", "viterbi", "drop", "routing",
+    "scalar", "scalar_matrix", "trellis", "trellis_values", "viterbi", "drop", "routing", "store",
     "threads", "dispatch",
 )  # fmt: skip
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 def library() -> Path:
     """The compiled library; kept in the folder for temporary files, by content."""
     files = [*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
-    key = hashlib.sha256(str((COMPILER, OPTIONS)).encode())
+    key = hashlib.sha256(str((COMPILER, OPTIONS, UNITS)).encode())
     for file in sorted(files):
         key.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"moepress-amx-{os.getuid()}-{key.hexdigest()[:20]}"
@@ -63,11 +63,11 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     path = library()
     ctypes.CDLL(str(path)).emulate_amx(request.param == "amx")
     monkeypatch.setattr(cpu, "__path__", [str(path.parent)])
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     assert cpu.instruction_sets() == ("emulated",)
     yield request.param
     monkeypatch.undo()
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)

@@ -34,7 +34,7 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "neoverse-n1": ("neon_dotprod", "portable"),
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
-native_library = cpu._library
+native_library = cpu.library
 OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
     "test_a_forked_process_has_a_pool_of_its_own",
     "test_as_torch_ops",
@@ -112,14 +112,14 @@ def test_trellis_columns(isa: str, bits: float) -> None:
 def on_x86(isa: str, compute: Callable[[], Tensor]) -> Tensor:
     """A result of this machine's library: of portable code for "portable", else of vectors with
     fused multiply-add, which NEON has as well."""
-    emulated = cpu._library
+    emulated = cpu.library
     try:
-        cpu._library = native_library
+        cpu.library = native_library
         cpu.use("portable" if isa == "portable" else cpu.instruction_sets()[0])
         return compute()
     finally:
         cpu.use(cpu.instruction_sets()[0])
-        cpu._library = emulated
+        cpu.library = emulated
 
 
 Same = Callable[[Callable[[], Tensor]], bool]

@@ -149,5 +149,5 @@ def emulated_library(folder: Path, emulator: tuple[str, ...]) -> Iterator[Emulat
         addresses.recorded(),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(cpu, "_library", lambda: library)
+        patch.setattr(cpu, "library", lambda: library)
         yield library
