@@ -329,8 +329,12 @@ def models(folder: Path, rounds: int) -> None:
     compete(contenders, {"decode": 64, "prefill": 512}, rounds)
 
 
-def write_gguf(path: Path, quantization: str) -> None:
-    """Write the same shape as GGUF: experts of one type; attention, embedding and head in Q4_K."""
+def write_gguf(path: Path, quantization: str, layers: int = LAYERS, skew: float = 0) -> None:
+    """Write the same shape as GGUF: experts of one type; attention, embedding and head in Q4_K.
+
+    Args:
+        skew: of the routers, as of `mixtral_shape.packed`.
+    """
     import gguf
     import numpy as np
 
@@ -347,7 +351,7 @@ def write_gguf(path: Path, quantization: str) -> None:
         return blocks.reshape(*shape[:-1], -1), types[kind]
 
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INTERMEDIATE)
@@ -376,14 +380,14 @@ def write_gguf(path: Path, quantization: str) -> None:
         "ffn_down_exps": random(quantization, EXPERTS, HIDDEN, INTERMEDIATE),
         "attn_norm": (ones, None),
         "ffn_norm": (ones, None),
-        "ffn_gate_inp": (generator.standard_normal((EXPERTS, HIDDEN), np.float32), None),
     }
     add("token_embd", *random("Q4_K", VOCAB, HIDDEN))
     add("output", *random("Q4_K", VOCAB, HIDDEN))
     add("output_norm", ones)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name, part in parts.items():
             add(f"blk.{layer}.{name}", *part)
+        add(f"blk.{layer}.ffn_gate_inp", mixtral_shape.router(layer, skew).float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

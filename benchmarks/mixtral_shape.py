@@ -90,7 +90,18 @@ def make(folder: Path, layers: int, device: torch.device | str = "cpu") -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
+def router(layer: int, skew: float) -> torch.Tensor:
+    """[E, H] bfloat16: rows of norms from (1 + skew) to (1 - skew) times sqrt(H), in random order.
+
+    An expert of a larger norm is chosen more often.
+    """
+    generator = torch.Generator().manual_seed(layer if skew else 0)
+    rows = torch.empty(EXPERTS, HIDDEN).normal_(generator=generator)
+    norms = torch.linspace(1 + skew, 1 - skew, EXPERTS)
+    return (rows * norms[torch.randperm(EXPERTS, generator=generator), None]).bfloat16()
+
+
+def packed(out: Path, layers: int, bits: float, family: str = "int", skew: float = 0) -> None:
     """Write a compressed folder of random codes, `bits` on average, one shard per layer.
 
     Of the 8 experts of a layer, some have the next width below `bits`, the others the next above.
@@ -99,6 +110,7 @@ def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
     Args:
         family: of the codes of experts and attention: "int" as in `fast`, "trellis" as in
             `default`.
+        skew: of the routers, see `router`.
     """
     from transformers import MixtralConfig
 
@@ -119,7 +131,6 @@ def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
     attention, four = PackedSpec((4,), 128, family), PackedSpec((4,), 128)
     side = HIDDEN // HEADS * KV_HEADS
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    router = torch.empty(EXPERTS, HIDDEN, dtype=torch.bfloat16).normal_(generator=generator)
 
     parts = {  # of one layer
         "self_attn.q_proj.weight": (attention, HIDDEN, HIDDEN),
@@ -131,11 +142,11 @@ def packed(out: Path, layers: int, bits: float, family: str = "int") -> None:
     }
     tensors = {name: random_packed(*part, generator) for name, part in parts.items()}
     plain = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), ones)
-    plain["mlp.gate.weight"] = router
     outside = "model.embed_tokens.weight", "lm_head.weight"
     specs = dict.fromkeys(outside, four)
     for layer in range(layers):
         at = f"model.layers.{layer}."
+        plain["mlp.gate.weight"] = router(layer, skew)
         named = {at + name: tensor for name, tensor in (tensors | plain).items()}
         save_tensors(out / shard_name(layer), {k: v.clone() for k, v in named.items()})
         specs |= {at + name: spec for name, (spec, *_) in parts.items()}

@@ -46,7 +46,8 @@ left-padded batch, and generation with a dynamic and a static cache; with 8 bits
 to the original |
 | generate | `generate` with the kernels of this machine |
 | prune | of a share of .15, about .15 of the choices are dropped |
-| serve | `serve` answers a completion; of composites it is not tested here |
+| serve | `serve` answers a completion; of composites, some are tested with texts and images in \
+tests/families/test_serving.py: LLaVA, Qwen3-VL, GLM-4.5V, Llama 4 |
 """
 
 

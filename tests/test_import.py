@@ -128,7 +128,7 @@ print("ok")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_verb_is_its_function_whatever_is_imported_first() -> None:
-    served = ("import moepress.serve.requests", "from moepress.serve.requests import refusal")
+    served = ("import moepress.serve.limits", "from moepress.serve.limits import Limits")
     orders = ORDERS + (served if find_spec("fastapi") else ())
     assert python(IN_EVERY_ORDER.format(orders=orders)) == "ok"
 
@@ -179,3 +179,23 @@ def test_version_is_that_of_the_project() -> None:
 
     project = Path(__file__).parents[1] / "pyproject.toml"
     assert mp.__version__ == tomllib.loads(project.read_text())["project"]["version"]
+
+
+@pytest.mark.parametrize(
+    ("first", "given", "expected"),
+    [
+        ("", {}, "1000"),
+        ("import sys; sys.modules['torch'] = sys; ", {}, "None"),  # as if torch were loaded
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "passive"}, "None"),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(
+    first: str, given: dict[str, str], expected: str
+) -> None:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    code = f"{first}import moepress, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables | given, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == expected, done.stderr

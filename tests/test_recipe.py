@@ -115,3 +115,12 @@ def test_sizes_and_widths() -> None:
     for wrong in ("GB", "16 potatoes", "-3GB", "9" * 400):
         with pytest.raises(InputError):
             parse_size(wrong)
+
+
+def test_names_of_texts_are_normalised() -> None:
+    given = ("my-text/", "a//b/./c.jsonl", "./math", "math", "self", "../x", "/abs/")
+    recipe = Recipe(calib=tuple((text, 1.0) for text in given))
+    assert [text for text, _ in recipe.calib] == [
+        "my-text", "a/b/c.jsonl", "./math", "math", "self", "../x", "/abs",
+    ]  # fmt: skip
+    assert Recipe(calib=(("t/", 1.0),)).digest() == Recipe(calib=(("t", 1.0),)).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Callable
@@ -157,3 +158,18 @@ def test_the_command_line_says_what_to_type(
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
+
+
+def test_every_call_says_whether_code_is_trusted() -> None:
+    """Without a word, transformers asks on a terminal, and one `y` runs the folder's code."""
+    calls = 0
+    for path in Path(moepress.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
+            if name in ("from_pretrained", "from_config"):
+                assert isinstance(node, ast.Call)
+                calls += 1
+                told = {word.arg: word.value for word in node.keywords}
+                assert "trust_remote_code" in told, f"{path}:{node.lineno}"
+                assert getattr(told["trust_remote_code"], "value", False) is not None
+    assert calls >= 4

@@ -9,7 +9,8 @@
 Each verb is a function, and also the module that holds it: `mp.compress` is always the function,
 `from moepress.compress import ...` reaches the rest of its module. Importing this package imports
 nothing heavy: it only prepares transformers to open compressed folders (see _plugin.py), and OpenMP
-for machines that are busy (see _threads.py). The rest is imported on first use.
+for machines that are busy, if it comes before torch (see _threads.py). The rest is imported on
+first use.
 """
 
 from __future__ import annotations

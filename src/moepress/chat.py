@@ -29,6 +29,8 @@ from moepress.hf import load_model, set_threads
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
+from moepress.store.memory import Memory
+from moepress.store.statistics import statistics
 
 HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."
 PROMPT = "> "
@@ -203,6 +205,7 @@ def chat(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    memory: Memory | None = None,
     trust_remote_code: bool = False,
     turns: Iterable[str] | None = None,
 ) -> None:
@@ -216,6 +219,8 @@ def chat(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        memory: for a compressed model, bytes for its weights, "all" or "mapped"
+            (store/memory.py); None: mapped if it fits.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
         turns: what the user says; None: lines of stdin.
 
@@ -226,7 +231,7 @@ def chat(
     set_threads(threads)
     tokenizer = tokenizer_of(folder, trust_remote_code)
     check_options(tokenizer, system, raw, tokens, temperature)
-    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
+    model = load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
     conversation = Conversation(
         model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature
     )
@@ -246,6 +251,7 @@ def chat(
 
 
 def _answer(conversation: Conversation, text: str) -> None:
+    before = statistics(conversation.model)
     try:
         reply = conversation.say(text, lambda piece: print(piece, end="", flush=True))
     except InputError as error:  # too long: the conversation is unchanged
@@ -254,7 +260,9 @@ def _answer(conversation: Conversation, text: str) -> None:
     print(flush=True)
     rate = reply.tokens_per_second
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
-    _say(f"({reply.tokens} tokens{speed}{', stopped' if reply.stopped else ''})")
+    after = statistics(conversation.model)
+    disk = "" if before is None or after is None else f", {after.since(before)}"
+    _say(f"({reply.tokens} tokens{speed}{disk}{', stopped' if reply.stopped else ''})")
 
 
 def _typed() -> Iterator[str]:

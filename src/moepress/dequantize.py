@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import finish_folder, model_config, save_tensors
+from moepress.format.checkpoint import finish_folder, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.format.journal import check_identity
 from moepress.format.quantization import packed_specs
@@ -28,6 +28,7 @@ from moepress.original.companions import companions
 from moepress.original.folder import weight_files
 from moepress.original.sizes import unpacked_model
 from moepress.progress import Progress
+from moepress.reading.config import config_fields
 from moepress.writing.files import check_place, sweep
 from moepress.writing.held import check_work, discard, held
 
@@ -72,7 +73,7 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
                 progress.advance()
         finish_folder(
             out,
-            model_config(folder),
+            config_fields(folder),
             {n: path for n, path in companions(folder).items() if not n.startswith(OURS)},
             None,
             written,

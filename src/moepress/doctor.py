@@ -12,9 +12,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from moepress.store.memory import Memory
 
 State = Literal["ok", "missing", "failed"]
 
@@ -55,9 +59,17 @@ class Report:
         return {"checks": [asdict(check) for check in self.checks]}
 
 
-def doctor() -> Report:
-    """Probe this machine. Never raises: a probe that raises is reported as failed."""
-    return Report(tuple(check for name, probe in PROBES.items() for check in _ask(name, probe)))
+def doctor(folder: str | Path | None = None, memory: Memory = "fit") -> Report:
+    """Probe this machine. Never raises: a probe that raises is reported as failed.
+
+    Args:
+        folder: a compressed folder, to forecast how fast it runs here; None: none.
+        memory: for its weights, as of `store.memory.plan`.
+    """
+    probes = dict(PROBES)
+    if folder is not None:
+        probes["speed"] = partial(_speed, Path(folder), memory)
+    return Report(tuple(check for name, probe in probes.items() for check in _ask(name, probe)))
 
 
 def format_report(report: Report) -> str:
@@ -170,6 +182,16 @@ def _cuda() -> Iterable[Check]:
             "bits fit"
         )
         yield Check(f"cuda:{index}", "ok", found)
+
+
+def _speed(folder: Path, memory: Memory) -> Iterable[Check]:
+    from moepress.store.forecast import forecast
+
+    found = forecast(folder, memory)
+    do = ""
+    if found.memory is not None:
+        do = "with more memory (--memory), or with --prune disk:0.15, fewer experts are read"
+    yield Check("speed", "ok", str(found), do)
 
 
 def _kernels() -> Iterable[Check]:

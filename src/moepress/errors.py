@@ -18,14 +18,22 @@ def printable(text: str) -> str:
     )
 
 
+MOST = 1400  # characters of a message; its end says what to do
+
+
+def _message(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= MOST else f"{text[: MOST - 400]} ... {text[-395:]}"
+
+
 class MoepressError(Exception):
     """Base of all errors raised by moepress.
 
-    Messages may quote what files hold, so they are made `printable`.
+    Messages may quote what files hold, so they are made `printable`, and very long ones are cut.
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
+        super().__init__(*(_message(a) if isinstance(a, str) else a for a in args))
 
 
 class InputError(MoepressError, ValueError):

@@ -26,6 +26,7 @@ from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, is_compressed, shard_name
 from moepress.format.journal import layer_file
+from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
 from moepress.original.sizes import byte_unit
 from moepress.progress import announce
@@ -130,8 +131,8 @@ def estimate(
         CheckpointError: the disk has too little space.
     """
     out = Path(out)
-    request = Request.of(model, recipe, device, trust_remote_code, **changes)
     check_output(out)
+    request = Request.of(model, recipe, device, trust_remote_code, **changes)
     ids = check_text(out / WORK, request.source, request.recipe)
     if ids is not None:
         check_unfinished(out, request.source, request.recipe, ids)
@@ -202,6 +203,7 @@ def task_of(request: Request) -> Task:
         open=tensors.open,
         tables={name: tensors.shapes[name] for name in tensors.tables},  # type: ignore[misc]
         head=tuple(name for name, roles in tensors.tables.items() if "head" in roles),
+        between=bytes_between_layers(source, request.recipe.sequence_length),
     )
 
 

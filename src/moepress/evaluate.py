@@ -37,6 +37,7 @@ from moepress.original.walk import Walk
 from moepress.original.whole import whole_model
 from moepress.progress import Progress
 from moepress.prune import Pruning, Strength, count_dropped
+from moepress.store.memory import Memory
 from moepress.text import windows
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ def evaluate(
     task_limit: int | None = None,
     run_code: bool = False,
     pruning: Strength | Pruning | None = None,
+    memory: Memory | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure a model's perplexity on texts, and its KL divergence from the original.
@@ -141,6 +143,8 @@ def evaluate(
         speed: whether to measure tokens per second and memory.
         tasks, include_path, task_limit, run_code: zero-shot tasks, see evaluation/tasks.py.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        memory: for a compressed model, bytes for its weights, "all" or "mapped"
+            (store/memory.py); None: mapped if it fits.
         trust_remote_code: run code in the folders of the model and of the original, where
             transformers has no class for them.
 
@@ -158,6 +162,11 @@ def evaluate(
             f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
             "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
         )
+    if memory is not None and not is_compressed(folder):
+        raise InputError(
+            f"{folder} is an original model: its layers are read one by one. Expected a folder "
+            "made by moepress with memory."
+        )
     tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
@@ -166,7 +175,13 @@ def evaluate(
     forget_peak(torch.device(device))
     whole = bool(generations or speed or tasks)
     loaded = _loaded(
-        folder, device, activation_bits, pruning, whole=whole, trust_remote_code=trust_remote_code
+        folder,
+        device,
+        activation_bits,
+        pruning,
+        memory,
+        whole=whole,
+        trust_remote_code=trust_remote_code,
     )
     performance = repetition = original_repetition = metrics = None
     if loaded is not None and speed:
@@ -214,6 +229,7 @@ def _loaded(
     device: str,
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    memory: Memory | None = None,
     *,
     whole: bool = False,
     trust_remote_code: bool = False,
@@ -226,7 +242,7 @@ def _loaded(
     from moepress.hf import load_model  # imports transformers
 
     if is_compressed(folder):
-        return load_model(folder, device, activation_bits, pruning, trust_remote_code)
+        return load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
     if not whole:
         return None
     need = sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())

@@ -10,6 +10,7 @@ from moepress.errors import InputError
 from moepress.generation import STOPS, following
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
+from moepress.store.memory import Memory
 
 
 def generate(
@@ -20,6 +21,7 @@ def generate(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    memory: Memory | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
@@ -34,6 +36,8 @@ def generate(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        memory: for a compressed model, bytes for its weights, "all" or "mapped"
+            (store/memory.py); None: mapped if it fits.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
@@ -49,7 +53,7 @@ def generate(
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = resolve(folder)
     tokenizer = tokenizer_of(folder, trust_remote_code)
-    model = load_model(folder, device, activation_bits, pruning, trust_remote_code)
+    model = load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode(), following(model, STOPS):
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)

@@ -21,6 +21,7 @@ from moepress.errors import InputError
 from moepress.format.arrays import kind_in
 from moepress.format.checkpoint import (
     PLAN,
+    SCORES,
     folder_bytes,
     is_compressed,
     tensor_bytes,
@@ -33,6 +34,7 @@ from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
+from moepress.store.forecast import forecast
 
 AVERAGES = ("average_bits", "expert_bits_per_weight", "bits_per_weight")  # that a plan has
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
@@ -104,8 +106,14 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         },
         **{name: getattr(plan, name, None) for name in AVERAGES},  # None: a copy without plan
         "pruning": quantization.pruning,
+        **_speed(folder),
         "provenance": quantization.provenance,
     }
+
+
+def _speed(folder: Path) -> dict[str, Any]:
+    """How fast a folder that comes with its calibration counts will run here, on the CPU."""
+    return {"speed_here": forecast(folder).to_dict()} if (folder / SCORES).is_file() else {}
 
 
 def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import (
-    CONFIG,
     DROP_COSTS,
     is_compressed,
     load_json,
-    model_config,
     save_json,
 )
 from moepress.format.quantization import quantization_of
@@ -37,10 +35,17 @@ from moepress.pruning.rule import PROTECT
 from moepress.pruning.rule import Pruning as Pruning
 from moepress.pruning.rule import Strength as Strength
 from moepress.pruning.stored import stored_costs as stored_costs
+from moepress.reading.config import CONFIG, config_fields
+from moepress.store.statistics import store_of
 
 if TYPE_CHECKING:
     from moepress.costs.drop_costs import DropCosts
 
+DISK = "disk:"  # before the share, of a strength
+# Time of a choice whose expert is read over one whose expert is in memory: a drive of 1 to 3 GB/s
+# beside memory of 20 to 60. Twice or half as much changes few thresholds.
+READ_OVER_COMPUTE = 20.0
+ENOUGH_USES = 1000  # of experts, after which the measured share of misses counts
 ACTIVE = "_moepress_pruned"  # attribute of a model's decoder: the pruning in force
 
 
@@ -52,6 +57,7 @@ class PruningStatistics:
     tokens: tuple[int, ...]  # [L] that passed the layer, padding included; each made k choices
     dropped: tuple[tuple[int, ...], ...]  # [L][k] choices, by rank
     protected: tuple[int, ...]  # [L] tokens that kept all experts whatever their ratios
+    absent: tuple[tuple[int, ...], ...] = ()  # [L][k] of the dropped, because of a read
 
     @property
     def share(self) -> float:
@@ -118,6 +124,7 @@ class Pruned:
             tokens=tuple(layer.tokens for layer in self._layers),
             dropped=tuple(tuple(layer.dropped.tolist()) for layer in self._layers),
             protected=tuple(int(layer.protected) for layer in self._layers),
+            absent=tuple(tuple(layer.absent.tolist()) for layer in self._layers),
         )
 
     def _attach(self) -> None:
@@ -143,7 +150,9 @@ def prune(
         model: a transformers causal LM, packed or not.
         strength: a share of all choices of experts, dropped where it costs least; "paper": the
             median ratios of every layer, weights renormalised; or a `Pruning` with thresholds of
-            your own. 0 drops nothing, even if the model's folder says otherwise.
+            your own. 0 drops nothing, even if the model's folder says otherwise. "disk:0.15", for
+            a model whose experts are on disk: at most this share, those that save most time per
+            loss, which are mostly choices whose expert would have to be read.
         protect: share of each sequence's tokens that keep all experts during a prefill; None: that
             of the `Pruning`, else 0.02.
         costs: measured on this model; None: those in its folder.
@@ -153,8 +162,30 @@ def prune(
         InputError: the share cannot be dropped, there are no costs, or the thresholds are for
             another model.
     """
-    pruning = _resolved(strength, protect, lambda: costs or stored_costs(model.name_or_path))
+
+    def found() -> DropCosts:
+        return costs or stored_costs(model.name_or_path)
+
+    if isinstance(strength, str) and strength.startswith(DISK):
+        pruning = _of_reads(model, strength, PROTECT if protect is None else protect, found())
+    else:
+        pruning = _resolved(strength, protect, found)
     return Pruned(model, pruning, count=count)
+
+
+def _of_reads(model: Any, strength: str, protect: float, costs: DropCosts) -> Pruning:
+    """The pruning of strength "disk:SHARE"."""
+    store = store_of(model)
+    if store is None:
+        raise InputError(
+            f"Pruning {strength!r} is for a model whose experts are on disk, and this one's are in "
+            "memory. Open it with less memory, or prune by a share such as 0.15."
+        )
+    counts = store.counts()
+    missing = store.expected_misses
+    if counts.uses >= ENOUGH_USES:
+        missing = 1 - counts.hits / counts.uses
+    return Pruning.of_reads(costs, disk_share(strength), missing, READ_OVER_COMPUTE, protect)
 
 
 def _resolved(
@@ -206,7 +237,7 @@ def set_pruning(
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         _check_fits(pruning, stored_costs(folder))
     quantization_of(folder)  # raises if it is damaged
-    config = model_config(folder)
+    config = config_fields(folder)
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
         config["quantization_config"]["pruning"] = pruning.to_json()
@@ -225,17 +256,35 @@ def _check_fits(pruning: Pruning, costs: DropCosts) -> None:
         )
 
 
+def disk_share(strength: str) -> float:
+    """The share that "disk:SHARE" names.
+
+    Raises:
+        InputError: it names none.
+    """
+    try:
+        return float(strength.removeprefix(DISK))
+    except ValueError as error:
+        raise InputError(
+            f"Pruning {strength!r} is not understood. Expected a share, such as 'disk:0.15'."
+        ) from error
+
+
 def parse_strength(text: str) -> Strength | Pruning:
     """The strength that a command line asks for.
 
     Args:
-        text: "paper", a share such as 0.15, or the path of a JSON file of a `Pruning`.
+        text: "paper", a share such as 0.15, "disk:0.15" (see `prune`), or the path of a JSON file
+            of a `Pruning`.
 
     Raises:
         InputError: it is none of them.
     """
     if text == "paper":
         return "paper"
+    if text.startswith(DISK):
+        disk_share(text)
+        return text
     if text.endswith(".json"):
         return Pruning.from_json(load_json(Path(text)))
     try:

@@ -27,6 +27,7 @@ from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
     finish_folder,
+    finished_config,
     load_tensors,
     quantization_config,
     save_tensors,
@@ -124,14 +125,10 @@ def quantize_tensors(
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
     shards = [out / name for name in (*map(shard_name, (None, *layers)), *copies)]
-    write_checksums(out, shards)
-    finish_folder(
-        out,
-        source.config_json(),
-        companions(source.folder),
-        quantization_config(packed | expert_specs(source, plan), work, source.has_common_experts),
-        shards,
-    )
+    specs = packed | expert_specs(source, plan)
+    quantization = quantization_config(specs, work, source.has_common_experts)
+    write_checksums(out, shards, finished_config(source.config_json(), quantization))
+    finish_folder(out, source.config_json(), companions(source.folder), quantization, shards)
     discard(out / WORK)
     return out
 

@@ -112,6 +112,7 @@ def score_to_file(
     check_work(work)
     check_place(work / "lock")
     source = Source(model, device, trust_remote_code)
+    check_usable(source)
     check_group_sizes(source, recipe)
     with work_held(work) as folder:
         ids = kept_ids(folder, source, recipe)

@@ -306,3 +306,13 @@ def test_evaluate_report_plot(
     assert code == 0 and all(Path(line).suffix == ".png" for line in text.splitlines())
     code, _, err = run(monkeypatch, capsys, "report", model_folder())
     assert code == 2 and "not a folder made by moepress" in err
+
+
+def test_tables_show_what_files_hold_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No control characters; and no markup of rich, which fails on a closing tag alone."""
+    from moepress.cli.tables import nested_table
+
+    shown = nested_table({"provenance": {"model": "a\x1b[2Jb", "x\x07": 1}})
+    assert shown.splitlines() == ["provenance.model  a\\x1b[2Jb", "provenance.x\\x07          1"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "[/bold] :smile:" in nested_table({"model": "[/bold] :smile:"})

@@ -19,7 +19,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
 from moepress.original.source import Source
 from moepress.pruning.rule import Pruning
-from moepress.pruning.thresholds import cheapest, dropped_share, medians, quantile
+from moepress.pruning.thresholds import cheapest, cheapest_reads, dropped_share, medians, quantile
 from moepress.work import calibration_ids
 from tests.conftest import small_recipe
 
@@ -187,6 +187,38 @@ def test_cheapest_is_the_best_of_all_thresholds(seed: int, bins_taken: int) -> N
     for layer, n in enumerate(best[1]):
         expected = rising.ratio[layer, 0, n] if n else 0
         assert thresholds[layer, 1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("missing", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("relative_time", [1.0, 3.0, 1e9])
+def test_reads_are_dropped_where_they_save_most_time_per_loss(
+    seed: int, missing: float, relative_time: float
+) -> None:
+    """Oracle: every number of bins of choices in memory and of choices to be read. The share is
+    taken in whole bins; no other with as many dropped choices costs less for the time it saves."""
+    some = some_costs(1, 1, 4, seed)
+    cost = np.sort(some.cost, axis=-1)
+    costs = DropCosts(some.layers, some.ratio, cost, cost, True, {})
+    taken = (2, 3)  # bins: in memory, to be read
+    share = (taken[0] * (1 - missing) + taken[1] * missing) / (2 * 4)
+    here, away, predicted = cheapest_reads(costs, share, False, missing, relative_time)
+    bins = [np.searchsorted(costs.ratio[0, 0], t[0, 1] - 1e-7) for t in (here, away)]
+    if relative_time == 1:
+        assert predicted == pytest.approx(cheapest(costs, share, False)[1], rel=1e-4)
+        if missing == 0.5:
+            np.testing.assert_allclose(here, away, atol=0.4)
+    else:
+        assert bins[1] >= bins[0] and (away >= here).all()
+    if relative_time == 1e9:  # reads first, as far as they go
+        reads = min(share * 2 * 4 / missing, 4)
+        at = np.interp(reads, range(5), costs.ratio[0, 0])
+        assert away[0, 1] == pytest.approx(at, abs=1e-5)
+    dropped = [
+        np.interp(t[0, 1], costs.ratio[0, 0], range(5)) if t[0, 1] else 0 for t in (here, away)
+    ]
+    total = dropped[0] * (1 - missing) + dropped[1] * missing
+    assert total == pytest.approx(share * 8, abs=1e-4)
 
 
 def test_thresholds_drop_from_the_smallest_ratio_even_where_costs_fall() -> None:

@@ -239,9 +239,11 @@ def _tensor(folder: Path, rng: random.Random) -> Made:
 
 
 def _with(value: Tensor, number: float) -> Tensor:
-    """A tensor with one other element."""
+    """A tensor with one other element; of integers, the next ones."""
+    if not value.is_floating_point():
+        return value + 1
     changed = value.clone()
-    changed.view(-1)[len(changed) // 2] = number
+    changed.view(-1)[changed.numel() // 2] = number
     return changed
 
 

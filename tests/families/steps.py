@@ -164,6 +164,7 @@ def serve_step(case: Case) -> None:
     if case.family in COMPOSITES:
         return
     pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
     from starlette.testclient import TestClient
 
     answers = []

@@ -28,6 +28,7 @@ from moepress.format.checksums import verify, write_checksums
 from moepress.hf import load_model
 from moepress.hf.files import VERIFY
 from moepress.inspect import inspect
+from moepress.reading.config import config_fields
 from tests.test_hf import IDS, choose_specs, pack_model, tiny
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -190,7 +191,7 @@ def test_a_config_that_transformers_cannot_read_is_one_line(
 def summed(intact: Callable[..., Path], tmp_path: Path) -> Path:
     """A packed folder with checksums."""
     folder = shutil.copytree(intact(), tmp_path / "summed")
-    write_checksums(folder, [folder / FILE])
+    write_checksums(folder, [folder / FILE], config_fields(folder))
     return folder
 
 
@@ -216,6 +217,17 @@ def test_every_flipped_bit_is_found(summed: Path, monkeypatch: pytest.MonkeyPatc
     path.write_bytes(raw)
     AutoModelForCausalLM.from_pretrained(summed)
     assert inspect(summed, verify=True)["verified_tensors"] == len(load_file(path))
+
+
+def test_a_changed_config_is_told(summed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every number of it is valid; only the checksum knows that it was another one."""
+    AutoModelForCausalLM.from_pretrained(summed)
+    assert "not as it was written" not in caplog.text
+    changed_config(summed, rms_norm_eps=0.1)
+    AutoModelForCausalLM.from_pretrained(summed)
+    assert "config.json" in caplog.text and "not as it was written" in caplog.text
+    with pytest.raises(FileError, match=r"config\.json of .* is not as it was written"):
+        inspect(summed, verify=True)
 
 
 def test_opening_compares_names_dtypes_and_shapes(summed: Path) -> None:

@@ -57,6 +57,7 @@ def test_the_files_of_moepress_come_along(made: Path, tmp_path: Path, text_file:
         one, other = (evaluate(f, [str(text_file)], **run).texts for f in (made, folder))
         assert one == other
         set_pruning(folder, 0.2)
+        inspect(folder, verify=True)
         assert (logits(opened(folder)) != logits(model)).any()
 
 

@@ -158,7 +158,7 @@ void scalar_experts() {
     const int32_t result = moepress_scalar_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
-        groups[1], count, inner, &options.gate, &options.biases, one_of({8, 16}),
+        groups[1], count, inner, &options.gate, &options.biases, nullptr, 0, one_of({8, 16}),
         int(pick(1, 3)), y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes, "experts: wrong result");
 }
@@ -224,7 +224,7 @@ void trellis_experts() {
     const int32_t result = moepress_trellis_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
-        groups[1], count, inner, &options.gate, &options.biases, one_of({8, 16}),
+        groups[1], count, inner, &options.gate, &options.biases, nullptr, 0, one_of({8, 16}),
         int(pick(1, 3)), y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes,
            "trellis experts: wrong result");

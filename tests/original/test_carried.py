@@ -19,6 +19,7 @@ from moepress.errors import InputError
 from moepress.format.journal import Journal
 from moepress.original import batches as batch_sizes
 from moepress.original.backward import BackwardWalk
+from moepress.original.between import bytes_between_layers
 from moepress.original.carried import CarriedCall, Gathered, Placeholder, returned_values
 from moepress.original.source import Source
 from moepress.original.walk import Walk
@@ -126,6 +127,21 @@ def squared_norms(model: nn.Module, paths: list[str]) -> Callable[[], dict[str, 
         }
 
     return norms
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bytes_between_layers_are_those_of_a_walk(case: Callable[[str], Case], name: str) -> None:
+    source = Source(case(name).folder)
+    walk = Walk(source, IDS)
+    held = []
+    for layer in range(len(source.layers)):
+        held.append(sum(value.nbytes for value in walk.tensors().values()))
+        with source.layer_loaded(layer):
+            walk.pass_layer(layer)
+    held.append(sum(value.nbytes for value in walk.tensors().values()))
+    found = bytes_between_layers(source, IDS.shape[1])
+    assert [IDS.numel() * one for one in found] == held
+    assert (max(found) > found[0]) == bool(case(name).names)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

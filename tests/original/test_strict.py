@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -313,6 +314,20 @@ def test_companions_are_known_and_the_rest_is_told(
     assert not [name for name in COPIED if not (out / name).is_file()]
     (told,) = [r.getMessage() for r in caplog.records if "no part of the model" in r.getMessage()]
     assert "adapter_config.json" in told and "3 more" in told and "README" not in told
+
+
+@pytest.mark.parametrize("how", ["a pipe", "a folder", "NUL", "JSON", "an array"])
+def test_companions_that_cannot_be_copied_are_refused(whole: Path, how: str) -> None:
+    path = whole / "generation_config.json"
+    path.unlink()
+    if how == "a pipe":
+        os.mkfifo(path)
+    elif how == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"NUL": bytes(20), "JSON": b'{"eos_token_id": ', "an array": b"[]"}[how])
+    with pytest.raises(InputError, match=f"generation_config.json.*{how}"):
+        check_usable(Source(whole))
 
 
 def test_code_that_is_not_there_is_named_and_left_out(

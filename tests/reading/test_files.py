@@ -72,3 +72,8 @@ def test_a_file_error_is_wrong_input_and_a_damaged_file() -> None:
 def test_messages_have_no_control_characters() -> None:
     assert str(InputError("\x1b[2J\u202eé\n\t\ud800")) == "\\x1b[2J\\u202eé\n\t\\ud800"
     assert printable("plain é") == "plain é"
+
+
+def test_long_messages_keep_their_beginning_and_their_end() -> None:
+    message = str(InputError("What " + "y" * 100_000 + " do."))
+    assert message.startswith("What y") and message.endswith("y do.") and len(message) == 1400

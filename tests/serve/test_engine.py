@@ -64,6 +64,25 @@ def test_steps_of_a_batch_whose_members_join_and_leave(kind: str) -> None:
             torch.testing.assert_close(row, whole(net, texts[member]), rtol=1e-3, atol=2e-3)
 
 
+def test_a_long_text_is_not_computed_with_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [100_000, 5, 60_000, 9, *range(1, 100)]
+    groups = stepping.grouped(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert groups[0] == [0, 2] and len(groups) == 3
+    assert stepping.grouped([5, 900, 7]) == [[1, 2, 0]]  # small: together
+    assert stepping.grouped([5, 900], batches=False) == [[0], [1]]
+    net = make_model("mixtral")
+    stepper = Stepper(net)
+    monkeypatch.setattr(stepping, "SMALL", 0)
+    texts = [[5], list(range(3, 60)), [8, 9], list(range(9, 60))]
+    states = [stepper.new() for _ in texts]
+    for state, text in zip(states, texts, strict=True):
+        stepper.prefill(state, text)
+    assert stepping.grouped([state.length for state in states]) == [[1, 3], [2, 0]]
+    for row, text in zip(stepper.decode(states, [9] * 4), texts, strict=True):
+        torch.testing.assert_close(row, whole(net, [*text, 9]), rtol=1e-3, atol=2e-3)
+
+
 def test_a_model_whose_cache_is_unknown_is_computed_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -221,13 +221,13 @@ def test_bodies_that_are_no_requests(here: Here) -> None:
 def test_what_does_not_fit_is_refused(here: Here) -> None:
     context = here.served.prompts.context
     assert context == 256  # of the model
-    for prompt in ("a b " * context, "a" * (1 << 20), [5] * 300):
+    for prompt in ("a b " * context, "a" * (1 << 17), [5] * 300):
         status, error = here.refused(prompt=prompt)
         assert (status, error["param"]) == (400, "prompt") and str(context) in error["message"]
         assert error["code"] == "context_length_exceeded"
     status, error = here.refused(prompt=[5] * 200, max_tokens=100)
     assert (status, error["param"]) == (400, "max_tokens") and "at most 56" in error["message"]
-    long = [{"role": "user", "content": "a" * (1 << 20)}]
+    long = [{"role": "user", "content": "a" * (1 << 17)}]
     status, error = here.refused("/v1/chat/completions", messages=long)
     assert (status, error["param"]) == (400, "messages")
 

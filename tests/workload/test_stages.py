@@ -34,7 +34,8 @@ def task(layers: int = 2, **changes: object) -> Task:
         compute_itemsize=4,
     )  # fmt: skip
     recipe = Recipe.load("fast", token_floor=0, **changes)
-    return Task(shape, recipe, 5, 20, open={}, tables={}, head=())
+    between = (32 * shape.compute_itemsize,) * (layers + 1)
+    return Task(shape, recipe, 5, 20, open={}, tables={}, head=(), between=between)
 
 
 def test_a_layer_by_hand() -> None:

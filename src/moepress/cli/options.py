@@ -23,6 +23,14 @@ Prune = Annotated[
         "Default: as stored in the folder.",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for weights, such as 12GB: experts that do not fit stay on disk, and are read "
+        "when they are needed. all: read everything and lock it; mapped: leave it to the system. "
+        "Default: mapped if the model fits, else most of the free memory.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -59,6 +67,13 @@ def pruning(text: str | None) -> Any:
     from moepress.prune import parse_strength
 
     return None if text is None else parse_strength(text)
+
+
+def memory_size(text: str | None) -> Any:
+    """The value of `--memory` (store/memory.py); None: not given."""
+    from moepress.store.memory import parse_memory
+
+    return parse_memory(text)
 
 
 def show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], str]) -> None:

@@ -36,7 +36,9 @@ def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     for row in cells:
         drawn.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=get_terminal_size().columns, force_terminal=True).print(drawn)
+    width = get_terminal_size().columns
+    console = Console(file=buffer, width=width, force_terminal=True, markup=False, emoji=False)
+    console.print(drawn)  # cells are names from files: brackets in them are no markup
     return buffer.getvalue().strip("\n")
 
 
@@ -54,7 +56,7 @@ def _plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Format the result of `moepress evaluate`."""
-    head = f"{result['model']}: {result['folder_bytes']:,} bytes"
+    head = f"{printable(result['model'])}: {result['folder_bytes']:,} bytes"
     if result["original"] is not None:
         head += f", perplexity x {result['ratio']:.4f}, mean KL {result['kl']:.4f}"
     if result["pruning"] is not None:

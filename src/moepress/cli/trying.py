@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moepress.cli.options import AsJson, show
+from moepress.cli.options import AsJson, Memory, memory_size, show
 
 
 def demo(
@@ -31,13 +31,19 @@ def demo(
     show(run(out, bits=bits), as_json, demo_table)
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Compressed folder: forecast how fast it runs here.")
+    ] = None,
+    memory: Memory = None,
+    as_json: AsJson = False,
+) -> None:
     """Report what runs on this machine, what does not, and why.
 
-    Example: moepress doctor
+    Example: moepress doctor mixtral-2.5bit --memory 8GB
     """
     from moepress.doctor import doctor as run
     from moepress.doctor import format_report
 
-    report = run()
+    report = run(folder, memory_size(memory) or "fit")
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))

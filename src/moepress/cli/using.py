@@ -11,9 +11,11 @@ from moepress.cli.options import (
     ActivationBits,
     AsJson,
     Device,
+    Memory,
     Prune,
     TrustRemoteCode,
     checked_device,
+    memory_size,
     pruning,
     show,
 )
@@ -60,6 +62,7 @@ def evaluate(
         typer.Option(help="Also write the result to this JSON file, for `moepress report`."),
     ] = None,
     prune: Prune = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -88,6 +91,7 @@ def evaluate(
         task_limit=task_limit,
         run_code=run_code,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
@@ -165,6 +169,7 @@ def generate(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a text, greedily.
@@ -180,6 +185,7 @@ def generate(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
     )
     typer.echo(text)
@@ -199,6 +205,7 @@ def chat(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
@@ -217,6 +224,7 @@ def chat(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
     )
 
@@ -233,6 +241,7 @@ def serve(
     device: Device = "cpu",
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
+    memory: Memory = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens of an answer.")] = 4096,
     context: Annotated[
         int | None,
@@ -243,7 +252,9 @@ def serve(
         int, typer.Option(help="Requests that wait beside them; one more gets 429.")
     ] = 128,
     deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600,
-    max_body: Annotated[float, typer.Option(help="Most MB of a request.")] = 8,
+    max_body: Annotated[
+        float | None, typer.Option(help="Most MB of a request; default: by the context.")
+    ] = None,
     cache: Annotated[
         float | None,
         typer.Option(help="Most GB of keys and values; default: half of the free memory."),
@@ -272,7 +283,7 @@ def serve(
         concurrent=concurrent,
         queue=queue,
         deadline=deadline,
-        body=int(max_body * 1e6),
+        body=None if max_body is None else int(max_body * 1e6),
         cache=None if cache is None else int(cache * 1e9),
     )
     run(
@@ -283,6 +294,7 @@ def serve(
         device=checked_device(device),
         activation_bits=activation_bits,
         pruning=pruning(prune),
+        memory=memory_size(memory),
         trust_remote_code=trust_remote_code,
         limits=limits,
         api_key=api_key,

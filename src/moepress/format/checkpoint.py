@@ -26,8 +26,9 @@ from torch import Tensor
 
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
-from moepress.reading.json import read_json, read_object
+from moepress.reading.json import read_json
 from moepress.writing.files import write_atomically
 
 FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
@@ -38,7 +39,6 @@ MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps
 QUANT_METHOD = "moepress"
 # Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
-CONFIG = "config.json"
 PLAN = "moepress_plan.json"
 SCORES = "moepress_scores.safetensors"
 DROP_COSTS = "moepress_drop_costs.safetensors"
@@ -283,10 +283,15 @@ def finish_folder(
     save_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, path in companions.items():
         write_atomically(out / name, partial(_copy, path))
+    save_json(out / CONFIG, finished_config(config, quantization))
+
+
+def finished_config(
+    config: Mapping[str, Any], quantization: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The fields of config.json of a finished folder. Arguments: as of `finish_folder`."""
     fields = _without_quantization(config)
-    if quantization is not None:
-        fields["quantization_config"] = dict(quantization)
-    save_json(out / "config.json", fields)
+    return fields if quantization is None else {**fields, "quantization_config": dict(quantization)}
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,15 +318,6 @@ def folder_bytes(folder: Path) -> int:
     )
 
 
-def model_config(folder: Path) -> dict[str, Any]:
-    """The fields of a model folder's config.json.
-
-    Raises:
-        FileError: there is none, or it is damaged.
-    """
-    return read_object(folder / CONFIG, "The model's config")
-
-
 def is_compressed(folder: Path) -> bool:
     """Whether a folder is a complete model compressed by moepress.
 
@@ -330,7 +326,7 @@ def is_compressed(folder: Path) -> bool:
     """
     if not os.path.lexists(folder / CONFIG):
         return False
-    declared = model_config(folder).get("quantization_config")
+    declared = config_fields(folder).get("quantization_config")
     return isinstance(declared, dict) and declared.get("quant_method") == QUANT_METHOD
 
 

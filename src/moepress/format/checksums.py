@@ -1,8 +1,9 @@
-"""A checksum of every tensor of a compressed folder, in a file beside them.
+"""A checksum of config.json and of every tensor of a compressed folder, in a file beside them.
 
 Opening a folder compares the names, dtypes and shapes in that file with the headers of the tensor
-files, which costs nothing. `verify` compares the bytes too: one flipped bit of packed experts may
-turn all outputs into NaN, or change them a little.
+files, which costs nothing, and warns of a changed config.json: users may change it. `verify`
+compares the bytes too: one flipped bit of packed experts may turn all outputs into NaN, or change
+them a little.
 
 The hash is SHA-256: it is in the standard library, processors have instructions for it, and it
 also tells apart what somebody changed on purpose.
@@ -11,16 +12,18 @@ also tells apart what somebody changed on purpose.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from moepress.errors import FileError, InputError
 from moepress.format.checkpoint import CHECKSUMS, save_json
+from moepress.reading.config import config_fields
 from moepress.reading.documents import Array, Document, parse
 from moepress.reading.headers import Entry, read_header
 from moepress.reading.json import read_object
@@ -41,14 +44,24 @@ class Checksums(Document):
     """The file."""
 
     kind: Literal["checksums"]
+    config: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # SHA-256, see `config_digest`
     tensors: dict[str, TensorFields]  # by name
 
 
-def write_checksums(folder: Path, files: Iterable[Path]) -> None:
+def config_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields of config.json, as JSON with sorted keys. Pruning may be changed."""
+    quantization = {**fields.get("quantization_config", {})}
+    quantization.pop("pruning", None)
+    text = json.dumps({**fields, "quantization_config": quantization}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_checksums(folder: Path, files: Iterable[Path], config: Mapping[str, Any]) -> None:
     """Write the checksums of a folder. Reads the files once.
 
     Args:
         files: its safetensors files.
+        config: the fields that its config.json has, or will have.
 
     Raises:
         FileError: a file is damaged.
@@ -58,7 +71,8 @@ def write_checksums(folder: Path, files: Iterable[Path]) -> None:
         name: TensorFields(dtype=entry.dtype, shape=entry.shape, sha256=digest)
         for name, (entry, digest) in _digests(files).items()
     }
-    save_json(folder / CHECKSUMS, Checksums(kind="checksums", tensors=found).model_dump())
+    made = Checksums(kind="checksums", config=config_digest(config), tensors=found)
+    save_json(folder / CHECKSUMS, made.model_dump())
 
 
 def read_checksums(folder: Path) -> Checksums | None:
@@ -93,7 +107,7 @@ def check_listed(checksums: Checksums, stored: Mapping[str, Entry]) -> None:
 
 
 def verify(folder: Path, files: Iterable[Path]) -> int:
-    """Compare every byte of the tensors with the checksums. Reads the files once.
+    """Compare config.json and every byte of the tensors with the checksums. Reads the files once.
 
     Args:
         files: the safetensors files of the folder.
@@ -103,7 +117,8 @@ def verify(folder: Path, files: Iterable[Path]) -> int:
 
     Raises:
         InputError: the folder has no checksums.
-        FileError: a tensor is missing, added or changed, or a file is damaged.
+        FileError: config.json was changed, a tensor is missing, added or changed, or a file is
+            damaged.
     """
     checksums = read_checksums(folder)
     if checksums is None:
@@ -111,6 +126,8 @@ def verify(folder: Path, files: Iterable[Path]) -> int:
             f"{folder} has no {CHECKSUMS}: it was made by an older version, so its bytes cannot be "
             "verified. Compress the model again, or save it again with save_pretrained."
         )
+    if config_digest(config_fields(folder)) != checksums.config:
+        raise FileError(f"config.json of {folder} is not as it was written. {COPY}")
     found = _digests(files)
     check_listed(checksums, {name: entry for name, (entry, _) in found.items()})
     changed = [n for n, (_, digest) in found.items() if digest != checksums.tensors[n].sha256]

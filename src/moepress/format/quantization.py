@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import check_version, is_compressed, model_config
+from moepress.format.checkpoint import check_version, is_compressed
 from moepress.format.codec import PackedSpec
+from moepress.reading.config import config_fields
 from moepress.reading.documents import Document, parse
 from moepress.reading.json import kind_of
 
@@ -82,7 +83,7 @@ def quantization_of(folder: Path) -> Quantization:
     """
     if not is_compressed(folder):
         raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
-    return Quantization.of(model_config(folder)["quantization_config"], str(folder))
+    return Quantization.of(config_fields(folder)["quantization_config"], str(folder))
 
 
 def packed_specs(folder: Path) -> dict[str, PackedSpec]:

@@ -12,6 +12,7 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,13 +36,18 @@ from moepress.hf.agreement import (
 )
 from moepress.hf.files import check_written, read_ahead
 from moepress.hf.mend import mend
+from moepress.hf.methods import answer_for_packed
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
-from moepress.hf.saving import follow_saving, remember_pruning
+from moepress.hf.saving import remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.original.composite import language_model
 from moepress.original.skeleton import open_folder
 from moepress.prune import Pruning, Strength, prune
+from moepress.store.attach import OnDisk, attach_store, leave_on_disk
+from moepress.store.memory import VARIABLE, Memory, memory_wanted, parse_memory
+
+PLACED_LATER = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps, by accelerate
 
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -91,25 +97,30 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     requires_calibration = True  # loads packed models; `moepress compress` makes them
     _renamed = False  # whether the model is of another class than the one that was compressed
+    _on_disk: OnDisk | None = None  # experts that are not loaded
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        follow_saving()
+        answer_for_packed()
         given: dict[str, PackedSpec] = self.quantization_config.specs()
-        places = places_in(model, given)
+        same_class = type(model).__name__ in (model.config.architectures or ())
+        places = places_in(model, given, same_class)
         self._renamed = any(stored != path for stored, path in places.items())
         specs = with_tied(model, {path: given[stored] for stored, path in places.items()})
         pack_modules(model, specs)
         if checkpoint_files is not None:
             stored = stored_tensors(checkpoint_files)
             conversions = get_model_conversion_mapping(model, hf_quantizer=self)
-            same_class = type(model).__name__ in (model.config.architectures or ())
             check_agreement(model, stored, places_of(model, stored, conversions), same_class)
             check_written(checkpoint_files, stored)
-            read_ahead(checkpoint_files)
+            names = {path: name for name, path in places.items()}
+            devices = _device_types(kwargs.get("device_map"))
+            self._on_disk = leave_on_disk(model, names, checkpoint_files, devices)
+            if self._on_disk is None:
+                read_ahead(checkpoint_files)
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -122,8 +133,14 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return names_only(weight_conversions) if self._renamed else []
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._on_disk is not None:
+            attach_store(model, self._on_disk)
         for module in model.modules():
-            if isinstance(module, PackedExperts) and not module.first_proj.is_meta:
+            if (
+                isinstance(module, PackedExperts)
+                and module.stored is None
+                and not module.first_proj.is_meta
+            ):
                 module.place_tables(module.first_proj.device)
         mend(model)
         pruning = getattr(self.quantization_config, "pruning", None)
@@ -142,7 +159,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         return None, {}
 
     def is_serializable(self) -> bool:
-        return True
+        return self._on_disk is None
 
     @property
     def is_trainable(self) -> bool:
@@ -168,6 +185,7 @@ def load_model(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     trust_remote_code: bool = False,
+    memory: Memory | None = None,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
@@ -180,8 +198,13 @@ def load_model(
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         trust_remote_code: run code in the folder, if transformers has no class for the model.
+        memory: for a compressed model on the CPU, bytes for its weights (store/memory.py). None:
+            what the environment says, else "fit".
+
+    Raises:
+        InputError: `memory` is given for an original model, or does not do.
     """
-    model = load_whole(folder, device, activation_bits, pruning, trust_remote_code)
+    model = load_whole(folder, device, activation_bits, pruning, trust_remote_code, memory)
     text = language_model(model)
     text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
     return text
@@ -193,12 +216,16 @@ def load_whole(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     trust_remote_code: bool = False,
+    memory: Memory | None = None,
 ) -> Any:
     """As `load_model`; a composite is returned whole."""
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
+    if memory is not None and not is_compressed(folder):
+        raise InputError(f"{folder} is an original model. Expected a compressed one with memory.")
+    given = memory or parse_memory(os.environ.get(VARIABLE) or None) or "fit"
     try:
-        with no_progress_bars():
+        with no_progress_bars(), memory_wanted(given):
             model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
     except (MoepressError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -264,6 +291,15 @@ _HIDING = _Hiding()
 
 def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return transformers_logging.EmptyTqdm(*args, **options)
+
+
+def _device_types(device_map: Any) -> set[str]:
+    """Types of the devices that a device map of transformers names, or "disk"."""
+    if device_map is None or (isinstance(device_map, str) and device_map in PLACED_LATER):
+        placed = device_map is not None and torch.cuda.is_available()
+        return {"cuda" if placed else "cpu"}
+    named = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return {"cuda" if isinstance(d, int) else str(d).split(":")[0] for d in named}
 
 
 register()  # for processes that import this module before transformers, see _plugin.py

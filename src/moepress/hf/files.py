@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +10,19 @@ from pathlib import Path
 
 import psutil
 
-from moepress.format.checksums import check_listed, read_checksums, verify
+from moepress.format.checksums import check_listed, config_digest, read_checksums, verify
+from moepress.reading.config import config_fields
 from moepress.reading.headers import Entry
+
+logger = logging.getLogger(__name__)
 
 VERIFY = "MOEPRESS_VERIFY"  # environment variable; 1: compare all bytes whenever a folder is opened
 
 
 def check_written(files: Sequence[str], stored: Mapping[str, Entry]) -> None:
     """Compare the tensors of a folder with what was written, if it has checksums.
+
+    Warns if config.json is not as it was written.
 
     Args:
         files: its safetensors files.
@@ -30,6 +36,10 @@ def check_written(files: Sequence[str], stored: Mapping[str, Entry]) -> None:
     checksums = read_checksums(folder)
     if checksums is not None:
         check_listed(checksums, stored)
+        if config_digest(config_fields(folder)) != checksums.config:
+            logger.warning(
+                "config.json of %s is not as it was written: it was changed or damaged", folder
+            )
     if os.environ.get(VERIFY) == "1":
         verify(folder, map(Path, files))
 

@@ -62,6 +62,8 @@ def pack_modules(model: nn.Module, specs: Mapping[str, PackedSpec]) -> None:
             packed = _packed(modules[path], path, named)
         except InputError as error:
             raise InputError(f"Cannot load {path} packed. {error}") from error
+        count = sum(parameter.numel() for parameter in modules[path].parameters())
+        packed.unpacked_parameters = count  # for `num_parameters`
         model.set_submodule(path, packed)
         if isinstance(packed, PackedExperts):
             _remove_emptied(model, path)

@@ -12,7 +12,7 @@ from typing import Any
 from moepress.blocks import adapt
 
 
-def places_in(model: Any, stored: Collection[str]) -> dict[str, str]:
+def places_in(model: Any, stored: Collection[str], same_class: bool) -> dict[str, str]:
     """The parameter of `model` for each packed parameter of a folder, by its name in the folder.
 
     A parameter that another class has no place for, such as the head, is left out. For the class
@@ -20,6 +20,7 @@ def places_in(model: Any, stored: Collection[str]) -> dict[str, str]:
 
     Args:
         model: the class's own modules, not packed yet. Blocks of experts are adapted.
+        same_class: whether it is the class that was compressed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
@@ -27,7 +28,7 @@ def places_in(model: Any, stored: Collection[str]) -> dict[str, str]:
     adapt(model)
     modules = {path for path, _ in model.named_modules()}
     if 2 * sum(_module(path) in modules for path in stored) > len(stored):
-        return {path: path for path in stored}
+        return {path: path for path in stored if same_class or _module(path) in modules}
     mapping = names_only(get_model_conversion_mapping(model))
     leaves = {path.rpartition(".")[2] for path in stored}
     state = {f"{path}.{leaf}": True for path in modules for leaf in leaves}  # what could be there

@@ -1,8 +1,7 @@
 """What `save_pretrained` leaves out of a copy of a compressed folder, and is added here.
 
 transformers tells a quantizer that a model is saved, but not where to. So the method itself is
-wrapped: of models that were loaded from a compressed folder it also copies the files of moepress,
-and writes checksums.
+wrapped (methods.py): it also copies the files of moepress, and writes checksums.
 """
 
 from __future__ import annotations
@@ -10,25 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from moepress.format.checkpoint import CHECKSUMS, DROP_COSTS, INDEX, PLAN, QUANT_METHOD, SCORES
+from moepress.format.checkpoint import (
+    CHECKSUMS,
+    DROP_COSTS,
+    INDEX,
+    PLAN,
+    SCORES,
+)
 from moepress.format.checksums import write_checksums
 from moepress.original.folder import SINGLE, weight_files
 from moepress.prune import active_pruning
+from moepress.reading.config import config_fields
 
 COPIED = (PLAN, SCORES, DROP_COSTS)
-OURS = "_moepress_saves"  # marks the wrapped method
-
-
-def follow_saving() -> None:
-    """Wrap `PreTrainedModel.save_pretrained`. Safe to repeat."""
-    from transformers import PreTrainedModel
-
-    if not hasattr(PreTrainedModel.save_pretrained, OURS):
-        PreTrainedModel.save_pretrained = _wrapped(PreTrainedModel.save_pretrained)
 
 
 def remember_pruning(model: Any) -> None:
@@ -41,14 +37,14 @@ def remember_pruning(model: Any) -> None:
         del quantization.pruning
 
 
-def _wrapped(save: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(save)
+def save_with_ours(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained` for packed models, from transformers' own."""
+
     def save_pretrained(
         self: Any, save_directory: str | os.PathLike[str], *args: Any, **options: Any
     ) -> Any:
-        packed = getattr(self, "quantization_method", None) == QUANT_METHOD
         adapter = getattr(self, "_hf_peft_config_loaded", False)  # then it alone is saved
-        if not packed or adapter or not options.get("is_main_process", True):
+        if adapter or not options.get("is_main_process", True):
             return save(self, save_directory, *args, **options)
         folder = Path(save_directory)
         if folder.is_file():
@@ -59,10 +55,9 @@ def _wrapped(save: Callable[..., Any]) -> Callable[..., Any]:
         result = save(self, save_directory, *args, **options)
         _remove_stale(folder, before)
         if options.get("variant") is None and not options.get("distributed_checkpoint"):
-            write_checksums(folder, weight_files(folder))
+            write_checksums(folder, weight_files(folder), config_fields(folder))
         return result
 
-    setattr(save_pretrained, OURS, True)
     return save_pretrained
 
 

@@ -3,6 +3,7 @@
 ops.py           the operations, as torch.library ops
 backends.py      the table of backends, and which one runs on a device
 experts_call.py  the arguments of the experts op as one value
+stores.py        experts on disk, for the op (cpu/expert_store.py reads them)
 gate.py          what lies between the two products of an expert
 checks.py        checks of tensor arguments
 reference.py     the backend in plain PyTorch: the definition of correct

@@ -39,6 +39,8 @@ class ExpertsCall:
         gate_up_bias: [E, R], any float dtype, or None.
         down_bias: [E, H], any float dtype, or None. The routing weights scale it too.
         gated, limit, alpha, up_offset, limits_output, gate_softcap, up_softcap: as in `Gate`.
+        store, store_layer: number of an expert store (stores.py) whose region both packed tensors
+            are, and of the layer in it; 0: the packed tensors are whole in memory.
     """
 
     hidden: Tensor
@@ -63,6 +65,8 @@ class ExpertsCall:
     limits_output: bool = False
     gate_softcap: float = math.inf
     up_softcap: float = math.inf
+    store: int = 0
+    store_layer: int = 0
 
     @property
     def gate(self) -> Gate:

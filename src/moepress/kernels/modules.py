@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from moepress.errors import InputError
 from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
 from moepress.kernels.gate import Gate, packed_names
 from moepress.kernels.reference import activation_function, check_activation_bits
+from moepress.kernels.stores import StoredLayer, refuse
 
 
 class PackedLinear(nn.Module):
@@ -183,6 +185,7 @@ class PackedExperts(nn.Module):
             torch.tensor(down.table(*down_shape), device="cpu"),
         )
         self._tables_here = self._tables  # copies on a device, see place_tables
+        self._stored: StoredLayer | None = None
         self.left_out = tuple(e for e, bits in enumerate(gate_up.bits) if bits == LEFT_OUT)
 
     def become(
@@ -214,15 +217,18 @@ class PackedExperts(nn.Module):
         return self.get_parameter(self.first_name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        stored = self._stored
+        if stored is not None and hidden_states.device.type != "cpu":
+            refuse(f"run on {hidden_states.device}")
         if self._tables_here[0].device != hidden_states.device:
             self.place_tables(hidden_states.device)
-        gate = self.gate
+        gate, gate_up, down = self.gate, *self.packed
         y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,
             top_k_index,
             top_k_weights,
-            self._parameters[self.first_name],
-            self.down_proj,
+            gate_up,
+            down,
             *self._tables_here,
             self.intermediate_size,
             self.gate_up.group_size,
@@ -239,8 +245,36 @@ class PackedExperts(nn.Module):
             gate.limits_output,
             gate.gate_softcap,
             gate.up_softcap,
+            *((0, 0) if stored is None else (stored.store.number, stored.layer)),
         )
         return y
+
+    def without_matrices(self) -> None:
+        """Remove the parameters of the packed matrices: `read_from` will say where they are."""
+        for name in packed_names(self.gate.gated):
+            del self._parameters[name]
+
+    def read_from(self, stored: StoredLayer) -> None:
+        """Take the packed matrices from a store, in place of parameters (`without_matrices`)."""
+        self._stored = stored
+        self._tables = self._tables_here = stored.gate_up_table, stored.down_table
+
+    @property
+    def stored(self) -> StoredLayer | None:
+        """Where the packed matrices are, if they are no parameters."""
+        return self._stored
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The bytes that the two tables refer to."""
+        if self._stored is not None:
+            return self._stored.region, self._stored.region
+        return self.first_proj, self.down_proj
+
+    def _save_to_state_dict(self, *args: Any, **named: Any) -> None:
+        if self._stored is not None:
+            refuse("saved")
+        super()._save_to_state_dict(*args, **named)
 
     def place_tables(self, device: torch.device) -> None:
         """Copy the tables to a device.
@@ -253,16 +287,19 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.first_proj.is_meta:
-            self.place_tables(self.first_proj.device)
+        first = self._parameters.get(self.first_name)
+        if first is not None and not first.is_meta:
+            self.place_tables(first.device)
         return self
 
     def extra_repr(self) -> str:
-        size = self.first_proj.numel() + self.down_proj.numel()
+        gate_up_shape, down_shape = self.shapes
+        size = self.gate_up.nbytes(*gate_up_shape) + self.down.nbytes(*down_shape)
+        where = "" if self._stored is None else " on disk"
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, gate={self.gate}, "
-            f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes"
+            f"gate_up={_summary(self.gate_up)}, down={_summary(self.down)}, {size:,} bytes{where}"
         )
 
 

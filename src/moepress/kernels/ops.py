@@ -93,6 +93,8 @@ def experts(
     limits_output: bool = False,
     gate_softcap: float | None = None,
     up_softcap: float | None = None,
+    store: int = 0,
+    store_layer: int = 0,
 ) -> Tensor:
     """y_t = sum_k w_tk (down_e h(gate_e x_t + b, up_e x_t + b') + b''), with e = index_tk.
 
@@ -107,6 +109,7 @@ def experts(
     Raises:
         InputError: a shape, dtype or device does not fit, a codec does not exist, a matrix reaches
             outside its packed bytes, or the gate is not supported.
+        CheckpointError: an expert of a store cannot be read.
     """
     call = ExpertsCall(
         hidden,
@@ -131,6 +134,8 @@ def experts(
         limits_output,
         math.inf if gate_softcap is None else gate_softcap,
         math.inf if up_softcap is None else up_softcap,
+        store,
+        store_layer,
     )
     check_experts_call(call)
     check_activation_bits(activation_bits)

@@ -18,6 +18,7 @@ from moepress.format.codec import LEFT_OUT, Codec, width_of
 from moepress.kernels import scalar, trellis
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
+from moepress.kernels.stores import held
 
 ACTIVATION_RANGE = {8: 127.0, 16: 128.0 * 127.0}  # activation bits to the largest code
 
@@ -108,10 +109,11 @@ def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
         )
         down, down_codec = _matrix(call.down, second, call.down_group, call.family, width, inner)
         token = slots // k
-        bias = _of_expert(call.gate_up_bias, expert, hidden)
-        x = linear(hidden[token], gate_up, bias, rows, gate_up_codec, bits, rounded=rounded)
-        bias = _of_expert(call.down_bias, expert, hidden)
-        y = linear(gated(gate, x), down, bias, width, down_codec, bits, rounded=rounded)
+        with held(call.store, call.store_layer, expert):
+            bias = _of_expert(call.gate_up_bias, expert, hidden)
+            x = linear(hidden[token], gate_up, bias, rows, gate_up_codec, bits, rounded=rounded)
+            bias = _of_expert(call.down_bias, expert, hidden)
+            y = linear(gated(gate, x), down, bias, width, down_codec, bits, rounded=rounded)
         total.index_add_(0, token, y.to(total.dtype) * weights[slots].to(total.dtype)[:, None])
     return total.to(hidden.dtype)
 

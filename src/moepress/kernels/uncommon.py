@@ -9,6 +9,7 @@ chosen, with the model's own function between them: correct, and slower than the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ class UncommonExperts(PackedExperts):
 
     def _expert_by_expert(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self.own is not None
-        k, flat = index.shape[1], weights.flatten()
+        k, flat, stored = index.shape[1], weights.flatten(), self.stored
         wide = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros(x.shape, dtype=wide)
         for expert, slots in slots_by_expert(index, self.num_experts):
@@ -105,7 +106,8 @@ class UncommonExperts(PackedExperts):
                 continue
             token = slots // k
             first, second = self._matrices(expert, x.dtype)
-            y = second(self.own.between(first(x[token])))
+            with nullcontext() if stored is None else stored.store.hold(stored.layer, [expert]):
+                y = second(self.own.between(first(x[token])))
             y = self.own.after(y[:, : self.called_with]).to(wide)
             y = F.pad(y * flat[slots, None].to(wide), (0, x.shape[1] - self.called_with))
             total.index_add_(0, token, y)
@@ -113,14 +115,14 @@ class UncommonExperts(PackedExperts):
 
     def _matrices(self, expert: int, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
         """The first and the second product of an expert, as functions of their inputs."""
-        sizes = self.hidden_size, self.intermediate_size
-        shapes = (self.gate.parts * sizes[1], sizes[0]), sizes
         names = self.first_name, "down_proj"
         specs = self.gate_up, self.down
-        for name, spec, table, (rows, cols) in zip(names, specs, self._tables, shapes, strict=True):
+        for name, held, spec, table, (rows, cols) in zip(
+            names, self.packed, specs, self._tables, self.shapes, strict=True
+        ):
             start, number = table[expert].tolist()
             codec = spec.codec(expert)
-            packed = self.get_parameter(name)[start : start + codec.nbytes(rows, cols)]
+            packed = held[start : start + codec.nbytes(rows, cols)]
             bias = self._parameters[f"{name}_bias"]
             own_bias = None if bias is None else bias[expert].to(dtype)
             yield _product(packed, own_bias, rows, number, spec, self.activation_bits)

@@ -12,6 +12,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from moepress.original.remote_code import TOKENIZER_CONFIG, code_files
+from moepress.reading.files import regular_file
 from moepress.reading.json import read_object
 
 TOKENIZERS = (
@@ -38,6 +39,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "*.jinja")
 PROCESSORS = ("*processor_config.json", "*extractor_config.json", "audio_tokenizer_config.json")
 SETTINGS = ("generation_config.json",)
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+CONFIGS = (*PROCESSORS, *SETTINGS, TOKENIZER_CONFIG)  # small files of one JSON object
 COMPANIONS = (*TOKENIZERS, *TEMPLATES, *PROCESSORS, *SETTINGS, *TERMS)
 # Folders in a model's folder that hold such files: of a second tokenizer, more chat templates.
 FOLDERS = ("*tokenizer*", "*processor*", "additional_chat_templates", "chat_templates")
@@ -56,12 +58,14 @@ def companions(folder: Path) -> dict[str, Path]:
     """The files of tokenizer, processors, code and the like that a copy of the model needs.
 
     By their names in the folder; a second tokenizer, for example, is in a folder inside.
+
+    Raises:
+        FileError: one is no regular file, cannot be read, or is a damaged config.
     """
-    found = {*code_files(folder), *_named_by_tokenizer(folder)}
-    found |= {path for path in _files(folder) if _matches(path.name, COMPANIONS)}
+    found = {*code_files(folder), *_named_by_tokenizer(folder), *_known(folder)}
     for inner in folder.iterdir():
         if inner.is_dir() and _matches(inner.name, FOLDERS):
-            found |= {path for path in _files(inner) if _matches(path.name, COMPANIONS)}
+            found |= _known(inner)
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(found)
@@ -78,6 +82,16 @@ def left_behind(folder: Path, weights: set[Path]) -> list[str]:
     copied = {*companions(folder).values(), *weights}
     names = [path.name for path in _files(folder) if path not in copied]
     return sorted(name for name in names if not _matches(name, NOT_TOLD))
+
+
+def _known(folder: Path) -> set[Path]:
+    """The companions in a folder."""
+    found = {path for path in folder.iterdir() if _matches(path.name, COMPANIONS)}
+    for path in found:
+        regular_file(path, "The companion file")
+        if _matches(path.name, CONFIGS):
+            read_object(path, "The companion file", infinities=True)
+    return found
 
 
 def _named_by_tokenizer(folder: Path) -> set[Path]:

@@ -47,6 +47,21 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if any(probe is not None and probe() for probe in probes) else torch.float32
 
 
+def in_float32(model: Any, dtype: torch.dtype, name: str) -> bool:
+    """Whether transformers keeps a parameter in float32 in 16-bit models of this class.
+
+    The class's code then casts states to its dtype, also in a model of float32.
+
+    Args:
+        dtype: of the model.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(half)
+    return bool(plan) and build_glob_alternation(list(plan))[0].search(name) is not None
+
+
 def loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtypes of all parameters and buffers of a model that transformers loads in `dtype`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,12 +43,14 @@ def resolve(name: str | Path) -> Path:
     Code that the model brings is fetched with it, and not run.
 
     Raises:
-        InputError: there is no such folder, and the hub has no such model.
+        InputError: there is no such folder, or it may not be read, and the hub has no such model.
     """
     folder = Path(name)
     try:
         if folder.is_dir():
-            return folder
+            if os.access(folder, os.R_OK | os.X_OK):
+                return folder
+            raise InputError(f"The model folder {name} may not be read: change its permissions.")
         exists = folder.exists()
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise InputError(f"No model folder {name}: {error.strerror}. Check the path.") from error

@@ -23,7 +23,7 @@ from moepress.original.card_readers import CardReaders
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
-from moepress.original.dtypes import compute_dtype, dtype_of_weights, loaded_dtypes
+from moepress.original.dtypes import compute_dtype, dtype_of_weights, in_float32, loaded_dtypes
 from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
 from moepress.original.folder import find_weights, fingerprint, read_config, resolve
@@ -388,6 +388,8 @@ class Source:
 
     def has_models_dtype(self, name: str) -> bool:
         """Whether a weight can be packed: models cast states to the dtype of one in float32."""
+        if in_float32(self.model, self.dtype, name):
+            return False
         return self.stored_dtype(name) == self.dtype
 
     @cached_property

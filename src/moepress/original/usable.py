@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moepress.errors import InputError, MoepressError
-from moepress.original.calls import record_layer_calls
+from moepress.original.calls import Call, record_layer_calls
 from moepress.original.carried import returned_values
 from moepress.original.companions import left_behind
 from moepress.original.composite import decoder
@@ -37,7 +37,7 @@ def check_usable(source: Source) -> None:
     for layer in source.layers:
         returned_values(layer)
     _check_choices(source)
-    _check_calls(source)
+    calls_without_weights(source, TOKENS)
     large = {name for linears in source.packable for name in linears}
     for name in source.all_names:
         if name not in large:
@@ -83,8 +83,12 @@ def _tell_left_out(source: Source) -> None:
         )  # fmt: skip
 
 
-def _check_calls(source: Source) -> None:
-    """Let the model call its layers, without weights; none of them is run."""
+def calls_without_weights(source: Source, tokens: int) -> list[Call]:
+    """The calls of all layers for one sequence; weights are zeros, and no layer is run.
+
+    Raises:
+        InputError: the model cannot be walked layer by layer.
+    """
     shared = {id(layer): layer for layer in source.layers}
     model = copy.deepcopy(decoder(source.model), shared)  # its code may change its buffers
     inside = {id(module) for layer in source.layers for module in layer.modules()}
@@ -93,7 +97,8 @@ def _check_calls(source: Source) -> None:
             _fill_with_zeros(module)
     try:
         with torch.no_grad():
-            record_layer_calls(model, source.layers, torch.zeros((1, TOKENS), dtype=torch.int64))
+            ids = torch.zeros((1, tokens), dtype=torch.int64)
+            return record_layer_calls(model, source.layers, ids)
     except MoepressError:
         raise
     except Exception as error:  # the model's own code, which may raise anything

@@ -69,11 +69,14 @@ class PrunedLayer:
         self._experts = experts
         self._pruning = pruning
         self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
+        self._absent = torch.tensor(pruning.absent.get(number, ()), dtype=torch.float32)
         self._left_out = torch.tensor(getattr(experts, "left_out", ()), dtype=torch.int64)
         self._count = count
         self.tokens = 0
         self.dropped = torch.zeros(len(self._thresholds), dtype=torch.int64)  # [k] by rank
+        self.absent = torch.zeros_like(self.dropped)  # of them, because of a read
         self.protected = torch.zeros((), dtype=torch.int64)
+        self._choices = self._saved = 0  # all, and those dropped, for the share
 
     def attach(self) -> list[Callable[[], None]]:
         """Prune from now on. Returns calls that undo it."""
@@ -116,7 +119,14 @@ class PrunedLayer:
             protected,
             self._experts.num_experts,
         )
+        unread = None
+        if len(self._absent):
+            index, weights, unread = self._drop_reads(index, weights, dropped, protected)
+            dropped = dropped | unread
         if self._count:
+            if unread is not None:
+                with _COUNTING:
+                    self.absent += unread.sum(0)
             by_rank = dropped.sum(0).cpu()
             kept = 0 if protected is None else protected.sum().cpu()
             with _COUNTING:
@@ -124,3 +134,42 @@ class PrunedLayer:
                 self.dropped += by_rank
                 self.protected += kept
         return hidden, index, weights
+
+    def _drop_reads(
+        self, index: Tensor, weights: Tensor, dropped: Tensor, protected: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Also drop choices of small weight whose expert would have to be read, up to a share.
+
+        Only where that saves the read: not where another choice of the call needs the expert.
+
+        Args:
+            index, weights, dropped: [T, k], by falling weight, as `kernels.drop` returns them.
+            protected: [T] bool, or None.
+
+        Returns:
+            index and weights [T, k], and what was dropped here, [T, k] bool.
+        """
+        stored, none = getattr(self._experts, "stored", None), self._experts.num_experts
+        unread = torch.zeros_like(dropped)
+        if stored is not None:
+            here = torch.ones(none + 1, dtype=torch.bool)  # the last: no expert
+            here[:none] = stored.store.at_hand(stored.layer)
+            chosen = index.clamp(0, none)
+            unread = ~here[chosen] & (weights.float() < self._absent * weights[:, :1].float())
+            if protected is not None:
+                unread &= ~protected[:, None]
+            needed = torch.zeros(none + 1, dtype=torch.bool)
+            needed[chosen[~unread]] = True
+            unread &= ~needed[chosen]
+        with _COUNTING:
+            self._choices += index.numel()
+            saved = self._saved + int((dropped | unread).sum())
+            if saved > self._pruning.most * self._choices:
+                unread, saved = torch.zeros_like(dropped), self._saved + int(dropped.sum())
+            self._saved = saved
+        if not unread.any():
+            return index, weights, unread
+        kept = weights.masked_fill(unread, 0)
+        if self._pruning.renormalise:
+            kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+        return index.masked_fill(unread, none), kept, unread

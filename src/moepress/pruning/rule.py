@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -25,7 +25,7 @@ EXPECTED = (
     'Give {"thresholds": {layer: [0, ratio, ...]}, "renormalise": true or false, "protect": share}.'
 )
 
-Strength = float | Literal["paper"]
+Strength = float | str  # a share, "paper", or "disk:SHARE" (prune.py)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,6 +47,10 @@ class Pruning:
     thresholds: Mapping[int, tuple[float, ...]]  # decoder layer: [k] by rank; first 0
     renormalise: bool  # whether kept weights are scaled up to the sum of all
     protect: float = PROTECT  # share of a sequence's tokens that keep all experts in a prefill
+    # Of a model whose experts are on disk: thresholds, by layer and rank, of choices whose expert
+    # would have to be read; and the share of all choices up to which they are applied.
+    absent: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.thresholds, Mapping) or not isinstance(self.renormalise, bool):
@@ -54,7 +58,7 @@ class Pruning:
                 f"Pruning has thresholds {self.thresholds!r} and renormalise {self.renormalise!r}. "
                 "Expected ratios by decoder layer, and true or false."
             )
-        for layer, ratios in self.thresholds.items():
+        for layer, ratios in (*self.thresholds.items(), *self.absent.items()):
             right = isinstance(layer, int) and layer >= 0 and isinstance(ratios, tuple) and ratios
             if not right or not all(_is_share(r) for r in ratios) or ratios[0] != 0:
                 raise InputError(
@@ -68,7 +72,7 @@ class Pruning:
     @property
     def drops(self) -> bool:
         """Whether any choice can be dropped."""
-        return any(any(ratios) for ratios in self.thresholds.values())
+        return any(map(any, (*self.thresholds.values(), *self.absent.values())))
 
     @classmethod
     def of(cls, costs: DropCosts, strength: Strength, protect: float = PROTECT) -> Pruning:
@@ -109,7 +113,44 @@ class Pruning:
 
     def to_json(self) -> dict[str, Any]:
         thresholds = {str(layer): list(ratios) for layer, ratios in self.thresholds.items()}
-        return {**vars(self), "thresholds": thresholds}
+        return {
+            "thresholds": thresholds,
+            "renormalise": self.renormalise,
+            "protect": self.protect,
+        }
+
+    @classmethod
+    def of_reads(
+        cls,
+        costs: DropCosts,
+        share: float,
+        missing: float,
+        relative_time: float,
+        protect: float = PROTECT,
+    ) -> Pruning:
+        """Thresholds for a model whose experts are on disk: those that save most time per loss.
+
+        Args:
+            costs: of the model.
+            share: of all choices, the most that is dropped.
+            missing, relative_time: as of `thresholds.cheapest_reads`.
+            protect: as of `of`.
+
+        Raises:
+            InputError: the share cannot be dropped.
+        """
+        from moepress.pruning.thresholds import cheapest_reads
+
+        plain, scaled = (
+            cheapest_reads(costs, share, renormalise, missing, relative_time)
+            for renormalise in (False, True)
+        )
+        renormalise = scaled[2] < plain[2]
+        here, away = (
+            dict(zip(costs.layers, map(tuple, np.minimum(rows, 1).tolist()), strict=True))
+            for rows in (scaled if renormalise else plain)[:2]
+        )
+        return cls(here, renormalise, protect, away, share)
 
     @classmethod
     def from_json(cls, fields: Any) -> Pruning:

@@ -57,7 +57,64 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     layers, _, bins = measured.shape
     wanted = share * layers * costs.top_k * bins  # in bins of T / Q choices
     taken = np.zeros_like(measured)
-    droppable = (costs.ratio[..., :-1] < 1).ravel()  # bins; not those of choices of no expert
+    rising, droppable = _rising(costs, measured)
+    order = np.flatnonzero(droppable)[np.argsort(rising, kind="stable")]
+    taken.flat[order] = np.clip(wanted - np.arange(len(order)), 0, 1)  # a fraction of the last
+    ratios = quantile(costs, taken.sum(axis=-1) / bins)
+    thresholds = _falling(_with_first(ratios))
+    return thresholds, float((taken * measured).sum() / bins)
+
+
+def cheapest_reads(
+    costs: DropCosts, share: float, renormalise: bool, missing: float, relative_time: float
+) -> tuple[Floats, Floats, float]:
+    """Thresholds that save the most time per loss, where some choices need a read.
+
+    As `cheapest`, with two thresholds for each layer and rank: of choices whose expert is in
+    memory, and of those whose expert must be read. Bins of either are taken in the order of cost
+    over the time that dropping a choice saves.
+
+    Args:
+        share: of all choices, 0 .. 1 - 1 / k.
+        missing: share of the choices whose expert must be read.
+        relative_time: time of a choice with a read, over that of one without.
+
+    Returns:
+        Thresholds [L, k] of choices in memory, and of those to be read, and the predicted cost as
+        of `cheapest`.
+
+    Raises:
+        InputError: the share is out of range.
+    """
+    check_share(costs, share)
+    measured = costs.costs(renormalise)
+    layers, _, bins = measured.shape
+    rising, droppable = _rising(costs, measured)
+    places = np.flatnonzero(droppable)
+    prices = np.concatenate([rising, rising / relative_time])
+    amounts = np.repeat([1 - missing, missing], len(places))  # bins of each kind
+    order = np.argsort(prices, kind="stable")
+    left = share * layers * costs.top_k * bins - np.cumsum(amounts[order])
+    some = np.clip(left + amounts[order], 0, amounts[order])  # a fraction of the last
+    taken = np.zeros((2, measured.size))
+    kind, place = np.divmod(order, max(len(places), 1))
+    if len(places):
+        taken[kind, places[place]] = np.divide(
+            some, amounts[order], out=np.zeros_like(some), where=amounts[order] > 0
+        )
+    taken = taken.reshape(2, *measured.shape)
+    here, away = (_with_first(quantile(costs, one.sum(axis=-1) / bins)) for one in taken)
+    each = np.array([1 - missing, missing])[:, None, None, None]
+    return _falling(here), _falling(away), float((taken * each * measured).sum() / bins)
+
+
+def _rising(costs: DropCosts, measured: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Costs that rise with the ratio, and which of all bins, flattened, they are of.
+
+    Bins of the ratio 1 and of choices of no expert are left out: they are never dropped.
+    """
+    bins = measured.shape[-1]
+    droppable = (costs.ratio[..., :-1] < 1).ravel()
     rising = np.concatenate(
         [
             isotonic_regression(row[here]).x if here.any() else row[:0]
@@ -66,11 +123,13 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
             )
         ]
     )
-    order = np.flatnonzero(droppable)[np.argsort(rising, kind="stable")]
-    taken.flat[order] = np.clip(wanted - np.arange(len(order)), 0, 1)  # a fraction of the last
-    ratios = quantile(costs, taken.sum(axis=-1) / bins)
-    thresholds = _with_first(np.minimum.accumulate(ratios[:, ::-1], axis=1)[:, ::-1])
-    return thresholds, float((taken * measured).sum() / bins)
+    return rising, droppable
+
+
+def _falling(thresholds: Floats) -> Floats:
+    """Each threshold [L, k], but the first, lowered to the smallest of the later ranks."""
+    later = np.minimum.accumulate(thresholds[:, :0:-1], axis=1)[:, ::-1]
+    return np.concatenate([thresholds[:, :1], later], axis=1)
 
 
 def quantile(costs: DropCosts, share: Floats) -> Floats:

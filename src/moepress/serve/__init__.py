@@ -14,6 +14,7 @@ transformers has a server and continuous batching of its own. Why they are not u
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from moepress.kernels.reference import check_activation_bits
 from moepress.original.remote_code import needs_code
 from moepress.prune import Pruning, Strength
 from moepress.serve.limits import Limits as Limits
+from moepress.store.memory import Memory
 
 MISSING = (
     "Serving needs libraries that are not installed (fastapi, uvicorn, prometheus-client): "
@@ -44,6 +46,7 @@ def serve(
     device: str = "cpu",
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
+    memory: Memory | None = None,
     trust_remote_code: bool = False,
     limits: Limits | None = None,
     api_key: str | None = None,
@@ -60,6 +63,8 @@ def serve(
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
+        memory: for a compressed model, bytes for its weights, "all" or "mapped"
+            (store/memory.py); None: mapped if it fits.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
         limits: what clients may ask for; None: `Limits()`.
         api_key: that clients must send; None: none is needed.
@@ -89,7 +94,7 @@ def serve(
     check_port(host, port)
     set_threads(threads)
     with no_progress_bars():
-        model = load_whole(Path(folder), device, activation_bits, pruning, remote)
+        model = load_whole(Path(folder), device, activation_bits, pruning, remote, memory)
     served = opened(model, Path(folder), str(folder), limits, remote)
     app = build(served, hosts=hosts_of(host, allowed_hosts), key=api_key, docs=docs)
 
@@ -111,6 +116,8 @@ def serve(
             ws="none",
         )
     )
+    gc.collect()
+    gc.freeze()  # else each full collection walks the model's objects: seconds, if JSON is large
     served.engine.start()
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:

@@ -246,25 +246,25 @@ async def _body(http: Http, limits: Limits) -> bytes:
         RefusedError: it is too large, or takes too long.
         ClientDisconnect: the client has left.
     """
+    most = limits.body or 0
     parts: list[bytes] = []
     size = 0
     with suppress(TimeoutError):
         async with asyncio.timeout(limits.upload):
             async for part in http.stream():
                 size += len(part)
-                if size <= limits.body:
+                if size <= most:
                     parts.append(part)
                 else:
                     parts.clear()  # read on: a client that still sends would not see the answer
-                if size > max(limits.body, DRAINED):
+                if size > max(most, DRAINED):
                     break
             else:
-                if size <= limits.body:
+                if size <= most:
                     return b"".join(parts)
-    if size > limits.body:
-        raise RefusedError(
-            None, f"The body is too large: expected at most {limits.body} bytes", status=413
-        )
+    if size > most:
+        message = f"The body is too large: expected at most {most} bytes"
+        raise RefusedError(None, message, status=413)
     raise RefusedError(None, "The body did not arrive in time", status=408)
 
 

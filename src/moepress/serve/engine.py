@@ -270,6 +270,8 @@ class Engine:
                 message.text += rest.text
                 message.reasoning += rest.reasoning
                 message.calls += rest.calls
+                if answer.last in self.ends:  # a parser that does not know this token left it
+                    message.text = message.text.removesuffix(self.tokenizer.decode([answer.last]))
         scored = tuple(answer.scored) if finish and answer.job.wanted.score else None
         answer.job.tell(Event(answer.index, message, choices, finish, None, scored, answer.tokens))
 

@@ -21,7 +21,7 @@ class Limits:
     concurrent: int = 128  # answers that are computed at the same time
     queue: int = 128  # requests that wait beside them; one more is answered with 429
     deadline: float = 600.0  # seconds from the arrival of a request to the end of its answer
-    body: int = 8 << 20  # bytes of a request
+    body: int | None = None  # bytes of a request; None: by the context, `fitting_body`
     cache: int | None = None  # bytes of all keys and values; None: half of the free memory
     answers: int = 128  # n times prompts of one request
     upload: float = 30.0  # seconds that a client may take to send a request
@@ -38,3 +38,12 @@ class Limits:
                     f"{field.name} is {value}. Expected a number of at least {least}: change "
                     f"--{field.name.replace('_', '-')}."
                 )
+
+
+def fitting_body(context: int, images: bool) -> int:
+    """Bytes of the largest request that a server reads unless it is told otherwise.
+
+    JSON of many small values takes Python seconds for some megabytes, in which nobody else is
+    answered. 8 bytes per token have room for numbers, and for letters written as \\uXXXX.
+    """
+    return (256 << 10) + 8 * context + ((20 << 20) if images else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from moepress.errors import InputError
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
-from moepress.serve.limits import Limits
+from moepress.serve.limits import Limits, fitting_body
 from moepress.serve.parsing import Parser, answer_template
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
@@ -22,44 +23,66 @@ UNLIMITED = 1 << 17  # context of a model whose config says nothing
 
 
 def opened(model: Any, folder: Path, name: str, limits: Limits, remote: bool) -> Served:
-    """A model with its engine, which is not started yet.
+    """The model of a folder with its engine, which is not started yet.
 
     Args:
-        model: of transformers, in eval mode. With a processor of images in its folder it may be a
-            composite.
         folder: of the model.
-        name: in requests.
-        limits: of the server.
         remote: whether the folder's code may run.
+        model, name, limits: of `served_by`.
 
     Raises:
         InputError: the context asked for is longer than what the model reads.
     """
-    processor = processor_of(folder, remote)
+    return served_by(model, processor_of(folder, remote), name, limits)
+
+
+def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
+    """A model with its engine, which is not started yet.
+
+    Args:
+        model: of transformers, in eval mode. With a processor of images it may be a composite.
+        processor: of texts and images, or a tokenizer.
+        name: in requests.
+        limits: of the server.
+
+    Raises:
+        InputError: the context asked for is longer than what the model reads.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     context = context_of(model, limits.context)
     template = answer_template(processor, model)
+    prompts = Prompts(processor, vocabulary_of(model), context, calls=_calls(template))
+    if limits.body is None:
+        limits = replace(limits, body=fitting_body(context, prompts.sees))
     stepper = Stepper(model)
     engine = Engine(stepper, tokenizer, ends_of(model, tokenizer), limits, cache_of(model, limits))
     return Served(
         name,
         limits,
         engine,
-        Prompts(processor, vocabulary_of(model), context, calls=_calls(template)),
+        prompts,
         Settings.of_folder(model.generation_config),
         None if template is None else lambda text, tools: Parser(template, text, tools),
     )
 
 
 def processor_of(folder: Path, remote: bool) -> Any:
-    """The folder's processor of texts and images, or its tokenizer."""
+    """The folder's processor of texts and images, or its tokenizer.
+
+    Raises:
+        InputError: the processor needs a library that is not installed, such as torchvision.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
     has_images = any(
         (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
     )
     kind = AutoProcessor if has_images else AutoTokenizer
-    return kind.from_pretrained(folder, trust_remote_code=remote)
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=remote)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} has a processor that cannot be opened: {reason}") from error
 
 
 def context_of(model: Any, wanted: int | None) -> int:

@@ -133,7 +133,7 @@ class Prompts:
 
     def _of_text(self, text: str, param: str = "prompt", special: bool = True) -> Prompt:
         self._check_length(param, len(text))
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return self._checked(Prompt(tuple(ids), None, text), param)
 
     def _of_ids(self, ids: list[int]) -> Prompt:

@@ -6,6 +6,7 @@ one that changes nothing (`WITHOUT_EFFECT`). A field that is not in the schema i
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    PlainValidator,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -23,6 +25,7 @@ from pydantic import (
 
 MESSAGE_LENGTH = 500  # most characters of an error message, which quotes the invalid value
 QUOTED = 80  # most characters of a quoted value
+NO_SUCH_FIELD = "{}: there is no such field in the requests that this server answers"
 MOST_STOP = 16  # stop sequences; OpenAI allows 4
 MOST_BIAS = 1024  # entries of logit_bias
 
@@ -31,8 +34,6 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 Stop = Annotated[list[Annotated[Text, Field(max_length=1000)]], Field(max_length=MOST_STOP)]
-Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
 Scalar = StrictBool | StrictInt | FiniteFloat | Annotated[StrictStr, Field(max_length=1000)] | None
 
 
@@ -89,6 +90,9 @@ class Request(Strict):
         if not isinstance(data, dict):
             return data
         kept = dict(data)
+        for name in kept:  # before pydantic makes a report of every one
+            if name not in cls.model_fields and name not in cls.WITHOUT_EFFECT:
+                raise RefusedError(name[:QUOTED], NO_SUCH_FIELD.format(name[:QUOTED]))
         for name, values in cls.WITHOUT_EFFECT.items():
             if name in kept and any(_same(kept[name], value) for value in (None, *values)):
                 del kept[name]
@@ -105,12 +109,34 @@ class Request(Strict):
         return tuple((int(token), value) for token, value in (self.logit_bias or {}).items())
 
 
+PromptType = str | list[str] | list[int] | list[list[int]]
+
+
+def _prompt(value: Any) -> Any:
+    """A prompt. Checked here because pydantic tries every member of a union, also on long lists."""
+    if isinstance(value, str) or _are_tokens(value):
+        return value
+    if isinstance(value, list) and value:
+        texts = all(isinstance(one, str) for one in value)
+        if texts or all(_are_tokens(one) for one in value):
+            return value
+    raise ValueError("expected a text, tokens, a list of texts, or a list of lists of tokens")
+
+
+def _are_tokens(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(token) is int and token >= 0 for token in value)
+    )
+
+
 class Completion(Request):
     """POST /v1/completions"""
 
     WITHOUT_EFFECT = {"suffix": ("",)}
 
-    prompt: StrictStr | list[StrictStr] | Tokens | list[Tokens]
+    prompt: Annotated[Any, PlainValidator(_prompt, json_schema_input_type=PromptType)]
     best_of: Positive | None = None
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -285,13 +311,13 @@ def _first(found: ValidationError) -> RefusedError:
     name = steps[0] if steps else None
     message = error["msg"]
     if error["type"] == "extra_forbidden":
-        message = "there is no such field in the requests that this server answers"
+        message = "there is no such field"
     where = ".".join(steps) or "body"
     return RefusedError(name, f"{where}: {message}", error["input"])
 
 
 def _quoted(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # of a large value, only the beginning
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
 
 

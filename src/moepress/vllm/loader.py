@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -22,6 +22,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import QUANT_METHOD
+from moepress.hf.agreement import stored_tensors
+from moepress.hf.files import check_written
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
@@ -30,6 +32,9 @@ from moepress.vllm.placement import Ranks, calibration_tokens, divide
 from moepress.vllm.stored import StoredModel
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")  # under which a folder may be opened
+
+# What vLLM's classes raise for tensors that they have no place for.
+_OF_VLLM = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 logger = init_logger("vllm.moepress")  # below vLLM's own logger, which has a handler
 
@@ -45,9 +50,11 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         folder, files, _, _ = self._prepare_weights(
             model_config.model, None, model_config.revision, False, ["*.safetensors"]
         )
+        files = _of_model(files)
+        check_written(files, stored_tensors(files))
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
         _take_embeddings(model)
-        model.load_weights(stored.tensors(_of_model(files)))
+        _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
         logger.info("Loading packed weights took %.2f seconds", time.perf_counter() - begin)
 
@@ -62,6 +69,24 @@ def register_loader() -> None:
             register_model_loader(load_format)(Loader)
     finally:
         log.setLevel(level)
+
+
+def _load(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Let vLLM's class load all tensors but those of routed experts.
+
+    Raises:
+        InputError: it does not find its tensors, or has no place for one.
+    """
+    try:
+        model.load_weights(tensors)
+    except InputError:
+        raise
+    except _OF_VLLM as error:
+        raise InputError(
+            f"vLLM's {type(model).__name__} cannot load this folder: {type(error).__name__}: "
+            f"{error}. Its tensors are not those that vLLM expects of such a model; `moepress "
+            "serve` can serve it."
+        ) from error
 
 
 def _of_model(files: list[str]) -> list[str]:

@@ -101,4 +101,10 @@ class StoredModel:
             )
         rows, cols = self._shapes[name]
         (codec,) = spec.codecs
+        expected = [codec.nbytes(rows, cols)]
+        if list(value.shape) != expected:
+            raise InputError(
+                f"{name} is {list(value.shape)}; config.json describes {expected}. The files do "
+                "not belong together: copy the folder again."
+            )
         return Stored(name, value, rows, cols, codec, self._dtype)

@@ -7,23 +7,18 @@ from moepress.rounding.options import Rounding
 from moepress.workload.stages import Task
 
 
-def _states(task: Task) -> int:
-    """Bytes of the hidden states of all tokens."""
-    return task.tokens * task.shape.hidden * task.shape.compute_itemsize
-
-
 def sensitivity(task: Task) -> int:
     """The states before every layer and after the last, and two gradients (sensitivity.py).
 
     Sensitivities take the place of states on the way back.
     """
-    return (len(task.shape.layers) + 3) * _states(task)
+    return task.tokens * sum(task.between) + 2 * task.states
 
 
 def score(task: Task) -> int:
     """Sensitivities, and the states before and after a layer, which the next one continues from."""
     linears = sum(len(layer.linears) + 1 for layer in task.shape.layers)
-    return linears * task.tokens * 4 * (task.recipe.sensitivity != "none") + 2 * _states(task)
+    return linears * task.tokens * 4 * (task.recipe.sensitivity != "none") + 2 * task.states
 
 
 def quantize(task: Task, folder: int) -> int:
@@ -34,11 +29,11 @@ def quantize(task: Task, folder: int) -> int:
     corrects = Rounding.of_experts(task.recipe, task.recipe.quantizer).corrects
     packed = folder // task.shape.moe_layers
     written = folder + packed * (packed > IN_MEMORY)
-    return written + 2 * (1 + corrects) * _states(task) + task.tokens * 8
+    return written + 2 * (1 + corrects) * task.states + task.tokens * 8
 
 
 def temporary(task: Task) -> int:
     """Temporary files of arrays too large for memory: states, inputs and outputs of experts."""
     tokens = task.tokens * task.shape.hidden
-    sizes = [task.shape.compute_itemsize * tokens] * 4 + [4 * tokens] * 3
+    sizes = [task.states] * 3 + [task.shape.compute_itemsize * tokens] + [4 * tokens] * 3
     return sum(size for size in sizes if size > IN_MEMORY)

@@ -123,8 +123,8 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
 
 
 def _states(task: Task, copies: int) -> int:
-    """Hidden states of all tokens."""
-    return copies * task.tokens * task.shape.hidden * task.shape.compute_itemsize
+    """Hidden states of all tokens, and carried values."""
+    return copies * task.states
 
 
 def _routed(task: Task, copies: int) -> int:

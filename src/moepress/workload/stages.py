@@ -48,10 +48,17 @@ class Task:
     open: Mapping[str, tuple[int, ...]]  # widths offered to each open tensor, by name
     tables: Mapping[str, tuple[int, int]]  # shape of embedding and head, by name
     head: tuple[str, ...]  # names of the tables that are a head
+    between: tuple[int, ...]  # bytes of a token before each layer and after the last: states,
+    # and what layers hand on beside them
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
+
+    @property
+    def states(self) -> int:
+        """Bytes of all tokens between two layers, at most."""
+        return self.tokens * max(self.between)
 
     @property
     def batches(self) -> int:
@@ -89,9 +96,8 @@ def sampling(task: Task) -> Work:
 def sensitivity(task: Task) -> Work:
     """The forward walk, the gradient at the head, the backward walk (costs/sensitivity.py)."""
     shape, tokens = task.shape, task.tokens
-    states = tokens * shape.hidden * shape.compute_itemsize
     works = [op.load(2 * shape.outside, shape.other_disk), head_gradient(task, tokens)]
-    for layer in shape.layers:
+    for layer, before in zip(shape.layers, task.between, strict=False):
         # Forward, and the layer again before the backward walk.
         works.append(times(2, op.load(layer.weights, shape.other_disk)))
         if not layer.has_experts:
@@ -104,7 +110,7 @@ def sensitivity(task: Task) -> Work:
             works.append(times(2 + BACKWARD, experts_forward(task, tokens)))
             works.append(times(3, op.load(shape.experts * shape.expert_weights, shape.expert_disk)))
             works.append(Work({"copy": 12 * tokens * shape.hidden}))  # sums in float32
-        works.append(Work({"read": 4 * states}))  # states and gradient, written and read
+        works.append(Work({"read": 4 * tokens * before}))  # states and gradient, written and read
     return total(works)
 
 
@@ -223,11 +229,10 @@ def quantize(task: Task, widths: Widths) -> Work:
     linears = Rounding.of_linears(recipe, recipe.quantizer)
     experts = Rounding.of_experts(recipe, recipe.quantizer)
     walks = 2 if experts.corrects else 1
-    states = task.tokens * shape.hidden * shape.compute_itemsize
     works = [op.load(2 * shape.outside, shape.other_disk), _tables(task, widths)]
     for layer in shape.layers:
         works.append(op.load(layer.weights, shape.other_disk))
-        works.append(Work({"read": walks * states}))  # states that are kept to continue from
+        works.append(Work({"read": walks * task.states}))  # states that are kept to continue from
         packed = {linear.name for linear in layer.linears if linear.name in widths.tensors}
         runs = 1  # advance
         if linears.needs_hessian and packed:

@@ -24,7 +24,8 @@ CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 VARIANT = ("MOEPRESS_GROUP=128", "MOEPRESS_PLANES=1")
 SPILLS = {  # bytes that a kernel may spill, all loads and stores of its program
     # Three blocks of a multiprocessor, of 80 registers: others hide what a step of one waits for.
-    "moepress_viterbi_search": 384,
+    # The sum of seven widths; half of it at 1.5 bits, where a thread has two sets of values.
+    "moepress_viterbi_search": 640,
     # A few, once a thread.
     "moepress_combine_experts": 16,
     "moepress_drop": 16,

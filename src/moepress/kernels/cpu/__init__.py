@@ -33,6 +33,8 @@ From the C interface (moepress.h) down:
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     threads.h                 torch's OpenMP team, or a pool of our own
+    store.h                   experts on disk: which are in memory, which are read
+                              (expert_store.py opens one)
 
 One build serves every Python and every torch, since the library is called through C. ctypes
 releases the interpreter lock while it runs.
@@ -53,6 +55,7 @@ from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
+from moepress.kernels.stores import OPEN
 
 INTERFACE = 9  # version of moepress.h
 
@@ -61,6 +64,7 @@ ACTIVATIONS = (  # in the order of isa.h
     "silu", "tanh",
 )  # fmt: skip
 
+READ_FAILED = 8
 RESULTS = {
     1: "no codec has those code bits, that group size and that row length",
     2: "a matrix reaches outside its packed bytes",
@@ -69,6 +73,9 @@ RESULTS = {
     5: "an embedding id lies outside the table: the tokenizer does not belong to this model",
     6: "activation bits are 8 or 16",
     7: "out of memory",
+    READ_FAILED: "an expert cannot be read",
+    9: "this process is a copy (fork) of the one that opened the model: open it here",
+    10: "this system cannot keep experts on disk",
 }
 
 _SIGNATURES = {
@@ -79,7 +86,7 @@ _SIGNATURES = {
     "moepress_scalar_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
-        c_int32, c_int32, c_void_p,
+        c_void_p, c_int64, c_int32, c_int32, c_void_p,
     ),
     "moepress_scalar_embedding": (
         c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
@@ -95,7 +102,7 @@ _SIGNATURES = {
     "moepress_trellis_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
-        c_int32, c_int32, c_void_p,
+        c_void_p, c_int64, c_int32, c_int32, c_void_p,
     ),
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
@@ -129,7 +136,7 @@ _NO_BIASES = _Biases()
 def missing() -> str | None:
     """The reason why the library cannot run, or None if it can."""
     try:
-        _library()
+        library()
     except MoepressError as error:
         return str(error)
     return None
@@ -141,7 +148,7 @@ def instruction_sets() -> tuple[str, ...]:
     Raises:
         MoepressError: the library cannot run.
     """
-    names: bytes = _library().moepress_instruction_sets()
+    names: bytes = library().moepress_instruction_sets()
     return tuple(names.decode().split())
 
 
@@ -156,7 +163,7 @@ def use(instruction_set: str) -> None:
     Raises:
         InputError: `instruction_set` is not one of `instruction_sets()`.
     """
-    if not _library().moepress_use(instruction_set.encode()):
+    if not library().moepress_use(instruction_set.encode()):
         raise InputError(
             f"Instruction set '{instruction_set}' is not here. Expected one of "
             f"{list(instruction_sets())}."
@@ -210,7 +217,7 @@ def experts(call: ExpertsCall) -> Tensor:
     gate = _gate(call.gate)
     biases, _kept = _biases(call.gate_up_bias, call.down_bias)
     out = torch.empty_like(x)
-    _call(
+    result = _result(
         "moepress_trellis_experts" if call.family == "trellis" else "moepress_scalar_experts",
         x.data_ptr(),
         *x.shape,
@@ -229,10 +236,15 @@ def experts(call: ExpertsCall) -> Tensor:
         call.intermediate_size,
         addressof(gate),
         addressof(biases),
+        call.store or None,
+        call.store_layer,
         call.activation_bits,
         torch.get_num_threads(),
         out.data_ptr(),
     )
+    if result == READ_FAILED:
+        raise OPEN[call.store].failure()
+    _check("moepress_experts", result)
     return out.to(hidden.dtype)
 
 
@@ -363,13 +375,21 @@ def trellis_values(branches: Tensor, bits: float) -> Tensor:
 
 
 def _call(name: str, *arguments: int | None) -> None:
-    result: int = getattr(_library(), name)(*arguments)
+    _check(name, _result(name, *arguments))
+
+
+def _result(name: str, *arguments: int | None) -> int:
+    result: int = getattr(library(), name)(*arguments)
+    return result
+
+
+def _check(name: str, result: int) -> None:
     if result:
         raise InputError(f"{name}: {RESULTS.get(result, f'error {result}')}.")
 
 
 @lru_cache(maxsize=1)
-def _library() -> CDLL:
+def library() -> CDLL:
     path = next((p for folder in __path__ for p in Path(folder).glob("libmoepress_cpu.*")), None)
     if path is None:
         raise MoepressError(

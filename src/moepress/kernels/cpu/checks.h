@@ -47,7 +47,7 @@ Result checked_experts(const Codec& codec, const float* x, int64_t tokens, int64
                        const int64_t* index, const float* weight, int64_t k,
                        const PackedParameter& gate_up, const PackedParameter& down, int64_t count,
                        int64_t intermediate, const MoepressGate& gate,
-                       const MoepressBiases& biases, int threads, float* y) {
+                       const MoepressBiases& biases, const Stored& stored, int threads, float* y) {
     constexpr int64_t most = int64_t(1) << 29;  // columns: products of sizes stay below 2^63
     if (tokens < 0 || k < 0 || count < 0 || threads < 1) return kBadShape;
     if (hidden < 1 || hidden > most || intermediate < 1 || intermediate > most) return kBadShape;
@@ -63,8 +63,7 @@ Result checked_experts(const Codec& codec, const float* x, int64_t tokens, int64
                         down.group, experts.down);
     if (result != kOk) return result;
     if (!both_or_neither(experts.gate_up, experts.down)) return kBadCodec;
-    run_experts(codec, x, tokens, index, weight, k, experts, threads, y);
-    return kOk;
+    return run_experts(codec, x, tokens, index, weight, k, experts, stored, threads, y);
 }
 
 }  // namespace moepress

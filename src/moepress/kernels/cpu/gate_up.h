@@ -37,22 +37,23 @@ template <class Codec>
 class GateUpByGroup {
   public:
     GateUpByGroup(const Codec& codec, const Experts<Codec>& experts, const Routing& routing)
-        : codec_(codec), experts_(experts), routing_(routing) {
-        for (const ExpertPanels& e : routing.experts)
+        : codec_(codec), experts_(experts), routing_(routing) {}
+
+    // For some of the experts.
+    void run(const std::vector<ExpertPanels>& some, const typename Codec::Activations& in,
+             typename Codec::Activations& out, int threads) const {
+        std::vector<Item> items;
+        for (const ExpertPanels& e : some)
             for (size_t first = e.first; first < e.last;) {
-                const size_t last = std::min(first + codec.panels_per_run(), e.last);
-                for (int64_t j = 0; j < experts.intermediate / experts.down_group; ++j)
-                    items_.push_back({j, first, last});
+                const size_t last = std::min(first + codec_.panels_per_run(), e.last);
+                for (int64_t j = 0; j < experts_.intermediate / experts_.down_group; ++j)
+                    items.push_back({j, first, last});
                 first = last;
             }
-    }
-
-    void run(const typename Codec::Activations& in, typename Codec::Activations& out,
-             int threads) const {
-        const int64_t count = int64_t(items_.size());
+        const int64_t count = int64_t(items.size());
         const int64_t grain = codec_.gate_up_grain(count, threads);
         parallel(threads, count, grain, [&](int64_t begin, int64_t end) {
-            for (int64_t item = begin; item < end; ++item) do_item(items_[size_t(item)], in, out);
+            for (int64_t item = begin; item < end; ++item) do_item(items[size_t(item)], in, out);
         });
     }
 
@@ -103,7 +104,6 @@ class GateUpByGroup {
     const Codec& codec_;
     const Experts<Codec>& experts_;
     const Routing& routing_;
-    std::vector<Item> items_;
 };
 
 // Row by row. An item of work is first an expert and a strip of gate and up, whose products are
@@ -116,18 +116,25 @@ class GateUpByRow {
           columns_(experts.parts() * experts.intermediate),
           products_(new float[size_t(routing.pairs() * columns_)]) {}
 
-    void run(const typename Codec::Activations& in, typename Codec::Activations& out,
-             int threads) const {
-        const size_t some = routing_.experts.front().expert;
-        const int64_t strips = codec_.strips(experts_.gate_up[some]);
-        const int64_t items = strips * int64_t(routing_.experts.size());
+    // For some of the experts.
+    void run(const std::vector<ExpertPanels>& some, const typename Codec::Activations& in,
+             typename Codec::Activations& out, int threads) const {
+        const int64_t strips = codec_.strips(experts_.gate_up[some.front().expert]);
+        const int64_t items = strips * int64_t(some.size());
         const int64_t grain = codec_.gate_up_grain(items, threads);
         parallel(threads, items, grain, [&](int64_t begin, int64_t end) {
             for (int64_t item = begin; item < end; ++item)
-                do_strip(routing_.experts[size_t(item / strips)], item % strips, in);
+                do_strip(some[size_t(item / strips)], item % strips, in);
         });
-        parallel(threads, routing_.pairs(), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t pair = begin; pair < end; ++pair) {
+        std::vector<int64_t> pairs;
+        for (const ExpertPanels& e : some) {
+            const Panel &first = routing_.panels[e.first], &last = routing_.panels[e.last - 1];
+            for (int64_t pair = first.first; pair < last.first + last.count; ++pair)
+                pairs.push_back(pair);
+        }
+        parallel(threads, int64_t(pairs.size()), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t pair = pairs[size_t(i)];
                 float* gate = products_of(pair);
                 float* up = experts_.gate.gated ? gate + experts_.intermediate : nullptr;
                 codec_.glu(experts_.gate, gate, up, int(experts_.intermediate));

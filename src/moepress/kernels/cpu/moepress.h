@@ -1,7 +1,7 @@
 // The C interface of the library.
 //
 // Functions that return int32_t results return a Result. On any but kOk nothing is written, except
-// after kNoMemory, when some of the outputs may be. All memory belongs to the caller. Sizes are
+// after kNoMemory and kReadFailed, when some of the outputs may be. All memory belongs to the caller. Sizes are
 // checked here, and no packed byte outside the given ranges is ever read.
 #pragma once
 
@@ -22,6 +22,9 @@ enum Result : int32_t {  // in words: RESULTS in __init__.py
     kBadId,          // an embedding id outside the table
     kBadPrecision,   // activation bits other than 8 and 16
     kNoMemory,
+    kReadFailed,  // an expert could not be read from its file: moepress_store_failure says why
+    kForked,      // the store belongs to another process, of which this one is a copy
+    kNoStore,     // this system has no expert store
 };
 
 // The version of this interface; __init__.py refuses another.
@@ -45,6 +48,9 @@ MOEPRESS_API int32_t moepress_scalar_linear(const float* x, int64_t tokens, int6
                                             const float* bias, int32_t activation_bits,
                                             int32_t threads, float* y);
 
+// Experts on disk (store.h), below.
+struct MoepressStore;
+
 // What lies between the two products of an expert. kernels/gate.py says what the fields mean, and
 // which values they may have.
 struct MoepressGate {
@@ -63,13 +69,15 @@ struct MoepressBiases {
 // y [tokens][hidden]: y_t = sum over k of weight[t][k] * down_e(act(gate_e x_t) * up_e x_t), with
 // e = index[t][k], and with the biases and the gate given. An index outside 0 .. experts - 1 adds
 // nothing. Tables [experts][2]: first byte, code bits. An expert whose matrices both have 0 bits is
-// left out and adds nothing.
+// left out and adds nothing. With a store, the packed bytes are its region, and the experts that
+// tokens chose are read where they are not present; `layer` is the layer's number in the store.
 MOEPRESS_API int32_t moepress_scalar_experts(
     const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
     int32_t down_group, int64_t experts, int64_t intermediate, const MoepressGate* gate,
-    const MoepressBiases* biases, int32_t activation_bits, int32_t threads, float* y);
+    const MoepressBiases* biases, MoepressStore* store, int64_t layer, int32_t activation_bits,
+    int32_t threads, float* y);
 
 // y [n][cols] = the rows ids [n] of a packed [rows][cols] matrix.
 MOEPRESS_API int32_t moepress_scalar_embedding(const int64_t* ids, int64_t n,
@@ -91,7 +99,8 @@ MOEPRESS_API int32_t moepress_trellis_experts(
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
     int32_t down_group, int64_t experts, int64_t intermediate, const MoepressGate* gate,
-    const MoepressBiases* biases, int32_t activation_bits, int32_t threads, float* y);
+    const MoepressBiases* biases, MoepressStore* store, int64_t layer, int32_t activation_bits,
+    int32_t threads, float* y);
 
 // branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in
 // units of code values (rounding/methods/viterbi.py). `feedback` [8][rows] may be null. Else the
@@ -115,3 +124,55 @@ MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, in
                                    int64_t k, int64_t experts, const float* thresholds,
                                    int32_t renormalise, const uint8_t* keep, int64_t* ranked,
                                    float* kept, uint8_t* dropped);
+
+// ---- Experts on disk (store.cpp, store.h) -------------------------------------------------------
+
+// The bytes of a matrix in a file, and their place in the region of a store: both have the same
+// remainder modulo 4096. Pages of the region belong to one matrix each.
+struct MoepressRange {
+    int64_t fd, offset, bytes, place;
+};
+
+struct MoepressStoreCounts {
+    int64_t tokens;      // that passed the first layer
+    int64_t uses, hits;  // experts that calls needed, each once a call; those that were present
+    int64_t bytes_used;  // of the needed ones
+    int64_t reads, bytes_read, dropped;
+    int64_t bytes_held;
+    double seconds_waited;
+};
+
+struct MoepressStoreFailure {
+    int32_t error;  // errno; -1: the file ends before the matrix does
+    int64_t fd;
+};
+
+// A store of `budget` bytes. matrices [experts][2]: of gate_up and down; an expert that is left out
+// has 0 bytes. first_of_layer [layers + 1]. uses [experts]: what to take for the number of uses so
+// far, of which each counts half after half_life tokens. The caller keeps the files open.
+MOEPRESS_API int32_t moepress_store_open(const MoepressRange* matrices,
+                                         const int64_t* first_of_layer, int64_t layers,
+                                         const double* uses, double half_life, int64_t budget,
+                                         int32_t threads, MoepressStore** store);
+MOEPRESS_API void moepress_store_close(MoepressStore* store);
+MOEPRESS_API uint8_t* moepress_store_region(const MoepressStore* store, int64_t* bytes);
+
+// at_hand [experts of the layer]: 1 where an expert is present or being read.
+MOEPRESS_API int32_t moepress_store_at_hand(MoepressStore* store, int64_t layer, uint8_t* at_hand);
+
+// Read experts that may be needed, behind all that are. Nothing of a higher priority makes room.
+MOEPRESS_API int32_t moepress_store_read_ahead(MoepressStore* store, int64_t layer,
+                                               const int64_t* experts, int64_t n);
+
+// Read experts and keep them until `release`. Meanwhile no other call is served. kNoMemory: they do
+// not fit in the budget together.
+MOEPRESS_API int32_t moepress_store_hold(MoepressStore* store, int64_t layer,
+                                         const int64_t* experts, int64_t n, void** held);
+MOEPRESS_API void moepress_store_release(void* held);
+
+// Keep the system from taking the store's memory. Returns 0 or an errno.
+MOEPRESS_API int32_t moepress_store_lock(MoepressStore* store);
+
+MOEPRESS_API void moepress_store_counts(MoepressStore* store, MoepressStoreCounts* counts);
+// The last read that failed.
+MOEPRESS_API void moepress_store_failure(MoepressStore* store, MoepressStoreFailure* failure);

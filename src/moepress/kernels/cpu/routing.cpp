@@ -45,6 +45,15 @@ Routing route(const int64_t* index, const float* weight, int64_t tokens, int64_t
     return routing;
 }
 
+std::vector<int64_t> tokens_of(const int64_t* index, int64_t tokens, int64_t k,
+                               const std::vector<bool>& present) {
+    std::vector<int64_t> found(present.size(), 0);
+    for (int64_t i = 0; i < tokens * k; ++i)
+        if (index[i] >= 0 && index[i] < int64_t(present.size()) && present[size_t(index[i])])
+            ++found[size_t(index[i])];
+    return found;
+}
+
 Routing route_all(int64_t tokens, int panel_tokens) {
     Routing routing{tokens, {}, {}, {}, {}};
     routing.token.resize(size_t(tokens));

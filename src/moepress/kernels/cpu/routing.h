@@ -43,6 +43,10 @@ struct Routing {
 Routing route(const int64_t* index, const float* weight, int64_t tokens, int64_t k,
               const std::vector<bool>& present, int panel_tokens);
 
+// [experts]: the pairs that `route` makes of the choices, by expert.
+std::vector<int64_t> tokens_of(const int64_t* index, int64_t tokens, int64_t k,
+                               const std::vector<bool>& present);
+
 // Every token once, for a single matrix, which counts as expert 0: the routing of a linear.
 Routing route_all(int64_t tokens, int panel_tokens);
 

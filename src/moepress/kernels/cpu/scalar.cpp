@@ -26,7 +26,7 @@ int32_t moepress_scalar_experts(const float* x, int64_t tokens, int64_t hidden,
                                 const int64_t* gate_up_table, int32_t gate_up_group,
                                 const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
                                 int32_t down_group, int64_t experts, int64_t intermediate,
-                                const MoepressGate* gate, const MoepressBiases* biases,
+                                const MoepressGate* gate, const MoepressBiases* biases, MoepressStore* store, int64_t layer,
                                 int32_t activation_bits, int32_t threads, float* y) {
     return guarded([&] {
         if (activation_bits != 8 && activation_bits != 16) return kBadPrecision;
@@ -34,7 +34,7 @@ int32_t moepress_scalar_experts(const float* x, int64_t tokens, int64_t hidden,
         return checked_experts(codec, x, tokens, hidden, index, weight, k,
                                {gate_up, gate_up_bytes, gate_up_table, gate_up_group},
                                {down, down_bytes, down_table, down_group}, experts, intermediate,
-                               *gate, *biases, threads, y);
+                               *gate, *biases, {store, layer}, threads, y);
     });
 }
 

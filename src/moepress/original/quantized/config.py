@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,13 @@ def parse_quantization(declared: Mapping[str, Any], folder: Path) -> Quantizatio
     Raises:
         InputError: moepress does not read this method, or the fields are damaged.
     """
-    method = str(declared.get("quant_method") or "").lower().replace("_", "-")
+    named = declared.get("quant_method")
+    if named is not None and not (isinstance(named, str) and named):
+        raise InputError(
+            f"The quantization_config of {folder / 'config.json'} has quant_method = "
+            f"{kind_of(named)}. Expected the name of a method: fetch it again."
+        )
+    method = (named or "").lower().replace("_", "-")
     if "config_groups" in declared and not method:
         method = COMPRESSED_TENSORS
     method = {"fbgemm-fp8": "fbgemm_fp8", "fp-quant": "fp_quant"}.get(method, method)
@@ -145,12 +151,20 @@ def parse_quantization(declared: Mapping[str, Any], folder: Path) -> Quantizatio
         if method == COMPRESSED_TENSORS:
             return _compressed_tensors(declared, folder)
         size = declared.get("weight_block_size") if method in ("fp8", "mxfp8") else None
-        return Quantization(method, None if size is None else (int(size[0]), int(size[1])))
+        return Quantization(method, None if size is None else _block(size))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise InputError(
             f"The quantization_config of {folder / 'config.json'} is damaged: {error!r}. Fetch it "
             "again."
         ) from error
+
+
+def _block(size: Sequence[Any]) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    rows, columns = (int(each) for each in size)
+    if min(rows, columns) < 1:
+        raise ValueError(f"blocks of {rows} x {columns}")
+    return rows, columns
 
 
 def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantization:
@@ -176,7 +190,7 @@ def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantizati
     ]
     return Quantization(
         COMPRESSED_TENSORS,
-        (int(blocks[0][0]), int(blocks[0][1])) if blocks else None,
+        _block(blocks[0]) if blocks else None,
         tuple(dict.fromkeys(sizes)),
         tuple(dict.fromkeys(ints)),
     )

@@ -140,6 +140,8 @@ def _packed(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantiza
         )
     if scale is None:
         raise CheckpointError(f"{entry.text} {NO_SCALES}")
+    if len(entry.shape) < 2:
+        raise CheckpointError(f"{entry.text}: expected packed matrices. {AGAIN}")
     zero = entries.get(f"{name}_zero_point")
     if entry.dtype == "U8":
         form = Quantized(entry, FP4, scale, Blocks(1), Blocks(1))

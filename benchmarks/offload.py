@@ -1,0 +1,240 @@
+"""Models bigger than memory: experts from disk, beside mapped files and llama.cpp.
+
+    python benchmarks/offload.py FOLDER --layers 32 --limits 4 8 12      # Mixtral-8x7B, 16 GB
+    python benchmarks/offload.py FOLDER --layers 8 --limits 1 2 3        # a quarter of it
+
+FOLDER keeps the models, of random codes: `ours` at 2.5 bits, `Q2_K.gguf` of about as many bytes.
+Each run is a process of its own in a control group whose limit (GB) counts its memory and its page
+cache. It needs the right to make one (root). Systems take turns, and a line of JSON has
+
+    tokens_per_s    of decoding, at batch 1
+    read_per_token  MB that the drive gave (/proc/self/io)
+    drive_share     of the drive's plain read speed, measured at the start
+
+Routers are skewed: their rows have norms from 1.3 down to 0.7 (`mixtral_shape.router`). With that
+the experts of a layer are chosen about as unevenly as those of the reference models; how often a
+token's choice was the last token's too is printed for ours as `repeats`. llama.cpp's weights are
+other random numbers, so its choices are others of the same kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cpu
+import mixtral_shape
+
+SKEW = 0.3
+LEFT_FREE = 0.75e9  # of the limit: Python, torch, activations
+WARM_TOKENS, TOKENS, SECONDS = 8, 48, 45.0
+
+
+@contextmanager
+def control_group(limit: int) -> Iterator[Path]:
+    """A group below this process's own, with that many bytes of memory."""
+    line = next(
+        text.split(":", 2)
+        for text in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        if text.split(":", 2)[1] in ("memory", "")
+    )
+    root = Path("/sys/fs/cgroup") / line[1]
+    group = root / line[2].strip("/") / f"moepress-{os.getpid()}"
+    group.mkdir()
+    try:
+        name = "memory.limit_in_bytes" if line[1] else "memory.max"
+        (group / name).write_text(str(limit), encoding="utf-8")
+        yield group / "cgroup.procs"
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:  # the processes are still ending
+                time.sleep(0.1)
+
+
+def forget(path: Path) -> None:
+    """Drop a model's files from the page cache."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with file.open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+
+
+def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], Callable[[], Any]]:
+    """A function that decodes one token, and one that tells what else there is to say."""
+    if system == "llama.cpp":
+        return llama_stepper(path), lambda: {}
+    import torch
+
+    from moepress.hf import load_model
+    from moepress.prune import parse_strength
+    from moepress.store import statistics
+
+    torch.set_num_threads(cpu.THREADS)
+    kind, _, strength = system.partition(" ")
+    pruning = parse_strength(strength) if strength else None
+    model = load_model(path, memory=memory if kind == "store" else "mapped", pruning=pruning)
+    chosen: list[list[Any]] = []
+
+    def watch(module: Any, args: tuple[Any, ...]) -> None:
+        chosen[-1].append(set(args[1][-1].tolist()))
+
+    from moepress.kernels.modules import PackedExperts
+
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.register_forward_pre_hook(watch)
+    ids = torch.randint(mixtral_shape.VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
+    cache = None
+
+    @torch.inference_mode()
+    def step() -> None:
+        nonlocal ids, cache
+        chosen.append([])
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def about() -> dict[str, Any]:
+        pairs = [
+            len(a & b) / len(b)
+            for before, after in pairwise(chosen[1:])
+            for a, b in zip(before, after, strict=True)
+            if b
+        ]
+        found = statistics(model)
+        return {
+            "repeats": sum(pairs) / max(len(pairs), 1),
+            **({} if found is None else {"hit_rate": found.hit_rate}),
+        }
+
+    return step, about
+
+
+def llama_stepper(path: Path) -> Callable[[], None]:
+    import llama_cpp
+    import numpy as np
+
+    llama_cpp.llama_backend_init()
+    mapped = llama_cpp.llama_model_default_params()
+    mapped.use_extra_bufts = False  # repacked weights are copies, which the limit does not hold
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), mapped)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 128
+    params.n_threads = params.n_threads_batch = cpu.THREADS
+    context = llama_cpp.llama_init_from_model(model, params)
+    tokens = np.random.default_rng(0).integers(mixtral_shape.VOCAB, size=16).tolist()
+
+    def step() -> None:
+        nonlocal tokens
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))):
+            raise SystemExit("llama_decode failed")
+        logits = llama_cpp.llama_get_logits_ith(context, -1)
+        tokens = [int(np.ctypeslib.as_array(logits, (mixtral_shape.VOCAB,)).argmax())]
+
+    return step
+
+
+def read_bytes() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def child(system: str, path: Path, memory: int) -> None:
+    """Decode in this process, and print what was measured."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to stdout too
+    step, about = stepper(system, path, memory)
+    ends = time.monotonic() + SECONDS
+    for _ in range(WARM_TOKENS):
+        step()
+        if time.monotonic() > ends:
+            break
+    seconds, before, ends = [], read_bytes(), time.monotonic() + SECONDS
+    while len(seconds) < TOKENS and time.monotonic() < ends:
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    read = (read_bytes() - before) / len(seconds)
+    result = {
+        "tokens": len(seconds),
+        "tokens_per_s": len(seconds) / sum(seconds),
+        "median_tokens_per_s": 1 / median(seconds),
+        "read_per_token": read / 1e6,
+        "read_per_s": read * len(seconds) / sum(seconds) / 1e6,
+        **about(),
+    }
+    print(json.dumps(result), file=answers, flush=True)
+
+
+def run(system: str, path: Path, limit: float, memory: int | None) -> dict[str, Any]:
+    """One system under one limit, in GB."""
+    forget(path)
+    with control_group(int(limit * 1e9)) as procs:
+        command = [sys.executable, __file__, "child", system, str(path)]
+        given = memory if memory is not None else int(limit * 1e9 - LEFT_FREE)
+        done = subprocess.run(
+            [*command, "--memory", str(given)],
+            preexec_fn=lambda: procs.write_text(str(os.getpid()), encoding="utf-8"),
+            env=cpu.default_threading(),
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:], "code": done.returncode}
+    return dict(json.loads(done.stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--limits", type=float, nargs="+", default=[4, 8, 12])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--systems", nargs="+", default=["store", "mapped", "llama.cpp"])
+    parser.add_argument("--memory", type=int, help="bytes for the store's weights")
+    given = parser.parse_args()
+    if given.folder == "child":
+        child(given.rest[0], Path(given.rest[1]), given.memory)
+        return
+    folder = Path(given.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {"ours": folder / "ours", "llama.cpp": folder / "Q2_K.gguf"}
+    if not paths["ours"].exists():
+        mixtral_shape.packed(paths["ours"], given.layers, 2.5, skew=SKEW)
+    if "llama.cpp" in given.systems and not paths["llama.cpp"].exists():
+        cpu.write_gguf(paths["llama.cpp"], "Q2_K", given.layers, SKEW)
+    from moepress.store.forecast import read_speed
+
+    for _ in range(given.rounds):
+        for limit in given.limits:
+            drive = read_speed(max(paths["ours"].glob("*.safetensors"), key=os.path.getsize))
+            for system in given.systems:
+                path = paths.get(system, paths["ours"])
+                found = run(system, path, limit, given.memory)
+                if "read_per_s" in found:
+                    found["drive_share"] = found["read_per_s"] * 1e6 / drive
+                print(json.dumps({
+                    "limit_gb": limit, "system": system, "drive_mb_per_s": drive / 1e6,
+                    "model_gb": size_of(path) / 1e9, **found,
+                }), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What programs ask of a model, answered for packed ones: saving, counting, resizing.
+
+transformers computes these from the shapes of parameters, which are bytes here, and has no hook
+for them. So three methods of `PreTrainedModel` are wrapped; other models never notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from moepress.errors import InputError
+from moepress.format.checkpoint import QUANT_METHOD
+from moepress.hf.saving import save_with_ours
+from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
+
+WRAPPED = "_moepress_wraps"  # marks a wrapped method
+COUNT = "unpacked_parameters"  # attribute of a packed module: parameters of the one it stands for
+
+Method = Callable[..., Any]
+
+
+def answer_for_packed() -> None:
+    """Wrap the methods. Safe to repeat."""
+    from transformers import PreTrainedModel
+
+    answers: dict[str, Callable[[Method], Method]] = {
+        "save_pretrained": save_with_ours,
+        "num_parameters": _counted,
+        "resize_token_embeddings": _resized,
+    }
+    for name, answer in answers.items():
+        method = getattr(PreTrainedModel, name)
+        if not hasattr(method, WRAPPED):
+            wrapped = _for_packed(method, answer(method))
+            setattr(wrapped, WRAPPED, True)
+            setattr(PreTrainedModel, name, wrapped)
+
+
+def _for_packed(method: Method, answer: Method) -> Method:
+    """`answer` for models that are packed, `method` for all others."""
+
+    @wraps(method)
+    def chosen(self: Any, *args: Any, **options: Any) -> Any:
+        packed = getattr(self, "quantization_method", None) == QUANT_METHOD
+        return (answer if packed else method)(self, *args, **options)
+
+    return chosen
+
+
+def _counted(count: Method) -> Method:
+    def num_parameters(
+        self: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
+        total: int = count(self, only_trainable, exclude_embeddings)
+        if only_trainable:  # packed ones are not
+            return total
+        seen: set[int] = set()
+        for module in self.modules():
+            own = {id(one): one for one in module.parameters(recurse=False)}
+            if isinstance(module, PackedLinear | PackedEmbedding | PackedExperts):
+                tied = bool(own.keys() & seen)
+                embedding = isinstance(module, PackedEmbedding) and exclude_embeddings
+                stands_for = 0 if tied or embedding else getattr(module, COUNT)
+                total += stands_for - sum(v.numel() for k, v in own.items() if k not in seen)
+            seen |= own.keys()
+        return total
+
+    return num_parameters
+
+
+def _resized(resize: Method) -> Method:
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(table, PackedEmbedding) and not isinstance(head, PackedLinear):
+            return resize(self, new_num_tokens, pad_to_multiple_of, *args, **options)
+        size = table.num_embeddings
+        wanted = size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != size:
+            raise InputError(
+                f"The embedding and the head are packed: {size} tokens cannot become {wanted}. "
+                "Resize the original and compress it again, or compress it with embedding_bits=16 "
+                "and head_bits=16."
+            )
+        return table
+
+    return resize_token_embeddings

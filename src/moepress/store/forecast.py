@@ -1,0 +1,170 @@
+"""How fast a folder will run in some memory, before it is opened."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import SCORES
+from moepress.format.quantization import packed_specs
+from moepress.kernels.cpu.expert_store import PAGE, READERS, open_file
+from moepress.kernels.gate import packed_names
+from moepress.original.folder import weight_files
+from moepress.store.memory import Memory, plan
+from moepress.store.places import places_of, total_bytes
+from moepress.store.uses import Floats, frequencies
+
+LOCALITY = 1.8
+PIECE = 1 << 21  # bytes of a read, as of store.cpp
+MOST_READ = 256 << 20  # bytes read to measure the speed of a drive
+MEMORY_READ = 256 << 20
+EXPERT_NAMES = {name for gated in (True, False) for name in packed_names(gated)}
+
+
+def expected_misses(frequency: Sequence[Floats], sizes: Sequence[Floats], budget: int) -> float:
+    """Share of the choices whose expert will not be in memory.
+
+    The most frequent experts alone would leave a share m out. The store also follows what a text
+    uses again: on traces of the reference models m^1.8 was left (docs/log.md#experts-on-disk).
+
+    Args:
+        frequency: [L] [E] share of the calibration tokens that chose each expert; of zeros alone:
+            all are taken to be equally frequent.
+        sizes: [L] [E] bytes.
+        budget: bytes.
+    """
+    often, bytes_of = np.concatenate(frequency), np.concatenate(sizes)
+    if not often.any():
+        often = np.ones_like(often)
+    order = np.argsort(-often, kind="stable")
+    fits = np.cumsum(bytes_of[order]) <= budget
+    missed = 1 - often[order][fits].sum() / often.sum()
+    return float(max(missed, 0.0) ** LOCALITY)
+
+
+def read_speed(path: Path, most: int = MOST_READ) -> float:
+    """Bytes per second that a file's drive gives to as many threads as a store has.
+
+    The page cache is left out, where the system can.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        handle = open_file(path, direct=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+    try:
+        size = min(os.fstat(handle).st_size // PAGE * PAGE, most)
+        starts = range(0, size, PIECE)
+
+        def read(worker: int) -> int:
+            with mmap.mmap(-1, PIECE) as buffer:  # whole pages, as direct reads need
+                return sum(os.preadv(handle, [buffer], at) for at in starts[worker::READERS])
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(READERS) as pool:
+            got = sum(pool.map(read, range(READERS)))
+        return got / max(time.perf_counter() - started, 1e-9)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    finally:
+        os.close(handle)
+
+
+def memory_speed() -> float:
+    """Bytes per second that torch's threads read from memory."""
+    values = torch.ones(MEMORY_READ // 4, dtype=torch.int32)
+    values.sum()
+    started = time.perf_counter()
+    values.sum()
+    return MEMORY_READ / max(time.perf_counter() - started, 1e-9)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How fast a folder decodes, at batch 1: bytes over measured speeds. All sizes in bytes."""
+
+    expert_bytes: int
+    other_bytes: int  # of weights that always stay in memory
+    memory: int | None  # for experts; None: all are in memory
+    hit_rate: float  # of the choices, the share whose expert is in memory
+    active_bytes_per_token: float  # weights that a token passes
+    read_bytes_per_token: float  # from the drive
+    memory_bytes_per_s: float
+    drive_bytes_per_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """An upper bound: kernels rarely read memory as fast as a plain sum does."""
+        seconds = self.active_bytes_per_token / self.memory_bytes_per_s
+        return 1 / (seconds + self.read_bytes_per_token / self.drive_bytes_per_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_s": self.tokens_per_s}
+
+    def __str__(self) -> str:
+        where = "all in memory" if self.memory is None else f"{self.memory / 1e9:.3g} GB in memory"
+        return (
+            f"{self.expert_bytes / 1e9:.3g} GB of experts, {where}: {self.hit_rate:.0%} of the "
+            f"chosen ones, {self.read_bytes_per_token / 1e6:,.0f} MB read per token at "
+            f"{self.drive_bytes_per_s / 1e6:,.0f} MB/s; at most {self.tokens_per_s:.3g} tokens/s"
+        )
+
+
+def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
+    """Forecast the speed of a compressed folder on this machine's CPU.
+
+    Bytes of an expert are taken from its widths, which leaves out scales.
+
+    Args:
+        memory: as of `memory.plan`.
+
+    Raises:
+        InputError: the folder is none of moepress, has no counts of its calibration, or the memory
+            does not hold the weights outside the experts.
+        CheckpointError: a file is damaged.
+    """
+    files = weight_files(folder)
+    specs = {n: s for n, s in packed_specs(folder).items() if n.rpartition(".")[2] in EXPERT_NAMES}
+    places = places_of(files, specs)
+    layers: dict[str, Floats] = {}
+    for name, spec in specs.items():
+        bits = np.array(spec.bits, dtype=np.float64)
+        sizes = places[name].nbytes * bits / max(bits.sum(), 1)
+        path = name.rpartition(".")[0]
+        layers[path] = layers.get(path, np.zeros(len(bits))) + sizes
+    frequency = frequencies(folder, list(layers), [len(row) for row in layers.values()])
+    if not layers or not all(row.any() for row in frequency):
+        raise InputError(
+            f"{folder} has no {SCORES} with the counts of its calibration. Expected them, for a "
+            "forecast: copy that file from the folder it came from."
+        )
+    experts = sum(place.nbytes for place in places.values())
+    rest = total_bytes(files) - experts
+    room = plan(memory, experts, rest)
+    budget = None if room is None or room.locked else room.experts
+    chosen = sum(float(f @ s) for f, s in zip(frequency, layers.values(), strict=True))
+    misses = 0.0
+    if budget is not None:
+        misses = expected_misses(frequency, list(layers.values()), budget)
+    return Forecast(
+        expert_bytes=experts,
+        other_bytes=rest,
+        memory=budget,
+        hit_rate=1 - misses,
+        active_bytes_per_token=rest + chosen,
+        read_bytes_per_token=misses * chosen,
+        memory_bytes_per_s=memory_speed(),
+        drive_bytes_per_s=read_speed(max(files, key=lambda path: path.stat().st_size)),
+    )

@@ -1,0 +1,143 @@
+"""How much memory a model may take, as a user says it and as the system has it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from moepress.errors import InputError
+
+Memory = int | Literal["all", "mapped", "fit"]  # bytes; all in locked memory; as files; see `plan`
+
+VARIABLE = "MOEPRESS_MEMORY"  # environment: for models opened with transformers alone
+MAPPED_SHARE = 0.9  # of the free memory: models of more bytes than that are not mapped
+STORE_SHARE = 0.8  # of the free memory that weights then take; the rest is for activations, caches
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+_wanted: ContextVar[Memory | None] = ContextVar("moepress_memory", default=None)
+
+
+def parse_memory(text: str | int | None) -> Memory | None:
+    """The memory that a user asks for.
+
+    Args:
+        text: bytes, a size such as "12GB" or "512MiB", "all", "mapped", or None.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if text is None:
+        return None
+    if isinstance(text, str) and text.strip().lower() in ("all", "mapped", "fit"):
+        return text.strip().lower()  # type: ignore[return-value]  # mypy does not narrow
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = found[2].upper() if found else ""
+    nbytes = float(found[1]) * UNITS[unit] if found and unit in UNITS else 0
+    if isinstance(text, bool) or not 1 <= nbytes < 2**62:
+        raise InputError(
+            f"Memory {text!r} is not understood. Expected a size such as 12GB, 'all' to read "
+            "everything and lock it, or 'mapped' to leave it to the system."
+        )
+    return int(nbytes)
+
+
+@contextmanager
+def memory_wanted(memory: Memory | None) -> Iterator[None]:
+    """Context in which models are opened with that memory; None: as outside."""
+    token = _wanted.set(memory if memory is not None else _wanted.get())
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def wanted() -> Memory:
+    """The memory for a model that is opened now: of the context, else of the environment.
+
+    Raises:
+        InputError: the environment variable is not understood.
+    """
+    return _wanted.get() or parse_memory(os.environ.get(VARIABLE) or None) or "mapped"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What becomes of a model's experts."""
+
+    experts: int  # bytes of memory for them
+    locked: bool  # read everything at once, and keep the system from evicting it
+
+
+def plan(memory: Memory, experts: int, rest: int) -> Room | None:
+    """Room for the experts of a model; None: its files are mapped.
+
+    Args:
+        memory: bytes for all weights; "fit": mapped if the model fits in free memory, else a store
+            that leaves some memory free.
+        experts: bytes of all experts.
+        rest: bytes of the other weights, which always stay in memory.
+
+    Raises:
+        InputError: the memory does not hold the other weights.
+    """
+    if memory == "mapped" or experts == 0:
+        return None
+    if memory == "all":
+        return Room(experts, locked=True)
+    if memory == "fit":
+        free = free_memory()
+        if experts + rest <= MAPPED_SHARE * free:
+            return None
+        memory = int(STORE_SHARE * free)
+    if memory <= rest:
+        raise InputError(
+            f"The memory for weights is {memory / 1e9:.3g} GB, and those outside the experts take "
+            f"{rest / 1e9:.3g} GB. Give more than that."
+        )
+    return Room(min(memory - rest, experts), locked=False)
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process can still take, also inside a control group."""
+    return min(int(psutil.virtual_memory().available), *_group_room(), 2**62)
+
+
+def _group_room() -> Iterator[int]:
+    """What the limits of this process's control groups (versions 1 and 2) leave."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / kinds
+        limit, usage, cache = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if kinds
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        folder = root / path.strip("/")
+        for group in (folder, *folder.parents):
+            if root not in (group, *group.parents):
+                break
+            try:
+                most = int((group / limit).read_text(encoding="utf-8"))
+                used = int((group / usage).read_text(encoding="utf-8"))
+                stat = dict(
+                    s.split()
+                    for s in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+                )
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            yield max(most - used + int(stat.get(cache, 0)), 0)

@@ -1,0 +1,44 @@
+"""Where tensors lie in safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+from pathlib import Path
+
+from moepress.errors import CheckpointError
+from moepress.format.codec import PackedSpec
+from moepress.kernels.cpu.expert_store import Place
+from moepress.reading.headers import read_header
+
+
+def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, Place]:
+    """Where some tensors lie.
+
+    Raises:
+        FileError: a file is damaged.
+        CheckpointError: a tensor is in none of the files.
+    """
+    found: dict[str, Place] = {}
+    for path in map(Path, files):
+        tensors = read_header(path).tensors
+        for name in names & tensors.keys():
+            found[name] = Place(path, tensors[name].start, tensors[name].nbytes)
+    missing = sorted(set(names) - found.keys())
+    if missing:
+        raise CheckpointError(
+            f"Tensor {missing[0]} is in none of the model's files. A shard is missing or damaged: "
+            "copy the folder again."
+        )
+    return found
+
+
+def matrices(place: Place, spec: PackedSpec, shape: tuple[int, int]) -> list[Place]:
+    """Where each matrix of a packed tensor lies; one of 0 bits has no bytes."""
+    offsets = spec.offsets(*shape)
+    return [Place(place.path, place.offset + a, b - a) for a, b in pairwise(offsets)]
+
+
+def total_bytes(files: Iterable[str | Path]) -> int:
+    """Bytes of the tensors in some files."""
+    return sum(read_header(path).tensor_bytes for path in files)

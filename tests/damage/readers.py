@@ -1,0 +1,144 @@
+"""What becomes of damaged folders and documents of moepress, by every reader.
+
+"refused": one line. "same": nothing changed. "told": another model, and `--verify` says so.
+Anything else begins with "WRONG".
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress.allocation.plan import BitAllocation
+from moepress.calibrate import Calibration
+from moepress.costs.drop_costs import DropCosts
+from moepress.costs.scores import ExpertScores
+from moepress.errors import CheckpointError, InputError, MoepressError, NumericalError
+from moepress.evaluation.document import load_evaluation
+from moepress.hf import load_model
+from moepress.inspect import inspect
+from moepress.prune import parse_strength
+from moepress.recipe import Recipe
+from moepress.report import read_subject
+from tests.damage.parts import Variants
+
+LONGEST = 20  # seconds
+LINE = 1500  # characters of a message, paths included
+IDS = torch.tensor([[5, 9, 300, 17, 2, 44, 8, 31]])
+DOCUMENTS: dict[str, Callable[[Path], object]] = {
+    "plan.json": BitAllocation.load,
+    "recipe.json": Recipe.load,
+    "recipe.toml": Recipe.load,
+    "pruning.json": lambda path: parse_strength(str(path)),
+    "evaluation.json": load_evaluation,
+    "scores.safetensors": ExpertScores.load,
+    "calibration.safetensors": Calibration.load,
+    "drops.safetensors": DropCosts.load,
+}
+
+
+class _TooLongError(Exception):
+    pass
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise _TooLongError inside the `with` statement after some seconds."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(read: Callable[[], str]) -> str:
+    """The outcome of reading: what `read` returns, or how it ends."""
+    started = time.monotonic()
+    try:
+        with limited(LONGEST):
+            return read()
+    except (InputError, CheckpointError, NumericalError) as error:
+        message = str(error)
+        one_line = "\n" not in message.strip() and message.isprintable() and len(message) < LINE
+        return f"refused: {message}" if one_line else f"WRONG: no line: {message[:2000]!r}"
+    except _TooLongError:
+        return f"WRONG: hangs for {time.monotonic() - started:.0f} s"
+    except BaseException as error:
+        return f"WRONG: {type(error).__name__}: {str(error)[:300]}"
+
+
+@torch.no_grad()
+def logits_of(folder: Path) -> Tensor:
+    model: Any = load_model(folder)
+    return model(IDS).logits.float()
+
+
+def folder_outcome(folder: Path, expected: Tensor) -> str:
+    """What becomes of a compressed folder when it is opened, inspected and reported."""
+
+    def opened() -> str:
+        if torch.equal(logits_of(folder), expected):
+            return "same"
+        try:
+            inspect(folder, verify=True)
+        except MoepressError:
+            return "told"
+        return "WRONG: another model"
+
+    def described() -> str:
+        inspect(folder)
+        read_subject(folder)
+        return "same"
+
+    first, second = outcome(opened), outcome(described)
+    return second if second.startswith("WRONG") else first
+
+
+def document_outcome(path: Path) -> str:
+    """What becomes of a document of `DOCUMENTS`, told by its file name, when it is read."""
+
+    def read() -> str:
+        DOCUMENTS[path.name](path)
+        return "read"
+
+    return outcome(read)
+
+
+def outcomes(
+    found: Variants, intact: Path, work: Path, read: Callable[[Path], str]
+) -> dict[str, str]:
+    """The outcome of each variant of a file or folder, by name."""
+    told: dict[str, str] = {}
+    copy = work / intact.name
+    for name, apply in found:
+        if intact.is_dir():
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(intact, copy)
+        else:
+            _remove(copy)
+            shutil.copyfile(intact, copy)
+        apply(copy)
+        told[name] = read(copy)
+    return told
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

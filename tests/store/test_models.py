@@ -1,0 +1,322 @@
+"""Models whose experts are on disk compute the same bits as models in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moepress import kernels
+from moepress.costs.drop_costs import DropCosts
+from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import quantization_config
+from moepress.format.codec import PackedSpec
+from moepress.hf import load_model
+from moepress.kernels import cpu
+from moepress.prune import Pruning, parse_strength, prune
+from moepress.store import statistics
+from moepress.store.memory import VARIABLE, memory_wanted
+from moepress.store.statistics import store_of
+from tests.conftest import make_model
+
+if cpu.missing() is not None or not hasattr(os, "pread"):
+    pytest.skip("no store here", allow_module_level=True)
+
+EXPERTS = 8
+WIDTHS = {"int": (2, 3, 0, 4, 1, 2, 8, 3), "trellis": (2, 3, 0, 4, 1, 2, 2, 3)}
+PRUNING = Pruning({0: (0.0, 0.7), 1: (0.0, 0.9)}, renormalise=True, protect=0.2)
+IDS = torch.randint(2, 384, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def packed_folder(folder: Path, family: str, codes: str) -> Path:
+    """A folder of random codes with experts of many widths, one of them left out."""
+    counts = {"num_local_experts": EXPERTS} if family == "mixtral" else {"num_experts": EXPERTS}
+    model = make_model(family, **counts)
+    widths = WIDTHS[codes]
+    specs = {
+        f"{path}.{name}": PackedSpec(widths, 32, codes)
+        for path, module in model.named_modules()
+        if hasattr(module, "has_gate")
+        for name in ("gate_up_proj", "down_proj")
+    }
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    for name in model.all_tied_weights_keys:
+        del state[name]
+    for name, spec in specs.items():
+        state[name] = random_bytes(spec, *state[name].shape[1:])
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config["quantization_config"] = quantization_config(specs, {})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def random_bytes(spec: PackedSpec, rows: int, cols: int) -> Tensor:
+    """Packed matrices of random codes and of scales near 0.1."""
+    generator = torch.Generator().manual_seed(rows)
+    matrices = []
+    for bits in spec.bits:
+        if bits == 0:
+            continue
+        codec = spec._codec(bits)
+        matrix = torch.randint(
+            256, (codec.nbytes(rows, cols),), generator=generator, dtype=torch.uint8
+        )
+        scale = torch.tensor([0.1 / codec.levels], dtype=torch.bfloat16).view(torch.uint8)
+        if codec.family == "trellis":
+            slabs = -(-rows // 64)
+            matrix[slabs * codec.slab_bytes(cols) :] = (scale // 1).repeat(64 * slabs)
+        else:
+            size = codec.block_bytes(cols)
+            blocks = matrix[: -(-rows // 16) * size].view(-1, size)
+            first, groups = 2 * cols * bits, codec.groups(cols)
+            blocks[:, first : first + 32 * groups] = scale.repeat(16 * groups)
+        matrices.append(matrix)
+    return torch.cat(matrices)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str = "mixtral", codes: str = "int") -> Path:
+        if (family, codes) not in made:
+            at = tmp_path_factory.mktemp("store") / f"{family}-{codes}"
+            made[family, codes] = packed_folder(at, family, codes)
+        return made[family, codes]
+
+    return make
+
+
+def budgets(path: Path) -> list[int]:
+    """Bytes for weights: the largest expert alone, somewhat more, half of them, all of them."""
+    with memory_wanted(10**9):
+        store = store_of(AutoModelForCausalLM.from_pretrained(path))
+    assert store is not None
+    size = (path / "model.safetensors").stat().st_size
+    rest = size - sum(
+        t.nbytes for t in load_file(path / "model.safetensors").values() if t.dtype == torch.uint8
+    )
+    each = store.nbytes // (EXPERTS - 1) // 2  # two layers
+    return [rest + int(share * each) for share in (2.2, 3, EXPERTS - 1, 2 * EXPERTS)]
+
+
+def in_memory(path: Path, **options: Any) -> Any:
+    """The model without a store. Its plain weights are copied as beside a store: bits of torch's
+    own products depend on the alignment of their operands."""
+    model = load_model(path, memory="mapped", **options)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+@torch.inference_mode()
+def run(model: Any) -> list[Tensor]:
+    """Logits of a batch of prompts, of one token after another, and generated tokens."""
+    out = model(input_ids=IDS, use_cache=True)
+    step = model(input_ids=IDS[:1, :1], use_cache=True)
+    found = [out.logits, step.logits]
+    for at in range(1, 8):
+        step = model(input_ids=IDS[:1, at : at + 1], past_key_values=step.past_key_values)
+        found.append(step.logits)
+    found.append(model.generate(IDS[1:2], max_new_tokens=8, do_sample=False))
+    return found
+
+
+def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b) and all(map(torch.equal, a, b))
+    assert all(bool(t.isfinite().all()) for t in a)
+
+
+@pytest.mark.parametrize("codes", ["int", "trellis"])
+@pytest.mark.parametrize("pruning", [None, PRUNING])
+def test_the_same_bits_at_every_budget(
+    folder: Callable[..., Path], codes: str, pruning: Pruning | None
+) -> None:
+    path = folder("mixtral", codes)
+    expected = run(in_memory(path, pruning=pruning))
+    rates = []
+    for memory in budgets(path):
+        model = load_model(path, memory=memory, pruning=pruning)
+        assert_equal(run(model), expected)
+        found = statistics(model)
+        assert found is not None and found.hit_rate is not None
+        rates.append(found.hit_rate)
+        assert found.counts.bytes_held <= memory
+        assert found.counts.tokens >= 40 * 3 + 8
+    assert rates[0] < rates[-1]
+    assert rates == sorted(rates)
+
+
+def test_other_families_threads_and_backends(folder: Callable[..., Path]) -> None:
+    path = folder("qwen2_moe")
+    before = torch.get_num_threads()
+    memory = budgets(path)[1]
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            expected = run(in_memory(path))  # torch's own products depend on the threads
+            assert_equal(run(load_model(path, memory=memory)), expected)
+    finally:
+        torch.set_num_threads(before)
+    with kernels.only("reference"):
+        assert_equal(run(load_model(path, memory=memory)), run(in_memory(path)))
+
+
+def test_all_in_locked_memory(folder: Callable[..., Path]) -> None:
+    path = folder()
+    try:
+        model = load_model(path, memory="all")
+    except InputError as error:
+        assert "ulimit -l" in str(error)  # this user may not lock memory
+        return
+    before = statistics(model)
+    assert_equal(run(model), run(in_memory(path)))
+    after = statistics(model)
+    assert before is not None and after is not None
+    assert after.since(before).counts.reads == 0 and after.since(before).hit_rate == 1
+
+
+def test_opened_with_transformers(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder()
+    monkeypatch.setenv(VARIABLE, "1GB")
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert store_of(model) is not None and "on disk" in repr(model)
+    assert not any(p.dtype == torch.uint8 for p in model.parameters())
+    bare = AutoModelForCausalLM.from_pretrained(path).get_decoder()
+    assert isinstance(bare, nn.Module) and store_of(bare) is not None
+    monkeypatch.setenv(VARIABLE, "1XB")
+    with pytest.raises(InputError, match="'1XB'"):
+        AutoModelForCausalLM.from_pretrained(path)
+    monkeypatch.delenv(VARIABLE)
+    assert store_of(AutoModelForCausalLM.from_pretrained(path)) is None
+
+
+def test_nothing_is_saved_or_copied_without_its_experts(
+    folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = load_model(folder(), memory=10**9)
+    for attempt in (
+        lambda: model.state_dict(),
+        lambda: copy.deepcopy(model),
+        lambda: torch.save(model, tmp_path / "model.pt"),
+    ):
+        with pytest.raises(InputError, match="on disk, so it cannot be"):
+            attempt()
+    with pytest.raises((InputError, ValueError), match=r"on disk|serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*.safetensors"))
+
+
+def test_a_folder_that_breaks(folder: Callable[..., Path], tmp_path: Path) -> None:
+    intact = folder()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((intact / name).read_bytes())
+    file = tmp_path / "model.safetensors"
+    memory = budgets(intact)[0]
+    model = load_model(tmp_path, memory=memory)
+    expected = run(in_memory(intact))
+    assert_equal(run(model), expected)
+    os.truncate(file, file.stat().st_size // 4)
+    with pytest.raises(CheckpointError, match=r"cannot be read from .*model.safetensors"):
+        run(model)
+    with pytest.raises(CheckpointError, match=r"model.safetensors"):
+        load_model(tmp_path, memory=memory)
+    file.write_bytes((intact / file.name).read_bytes())
+    assert_equal(run(model), expected)
+
+
+def test_memory_that_does_not_do(
+    folder: Callable[..., Path], model_folder: Callable[..., Path]
+) -> None:
+    path = folder()
+    each = int(2 * (budgets(path)[1] - budgets(path)[0]))
+    with pytest.raises(InputError, match="Give more than that"):
+        load_model(path, memory=1000)
+    with pytest.raises(InputError, match="Give more memory"):
+        load_model(path, memory=budgets(path)[0] - each)
+    with pytest.raises(InputError, match="original model"):
+        load_model(model_folder(), memory=10**9)
+
+
+# Pruning
+
+
+READS = Pruning(
+    {0: (0.0, 0.0), 1: (0.0, 0.0)}, False, 0.0, absent={0: (0.0, 1.0), 1: (0.0, 1.0)}, most=0.2
+)
+
+
+@torch.inference_mode()
+def pruned(model: Any, pruning: Pruning) -> tuple[Tensor, Any, Any]:
+    """Logits of one token after another, and the counts of pruning and of the store."""
+    with prune(model, pruning, count=True) as active:
+        step = model(input_ids=IDS[:1, :1], use_cache=True)
+        found = [step.logits]
+        for at in range(1, 30):
+            step = model(input_ids=IDS[:1, at : at + 1], past_key_values=step.past_key_values)
+            found.append(step.logits)
+        return torch.cat(found), active.statistics(), statistics(model)
+
+
+def test_only_choices_that_need_a_read_are_dropped_and_no_more_than_asked(
+    folder: Callable[..., Path],
+) -> None:
+    path = folder()
+    memory = budgets(path)[1]
+    plain, none, read = pruned(load_model(path, memory=memory), replace(READS, absent={}))
+    got, counts, fewer = pruned(load_model(path, memory=memory), READS)
+    again, same, _ = pruned(load_model(path, memory=memory), READS)
+    assert torch.equal(got, again) and counts == same  # deterministic
+    assert none.share == 0 and 0.1 < counts.share <= 0.2
+    assert counts.absent == counts.dropped
+    assert not torch.equal(got, plain)
+    assert read.counts.uses - fewer.counts.uses == sum(map(sum, counts.dropped))
+    assert fewer.counts.reads < read.counts.reads
+    free, unasked, _ = pruned(load_model(path, memory=budgets(path)[3]), READS)
+    whole, _, _ = pruned(in_memory(path), READS)
+    assert torch.equal(whole, plain)  # nothing to read: nothing is dropped
+    assert unasked.share < counts.share and free.shape == plain.shape
+
+
+def test_a_read_that_another_token_needs_is_no_reason_to_drop(
+    folder: Callable[..., Path],
+) -> None:
+    """In a batch an expert is left unread only if no token needs it."""
+    model = load_model(folder(), memory=budgets(folder())[0])
+    everything = replace(READS, most=1.0)
+    with prune(model, everything, count=True) as active, torch.inference_mode():
+        model(input_ids=IDS)
+        dropped = active.statistics()
+    assert dropped.share < 0.1
+
+
+def test_strengths_of_pruning_reads(folder: Callable[..., Path]) -> None:
+    assert parse_strength("disk:0.15") == "disk:0.15"
+    with pytest.raises(InputError, match=r"disk:0\.15"):
+        parse_strength("disk:some")
+    ratio = np.linspace(0, 1, 9, dtype=np.float32)[None, None].repeat(2, 0)
+    cost = np.linspace(0, 1, 8, dtype=np.float32)[None, None].repeat(2, 0)
+    costs = DropCosts((0, 1), ratio, cost, cost * 2, True, {})
+    with pytest.raises(InputError, match="Open it with less memory"):
+        prune(in_memory(folder()), "disk:0.15", costs=costs)
+    model = load_model(folder(), memory=budgets(folder())[1])
+    with prune(model, "disk:0.15", costs=costs) as active:
+        rule = active.pruning
+    assert rule.most == 0.15 and not rule.renormalise
+    assert all(rule.absent[n][1] > rule.thresholds[n][1] for n in (0, 1))

@@ -1,0 +1,1 @@
+"""The plugin for vLLM. `python -m tests.vllm.run` runs what needs vLLM; the rest needs none."""

@@ -1,0 +1,83 @@
+"""Greedy text and log-probabilities of vLLM and of transformers for the same folder."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moepress.hf import load_model
+
+SMALL: dict[str, Any] = {
+    "max_model_len": 128,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enforce_eager": True,  # compiling takes minutes
+    "dtype": "float32",
+}
+Prompts = Sequence[Sequence[int]]
+
+
+class Written(NamedTuple):
+    """What was written after a prompt: token ids, and the log-probability of each."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM in this process, in float32: texts are compared, and bfloat16 decides near ties."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm import LLM
+
+    llm = LLM(str(folder), **{**SMALL, "distributed_executor_backend": "uni", **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def written(llm: Any, prompts: Prompts, new: int) -> list[Written]:
+    """Greedy continuations by vLLM."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True)
+    inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    found = [one.outputs[0] for one in llm.generate(inputs, greedy, use_tqdm=False)]
+    return [
+        Written(
+            list(one.token_ids),
+            [p[t].logprob for t, p in zip(one.token_ids, one.logprobs, strict=True)],
+        )
+        for one in found
+    ]
+
+
+def differences(folder: Path, prompts: Prompts, texts: Sequence[Written]) -> tuple[float, float]:
+    """How far transformers with our kernels is from what vLLM wrote, both in float32.
+
+    Returns:
+        Root mean square difference of the log-probabilities of the tokens; and how far a token
+        that vLLM chose is, at most, below the best one of transformers: 0 if texts are equal.
+    """
+    model = load_model(folder)
+    torch.nn.Module.float(model)
+    squares, gaps = [], []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([[*prompt, *text.ids]])
+        with torch.inference_mode():
+            logits = model(ids[:, :-1]).logits[0, len(prompt) - 1 :].float()
+        own = logits.log_softmax(-1)
+        chosen = own.gather(1, torch.tensor(text.ids)[:, None])[:, 0]
+        squares += (chosen - torch.tensor(text.logprobs)).square().tolist()
+        gaps.append(float((own.amax(-1) - chosen).max()))
+    return (sum(squares) / len(squares)) ** 0.5, max(gaps)
