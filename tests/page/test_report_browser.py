@@ -76,7 +76,7 @@ def about(subject: Subject, row: int, expert: int) -> list[str]:
     """What the tooltip must say about an expert."""
     scores = subject.scores
     assert scores is not None
-    gate_up, down = subject.plan.bits[row, expert]
+    gate_up, down = subject.plan.widths()[row][expert]
     return [
         f"Layer {subject.plan.layers[row]}, expert {expert}",
         f"gate_up_proj bits {gate_up}",

@@ -93,8 +93,9 @@ class BitAllocation:
             return f"widths of shape {shape}, expected [L, E, 2] with L = {count} layers"
         if list(self.layers) != sorted(set(self.layers)) or not count:
             return f"layers {self.layers}, expected distinct ones in rising order"
-        if not set(np.unique(self.bits)) <= set(self.recipe.expert_bits):
-            return f"widths {np.unique(self.bits)}, expected some of {self.recipe.expert_bits}"
+        used = [width(bits) for bits in np.unique(self.bits).tolist()]
+        if not set(used) <= set(self.recipe.expert_bits):
+            return f"widths {used}, expected some of {self.recipe.expert_bits}"
         left_out = self.bits == LEFT_OUT
         if (left_out[..., 0] != left_out[..., 1]).any():
             return "an expert with one projection left out, expected both or neither"
