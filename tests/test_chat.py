@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused_before_loading(folder: Path, model_folder: Fo
         chat(folder, raw=True, system="x", turns=[])
     with pytest.raises(InputError, match="Expected at least 1 token"):
         chat(folder, tokens=0, turns=[])
-    with pytest.raises(InputError, match=r"no config\.json"):
+    with pytest.raises(InputError, match="No model folder"):
         chat(folder / "missing", turns=[])
     with pytest.raises(InputError, match="threads is 0"):
         chat(folder, threads=0, turns=[])

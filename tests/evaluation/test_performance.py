@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from moepress.evaluation import performance
 from moepress.evaluation.performance import (
@@ -23,6 +24,7 @@ class Clock:
     """A model that is its own clock: time passes only while it works."""
 
     device = torch.device("cpu")
+    generation_config = GenerationConfig()
 
     def __init__(self) -> None:
         self.now = 0.0
