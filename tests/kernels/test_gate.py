@@ -161,7 +161,7 @@ def test_as_torch_ops() -> None:
         call = gated_call(GATES[name], family, biases=(True, True))
         torch.library.opcheck(kernels.experts, op_arguments(call))
     # What a schema cannot state as a default: None is inf.
-    *args, limits_output, gate_softcap, up_softcap = op_arguments(call)
+    *args, limits_output, gate_softcap, up_softcap, _, _ = op_arguments(call)
     assert (limits_output, gate_softcap, up_softcap) == (False, math.inf, math.inf)
     assert torch.equal(kernels.experts(*args), kernels.experts(*args, False, None, None))
 

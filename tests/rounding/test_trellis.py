@@ -47,7 +47,7 @@ def codec_of(bits: float, group: int = 32) -> Codec:
 
 
 def random_branches(rows: int, cols: int, bits: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(2 * seed))
     padded = rows + -rows % 64
     low, high = trellis.branch_bits(bits)  # of columns 0, 1, 4, 5 of a tile, and of the others
     branches = torch.randint(2**high, (padded, cols), generator=generator, dtype=torch.uint8)
