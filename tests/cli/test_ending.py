@@ -77,6 +77,7 @@ def test_a_signal_keeps_the_work(model_folder: Folder, text_file: Path, tmp_path
     assert not (out / ".moepress" / "lock").exists()
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="signals: run by .ci/run, -n 0")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_in_commands_that_keep_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
