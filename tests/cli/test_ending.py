@@ -77,7 +77,6 @@ def test_a_signal_keeps_the_work(model_folder: Folder, text_file: Path, tmp_path
     assert not (out / ".moepress" / "lock").exists()
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="signals: run by .ci/run, -n 0")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_in_commands_that_keep_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
@@ -86,13 +85,19 @@ def test_signals_in_commands_that_keep_nothing(
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    before = signal.getsignal(number)
     monkeypatch.setattr(import_module("moepress.inspect"), "inspect", waits)
-    code, _, err = run(monkeypatch, capsys, "inspect", "some/path")
+    # The handlers of a command in the foreground. A process that was started by nohup, or by `&` in
+    # a script, has inherited that SIGHUP or SIGINT is ignored.
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, usual)
+    try:
+        code, _, err = run(monkeypatch, capsys, "inspect", "some/path")
+        assert signal.getsignal(number) == usual
+    finally:
+        signal.signal(number, inherited)
     how = "Ctrl-C" if number == signal.SIGINT else number.name
     assert code == 128 + number
     assert err == f"moepress: stopped by {how}. Nothing was written.\n"
-    assert signal.getsignal(number) == before
 
 
 def test_two_runs_into_one_folder(
