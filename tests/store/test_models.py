@@ -34,7 +34,7 @@ if cpu.missing() is not None or not hasattr(os, "pread"):
     pytest.skip("no store here", allow_module_level=True)
 
 EXPERTS = 8
-WIDTHS = {"int": (2, 3, 0, 4, 1, 2, 8, 3), "trellis": (2, 3, 0, 4, 1, 2, 2, 3)}
+WIDTHS = {"int": (2, 3, 0, 4, 1, 2, 8, 3), "trellis": (2, 3, 0, 4, 1, 2.5, 1.5, 3)}
 PRUNING = Pruning({0: (0.0, 0.7), 1: (0.0, 0.9)}, renormalise=True, protect=0.2)
 IDS = torch.randint(2, 384, (3, 40), generator=torch.Generator().manual_seed(1))
 

@@ -206,8 +206,12 @@ class PackedSpec:
 
     def table(self, rows: int, cols: int) -> list[tuple[int, int]]:
         """(offset in bytes, `width_number`) of each [rows, cols] matrix."""
-        offsets = self.offsets(rows, cols)[:-1]
-        return list(zip(offsets, map(width_number, self.bits), strict=True))
+        return list(zip(self.offsets(rows, cols)[:-1], self.numbers, strict=True))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The integers that stand for the widths in tables of the ops, see `width_number`."""
+        return tuple(map(width_number, self.bits))
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Stored bytes of all matrices, each [rows, cols]."""

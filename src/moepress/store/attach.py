@@ -126,7 +126,7 @@ def attach_store(model: nn.Module, on_disk: OnDisk) -> ExpertStore:
         module = model.get_submodule(path)
         assert isinstance(module, PackedExperts)
         tables = [
-            torch.tensor([[start, bits] for start, bits in zip(starts, spec.bits, strict=True)])
+            torch.tensor(list(zip(starts, spec.numbers, strict=True)))
             for starts, spec in zip(
                 store.places[number].T.tolist(), (module.gate_up, module.down), strict=True
             )
