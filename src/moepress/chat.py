@@ -25,7 +25,7 @@ from transformers import TextStreamer
 
 from moepress.errors import InputError
 from moepress.generation import chat_settings, following, left_aside
-from moepress.hf import load_model, set_threads
+from moepress.hf import load_model, set_threads, text_model
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
@@ -231,7 +231,9 @@ def chat(
     set_threads(threads)
     tokenizer = tokenizer_of(folder, trust_remote_code)
     check_options(tokenizer, system, raw, tokens, temperature)
-    model = load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+    model = text_model(
+        load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+    )
     conversation = Conversation(
         model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature
     )

@@ -239,10 +239,12 @@ def _loaded(
     Returns:
         The model; None for an original that is to be streamed.
     """
-    from moepress.hf import load_model  # imports transformers
+    from moepress.hf import load_model, text_model  # imports transformers
 
     if is_compressed(folder):
-        return load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+        return text_model(
+            load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+        )
     if not whole:
         return None
     need = sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())
@@ -256,7 +258,7 @@ def _loaded(
     source = Source(folder, device, trust_remote_code)
     if source.checkpoint.quantized:
         return whole_model(source)
-    return load_model(folder, device, trust_remote_code=trust_remote_code)
+    return text_model(load_model(folder, device, trust_remote_code=trust_remote_code))
 
 
 def _predictions(

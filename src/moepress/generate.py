@@ -46,14 +46,16 @@ def generate(
     Raises:
         InputError: the prompt is empty, `tokens` is below 1, or the folder is no model.
     """
-    from moepress.hf import load_model
+    from moepress.hf import load_model, text_model
     from moepress.original.folder import resolve
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = resolve(folder)
     tokenizer = tokenizer_of(folder, trust_remote_code)
-    model = load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+    model = text_model(
+        load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+    )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode(), following(model, STOPS):
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)

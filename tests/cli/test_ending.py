@@ -18,10 +18,9 @@ import pytest
 from moepress import cli
 from moepress.cli import ending
 from moepress.errors import CheckpointError, InputError
-from tests.cli.test_cli import run
+from tests.cli.test_cli import SMALL, run
 
 Folder = Callable[..., Path]
-SMALL = ["--sequences", "6", "--sequence-length", "32", "--group-size", "32"]
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,19 @@ def made(
     yield compress(model_folder(), out, small_recipe(text_file, bits=2))
 
 
+@pytest.fixture
+def given(made: Path, model_folder: Folder, text_file: Path) -> dict[str, Path]:
+    """What stands for the words in capitals, OUT apart."""
+    return {
+        "MODEL": model_folder(), "TEXT": text_file, "MADE": made, "SCORES": made / SCORES,
+        "PLAN": made / PLAN,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
 def test_an_output_that_cannot_be_made_is_found_before_any_work(
     name: str,
-    made: Path,
-    model_folder: Folder,
-    text_file: Path,
+    given: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -66,10 +73,6 @@ def test_an_output_that_cannot_be_made_is_found_before_any_work(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    given = {
-        "MODEL": model_folder(), "TEXT": text_file, "MADE": made, "SCORES": made / SCORES,
-        "PLAN": made / PLAN,
-    }  # fmt: skip
 
     def works(*_: object, **__: object) -> None:
         raise AssertionError("work began")
@@ -96,9 +99,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("name", ["compress", "score", "quantize"])
 def test_a_foreign_work_folder_is_refused_and_kept(
     name: str,
-    made: Path,
-    model_folder: Folder,
-    text_file: Path,
+    given: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -107,8 +108,7 @@ def test_a_foreign_work_folder_is_refused_and_kept(
     work = tmp_path / "out.work" if name == "score" else out / WORK
     work.mkdir(parents=True)
     (work / "precious").touch()
-    given = {"MODEL": model_folder(), "TEXT": text_file, "PLAN": made / PLAN, "OUT": out}
-    words = [str(given.get(word, word)) for word in {**FILES, **FOLDERS}[name]]
+    words = [str({**given, "OUT": out}.get(word, word)) for word in {**FILES, **FOLDERS}[name]]
     code, _, err = run(monkeypatch, capsys, "-q", *words)
     assert code == 2 and "has precious, which is not of moepress" in err
     assert [path.name for path in work.iterdir()] == ["precious"]

@@ -3,73 +3,39 @@
 from __future__ import annotations
 
 import logging
-import signal
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.original.companions import companions
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.recipe import Recipe
 from moepress.work import calibration_ids
-
-LONGEST = 20  # seconds
-LINE = 1500  # characters of a message, paths included
+from tests.damage import ending
 
 
-class _TooLongError(Exception):
-    pass
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raise _TooLongError inside the `with` statement after some seconds."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise _TooLongError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(folder: Path, recipe: Recipe, longest: int = LONGEST) -> str:
+def outcome(folder: Path, recipe: Recipe, longest: int = ending.LONGEST) -> str:
     """What becomes of a folder: "refused: ...", "taken", or else what is wrong.
 
     Everything is read that a compression reads: all tensors, the text, the companions.
     """
-    started = time.monotonic()
-    try:
-        with limited(longest):
-            source = Source(folder)
-            check_usable(source)
-            calibration_ids(source, recipe)
-            source.config_json()
-            companions(folder)
-            state = _state(source)
-    except (InputError, CheckpointError, NumericalError) as error:
-        message = str(error)
-        if "\n" in message.strip() or len(message) > LINE:
-            return f"WRONG: no line: {message[:2000]}"
-        return f"refused: {type(error).__name__}: {message}"
-    except _TooLongError:
-        return f"WRONG: hangs for {time.monotonic() - started:.0f} s"
-    except BaseException as error:
-        return f"WRONG: {type(error).__name__}: {str(error)[:300]}"
-    return _compared(folder, state)
+    state: dict[str, Tensor] = {}
+
+    def read() -> str:
+        source = Source(folder)
+        check_usable(source)
+        calibration_ids(source, recipe)
+        source.config_json()
+        companions(folder)
+        state.update(_state(source))
+        return "taken"
+
+    found = ending.outcome(read, longest)
+    return _compared(folder, state) if found == "taken" else found
 
 
 def _state(source: Source) -> dict[str, Tensor]:

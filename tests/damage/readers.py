@@ -7,12 +7,8 @@ Anything else begins with "WRONG".
 from __future__ import annotations
 
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,17 +18,16 @@ from moepress.allocation.plan import BitAllocation
 from moepress.calibrate import Calibration
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import ExpertScores
-from moepress.errors import CheckpointError, InputError, MoepressError, NumericalError
+from moepress.errors import MoepressError
 from moepress.evaluation.document import load_evaluation
 from moepress.hf import load_model
 from moepress.inspect import inspect
 from moepress.prune import parse_strength
 from moepress.recipe import Recipe
 from moepress.report import read_subject
+from tests.damage.ending import outcome
 from tests.damage.parts import Variants
 
-LONGEST = 20  # seconds
-LINE = 1500  # characters of a message, paths included
 IDS = torch.tensor([[5, 9, 300, 17, 2, 44, 8, 31]])
 DOCUMENTS: dict[str, Callable[[Path], object]] = {
     "plan.json": BitAllocation.load,
@@ -44,42 +39,6 @@ DOCUMENTS: dict[str, Callable[[Path], object]] = {
     "calibration.safetensors": Calibration.load,
     "drops.safetensors": DropCosts.load,
 }
-
-
-class _TooLongError(Exception):
-    pass
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raise _TooLongError inside the `with` statement after some seconds."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise _TooLongError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(read: Callable[[], str]) -> str:
-    """The outcome of reading: what `read` returns, or how it ends."""
-    started = time.monotonic()
-    try:
-        with limited(LONGEST):
-            return read()
-    except (InputError, CheckpointError, NumericalError) as error:
-        message = str(error)
-        one_line = "\n" not in message.strip() and message.isprintable() and len(message) < LINE
-        return f"refused: {message}" if one_line else f"WRONG: no line: {message[:2000]!r}"
-    except _TooLongError:
-        return f"WRONG: hangs for {time.monotonic() - started:.0f} s"
-    except BaseException as error:
-        return f"WRONG: {type(error).__name__}: {str(error)[:300]}"
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ pytest.importorskip("openai")  # and with it the HTTP client that TestClient nee
 
 from fastapi.testclient import TestClient
 
-from moepress.hf import load_whole
+from moepress.hf import load_model
 from moepress.serve.app import build
 from moepress.serve.asking import Served
 from moepress.serve.guard import allowed_hosts
@@ -75,7 +75,7 @@ class Here:
 
 def serving(folder: Path, limits: Limits, **options: Any) -> Here:
     """A model of a folder, served in this process. Its engine runs until `engine.stop`."""
-    served = opened(load_whole(folder), folder, NAME, limits, remote=False)
+    served = opened(load_model(folder), folder, NAME, limits, remote=False)
     served.engine.start()
     app = build(served, hosts=allowed_hosts("127.0.0.1", ()), **options)
     return Here(served, TestClient(app, "http://localhost", raise_server_exceptions=False))

@@ -12,7 +12,6 @@ with random numbers and continue with a warning.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,10 +41,11 @@ from moepress.hf.places import names_only, places_in
 from moepress.hf.saving import remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
 from moepress.original.composite import language_model
+from moepress.original.remote_code import one_line
 from moepress.original.skeleton import open_folder
 from moepress.prune import Pruning, Strength, prune
 from moepress.store.attach import OnDisk, attach_store, leave_on_disk
-from moepress.store.memory import VARIABLE, Memory, memory_wanted, parse_memory
+from moepress.store.memory import Memory, memory_wanted, wanted
 
 PLACED_LATER = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps, by accelerate
 
@@ -189,8 +189,6 @@ def load_model(
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
-    Of a composite that is no language model itself (Qwen3-Omni), the language model is returned.
-
     Args:
         folder: a folder made by moepress, or an original model that fits in memory.
         device: "cpu", or a card such as "cuda" or "cuda:1".
@@ -201,39 +199,25 @@ def load_model(
         memory: for a compressed model on the CPU, bytes for its weights (store/memory.py). None:
             what the environment says, else "fit".
 
+    Returns:
+        A composite is returned whole; `text_model` gives what writes its text.
+
     Raises:
         InputError: `memory` is given for an original model, or does not do.
     """
-    model = load_whole(folder, device, activation_bits, pruning, trust_remote_code, memory)
-    text = language_model(model)
-    text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
-    return text
-
-
-def load_whole(
-    folder: Path,
-    device: str = "cpu",
-    activation_bits: int = 8,
-    pruning: Strength | Pruning | None = None,
-    trust_remote_code: bool = False,
-    memory: Memory | None = None,
-) -> Any:
-    """As `load_model`; a composite is returned whole."""
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
     if memory is not None and not is_compressed(folder):
         raise InputError(f"{folder} is an original model. Expected a compressed one with memory.")
-    given = memory or parse_memory(os.environ.get(VARIABLE) or None) or "fit"
     try:
-        with no_progress_bars(), memory_wanted(given):
+        with no_progress_bars(), memory_wanted(memory or wanted(otherwise="fit")):
             model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
     except (MoepressError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged config takes transformers to errors of any type
-        reason = " ".join(str(error).split())[:300]
         raise FileError(
-            f"transformers cannot open {folder} ({type(error).__name__}: {reason}). Expected the "
-            "folder of a model: check its config.json, or copy it again."
+            f"transformers cannot open {folder} ({one_line(error)}). Expected the folder of a "
+            "model: check its config.json, or copy it again."
         ) from error
     mend(model)
     if is_compressed(folder):
@@ -241,6 +225,13 @@ def load_whole(
     if pruning is not None:
         prune(model, pruning)
     return model
+
+
+def text_model(model: Any) -> Any:
+    """The language model of a composite that is none itself (Qwen3-Omni); else the model."""
+    text = language_model(model)
+    text.name_or_path = model.name_or_path  # where `prune` looks for the costs of dropping
+    return text
 
 
 def set_threads(threads: int | None) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 
 from moepress.errors import CheckpointError
@@ -21,6 +20,7 @@ from moepress.original.on_disk import disk_bytes
 from moepress.original.remote_code import config_of
 from moepress.original.skeleton import skeleton
 from moepress.original.source import Source
+from moepress.reading.headers import read_header
 
 ROUTED = "routed experts"
 EMBEDDING_AND_HEAD = "embedding and head"
@@ -35,7 +35,6 @@ BY_ROLE = {
 }
 BY_ROLE_PARTS = tuple(part for part in BY_ROLE.values() if part != REST)
 PARTS = (ROUTED, *BY_ROLE_PARTS, EMBEDDING_AND_HEAD, COPIED, REST)
-ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,14 @@ def _compressed(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
     itemsize = model.dtype.itemsize
     parts = _parts(model)
     for shard in weight_files(folder):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                stored = _nbytes(file.get_slice(name))
-                if name in specs and name not in sizes:
-                    raise CheckpointError(
-                        f"{shard} holds {name}, which {type(model).__name__} has not. The files "
-                        "and config.json do not belong together: copy the folder again."
-                    )
-                before = sizes[name] * itemsize if name in specs else stored
-                yield parts.get(name, REST), before, stored
+        for name, entry in read_header(shard).tensors.items():
+            if name in specs and name not in sizes:
+                raise CheckpointError(
+                    f"{shard} holds {name}, which {type(model).__name__} has not. The files and "
+                    "config.json do not belong together: copy the folder again."
+                )
+            before = sizes[name] * itemsize if name in specs else entry.nbytes
+            yield parts.get(name, REST), before, entry.nbytes
 
 
 def _original(source: Source) -> Iterator[tuple[str, int, int]]:
@@ -136,12 +133,6 @@ def _parts(model: Any) -> dict[str, str]:
     for table in (text.get_input_embeddings(), text.get_output_embeddings()):
         found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD
     return found
-
-
-def _nbytes(tensor: Any) -> int:
-    """Bytes of a safetensors slice, without reading it."""
-    count: int = math.prod(tensor.get_shape())
-    return count * ITEM_BYTES[tensor.get_dtype()]
 
 
 def byte_unit(most: float) -> tuple[float, str]:

@@ -20,6 +20,15 @@ KINDS = (
 )
 
 
+def kind_of_file(mode: int) -> str:
+    """What a file is that is not regular, in words.
+
+    Args:
+        mode: `st_mode` of its status.
+    """
+    return next((name for is_kind, name in KINDS if is_kind(mode)), "a special file")
+
+
 def regular_file(path: str | Path, what: str) -> Path:
     """The path of a file that can be read to its end.
 
@@ -36,8 +45,9 @@ def regular_file(path: str | Path, what: str) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL, or letters the system cannot have
         raise _unreadable(path, what, error) from error
     if not stat.S_ISREG(mode):
-        kind = next((name for test, name in KINDS if test(mode)), "no regular file")
-        raise FileError(f"{what} {path} is {kind}. Expected a regular file: give its path.")
+        raise FileError(
+            f"{what} {path} is {kind_of_file(mode)}. Expected a regular file: give its path."
+        )
     if not os.access(path, os.R_OK):
         raise FileError(
             f"{what} {path} may not be read by this user. Expected a readable file: change its "

@@ -23,7 +23,7 @@ from types import FrameType
 
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import is_compressed, load_json
-from moepress.hf import load_whole, no_progress_bars, set_threads
+from moepress.hf import load_model, no_progress_bars, set_threads
 from moepress.kernels.reference import check_activation_bits
 from moepress.original.remote_code import needs_code
 from moepress.prune import Pruning, Strength
@@ -94,7 +94,7 @@ def serve(
     check_port(host, port)
     set_threads(threads)
     with no_progress_bars():
-        model = load_whole(Path(folder), device, activation_bits, pruning, remote, memory)
+        model = load_model(Path(folder), device, activation_bits, pruning, remote, memory)
     served = opened(model, Path(folder), str(folder), limits, remote)
     app = build(served, hosts=hosts_of(host, allowed_hosts), key=api_key, docs=docs)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,14 +13,13 @@ from typing import Literal
 import psutil
 
 from moepress.errors import InputError
+from moepress.recipe import parse_size
 
 Memory = int | Literal["all", "mapped", "fit"]  # bytes; all in locked memory; as files; see `plan`
 
 VARIABLE = "MOEPRESS_MEMORY"  # environment: for models opened with transformers alone
 MAPPED_SHARE = 0.9  # of the free memory: models of more bytes than that are not mapped
 STORE_SHARE = 0.8  # of the free memory that weights then take; the rest is for activations, caches
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 _wanted: ContextVar[Memory | None] = ContextVar("moepress_memory", default=None)
 
@@ -39,15 +37,16 @@ def parse_memory(text: str | int | None) -> Memory | None:
         return None
     if isinstance(text, str) and text.strip().lower() in ("all", "mapped", "fit"):
         return text.strip().lower()  # type: ignore[return-value]  # mypy does not narrow
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
-    unit = found[2].upper() if found else ""
-    nbytes = float(found[1]) * UNITS[unit] if found and unit in UNITS else 0
-    if isinstance(text, bool) or not 1 <= nbytes < 2**62:
+    try:
+        nbytes = parse_size(str(text))
+    except InputError:
+        nbytes = 0
+    if not 1 <= nbytes < 2**62:
         raise InputError(
             f"Memory {text!r} is not understood. Expected a size such as 12GB, 'all' to read "
             "everything and lock it, or 'mapped' to leave it to the system."
         )
-    return int(nbytes)
+    return nbytes
 
 
 @contextmanager
@@ -60,13 +59,16 @@ def memory_wanted(memory: Memory | None) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def wanted() -> Memory:
+def wanted(otherwise: Memory = "mapped") -> Memory:
     """The memory for a model that is opened now: of the context, else of the environment.
+
+    Args:
+        otherwise: if neither says anything.
 
     Raises:
         InputError: the environment variable is not understood.
     """
-    return _wanted.get() or parse_memory(os.environ.get(VARIABLE) or None) or "mapped"
+    return _wanted.get() or parse_memory(os.environ.get(VARIABLE) or None) or otherwise
 
 
 @dataclass(frozen=True)

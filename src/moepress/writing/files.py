@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moepress.errors import CheckpointError, InputError
+from moepress.reading.files import kind_of_file
 from moepress.writing.ours import is_ours
 
 PARTIAL = ".moepress-partial"  # how the names of unfinished files end
@@ -32,7 +33,7 @@ def check_file(path: Path) -> None:
             raise InputError(f"{path} is a link. Give the file that it should point to, or a name.")
         if not stat.S_ISREG(found):
             raise InputError(
-                f"{path} is a {_kind(found)}. Expected the name of a file that is new or that "
+                f"{path} is {kind_of_file(found)}. Expected the name of a file that is new or that "
                 "moepress wrote."
             )
         if not is_ours(path):
@@ -162,16 +163,3 @@ def _mode(path: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:  # a name too long, no permission, NUL in the name
         raise InputError(f"{str(path)[:80]!r} cannot be written: {error}.") from error
-
-
-def _kind(mode: int) -> str:
-    for is_kind, name in (
-        (stat.S_ISDIR, "folder"),
-        (stat.S_ISCHR, "device"),
-        (stat.S_ISBLK, "device"),
-        (stat.S_ISFIFO, "pipe"),
-        (stat.S_ISSOCK, "socket"),
-    ):
-        if is_kind(mode):
-            return name
-    return "special file"
