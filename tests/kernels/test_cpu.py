@@ -21,6 +21,7 @@ from moepress import kernels
 from moepress.errors import InputError
 from moepress.format.codec import GRID_BITS, Codec
 from moepress.kernels import backends, cpu, reference
+from moepress.kernels.cpu import interface
 from moepress.kernels.reference import ACTIVATIONS, dequantize, round_activations
 from tests.kernels.test_kernels import (
     CODECS,
@@ -197,8 +198,8 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) 
 
 @pytest.mark.parametrize("team", ["openmp", "pool"])
 def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
-    library, before = cpu.library(), torch.get_num_threads()
-    library.moepress_lend_team(cpu._openmp_team() if team == "openmp" else None)
+    library, before = interface.library(), torch.get_num_threads()
+    library.moepress_lend_team(interface.openmp_team() if team == "openmp" else None)
     case = make_case(tokens=40)
     results = []
     try:
@@ -207,7 +208,7 @@ def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
             results.append(cpu.experts(case.call(8)))
     finally:
         torch.set_num_threads(before)
-        library.moepress_lend_team(cpu._openmp_team())
+        library.moepress_lend_team(interface.openmp_team())
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -216,10 +217,11 @@ def test_a_forked_process_has_a_pool_of_its_own(isa: str) -> None:
     code = """
 import os, torch
 from moepress.kernels import cpu
+from moepress.kernels.cpu import interface
 from tests.kernels.test_kernels import make_case
 
 case = make_case(tokens=40)
-cpu.library().moepress_lend_team(None)
+interface.library().moepress_lend_team(None)
 torch.set_num_threads(2)
 y = cpu.experts(case.call(8))
 child = os.fork()
@@ -334,7 +336,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
-    cpu.library.cache_clear()
+    interface.library.cache_clear()
     backends._choose.cache_clear()
     try:
         for _ in range(2):
@@ -346,7 +348,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
         assert "cannot be loaded" in (cpu.missing() or "")
     finally:
         monkeypatch.undo()
-        cpu.library.cache_clear()
+        interface.library.cache_clear()
         backends._choose.cache_clear()
     assert cpu.missing() == MISSING
 

@@ -32,9 +32,8 @@ class Written(NamedTuple):
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """vLLM in this process, in float32: texts are compared, and bfloat16 decides near ties."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(str(folder), **{**SMALL, "distributed_executor_backend": "uni", **options})
     try:

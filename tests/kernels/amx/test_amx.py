@@ -19,6 +19,7 @@ import torch
 
 from moepress.format.codec import TRELLIS_BITS
 from moepress.kernels import cpu, reference
+from moepress.kernels.cpu import interface
 from tests.kernels.test_trellis_cpu import experts_call
 from tests.rounding.test_trellis import codec_of, random_packed
 
@@ -63,11 +64,11 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     path = library()
     ctypes.CDLL(str(path)).emulate_amx(request.param == "amx")
     monkeypatch.setattr(cpu, "__path__", [str(path.parent)])
-    cpu.library.cache_clear()
+    interface.library.cache_clear()
     assert cpu.instruction_sets() == ("emulated",)
     yield request.param
     monkeypatch.undo()
-    cpu.library.cache_clear()
+    interface.library.cache_clear()
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)

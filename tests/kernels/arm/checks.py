@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels import cpu
+from moepress.kernels.cpu import interface
 from moepress.rounding.methods import viterbi
 from tests.kernels import test_cpu, test_gate_cpu, test_trellis_cpu
 from tests.kernels.arm import run
@@ -34,7 +35,7 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "neoverse-n1": ("neon_dotprod", "portable"),
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
-native_library = cpu.library
+native_library = interface.library
 OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
     "test_a_forked_process_has_a_pool_of_its_own",
     "test_as_torch_ops",
@@ -112,14 +113,14 @@ def test_trellis_columns(isa: str, bits: float) -> None:
 def on_x86(isa: str, compute: Callable[[], Tensor]) -> Tensor:
     """A result of this machine's library: of portable code for "portable", else of vectors with
     fused multiply-add, which NEON has as well."""
-    emulated = cpu.library
+    emulated = interface.library
     try:
-        cpu.library = native_library
+        interface.library = native_library
         cpu.use("portable" if isa == "portable" else cpu.instruction_sets()[0])
         return compute()
     finally:
         cpu.use(cpu.instruction_sets()[0])
-        cpu.library = emulated
+        interface.library = emulated
 
 
 Same = Callable[[Callable[[], Tensor]], bool]

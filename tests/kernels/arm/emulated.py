@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moepress.kernels import cpu
+from moepress.kernels.cpu import interface
 
 
 class Addresses:
@@ -78,7 +79,7 @@ class EmulatedLibrary:
         return self._read(size)
 
     def _call(self, name: str, arguments: tuple[object, ...]) -> int:
-        types = cpu._SIGNATURES.get(name, (ctypes.c_char_p,) * len(arguments))
+        types = interface.SIGNATURES.get(name, (ctypes.c_char_p,) * len(arguments))
         memory: list[tuple[int, int]] = []  # address, size
         pairs = zip(arguments, types, strict=True)
         self._send(name, b"".join(self._packed(a, t, memory) for a, t in pairs), len(arguments))
@@ -149,5 +150,5 @@ def emulated_library(folder: Path, emulator: tuple[str, ...]) -> Iterator[Emulat
         addresses.recorded(),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(cpu, "library", lambda: library)
+        patch.setattr(interface, "library", lambda: library)
         yield library

@@ -36,16 +36,14 @@ From the C interface (moepress.h) down:
     store.h                   experts on disk: which are in memory, which are read
                               (expert_store.py opens one)
 
-One build serves every Python and every torch, since the library is called through C. ctypes
-releases the interpreter lock while it runs.
+interface.py loads and calls the library. One build serves every Python and every torch, since it is
+called through C. ctypes releases the interpreter lock while it runs.
 """
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import CDLL, Structure, addressof, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, c_float, c_int32, c_void_p
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -53,60 +51,15 @@ from torch import Tensor
 from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
+from moepress.kernels.cpu import interface
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.stores import OPEN
-
-INTERFACE = 9  # version of moepress.h
 
 ACTIVATIONS = (  # in the order of isa.h
     "gelu", "gelu_pytorch_tanh", "hardswish", "mish", "quick_gelu", "relu", "relu2", "sigmoid",
     "silu", "tanh",
 )  # fmt: skip
-
-READ_FAILED = 8
-RESULTS = {
-    1: "no codec has those code bits, that group size and that row length",
-    2: "a matrix reaches outside its packed bytes",
-    3: "a size is out of range",
-    4: "unknown activation",
-    5: "an embedding id lies outside the table: the tokenizer does not belong to this model",
-    6: "activation bits are 8 or 16",
-    7: "out of memory",
-    READ_FAILED: "an expert cannot be read",
-    9: "this process is a copy (fork) of the one that opened the model: open it here",
-    10: "this system cannot keep experts on disk",
-}
-
-_SIGNATURES = {
-    "moepress_scalar_linear": (
-        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
-        c_int32, c_int32, c_void_p,
-    ),
-    "moepress_scalar_experts": (
-        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
-        c_void_p, c_int64, c_int32, c_int32, c_void_p,
-    ),
-    "moepress_scalar_embedding": (
-        c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
-    ),
-    "moepress_drop": (
-        c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p, c_void_p,
-        c_void_p, c_void_p,
-    ),
-    "moepress_trellis_linear": (
-        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
-        c_int32, c_int32, c_void_p,
-    ),
-    "moepress_trellis_experts": (
-        c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
-        c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
-        c_void_p, c_int64, c_int32, c_int32, c_void_p,
-    ),
-    "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
-    "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
-}  # fmt: skip
 
 
 class _Gate(Structure):
@@ -136,7 +89,7 @@ _NO_BIASES = _Biases()
 def missing() -> str | None:
     """The reason why the library cannot run, or None if it can."""
     try:
-        library()
+        interface.library()
     except MoepressError as error:
         return str(error)
     return None
@@ -148,13 +101,13 @@ def instruction_sets() -> tuple[str, ...]:
     Raises:
         MoepressError: the library cannot run.
     """
-    names: bytes = library().moepress_instruction_sets()
+    names: bytes = interface.library().moepress_instruction_sets()
     return tuple(names.decode().split())
 
 
 def uses_openmp() -> bool:
     """Whether threads come from torch's OpenMP runtime, instead of the library's own pool."""
-    return _openmp_team() is not None
+    return interface.openmp_team() is not None
 
 
 def use(instruction_set: str) -> None:
@@ -163,7 +116,7 @@ def use(instruction_set: str) -> None:
     Raises:
         InputError: `instruction_set` is not one of `instruction_sets()`.
     """
-    if not library().moepress_use(instruction_set.encode()):
+    if not interface.library().moepress_use(instruction_set.encode()):
         raise InputError(
             f"Instruction set '{instruction_set}' is not here. Expected one of "
             f"{list(instruction_sets())}."
@@ -184,7 +137,7 @@ def linear(
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     out = rows.new_empty(len(rows), out_features)
-    _call(
+    interface.call(
         "moepress_trellis_linear" if codec.family == "trellis" else "moepress_scalar_linear",
         rows.data_ptr(),
         *rows.shape,
@@ -217,7 +170,7 @@ def experts(call: ExpertsCall) -> Tensor:
     gate = _gate(call.gate)
     biases, _kept = _biases(call.gate_up_bias, call.down_bias)
     out = torch.empty_like(x)
-    result = _result(
+    result = interface.result(
         "moepress_trellis_experts" if call.family == "trellis" else "moepress_scalar_experts",
         x.data_ptr(),
         *x.shape,
@@ -242,9 +195,9 @@ def experts(call: ExpertsCall) -> Tensor:
         torch.get_num_threads(),
         out.data_ptr(),
     )
-    if result == READ_FAILED:
+    if result == interface.READ_FAILED:
         raise OPEN[call.store].failure()
-    _check("moepress_experts", result)
+    interface.check("moepress_experts", result)
     return out.to(hidden.dtype)
 
 
@@ -284,7 +237,7 @@ def embedding(
     """The op `moepress::embedding`."""
     wanted = ids.long().contiguous()
     out = wanted.new_empty((*ids.shape, cols), dtype=torch.float32)
-    _call(
+    interface.call(
         "moepress_scalar_embedding",
         wanted.data_ptr(),
         wanted.numel(),
@@ -312,7 +265,7 @@ def drop(
     thresholds, keep = thresholds.contiguous(), None if keep is None else keep.contiguous()
     ranked, kept = torch.empty_like(chosen), torch.empty_like(given)
     dropped = torch.empty_like(chosen, dtype=torch.bool)
-    _call(
+    interface.call(
         "moepress_drop",
         chosen.data_ptr(),
         given.data_ptr(),
@@ -347,7 +300,7 @@ def trellis_round(target: Tensor, feedback: Tensor, branches: Tensor, bits: floa
 
 
 def _search(target: Tensor, feedback: Tensor | None, bits: float, branches: Tensor) -> None:
-    _call(
+    interface.call(
         "moepress_trellis_search",
         target.data_ptr(),
         None if feedback is None else feedback.data_ptr(),
@@ -363,7 +316,7 @@ def trellis_values(branches: Tensor, bits: float) -> Tensor:
     given = branches.contiguous()
     values = torch.empty(given.shape)
     threads = torch.get_num_threads()
-    _call(
+    interface.call(
         "moepress_trellis_values",
         given.data_ptr(),
         *given.shape,
@@ -372,54 +325,3 @@ def trellis_values(branches: Tensor, bits: float) -> Tensor:
         values.data_ptr(),
     )
     return values
-
-
-def _call(name: str, *arguments: int | None) -> None:
-    _check(name, _result(name, *arguments))
-
-
-def _result(name: str, *arguments: int | None) -> int:
-    result: int = getattr(library(), name)(*arguments)
-    return result
-
-
-def _check(name: str, result: int) -> None:
-    if result:
-        raise InputError(f"{name}: {RESULTS.get(result, f'error {result}')}.")
-
-
-@lru_cache(maxsize=1)
-def library() -> CDLL:
-    path = next((p for folder in __path__ for p in Path(folder).glob("libmoepress_cpu.*")), None)
-    if path is None:
-        raise MoepressError(
-            "it was not compiled, because no C++ compiler was found when moepress was installed. "
-            "Install one (g++ or clang) and install moepress again"
-        )
-    try:
-        library = CDLL(str(path))
-    except OSError as error:
-        raise MoepressError(f"{path.name} cannot be loaded: {error}") from error
-    if library.moepress_interface() != INTERFACE:
-        raise MoepressError(f"{path.name} is of another version. Install moepress again")
-    library.moepress_instruction_sets.restype = c_char_p
-    library.moepress_use.argtypes = (c_char_p,)
-    library.moepress_lend_team.argtypes = (c_void_p,)
-    for name, arguments in _SIGNATURES.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = c_int32
-    library.moepress_lend_team(_openmp_team())
-    return library
-
-
-def _openmp_team() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; None without one.
-
-    Symbols are looked up in libtorch_cpu and in the libraries that it needs.
-    """
-    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        try:
-            return ctypes.cast(CDLL(str(path)).GOMP_parallel, c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None

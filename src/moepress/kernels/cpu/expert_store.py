@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
-from moepress.kernels.cpu import READ_FAILED, RESULTS, library
+from moepress.kernels.cpu.interface import READ_FAILED, RESULTS, library
 from moepress.kernels.stores import OPEN, refuse
 
 Ints = npt.NDArray[np.int64]
