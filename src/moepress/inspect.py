@@ -17,7 +17,7 @@ from moepress.calibrate import Calibration
 from moepress.costs.drop_costs import KIND as DROP_COSTS
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import BOTH, ExpertScores
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.format.arrays import kind_in
 from moepress.format.checkpoint import (
     PLAN,
@@ -112,8 +112,19 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _speed(folder: Path) -> dict[str, Any]:
-    """How fast a folder that comes with its calibration counts will run here, on the CPU."""
-    return {"speed_here": forecast(folder).to_dict()} if (folder / SCORES).is_file() else {}
+    """How fast a folder that comes with its calibration counts will run here, on the CPU.
+
+    Nothing where that cannot be forecast, such as on a machine with too little memory: `doctor`
+    says why.
+    """
+    if not (folder / SCORES).is_file():
+        return {}
+    try:
+        return {"speed_here": forecast(folder).to_dict()}
+    except FileError:
+        raise
+    except InputError:
+        return {}
 
 
 def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

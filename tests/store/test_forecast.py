@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from moepress.errors import CheckpointError, InputError
+from moepress.format.checkpoint import SCORES
 from moepress.kernels import cpu
 from moepress.store import forecast as module
 from moepress.store.forecast import Forecast, expected_misses, forecast, read_speed
+from moepress.store.uses import frequencies
+from tests.test_allocate import make_scores
 
 
 def test_misses_follow_from_the_most_frequent_experts() -> None:
@@ -47,3 +50,16 @@ def test_the_doctor_says_why_there_is_no_forecast(tmp_path: Path) -> None:
     (check,) = [c for c in doctor(tmp_path).checks if c.name == "speed"]
     assert check.state == "failed" and "safetensors" in check.found
     assert module.memory_speed() > 0
+
+
+def test_counts_are_found_by_the_number_of_the_layer(tmp_path: Path) -> None:
+    scores = make_scores()
+    scores.save(tmp_path / SCORES)
+    experts = scores.tokens.shape[1]
+    names = "model.layers.{}.mlp.experts", "transformer.blocks.{}.ffn.experts"
+    for name in names:
+        paths = [name.format(number) for number in scores.layers]
+        found = frequencies(tmp_path, [*paths, name.format(99)], [experts] * (len(paths) + 1))
+        for row, tokens in zip(found, scores.tokens, strict=False):
+            np.testing.assert_allclose(row, tokens / scores.total_tokens)
+        assert not found[-1].any()

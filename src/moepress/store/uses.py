@@ -24,7 +24,8 @@ def frequencies(folder: Path, paths: Sequence[str], experts: Sequence[int]) -> l
 
     Args:
         folder: a compressed folder. Its scores have the counts.
-        paths: [L] of the experts' modules, such as `model.layers.3.mlp.experts`.
+        paths: [L] of the experts' modules, such as `model.layers.3.mlp.experts` or
+            `transformer.blocks.3.ffn.experts`.
         experts: [L] number of experts.
 
     Raises:
@@ -37,7 +38,7 @@ def frequencies(folder: Path, paths: Sequence[str], experts: Sequence[int]) -> l
         known = dict(zip(scores.layers, shares, strict=True))
     found = []
     for path, count in zip(paths, experts, strict=True):
-        number = re.search(r"\.layers\.(\d+)\.", f".{path}")
+        number = re.search(r"\.(\d+)\.", f".{path}")  # the decoder layer's, in every family
         row = known.get(int(number[1])) if number else None
         found.append(row if row is not None and len(row) == count else np.zeros(count))
     return found
