@@ -44,7 +44,15 @@ NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
 NO_STATIC_CACHE = {
     **dict.fromkeys(
-        ("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), "size of tensor a"
+        (
+            "inkling2",
+            "inkling2_text",
+            "inkling2_loop",
+            "inkling2_loop_text",
+            "inkling_mm_model",
+            "inkling_text",
+        ),
+        "size of tensor a",
     ),
     "deepseek_v4": "heavily_compressed_attention",
 }
