@@ -34,7 +34,7 @@ from moepress.original.skeleton import skeleton
 from moepress.original.ties import settle, untied_config
 from moepress.original.unneeded import check_unneeded
 from moepress.original.values import Values
-from moepress.reading.config import check_layers, config_fields
+from moepress.reading.config import check_layers, config_fields, known_type
 
 
 class Source:
@@ -254,7 +254,7 @@ class Source:
 
         Classes whose code is not in the folder are left out.
         """
-        read = without_missing_code(self.folder, config_fields(self.folder))
+        read = without_missing_code(self.folder, known_type(config_fields(self.folder)))
         return untied_config(read) if self._ties.untied else read
 
     # Reading tensors, and putting them into the skeleton

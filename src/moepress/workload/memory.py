@@ -56,6 +56,7 @@ def sampling(task: Task) -> int:
 
 def sensitivity(task: Task) -> int:
     """The forward and the backward walk."""
+    task = task.at_most
     walk = _states(task, copies=2) + _routed(task, copies=1)
     gradient = _states(task, copies=1)
     back = walk + gradient + _routed(task, copies=2)
@@ -74,6 +75,7 @@ def sensitivity(task: Task) -> int:
 
 def score(task: Task) -> int:
     """Measuring every expert and every open tensor."""
+    task = task.at_most
     recipe, shape = task.recipe, task.shape
     walk = _states(task, copies=2) + _routed(task, copies=1) + task.tokens * FLOAT * 12
     linears = Rounding.of_linears(recipe, recipe.measure)
@@ -96,6 +98,7 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
     Args:
         folder: bytes of the compressed model.
     """
+    task = task.at_most
     recipe, shape = task.recipe, task.shape
     linears = Rounding.of_linears(recipe, recipe.quantizer)
     experts = Rounding.of_experts(recipe, recipe.quantizer)

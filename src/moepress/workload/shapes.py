@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from moepress.allocation.tensors import experts_per_token
+from moepress.original.loops import loop_of
 from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
 
@@ -38,6 +39,7 @@ class Layer:
     weights: int  # of all its tensors
     linears: tuple[Linear, ...]
     has_experts: bool
+    runs: int = 1  # how often a token goes through it: more than once in a loop
 
     def sharing_inputs(self, of: Collection[str]) -> list[tuple[Linear, ...]]:
         """The linears named in `of`, grouped by the inputs that they share.
@@ -78,6 +80,7 @@ class ModelShape:
     @classmethod
     def of(cls, source: Source) -> ModelShape:
         config = source.text_config
+        loop = loop_of(config, len(source.layers))
         one = source.one_layer_of_experts
         heads = _largest(config, "num_attention_heads") or 1
         head = _largest(config, "head_dim") or source.hidden // heads
@@ -88,6 +91,7 @@ class ModelShape:
                     sum(source.shape(name).numel() for name in source.names(path)),
                     tuple(Linear(name, *source.shape(name)) for name in source.packable[index]),
                     index in source.experts,
+                    loop.runs(index),
                 )
                 for index, path in enumerate(source.layer_paths)
             ),
