@@ -37,6 +37,8 @@ class PackedLinear(nn.Linear):
     """
 
     activation_bits = 8  # see set_activation_bits
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch says that there always is one
+    _is_hf_initialized = True  # else transformers fills a linear on disk with random numbers
 
     def __init__(
         self, in_features: int, out_features: int, codec: Codec, bias: bool = False
