@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.architectures import Experts
 
 
@@ -99,7 +99,7 @@ class Conversion:
             experts: the routed experts of each layer.
 
         Raises:
-            CheckpointError: no tensor goes into a parameter, several contradict each other, or an
+            FileError: no tensor goes into a parameter, several contradict each other, or an
                 expert is missing.
         """
         self._check_complete(needed)
@@ -168,40 +168,40 @@ class Conversion:
         return [p.key for p in self.pieces.get(name) or self.pieces[self._first_target(name)]]
 
     def _check_complete(self, needed: Collection[str]) -> None:
-        """Raise CheckpointError if no tensor of the checkpoint goes into a needed parameter."""
+        """Raise FileError if no tensor of the checkpoint goes into a needed parameter."""
         missing = [n for n in needed if n not in self.made]
         head = self.model.get_output_embeddings()
         if missing and any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
-            raise CheckpointError(
+            raise FileError(
                 f"{self.folder} has no head ({missing[0]}), and its config.json does not say that "
                 "the head is the embedding: transformers would fill it with random numbers. If "
                 'they are one tensor, set "tie_word_embeddings": true there; else a shard is '
                 "missing: fetch the model again."
             )
         if missing:
-            raise CheckpointError(
+            raise FileError(
                 f"{self.folder} has no tensor for {len(missing)} parameters of "
                 f"{type(self.model).__name__}, the first {missing[0]}. A shard is missing or the "
                 "config is another model's: fetch the model again."
             )
 
     def _check_single(self) -> None:
-        """Raise CheckpointError if two tensors are one parameter by two names or forms."""
+        """Raise FileError if two tensors are one parameter by two names or forms."""
         for name, pieces in self.pieces.items():
             if len(pieces) > 1 and any(piece.pattern is None for piece in pieces):
-                raise CheckpointError(
+                raise FileError(
                     f"{self.folder} has {len(pieces)} tensors for {name}: {pieces[0].key} and "
                     f"{pieces[1].key}. Expected one: the files are of two models; fetch it again."
                 )
 
     def _check_experts(self, experts: Experts) -> None:
-        """Raise CheckpointError if experts have separate tensors, and fewer than there are."""
+        """Raise FileError if experts have separate tensors, and fewer than there are."""
         for name in experts.matrix_names:
             patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
             for pattern in set(patterns):
                 expected = experts.experts * len(self.converters[pattern].target_patterns)
                 if patterns.count(pattern) < expected:  # too many are of another shape
-                    raise CheckpointError(
+                    raise FileError(
                         f"{self.folder} has {patterns.count(pattern)} of {expected} experts' "
                         f"{pattern} for {name}. A shard is missing or the config is another "
                         "model's: fetch the model again."
@@ -211,11 +211,11 @@ class Conversion:
         """The first target of the converter that also makes `name`.
 
         Raises:
-            CheckpointError: no converter makes it.
+            FileError: no converter makes it.
         """
         for first, pieces in self.pieces.items():
             if pieces[0].pattern is not None:
                 targets = self.converters[pieces[0].pattern].target_patterns
                 if name in {first.replace(targets[0], target) for target in targets[1:]}:
                     return first
-        raise CheckpointError(f"{self.folder} has no tensor for {name}. Fetch the model again.")
+        raise FileError(f"{self.folder} has no tensor for {name}. Fetch the model again.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import FileError, InputError
 from moepress.format.checkpoint import QUANTIZATION_FIELDS
 from moepress.original.companions import FETCHED
 from moepress.original.quantized.config import PARTS, read_quantization
@@ -104,7 +104,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
     Raises:
         InputError: the folder has none.
-        CheckpointError: both a single file and an index of others are there, the index is damaged,
+        FileError: both a single file and an index of others are there, the index is damaged,
             or a file is missing, truncated or damaged.
     """
     chosen = config_fields(folder).get(CHOSEN) if (folder / CONFIG).exists() else None
@@ -129,9 +129,7 @@ def find_weights(folder: Path) -> WeightFiles:
         )
     for name in names:
         if not (folder / name).exists():
-            raise CheckpointError(
-                f"{INDEX} names {name}, which is not in {folder}. Fetch that shard."
-            )
+            raise FileError(f"{INDEX} names {name}, which is not in {folder}. Fetch that shard.")
     return WeightFiles(tuple(_checked(folder / name) for name in names), assigned)
 
 
@@ -183,13 +181,13 @@ def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, opened for reading. It stays mapped as long as one of its tensors exists.
 
     Raises:
-        CheckpointError: it is truncated or damaged.
+        FileError: it is truncated or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
+        raise FileError(
             f"{path} cannot be read as safetensors: {error}. It is truncated or damaged; fetch "
             "it again."
         ) from error

@@ -48,7 +48,7 @@ class Source:
     Raises:
         InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
             read.
-        CheckpointError: a file is missing, truncated or does not fit the model or another file, a
+        FileError: a file is missing, truncated or does not fit the model or another file, a
             tensor holds codes without scales, or the model would leave out a part of itself.
     """
 
@@ -268,7 +268,7 @@ class Source:
         """The weights of expert `index` of a decoder layer; no other expert is read.
 
         Raises:
-            CheckpointError: their shapes are not those of the config.
+            FileError: their shapes are not those of the config.
         """
         return read_expert(self.experts[layer], index, self._rows).map(self._for_computing)
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.kernels.cpu.interface import READ_FAILED, RESULTS, library
 from moepress.kernels.stores import OPEN, refuse
 
@@ -246,7 +246,7 @@ class ExpertStore:
             try:
                 fd = open_file(path, direct)
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+                raise FileError(f"{path} cannot be opened: {error.strerror}.") from error
             self._paths[fd] = path
             opened[path] = fd
         return opened
@@ -255,7 +255,7 @@ class ExpertStore:
         sizes = {path: os.fstat(fd).st_size for path, fd in opened.items()}
         for place in flat:
             if place.nbytes and place.offset + place.nbytes > sizes[place.path]:
-                raise CheckpointError(
+                raise FileError(
                     f"{place.path} has {sizes[place.path]:,} bytes, and an expert reaches to byte "
                     f"{place.offset + place.nbytes:,}. The file is truncated: copy it again."
                 )

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError, NumericalError
+from moepress.errors import FileError, WeightsError
 from moepress.original.quantized.grids import Blocks
 from moepress.original.quantized.headers import Entry
 from moepress.original.quantized.numbers import CAST, Numbers, scales_as_float
@@ -42,8 +42,8 @@ class Form(Protocol):
             dtype: of the result, if the tensor is quantized; others keep theirs.
 
         Raises:
-            CheckpointError: a file is damaged, or holds something that cannot be read.
-            NumericalError: scales or codes are NaN or infinite.
+            FileError: a file is damaged, or holds something that cannot be read.
+            WeightsError: scales or codes are NaN or infinite.
         """
 
 
@@ -84,7 +84,7 @@ class Unreadable:
         return self.entry.shape
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        raise CheckpointError(f"{self.entry.text} {self.reason}")
+        raise FileError(f"{self.entry.text} {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Quantized:
         """[matrices * blocks of rows, blocks of columns] float32, checked to be finite."""
         scale = scales_as_float(self._of_row(entry, row).to(device))
         if not torch.isfinite(scale).all():
-            raise NumericalError(
+            raise WeightsError(
                 f"{entry.text} contains NaN or infinite scales. Expected finite numbers: the file "
                 "is damaged; fetch it again."
             )
@@ -195,19 +195,19 @@ class Quantized:
         return entry.read(row if by_row else None)
 
     def _check_shape(self) -> None:
-        """Raise CheckpointError if the stored shape is not that of the codes."""
+        """Raise FileError if the stored shape is not that of the codes."""
         if self.shape_entry is None:
             return
         stored = tuple(int(size) for size in self.shape_entry.read().flatten())
         if stored != self.matrix:
-            raise CheckpointError(
+            raise FileError(
                 f"{self.shape_entry.key} says {list(stored)}, but {self.codes.text} holds "
                 f"{list(self.matrix)} {self.numbers.name}. The file is damaged: fetch it again."
             )
 
     def _check_finite(self, value: Tensor) -> None:
         if not all_finite(value):
-            raise NumericalError(
+            raise WeightsError(
                 f"{self.codes.text} contains NaN or, times its scales, infinite weights. Expected "
                 "finite numbers: the file is damaged or the model is broken; fetch it again."
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.folder import opened
 from moepress.reading.headers import read_header
 
@@ -39,7 +39,7 @@ class Entry:
             rows: number of rows that count as one.
 
         Raises:
-            CheckpointError: the file is truncated or damaged.
+            FileError: the file is truncated or damaged.
         """
         with opened(self.path) as file:
             whole = file.get_slice(self.key)
@@ -54,19 +54,19 @@ def read_headers(files: Iterable[Path], assigned: Mapping[str, str]) -> dict[str
         assigned: file name by key, as an index says; empty: there is none.
 
     Raises:
-        CheckpointError: a header is damaged, two files hold a tensor of the same name, or a tensor
+        FileError: a header is damaged, two files hold a tensor of the same name, or a tensor
             is in another file than the index says.
     """
     found: dict[str, Entry] = {}
     for path in files:
         for key, entry in read_header(path).tensors.items():
             if key in found:
-                raise CheckpointError(
+                raise FileError(
                     f"{key} is in {found[key].path.name} and in {path.name} of {path.parent}. "
                     "Expected each tensor once: one of the files is stale; fetch the model again."
                 )
             if key in assigned and path.name != Path(assigned[key]).name:
-                raise CheckpointError(
+                raise FileError(
                     f"The index of {path.parent} says that {key} is in {assigned[key]}, but it is "
                     f"in {path.name}. They do not belong together: fetch the model again."
                 )
