@@ -191,7 +191,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     for layer in reversed(todo):
         progress.update(layer=layer, note="backward")
         walk.restore(load_tensors(_states(folder, layer)))
-        with source.layer_loaded(layer):
+        with source.layer_loaded(layer, following=layer - 1):
             modules = source.packable[layer]
             at_experts, norms = walk_back.back(layer, modules)
         tokens = walk.ids.numel()
