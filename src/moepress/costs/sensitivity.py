@@ -200,7 +200,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
                 progress.update(layer=layer, note="backward")
                 walk.restore(load_tensors(_states(folder, layer)))
                 one = walk_back.on(walk.of_pass(number))
-                with source.layer_loaded(layer):
+                with source.layer_loaded(layer, following=layer - 1):
                     found[layer].append(_of_layer(one, layer))
         files: dict[Path, dict[str, Tensor]] = {}
         if layers[0] > 0:
