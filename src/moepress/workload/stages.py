@@ -172,7 +172,7 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
     for linear in group:
         size = linear.rows, cols
         widths = task.open[linear.name]
-        works.append(_offered(*size, widths, rounding))
+        works.append(_offered(task, size, widths, rounding))
         cost = op.product(linear.rows, cols, cols, "float32") + Work({"copy": 6 * linear.weights})
         cost += times(rotates, op.rotation(*size))
         works.append(times(len(widths), cost))
@@ -187,7 +187,7 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
         works += (op.factor(cols) for _, cols in (shape.gate_up, shape.down))
     for size in (shape.gate_up, shape.down):
-        works.append(_offered(*size, widths, rounding))
+        works.append(_offered(task, size, widths, rounding))
     tokens = shape.expert_tokens(task.tokens)
     gate_up, down = (op.product(tokens, cols, rows) for rows, cols in (shape.gate_up, shape.down))
     inner = Work({"copy": 5 * tokens * shape.intermediate})
@@ -200,14 +200,22 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
     return total(works)
 
 
-def _offered(rows: int, cols: int, widths: Sequence[float], rounding: Rounding) -> Work:
-    """A matrix rounded to, or given the error of, each width, and dequantized."""
+def _offered(
+    task: Task, size: tuple[int, int], widths: Sequence[float], rounding: Rounding
+) -> Work:
+    """A matrix rounded to, or given the error of, each width, and dequantized.
+
+    Args:
+        size: N, K of the matrix.
+    """
+    rows, cols = size
     drawn = [
         bits
         for bits in widths
         if rounding.draws and stored_family(bits, rounding.family) == "trellis"
     ]
-    works = [op.draw_errors(rows, cols, len(drawn))] if drawn else []
+    in_16_bits = task.shape.feedback_in_16_bits
+    works = [op.draw_errors(rows, cols, len(drawn), in_16_bits)] if drawn else []
     for bits in widths:
         if bits not in drawn:
             works.append(_rounded(rows, cols, bits, rounding))
@@ -294,7 +302,7 @@ def _quantize_linears(
     for linear in group:
         bits = widths.tensors[linear.name]
         if corrects and rounding.needs_hessian:
-            works += [op.factor(cols), op.corrected(linear.rows, cols, rotates)]
+            works += [op.factor(cols), op.corrected(linear.rows, cols, rotates, alone=False)]
         works.append(_rounded(linear.rows, cols, bits, rounding))
         works.append(_stored(linear.rows, cols, bits, rounding))
     return total(works)
@@ -311,7 +319,7 @@ def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding
         if rounding.needs_hessian:
             works.append(op.factor(cols))
         if rounding.corrects:
-            works += [op.factor(cols), op.corrected(rows, cols, rotates)]
+            works += [op.factor(cols), op.corrected(rows, cols, rotates, alone=True)]
         works.append(_rounded(rows, cols, bits, rounding))
         works.append(times(2, _stored(rows, cols, bits, rounding)))  # gate_up for down, both after
     if rounding.corrects:
@@ -351,7 +359,10 @@ def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> 
     rotates = rounding.family == "trellis"
     rows, cols = shape.gate_up
     inner = op.product(tokens, cols, rows) + Work({"copy": 5 * tokens * shape.intermediate})
-    works = [op.inputs(tokens, cols, rotates, corrects) for _, cols in (shape.gate_up, shape.down)]
+    works = [
+        op.inputs(tokens, width, rotates, corrects, count)
+        for count, width in (shape.gate_up, shape.down)
+    ]
     return total([*works, times(runs, inner), Work({"call": 60})])
 
 

@@ -114,6 +114,11 @@ MOEPRESS_API int32_t moepress_trellis_search(float* target, float* feedback, int
 MOEPRESS_API int32_t moepress_trellis_values(const uint8_t* branches, int64_t rows, int64_t cols,
                                              int32_t bits, int32_t threads, float* values);
 
+// x [rows][cols] <- x Q^T in place, or with `back` x Q (docs/format.md): floats equal to those of
+// `rotate` and `rotate_back` of kernels/trellis.py. cols is a multiple of 32. trellis.cpp.
+MOEPRESS_API int32_t moepress_trellis_rotate(float* x, int64_t rows, int64_t cols, int32_t back,
+                                             int32_t threads);
+
 // ---- Online pruning (drop.cpp) ------------------------------------------------------------------
 
 // Rank a token's choices by falling weight. A choice whose weight is below thresholds[rank] times
