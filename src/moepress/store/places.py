@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.format.codec import PackedSpec
 from moepress.kernels.cpu.expert_store import Place
 from moepress.reading.headers import read_header
@@ -17,7 +17,7 @@ def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, 
 
     Raises:
         FileError: a file is damaged.
-        CheckpointError: a tensor is in none of the files.
+        FileError: a tensor is in none of the files.
     """
     found: dict[str, Place] = {}
     for path in map(Path, files):
@@ -26,7 +26,7 @@ def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, 
             found[name] = Place(path, tensors[name].start, tensors[name].nbytes)
     missing = sorted(set(names) - found.keys())
     if missing:
-        raise CheckpointError(
+        raise FileError(
             f"Tensor {missing[0]} is in none of the model's files. A shard is missing or damaged: "
             "copy the folder again."
         )
