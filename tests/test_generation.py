@@ -108,7 +108,7 @@ def test_a_chat_follows_sampling_and_stops_and_says_what_it_leaves_aside(
         "do_sample", "temperature",
     }  # fmt: skip
     model.generation_config.top_p = "0.9"
-    with pytest.raises(InputError, match=r"top_p = '0.9'. Expected a number"):
+    with pytest.raises(InputError, match=r"top_p = '0.9'. Expected: a valid number"):
         Conversation(model, tokenizer, raw=True)
 
 
