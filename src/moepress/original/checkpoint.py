@@ -15,6 +15,7 @@ from moepress.original.quantized.config import Quantization
 from moepress.original.quantized.forms import Form, Plain, Quantized, Unreadable
 from moepress.original.quantized.headers import WIDE, read_headers
 from moepress.original.quantized.pairing import find_forms
+from moepress.original.read_ahead import Place
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_DTYPES = {  # of tensors that are no weights
@@ -124,6 +125,10 @@ class Checkpoint:
         if isinstance(form, Plain):
             return form.read(row, dtype, device, rows)
         return form.read(None, dtype, device)[row * rows : (row + 1) * rows]
+
+    def places(self, name: str, row: int | None, rows: int = 1) -> tuple[Place, ...]:
+        """The bytes of the files that `read` reads."""
+        return tuple(self.forms[name].places(row, rows))
 
     def nbytes(self, name: str) -> int:
         """Bytes in the files, with scales."""

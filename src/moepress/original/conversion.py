@@ -129,29 +129,40 @@ class Conversion:
         Returns:
             Tensors by parameter name.
         """
-        name = name if name in self.pieces else self._first_target(name)
-        pieces = self.pieces[name]
-        pattern = pieces[0].pattern
+        name = self._made_with(name)
+        pattern = self.pieces[name][0].pattern
+        values = [(piece, read(piece.key, row)) for piece, row in self.reads(name, expert)]
         if pattern is None:
-            return {name: read(pieces[0].key, expert)}
+            return {name: values[0][1]}
         converter = deepcopy(self.converters[pattern])
-        by_pattern: dict[str | None, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            by_pattern[piece.pattern].append(piece)
-        for key_pattern, alike in by_pattern.items():
-            if expert is not None and "*" in str(key_pattern):
-                # The checkpoint has one tensor for each expert: those of the first target, then
-                # those of the next one.
-                targets = len(converter.target_patterns)
-                alike = alike[expert :: len(alike) // targets]
-                values = [read(piece.key, None) for piece in alike]
-            else:
-                values = [read(piece.key, expert) for piece in alike]
-            for piece, value in zip(alike, values, strict=True):
-                converter.add_tensor(name, piece.key, key_pattern, lambda value=value: value)
+        for piece, value in values:
+            converter.add_tensor(name, piece.key, piece.pattern, lambda value=value: value)
         model = self.model if expert is None else _OneExpert(self.model)
         made = converter.convert(name, model=model, config=self.model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def reads(self, name: str, expert: int | None) -> list[tuple[Piece, int | None]]:
+        """The tensors of the checkpoint that `convert` reads, each with its row or None for all."""
+        found: list[tuple[Piece, int | None]] = []
+        for pattern, alike in self._by_pattern[self._made_with(name)].items():
+            if expert is not None and "*" in str(pattern):
+                # The checkpoint has one tensor for each expert: those of the first target, then
+                # those of the next one.
+                targets = len(self.converters[str(pattern)].target_patterns)
+                found += ((piece, None) for piece in alike[expert :: len(alike) // targets])
+            else:
+                found += ((piece, expert) for piece in alike[: None if pattern else 1])
+        return found
+
+    @cached_property
+    def _by_pattern(self) -> dict[str, dict[str | None, list[Piece]]]:
+        """The tensors that go into each parameter, by their pattern."""
+        found: dict[str, dict[str | None, list[Piece]]] = {}
+        for name, pieces in self.pieces.items():
+            by_pattern = found.setdefault(name, defaultdict(list))
+            for piece in pieces:
+                by_pattern[piece.pattern].append(piece)
+        return found
 
     def taken(self, layers: tuple[str, ...]) -> tuple[set[str], set[str]]:
         """Names of all tensors of the checkpoint that go into parameters, and of those in layers.
@@ -165,7 +176,7 @@ class Conversion:
 
     def sources(self, name: str) -> list[str]:
         """Names of the checkpoint's tensors that the parameter `name` is made of."""
-        return [p.key for p in self.pieces.get(name) or self.pieces[self._first_target(name)]]
+        return [piece.key for piece in self.pieces[self._made_with(name)]]
 
     def _check_complete(self, needed: Collection[str]) -> None:
         """Raise FileError if no tensor of the checkpoint goes into a needed parameter."""
@@ -207,12 +218,14 @@ class Conversion:
                         "model's: fetch the model again."
                     )
 
-    def _first_target(self, name: str) -> str:
-        """The first target of the converter that also makes `name`.
+    def _made_with(self, name: str) -> str:
+        """The parameter that `pieces` names: `name`, or the first target of its converter.
 
         Raises:
             FileError: no converter makes it.
         """
+        if name in self.pieces:
+            return name
         for first, pieces in self.pieces.items():
             if pieces[0].pattern is not None:
                 targets = self.converters[pieces[0].pattern].target_patterns

@@ -8,7 +8,7 @@ for bit if the scales are float32, powers of two, or of the model's dtype).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from moepress.errors import FileError, WeightsError
 from moepress.original.quantized.grids import Blocks
 from moepress.original.quantized.headers import Entry
 from moepress.original.quantized.numbers import CAST, Numbers, scales_as_float
+from moepress.original.read_ahead import Place
 from moepress.original.values import all_finite
 
 ON_CPU, ON_CARD = 1 << 20, 1 << 25  # weights that are held as float32 at a time
@@ -34,6 +35,13 @@ class Form(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the tensor in the unquantized checkpoint."""
+
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        """The bytes of the files that the tensor, or row `row` of it, is read from.
+
+        Args:
+            rows: number of rows that count as one.
+        """
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor, or row `row` of it as [1, ...], on the device.
@@ -61,6 +69,9 @@ class Plain:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        yield self.entry.place(row, rows)
+
     def read(
         self, row: int | None, dtype: torch.dtype, device: torch.device, rows: int = 1
     ) -> Tensor:
@@ -82,6 +93,9 @@ class Unreadable:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
+
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        yield from ()
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         raise FileError(f"{self.entry.text} {self.reason}")
@@ -131,6 +145,12 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         length, width = self.matrix
         return (*self.leading, *((width, length) if self.transposed else (length, width)))
+
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        by_row = rows == 1  # else the tensor is read whole
+        yield self.codes.place(row if by_row else None)
+        for entry in self.entries[1:]:
+            yield entry.place(row if by_row and self._has_rows(entry) else None)
 
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._check_shape()
@@ -191,8 +211,11 @@ class Quantized:
 
     def _of_row(self, entry: Entry, row: int | None) -> Tensor:
         """A companion tensor, or row `row` of it if it has one for each row."""
-        by_row = bool(self.leading) and entry.shape[:1] == self.leading[:1]
-        return entry.read(row if by_row else None)
+        return entry.read(row if self._has_rows(entry) else None)
+
+    def _has_rows(self, entry: Entry) -> bool:
+        """Whether a companion tensor has something for each row of the codes."""
+        return bool(self.leading) and entry.shape[:1] == self.leading[:1]
 
     def _check_shape(self) -> None:
         """Raise FileError if the stored shape is not that of the codes."""
