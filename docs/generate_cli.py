@@ -30,6 +30,22 @@ Outputs are checked before any work. A command writes where nothing is, or where
 before: any other file, a link, a device, a folder of something else are refused and stay. A file is
 written whole or not at all. One run writes an output at a time: a second one says which process
 holds it, and ends.
+
+## Several processes, cards or machines
+
+    torchrun --nproc-per-node 8 -m moepress compress MODEL OUT --bits 2.5 --device cuda
+
+Under torchrun, `compress`, `score` and `quantize` divide their work over the processes, called
+ranks: with `--device cuda` each rank has its own card (NCCL), else they are processes on CPUs
+(gloo). On several machines start torchrun on each, with `--nnodes`, `--node-rank`,
+`--master-addr` and `--master-port`; all of them need MODEL and OUT on a disk that they share.
+torchrun gives each process one thread unless `OMP_NUM_THREADS` says otherwise.
+
+The folder has the bytes that one process with as many threads writes: no sum depends on the number
+of ranks. Rank 0 alone writes and prints. If a rank ends, the whole job ends with one line that says
+so, before the report of torchrun, which names the rank. Start the same command again to go on, with
+any number of ranks or without torchrun. Models that run layers several times are compressed by one
+process only. [scale.md](scale.md#ranks) says what ranks hold and exchange.
 """
 
 

@@ -159,7 +159,7 @@ def calibrate_layer(walk: Walk, layer: int, seed: int) -> dict[str, Tensor]:
     experts = walk.source.experts[layer].experts
     routed = walk.route(layer)
     tokens, weight = routed.statistics(experts)
-    meter = DropMeter(routed, experts, drop_seed(seed, layer))
+    meter = DropMeter(routed, experts, drop_seed(seed, layer), ranks=walk.ranks)
     energy = walk.advance(layer, walk.experts_output(layer, routed, meter.add))
-    drops = meter.result(energy / walk.ids.numel())
+    drops = meter.result(energy / walk.tokens)
     return {"tokens": tokens, "routing_weight": weight, **drops}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from moepress.format.checkpoint import SCORES
 from moepress.format.journal import check_identity
 from moepress.original.source import Source
 from moepress.quantize import quantize_tensors
+from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.score import score_tensors
@@ -58,7 +60,7 @@ def compress(
         CheckpointError: no space left; everything finished is kept.
     """
     out = Path(out)
-    check_output(out)
+    here().agreed(lambda: check_output(out))
     request = Request.of(model, recipe, device, trust_remote_code, needs_budget=True, **changes)
     announce_estimate(request, out)
     with output_held(out) as folder:
@@ -67,19 +69,26 @@ def compress(
 
 def _compress(request: Request, out: Path, folder: Path) -> Path:
     """`compress` in an output that is held, with its work folder."""
+    ranks = here()
     source, recipe, tensors = request.source, request.recipe, request.tensors
-    ids = kept_ids(folder, source, recipe)
+    ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
     made_of = identity(source, recipe, ids)
     work = made_of | {"full_recipe": recipe.digest()}
-    if claim(out, work):
+    if ranks.agreed(lambda: claim(out, work)):
         return out
-    stored = stored_scores(out, made_of)  # raises for scores of other work, before any writing
-    keep_ids(folder, ids)
-    check_identity(folder / "compress.json", work)
+    # Raises for scores of other work, before any writing.
+    stored = ranks.agreed(lambda: stored_scores(out, made_of))
+    ranks.agreed(lambda: _begin(folder, ids, work))
     scores = stored or score_and_store(source, recipe, tensors, ids, out)
-    plan = allocate(scores, recipe)
+    plan = ranks.agreed(lambda: allocate(scores, recipe))
     warn_of_left_out(scores, plan)
     return quantize_tensors(source, plan, tensors, ids, out)
+
+
+def _begin(folder: Path, ids: Tensor, work: Mapping[str, str]) -> None:
+    """Store in the work folder what the work depends on."""
+    keep_ids(folder, ids)
+    check_identity(folder / "compress.json", work)
 
 
 def score_and_store(
@@ -90,7 +99,7 @@ def score_and_store(
     Args:
         ids: [S, L] calibration sequences.
     """
-    keep_ids(out / WORK, ids)
+    here().agreed(lambda: keep_ids(out / WORK, ids))
     scores = score_tensors(source, recipe, tensors, ids, out / WORK / "score")
-    scores.save(out / SCORES)
+    here().agreed(lambda: scores.save(out / SCORES))
     return scores

@@ -30,6 +30,7 @@ from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
 from moepress.original.sizes import byte_unit
 from moepress.progress import announce
+from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.text.named import SELF
@@ -147,8 +148,11 @@ def estimate(
 
 def announce_estimate(request: Request, out: Path) -> None:
     """Show the estimate as the first line of progress, unless `out` is finished."""
-    if not is_compressed(out):
-        announce("estimate", lambda: estimate_request(request, out).line())
+    if is_compressed(out):
+        return
+    count = here().count
+    shared = f"; that is of one process, {count} ranks share the work" if count > 1 else ""
+    announce("estimate", lambda: estimate_request(request, out).line() + shared)
 
 
 def estimate_request(request: Request, out: Path) -> Estimate:

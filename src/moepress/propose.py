@@ -24,6 +24,7 @@ from moepress.compress import score_and_store
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
 from moepress.estimate import announce_estimate
+from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.work import check_output, identity, kept_ids, output_held, stored_scores
@@ -80,17 +81,18 @@ def propose(
             work.
     """
     out = Path(out)
-    check_output(out)
+    ranks = here()
+    ranks.agreed(lambda: check_output(out))
     recipe = (recipe or Recipe()).with_changes(bits=None, bpw=None, size=None)
     request = Request.of(model, recipe, device, trust_remote_code)
     source = request.source
     announce_estimate(request, out)
     with output_held(out) as folder:
-        ids = kept_ids(folder, source, recipe)
-        scores = stored_scores(out, identity(source, recipe, ids))
+        ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
+        scores = ranks.agreed(lambda: stored_scores(out, identity(source, recipe, ids)))
         if scores is None:
             scores = score_and_store(source, recipe, request.tensors, ids, out)
-    return proposal(scores, recipe, memory())
+    return ranks.agreed(lambda: proposal(scores, recipe, memory()))
 
 
 def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) -> Proposal:

@@ -11,7 +11,7 @@ states of the original model, so that weights can make up for the errors of earl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -44,10 +44,9 @@ from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.outside import copied_shards, outside_layers
 from moepress.progress import Progress
+from moepress.ranks import here
 from moepress.rounding.expert import dequantized, experts_at_once, round_experts
-from moepress.rounding.hessian import Factor
-from moepress.rounding.linear import SharedInputs, linear_inputs, round_linear
-from moepress.rounding.methods import Matrix
+from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, output_held
 from moepress.writing.held import discard
@@ -84,12 +83,12 @@ def quantize(
         CheckpointError: no space left; finished layers are kept.
     """
     out = Path(out)
-    check_output(out)
+    here().agreed(lambda: check_output(out))
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     check_usable(source)
     with output_held(out) as folder:
-        ids = kept_ids(folder, source, plan.recipe) if ids is None else ids
+        ids = here().agreed(lambda: kept_ids(folder, source, plan.recipe)) if ids is None else ids
         return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
 
 
@@ -104,33 +103,54 @@ def quantize_tensors(
         "full_recipe": plan.recipe.digest(),
         "plan": plan.digest(),
     }
-    if claim(out, work):
+    ranks = here()
+    if ranks.agreed(lambda: claim(out, work)):
         return out
-    keep_ids(out / WORK, ids)
-    layers = range(len(source.layers))
+    ranks.agreed(lambda: keep_ids(out / WORK, ids))
+    layers = len(source.layers)
     folder = out / WORK / "quantize"
-    journal = Journal(folder, work, len(layers), lambda i: out / shard_name(i), source.device)
+    journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
     todo = journal.todo
-    check_space(out, plan, len(todo) / len(layers), ids.numel() * source.hidden)
-    plan.save(out / PLAN)
+    states = ids.numel() * source.hidden
+    ranks.agreed(lambda: check_space(out, plan, len(todo) / layers, states))
     packed = tensors.specs(plan.linear_bits)
-    if not (out / shard_name(None)).is_file():
-        save_tensors(out / shard_name(None), outside_layers(source, packed))
-    copies = copied_shards(source)
-    for path, names in copies.items():
-        if not (out / path).is_file():
-            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
+    ranks.agreed(lambda: _write_outside_layers(source, plan, packed, out))
     if todo:
         _quantize_layers(source, plan, packed, ids, journal, out)
+    ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
+    return out
+
+
+def _write_outside_layers(
+    source: Source, plan: BitAllocation, packed: Mapping[str, PackedSpec], out: Path
+) -> None:
+    """Write the plan, and everything that is outside the layers."""
+    plan.save(out / PLAN)
+    if not (out / shard_name(None)).is_file():
+        save_tensors(out / shard_name(None), outside_layers(source, packed))
+    for path, names in copied_shards(source).items():
+        if not (out / path).is_file():
+            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
+
+
+def _finish(
+    source: Source,
+    plan: BitAllocation,
+    packed: Mapping[str, PackedSpec],
+    ids: Tensor,
+    work: Mapping[str, str],
+    out: Path,
+) -> None:
+    """Write what describes the finished layers, and delete the work folder."""
     drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
-    shards = [out / name for name in (*map(shard_name, (None, *layers)), *copies)]
-    specs = packed | expert_specs(source, plan)
+    names = (*map(shard_name, (None, *range(len(source.layers)))), *copied_shards(source))
+    shards = [out / name for name in names]
+    specs = {**packed, **expert_specs(source, plan)}
     quantization = quantization_config(specs, work, source.has_common_experts)
     write_checksums(out, shards, finished_config(source.config_json(), quantization))
     finish_folder(out, source.config_json(), companions(source.folder), quantization, shards)
     discard(out / WORK)
-    return out
 
 
 def _quantize_layers(
@@ -157,7 +177,7 @@ def _quantize_layers(
         for layer in journal.remaining(restore):
             with source.layer_loaded(layer):
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)
-            if drops is not None:
+            if drops is not None and walk.ranks.first:
                 save_tensors(_drops_file(out, layer), drops)
             states = {} if original is None else original.tensors(ORIGINAL_STATES)
             journal.commit(layer, tensors, walk.tensors() | states)
@@ -192,7 +212,7 @@ def quantize_layer(
     if rounding.needs_hessian:
         inputs = linear_inputs(walk, layer, linears, rounding.family, original)
     passed = original.pass_layer(layer) if original is not None else None
-    tensors = quantize_linears(source, linears, packed, rounding, inputs)
+    tensors = quantize_linears(walk, linears, packed, rounding, inputs)
     for name in names:
         if name not in tensors:
             value = source.as_packed(layer, name, source.current(name))
@@ -217,12 +237,13 @@ def quantize_experts(
     rounding = Rounding.of_experts(plan.recipe, plan.recipe.quantizer)
     widths_of = plan.widths()[plan.layers.index(layer)]
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
-    output = walk.zeros(routed)
-    meter = DropMeter(routed, experts.experts, drop_seed(plan.recipe.seed, layer), left_out)
+    seed = drop_seed(plan.recipe.seed, layer)
+    meter = DropMeter(routed, experts.experts, seed, left_out, walk.ranks)
     places, tensors = packed_places(walk.source, plan, layer)
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
+    sums = walk.token_sums(routed, numbers)
     step = experts_at_once(walk.source, layer, rounding)
-    read = walk.experts(layer, numbers, routed)
+    read = walk.experts(layer, sums.own, routed)
     while originals := list(islice(read, step)):
         progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
         widths = [widths_of[expert.number] for expert in originals]
@@ -230,63 +251,21 @@ def quantize_experts(
         for expert, matrices in zip(originals, together, strict=True):
             for name, matrix in zip(experts.parameters, matrices, strict=True):
                 start, stop = places[name][expert.number : expert.number + 2]
-                tensors[name][start:stop] = _packed_bytes(matrix)
+                tensors[name][start:stop] = packed_bytes(matrix)
             rounded = expert.with_weights(dequantized(*matrices, expert.weights))
-            rounded.add_output(output)
+            sums.add_output(rounded)
             meter.add(rounded)
         del originals, together, expert, matrices, matrix, rounded  # before the next are read
-    energy = walk.advance(layer, output)
-    return tensors, meter.result(energy / walk.ids.numel())
+    for number, owner in sums.owners.items():
+        for name, offsets in places.items():
+            walk.ranks.give_first(tensors[name][offsets[number] : offsets[number + 1]], owner)
+    energy = walk.advance(layer, sums.result())
+    return tensors, meter.result(energy / walk.tokens)
 
 
 def _drops_file(out: Path, layer: int) -> Path:
     """File with the drop costs of a finished layer, until those of all layers are combined."""
     return out / WORK / "quantize" / f"drops-{layer:04d}.safetensors"
-
-
-def quantize_linears(
-    source: Source,
-    names: Iterable[str],
-    packed: Mapping[str, PackedSpec],
-    rounding: Rounding,
-    inputs: list[SharedInputs],
-) -> dict[str, Tensor]:
-    """Round a layer's linears in place.
-
-    Args:
-        names: of the linears' weights.
-        inputs: statistics of the inputs of all of them; emptied. An empty list: the quantizer needs
-            none.
-
-    Returns:
-        Their packed bytes, by name.
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def put(name: str, target: Tensor, factor: Factor | None) -> None:
-        (codec,) = packed[name].codecs
-        matrix = round_linear(target, codec, factor, rounding)
-        tensors[name] = _packed_bytes(matrix)
-        source.put(name, matrix.dequantize(source.current(name).dtype))
-
-    if not inputs:
-        for name in names:
-            put(name, source.current(name), None)
-    while inputs:  # a Hessian and a correction may take gigabytes: freed after use
-        sharing, shared = inputs.pop()
-        targets = [
-            shared.corrected(source.current(name), rounding.damping, rounding.correction)
-            for name in sharing
-        ]
-        factor = shared.factor(rounding.damping)
-        del shared
-        for name, target in zip(sharing, targets, strict=True):
-            put(name, target, factor)
-    return tensors
-
-
-def _packed_bytes(matrix: Matrix) -> Tensor:
-    return matrix.pack().to("cpu")
 
 
 def packed_places(

@@ -41,11 +41,11 @@ from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measur
 from moepress.costs.texts import Texts
 from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
-from moepress.original.batches import chunks
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
+from moepress.ranks import here
 from moepress.recipe import TABLE_BITS, Recipe
 from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
@@ -89,8 +89,9 @@ def score(
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_usable(source)
     check_group_sizes(source, recipe)
-    with temporary_folder(None) if work is None else work_held(work) as folder:
-        ids = kept_ids(folder, source, recipe) if ids is None else ids
+    with temporary_folder(None) if work is None else work_held(work) as own_folder:
+        folder = here().agreed(lambda: own_folder)
+        ids = here().agreed(lambda: kept_ids(folder, source, recipe)) if ids is None else ids
         return score_tensors(source, recipe, ModelTensors.of(source, recipe), ids, folder)
 
 
@@ -107,17 +108,24 @@ def score_to_file(
     Raises:
         InputError: as of `score`; or `out` or that folder cannot be written or is not of moepress.
     """
+    ranks = here()
     work = out.with_name(out.name + ".work")
-    check_file(out)
-    check_work(work)
-    check_place(work / "lock")
+    ranks.agreed(lambda: _check_places(out, work))
     source = Source(model, device, trust_remote_code)
     check_usable(source)
     check_group_sizes(source, recipe)
     with work_held(work) as folder:
-        ids = kept_ids(folder, source, recipe)
-        score_tensors(source, recipe, ModelTensors.of(source, recipe), ids, folder).save(out)
-        discard(folder)
+        ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
+        scores = score_tensors(source, recipe, ModelTensors.of(source, recipe), ids, folder)
+        ranks.agreed(lambda: scores.save(out))
+        ranks.agreed(lambda: discard(folder))
+
+
+def _check_places(out: Path, work: Path) -> None:
+    """Check that the scores and their unfinished work can be written."""
+    check_file(out)
+    check_work(work)
+    check_place(work / "lock")
 
 
 def score_tensors(
@@ -128,7 +136,7 @@ def score_tensors(
     Args:
         ids: [S, L] calibration sequences.
     """
-    keep_ids(folder, ids)
+    here().agreed(lambda: keep_ids(folder, ids))
     texts = Texts.of(ids, [weight for _, weight in recipe.calib])
     journal = Journal(
         folder, identity(source, recipe, ids), len(source.layers), device=source.device
@@ -151,7 +159,7 @@ def score_tensors(
                     )
                 journal.commit(layer, result, walk.tensors())
                 progress.advance()
-    return _collect(source, recipe, tensors, ids, texts, journal)
+    return here().agreed(lambda: _collect(source, recipe, tensors, ids, texts, journal))
 
 
 def _sensitivity(source: Source, recipe: Recipe, ids: Tensor, folder: Path) -> Sensitivity | None:
@@ -196,28 +204,31 @@ def score_layer(
         return {"linear_cost": linear_cost}
     experts = source.experts[layer].experts
     routed = walk.route(layer).with_sensitivity(of_layer.get(EXPERTS))
-    output = walk.zeros(routed)
     rounding = Rounding.of_experts(recipe, recipe.measure)
     options = (len(ROUNDED), len(recipe.expert_bits))
     errors = torch.zeros(experts, *options, dtype=torch.float64)
     costs = torch.zeros(texts.count, experts, *options, dtype=torch.float64)
     tokens, routing_weight = routed.statistics(experts)
     # An expert that no token chose has no output and no error: its weights are not read.
-    chosen = tokens.nonzero().flatten().tolist()
+    sums = walk.token_sums(routed, walk.chosen(layer, routed))
     step = 1 if rounding.draws else experts_at_once(source, layer, rounding, len(recipe.widths))
-    read = walk.experts(layer, chosen, routed)
+    read = walk.experts(layer, sums.own, routed)
     done = 0
     while together := list(islice(read, step)):
         if rounding.draws and source.device.type == "cuda":
-            soon = chosen[done : done + 1 + EXPERTS_AHEAD]
+            soon = sums.own[done : done + 1 + EXPERTS_AHEAD]
             draw_experts_ahead(layer, soon, source.experts[layer], rounding)
         offered = rounded_weights(together, rounding, recipe.expert_bits)
         for expert, weights in zip(together, offered, strict=True):
             progress.update(layer=layer, expert=expert.number, experts=experts)
-            measured = measure(expert, weights, texts, output)
+            measured = measure(expert, weights, texts, sums)
             errors[expert.number], costs[:, expert.number] = measured
             done += 1
-    output_energy = sum(output[chunk].square().sum().item() for chunk in chunks(output))
+    walk.ranks.sum_up(errors)
+    walk.ranks.sum_up(costs)
+    output = sums.result()
+    of_batches = (output[walk.tokens_of(batch)] for batch in walk.batches)
+    output_energy = walk.division.total([rows.square().sum().item() for rows in of_batches])
     residual_energy = walk.advance(layer, output)
     return {
         "tokens": tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
@@ -30,6 +30,7 @@ from moepress.original.remote_code import tokenizer_of
 from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
+from moepress.ranks import here
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
@@ -158,6 +159,7 @@ def output_held(out: Path) -> Iterator[Path]:
     """Hold the output folder of a run inside the `with` statement, against other runs.
 
     What a killed run left unfinished in single files is deleted. A finished folder is not touched.
+    Rank 0 holds the folder for all ranks of a job.
 
     Yields:
         The work folder.
@@ -165,7 +167,7 @@ def output_held(out: Path) -> Iterator[Path]:
     Raises:
         InputError: another process writes there, or the folder is not ours.
     """
-    if _is_finished(out):
+    if not here().first or _is_finished(out):
         yield out / WORK
         return
     with held(out / WORK, lambda: kept(out)) as work:
@@ -174,8 +176,8 @@ def output_held(out: Path) -> Iterator[Path]:
 
 
 def work_held(folder: Path) -> AbstractContextManager[Path]:
-    """Hold a work folder that is not inside an output; see `held`."""
-    return held(folder, lambda: kept(folder))
+    """Hold a work folder that is not inside an output; see `held`. Rank 0 does so for all ranks."""
+    return held(folder, lambda: kept(folder)) if here().first else nullcontext(folder)
 
 
 def _is_finished(out: Path) -> bool:

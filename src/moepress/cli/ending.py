@@ -28,6 +28,7 @@ from typing import Any
 
 import typer
 
+from moepress.cli.job import in_job, tells_error
 from moepress.errors import InputError, MoepressError, printable
 from moepress.writing.files import FULL
 
@@ -64,7 +65,7 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         try:
-            with _signals_raise():
+            with _signals_raise(), in_job(command.__name__):
                 command(*arguments, **options)
                 sys.stdout.flush()  # now, while an error can still be told
         except (typer.Exit, typer.Abort, SystemExit):
@@ -73,10 +74,11 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except BaseException as error:
-            if _debug:
-                traceback.print_exc()
             text, code = described(error)
-            typer.echo(f"moepress: {one_line(text)}", err=True)
+            if tells_error():
+                if _debug:
+                    traceback.print_exc()
+                typer.echo(f"moepress: {one_line(text)}", err=True)
             raise typer.Exit(code) from None
 
     return run

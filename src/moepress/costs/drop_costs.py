@@ -32,6 +32,7 @@ from moepress.format.arrays import read_arrays, read_document
 from moepress.format.checkpoint import save_tensors
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import Routed, RoutedExpert, expert_forward
+from moepress.ranks import ALONE, Ranks
 from moepress.reading.documents import Array, Document
 
 SAMPLE = 4096  # tokens of a layer; the standard error of a median is 0.8 % of the tokens
@@ -158,11 +159,18 @@ class DropMeter:
         seed: of the sample.
         left_out: experts that are left out. Choices of them count as choices of no expert, as they
             do while the model runs.
+        ranks: that the experts are divided over.
     """
 
     def __init__(
-        self, routed: Routed, experts: int, seed: int, left_out: Sequence[int] = ()
+        self,
+        routed: Routed,
+        experts: int,
+        seed: int,
+        left_out: Sequence[int] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         generator = torch.Generator().manual_seed(seed)
         some = torch.randperm(len(routed.hidden), generator=generator)[:SAMPLE].sort().values
         real = (routed.index[some] >= 0) & (routed.index[some] < experts)
@@ -196,6 +204,7 @@ class DropMeter:
         Args:
             energy: mean over tokens of the sum of squares of the layer's output states.
         """
+        self._ranks.sum_up(self._outputs)
         weight, order = self.sample.weight.sort(dim=1, descending=True, stable=True)
         real = self._real.gather(1, order)
         ratio = (weight / weight[:, :1]).masked_fill(~real, NO_EXPERT)[:, 1:]

@@ -53,13 +53,19 @@ def score_embedding_and_head(
         for option, bits in enumerate(TABLE_BITS):
             if bits == UNQUANTIZED:
                 continue
+            own = option % walk.ranks.count == walk.ranks.rank
+            if not own and "head" not in roles_of_one:
+                continue
             codec = codec_for(bits, weight.shape[1], group_size)
             error = quantize_matrix("rtn", weight, codec).dequantize().sub_(weight)  # [V, H]
+            cost = torch.zeros(texts.count, dtype=torch.float64)
             if "embedding" in roles_of_one:
                 s = sensitivity[EMBEDDING].double()
-                costs[row, :, option] += embedding_costs(error, s, walk.ids, texts)
+                cost += embedding_costs(error, s, walk.division.all_ids, texts)
             if "head" in roles_of_one:
-                costs[row, :, option] += head_costs(walk, error, texts)
+                cost += head_costs(walk, error, texts)
+            costs[row, :, option] = cost if own else 0
+    walk.ranks.sum_up(costs)
     return costs
 
 
@@ -86,18 +92,19 @@ def head_costs(walk: Walk, error: Tensor, texts: Texts) -> Tensor:
     Args:
         error: [V, H] float32 of the head's weight.
     """
-    sequences, length = walk.ids.shape
+    sequences, length = walk.division.all_ids.shape
     step = max(1, sequences * length // HEAD_TOKENS)
-    total, seen = (torch.zeros(texts.count, dtype=torch.float64) for _ in range(2))
+    variances: dict[int, list[float]] = {}  # by sequence, of each slice of its positions
     head = walk.source.language_model.get_output_embeddings()
     inputs: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     try:
         with walk.source.loaded(None):
-            for number in range(0, sequences, step):
-                one = slice(number, number + 1)
-                d = texts.of_token[number * length]
-                seen[d] += length
+            for local, number in enumerate(walk.division.sequences):
+                if number % step:
+                    continue
+                one = slice(local, local + 1)
+                variances[number] = []
                 for positions in position_chunks(length):
                     leaves: list[Tensor] = []
                     with torch.enable_grad(), outputs_as_leaves(head, leaves):
@@ -107,8 +114,16 @@ def head_costs(walk: Walk, error: Tensor, texts: Texts) -> Tensor:
                     p = logits.detach()[0].float().softmax(-1)
                     e = (inputs.pop()[0].float() @ error.T).mul_(slope[0])
                     variance = (p * e.square()).sum(-1) - (p * e).sum(-1).square()
-                    total[d] += variance.double().sum().cpu() / 2
+                    variances[number].append(variance.double().sum().item() / 2)
     finally:
         handle.remove()
+    for of_rank in walk.ranks.everyones(variances):
+        variances |= of_rank
+    total, seen = (torch.zeros(texts.count, dtype=torch.float64) for _ in range(2))
+    for number in sorted(variances):
+        d = texts.of_token[number * length]
+        seen[d] += length
+        for variance_of_slice in variances[number]:
+            total[d] += variance_of_slice
     mean = total.sum() / seen.sum()  # used for a text without tokens in the sample
     return texts.shares() * torch.where(seen > 0, total / seen.clamp(min=1), mean)

@@ -14,6 +14,7 @@ from moepress.format.codec import LEFT_OUT
 from moepress.original.architectures import Experts
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden, expert_output
+from moepress.original.token_sums import TokenSums
 from moepress.rounding.expert import (
     dequantized,
     down_inputs,
@@ -91,14 +92,14 @@ def measure(
     expert: RoutedExpert,
     offered: Iterable[ExpertWeights | None],
     texts: Texts,
-    output: Tensor,
+    output: TokenSums,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of an expert's output, and its cost, at every offered width.
 
     Args:
         expert: with its original weights.
         offered: the expert at each width, one in memory at a time; None: left out.
-        output: [T, H] float32; the expert's exact weighted output is added to it.
+        output: gets the expert's exact output.
 
     Returns:
         Squared errors [3, B] float64 by ROUNDED: gate_up alone, down alone, both rounded. And costs
@@ -122,11 +123,11 @@ def measure(
     return torch.stack(errors, -1), torch.stack(costs, -1)
 
 
-def _originals(expert: RoutedExpert, output: Tensor) -> tuple[Tensor, Tensor]:
+def _originals(expert: RoutedExpert, output: TokenSums) -> tuple[Tensor, Tensor]:
     """The inputs of down [T_e, I] and the weighted output [T_e, H] float32 of the original expert.
 
     Args:
-        output: [T, H] float32; the weighted output is added to it.
+        output: gets the output.
     """
     weights, own = expert.weights, len(expert.tokens)
     device, inner = weights.down.device, weights.down.shape[1]
@@ -136,9 +137,8 @@ def _originals(expert: RoutedExpert, output: Tensor) -> tuple[Tensor, Tensor]:
         x = expert.inputs(chunk)
         inside = expert_hidden(expert.module, weights.gate_up, x, weights.gate_up_bias)
         y = expert_output(expert.module, weights.down, inside, x.shape[1], weights.down_bias)
-        y = y.float() * expert.gate[chunk, None].to(device)
-        output.index_add_(0, expert.tokens[chunk].to(output.device), y.to(output.device))
-        hidden[chunk], exact[chunk] = inside, y
+        output.add(expert, chunk, y)
+        hidden[chunk], exact[chunk] = inside, y.float() * expert.gate[chunk, None].to(device)
     return hidden, exact
 
 

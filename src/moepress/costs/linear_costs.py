@@ -49,7 +49,10 @@ def score_linears(
     for row, name in enumerate(modules):
         s = sensitivity.get(name, torch.zeros(0)).double()
         if len(s) != len(texts.of_token) or not s.sum() > 0:
-            costs[row] = _fallback_only(name, widths)
+            fallback = _fallback_only(name, widths)
+            costs[row] = fallback if walk.ranks.first else 0
+            continue
+        if name not in factors:  # another rank has it
             continue
         weight = walk.source.current(name)
         by_text = texts.sums(s) / len(texts.of_token)
@@ -57,6 +60,7 @@ def score_linears(
         for option, rounded in enumerate(offered):
             cost = output_cost(weight, rounded, factors[name], rounding.family)
             costs[row, :, option] = by_text * cost
+    walk.ranks.sum_up(costs)
     return costs
 
 

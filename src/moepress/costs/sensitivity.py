@@ -23,6 +23,7 @@ unfinished layer of either.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ from moepress.format.journal import check_identity
 from moepress.original.backward import BackwardWalk, Gradient, as_leaves, outputs_as_leaves
 from moepress.original.batches import position_chunks
 from moepress.original.calls import record_calls
-from moepress.original.loops import loop_of
+from moepress.original.loops import Loop, loop_of
 from moepress.original.passes import passes_back
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
+from moepress.ranks import here
 
 SENSITIVITY = "sensitivity"  # name of the folder of results, inside the folder of scoring
 EXPERTS = "experts"  # key of the routed experts' output; linears have their names as keys
@@ -78,24 +80,31 @@ def measure_sensitivity(
         CheckpointError: the disk is too full.
         MoepressError: a layer cannot be differentiated.
     """
+    ranks = here()
     count = len(source.layers)
-    check_identity(folder / "identity.json", identity)
     loop = loop_of(source.text_config, count)
-    unfinished = [layer for layer in range(count) if not result_file(folder, layer).is_file()]
-    todo = loop.whole(unfinished)
-    _clear_after(folder, todo[-1] if todo else -1, count)
+    todo = ranks.agreed(lambda: _unfinished(folder, identity, loop, count))
     if not todo:
         return Sensitivity(folder)
     walk = Walk(source, ids)
-    check_space(folder, walk, todo[-1])
+    ranks.agreed(lambda: check_space(folder, walk, todo[-1]))
     with Progress("sensitivity", total=count + len(todo)) as progress:
-        if not _gradient(folder, todo[-1] + 1).is_file():
+        if ranks.agreed(lambda: not _gradient(folder, todo[-1] + 1).is_file()):
             _forward(walk, folder, progress)
-            save_tensors(_gradient(folder, count), head_gradient(walk, seed).tensors())
+            gradient = walk.division.on_first(head_gradient(walk, seed).tensors())
+            ranks.agreed(lambda: save_tensors(_gradient(folder, count), gradient))
         else:
             progress.skip(count)
         _backward(walk, folder, todo, progress)
     return Sensitivity(folder)
+
+
+def _unfinished(folder: Path, identity: Mapping[str, str], loop: Loop, count: int) -> list[int]:
+    """The layers without a result; what only finished ones needed is deleted."""
+    check_identity(folder / "identity.json", identity)
+    todo = loop.whole([n for n in range(count) if not result_file(folder, n).is_file()])
+    _clear_after(folder, todo[-1] if todo else -1, count)
+    return todo
 
 
 def _clear_after(folder: Path, last: int, count: int) -> None:
@@ -125,7 +134,7 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
     if not _gradient(folder, last + 1).is_file():
         states = (n for n in range(last + 2) if not _states(folder, n).is_file())
         missing += 1 + sum(walk.loop.runs(layer) for layer in states)
-    need = missing * walk.states.nbytes
+    need = missing * walk.tokens * math.prod(walk.states.shape[2:]) * walk.states.itemsize
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(
@@ -140,9 +149,11 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
     source = walk.source
     writer = Writer(source.device, save_tensors)
     at = 0  # the layer whose input the walk's states are
-    for layer in range(len(source.layers)):
+    layers = range(len(source.layers))
+    done = walk.ranks.agreed(lambda: [_states(folder, layer + 1).is_file() for layer in layers])
+    for layer in layers:
         progress.update(layer=layer, note="forward")
-        if _states(folder, layer + 1).is_file():
+        if done[layer]:
             progress.skip(1)
             continue
         if layer == 0:
@@ -154,7 +165,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
         at = layer + 1
         writer.save({_states(folder, at): walk.tensors()})
         progress.advance()
-    writer.finish()
+    walk.ranks.agreed(writer.finish)
     if at != len(source.layers):
         walk.restore(load_tensors(_states(folder, len(source.layers))))
 
@@ -168,9 +179,16 @@ def head_gradient(walk: Walk, seed: int) -> Gradient:
     source = walk.source
     generator = torch.Generator(device=source.device).manual_seed(seed)
     gradient = Gradient(walk.states_like(), {})
+    own = {number: local for local, number in enumerate(walk.division.sequences)}
+    vocabulary = len(source.language_model.get_output_embeddings().weight)
     with source.loaded(None):
-        for number in range(len(walk.ids)):
-            one = slice(number, number + 1)
+        for number in range(len(walk.division.all_ids)):
+            if number not in own:  # another rank draws: the generator moves on as if here
+                for positions in position_chunks(walk.ids.shape[1]):
+                    alike = torch.ones(len(positions), vocabulary, device=source.device)
+                    torch.multinomial(alike, 1, generator=generator)
+                continue
+            one = slice(own[number], own[number] + 1)
             states = walk.states_of(one).requires_grad_()
             carried = as_leaves(walk.carried_of(one))
             leaves = [states, *(value for value in carried.values() if value.requires_grad)]
@@ -190,7 +208,9 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
-    gradient = Gradient.of(load_tensors(_gradient(folder, first + 1)), walk.states_like())
+    stored = load_tensors(_gradient(folder, first + 1))
+    own = {name: walk.division.own(value) for name, value in stored.items()}
+    gradient = Gradient.of(own, walk.states_like())
     walk_back = BackwardWalk(walk, gradient)
     writer = Writer(source.device, save_tensors)
     for layers in reversed(walk.loop.groups(todo)):
@@ -204,27 +224,48 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
                     found[layer].append(_of_layer(one, layer))
         files: dict[Path, dict[str, Tensor]] = {}
         if layers[0] > 0:
-            files[_gradient(folder, layers[0])] = gradient.tensors()
+            files[_gradient(folder, layers[0])] = walk.division.on_first(gradient.tensors())
         for layer, passes in found.items():
             names = dict.fromkeys(name for one_pass in passes for name in one_pass)
             result = {n: torch.cat([p[n] for p in passes if n in p]) for n in names}
             if layer == 0:
                 norms = embedding_norms(walk_back)
-                result[EMBEDDING] = norms / (2 * walk.ids.numel() * source.hidden)
-            files[result_file(folder, layer)] = result
+                result[EMBEDDING] = norms / (2 * walk.tokens * source.hidden)
+            files[result_file(folder, layer)] = walk.division.on_first(result)
         writer.save(files, partial(_forget, folder, layers))
         for _ in layers:
             progress.advance()
+    walk.ranks.agreed(lambda: _finish(writer, folder))
+
+
+def _of_all_tokens(walk: Walk, norms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without outputs that do not have one norm for each token; `score_linears` cannot use them.
+
+    One process keeps them.
+    """
+    if walk.ranks.count == 1:
+        return norms
+    fit = {name for name, norm in norms.items() if len(norm) == walk.ids.numel()}
+    found = walk.ranks.everyones(fit if walk.batches else None)  # None: any
+    everywhere = set.intersection(*(names for names in found if names is not None))
+    return {name: norm for name, norm in norms.items() if name in everywhere}
+
+
+def _finish(writer: Writer, folder: Path) -> None:
+    """Wait for the last result, and delete what only it needed."""
     writer.finish()
     _states(folder, 0).unlink(missing_ok=True)
 
 
 def _of_layer(walk_back: BackwardWalk, layer: int) -> dict[str, Tensor]:
     """The sensitivities of a loaded layer's outputs, from bringing the gradient to its input."""
-    source, tokens = walk_back.walk.source, walk_back.walk.ids.numel()
+    source, tokens = walk_back.walk.source, walk_back.walk.tokens
     modules = source.packable[layer]
     at_experts, norms = walk_back.back(layer, modules)
-    found = {name: norm / (2 * tokens * modules[name].out_features) for name, norm in norms.items()}
+    found = {
+        name: norm / (2 * tokens * modules[name].out_features)
+        for name, norm in _of_all_tokens(walk_back.walk, norms).items()
+    }
     if at_experts is not None:
         found[EXPERTS] = at_experts / (2 * tokens * source.experts[layer].hidden)
     return found
@@ -264,7 +305,7 @@ def embedding_norms(walk_back: BackwardWalk) -> Tensor:
             at_outputs = [g.to(out) for g, out in zip(at_outputs, outputs, strict=True)]
             (found,) = torch.autograd.grad(outputs, leaves, at_outputs)
             norms.append(found.float().square().sum(-1).flatten().cpu())
-    return torch.cat(norms)
+    return torch.cat([torch.empty(0), *norms])
 
 
 def _states(folder: Path, layer: int) -> Path:

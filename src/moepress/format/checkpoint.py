@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.ranks import here
 from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
 from moepress.reading.json import read_json
@@ -64,7 +65,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = 
 
 
 class Writer:
-    """Writes files, at once or while the caller goes on.
+    """Writes files, at once or while the caller goes on. Only rank 0 writes.
 
     Args:
         device: of the computation. If it is a card, `save` copies the tensors and returns; one
@@ -96,6 +97,8 @@ class Writer:
             CheckpointError: a file of this call, or of the last one, cannot be written.
         """
         self.finish()
+        if not here().first:
+            return
         tensors = (tensor for each in files.values() for tensor in each.values())
         if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > MOST_COPIED:
             self._save(files, then)

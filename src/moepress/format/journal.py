@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import Writer, load_json, load_tensors, save_json
+from moepress.ranks import here
 from moepress.reading.documents import parse_value
 
 IDENTITY: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
@@ -50,7 +51,7 @@ class Journal:
         self.layers = range(layers)
         self._file = file or partial(layer_file, folder)
         self._writer = Writer(device)
-        check_identity(folder / "identity.json", identity)
+        here().agreed(lambda: check_identity(folder / "identity.json", identity))
 
     def done(self, layer: int) -> bool:
         """Whether a layer is finished."""
@@ -58,8 +59,8 @@ class Journal:
 
     @property
     def todo(self) -> list[int]:
-        """The unfinished layers."""
-        return [layer for layer in self.layers if not self.done(layer)]
+        """The unfinished layers, as rank 0 finds them."""
+        return here().agreed(lambda: [n for n in self.layers if not self.done(n)])
 
     @property
     def first(self) -> int:

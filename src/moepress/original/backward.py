@@ -152,9 +152,9 @@ class BackwardWalk:
         routed = self.walk.route(layer)
         output = self.walk.experts_output(layer, routed)
         at_output = self._at_experts_output(layer, output)
-        inside = self._through_experts(layer, routed, at_output)
-        norms = torch.cat([at_output[chunk].square().sum(1) for chunk in chunks(at_output)])
-        norms = norms.cpu()
+        inside = self._through_experts(layer, routed, self.walk.division.everywhere(at_output))
+        squares = [at_output[chunk].square().sum(1) for chunk in chunks(at_output)]
+        norms = torch.cat([at_output.new_empty(0), *squares]).cpu()
         return norms, self._to_input(layer, output, inside, linears)
 
     def _at_experts_output(self, layer: int, output: Tensor) -> Tensor:
@@ -169,10 +169,16 @@ class BackwardWalk:
     def _through_experts(
         self, layer: int, routed: Routed, at_output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Step 2: g_h [T, H] float32 and g_w [T, k] float32, one expert in memory at a time."""
-        at_hidden = self.walk.zeros(routed)
+        """Step 2: g_h [T, H] float32 and g_w [T, k] float32, one expert in memory at a time.
+
+        Args:
+            at_output: g_y of the tokens of all ranks.
+        """
+        walk = self.walk
+        dtype = torch.float32 if routed.scales_input else routed.hidden.dtype
+        at_hidden = walk.token_sums(routed, walk.chosen(layer, routed), dtype=dtype, weighted=False)
         at_weight = torch.zeros_like(routed.weight)
-        for expert in self.walk.chosen_experts(layer, routed):
+        for expert in walk.experts(layer, at_hidden.own, routed):
             device = expert.weights.down.device
             for chunk in chunks(expert.tokens):
                 token, place = expert.tokens[chunk], expert.places[chunk]
@@ -181,16 +187,17 @@ class BackwardWalk:
                 g_y = at_output[token].to(device)
                 y = expert_forward(expert.module, expert.weights, x)
                 (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
-                found = found.float().to(at_hidden.device)
                 scale = routed.input_scale(expert.number, token)
                 if scale is None:
                     along = g_y * y.detach().float()
                 else:  # x = w h, and the output is not scaled
+                    found = found.float()
                     along = found * routed.hidden[token].to(found)
                     found = found * scale.to(found)
-                at_hidden.index_add_(0, token.to(found.device), found)
+                at_hidden.add(expert, chunk, found)
                 at_weight[token, place] = along.sum(1).cpu()
-        return at_hidden, at_weight
+        walk.ranks.sum_up(at_weight)
+        return at_hidden.result(), walk.division.own(at_weight)
 
     def _to_input(
         self,
@@ -316,7 +323,7 @@ def embedded_arguments(walk: Walk) -> list[dict[str, int | str]]:
     source = walk.source
     embedding = source.language_model.get_input_embeddings()
     with source.loaded(None), torch.enable_grad(), outputs_as_leaves(embedding, []):
-        calls = record_calls(source, walk.ids[:1])
+        calls = record_calls(source, walk.division.all_ids[:1])
     return [
         {
             f"{EMBEDDED}.{number}.{place}": place

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from moepress.blocks.form import apply_gate, finish
 from moepress.blocks.layout import widened
-from moepress.original.batches import chunks
 
 
 class ExpertWeights(NamedTuple):
@@ -121,15 +120,6 @@ class RoutedExpert:
     def with_weights(self, weights: ExpertWeights) -> RoutedExpert:
         """The same expert with other weights, on the same tokens."""
         return replace(self, weights=weights)
-
-    def add_output(self, output: Tensor) -> None:
-        """Add the weighted output of this expert on its tokens to `output` [T, H] float32."""
-        for chunk in chunks(self.tokens):
-            tokens = self.tokens[chunk]
-            y = expert_forward(self.module, self.weights, self.inputs(chunk)).float()
-            y = y.to(output.device)
-            gate = self.gate[chunk, None].to(output.device)
-            output.index_add_(0, tokens.to(output.device), y * gate)
 
 
 def expert_hidden(module: Any, gate_up: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

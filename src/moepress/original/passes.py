@@ -32,7 +32,8 @@ def enter_loop(walk: Walk) -> None:
     before = walk.carried[BLOCKS].shape[-2]
     left = [torch.zeros(0)]  # to each pass by the one before
     for number in range(loop.passes - 1):
-        run.passes, run.carried = (number,), dict(walk.carried)
+        run.set_passes((number,))
+        run.carried = dict(walk.carried)
         run.states.copy_(walk.states)
         if number:
             run.carried[PREVIOUS] = left[number]
@@ -41,7 +42,7 @@ def enter_loop(walk: Walk) -> None:
                 run.pass_layer(layer)
         left.append(_left_by_pass(run.states, run.carried[BLOCKS], before))
     left[0] = torch.zeros_like(left[1])  # the first pass gets no messages: never read
-    walk.passes = loop.together
+    walk.set_passes(loop.together)
     walk.states = _stacked([walk.states] * loop.passes)
     walk.carried = {k: _stacked([v] * loop.passes) for k, v in walk.carried.items()}
     walk.carried[PREVIOUS] = _stacked([left[number] for number in loop.together])
@@ -54,7 +55,7 @@ def leave_loop(walk: Walk) -> None:
         walk: after the last layer of the loop.
     """
     last = slice(0, len(walk.ids))
-    walk.passes = (0,)
+    walk.set_passes((0,))
     walk.states = _stacked([walk.states[last]])
     kept = {name: value for name, value in walk.carried.items() if name != PREVIOUS}
     walk.carried = {name: _stacked([value[last]]) for name, value in kept.items()}

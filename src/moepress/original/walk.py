@@ -14,6 +14,10 @@ model's own forward passes to it. Only the routed experts are replaced. For a la
 The calls of all layers are recorded once, while the tokens are embedded (calls.py). What some
 layers hand to later ones beside their states is carried along (carried.py). Layers that the model
 runs several times have the states of all these passes, as more sequences (loops.py).
+
+A job of several ranks divides the sequences (division.py) and the experts of each layer
+(token_sums.py). Each rank walks with its own sequences; the inputs of a layer's routed experts are
+exchanged, so that an expert is run on all its tokens at once, as by one process.
 """
 
 from __future__ import annotations
@@ -39,26 +43,27 @@ from moepress.original.carried import (
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.loops import loop_of
 from moepress.original.passes import enter_loop, leave_loop
+from moepress.original.sequences import Sequences
 from moepress.original.source import Source
+from moepress.original.token_sums import TokenSums
 from moepress.progress import Progress
+from moepress.ranks import here
 
 STATES = "states"  # name of the states of a walk in files
 
 
-class Walk:
+class Walk(Sequences):
     """Hidden states of calibration sequences on their way through the layers of a model.
 
     Args:
         source: the model.
-        ids: [S, L] int64 token ids.
+        ids: [S of all ranks, L] int64 token ids.
     """
 
     def __init__(self, source: Source, ids: Tensor) -> None:
         self.source = source
-        self.ids = ids
-        self.loop = loop_of(source.text_config, len(source.layers))
-        self.passes: tuple[int, ...] = (0,)  # of a loop, that the sequences of `states` are in
-        self._batches = batches(ids)
+        loop = loop_of(source.text_config, len(source.layers))
+        super().__init__(ids, here(source.device), loop)
         self._calls: list[list[Call]] = []  # [batch][call]
         # [passes * S, L, H] input of the next layer; of several residual streams [.., L, ...]
         self.states = self._begin()
@@ -69,7 +74,10 @@ class Walk:
         """Record how the model calls each of its layers. Returns the embedded tokens."""
         states: Tensor | None = None
         with self.source.loaded(None):
-            for batch in self._batches:
+            if not self.of_ids:  # more ranks than batches: this one has experts only
+                hidden = record_calls(self.source, self.division.all_ids[:1])[0].hidden
+                return hidden.new_empty((0, *hidden.shape[1:]))
+            for batch in self.of_ids:
                 calls = record_calls(self.source, self.ids[batch])
                 hidden = calls[0].hidden
                 if states is None:
@@ -78,27 +86,32 @@ class Walk:
                 states[batch] = hidden
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
-        assert states is not None  # there is at least one sequence
+        assert states is not None
         return states
 
     def tensors(self, name: str = STATES) -> dict[str, Tensor]:
-        """Everything that a walk needs to go on at this layer: to store it.
+        """Everything that walks need to go on at this layer, of all ranks: for rank 0 to store it.
 
         Args:
             name: of the states; of carried values it is the first part.
         """
-        return {name: self.states} | {f"{name}.{key}": v for key, v in self.carried.items()}
+        carried = {f"{name}.{key}": v for key, v in self.carried.items()}
+        return self.division.on_first({name: self.states} | carried)
 
     def restore(self, tensors: Mapping[str, Tensor], name: str = STATES) -> None:
-        """Go on from stored `tensors`; they may have others among them."""
-        states = tensors[name]
+        """Go on from stored `tensors` of all sequences; they may have others among them."""
+        states = self.division.own(tensors[name])
         together = len(states) > len(self.ids)
-        self.passes = self.loop.together if together else (0,)
+        self.set_passes(self.loop.together if together else (0,))
         if len(states) != len(self.states):
             self.states = self.states_like(len(states))
         self.states.copy_(states)
         start = f"{name}."
-        self.carried = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        self.carried = {
+            k.removeprefix(start): self.division.own(v)
+            for k, v in tensors.items()
+            if k.startswith(start)
+        }
 
     def fork(self) -> Walk:
         """A second walk that starts at the same layer. The two share everything but the states."""
@@ -117,32 +130,24 @@ class Walk:
 
     def of_pass(self, number: int) -> Walk:
         """A walk with the states of one pass alone, which are not copied."""
-        place, count = self.passes.index(number), len(self.ids)
-        rows = slice(place * count, (place + 1) * count)
+        rows = self.rows_of(number)
         other = copy.copy(self)
-        other.passes, other.states = (number,), self.states[rows]
+        other.set_passes((number,))
+        other.states = self.states[rows]
         names = self.carried.keys() - ({PREVIOUS} if number == 0 else set())
         other.carried = {name: self.carried[name][rows] for name in names}
         return other
 
-    @property
-    def batches(self) -> list[slice]:
-        """Slices of the sequences of `states` that go through a layer at a time."""
-        return [
-            slice(place * len(self.ids) + batch.start, place * len(self.ids) + batch.stop)
-            for place in range(len(self.passes))
-            for batch in self._batches
-        ]
-
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
-        """The inputs and choices of a layer's routed experts. The states stay as they are.
+        """The inputs and choices of a layer's routed experts, for the tokens of all ranks.
+
+        The states stay as they are.
 
         Args:
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
-        tokens = len(self.states) * self.ids.shape[1]
-        shape = tokens, self.source.experts[layer].hidden
+        shape = self.division.all_ids.numel(), self.source.experts[layer].hidden
         hidden = empty(shape, self.source.compute_dtype, self.source.device)
         index, weight = [], []
         done = 0
@@ -157,22 +162,36 @@ class Walk:
 
         with replaced_forward(self.experts_module(layer), record):
             for number in range(len(self.batches)):
+                done = self.division.tokens(self.division.of_own(number)).start
                 self.run_batch(layer, number)
+        self.division.spread(hidden)
+        choices, weights = (
+            self.division.everywhere(torch.cat(own) if own else None) for own in (index, weight)
+        )
         scales_input = self.source.experts[layer].form.scales_input
-        return Routed(hidden, torch.cat(index), torch.cat(weight), scales_input=scales_input)
+        return Routed(hidden, choices, weights, scales_input=scales_input)
 
     @torch.inference_mode()
-    def run_for_hooks(self, layer: int, before: Callable[[int], None] | None = None) -> None:
+    def run_for_hooks(
+        self,
+        layer: int,
+        before: Callable[[int], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
         """Run a layer only to trigger hooks: experts return zeros, states stay as they are.
 
         Args:
             before: called with the number of each batch before that batch runs.
+            after: called as often on all ranks, after each batch or in its place.
         """
         with self._without_experts(layer):
-            for number in range(len(self.batches)):
-                if before is not None:
-                    before(number)
-                self.run_batch(layer, number)
+            for number in range(len(self.division.rounds)):
+                if number < len(self.batches):
+                    if before is not None:
+                        before(number)
+                    self.run_batch(layer, number)
+                if after is not None:
+                    after()
 
     @torch.inference_mode()
     def advance(self, layer: int, experts_output: Tensor | None) -> float:
@@ -183,11 +202,11 @@ class Walk:
             experts_output: [T, H] sum of the experts' weighted outputs; None: it has no experts.
 
         Returns:
-            Sum of squares of the new states, the energy of the residual stream; of a loop's passes
-            the mean.
+            Sum of squares of the new states of all ranks, the energy of the residual stream; of a
+            loop's passes the mean.
         """
         done = 0
-        energy = 0.0
+        energies = []
 
         def finished(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             nonlocal done
@@ -208,10 +227,10 @@ class Walk:
                         f"Layer {layer} gives NaN or infinite states on the calibration text. "
                         "Expected finite numbers: a float16 model may overflow; try a bfloat16 one."
                     )
-                energy += out.float().square().sum().item()
+                energies.append(out.float().square().sum().item())
                 self.states[batch] = out
         self.carried = after.values
-        energy /= len(self.passes)
+        energy = self.division.total(energies) / len(self.passes)
         if self.loop.passes > 1 and layer + 1 == self.loop.start:
             enter_loop(self)
         elif self.loop.passes > 1 and layer + 1 == self.loop.stop:
@@ -230,15 +249,28 @@ class Walk:
         for number, weights in zip(numbers, read, strict=True):
             yield RoutedExpert(layer, number, module, weights, routed)
 
-    def chosen_experts(self, layer: int, routed: Routed) -> Iterator[RoutedExpert]:
-        """The experts of a layer that some token chose, read one by one."""
-        count = self.source.experts[layer].experts
-        chosen = [number for number in range(count) if (routed.index == number).any()]
-        yield from self.experts(layer, chosen, routed)
+    def chosen(self, layer: int, routed: Routed) -> list[int]:
+        """Numbers of the experts of a layer that some token chose."""
+        tokens, _ = routed.statistics(self.source.experts[layer].experts)
+        return [int(number) for number in tokens.nonzero().flatten()]
 
-    def zeros(self, routed: Routed) -> Tensor:
-        """[T, H] float32 zeros, to add the outputs of a layer's experts to."""
-        return empty(tuple(routed.hidden.shape), torch.float32, self.source.device).zero_()
+    def token_sums(
+        self,
+        routed: Routed,
+        numbers: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        weighted: bool = True,
+    ) -> TokenSums:
+        """To divide experts over ranks, and to sum what they give for each token.
+
+        Args:
+            numbers: of the experts, rising.
+            dtype: of what they give; None: the outputs' dtype.
+            weighted: by the routing weights.
+        """
+        dtype = self.source.compute_dtype if dtype is None else dtype
+        return TokenSums(self.division, routed, numbers, self.source.device, dtype, weighted)
 
     @torch.inference_mode()
     def experts_output(
@@ -247,14 +279,14 @@ class Walk:
         """Weighted output [T, H] float32 of the original experts, one in memory at a time.
 
         Args:
-            also: called with each expert that some token chose.
+            also: called with each expert of this rank that some token chose.
         """
-        output = self.zeros(routed)
-        for expert in self.chosen_experts(layer, routed):
-            expert.add_output(output)
+        sums = self.token_sums(routed, self.chosen(layer, routed))
+        for expert in self.experts(layer, sums.own, routed):
+            sums.add_output(expert)
             if also is not None:
                 also(expert)
-        return output
+        return sums.result()
 
     def pass_layer(self, layer: int) -> Routed | None:
         """Bring the states through a loaded layer of the original model.
@@ -339,11 +371,7 @@ class Walk:
 
     def call(self, layer: int, number: int) -> Call:
         """How the model calls a layer for batch `number`."""
-        return self._calls[number % len(self._batches)][self.call_number(layer, number)]
-
-    def call_number(self, layer: int, number: int) -> int:
-        """The place of this call among all calls of the model."""
-        return self.loop.call(layer, self.passes[number // len(self._batches)])
+        return self._calls[number % len(self.of_ids)][self.call_number(layer, number)]
 
     def run_batch(self, layer: int, number: int) -> Tensor:
         """Run a batch's own states through a loaded layer. The walk's states stay as they are."""

@@ -5,15 +5,17 @@ Scoring rounds at every width, quantizing at the width of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moepress.errors import MoepressError
-from moepress.format.codec import Codec
+from moepress.format.codec import Codec, PackedSpec
 from moepress.original.walk import Walk
+from moepress.rounding.gathering import Gathering
 from moepress.rounding.hessian import Factor
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices, quantize_matrix
@@ -37,6 +39,8 @@ def linear_inputs(
 ) -> list[SharedInputs]:
     """Statistics of the inputs of a loaded layer's linears, before any of them is rounded.
 
+    Of all ranks' tokens, for this rank's share of the linears.
+
     Linears share one `Inputs` if they get the same tensor in the first batch. Tensors are compared
     by identity, so all inputs of that batch are held until it is over: the address of a freed
     tensor could be used again.
@@ -50,9 +54,9 @@ def linear_inputs(
     Raises:
         MoepressError: the layer never calls one of the linears.
     """
-    gathered: dict[str, Inputs] = {}
-    owners: set[str] = set()  # of linears that share their inputs, the one that adds them
-    seen: list[tuple[Tensor, Inputs]] = []
+    gathering = Gathering(walk.ranks, family, original is not None)
+    owners: dict[str, str] = {}  # by linear, the one that adds the inputs that they share
+    seen: list[tuple[Tensor, str]] = []
     originals: dict[str, list[Tensor]] = {name: [] for name in modules}  # of a batch, by call
     original_runs = False
 
@@ -63,18 +67,13 @@ def linear_inputs(
                 originals[name].append(x)
                 return
             before = originals[name].pop(0) if original is not None else None
-            if name in gathered:
+            if name in owners:
                 seen.clear()
             else:
-                shared = next((inputs for other, inputs in seen if other is x), None)
-                if shared is None:
-                    owners.add(name)
-                    shared = Inputs(x.shape[-1], x.device, family, original is not None)
-                gathered[name] = shared
-                seen.append((x, shared))
-            if name in owners:
-                rows = None if before is None else before.flatten(0, -2)
-                gathered[name].add(x.flatten(0, -2), rows)
+                owners[name] = next((owner for other, owner in seen if other is x), name)
+                seen.append((x, owners[name]))
+            if owners[name] == name:
+                gathering.add(name, x, before)
 
         return see
 
@@ -89,17 +88,85 @@ def linear_inputs(
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         if modules:
-            walk.run_for_hooks(layer, run_original)
-    if never_called := sorted(modules.keys() - gathered.keys()):
+            walk.run_for_hooks(layer, run_original, gathering.end_batch)
+    owners = walk.ranks.agreed(lambda: owners)
+    if never_called := sorted(modules.keys() - owners.keys()):
         raise MoepressError(
             f"{never_called[0]} is a linear that its layer never calls, so how to round it is "
             "unknown. Say so in architectures.ROLES (docs/add-a-family.md), with None."
         )
     return [
-        SharedInputs(tuple(n for n in modules if gathered[n] is gathered[owner]), gathered[owner])
+        SharedInputs(tuple(n for n in modules if owners[n] == owner), gathering.inputs[owner])
         for owner in modules
-        if owner in owners
+        if owner in gathering.inputs
     ]
+
+
+def quantize_linears(
+    walk: Walk,
+    names: Collection[str],
+    packed: Mapping[str, PackedSpec],
+    rounding: Rounding,
+    inputs: list[SharedInputs],
+) -> dict[str, Tensor]:
+    """Round a layer's linears in place.
+
+    Args:
+        names: of the linears' weights.
+        inputs: statistics of the inputs of this rank's linears; emptied. An empty list: the
+            quantizer needs none, or other ranks have all linears.
+
+    Returns:
+        Their packed bytes, by name; on rank 0.
+    """
+    source, ranks = walk.source, walk.ranks
+    tensors: dict[str, Tensor] = {}
+
+    def put(name: str, target: Tensor, factor: Factor | None) -> None:
+        (codec,) = packed[name].codecs
+        matrix = round_linear(target, codec, factor, rounding)
+        tensors[name] = packed_bytes(matrix)
+        source.put(name, matrix.dequantize(source.current(name).dtype))
+
+    if not rounding.needs_hessian:
+        owners = ranks.owners([source.current(name).numel() for name in names])
+        for name, owner in zip(names, owners, strict=True):
+            if owner == ranks.rank:
+                put(name, source.current(name), None)
+    while inputs:  # a Hessian and a correction may take gigabytes: freed after use
+        sharing, shared = inputs.pop()
+        targets = [
+            shared.corrected(source.current(name), rounding.damping, rounding.correction)
+            for name in sharing
+        ]
+        factor = shared.factor(rounding.damping)
+        del shared
+        for name, target in zip(sharing, targets, strict=True):
+            put(name, target, factor)
+    _exchange_linears(walk, tensors)
+    return tensors
+
+
+def _exchange_linears(walk: Walk, tensors: dict[str, Tensor]) -> None:
+    """Put the rounded linears of all ranks in place, and add their packed bytes on rank 0.
+
+    Args:
+        tensors: packed bytes of this rank's linears, by name.
+    """
+    source, ranks = walk.source, walk.ranks
+    sizes = ranks.everyones({name: len(packed) for name, packed in tensors.items()})
+    for owner, of_one in enumerate(sizes):
+        for name, size in of_one.items():
+            if owner == ranks.rank:
+                rounded, packed = source.current(name), tensors[name]
+            else:  # never in place: a weight may be mapped from a file
+                rounded = torch.empty_like(source.current(name))
+                packed = torch.empty(size, dtype=torch.uint8)
+            ranks.give(rounded, owner)
+            ranks.give_first(packed, owner)
+            source.put(name, rounded)
+            if ranks.first:
+                tensors[name] = packed
 
 
 def round_linear(weight: Tensor, codec: Codec, factor: Factor | None, rounding: Rounding) -> Matrix:
@@ -139,3 +206,8 @@ def output_cost(weight: Tensor, rounded: Tensor, factor: Factor, family: str) ->
         error = rotate(error)
     left = error @ factor.feedback
     return float((left.square() @ factor.curvature).double().sum())
+
+
+def packed_bytes(matrix: Matrix) -> Tensor:
+    """The bytes that are stored, on the CPU."""
+    return matrix.pack().to("cpu")

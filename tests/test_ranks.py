@@ -1,0 +1,160 @@
+"""Compression by several processes: the bytes of one, also after one of them was killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moepress.cli import job
+from moepress.format.checkpoint import SCORES
+from moepress.original import batches
+from moepress.original.division import Division
+from moepress.ranks import ALONE, Ranks
+from tests.cli.test_cli import SMALL, run
+
+Folder = Callable[..., Path]
+BATCH = 64  # tokens: two sequences, so that there are three batches
+
+
+def torchrun(count: int, kill: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command of moepress on `count` ranks; see tests/ranked.py."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "tests.ranked"]
+    command = [sys.executable, *start, str(BATCH), *kill.split(), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+def test_a_killed_rank_ends_the_job_and_one_process_finishes_it_with_the_same_bytes(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`default`: backward walk, drawn errors, trellis codes and the correction. And a dense layer,
+    latent attention and shared experts."""
+    several, one = tmp_path / "several", tmp_path / "one"
+    rest = ("--bits", 2, "--calib", text_file, *SMALL)
+    model = model_folder("deepseek_v3", "bfloat16")
+    ended = torchrun(2, "quantize 1", "compress", model, several, *rest)
+    (told,) = [line for line in ended.stderr.splitlines() if line.startswith("moepress: ")]
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert "Another rank" in told or "stopped by SIGTERM" in told  # from torchrun, if it is faster
+    assert (several / SCORES).is_file() and (several / "model-layer-0000.safetensors").is_file()
+    assert not (several / "model-layer-0001.safetensors").exists()
+
+    monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
+    for out in (several, one):
+        code, _, err = run(monkeypatch, capsys, "-q", "compress", model, out, *rest)
+        assert code == 0, err
+    assert files(one) == files(several)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("family", "recipe", "count"),
+    [
+        ("deepseek_v3", "default", 4),  # rank 3 has no sequences
+        ("mixtral", "default", 2),
+        ("qwen2_moe", "default", 3),
+        ("mixtral", "fast", 3),
+        ("qwen2_moe", "paper", 2),
+    ],
+)
+def test_any_number_of_ranks_writes_the_same_bytes(
+    family: str,
+    recipe: str,
+    count: int,
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rest = ("--bits", 2, "--recipe", recipe, "--calib", text_file, *SMALL)
+    model = model_folder(family, "bfloat16")
+    ended = torchrun(count, "none 0", "compress", model, tmp_path / "several", *rest)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [str(tmp_path / "several")]
+    assert sum("WARNING" in line for line in ended.stderr.splitlines()) <= 1
+    monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
+    code, _, err = run(monkeypatch, capsys, "-q", "compress", model, tmp_path / "one", *rest)
+    assert code == 0, err
+    assert files(tmp_path / "one") == files(tmp_path / "several")
+
+
+@pytest.mark.ranks
+def test_bad_input_is_told_once(tmp_path: Path) -> None:
+    ended = torchrun(2, "none 0", "score", tmp_path / "missing", tmp_path / "s.safetensors")
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("moepress: ")]
+    assert len(lines) == 1 and "No model folder" in lines[0] and ended.returncode == 1
+
+
+@pytest.mark.ranks
+def test_the_stages_one_by_one(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, made = model_folder("mixtral", "bfloat16"), {}
+    for name in ("several", "one"):
+        scores, plan, out = (tmp_path / f"{name}{end}" for end in (".safetensors", ".json", ""))
+        score = ("score", model, scores, "--calib", text_file, *SMALL)
+        quantize = ("quantize", model, plan, out)
+        if name == "several":
+            assert torchrun(2, "none 0", *score).returncode == 0
+        else:
+            monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
+            assert run(monkeypatch, capsys, *score)[0] == 0
+        assert run(monkeypatch, capsys, "allocate", scores, plan, "--bits", 2)[0] == 0
+        if name == "several":
+            assert torchrun(3, "none 0", *quantize).returncode == 0
+        else:
+            assert run(monkeypatch, capsys, *quantize)[0] == 0
+        made[name] = {"scores": scores.read_bytes(), **files(out)}
+    assert made["several"] == made["one"]
+
+
+def test_other_commands_are_refused_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(job, "_several", lambda: True)
+    code, out, err = run(monkeypatch, capsys, "inspect", tmp_path)
+    assert code == 2 and out == "" and "only compress, score, quantize" in err
+
+
+def test_the_longest_task_is_given_first_and_to_the_rank_with_least_to_do() -> None:
+    assert Ranks(0, 2).owners([1, 5, 3, 3]) == [0, 0, 1, 1]
+    assert ALONE.owners([1, 5, 3]) == [0, 0, 0]
+    owners = Ranks(0, 3).owners([float(i % 7) for i in range(100)])
+    loads = [sum(i % 7 for i in range(100) if owners[i] == rank) for rank in range(3)]
+    assert max(loads) - min(loads) <= 6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_batches_are_those_of_one_process_whichever_rank_has_them(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 10)
+    ids = torch.arange(7 * 4).view(7, 4)  # batches of 2, 2, 2 and 1 sequences
+    parts = [Division(ids, Ranks(rank, count)) for rank in range(count)]
+    whole = torch.full((28,), -1)
+    for part in parts:
+        assert torch.equal(part.ids, ids[part.sequences])
+        own = [part.ids[batch] for batch in batches.batches(part.ids)] if len(part.ids) else []
+        for number, batch in enumerate(own):
+            assert torch.equal(batch, ids[part.of_own(number)])
+            whole[part.tokens(part.of_own(number))] = batch.flatten()
+    assert torch.equal(whole, ids.flatten())
+    assert sorted(n for part in parts for n in part.sequences) == list(range(7))
