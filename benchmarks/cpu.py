@@ -340,14 +340,21 @@ def write_gguf(path: Path, quantization: str, layers: int = LAYERS, skew: float 
 
     generator = np.random.default_rng(0)
     types = gguf.GGMLQuantizationType
-    halves = {"IQ2_XXS": [0], "IQ2_XS": [0], "Q2_K": [80, 82], "Q4_K": [0, 2]}  # where scales lie
+    # Where a block's scale lies, and that of its minima, which makes the mean of random codes zero
+    # at so many times the scale.
+    places = {"IQ2_XXS": {0: 1}, "IQ2_XS": {0: 1}, "Q2_K": {80: 1, 82: 1.5}, "Q4_K": {0: 1, 2: 7.5}}
+
+    def filled(blocks: np.ndarray, kind: str, scale: float) -> np.ndarray:
+        for at, times in places[kind].items():
+            blocks[:, at : at + 2] = np.array([times * scale], np.float16).view(np.uint8)
+        return blocks
 
     def random(kind: str, *shape: int) -> tuple[np.ndarray, Any]:
+        """Weights of about the standard deviation of those of `mixtral_shape.random_packed`."""
         values, size = gguf.GGML_QUANT_SIZES[types[kind]]
         blocks = generator.integers(256, size=(np.prod(shape) // values, size), dtype=np.uint8)
-        scale = np.array([shape[-1] ** -0.5 / 16], np.float16).view(np.uint8)
-        for at in halves[kind]:
-            blocks[:, at : at + 2] = scale
+        some = gguf.quants.dequantize(filled(blocks[:1000], kind, 1), types[kind])
+        filled(blocks, kind, 0.5 * shape[-1] ** -0.5 / some.std())
         return blocks.reshape(*shape[:-1], -1), types[kind]
 
     writer = gguf.GGUFWriter(path, "llama")

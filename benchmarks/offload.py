@@ -12,9 +12,10 @@ cache. It needs the right to make one (root). Systems take turns, and a line of 
     drive_share     of the drive's plain read speed, measured at the start
 
 Routers are skewed: their rows have norms from 1.3 down to 0.7 (`mixtral_shape.router`). With that
-the experts of a layer are chosen about as unevenly as those of the reference models; how often a
-token's choice was the last token's too is printed for ours as `repeats`. llama.cpp's weights are
-other random numbers, so its choices are others of the same kind.
+the experts of a layer are chosen about as unevenly as those of the reference models. The tokens are
+given, the same random ones for all: with random weights, a model's own tokens soon repeat, and with
+them the experts. How often a token's choice was the last token's too is printed for ours as
+`repeats`. llama.cpp's weights are other random numbers, so its choices are others of the same kind.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -37,7 +39,7 @@ import mixtral_shape
 
 SKEW = 0.3
 LEFT_FREE = 0.75e9  # of the limit: Python, torch, activations
-WARM_TOKENS, TOKENS, SECONDS = 8, 48, 45.0
+PROMPT, WARM_TOKENS, TOKENS, SECONDS = 16, 8, 48, 45.0
 
 
 @contextmanager
@@ -75,6 +77,14 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
+def given_tokens() -> Iterator[list[int]]:
+    """A prompt of 16 random tokens, then random tokens one at a time."""
+    draw = random.Random(0)
+    yield [draw.randrange(mixtral_shape.VOCAB) for _ in range(PROMPT)]
+    while True:
+        yield [draw.randrange(mixtral_shape.VOCAB)]
+
+
 def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], Callable[[], Any]]:
     """A function that decodes one token, and one that tells what else there is to say."""
     if system == "llama.cpp":
@@ -99,15 +109,17 @@ def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], C
     for module in model.modules():
         if isinstance(module, PackedExperts):
             module.register_forward_pre_hook(watch)
-    ids = torch.randint(mixtral_shape.VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
+    tokens = given_tokens()
     cache = None
 
     @torch.inference_mode()
     def step() -> None:
-        nonlocal ids, cache
+        nonlocal cache
         chosen.append([])
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        ids = torch.tensor([next(tokens)])
+        cache = model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).past_key_values
 
     def about() -> dict[str, Any]:
         pairs = [
@@ -127,7 +139,6 @@ def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], C
 
 def llama_stepper(path: Path) -> Callable[[], None]:
     import llama_cpp
-    import numpy as np
 
     llama_cpp.llama_backend_init()
     mapped = llama_cpp.llama_model_default_params()
@@ -137,15 +148,13 @@ def llama_stepper(path: Path) -> Callable[[], None]:
     params.n_ctx = params.n_batch = params.n_ubatch = 128
     params.n_threads = params.n_threads_batch = cpu.THREADS
     context = llama_cpp.llama_init_from_model(model, params)
-    tokens = np.random.default_rng(0).integers(mixtral_shape.VOCAB, size=16).tolist()
+    tokens = given_tokens()
 
     def step() -> None:
-        nonlocal tokens
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))):
+        ids = next(tokens)
+        array = (llama_cpp.llama_token * len(ids))(*ids)
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))):
             raise SystemExit("llama_decode failed")
-        logits = llama_cpp.llama_get_logits_ith(context, -1)
-        tokens = [int(np.ctypeslib.as_array(logits, (mixtral_shape.VOCAB,)).argmax())]
 
     return step
 

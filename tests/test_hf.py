@@ -381,7 +381,7 @@ def test_what_transformers_asks_of_a_quantizer() -> None:
     assert MoePressConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     quantizer = MoePressQuantizer(config)
     assert quantizer.is_serializable()
-    assert not quantizer.is_trainable
+    assert quantizer.is_trainable
     assert quantizer.is_compileable
     with pytest.raises(ValueError, match="pre-quantized"):
         MoePressQuantizer(config, pre_quantized=False)

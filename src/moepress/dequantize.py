@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moepress.blocks.layout import without_padding
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import finish_folder, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.format.journal import check_identity
@@ -134,7 +134,7 @@ class _Plain:
         if name in self._experts:
             return self._matrices_of_experts(self._experts[name], name, value)
         if name not in self._state:
-            raise CheckpointError(
+            raise FileError(
                 f"config.json packs {name}, which the model has not. The file is damaged or "
                 "belongs to another model: copy the folder again."
             )

@@ -45,7 +45,7 @@ class BudgetError(InputError):
 
 
 class CheckpointError(MoepressError):
-    """A file is missing, damaged or contradictory, or cannot be written (disk full)."""
+    """A file of the work is missing or contradictory, or cannot be written (disk full)."""
 
 
 class FileError(InputError, CheckpointError):
@@ -54,3 +54,7 @@ class FileError(InputError, CheckpointError):
 
 class NumericalError(MoepressError):
     """A computation gave NaN or infinity, or a matrix stays singular despite damping."""
+
+
+class WeightsError(FileError, NumericalError):
+    """The weights of a file are not finite, or do not fit the dtype of the model."""

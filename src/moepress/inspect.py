@@ -30,6 +30,7 @@ from moepress.format.checksums import verify as verify_bytes
 from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
 from moepress.original.folder import weight_files
+from moepress.original.loops import loop_of
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
@@ -153,6 +154,7 @@ def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         "dtype": str(source.dtype).removeprefix("torch."),
         **({"quantization": stored} if stored else {}),
         "layers": len(source.layers),
+        **_loop(source),
         "layers_with_experts": len(source.experts),
         "experts_per_layer": one.experts,
         "hidden_size": one.hidden,
@@ -165,6 +167,12 @@ def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in source.files),
         "fingerprint": source.fingerprint,
     }
+
+
+def _loop(source: Source) -> dict[str, Any]:
+    """The layers that a model runs several times; nothing for all other models."""
+    loop = loop_of(source.text_config, len(source.layers))
+    return {"looped_layers": list(loop.layers), "passes": loop.passes} if loop.passes > 1 else {}
 
 
 def _form(source: Source) -> dict[str, Any]:

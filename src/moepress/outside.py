@@ -19,6 +19,7 @@ COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
 def outside_layers(source: Source, packed: Mapping[str, PackedSpec]) -> dict[str, Tensor]:
     """Stored tensors outside the layers. Embedding and head, if packed, are rounded to nearest."""
     tensors = {}
+    source.upcoming.tensors(source.names(None), "the tensors outside the layers")
     for name in source.names(None):
         value = source.tensor(name)
         if name in packed:

@@ -10,8 +10,10 @@ at most twice a second. Nothing is written to stdout, which is for results.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Literal, Self, get_args
@@ -29,6 +31,7 @@ Verbosity = Literal["quiet", "normal"]
 
 REFRESHES_PER_SECOND = 2  # of the live bar
 SECONDS_BETWEEN_LINES = 5.0  # where there is no terminal
+TELL_AFTER, TELL_AGAIN = 5.0, 60.0  # seconds of waiting until it is told, and told again
 _verbosity: Verbosity = "normal"
 
 
@@ -49,6 +52,18 @@ def announce(name: str, text: Callable[[], str]) -> None:
     if _verbosity != "quiet":
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"{name}: {text()}", markup=False)
+
+
+@contextmanager
+def told_if_slow(name: str, text: str) -> Iterator[None]:
+    """Announce a text if what is inside the `with` statement takes more than TELL_AFTER seconds."""
+    timer = threading.Timer(TELL_AFTER, announce, (name, lambda: text))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Progress:

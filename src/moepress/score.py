@@ -180,6 +180,7 @@ def score_layer(
     """Measure the experts and open linears of one loaded layer, and bring the walk through it."""
     source = walk.source
     of_layer = sensitivity.layer(layer) if sensitivity else {}
+    texts = texts.repeated(len(walk.passes))
     progress.update(layer=layer, note="linears")
     linear_cost = score_linears(
         walk,

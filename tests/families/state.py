@@ -35,13 +35,11 @@ class Failure:
 
 COMPRESS, PRUNE = "compress", "prune"
 NO_EXPERTS = Failure("single rows of two tables", "each expert is one neuron")
-LOOP = Failure("calls its layers in the order", "it runs some layers several times")
 ONE = Failure("keeps its first", "a token chooses one expert", last=False)
 
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
     (COMPRESS, NO_EXPERTS): ("doge",),
-    (COMPRESS, LOOP): ("inkling2_loop_text", "inkling2_loop"),
     (PRUNE, ONE): ("zaya",),
 }  # fmt: skip
 # By (family, step).

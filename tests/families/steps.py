@@ -44,7 +44,15 @@ NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
 NO_STATIC_CACHE = {
     **dict.fromkeys(
-        ("inkling2", "inkling2_text", "inkling_mm_model", "inkling_text"), "size of tensor a"
+        (
+            "inkling2",
+            "inkling2_text",
+            "inkling2_loop",
+            "inkling2_loop_text",
+            "inkling_mm_model",
+            "inkling_text",
+        ),
+        "size of tensor a",
     ),
     "deepseek_v4": "heavily_compressed_attention",
 }
@@ -123,7 +131,12 @@ def logits_step(case: Case) -> None:
 
 @torch.inference_mode()
 def close_step(case: Case) -> None:
-    """With 8 bits for everything it is close to the original."""
+    """With 8 bits for everything it is close to the original.
+
+    The recipe of this is its own, so it is done once.
+    """
+    if case.recipe == "default":
+        return
     original = open_model(case.family, case.original)
     wide = compress(case.original, case.work / "wide", wide_recipe(case.text, original))
     packed = model_class(case.family).from_pretrained(wide).eval()
@@ -193,7 +206,9 @@ STEPS: Mapping[str, Callable[[Case], None]] = {
 
 
 def same(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got.float(), expected.float(), rtol=1e-3, atol=2e-3)
+    """Check that logits are equal, but for the order of sums in float32."""
+    spread = float(expected.float().std())
+    torch.testing.assert_close(got.float(), expected.float(), rtol=1e-3, atol=1e-3 * spread)
 
 
 def scores(model: Any, inputs: Mapping[str, Tensor], cache: str) -> Tensor:

@@ -45,7 +45,6 @@ TEXT_PROMPT = {"input_ids": torch.arange(2, 26)[None]}
 # experts in a tower.
 USUAL = ("qwen3_vl_moe", "ernie4_5_vl_moe", "dots3_note")
 COMPOSITE, CAUSAL_LM = "Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"
-REFUSED = {"inkling2_loop": "calls its layers in the order"}
 
 
 def folder_of(family: str, path: Path, tokenizer: Path) -> Path:
@@ -90,7 +89,7 @@ def check_same(folder: Path, out: Path, image: Prompt, work: Path) -> None:
 
 
 def families() -> list[Any]:
-    others = [f for f in COMPOSITES if f not in (*USUAL, *REFUSED)]
+    others = [f for f in COMPOSITES if f not in USUAL]
     return [*USUAL, *(pytest.param(f, marks=pytest.mark.families) for f in others)]
 
 
@@ -104,16 +103,6 @@ def test_texts_and_images(
     check_same(folder, out, IMAGES[family](), tmp_path / "plain")
     before, after = bytes_by_part(folder)[COPIED], bytes_by_part(out)[COPIED]
     assert before.original == after.original == after.stored
-
-
-@pytest.mark.parametrize("family", REFUSED)
-@pytest.mark.families
-def test_what_cannot_be_walked_is_refused(
-    family: str, text_file: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    folder = folder_of(family, tmp_path / "original", tokenizer_folder)
-    with pytest.raises(InputError, match=REFUSED[family]):
-        compress(folder, tmp_path / "out", small_recipe(text_file, bits=2.5))
 
 
 def joined(text: Any, composite: str, **fields: Any) -> Any:

@@ -247,6 +247,10 @@ void trellis_search() {
     expect(moepress_trellis_values(branches.get(), rows, 8, bits, int(pick(1, 3)), values.get()) ==
                kOk,
            "trellis values: wrong result");
+    const int64_t cols = 32 * pick(1, 20), count = pick(1, 9);
+    Buffer<float> x = random_floats(count * cols);
+    expect(moepress_trellis_rotate(x.get(), count, cols, int(pick(0, 1)), int(pick(1, 3))) == kOk,
+           "trellis rotation: wrong result");
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from moepress.errors import InputError
 from moepress.format.codec import TRELLIS_BITS, PackedSpec
 from moepress.kernels import cpu, reference, trellis
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.rounding.rotation import rotate, rotate_back
 from tests.kernels.test_kernels import op_arguments, within_twice_plain
 from tests.rounding.test_trellis import codec_of, random_packed
 
@@ -47,6 +48,28 @@ def experts_call(
     share = torch.rand(tokens, 2, generator=generator)
     sizes = inner, group, group
     return ExpertsCall(x, index, share, *packed, *tables, *sizes, activation, bits, "trellis")
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (2, 5, 64), (40, 384), (7, 768)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rotation(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Equal floats, also of columns of a matrix, which are not contiguous."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, ..., 0] = 0
+    for given in (x, x.mT.contiguous().mT):
+        before = given.clone()
+        assert rotate(given).equal(trellis.rotate(x))
+        assert rotate_back(given).equal(trellis.rotate_back(x))
+        assert given.equal(before)
+
+
+def test_rotation_of_other_sizes() -> None:
+    for shape in ((0, 64), (3, 48)):
+        x = torch.randn(shape)
+        assert rotate(x).equal(trellis.rotate(x)) and rotate_back(x).equal(trellis.rotate_back(x))
+    if not MISSING:
+        with pytest.raises(InputError, match="out of range"):
+            cpu.trellis_rotate(torch.zeros(2, 48), back=False)
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])

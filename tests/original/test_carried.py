@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moepress.costs.sensitivity import embedding_norms, head_gradient
+from moepress.costs.sensitivity import embedding_norms, head_gradient, measure_sensitivity
 from moepress.errors import InputError
 from moepress.format.journal import Journal
 from moepress.original import batches as batch_sizes
 from moepress.original.backward import BackwardWalk
 from moepress.original.between import bytes_between_layers
 from moepress.original.carried import CarriedCall, Gathered, Placeholder, returned_values
+from moepress.original.passes import passes_back
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from tests.families.models import make_model, save_model
@@ -33,6 +34,14 @@ SHARED_KEYS = {
     "vocab_size_per_layer_input": 384,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+LOOP = {  # blocks of one layer: before the loop, of its three layers, after it
+    "num_hidden_layers": 5,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "mlp_layer_types": ["dense"] + 4 * ["sparse"],
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 4,
+    "loop_num_passes": 3,
+}
 # Family, changes of its tiny config, and the names of the values carried out of the last layer.
 FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "states only": ("mixtral", {}, set()),
@@ -44,6 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {f"shared.{kind}_attention.{n}" for kind in ("sliding", "full") for n in (0, 1)},
     ),
     "several residual streams": ("qwen4_exp_text", {}, set()),
+    "a loop": ("inkling2_loop_text", LOOP, {"blocks"}),
 }
 
 
@@ -104,6 +114,52 @@ def test_a_walk_is_the_models_forward_and_goes_on_where_it_stopped(
         torch.testing.assert_close(logits(one), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_walk_goes_on_inside_a_loop(case: Callable[[str], Case]) -> None:
+    folder, _ = case("a loop")
+    source = Source(folder)
+    walk = Walk(source, IDS)
+    stored = []
+    for layer in range(len(source.layers)):
+        stored.append({k: v.clone() for k, v in walk.tensors().items()})
+        pass_layer(walk, layer)
+    assert [len(one["states"]) // len(IDS) for one in stored] == [1, 3, 3, 3, 1]
+    for start in range(1, len(stored)):
+        resumed = Walk(source, IDS)
+        resumed.restore(stored[start])
+        for layer in range(start, len(stored)):
+            pass_layer(resumed, layer)
+        assert torch.equal(logits(resumed), logits(walk))
+
+
+def test_sensitivities_of_a_loop_go_on_where_they_stopped(
+    case: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of all passes, in the order that a walk has these in."""
+    source = Source(case("a loop").folder)
+    whole = measure_sensitivity(source, IDS, tmp_path / "whole", {}, seed=0)
+    back, calls = BackwardWalk.back, []
+
+    def stopped(self: BackwardWalk, layer: int, linears: Any) -> Any:
+        calls.append((layer, self.walk.passes))
+        if len(calls) == 6:  # in the second pass from the last
+            raise KeyboardInterrupt
+        return back(self, layer, linears)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BackwardWalk, "back", stopped)
+        measure_sensitivity(source, IDS, tmp_path / "stopped", {}, seed=0)
+    assert calls == [(4, (0,)), *((layer, (2,)) for layer in (3, 2, 1)), (3, (1,)), (2, (1,))]
+    resumed = measure_sensitivity(source, IDS, tmp_path / "stopped", {}, seed=0)
+    for layer in range(len(source.layers)):
+        expected, found = whole.layer(layer), resumed.layer(layer)
+        assert expected.keys() == found.keys()
+        for name, value in found.items():
+            assert torch.equal(value, expected[name])
+            assert len(value) == (3 if layer in (1, 2, 3) else 1) * IDS.numel()
+    assert not list(tmp_path.rglob("states-*"))
+    assert not list(tmp_path.rglob("gradient-*"))
+
+
 def squared_norms(model: nn.Module, paths: list[str]) -> Callable[[], dict[str, Tensor]]:
     """Hooks on modules of the oracle, and a function that gives [T] after the backward pass."""
     seen: dict[str, list[Tensor]] = {}
@@ -160,13 +216,18 @@ def test_a_backward_walk_is_autograd(
     gradient = head_gradient(walk, 0)
     back = BackwardWalk(walk, gradient)
     found: dict[str, Tensor] = {}
-    for layer in reversed(range(len(source.layers))):
-        walk.restore(stored[layer])
-        with source.layer_loaded(layer):
-            at_experts, norms = back.back(layer, source.packable[layer])
-        found |= {name.removesuffix(".weight"): norm for name, norm in norms.items()}
-        if at_experts is not None:
-            found[source.experts[layer].path] = at_experts
+    for layers in reversed(walk.loop.groups(range(len(source.layers)))):
+        for number in passes_back(gradient, walk.loop.runs(layers[0])):
+            for layer in reversed(layers):
+                walk.restore(stored[layer])
+                with source.layer_loaded(layer):
+                    one = back.on(walk.of_pass(number))
+                    at_experts, norms = one.back(layer, source.packable[layer])
+                new = {name.removesuffix(".weight"): norm for name, norm in norms.items()}
+                if at_experts is not None:
+                    new[source.experts[layer].path] = at_experts
+                for path, norm in new.items():  # the oracle's first pass comes first
+                    found[path] = torch.cat([norm, found[path]]) if path in found else norm
     model = oracle(folder)
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_() * 1)
     expected = squared_norms(model, list(found))

@@ -33,10 +33,6 @@ def change(folder: Path, ending: str, changed: Callable[[Tensor], Tensor]) -> Pa
     raise KeyError(ending)
 
 
-def loop(folder: Path) -> Path:
-    return save_model(make_model("inkling2_loop_text"), folder)
-
-
 def other_norm(folder: Path) -> Path:
     save_model(make_model("mixtral"), folder)
     return change(folder, "input_layernorm.weight", lambda value: value[:32].clone())
@@ -48,7 +44,6 @@ def cut_projection(folder: Path) -> Path:
 
 
 REFUSED = {
-    loop: "calls its layers in the order [0, 1, 1, 2]",
     other_norm: "has shape [32]. Its config says [64]",
     cut_projection: "cannot be made of the tensors of",
 }

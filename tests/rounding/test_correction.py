@@ -66,8 +66,13 @@ def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens
     system, goal = torch.cat([x, ridge]), torch.cat([lacking, torch.zeros(32, 24)])
     expected = wide + strength * torch.linalg.lstsq(system, goal).solution.T
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    alone = Correction(32, "cpu", w)  # sums W M, as for `down`
+    for part in (slice(0, 15), slice(15, None)):
+        alone.add(now[part], original[part], count[part] if weighted else None)
+    summed = alone.corrected(w, hessian.copy(), DAMPING, strength)
+    torch.testing.assert_close(summed.double(), expected, rtol=1e-4, atol=1e-4)
     if strength == 0:
-        assert torch.equal(got, w)
+        assert torch.equal(got, w) and torch.equal(summed, w)
     hessian.factor(DAMPING)  # a copy was used up, not this one
 
 
@@ -83,15 +88,16 @@ def test_without_tokens_or_drift_the_weight_stays() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("damping", [1e-6, 0.5])
+@pytest.mark.parametrize("alone", [False, True])
 def test_gain_is_least_squares(
-    weighted: bool, damping: float, monkeypatch: pytest.MonkeyPatch
+    weighted: bool, damping: float, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best gain of all outputs, token by token in float64, whatever the damping is."""
     monkeypatch.setattr(correction_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs()
     w = random_weight()
     rounded = w.round()
-    correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
+    correction, hessian = Correction(32, "cpu", w if alone else None), Hessian(32, "cpu")
     each = count if weighted else None
     correction.add(now, original, each)
     hessian.add(now, each)
@@ -116,6 +122,22 @@ def test_the_gain_is_1_without_tokens_or_outputs() -> None:
     correction.add(now, original)
     hessian.add(now)
     assert correction.gain(w, torch.zeros_like(w), hessian.factor(DAMPING)) == 1
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_inputs_of_one_matrix_of_few_rows_give_the_same(family: str) -> None:
+    now, original, count = moved_inputs()
+    w, matrix = random_weight(16), quantize_matrix("rtn", random_weight(16), Codec(2, 32))
+    found = []
+    for weight in (None, w.bfloat16().float(), random_weight(17)):  # 17 rows: M is summed
+        inputs = Inputs(32, "cpu", family, True, weight)
+        inputs.add(now, original, count)
+        moved = inputs.corrected(w.bfloat16(), DAMPING, 0.5)
+        found.append((moved, inputs.rescaled(matrix, w.bfloat16(), inputs.factor(DAMPING))))
+    for moved, rescaled in found[1:]:
+        torch.testing.assert_close(moved, found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rescaled.dequantize(), found[0][1].dequantize())
+    assert not torch.allclose(found[0][0], w, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["int", "trellis"])

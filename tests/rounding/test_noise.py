@@ -16,10 +16,11 @@ from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.recipe import Recipe
 from moepress.rounding import methods
+from moepress.rounding import noise as noise_module
 from moepress.rounding.fit import upper_product, within_blocks
 from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.linear import output_cost
-from moepress.rounding.methods import quantize_matrix
+from moepress.rounding.methods import gptq, quantize_matrix
 from moepress.rounding.methods.trellis import block_feedback
 from moepress.rounding.noise import (
     code_error,
@@ -109,6 +110,22 @@ def test_errors_cost_what_those_of_the_search_cost(rows: int) -> None:
         searched = quantize_matrix("gptq", weight, Codec(bits, 32, "trellis"), factor)
         costs = [output_cost(weight, w, factor, "trellis") for w in (found, searched.dequantize())]
         assert costs[0] == pytest.approx(costs[1], rel=0.1)
+
+
+@pytest.mark.parametrize("columns", [16, 256])
+def test_feedback_in_16_bits_costs_the_same(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within .2 %; another draw changes these costs by 1 %."""
+    for module in (gptq, noise_module):
+        monkeypatch.setattr(module, "COLUMNS_IN_16_BITS", columns)
+    weight, factor = weight_and_factor(96, 320)
+    weight = weight.bfloat16()
+    noise = draw(weight.shape, 0, "x")
+    found = noisy_weights(weight, TRELLIS_BITS, factor, noise)
+    exact = noisy_weights(weight.float(), TRELLIS_BITS, factor, noise)
+    for narrow, wide in zip(found, exact, strict=True):
+        assert narrow.dtype == torch.bfloat16 and not narrow.equal(wide.bfloat16())
+        costs = [output_cost(weight, w.bfloat16(), factor, "trellis") for w in (narrow, wide)]
+        assert costs[0] == pytest.approx(costs[1], rel=2e-3)
 
 
 def test_scales_fit_and_zero_rows_stay_zero() -> None:

@@ -320,3 +320,33 @@ def test_strengths_of_pruning_reads(folder: Callable[..., Path]) -> None:
         rule = active.pruning
     assert rule.most == 0.15 and not rule.renormalise
     assert all(rule.absent[n][1] > rule.thresholds[n][1] for n in (0, 1))
+
+
+def test_the_server_shows_what_the_store_did(folder: Callable[..., Path]) -> None:
+    pytest.importorskip("prometheus_client")
+    from types import SimpleNamespace as Is
+
+    from moepress.serve.metrics import Metrics
+
+    def shown(model: nn.Module) -> dict[str, float]:
+        engine: Any = Is(
+            stepper=Is(model=model), running=0, waiting=0, prefilled=0, generated=0,
+            trouble=lambda: None,
+        )  # fmt: skip
+        lines = Metrics(engine).text().decode().splitlines()
+        figures = (line.split() for line in lines if line.startswith("moepress_expert_"))
+        return {name: float(value) for name, value in figures}
+
+    path = folder()
+    assert shown(in_memory(path)) == {}
+    model = load_model(path, memory=10**9)
+    run(model)
+    found = statistics(model)
+    assert found is not None and found.counts.uses > 0
+    assert shown(model) == {
+        "moepress_expert_uses_total": found.counts.uses,
+        "moepress_expert_hits_total": found.counts.hits,
+        "moepress_expert_read_bytes_total": found.counts.bytes_read,
+        "moepress_expert_wait_seconds_total": found.counts.seconds_waited,
+        "moepress_expert_held_bytes": found.counts.bytes_held,
+    }

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moepress.format.codec import Codec
-from moepress.rounding.correction import Correction
+from moepress.rounding.correction import Correction, sums_moved
 from moepress.rounding.hessian import Hessian
-from moepress.rounding.methods import quantize_matrix
+from moepress.rounding.methods import gptq, quantize_matrix
 from moepress.rounding.methods.gptq import sweep
 from moepress.rounding.noise import draw, noisy_weights
 from moepress.workload import operations as op
@@ -72,6 +72,19 @@ def test_sweep(cols: int) -> None:
     assert op.sweep(6, cols, 8)["float32"] == counted.flops
 
 
+def test_sweep_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (op, gptq):
+        monkeypatch.setattr(module, "COLUMNS_IN_16_BITS", 32)
+    op._sweep.cache_clear()
+    buffer, feedback = torch.zeros(72, 6), torch.eye(72).bfloat16()
+    with FlopCount() as counted:
+        gptq.sweep(buffer, feedback, 0, 72, 8, lambda start, stop: None)
+    work = op.sweep(6, 72, 8, in_16_bits=True)
+    op._sweep.cache_clear()
+    assert work["product"] == 2 * 6 * 32 * 40  # 72 columns are cut into 32 and 40
+    assert work["product"] + work["float32"] == counted.flops
+
+
 @pytest.mark.parametrize("family", ["trellis", "int"])
 def test_rounding(family: str) -> None:
     weight = torch.randn(128, 128)
@@ -98,17 +111,19 @@ def test_drawing() -> None:
     assert op.draw_errors(64, 128, 3)["float32"] == counted.flops
 
 
-def test_correction() -> None:
-    x, original, weight = torch.randn(90, 64), torch.randn(90, 64), torch.randn(32, 64)
-    hessian, correction = Hessian(64, "cpu"), Correction(64, "cpu")
+@pytest.mark.parametrize("rows", [32, 40])
+def test_correction(rows: int) -> None:
+    x, original, weight = torch.randn(90, 64), torch.randn(90, 64), torch.randn(rows, 64)
+    hessian = Hessian(64, "cpu")
+    correction = Correction(64, "cpu", weight if sums_moved(rows, 64) else None)
     with FlopCount() as gathering:
         hessian.add(x)
         correction.add(x, original)
-    assert op.inputs(90, 64, rotates=False, corrects=True)["float32"] == gathering.flops
+    assert op.inputs(90, 64, rotates=False, corrects=True, rows=rows)["float32"] == gathering.flops
     with FlopCount() as correcting:
         correction.corrected(weight, hessian.copy(), 0.1, 0.5)
-    assert op.corrected(32, 64, rotates=False)["float32"] == correcting.flops
+    assert op.corrected(rows, 64, rotates=False, alone=True)["float32"] == correcting.flops
     factor = hessian.factor(0.1)
     with FlopCount() as gaining:
         correction.gain(weight, weight, factor)
-    assert op.gain(32, 64, rotates=False)["float32"] == gaining.flops
+    assert op.gain(rows, 64, rotates=False)["float32"] == gaining.flops

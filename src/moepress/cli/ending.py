@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 1 | the work failed |
-| 2 | the input was wrong |
+| 2 | the input was wrong: an argument, a damaged file, weights that are not finite |
 | 128 + n | stopped by signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP |
 
 A traceback is shown with `--debug` only. An exception that moepress did not expect is a defect of

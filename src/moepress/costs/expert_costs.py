@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from moepress.costs.scores import ROUNDED
 from moepress.costs.texts import Texts
 from moepress.format.codec import LEFT_OUT
 from moepress.original.architectures import Experts
-from moepress.original.batches import chunks
+from moepress.original.batches import chunks, empty
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden, expert_output
 from moepress.rounding.expert import (
     dequantized,
@@ -21,30 +22,38 @@ from moepress.rounding.expert import (
     round_gate_ups,
 )
 from moepress.rounding.inputs import Inputs
+from moepress.rounding.methods import Matrix
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
 
 
 def rounded_weights(
     experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[float]
-) -> Iterator[list[ExpertWeights | None]]:
+) -> Iterator[Iterator[ExpertWeights | None]]:
     """Each expert at every offered width, dequantized; None for width 0, which leaves it out.
 
     Each projection is rounded, or gets the error that rounding would leave, on the inputs that it
-    has while the other one is original.
+    has while the other one is original. The weights of one width are made when they are asked for.
     """
     widths = [bits for bits in expert_bits if bits != LEFT_OUT]
     left_out = [None] * (LEFT_OUT in expert_bits)
     if rounding.draws:
-        yield from ([*left_out, *_noisy(expert, rounding, widths)] for expert in experts)
+        yield from (chain(left_out, _noisy(expert, rounding, widths)) for expert in experts)
         return
     same = [widths] * len(experts)
     gate_ups = round_gate_ups(experts, rounding, same)
     originals = [expert.weights.gate_up for expert in experts]
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
-        pairs = zip(*matrices, strict=True)
-        yield [*left_out, *(dequantized(g, d, expert.weights) for g, d in pairs)]
+        yield chain(left_out, _dequantized(matrices, expert.weights))
+
+
+def _dequantized(
+    matrices: Sequence[Sequence[Matrix]], like: ExpertWeights
+) -> Iterator[ExpertWeights]:
+    """Rounded weights, from gate_up and down at every width."""
+    for gate_up, down in zip(*matrices, strict=True):
+        yield dequantized(gate_up, down, like)
 
 
 def _noisy(
@@ -53,15 +62,15 @@ def _noisy(
     """The expert with drawn errors at every width, in the dtype of its weights."""
     weights, seed = expert.weights, rounding.tokens.seed
 
-    def noisy(weight: Tensor, projection: str, inputs: Inputs) -> Iterator[Tensor]:
+    def noisy(weight: Tensor, projection: str, gathered: Callable[[], Inputs]) -> Iterator[Tensor]:
+        factor = gathered().factor(rounding.damping)
         noise = draw(weight.shape, seed, _name(expert.layer, expert.number, projection))
-        factor = inputs.factor(rounding.damping)
-        return (w.to(weight.dtype) for w in noisy_weights(weight, widths, factor, noise))
+        yield from noisy_weights(weight, widths, factor, noise)
 
-    gate_ups = noisy(weights.gate_up, ROUNDED[0], gate_up_inputs(expert, rounding))
-    downs = noisy(weights.down, ROUNDED[1], down_inputs(expert, weights.gate_up, rounding))
-    pairs = zip(gate_ups, downs, strict=True)
-    return (weights._replace(gate_up=gate_up, down=down) for gate_up, down in pairs)
+    gate_ups = noisy(weights.gate_up, ROUNDED[0], lambda: gate_up_inputs(expert, rounding))
+    downs = noisy(weights.down, ROUNDED[1], lambda: down_inputs(expert, weights.gate_up, rounding))
+    for _ in widths:  # no name holds the weights of a width while those of the next are made
+        yield weights._replace(gate_up=next(gate_ups), down=next(downs))
 
 
 def draw_experts_ahead(
@@ -79,39 +88,74 @@ def _name(layer: int, number: int, projection: str) -> str:
 
 
 def measure(
-    expert: RoutedExpert, offered: Sequence[ExpertWeights | None], texts: Texts, output: Tensor
+    expert: RoutedExpert,
+    offered: Iterable[ExpertWeights | None],
+    texts: Texts,
+    output: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of an expert's output, and its cost, at every offered width.
 
     Args:
         expert: with its original weights.
-        offered: the expert at each width; None: left out.
+        offered: the expert at each width, one in memory at a time; None: left out.
         output: [T, H] float32; the expert's exact weighted output is added to it.
 
     Returns:
         Squared errors [3, B] float64 by ROUNDED: gate_up alone, down alone, both rounded. And costs
         [D, 3, B] float64: the same errors for each text, weighted by the tokens' sensitivities.
     """
-    errors = torch.zeros(len(ROUNDED), len(offered), dtype=torch.float64)
-    costs = torch.zeros(texts.count, len(ROUNDED), len(offered), dtype=torch.float64)
-    routed, weights = expert.routed, expert.weights
+    hidden, exact = _originals(expert, output)
+    errors, costs = [], []
+    for candidate in offered:
+        error = torch.zeros(len(ROUNDED), dtype=torch.float64)
+        cost = torch.zeros(texts.count, len(ROUNDED), dtype=torch.float64)
+        for chunk in chunks(expert.tokens):
+            token = expert.tokens[chunk]
+            for row, squared in enumerate(_errors(expert, candidate, chunk, hidden, exact)):
+                error[row] += squared.sum()
+                if expert.routed.sensitivity is not None:
+                    squared *= expert.routed.sensitivity[token]
+                cost[:, row] += texts.sums(squared, token)
+        errors.append(error)
+        costs.append(cost)
+        del candidate  # before the next one is made
+    return torch.stack(errors, -1), torch.stack(costs, -1)
+
+
+def _originals(expert: RoutedExpert, output: Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs of down [T_e, I] and the weighted output [T_e, H] float32 of the original expert.
+
+    Args:
+        output: [T, H] float32; the weighted output is added to it.
+    """
+    weights, own = expert.weights, len(expert.tokens)
+    device, inner = weights.down.device, weights.down.shape[1]
+    hidden = empty((own, inner), weights.down.dtype, device)
+    exact = empty((own, expert.routed.hidden.shape[1]), torch.float32, device)
     for chunk in chunks(expert.tokens):
-        token = expert.tokens[chunk]
         x = expert.inputs(chunk)
-        g = expert.gate[chunk, None].to(x.device)
-        hidden = expert_hidden(expert.module, weights.gate_up, x, weights.gate_up_bias)
-        size, bias = x.shape[1], weights.down_bias
-        exact = expert_output(expert.module, weights.down, hidden, size, bias).float() * g
-        output.index_add_(0, token.to(output.device), exact.to(output.device))
-        for option, candidate in enumerate(offered):
-            for row, y in enumerate(_outputs(expert, candidate, hidden, x)):
-                error = exact if y is None else y.float() * g - exact
-                squared = error.square().sum(1).double().cpu()
-                errors[row, option] += squared.sum()
-                if routed.sensitivity is not None:
-                    squared *= routed.sensitivity[token]
-                costs[:, row, option] += texts.sums(squared, token)
-    return errors, costs
+        inside = expert_hidden(expert.module, weights.gate_up, x, weights.gate_up_bias)
+        y = expert_output(expert.module, weights.down, inside, x.shape[1], weights.down_bias)
+        y = y.float() * expert.gate[chunk, None].to(device)
+        output.index_add_(0, expert.tokens[chunk].to(output.device), y.to(output.device))
+        hidden[chunk], exact[chunk] = inside, y
+    return hidden, exact
+
+
+def _errors(
+    expert: RoutedExpert,
+    candidate: ExpertWeights | None,
+    chunk: slice,
+    hidden: Tensor,
+    exact: Tensor,
+) -> Iterator[Tensor]:
+    """Squared errors [t] float64 of the outputs for a chunk of tokens, with each of ROUNDED."""
+    device = expert.weights.down.device
+    right = exact[chunk].to(device)
+    gate = expert.gate[chunk, None].to(device)
+    for y in _outputs(expert, candidate, hidden[chunk].to(device), expert.inputs(chunk)):
+        error = right if y is None else y.float() * gate - right
+        yield error.square().sum(1).double().cpu()
 
 
 def _outputs(

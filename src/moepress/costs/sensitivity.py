@@ -38,6 +38,8 @@ from moepress.format.journal import check_identity
 from moepress.original.backward import BackwardWalk, Gradient, as_leaves, outputs_as_leaves
 from moepress.original.batches import position_chunks
 from moepress.original.calls import record_calls
+from moepress.original.loops import loop_of
+from moepress.original.passes import passes_back
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -78,7 +80,9 @@ def measure_sensitivity(
     """
     count = len(source.layers)
     check_identity(folder / "identity.json", identity)
-    todo = [layer for layer in range(count) if not result_file(folder, layer).is_file()]
+    loop = loop_of(source.text_config, count)
+    unfinished = [layer for layer in range(count) if not result_file(folder, layer).is_file()]
+    todo = loop.whole(unfinished)
     _clear_after(folder, todo[-1] if todo else -1, count)
     if not todo:
         return Sensitivity(folder)
@@ -119,7 +123,8 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
     """
     missing = 1  # the gradient before a layer is written while the one after it still exists
     if not _gradient(folder, last + 1).is_file():
-        missing += 1 + sum(not _states(folder, layer).is_file() for layer in range(last + 2))
+        states = (n for n in range(last + 2) if not _states(folder, n).is_file())
+        missing += 1 + sum(walk.loop.runs(layer) for layer in states)
     need = missing * walk.states.nbytes
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -188,34 +193,48 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     gradient = Gradient.of(load_tensors(_gradient(folder, first + 1)), walk.states_like())
     walk_back = BackwardWalk(walk, gradient)
     writer = Writer(source.device, save_tensors)
-    for layer in reversed(todo):
-        progress.update(layer=layer, note="backward")
-        walk.restore(load_tensors(_states(folder, layer)))
-        with source.layer_loaded(layer):
-            modules = source.packable[layer]
-            at_experts, norms = walk_back.back(layer, modules)
-        tokens = walk.ids.numel()
-        result = {
-            name: norm / (2 * tokens * modules[name].out_features) for name, norm in norms.items()
-        }
-        if at_experts is not None:
-            result[EXPERTS] = at_experts / (2 * tokens * source.experts[layer].hidden)
+    for layers in reversed(walk.loop.groups(todo)):
+        found: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
+        for number in passes_back(gradient, walk.loop.runs(layers[0])):
+            for layer in reversed(layers):
+                progress.update(layer=layer, note="backward")
+                walk.restore(load_tensors(_states(folder, layer)))
+                one = walk_back.on(walk.of_pass(number))
+                with source.layer_loaded(layer, following=layer - 1):
+                    found[layer].append(_of_layer(one, layer))
         files: dict[Path, dict[str, Tensor]] = {}
-        if layer == 0:
-            result[EMBEDDING] = embedding_norms(walk_back) / (2 * tokens * source.hidden)
-        else:
-            files[_gradient(folder, layer)] = gradient.tensors()
-        files[result_file(folder, layer)] = result
-        writer.save(files, partial(_forget, folder, layer + 1))
-        progress.advance()
+        if layers[0] > 0:
+            files[_gradient(folder, layers[0])] = gradient.tensors()
+        for layer, passes in found.items():
+            names = dict.fromkeys(name for one_pass in passes for name in one_pass)
+            result = {n: torch.cat([p[n] for p in passes if n in p]) for n in names}
+            if layer == 0:
+                norms = embedding_norms(walk_back)
+                result[EMBEDDING] = norms / (2 * walk.ids.numel() * source.hidden)
+            files[result_file(folder, layer)] = result
+        writer.save(files, partial(_forget, folder, layers))
+        for _ in layers:
+            progress.advance()
     writer.finish()
     _states(folder, 0).unlink(missing_ok=True)
 
 
-def _forget(folder: Path, layer: int) -> None:
-    """Delete the states and the gradient before a layer."""
-    _gradient(folder, layer).unlink(missing_ok=True)
-    _states(folder, layer).unlink(missing_ok=True)
+def _of_layer(walk_back: BackwardWalk, layer: int) -> dict[str, Tensor]:
+    """The sensitivities of a loaded layer's outputs, from bringing the gradient to its input."""
+    source, tokens = walk_back.walk.source, walk_back.walk.ids.numel()
+    modules = source.packable[layer]
+    at_experts, norms = walk_back.back(layer, modules)
+    found = {name: norm / (2 * tokens * modules[name].out_features) for name, norm in norms.items()}
+    if at_experts is not None:
+        found[EXPERTS] = at_experts / (2 * tokens * source.experts[layer].hidden)
+    return found
+
+
+def _forget(folder: Path, layers: list[int]) -> None:
+    """Delete the states and the gradients after layers."""
+    for layer in layers:
+        _gradient(folder, layer + 1).unlink(missing_ok=True)
+        _states(folder, layer + 1).unlink(missing_ok=True)
 
 
 def embedding_norms(walk_back: BackwardWalk) -> Tensor:

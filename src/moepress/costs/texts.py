@@ -25,6 +25,10 @@ class Texts:
         of_sequence = torch.arange(len(weights)).repeat_interleave(sequences)
         return cls(len(weights), of_sequence.repeat_interleave(ids.shape[1]))
 
+    def repeated(self, times: int) -> Texts:
+        """The texts of the same tokens several times over, as in the passes of a loop."""
+        return self if times == 1 else Texts(self.count, self.of_token.repeat(times))
+
     def sums(self, values: Tensor, tokens: Tensor | None = None) -> Tensor:
         """[D] sum of values over the tokens of each text.
 

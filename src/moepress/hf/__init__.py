@@ -195,7 +195,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters on top of it: packed weights get no gradient
 
     @property
     def is_compileable(self) -> bool:

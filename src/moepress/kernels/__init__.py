@@ -1,6 +1,7 @@
 """The operations on packed weights and on routing, and the backends that run them.
 
 ops.py           the operations, as torch.library ops
+gradients.py     the gradients of the ops
 backends.py      the table of backends, and which one runs on a device
 experts_call.py  the arguments of the experts op as one value
 stores.py        experts on disk, for the op (cpu/expert_store.py reads them)
@@ -25,6 +26,7 @@ from moepress.kernels.backends import (
 )
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
+from moepress.kernels.gradients import register_gradients
 from moepress.kernels.ops import drop, embedding, experts, linear
 
 __all__ = [
@@ -42,3 +44,5 @@ __all__ = [
     "register_backend",
     "status",
 ]
+
+register_gradients()

@@ -5,8 +5,8 @@ Each replaces a module of a transformers model and keeps its parameter names on 
 checkpoint that is opened without moepress then fails on the sizes instead of running with random
 weights.
 
-Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, and they need no
-gradient.
+Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, and they get no gradient.
+Inputs, routing weights and biases do (gradients.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from moepress.kernels.reference import activation_function, check_activation_bit
 from moepress.kernels.stores import StoredLayer, refuse
 
 
-class PackedLinear(nn.Module):
-    """`nn.Linear` with a packed weight.
+class PackedLinear(nn.Linear):
+    """`nn.Linear` with a packed weight; a subclass of it, so that PEFT puts adapters around it.
 
     Args:
         in_features: K; the codec's group size must divide it.
@@ -37,11 +37,13 @@ class PackedLinear(nn.Module):
     """
 
     activation_bits = 8  # see set_activation_bits
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch says that there always is one
+    _is_hf_initialized = True  # else transformers fills a linear on disk with random numbers
 
     def __init__(
         self, in_features: int, out_features: int, codec: Codec, bias: bool = False
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.codec = codec

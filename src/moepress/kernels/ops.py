@@ -216,8 +216,9 @@ def drop(
     Raises:
         InputError: a shape, dtype or device does not fit.
     """
-    # For one token the dispatcher takes longer than the work; a compiler needs to see the op.
-    run = _drop_op if torch.compiler.is_compiling() else _drop
+    # For one token the dispatcher takes longer than the work. A compiler and autograd need the op.
+    seen = torch.compiler.is_compiling() or (weights.requires_grad and torch.is_grad_enabled())
+    run = drop_op if seen else _drop
     return run(index, weights, thresholds, renormalise, keep, num_experts)
 
 
@@ -247,10 +248,10 @@ def _drop(
     return backend.drop(index, weights, thresholds, renormalise, keep, num_experts)
 
 
-_drop_op = torch.library.custom_op("moepress::drop", _drop, mutates_args=())
+drop_op = torch.library.custom_op("moepress::drop", _drop, mutates_args=())
 
 
-@_drop_op.register_fake
+@drop_op.register_fake
 def _(index: Tensor, weights: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
     shape = index.shape
     return (

@@ -85,6 +85,15 @@ def linear(
     return out
 
 
+def linear_transposed(y: Tensor, packed: Tensor, in_features: int, codec: Codec) -> Tensor:
+    """y W with W packed: y [..., N] to [..., K], in the dtype of y; sums are in float32."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    out = y.new_zeros((*y.shape[:-1], in_features), dtype=wide)
+    for start, weights in _strips(packed, y.shape[-1], in_features, codec):
+        out += y[..., start : start + len(weights)] @ weights.to(y.dtype)
+    return (trellis.rotate_back(out) if codec.family == "trellis" else out).to(y.dtype)
+
+
 def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
     """Routed experts, as the op `moepress::experts`; `rounded` as in `linear`.
 

@@ -22,6 +22,7 @@ from moepress.format.codec import PackedSpec
 from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedExperts
 from moepress.kernels.reference import slots_by_expert
+from moepress.kernels.stores import refuse
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class UncommonExperts(PackedExperts):
             first, second = self._matrices(expert, x.dtype)
             with nullcontext() if stored is None else stored.store.hold(stored.layer, [expert]):
                 y = second(self.own.between(first(x[token])))
+            if stored is not None and y.requires_grad:
+                _refuse_gradient(y)  # the expert may be gone from memory by then
             y = self.own.after(y[:, : self.called_with]).to(wide)
             y = F.pad(y * flat[slots, None].to(wide), (0, x.shape[1] - self.called_with))
             total.index_add_(0, token, y)
@@ -130,6 +133,10 @@ class UncommonExperts(PackedExperts):
     def extra_repr(self) -> str:
         own = "" if self.own is None else ", expert by expert, by the model's own functions"
         return f"{super().extra_repr()}, scales_input={self.scales_input}{own}"
+
+
+def _refuse_gradient(y: Any) -> None:
+    y.register_hook(lambda _: refuse("trained"))
 
 
 def _product(

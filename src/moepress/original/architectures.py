@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # name, without "_bits", of the Recipe field that holds the width; None: never quantized.
 ROLES: tuple[tuple[str, str | None], ...] = (
     (r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", None),  # few bytes, and they choose experts
+    (r"message_gate(\.|$)", None),  # of a loop (loops.py): few bytes, not called in the first pass
     (r"norm\.(?!attn\.)", None),  # small networks inside a norm; dbrx has attention in one
     (r"(^|\.)indexer(\.|$)", None),  # chooses what attention sees: no gradient gives its cost
     (r"(^|\.)dt_proj(\.|$)", None),  # Mamba reads its weight without calling it

@@ -26,6 +26,7 @@ then does not use g_w.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,6 +126,12 @@ class BackwardWalk:
         self.walk = walk
         self.gradient = gradient
         self.embedded = embedded_arguments(walk)
+
+    def on(self, walk: Walk) -> BackwardWalk:
+        """The same backward walk, on other states of the same model: of one pass of a loop."""
+        other = copy.copy(self)
+        other.walk = walk
+        return other
 
     def back(
         self, layer: int, linears: Mapping[str, nn.Module]
@@ -241,7 +248,7 @@ class BackwardWalk:
             x = walk.states_of(batch).requires_grad_(not to_experts)
             carried = walk.carried_of(batch)
             call = walk.call(layer, number)
-            places = {} if to_experts else self.embedded[layer]
+            places = {} if to_experts else self.embedded[walk.call_number(layer, number)]
             given = as_leaves({name: call.tensors()[place] for name, place in places.items()})
             call = call.replaced({place: given[name] * 1 for name, place in places.items()})
             carried = carried if to_experts else as_leaves(carried)
@@ -301,7 +308,7 @@ def differentiating(layer: int) -> Iterator[None]:
 
 
 def embedded_arguments(walk: Walk) -> list[dict[str, int | str]]:
-    """By layer, the places of arguments beside the states that depend on the embedding's output.
+    """By call, the places of arguments beside the states that depend on the embedding's output.
 
     By the names that the gradients at them have. The model computes these arguments before it runs
     its layers (gemma4: the inputs of each layer).
@@ -312,11 +319,11 @@ def embedded_arguments(walk: Walk) -> list[dict[str, int | str]]:
         calls = record_calls(source, walk.ids[:1])
     return [
         {
-            f"{EMBEDDED}.{layer}.{place}": place
+            f"{EMBEDDED}.{number}.{place}": place
             for place, value in call.tensors().items()
             if value.requires_grad
         }
-        for layer, call in enumerate(calls)
+        for number, call in enumerate(calls)
     ]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from moepress.blocks.form import is_experts
 from moepress.original.calls import Call, replaced_forward
-from moepress.original.carried import Carried, CarriedCall
+from moepress.original.carried import BOUNDARY, Carried, CarriedCall
+from moepress.original.loops import loop_of
 from moepress.original.source import Source
 from moepress.original.usable import calls_without_weights
 
@@ -29,15 +30,20 @@ def bytes_between_layers(source: Source, length: int) -> tuple[int, ...]:
         length: tokens of a sequence. Some layers hand on indices of other tokens.
     """
     calls = calls_without_weights(source, length)
+    loop = loop_of(source.text_config, len(source.layers))
     states = calls[0].hidden.to("meta", source.compute_dtype)
     carried: Carried = {}
     sizes = [states.nbytes]
-    for layer, call in zip(source.layers, calls, strict=True):
+    for number, layer in enumerate(source.layers):
         try:
-            states, carried = _run(layer, call, states, carried)
+            states, carried = _run(layer, calls[loop.call(number, 0)], states, carried)
         except Exception:  # the model's own code, which may raise anything
             carried = {}
         sizes.append(states.nbytes + sum(value.nbytes for value in carried.values()))
+    # In a loop, the states of all passes, and what each pass has left: blocks, and last states.
+    left = sum(bool(getattr(source.layers[number], BOUNDARY, False)) for number in loop.layers)
+    for number in loop.layers:
+        sizes[number] = loop.passes * (sizes[number] + left * states.nbytes)
     return tuple(size // length for size in sizes)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InputError
-from moepress.original.carried import stand_in_output, with_placeholders
+from moepress.original.carried import Placeholder, stand_in_output, with_placeholders
 from moepress.original.composite import decoder
+from moepress.original.loops import loop_of, message_of
 
 if TYPE_CHECKING:
     from moepress.original.source import Source
@@ -50,16 +51,18 @@ def _shared(value: Any, like: Any) -> Any:
     """`like` if it equals `value`, else `value`: equal masks of many batches are kept once."""
     if isinstance(value, Tensor) and isinstance(like, Tensor):
         return like if value.shape == like.shape and torch.equal(value, like) else value
+    if isinstance(value, Placeholder) and value == like:
+        return like
     if isinstance(value, tuple) and isinstance(like, tuple) and len(value) == len(like):
         return tuple(_shared(v, k) for v, k in zip(value, like, strict=True))
     return value
 
 
 def record_calls(source: Source, ids: Tensor) -> list[Call]:
-    """The calls of all layers for a batch of sequences [b, L]; no layer is run.
+    """The calls of all layers for a batch of sequences [b, L], in order; no layer is run.
 
     Raises:
-        InputError: the model calls a layer twice, or not at all.
+        InputError: the model calls its layers in another order than is known (`Loop.order`).
     """
     return record_layer_calls(decoder(source.model), source.layers, ids.to(source.device))
 
@@ -67,11 +70,14 @@ def record_calls(source: Source, ids: Tensor) -> list[Call]:
 def record_layer_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> list[Call]:
     """As `record_calls`, for the part of a model without the head."""
     calls: list[Call] = []
+    loop = loop_of(model.config, len(layers))
 
     def keep(number: int) -> Callable[[Call], None]:
         def append(call: Call) -> None:
-            args, kwargs = with_placeholders(layers[number], call.args, call.kwargs)
-            calls.append(Call(call.hidden, args, kwargs))
+            again = number in numbers  # only layers of a loop are called again
+            message = message_of(model, loop, number) if again and number in loop.layers else None
+            args = with_placeholders(layers[number], call.args, message)
+            calls.append(Call(call.hidden, args, call.kwargs))
             numbers.append(number)
 
         return append
@@ -79,10 +85,11 @@ def record_layer_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> 
     numbers: list[int] = []
     with replaced_forwards(layers, keep):
         model(input_ids=ids, use_cache=False)
-    if numbers != list(range(len(layers))):
+    if numbers != loop.order(len(layers)):
         raise InputError(
             f"{type(model).__name__} calls its layers in the order {numbers}. Expected each "
-            "layer once, in order: this model cannot be walked layer by layer."
+            "layer once, in order, or a loop that its config tells: this model cannot be walked "
+            "layer by layer."
         )
     return calls
 

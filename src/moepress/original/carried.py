@@ -9,6 +9,7 @@ layer to layer. Each is a tensor [b, ...] of a batch of b sequences, by name:
                     gemma4: keys and values of earlier layers
     blocks          [b, L, blocks, H] states in front of some earlier layers, which the model
                     collects (inkling2)
+    previous        [b, L, blocks + 1, H] what the pass before has left, inside a loop (loops.py)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -26,20 +27,22 @@ from torch import Tensor, nn
 
 from moepress.errors import InputError, MoepressError
 from moepress.original.batches import SHARE_IN_ORDER, empty
+from moepress.original.loops import Message
 from moepress.original.remote_code import one_line
 
 Carried = dict[str, Tensor]
 
-RETURNED, SHARED, BLOCKS = "returned", "shared", "blocks"
+RETURNED, SHARED, BLOCKS, PREVIOUS = "returned", "shared", "blocks", "previous"
 BEFORE_LAYERS = -1  # the number of no layer: what comes out of it is the input of layer 0
 BOUNDARY = "is_block_boundary"  # attribute of layers: the states in front of it join the blocks
 
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Stands for a carried value in a recorded call."""
+    """Stands for a carried value in a recorded call, or for what the model makes of it."""
 
     name: str
+    make: Message | None = field(default=None, compare=False)
 
 
 def returned_values(layer: nn.Module) -> int:
@@ -88,12 +91,18 @@ def stand_in_output(layer: nn.Module, states: Tensor) -> Any:
 
 
 def with_placeholders(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a recorded call, with placeholders for what the model computed of states."""
-    if hasattr(layer, BOUNDARY):
-        args = (Placeholder(BLOCKS), *args[1:])
-    return args, kwargs
+    layer: nn.Module, args: tuple[Any, ...], message: Message | None
+) -> tuple[Any, ...]:
+    """The arguments of a recorded call, with placeholders for what the model computed of states.
+
+    Args:
+        message: makes the messages of a layer from the pass before (loops.py); None: it gets none.
+    """
+    if not hasattr(layer, BOUNDARY):
+        return args
+    if message is None:
+        return (Placeholder(BLOCKS), *args[1:])
+    return (Placeholder(BLOCKS), Placeholder(PREVIOUS, message), *args[2:])
 
 
 class CarriedCall:
@@ -118,7 +127,8 @@ class CarriedCall:
         if isinstance(value, Placeholder):
             if value.name == BLOCKS and BLOCKS not in self.carried:
                 return self.states.new_zeros((*self.states.shape[:2], 0, self.states.shape[-1]))
-            return self.carried.get(value.name)
+            known = self.carried.get(value.name)
+            return known if value.make is None or known is None else value.make(known)
         if isinstance(value, MutableMapping) and not value:
             if self.shared is None:
                 self.shared = type(value)()
@@ -158,6 +168,8 @@ class CarriedCall:
             after |= {f"{SHARED}.{key}.{n}": value for n, value in enumerate(values)}
         if hasattr(layer, BOUNDARY):
             after |= self._blocks(bool(getattr(layer, BOUNDARY)))
+        if PREVIOUS in self.carried:
+            after[PREVIOUS] = self.carried[PREVIOUS]
         return outputs[0], after
 
     def _blocks(self, grow: bool) -> Carried:

@@ -10,11 +10,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.quantized.config import Quantization
 from moepress.original.quantized.forms import Form, Plain, Quantized, Unreadable
 from moepress.original.quantized.headers import WIDE, read_headers
 from moepress.original.quantized.pairing import find_forms
+from moepress.original.read_ahead import Place
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_DTYPES = {  # of tensors that are no weights
@@ -45,7 +46,7 @@ class Checkpoint:
             assigned: file name by tensor, as the index says; empty: there is none.
 
         Raises:
-            CheckpointError: a header is damaged, the files contradict each other or the index, or
+            FileError: a header is damaged, the files contradict each other or the index, or
                 scales and codes do not fit.
         """
         return cls(find_forms(read_headers(files, assigned), quantization), quantization)
@@ -84,17 +85,17 @@ class Checkpoint:
             floats: whether it is one of floats.
 
         Raises:
-            CheckpointError: a tensor is of the other kind, or cannot be read.
+            FileError: a tensor is of the other kind, or cannot be read.
         """
         for name in names:
             form = self.forms[name]
             if isinstance(form, Unreadable):
-                raise CheckpointError(f"{form.entry.text} {form.reason}")
+                raise FileError(f"{form.entry.text} {form.reason}")
             if isinstance(form, Plain) and (form.entry.dtype in WIDE) != floats:
                 found, expected = "floats", "integers"
                 if floats:
                     found, expected = "integers without scales", "floats"
-                raise CheckpointError(
+                raise FileError(
                     f"{form.entry.text} holds {found}. Expected {expected}: fetch the model again, "
                     "or give the original's folder."
                 )
@@ -115,7 +116,7 @@ class Checkpoint:
                 is read whole.
 
         Raises:
-            CheckpointError: its file is damaged.
+            FileError: its file is damaged.
             NumericalError: its scales or codes are NaN or infinite.
         """
         form = self.forms[name]
@@ -124,6 +125,10 @@ class Checkpoint:
         if isinstance(form, Plain):
             return form.read(row, dtype, device, rows)
         return form.read(None, dtype, device)[row * rows : (row + 1) * rows]
+
+    def places(self, name: str, row: int | None, rows: int = 1) -> tuple[Place, ...]:
+        """The bytes of the files that `read` reads."""
+        return tuple(self.forms[name].places(row, rows))
 
     def nbytes(self, name: str) -> int:
         """Bytes in the files, with scales."""

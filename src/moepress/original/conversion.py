@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.architectures import Experts
 
 
@@ -99,7 +99,7 @@ class Conversion:
             experts: the routed experts of each layer.
 
         Raises:
-            CheckpointError: no tensor goes into a parameter, several contradict each other, or an
+            FileError: no tensor goes into a parameter, several contradict each other, or an
                 expert is missing.
         """
         self._check_complete(needed)
@@ -129,29 +129,40 @@ class Conversion:
         Returns:
             Tensors by parameter name.
         """
-        name = name if name in self.pieces else self._first_target(name)
-        pieces = self.pieces[name]
-        pattern = pieces[0].pattern
+        name = self._made_with(name)
+        pattern = self.pieces[name][0].pattern
+        values = [(piece, read(piece.key, row)) for piece, row in self.reads(name, expert)]
         if pattern is None:
-            return {name: read(pieces[0].key, expert)}
+            return {name: values[0][1]}
         converter = deepcopy(self.converters[pattern])
-        by_pattern: dict[str | None, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            by_pattern[piece.pattern].append(piece)
-        for key_pattern, alike in by_pattern.items():
-            if expert is not None and "*" in str(key_pattern):
-                # The checkpoint has one tensor for each expert: those of the first target, then
-                # those of the next one.
-                targets = len(converter.target_patterns)
-                alike = alike[expert :: len(alike) // targets]
-                values = [read(piece.key, None) for piece in alike]
-            else:
-                values = [read(piece.key, expert) for piece in alike]
-            for piece, value in zip(alike, values, strict=True):
-                converter.add_tensor(name, piece.key, key_pattern, lambda value=value: value)
+        for piece, value in values:
+            converter.add_tensor(name, piece.key, piece.pattern, lambda value=value: value)
         model = self.model if expert is None else _OneExpert(self.model)
         made = converter.convert(name, model=model, config=self.model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def reads(self, name: str, expert: int | None) -> list[tuple[Piece, int | None]]:
+        """The tensors of the checkpoint that `convert` reads, each with its row or None for all."""
+        found: list[tuple[Piece, int | None]] = []
+        for pattern, alike in self._by_pattern[self._made_with(name)].items():
+            if expert is not None and "*" in str(pattern):
+                # The checkpoint has one tensor for each expert: those of the first target, then
+                # those of the next one.
+                targets = len(self.converters[str(pattern)].target_patterns)
+                found += ((piece, None) for piece in alike[expert :: len(alike) // targets])
+            else:
+                found += ((piece, expert) for piece in alike[: None if pattern else 1])
+        return found
+
+    @cached_property
+    def _by_pattern(self) -> dict[str, dict[str | None, list[Piece]]]:
+        """The tensors that go into each parameter, by their pattern."""
+        found: dict[str, dict[str | None, list[Piece]]] = {}
+        for name, pieces in self.pieces.items():
+            by_pattern = found.setdefault(name, defaultdict(list))
+            for piece in pieces:
+                by_pattern[piece.pattern].append(piece)
+        return found
 
     def taken(self, layers: tuple[str, ...]) -> tuple[set[str], set[str]]:
         """Names of all tensors of the checkpoint that go into parameters, and of those in layers.
@@ -165,57 +176,59 @@ class Conversion:
 
     def sources(self, name: str) -> list[str]:
         """Names of the checkpoint's tensors that the parameter `name` is made of."""
-        return [p.key for p in self.pieces.get(name) or self.pieces[self._first_target(name)]]
+        return [piece.key for piece in self.pieces[self._made_with(name)]]
 
     def _check_complete(self, needed: Collection[str]) -> None:
-        """Raise CheckpointError if no tensor of the checkpoint goes into a needed parameter."""
+        """Raise FileError if no tensor of the checkpoint goes into a needed parameter."""
         missing = [n for n in needed if n not in self.made]
         head = self.model.get_output_embeddings()
         if missing and any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
-            raise CheckpointError(
+            raise FileError(
                 f"{self.folder} has no head ({missing[0]}), and its config.json does not say that "
                 "the head is the embedding: transformers would fill it with random numbers. If "
                 'they are one tensor, set "tie_word_embeddings": true there; else a shard is '
                 "missing: fetch the model again."
             )
         if missing:
-            raise CheckpointError(
+            raise FileError(
                 f"{self.folder} has no tensor for {len(missing)} parameters of "
                 f"{type(self.model).__name__}, the first {missing[0]}. A shard is missing or the "
                 "config is another model's: fetch the model again."
             )
 
     def _check_single(self) -> None:
-        """Raise CheckpointError if two tensors are one parameter by two names or forms."""
+        """Raise FileError if two tensors are one parameter by two names or forms."""
         for name, pieces in self.pieces.items():
             if len(pieces) > 1 and any(piece.pattern is None for piece in pieces):
-                raise CheckpointError(
+                raise FileError(
                     f"{self.folder} has {len(pieces)} tensors for {name}: {pieces[0].key} and "
                     f"{pieces[1].key}. Expected one: the files are of two models; fetch it again."
                 )
 
     def _check_experts(self, experts: Experts) -> None:
-        """Raise CheckpointError if experts have separate tensors, and fewer than there are."""
+        """Raise FileError if experts have separate tensors, and fewer than there are."""
         for name in experts.matrix_names:
             patterns = [str(p.pattern) for p in self.pieces.get(name, ()) if "*" in str(p.pattern)]
             for pattern in set(patterns):
                 expected = experts.experts * len(self.converters[pattern].target_patterns)
                 if patterns.count(pattern) < expected:  # too many are of another shape
-                    raise CheckpointError(
+                    raise FileError(
                         f"{self.folder} has {patterns.count(pattern)} of {expected} experts' "
                         f"{pattern} for {name}. A shard is missing or the config is another "
                         "model's: fetch the model again."
                     )
 
-    def _first_target(self, name: str) -> str:
-        """The first target of the converter that also makes `name`.
+    def _made_with(self, name: str) -> str:
+        """The parameter that `pieces` names: `name`, or the first target of its converter.
 
         Raises:
-            CheckpointError: no converter makes it.
+            FileError: no converter makes it.
         """
+        if name in self.pieces:
+            return name
         for first, pieces in self.pieces.items():
             if pieces[0].pattern is not None:
                 targets = self.converters[pieces[0].pattern].target_patterns
                 if name in {first.replace(targets[0], target) for target in targets[1:]}:
                     return first
-        raise CheckpointError(f"{self.folder} has no tensor for {name}. Fetch the model again.")
+        raise FileError(f"{self.folder} has no tensor for {name}. Fetch the model again.")

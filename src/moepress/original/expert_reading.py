@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from moepress.blocks.layout import Part, padded_bias, padded_matrix
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.architectures import Experts
 from moepress.original.experts import ExpertWeights
 
@@ -20,13 +20,13 @@ def read_expert(experts: Experts, index: int, read: ReadRows) -> ExpertWeights:
     """The weights of expert `index`: canonical (blocks/layout.py) and padded.
 
     Raises:
-        CheckpointError: their shapes are not those of the config.
+        FileError: their shapes are not those of the config.
     """
     form = experts.form
     gate_up, down = (_matrix(part, index, read) for part in (form.gate_up, form.down))
     shapes = form.shapes
     if (tuple(gate_up.shape), tuple(down.shape)) != shapes:
-        raise CheckpointError(
+        raise FileError(
             f"Expert {index} of {experts.path} has weights of {tuple(gate_up.shape)} and "
             f"{tuple(down.shape)} in its files; the config says {shapes[0]} and {shapes[1]}. Fetch "
             "the model again."

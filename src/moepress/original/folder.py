@@ -12,11 +12,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import FileError, InputError
 from moepress.format.checkpoint import QUANTIZATION_FIELDS
+from moepress.original.arriving import growing, missing_files, what_to_do
 from moepress.original.companions import FETCHED
 from moepress.original.quantized.config import PARTS, read_quantization
 from moepress.original.remote_code import config_of
+from moepress.progress import told_if_slow
 from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
 from moepress.reading.json import kind_of, read_object
@@ -58,14 +60,16 @@ def resolve(name: str | Path) -> Path:
         raise InputError(f"No model folder {name}. Give a folder with config.json, or a hub id.")
     from huggingface_hub import snapshot_download
 
+    wait = f"for the hub's files of {name}, which this or another process downloads"
     try:
-        return Path(
-            snapshot_download(
-                str(name),
-                allow_patterns=["*.safetensors", *FETCHED],
-                ignore_patterns=list(FOREIGN),
+        with told_if_slow("waiting", wait):
+            return Path(
+                snapshot_download(
+                    str(name),
+                    allow_patterns=["*.safetensors", *FETCHED],
+                    ignore_patterns=list(FOREIGN),
+                )
             )
-        )
     except Exception as error:  # the hub client raises many types; each means: not available
         raise InputError(
             f"{name} is neither a local folder nor a model that can be fetched "
@@ -104,7 +108,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
     Raises:
         InputError: the folder has none.
-        CheckpointError: both a single file and an index of others are there, the index is damaged,
+        FileError: both a single file and an index of others are there, the index is damaged,
             or a file is missing, truncated or damaged.
     """
     chosen = config_fields(folder).get(CHOSEN) if (folder / CONFIG).exists() else None
@@ -117,7 +121,8 @@ def find_weights(folder: Path) -> WeightFiles:
     if not index.exists():
         if not single.exists():
             raise InputError(
-                f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors."
+                f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors. "
+                + what_to_do(folder)
             )
         return WeightFiles((_checked(single),), {})
     assigned = _read_index(index)
@@ -127,11 +132,9 @@ def find_weights(folder: Path) -> WeightFiles:
             f"{folder} has {SINGLE} beside {INDEX}, which names {len(names)} other files. Expected "
             "one of both: transformers would take the single file; delete what is not the model."
         )
-    for name in names:
-        if not (folder / name).exists():
-            raise CheckpointError(
-                f"{INDEX} names {name}, which is not in {folder}. Fetch that shard."
-            )
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise FileError(missing_files(folder, missing, INDEX))
     return WeightFiles(tuple(_checked(folder / name) for name in names), assigned)
 
 
@@ -160,7 +163,10 @@ def _is_inside(name: str) -> bool:
 
 def _checked(path: Path) -> Path:
     """A safetensors file that is whole."""
-    return read_header(path).path
+    try:
+        return read_header(path).path
+    except FileError as error:
+        raise FileError(f"{error}{growing(path)}") from error
 
 
 def fingerprint(folder: Path, paths: Sequence[Path]) -> str:
@@ -183,13 +189,13 @@ def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, opened for reading. It stays mapped as long as one of its tensors exists.
 
     Raises:
-        CheckpointError: it is truncated or damaged.
+        FileError: it is truncated or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
+        raise FileError(
             f"{path} cannot be read as safetensors: {error}. It is truncated or damaged; fetch "
             "it again."
         ) from error

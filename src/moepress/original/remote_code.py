@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress.errors import InputError, MoepressError
-from moepress.reading.config import CONFIG, config_fields
+from moepress.reading.config import CONFIG, MODEL_TYPE, config_fields, known_type
 from moepress.reading.json import read_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -33,11 +33,14 @@ def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
         InputError: there is none, it is damaged or transformers cannot read it, or it is of a class
             in the folder's code, which is not trusted.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    config_fields(folder)  # transformers reads it less strictly
+    fields = config_fields(folder)  # transformers reads it less strictly
+    known = known_type(fields)
 
     def load(trust: bool) -> Any:
+        if known != fields:
+            return CONFIG_MAPPING[known[MODEL_TYPE]].from_dict(known)
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
 
     return _trusted(folder, load, trust_remote_code, f"{folder / CONFIG}")
@@ -55,11 +58,13 @@ def tokenizer_of(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    config = None  # read by transformers, which may choose the tokenizer's class by it
     if (folder / CONFIG).exists():
-        config_fields(folder)  # transformers may choose the tokenizer's class by it
+        fields = config_fields(folder)
+        config = config_of(folder) if known_type(fields) != fields else None
 
     def load(trust: bool) -> Any:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust)
 
     return _trusted(folder, load, trust_remote_code, f"the tokenizer of {folder}")
 

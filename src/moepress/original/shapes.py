@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError, MoepressError
+from moepress.errors import FileError, MoepressError
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.conversion import Conversion
 
@@ -25,7 +25,7 @@ def check_tensors(
         stored_as: the name under which a checkpoint stores a parameter, where it is another one.
 
     Raises:
-        CheckpointError: a tensor holds integers where floats are needed, has no scales, cannot be
+        FileError: a tensor holds integers where floats are needed, has no scales, cannot be
             converted, or has another shape than the model's.
     """
     shapes: dict[str, torch.Size] = {}
@@ -35,7 +35,7 @@ def check_tensors(
         if stored not in shapes:  # one converter may make several
             shapes |= _shapes(checkpoint, conversion, stored)
         if shapes[stored] != value.shape:
-            raise CheckpointError(
+            raise FileError(
                 f"{stored} of {conversion.folder} has shape {list(shapes[stored])}. Its config "
                 f"says {list(value.shape)}: fetch the model again."
             )
@@ -53,7 +53,7 @@ def _shapes(checkpoint: Checkpoint, conversion: Conversion, name: str) -> dict[s
     except MoepressError:
         raise
     except Exception as error:  # transformers' conversions raise many types
-        raise CheckpointError(
+        raise FileError(
             f"{name} cannot be made of the tensors of {conversion.folder}: {error}. They do not "
             "fit the config: fetch the model again."
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.format.checkpoint import is_compressed
 from moepress.format.quantization import packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
@@ -56,7 +56,7 @@ def bytes_by_part(folder: Path, trust_remote_code: bool = False) -> dict[str, Pa
 
     Raises:
         InputError: transformers cannot read the config.
-        CheckpointError: a file is damaged, or does not belong to the config.
+        FileError: a file is damaged, or does not belong to the config.
     """
     if is_compressed(folder):
         found = _compressed(folder, unpacked_model(folder, trust_remote_code))
@@ -80,7 +80,7 @@ def _compressed(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
     for shard in weight_files(folder):
         for name, entry in read_header(shard).tensors.items():
             if name in specs and name not in sizes:
-                raise CheckpointError(
+                raise FileError(
                     f"{shard} holds {name}, which {type(model).__name__} has not. The files and "
                     "config.json do not belong together: copy the folder again."
                 )

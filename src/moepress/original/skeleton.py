@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moepress.blocks import adapt
@@ -104,6 +104,26 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         ) from error
     adapt(model)
     return model.eval()
+
+
+def put_tensor(model: Any, name: str, value: Tensor) -> None:
+    """Set one parameter or buffer of a skeleton."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    elif isinstance(value, nn.Parameter):
+        module._parameters[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def buffers_to(device: torch.device, root: nn.Module) -> None:
+    """Move the buffers of a module that are not on the meta device, in place."""
+    for module in root.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)
 
 
 class _LargeOnMeta(TorchFunctionMode):

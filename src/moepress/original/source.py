@@ -3,12 +3,12 @@
 The skeleton is an instance of transformers' own class on the meta device, without weights. The
 weights of one decoder layer, or of one expert, are read from the checkpoint (folder.py), converted
 to the parameters of that class (conversion.py), put into the skeleton, and removed again after use.
-Nothing larger is ever in memory.
+Nothing larger is ever in memory. A thread reads the files ahead of that (upcoming.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from moepress.original.folder import find_weights, fingerprint, read_config, res
 from moepress.original.quantized.config import read_quantization
 from moepress.original.remote_code import without_missing_code
 from moepress.original.shapes import check_tensors
-from moepress.original.skeleton import skeleton
-from moepress.original.ties import settle, untied_config
+from moepress.original.skeleton import buffers_to, put_tensor, skeleton
+from moepress.original.ties import embedding_and_head, settle, untied_config
 from moepress.original.unneeded import check_unneeded
+from moepress.original.upcoming import Upcoming
 from moepress.original.values import Values
-from moepress.reading.config import check_layers, config_fields
+from moepress.reading.config import check_layers, config_fields, known_type
 
 
 class Source:
@@ -48,7 +49,7 @@ class Source:
     Raises:
         InputError: no such model, not a Mixture of Experts, or quantized in a way that is not
             read.
-        CheckpointError: a file is missing, truncated or does not fit the model or another file, a
+        FileError: a file is missing, truncated or does not fit the model or another file, a
             tensor holds codes without scales, or the model would leave out a part of itself.
     """
 
@@ -83,6 +84,7 @@ class Source:
             self.folder, self.model, self.unused, *self._conversion.taken(self.layer_paths)
         )
         self._values = Values(self.folder)
+        self.upcoming = Upcoming(self)
         self._ties = settle(self.model, self._conversion.made, self._equal)
         stored = [name for name in self._needed if name not in self._ties.stored_as]
         self._conversion.check(stored, self.experts.values())
@@ -128,16 +130,7 @@ class Source:
     @cached_property
     def embedding_and_head(self) -> dict[str, tuple[str, ...]]:
         """Roles, "embedding" or "head", by parameter name. A tied tensor has both."""
-        embedding, head = (
-            f"{self._paths[id(module)]}.weight"
-            for module in (
-                self.language_model.get_input_embeddings(),
-                self.language_model.get_output_embeddings(),
-            )
-        )
-        if head not in self._needed:  # tied: one tensor, stored once
-            return {embedding: ("embedding", "head")}
-        return {embedding: ("embedding",), head: ("head",)}
+        return embedding_and_head(self.language_model, self._paths, self._needed)
 
     @cached_property
     def _paths(self) -> dict[int, str]:
@@ -244,6 +237,15 @@ class Source:
         """
         return [piece.key for piece in self._conversion.pieces.get(name, ())]
 
+    def reads(self, name: str, expert: int | None) -> list[tuple[str, int | None]]:
+        """Names in the checkpoint, each with a row or None for all, that a parameter is read from.
+
+        Args:
+            expert: only what the parameter has of this routed expert; None: all of it.
+        """
+        stored = self._ties.stored_as.get(name, name)
+        return [(piece.key, row) for piece, row in self._conversion.reads(stored, expert)]
+
     def module(self, name: str) -> nn.Module:
         """The module of the skeleton that owns the weight of this name."""
         module: nn.Module = self.model.get_submodule(name.removesuffix(".weight"))
@@ -254,7 +256,7 @@ class Source:
 
         Classes whose code is not in the folder are left out.
         """
-        read = without_missing_code(self.folder, config_fields(self.folder))
+        read = without_missing_code(self.folder, known_type(config_fields(self.folder)))
         return untied_config(read) if self._ties.untied else read
 
     # Reading tensors, and putting them into the skeleton
@@ -268,7 +270,7 @@ class Source:
         """The weights of expert `index` of a decoder layer; no other expert is read.
 
         Raises:
-            CheckpointError: their shapes are not those of the config.
+            FileError: their shapes are not those of the config.
         """
         return read_expert(self.experts[layer], index, self._rows).map(self._for_computing)
 
@@ -284,8 +286,9 @@ class Source:
         """A parameter of all routed experts of a layer, in the dtype of the computation."""
         return self._for_computing(self._converted(name, None)[name])
 
-    def experts_in_turn(self, layer: int, numbers: Iterable[int]) -> Iterator[ExpertWeights]:
+    def experts_in_turn(self, layer: int, numbers: Sequence[int]) -> Iterator[ExpertWeights]:
         """`expert` for each of `numbers`. A card gets the next ones while one is in use."""
+        self.upcoming.experts(layer, numbers)
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
@@ -305,8 +308,13 @@ class Source:
             self.unload(prefix)
 
     @contextmanager
-    def layer_loaded(self, layer: int) -> Iterator[None]:
-        """`loaded` for a decoder layer. Its routed experts stay on disk."""
+    def layer_loaded(self, layer: int, following: int | None = None) -> Iterator[None]:
+        """`loaded` for a decoder layer. Its routed experts stay on disk.
+
+        Args:
+            following: the layer that is needed next; None: the one after it.
+        """
+        self.upcoming.layer(layer, layer + 1 if following is None else following)
         with self.loaded(self.layer_paths[layer]):
             yield
 
@@ -315,13 +323,12 @@ class Source:
 
         Outside the layers also small parts of a composite, such as projectors.
         """
-        for name in (*self.names(prefix), *(() if prefix else self._beside)):
+        names = (*self.names(prefix), *(() if prefix else self._beside))
+        if prefix is None:
+            self.upcoming.tensors(names, "the tensors outside the layers")
+        for name in names:
             self.put(name, self._for_computing(self.tensor(name)))
-        root = self.model.get_submodule(prefix) if prefix else self.model
-        for module in root.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[key] = buffer.to(self.device)
+        buffers_to(self.device, self.model.get_submodule(prefix) if prefix else self.model)
         self.model.tie_weights()
 
     def unload(self, prefix: str | None) -> None:
@@ -338,14 +345,7 @@ class Source:
 
     def put(self, name: str, value: Tensor) -> None:
         """Set one parameter or buffer of the skeleton."""
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if leaf in module._buffers:
-            module._buffers[leaf] = value
-        elif isinstance(value, nn.Parameter):
-            module._parameters[leaf] = value
-        else:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        put_tensor(self.model, name, value)
 
     # Conversion, checks and dtypes
 
@@ -360,6 +360,7 @@ class Source:
 
     def _read(self, key: str, expert: int | None, rows: int = 1) -> Tensor:
         """A tensor of the checkpoint, or the rows of an expert, dequantized, on the device."""
+        self.upcoming.wait_for((key, expert))
         return self.checkpoint.read(key, expert, self.dtype, self.device, rows)
 
     def _equal(self, *names: str) -> bool:

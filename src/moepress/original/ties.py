@@ -76,3 +76,22 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
     }
     return {**changed, FLAG: False}
+
+
+def embedding_and_head(
+    model: Any, paths: Mapping[int, str], stored: Collection[str]
+) -> dict[str, tuple[str, ...]]:
+    """Roles, "embedding" or "head", by parameter name. A tied tensor has both.
+
+    Args:
+        model: the language model.
+        paths: of all modules, by their id.
+        stored: names of the parameters that are stored; of tied ones only one is.
+    """
+    embedding, head = (
+        f"{paths[id(module)]}.weight"
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if head not in stored:  # tied: one tensor, stored once
+        return {embedding: ("embedding", "head")}
+    return {embedding: ("embedding",), head: ("head",)}

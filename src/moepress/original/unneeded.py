@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 
 SCALE = re.compile(
     r"(^|_)(scales?|scale_inv|scale_\d+|zero_points?|zeros|qzeros|qweight|g_idx|absmax|amax)$"
@@ -55,7 +55,7 @@ def check_unneeded(
         of_layers: those of them that belong to decoder layers.
 
     Raises:
-        CheckpointError: an unused tensor is a scale or bias of one that is taken, or belongs to a
+        FileError: an unused tensor is a scale or bias of one that is taken, or belongs to a
             decoder layer that the config does not count.
     """
     left = sorted(set(unused) - ignored_by_class(model, unused))
@@ -66,13 +66,13 @@ def check_unneeded(
         if _module(key) not in modules and key.removesuffix(f"_{leaf}") not in modules:
             continue
         if SCALE.search(leaf):
-            raise CheckpointError(
+            raise FileError(
                 f"{folder} holds {key}, a scale of a tensor that the model takes, but config.json "
                 "does not say how its weights are quantized. Without the scale they are other "
                 "numbers: give the original model, or the config.json that belongs to these files."
             )
         if BIAS.search(leaf) and not MASKS.search(key):
-            raise CheckpointError(
+            raise FileError(
                 f"{folder} holds {key}, but {type(model).__name__} with this config.json has no "
                 "such bias, and would compute without it. The config is another model's or lacks a "
                 "field such as attention_bias: fetch it again."
@@ -80,7 +80,7 @@ def check_unneeded(
 
 
 def _check_layers(folder: Path, model: Any, unused: Iterable[str], taken: Iterable[str]) -> None:
-    """Raise CheckpointError if the files hold decoder layers beyond those of the config."""
+    """Raise FileError if the files hold decoder layers beyond those of the config."""
     known: dict[str, set[int]] = defaultdict(set)  # numbers by what stands in front of them
     for key in taken:
         if found := NUMBERED.match(key):
@@ -93,7 +93,7 @@ def _check_layers(folder: Path, model: Any, unused: Iterable[str], taken: Iterab
     extra = {k: v for k, v in more.items() if not any(PREDICTS_AHEAD.search(key) for key in v)}
     if extra:
         (stem, number), keys = min(extra.items())
-        raise CheckpointError(
+        raise FileError(
             f"{folder} holds {len(extra)} decoder layers more than the {len(known[stem])} of its "
             f"config.json, the first {stem}{number} ({keys[0]}). {type(model).__name__} would "
             "leave them out: the config is another model's; fetch it again."

@@ -39,9 +39,10 @@ def check_usable(source: Source) -> None:
     _check_choices(source)
     calls_without_weights(source, TOKENS)
     large = {name for linears in source.packable for name in linears}
-    for name in source.all_names:
-        if name not in large:
-            source.tensor(name)
+    small = [name for name in source.all_names if name not in large]
+    source.upcoming.tensors(small, "the tensors outside the layers, norms and routers")
+    for name in small:
+        source.tensor(name)
     _tell_left_out(source)
 
 

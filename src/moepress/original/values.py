@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepress.errors import NumericalError
+from moepress.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Values:
             stored: the same, in the dtype of the model.
 
         Raises:
-            NumericalError: an element is NaN or infinite, or too large for the model's dtype.
+            WeightsError: an element is NaN or infinite, or too large for the model's dtype.
         """
         least, most = extremes(stored)
         if not (math.isfinite(least) and math.isfinite(most)):
@@ -67,11 +67,11 @@ class Values:
         if all_finite(value):
             kinds = (str(dtype).removeprefix("torch.") for dtype in (stored.dtype, value.dtype))
             most, kind = float(value.abs().max()), next(kinds)
-            raise NumericalError(
+            raise WeightsError(
                 f"{name} of {self._folder} holds {most:.4g}, which {kind} cannot hold. config.json "
                 f"says {kind}, the file has {next(kinds)}: set the dtype in config.json to that."
             )
-        raise NumericalError(
+        raise WeightsError(
             f"{name} of {self._folder} contains NaN or infinite weights. Expected finite numbers: "
             "the file is damaged or the model is broken; fetch it again."
         )

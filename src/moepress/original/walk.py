@@ -12,7 +12,8 @@ model's own forward passes to it. Only the routed experts are replaced. For a la
              layer's own code adds residuals, shared experts and scales
 
 The calls of all layers are recorded once, while the tokens are embedded (calls.py). What some
-layers hand to later ones beside their states is carried along (carried.py).
+layers hand to later ones beside their states is carried along (carried.py). Layers that the model
+runs several times have the states of all these passes, as more sequences (loops.py).
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from moepress.original.batches import SHARE_IN_ORDER, batches, empty, logit_toke
 from moepress.original.calls import Call, record_calls, replaced_forward, replaced_forwards
 from moepress.original.carried import (
     BEFORE_LAYERS,
+    PREVIOUS,
     Carried,
     CarriedCall,
     Gathered,
     states_between,
 )
 from moepress.original.experts import Routed, RoutedExpert
+from moepress.original.loops import loop_of
+from moepress.original.passes import enter_loop, leave_loop
 from moepress.original.source import Source
 from moepress.progress import Progress
 
@@ -52,18 +56,20 @@ class Walk:
     def __init__(self, source: Source, ids: Tensor) -> None:
         self.source = source
         self.ids = ids
-        self.batches = batches(ids)
-        self._calls: list[list[Call]] = []  # [batch][layer]
-        # [S, L, H] input of the next layer; of several residual streams [S, L, ...]
+        self.loop = loop_of(source.text_config, len(source.layers))
+        self.passes: tuple[int, ...] = (0,)  # of a loop, that the sequences of `states` are in
+        self._batches = batches(ids)
+        self._calls: list[list[Call]] = []  # [batch][call]
+        # [passes * S, L, H] input of the next layer; of several residual streams [.., L, ...]
         self.states = self._begin()
-        self.carried: Carried = {}  # [S, ...] what earlier layers hand on beside the states
+        self.carried: Carried = {}  # [passes * S, ...] what earlier layers hand on too
 
     @torch.no_grad()  # not inference mode: a backward walk differentiates through these arguments
     def _begin(self) -> Tensor:
         """Record how the model calls each of its layers. Returns the embedded tokens."""
         states: Tensor | None = None
         with self.source.loaded(None):
-            for batch in self.batches:
+            for batch in self._batches:
                 calls = record_calls(self.source, self.ids[batch])
                 hidden = calls[0].hidden
                 if states is None:
@@ -85,7 +91,12 @@ class Walk:
 
     def restore(self, tensors: Mapping[str, Tensor], name: str = STATES) -> None:
         """Go on from stored `tensors`; they may have others among them."""
-        self.states.copy_(tensors[name])
+        states = tensors[name]
+        together = len(states) > len(self.ids)
+        self.passes = self.loop.together if together else (0,)
+        if len(states) != len(self.states):
+            self.states = self.states_like(len(states))
+        self.states.copy_(states)
         start = f"{name}."
         self.carried = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
@@ -95,10 +106,33 @@ class Walk:
         other.states = self.states_like().copy_(self.states)
         return other
 
-    def states_like(self) -> Tensor:
-        """An uninitialised tensor of the shape and dtype of the states."""
-        shape, dtype = tuple(self.states.shape), self.states.dtype
-        return empty(shape, dtype, self.source.device, SHARE_IN_ORDER)
+    def states_like(self, sequences: int | None = None) -> Tensor:
+        """An uninitialised tensor of the shape and dtype of the states.
+
+        Args:
+            sequences: None: as many as the states have.
+        """
+        shape = (len(self.states) if sequences is None else sequences, *self.states.shape[1:])
+        return empty(shape, self.states.dtype, self.source.device, SHARE_IN_ORDER)
+
+    def of_pass(self, number: int) -> Walk:
+        """A walk with the states of one pass alone, which are not copied."""
+        place, count = self.passes.index(number), len(self.ids)
+        rows = slice(place * count, (place + 1) * count)
+        other = copy.copy(self)
+        other.passes, other.states = (number,), self.states[rows]
+        names = self.carried.keys() - ({PREVIOUS} if number == 0 else set())
+        other.carried = {name: self.carried[name][rows] for name in names}
+        return other
+
+    @property
+    def batches(self) -> list[slice]:
+        """Slices of the sequences of `states` that go through a layer at a time."""
+        return [
+            slice(place * len(self.ids) + batch.start, place * len(self.ids) + batch.stop)
+            for place in range(len(self.passes))
+            for batch in self._batches
+        ]
 
     @torch.inference_mode()
     def route(self, layer: int) -> Routed:
@@ -107,7 +141,7 @@ class Walk:
         Args:
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
-        tokens = self.ids.numel()
+        tokens = len(self.states) * self.ids.shape[1]
         shape = tokens, self.source.experts[layer].hidden
         hidden = empty(shape, self.source.compute_dtype, self.source.device)
         index, weight = [], []
@@ -149,7 +183,8 @@ class Walk:
             experts_output: [T, H] sum of the experts' weighted outputs; None: it has no experts.
 
         Returns:
-            Sum of squares of the new states: the energy of the residual stream.
+            Sum of squares of the new states, the energy of the residual stream; of a loop's passes
+            the mean.
         """
         done = 0
         energy = 0.0
@@ -162,7 +197,7 @@ class Walk:
             return rows.to(x)
 
         experts = self.experts_module(layer) if experts_output is not None else None
-        after = Gathered(self.carried, len(self.ids), self.source.device)
+        after = Gathered(self.carried, len(self.states), self.source.device)
         with replaced_forward(experts, finished):
             for number, batch in enumerate(self.batches):
                 given = self.carried_of(batch)
@@ -176,6 +211,11 @@ class Walk:
                 energy += out.float().square().sum().item()
                 self.states[batch] = out
         self.carried = after.values
+        energy /= len(self.passes)
+        if self.loop.passes > 1 and layer + 1 == self.loop.start:
+            enter_loop(self)
+        elif self.loop.passes > 1 and layer + 1 == self.loop.stop:
+            leave_loop(self)
         return energy
 
     def expert(self, layer: int, number: int, routed: Routed) -> RoutedExpert:
@@ -299,7 +339,11 @@ class Walk:
 
     def call(self, layer: int, number: int) -> Call:
         """How the model calls a layer for batch `number`."""
-        return self._calls[number][layer]
+        return self._calls[number % len(self._batches)][self.call_number(layer, number)]
+
+    def call_number(self, layer: int, number: int) -> int:
+        """The place of this call among all calls of the model."""
+        return self.loop.call(layer, self.passes[number // len(self._batches)])
 
     def run_batch(self, layer: int, number: int) -> Tensor:
         """Run a batch's own states through a loaded layer. The walk's states stay as they are."""

@@ -15,6 +15,10 @@ from moepress.errors import FileError
 from moepress.reading.json import read_object
 
 CONFIG = "config.json"
+MODEL_TYPE = "model_type"
+# Model types of published folders that are another one of transformers, and say so in their model
+# cards: Kimi-K2 is DeepSeek-V3 under its own name, for engines that tell them apart.
+SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Fields that transformers makes a list of, one entry for each: most layers, blocks, labels.
 COUNTED = re.compile(r"(^|_)(layers?|depth|blocks|labels|codebooks|stages)$")
 LAYERS = re.compile(r"(^|_)(layers?|depth|blocks)$")
@@ -38,6 +42,13 @@ def config_fields(folder: Path) -> dict[str, Any]:
                 f"{most:,}: it is damaged or was edited; fetch it again."
             )
     return fields
+
+
+def known_type(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, with the model type that transformers has a class for."""
+    named = fields.get(MODEL_TYPE)
+    same = SAME_AS.get(named) if isinstance(named, str) else None
+    return dict(fields) if same is None else {**fields, MODEL_TYPE: same}
 
 
 def check_layers(folder: Path, tensors: int) -> None:

@@ -170,7 +170,8 @@ def _gathered(
     routed = expert.routed
     tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
     device = weight.device
-    inputs = Inputs(weight.shape[1], device, rounding.family, routed.original is not None)
+    corrects = routed.original is not None
+    inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight)
 
     def of_matrix(to_inputs: ToMatrixInputs, states: Tensor, some: Tensor) -> Tensor:
         x, scale = states[some].to(device), routed.input_scale(expert.number, some)

@@ -11,6 +11,8 @@ one product with the triangular R is left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,34 +30,53 @@ def best_scale(rows: Tensor, scale: Tensor, residual: Tensor, factor: Factor | N
         factor: of the Hessian; None: all inputs alike, and no feedback.
     """
     per_scale = inverse(scale)
-    product, energy = torch.zeros_like(scale), torch.zeros_like(scale)
-    for start in range(0, rows.shape[1], COLUMNS_PER_SLICE):
-        here = slice(start, min(start + COLUMNS_PER_SLICE, rows.shape[1]))
-        if factor is None:
-            weighted, errors = rows[:, here].T * per_scale, residual[here]
-            curvature = torch.ones_like(rows[0, here])
-        else:
-            with tensor_cores(rows.device):
-                weighted = _upper_product(rows.T, factor.feedback, here).mul_(per_scale)
-                errors = within_blocks(residual[here], factor.feedback[here, here])
-            curvature = factor.curvature[here]
-        for total, part in zip(
-            (product, energy), _products(weighted, errors, curvature), strict=True
-        ):
-            total += part
+
+    def weighted(here: slice) -> Tensor:
+        columns = (
+            rows[:, here].T if factor is None else _upper_product(rows.T, factor.feedback, here)
+        )
+        return columns * per_scale
+
+    product, energy = _products(weighted, residual, factor)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)
 
 
-def gain(weighted: Tensor, errors: Tensor, curvature: Tensor) -> Tensor:
+def gain(weighted: Tensor, residual: Tensor, factor: Factor) -> Tensor:
     """<w, c>_H / <c, c>_H of each row, [N] float32, for c = w - E; 1 where <c, c>_H is 0.
 
     Args:
         weighted: [K, N] R^T w.
-        errors: [K, N] R^T E.
-        curvature: [K] D.
+        residual: [K, N] r = E V.
+        factor: of the Hessian.
     """
-    product, energy = _products(weighted, errors, curvature)
+    product, energy = _products(lambda here: weighted[here], residual, factor)
     return torch.where(energy > 0, product / energy, 1.0)
+
+
+def _products(
+    weighted: Callable[[slice], Tensor], residual: Tensor, factor: Factor | None
+) -> tuple[Tensor, Tensor]:
+    """<w, c>_H and <c, c>_H of each row, both [N], summed over slices of columns.
+
+    Args:
+        weighted: gives rows of R^T w [K, N].
+        residual: [K, N] r = E V.
+        factor: None: H = I.
+    """
+    product, energy = residual.new_zeros(2, residual.shape[1])
+    for start in range(0, len(residual), COLUMNS_PER_SLICE):
+        here = slice(start, min(start + COLUMNS_PER_SLICE, len(residual)))
+        with tensor_cores(residual.device):
+            right = weighted(here)
+            if factor is None:
+                errors, curvature = residual[here], residual.new_ones(here.stop - start)
+            else:
+                errors = within_blocks(residual[here], factor.feedback[here, here])
+                curvature = factor.curvature[here]
+        codes = right - errors
+        product += curvature @ (right * codes)
+        energy += curvature @ codes.square_()
+    return product, energy
 
 
 def upper_product(columns: Tensor, upper: Tensor) -> Tensor:
@@ -93,9 +114,3 @@ def inverse(scale: Tensor) -> Tensor:
 def _upper_product(columns: Tensor, upper: Tensor, here: slice) -> Tensor:
     """The rows `here` of `upper_product`."""
     return torch.mm(upper[: here.stop, here].T, columns[: here.stop])
-
-
-def _products(weighted: Tensor, errors: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """<w, c>_H and <c, c>_H of each row, both [N]; arguments as of `gain`."""
-    codes = weighted - errors
-    return curvature @ (weighted * codes), curvature @ codes.square()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.correction import Correction
+from moepress.rounding.correction import Correction, sums_moved
 from moepress.rounding.hessian import Factor, Hessian
 from moepress.rounding.methods import Matrix
 from moepress.rounding.rotation import rotate, rotate_back
@@ -27,14 +27,24 @@ class Inputs:
         features: K.
         family: of the codec that the matrix is rounded to.
         corrects: whether the original model's inputs will be given.
+        weight: [N, K], the only matrix with these inputs; None: there may be several.
     """
 
     def __init__(
-        self, features: int, device: torch.device | str, family: str, corrects: bool
+        self,
+        features: int,
+        device: torch.device | str,
+        family: str,
+        corrects: bool,
+        weight: Tensor | None = None,
     ) -> None:
         self._rotates = family == "trellis"
         self._hessian = Hessian(features, device)
-        self._correction = Correction(features, device) if corrects else None
+        self._correction: Correction | None = None
+        if corrects:
+            alone = weight is not None and sums_moved(*weight.shape)
+            rotated = self._rotated(weight.float()) if weight is not None and alone else None
+            self._correction = Correction(features, device, rotated)
 
     def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
         """Add T tokens.

@@ -14,8 +14,10 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import nn
 
 from moepress.serve.engine import Engine
+from moepress.store.statistics import statistics
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -32,6 +34,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(_OfEngine(engine))
+        self.registry.register(_OfStore(engine.stepper.model))
         self.requests = Counter(
             "moepress_requests", "Answered requests.", ["path", "status"], registry=self.registry
         )
@@ -84,3 +87,24 @@ class _OfEngine:
         yield GaugeMetricFamily("moepress_healthy", "1: as /health says.", not engine.trouble())
         yield CounterMetricFamily("moepress_prompt_tokens", "Computed.", engine.prefilled)
         yield CounterMetricFamily("moepress_generated_tokens", "Generated.", engine.generated)
+
+
+class _OfStore:
+    """Experts from disk; nothing where all of them are in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def collect(self) -> Iterator[Metric]:
+        found = statistics(self.model)
+        if found is None:
+            return
+        now = found.counts
+        for name, help_text, value in (
+            ("expert_uses", "Experts that calls of a layer needed.", now.uses),
+            ("expert_hits", "Of these, in memory already.", now.hits),
+            ("expert_read_bytes", "Read from the folder.", now.bytes_read),
+            ("expert_wait_seconds", "Spent waiting for reads.", now.seconds_waited),
+        ):
+            yield CounterMetricFamily(f"moepress_{name}", help_text, value)
+        yield GaugeMetricFamily("moepress_expert_held_bytes", "In memory.", now.bytes_held)

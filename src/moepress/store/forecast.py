@@ -27,7 +27,7 @@ from moepress.store.places import places_of, total_bytes
 from moepress.store.uses import Floats, frequencies
 
 LOCALITY = 1.8
-PIECE = 1 << 21  # bytes of a read, as of store.cpp
+PIECE = 1 << 21  # bytes of a read, as of store_state.h
 MOST_READ = 256 << 20  # bytes read to measure the speed of a drive
 MEMORY_READ = 256 << 20
 EXPERT_NAMES = {name for gated in (True, False) for name in packed_names(gated)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.format.codec import PackedSpec
 from moepress.kernels.cpu.expert_store import Place
 from moepress.reading.headers import read_header
@@ -20,7 +20,7 @@ def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, 
 
     Raises:
         FileError: a file is damaged.
-        CheckpointError: a tensor is in none of the files.
+        FileError: a tensor is in none of the files.
     """
     found: dict[str, Place] = {}
     for path in map(Path, files):
@@ -29,7 +29,7 @@ def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, 
             found[name] = Place(path, tensors[name].start, tensors[name].nbytes)
     missing = sorted(set(names) - found.keys())
     if missing:
-        raise CheckpointError(
+        raise FileError(
             f"Tensor {missing[0]} is in none of the model's files. A shard is missing or damaged: "
             "copy the folder again."
         )
@@ -51,7 +51,7 @@ def read(places: Sequence[Place]) -> Tensor:
     """The bytes that lie in some places, one after another: [bytes] uint8, on the CPU.
 
     Raises:
-        CheckpointError: a file cannot be read, or ends before a place does.
+        FileError: a file cannot be read, or ends before a place does.
     """
     found = torch.empty(sum(place.nbytes for place in places), dtype=torch.uint8, device="cpu")
     buffer, at = memoryview(found.numpy().data), 0
@@ -66,7 +66,7 @@ def read(places: Sequence[Place]) -> Tensor:
                         raise OSError("it is shorter than it was")
                     at += got
         except OSError as error:
-            raise CheckpointError(
+            raise FileError(
                 f"{place.path} cannot be read: {error.strerror or error}. Copy it again."
             ) from error
     return found

@@ -34,6 +34,6 @@ def quantize(task: Task, folder: int) -> int:
 
 def temporary(task: Task) -> int:
     """Temporary files of arrays too large for memory: states, inputs and outputs of experts."""
-    tokens = task.tokens * task.shape.hidden
+    tokens = task.at_most.tokens * task.shape.hidden
     sizes = [task.states] * 3 + [task.shape.compute_itemsize * tokens] + [4 * tokens] * 3
     return sum(size for size in sizes if size > IN_MEMORY)

@@ -17,6 +17,7 @@ from moepress.costs.embedding_and_head import ROWS_AT_ONCE
 from moepress.format.codec import stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
+from moepress.rounding.correction import sums_moved
 from moepress.rounding.hessian import TOKENS_PER_CHUNK
 from moepress.rounding.options import Rounding
 from moepress.workload.shapes import Layer
@@ -31,8 +32,8 @@ ROUNDING_SCALAR = 1 + FLOAT
 # A rounded matrix as weights: values with their states, then rotated.
 DECODING = 2 * FLOAT + 3 * 4 + 8
 # Target, its product with the factor, and noise in float32; then errors, what is left after
-# feedback, three in the fit of the scale or the rotation back.
-DRAWING, DRAWN = 3 * FLOAT, 5 * FLOAT
+# feedback, slices in the fit of the scale and in the rotation back.
+DRAWING, DRAWN = 3 * FLOAT, 3 * FLOAT
 # Correction: the target, the weights rotated, the solutions of two triangular systems.
 CORRECTING = 5 * FLOAT
 # Activations of a layer for a token: of states and attention, in the dtype of the walk and float32.
@@ -56,6 +57,7 @@ def sampling(task: Task) -> int:
 
 def sensitivity(task: Task) -> int:
     """The forward and the backward walk."""
+    task = task.at_most
     walk = _states(task, copies=2) + _routed(task, copies=1)
     gradient = _states(task, copies=1)
     back = walk + gradient + _routed(task, copies=2)
@@ -74,6 +76,7 @@ def sensitivity(task: Task) -> int:
 
 def score(task: Task) -> int:
     """Measuring every expert and every open tensor."""
+    task = task.at_most
     recipe, shape = task.recipe, task.shape
     walk = _states(task, copies=2) + _routed(task, copies=1) + task.tokens * FLOAT * 12
     linears = Rounding.of_linears(recipe, recipe.measure)
@@ -96,6 +99,7 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
     Args:
         folder: bytes of the compressed model.
     """
+    task = task.at_most
     recipe, shape = task.recipe, task.shape
     linears = Rounding.of_linears(recipe, recipe.quantizer)
     experts = Rounding.of_experts(recipe, recipe.quantizer)
@@ -213,7 +217,9 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     """An expert while it is rounded to every width, or given the errors of every width."""
     shape, count = task.shape, len(task.recipe.widths)
     sizes = [shape.gate_up, shape.down]
-    weights = count * shape.expert_weights * shape.compute_itemsize
+    weights = shape.expert_weights * shape.compute_itemsize  # of one width
+    own = shape.expert_tokens(task.tokens)  # inputs of down and outputs of the original expert
+    weights += own * (shape.intermediate * shape.compute_itemsize + shape.hidden * FLOAT)
     largest = max(rows * cols for rows, cols in sizes)
     square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
     chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
@@ -239,7 +245,8 @@ def _rounded_matrix(
         return max(gathering, 2 * square + one)
     # Hessian, correction and a copy of the Hessian while that is factored; then correction, factor
     # and block feedback.
-    return max(gathering, 4 * square, 3 * square + one)
+    correction = 2 * rows * cols * FLOAT if sums_moved(rows, cols) else square
+    return max(gathering, 3 * square + correction, 2 * square + correction + one)
 
 
 def _tables(task: Task) -> int:

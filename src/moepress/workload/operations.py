@@ -30,7 +30,9 @@ from functools import lru_cache
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import STEPS, TILE_COLUMNS, run_length
+from moepress.rounding.correction import sums_moved
 from moepress.rounding.hessian import COLUMNS_PER_SLICE
+from moepress.rounding.methods.gptq import COLUMNS_IN_16_BITS
 from moepress.rounding.methods.viterbi import SEAM
 
 Work = Counter[str]
@@ -80,31 +82,45 @@ def rotation(rows: int, cols: int) -> Work:
     return Work({"rotate": rows * cols * (1 + int(math.log2(run_length(cols))))})
 
 
-def inputs(tokens: int, cols: int, rotates: bool, corrects: bool) -> Work:
+def inputs(tokens: int, cols: int, rotates: bool, corrects: bool, rows: int | None = None) -> Work:
     """Gather the Hessian of a matrix's inputs, and with `corrects` its correction.
 
     Args:
         rotates: whether inputs are rotated, for trellis codes.
+        rows: of the only matrix with these inputs; None: there are several.
     """
     work = hessian(tokens, cols)
     if corrects:
-        work += product(cols, tokens, cols, "float32") + Work({"copy": 3 * tokens * cols})
+        if rows is not None and sums_moved(rows, cols):
+            work += times(2, product(rows, tokens, cols, "float32"))
+            work += times(rotates, rotation(rows, cols))
+        else:
+            work += product(cols, tokens, cols, "float32")
+        work += Work({"copy": 3 * tokens * cols})
     if rotates:
         work += times(1 + corrects, rotation(tokens, cols))
     return work
 
 
-def corrected(rows: int, cols: int, rotates: bool) -> Work:
-    """Move weights [rows, cols] to make up for earlier errors. Not counted: the factor it needs."""
+def corrected(rows: int, cols: int, rotates: bool, alone: bool) -> Work:
+    """Move weights [rows, cols] to make up for earlier errors. Not counted: the factor it needs.
+
+    Args:
+        alone: whether no other matrix has these inputs.
+    """
     solves = times(2, Work({"float32": rows * cols**2}))
-    work = product(rows, cols, cols, "float32") + solves + Work({"copy": 4 * rows * cols})
+    work = _moved(rows, cols, alone) + solves + Work({"copy": 4 * rows * cols})
     return work + times(2 * rotates, rotation(rows, cols))
 
 
+def _moved(rows: int, cols: int, alone: bool) -> Work:
+    """The product of a matrix and M, unless it was summed (correction.py)."""
+    return Work() if alone and sums_moved(rows, cols) else product(rows, cols, cols, "float32")
+
+
 def gain(rows: int, cols: int, rotates: bool) -> Work:
-    """The gain of a rounded matrix."""
-    work = product(rows, cols, cols, "float32")
-    work += times(2, upper_product(rows, cols))
+    """The gain of a rounded matrix, which has inputs of its own."""
+    work = _moved(rows, cols, alone=True) + times(2, upper_product(rows, cols))
     work += Work({"copy": 8 * rows * cols + 2 * cols**2})
     return work + times(2 * rotates, rotation(rows, cols))
 
@@ -119,28 +135,34 @@ def upper_product(rows: int, cols: int) -> Work:
 
 
 @lru_cache(maxsize=256)
-def _sweep(cols: int, leaf: int) -> tuple[int, int, int]:
-    """Of a sweep over `cols` columns: sum of left times right, sum of their lengths, products."""
+def _sweep(cols: int, leaf: int) -> tuple[int, int, int, int, int]:
+    """Of a sweep over `cols` columns: sum of left times right, sum of their lengths, products.
+
+    Then the first two sums again, of products that may be in 16 bits.
+    """
     leaves = -(-cols // leaf)
     if leaves <= 1:
-        return 0, 0, 0
+        return 0, 0, 0, 0, 0
     left = leaf * (leaves // 2)
     right = cols - left
     below = [_sweep(left, leaf), _sweep(right, leaf)]
-    own = left * right, cols, 1
+    wide = right >= COLUMNS_IN_16_BITS
+    own = left * right, cols, 1, wide * left * right, wide * cols
     return tuple(sum(numbers) for numbers in zip(own, *below, strict=True))
 
 
-def sweep(rows: int, cols: int, leaf: int) -> Work:
-    """The products that pass feedback on while columns are visited `leaf` at a time (gptq.py)."""
-    areas, lengths, products = _sweep(cols, leaf)
-    return Work(
-        {
-            "float32": 2 * rows * areas,
-            "copy": rows * lengths,
-            "call": CALLS_OF_SWEEP * products,
-        }
-    )
+def sweep(rows: int, cols: int, leaf: int, in_16_bits: bool = False) -> Work:
+    """The products that pass feedback on while columns are visited `leaf` at a time (gptq.py).
+
+    Args:
+        in_16_bits: whether large products are in the dtype of the walk.
+    """
+    areas, lengths, products, wide, converted = _sweep(cols, leaf)
+    work = Work({"copy": rows * lengths, "call": CALLS_OF_SWEEP * products})
+    if in_16_bits and wide:
+        work += Work({"product": 2 * rows * wide, "copy": rows * converted})
+        areas -= wide
+    return work + Work({"float32": 2 * rows * areas})
 
 
 def block_feedback(cols: int) -> Work:
@@ -186,9 +208,13 @@ def refit(rows: int, cols: int) -> Work:
     return upper_product(rows, cols) + blocks + product(2, cols, rows, "float32")
 
 
-def draw_errors(rows: int, cols: int, widths: int) -> Work:
-    """Give a matrix the errors of trellis codes of several widths, drawn (noise.py)."""
-    of_one = sweep(rows, cols, TILE_COLUMNS) + rotation(rows, cols)
+def draw_errors(rows: int, cols: int, widths: int, in_16_bits: bool = False) -> Work:
+    """Give a matrix the errors of trellis codes of several widths, drawn (noise.py).
+
+    Args:
+        in_16_bits: see `sweep`.
+    """
+    of_one = sweep(rows, cols, TILE_COLUMNS, in_16_bits) + rotation(rows, cols)
     of_one += product(rows, TILE_COLUMNS, cols, "float32") + product(2, cols, rows, "float32")
     calls = CALLS_OF_DRAWN_VISIT * (cols // TILE_COLUMNS)
     of_one += Work({"copy": PASSES_OF_DRAWING * rows * cols, "call": calls})

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import Codec, codec_for
-from moepress.kernels.trellis import TILE_COLUMNS, rotate
+from moepress.kernels.trellis import TILE_COLUMNS
 from moepress.original.batches import LOGIT_TOKENS
 from moepress.original.quantized.config import BLOCK
 from moepress.original.quantized.forms import products
@@ -27,6 +27,7 @@ from moepress.rounding.hessian import Factor
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.methods.trellis import block_feedback, path_values
 from moepress.rounding.methods.viterbi import search
+from moepress.rounding.rotation import rotate
 from moepress.workload import operations as op
 from moepress.workload.operations import Work
 from moepress.workload.shapes import ModelShape

@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from moepress.allocation.tensors import experts_per_token
+from moepress.original.loops import loop_of
 from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
+from moepress.rounding.noise import feedback_in_16_bits
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Layer:
     weights: int  # of all its tensors
     linears: tuple[Linear, ...]
     has_experts: bool
+    runs: int = 1  # how often a token goes through it: more than once in a loop
 
     def sharing_inputs(self, of: Collection[str]) -> list[tuple[Linear, ...]]:
         """The linears named in `of`, grouped by the inputs that they share.
@@ -74,10 +77,12 @@ class ModelShape:
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
     projected: int | None = None  # size of the experts' inputs and outputs, padded; None: H
     parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
+    feedback_in_16_bits: bool = False  # of drawn errors (rounding/noise.py)
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
         config = source.text_config
+        loop = loop_of(config, len(source.layers))
         one = source.one_layer_of_experts
         heads = _largest(config, "num_attention_heads") or 1
         head = _largest(config, "head_dim") or source.hidden // heads
@@ -88,6 +93,7 @@ class ModelShape:
                     sum(source.shape(name).numel() for name in source.names(path)),
                     tuple(Linear(name, *source.shape(name)) for name in source.packable[index]),
                     index in source.experts,
+                    loop.runs(index),
                 )
                 for index, path in enumerate(source.layer_paths)
             ),
@@ -105,6 +111,7 @@ class ModelShape:
             compute_itemsize=source.compute_dtype.itemsize,
             projected=one.gate_up_shape[1],
             parts=one.form.parts,
+            feedback_in_16_bits=feedback_in_16_bits(source.compute_dtype, source.device),
         )
 
     @property

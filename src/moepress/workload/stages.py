@@ -7,7 +7,7 @@ assumed to be chosen equally often. Operations of a few tokens or rows are left 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import HEAD_TOKENS
@@ -49,21 +49,38 @@ class Task:
     tables: Mapping[str, tuple[int, int]]  # shape of embedding and head, by name
     head: tuple[str, ...]  # names of the tables that are a head
     between: tuple[int, ...]  # bytes of a token before each layer and after the last: states,
-    # and what layers hand on beside them
+    # and what layers hand on beside them; in a loop of all its passes
+    runs: float = 1  # how often each token counts: in a loop, once for each pass
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.length
+        return round(self.sequences * self.length * self.runs)
 
     @property
     def states(self) -> int:
         """Bytes of all tokens between two layers, at most."""
-        return self.tokens * max(self.between)
+        return self.sequences * self.length * max(self.between)
 
     @property
     def batches(self) -> int:
         """Batches of a walk."""
-        return -(-self.sequences // max(1, BATCH_TOKENS // self.length))
+        one_pass = -(-self.sequences // max(1, BATCH_TOKENS // self.length))
+        return round(one_pass * self.runs)
+
+    def at(self, layer: Layer) -> Task:
+        """The task with the tokens that go through a layer."""
+        return replace(self, runs=layer.runs)
+
+    @property
+    def at_most(self) -> Task:
+        """The task with the tokens of the layers that run most often."""
+        return replace(self, runs=max(layer.runs for layer in self.shape.layers))
+
+    @property
+    def at_experts(self) -> Task:
+        """The task with the tokens that go through a layer with experts, in the mean."""
+        runs = [layer.runs for layer in self.shape.layers if layer.has_experts]
+        return replace(self, runs=sum(runs) / len(runs))
 
     @property
     def hessian_tokens(self) -> int:
@@ -78,13 +95,15 @@ def sampling(task: Task) -> Work:
     active = shape.weights - shape.moe_layers * shape.expert_weights * (
         shape.experts - shape.experts_per_token
     )
+    chosen = shape.experts_per_token * shape.expert_weights
+    active += sum((at.runs - 1) * (at.weights + at.has_experts * chosen) for at in shape.layers)
     steps = -(-task.sequences // BATCH) * task.length
     # Each step reads every weight once, and takes as long as a pass over as many bytes of float32.
     step = Work(
         {
             "copy": shape.weights * shape.compute_itemsize / 8,
             "call": sum(
-                CALLS_OF_LAYER + layer.has_experts * CALLS_OF_EXPERT * shape.experts
+                layer.runs * (CALLS_OF_LAYER + layer.has_experts * CALLS_OF_EXPERT * shape.experts)
                 for layer in shape.layers
             ),
         }
@@ -97,19 +116,23 @@ def sensitivity(task: Task) -> Work:
     """The forward walk, the gradient at the head, the backward walk (costs/sensitivity.py)."""
     shape, tokens = task.shape, task.tokens
     works = [op.load(2 * shape.outside, shape.other_disk), head_gradient(task, tokens)]
+    works.append(entering_loop(task))
     for layer, before in zip(shape.layers, task.between, strict=False):
-        # Forward, and the layer again before the backward walk.
-        works.append(times(2, op.load(layer.weights, shape.other_disk)))
+        at = task.at(layer)
+        # Forward, and the layer again before the backward walk of each pass.
+        works.append(times(1 + layer.runs, op.load(layer.weights, shape.other_disk)))
         if not layer.has_experts:
-            works.append(times(1 + BACKWARD, layer_forward(task, layer)))
+            works.append(times(1 + BACKWARD, layer_forward(at, layer)))
         else:
             # Forward: route, advance. Backward: route, then forward to the experts' output, then
             # forward and back to the input.
-            works.append(times(4 + BACKWARD, layer_forward(task, layer)))
+            works.append(times(4 + BACKWARD, layer_forward(at, layer)))
             # Forward, forward again before the backward walk, forward and back.
-            works.append(times(2 + BACKWARD, experts_forward(task, tokens)))
-            works.append(times(3, op.load(shape.experts * shape.expert_weights, shape.expert_disk)))
-            works.append(Work({"copy": 12 * tokens * shape.hidden}))  # sums in float32
+            works.append(times(2 + BACKWARD, experts_forward(at, at.tokens)))
+            loads = 1 + 2 * layer.runs
+            experts = op.load(shape.experts * shape.expert_weights, shape.expert_disk)
+            works.append(times(loads, experts))
+            works.append(Work({"copy": 12 * at.tokens * shape.hidden}))  # sums in float32
         works.append(Work({"read": 4 * tokens * before}))  # states and gradient, written and read
     return total(works)
 
@@ -125,18 +148,19 @@ def head_gradient(task: Task, tokens: int) -> Work:
 def score(task: Task) -> Work:
     """Measure every expert and every open tensor at every width (score.py)."""
     shape, recipe = task.shape, task.recipe
-    works = [op.load(shape.outside, shape.other_disk)]  # to embed the text
+    works = [op.load(shape.outside, shape.other_disk), entering_loop(task)]  # to embed the text
     linears = Rounding.of_linears(recipe, recipe.measure)
     experts = Rounding.of_experts(recipe, recipe.measure)
     for layer in shape.layers:
+        at = task.at(layer)
         works.append(op.load(layer.weights, shape.other_disk))
         names = {linear.name for linear in layer.linears if linear.name in task.open}
         runs = 1 + bool(names)  # advance; linear_inputs
-        works += (_score_linears(task, group, linears) for group in layer.sharing_inputs(names))
+        works += (_score_linears(at, group, linears) for group in layer.sharing_inputs(names))
         if layer.has_experts:
             runs += 1  # route
-            works.append(times(shape.experts, _score_expert(task, experts)))
-        works.append(times(runs, layer_forward(task, layer)))
+            works.append(times(shape.experts, _score_expert(at, experts)))
+        works.append(times(runs, layer_forward(at, layer)))
     works.append(_score_tables(task))
     return total(works)
 
@@ -148,7 +172,7 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
     for linear in group:
         size = linear.rows, cols
         widths = task.open[linear.name]
-        works.append(_offered(*size, widths, rounding))
+        works.append(_offered(task, size, widths, rounding))
         cost = op.product(linear.rows, cols, cols, "float32") + Work({"copy": 6 * linear.weights})
         cost += times(rotates, op.rotation(*size))
         works.append(times(len(widths), cost))
@@ -163,7 +187,7 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
         works += (op.factor(cols) for _, cols in (shape.gate_up, shape.down))
     for size in (shape.gate_up, shape.down):
-        works.append(_offered(*size, widths, rounding))
+        works.append(_offered(task, size, widths, rounding))
     tokens = shape.expert_tokens(task.tokens)
     gate_up, down = (op.product(tokens, cols, rows) for rows, cols in (shape.gate_up, shape.down))
     inner = Work({"copy": 5 * tokens * shape.intermediate})
@@ -176,14 +200,22 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
     return total(works)
 
 
-def _offered(rows: int, cols: int, widths: Sequence[float], rounding: Rounding) -> Work:
-    """A matrix rounded to, or given the error of, each width, and dequantized."""
+def _offered(
+    task: Task, size: tuple[int, int], widths: Sequence[float], rounding: Rounding
+) -> Work:
+    """A matrix rounded to, or given the error of, each width, and dequantized.
+
+    Args:
+        size: N, K of the matrix.
+    """
+    rows, cols = size
     drawn = [
         bits
         for bits in widths
         if rounding.draws and stored_family(bits, rounding.family) == "trellis"
     ]
-    works = [op.draw_errors(rows, cols, len(drawn))] if drawn else []
+    in_16_bits = task.shape.feedback_in_16_bits
+    works = [op.draw_errors(rows, cols, len(drawn), in_16_bits)] if drawn else []
     for bits in widths:
         if bits not in drawn:
             works.append(_rounded(rows, cols, bits, rounding))
@@ -230,7 +262,9 @@ def quantize(task: Task, widths: Widths) -> Work:
     experts = Rounding.of_experts(recipe, recipe.quantizer)
     walks = 2 if experts.corrects else 1
     works = [op.load(2 * shape.outside, shape.other_disk), _tables(task, widths)]
+    works.append(times(walks, entering_loop(task)))
     for layer in shape.layers:
+        at = task.at(layer)
         works.append(op.load(layer.weights, shape.other_disk))
         works.append(Work({"read": walks * task.states}))  # states that are kept to continue from
         packed = {linear.name for linear in layer.linears if linear.name in widths.tensors}
@@ -238,19 +272,19 @@ def quantize(task: Task, widths: Widths) -> Work:
         if linears.needs_hessian and packed:
             runs += walks  # linear_inputs
         works += (
-            _quantize_linears(task, group, linears, widths, corrects=walks == 2)
+            _quantize_linears(at, group, linears, widths, corrects=walks == 2)
             for group in layer.sharing_inputs(packed)
         )
         if layer.has_experts:
             runs += 1  # route
         if walks == 2:
             runs += 1 + layer.has_experts  # pass_layer of the original: route, advance
-        works.append(times(runs, layer_forward(task, layer)))
+        works.append(times(runs, layer_forward(at, layer)))
         if layer.has_experts and walks == 2:
-            works.append(experts_forward(task, task.tokens))
+            works.append(experts_forward(at, at.tokens))
             works.append(op.load(shape.experts * shape.expert_weights, shape.expert_disk))
     works += (
-        times(count, _quantize_expert(task, both, experts))
+        times(count, _quantize_expert(task.at_experts, both, experts))
         for both, count in widths.experts.items()
         if LEFT_OUT not in both
     )
@@ -268,7 +302,7 @@ def _quantize_linears(
     for linear in group:
         bits = widths.tensors[linear.name]
         if corrects and rounding.needs_hessian:
-            works += [op.factor(cols), op.corrected(linear.rows, cols, rotates)]
+            works += [op.factor(cols), op.corrected(linear.rows, cols, rotates, alone=False)]
         works.append(_rounded(linear.rows, cols, bits, rounding))
         works.append(_stored(linear.rows, cols, bits, rounding))
     return total(works)
@@ -285,7 +319,7 @@ def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding
         if rounding.needs_hessian:
             works.append(op.factor(cols))
         if rounding.corrects:
-            works += [op.factor(cols), op.corrected(rows, cols, rotates)]
+            works += [op.factor(cols), op.corrected(rows, cols, rotates, alone=True)]
         works.append(_rounded(rows, cols, bits, rounding))
         works.append(times(2, _stored(rows, cols, bits, rounding)))  # gate_up for down, both after
     if rounding.corrects:
@@ -325,8 +359,27 @@ def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> 
     rotates = rounding.family == "trellis"
     rows, cols = shape.gate_up
     inner = op.product(tokens, cols, rows) + Work({"copy": 5 * tokens * shape.intermediate})
-    works = [op.inputs(tokens, cols, rotates, corrects) for _, cols in (shape.gate_up, shape.down)]
+    works = [
+        op.inputs(tokens, width, rotates, corrects, count)
+        for count, width in (shape.gate_up, shape.down)
+    ]
     return total([*works, times(runs, inner), Work({"call": 60})])
+
+
+def entering_loop(task: Task) -> Work:
+    """What a walk computes before it brings all passes of a loop through its layers together."""
+    shape = task.shape
+    works = []
+    for layer in shape.layers:
+        if layer.runs > 1:
+            before = replace(task, runs=layer.runs - 1)
+            loaded = op.load(layer.weights, shape.other_disk)
+            works.append(times(1 + layer.has_experts, layer_forward(before, layer)))
+            if layer.has_experts:
+                works.append(experts_forward(before, before.tokens))
+                loaded += op.load(shape.experts * shape.expert_weights, shape.expert_disk)
+            works.append(times(layer.runs - 1, loaded))
+    return total(works)
 
 
 def layer_forward(task: Task, layer: Layer) -> Work:

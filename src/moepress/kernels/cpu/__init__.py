@@ -325,3 +325,13 @@ def trellis_values(branches: Tensor, bits: float) -> Tensor:
         values.data_ptr(),
     )
     return values
+
+
+def trellis_rotate(x: Tensor, back: bool) -> None:
+    """`trellis.rotate`, or with `back` `trellis.rotate_back`, in place and with the same floats.
+
+    Args:
+        x: [N, K] float32, contiguous; K a multiple of 32.
+    """
+    threads = torch.get_num_threads()
+    interface.call("moepress_trellis_rotate", x.data_ptr(), *x.shape, int(back), threads)

@@ -28,13 +28,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.kernels.cpu.interface import READ_FAILED, RESULTS, library
 from moepress.kernels.stores import OPEN, refuse
 
 Ints = npt.NDArray[np.int64]
 
-PAGE = 4096  # kPage of store.cpp
+PAGE = 4096  # this and the next two as in store_state.h
+HUGE_PAGE = 1 << 21
+HUGE_FROM = 8 * HUGE_PAGE  # bytes of a matrix
 READERS = 4  # threads that read
 
 
@@ -47,10 +49,15 @@ class Place:
     nbytes: int
 
 
+def page_of(nbytes: int) -> int:
+    """Bytes of the pages that a matrix lies in. A large matrix is read faster into huge ones."""
+    return HUGE_PAGE if nbytes >= HUGE_FROM else PAGE
+
+
 def pages(place: Place) -> int:
     """Bytes of memory that a matrix takes: whole pages."""
-    first = place.offset % PAGE
-    return -(-(first + place.nbytes) // PAGE) * PAGE if place.nbytes else 0
+    first, page = place.offset % PAGE, page_of(place.nbytes)
+    return -(-(first + place.nbytes) // page) * page if place.nbytes else 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class ExpertStore:
         try:
             opened = self._open({place.path for place in flat if place.nbytes}, direct)
             ranges = _ranges(flat, opened)
-            self._check(flat, ranges, opened)
+            self._check(flat, opened)
             given = np.ascontiguousarray(np.concatenate([np.asarray(u) for u in uses]), np.float64)
             if len(given) != self._first[-1]:
                 raise InputError(
@@ -154,7 +161,7 @@ class ExpertStore:
         self.region: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
         places = torch.from_numpy(ranges[:, 3].copy()).view(-1, 2)
         self.places = torch.split(places, [len(layer) for layer in matrices])  # [L] [E, 2]
-        self.nbytes = int(_pages(ranges).sum())  # of all experts
+        self.nbytes = sum(map(pages, flat))  # of all experts
         OPEN[self.number] = self
 
     def __reduce__(self) -> NoReturn:
@@ -239,20 +246,21 @@ class ExpertStore:
             try:
                 fd = open_file(path, direct)
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+                raise FileError(f"{path} cannot be opened: {error.strerror}.") from error
             self._paths[fd] = path
             opened[path] = fd
         return opened
 
-    def _check(self, flat: Sequence[Place], ranges: Ints, opened: dict[Path, int]) -> None:
+    def _check(self, flat: Sequence[Place], opened: dict[Path, int]) -> None:
         sizes = {path: os.fstat(fd).st_size for path, fd in opened.items()}
         for place in flat:
             if place.nbytes and place.offset + place.nbytes > sizes[place.path]:
-                raise CheckpointError(
+                raise FileError(
                     f"{place.path} has {sizes[place.path]:,} bytes, and an expert reaches to byte "
                     f"{place.offset + place.nbytes:,}. The file is truncated: copy it again."
                 )
-        largest = int(_pages(ranges).reshape(-1, 2).sum(axis=1).max(initial=0))
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        largest = max((pages(one) + pages(other) for one, other in pairs), default=0)
         if largest > self.budget:
             raise InputError(
                 f"There are {self.budget / 1e6:,.0f} MB for experts, and the largest takes "
@@ -266,17 +274,11 @@ def _ranges(flat: Sequence[Place], opened: dict[Path, int]) -> Ints:
     end = 0
     for row, place in zip(ranges, flat, strict=True):
         if place.nbytes:
-            start = end + place.offset % PAGE
-            row[:] = opened[place.path], place.offset, place.nbytes, start
-            end = -(-(start + place.nbytes) // PAGE) * PAGE
+            page = page_of(place.nbytes)
+            first = -(-end // page) * page
+            row[:] = opened[place.path], place.offset, place.nbytes, first + place.offset % PAGE
+            end = first + pages(place)
     return ranges
-
-
-def _pages(ranges: Ints) -> Ints:
-    """[M] bytes of the pages of each matrix."""
-    _, _, nbytes, place = ranges.T
-    spans = -(-(place + nbytes) // PAGE) * PAGE - place // PAGE * PAGE
-    return np.where(nbytes > 0, spans, 0)
 
 
 def open_file(path: Path, direct: bool) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from moepress.errors import InputError, MoepressError
 
-INTERFACE = 9  # version of moepress.h
+INTERFACE = 10  # version of moepress.h
 
 READ_FAILED = 8
 RESULTS = {
@@ -56,6 +56,7 @@ SIGNATURES = {
     ),
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
 }  # fmt: skip
 
 

@@ -78,7 +78,8 @@ struct TrellisPanel {
 using TrellisDot = void (*)(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                             const TrellisPanel& x, const uint8_t* scales, float* out);
 
-// Rotate one token, x [cols], in place: x <- Q x (docs/format.md).
+// Rotate one token or one row of weights, x [cols], in place: x <- Q x (docs/format.md). The one
+// back is its inverse.
 using TrellisRotate = void (*)(float* x, int64_t cols);
 
 // Round one rotated token, x [cols], to place `place` of `out`.
@@ -116,7 +117,7 @@ struct Isa {
     ScalarRound scalar_round;
 
     TrellisDot trellis_dot[2][kWidthsEnd];  // by activation bits, 8 and 16, and width
-    TrellisRotate trellis_rotate;
+    TrellisRotate trellis_rotate, trellis_rotate_back;
     TrellisRound trellis_round;
     ViterbiStep viterbi_step[kWidthsEnd][2];  // by width and phase (viterbi.h)
     ViterbiBest viterbi_best[kWidthsEnd];

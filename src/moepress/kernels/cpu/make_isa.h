@@ -64,7 +64,8 @@ constexpr Isa make_isa(const char* name) {
     isa.scalar_round = scalar_round;
     set_trellis_dots<Lanes>(isa, TrellisWidths());
     set_search<Search>(isa, TrellisWidths());
-    isa.trellis_rotate = trellis_rotate;
+    isa.trellis_rotate = trellis_rotate<false>;
+    isa.trellis_rotate_back = trellis_rotate<true>;
     isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;
     return isa;

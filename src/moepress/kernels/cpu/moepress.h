@@ -114,6 +114,11 @@ MOEPRESS_API int32_t moepress_trellis_search(float* target, float* feedback, int
 MOEPRESS_API int32_t moepress_trellis_values(const uint8_t* branches, int64_t rows, int64_t cols,
                                              int32_t bits, int32_t threads, float* values);
 
+// x [rows][cols] <- x Q^T in place, or with `back` x Q (docs/format.md): floats equal to those of
+// `rotate` and `rotate_back` of kernels/trellis.py. cols is a multiple of 32. trellis.cpp.
+MOEPRESS_API int32_t moepress_trellis_rotate(float* x, int64_t rows, int64_t cols, int32_t back,
+                                             int32_t threads);
+
 // ---- Online pruning (drop.cpp) ------------------------------------------------------------------
 
 // Rank a token's choices by falling weight. A choice whose weight is below thresholds[rank] times
@@ -125,10 +130,11 @@ MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, in
                                    int32_t renormalise, const uint8_t* keep, int64_t* ranked,
                                    float* kept, uint8_t* dropped);
 
-// ---- Experts on disk (store.cpp, store.h) -------------------------------------------------------
+// ---- Experts on disk (store.h) ------------------------------------------------------------------
 
 // The bytes of a matrix in a file, and their place in the region of a store: both have the same
-// remainder modulo 4096. Pages of the region belong to one matrix each.
+// remainder modulo 4096. Pages of the region belong to one matrix each: huge ones of 2 MB, the first
+// of which the matrix begins in the first 4096 bytes of, to matrices of 16 MB and more.
 struct MoepressRange {
     int64_t fd, offset, bytes, place;
 };

@@ -1,9 +1,14 @@
-// Experts on disk: a budget of bytes of memory that holds some of a model's experts (store.cpp).
+// Experts on disk: a budget of bytes of memory that holds some of a model's experts.
 //
 // Every matrix has a place of its own in one region of address space, whole pages, so the tables of
 // the experts (first byte, code bits) never change. Only the experts that are present have memory
 // behind their places. Places have the remainder modulo kPage that the matrix has in its file:
 // direct reads go straight there.
+//
+//     store_state.h        who is in memory, who is read, who goes
+//     store.cpp            the experts of one call
+//     store_interface.cpp  the C interface
+//     store_missing.cpp    that interface on systems without a store
 //
 // An expert is read whole, in pieces, by the store's threads: `gate_up` first. What an op uses is
 // pinned. Room is made by dropping the unpinned expert of the lowest priority:

@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "isa.h"
 #include "moepress.h"
+#include "threads.h"
 #include "trellis_codec.h"
 #include "trellis_matrix.h"
 
@@ -36,4 +37,15 @@ int32_t moepress_trellis_experts(const float* x, int64_t tokens, int64_t hidden,
                                {down, down_bytes, down_table, down_group}, experts, intermediate,
                                *gate, *biases, {store, layer}, threads, y);
     });
+}
+
+int32_t moepress_trellis_rotate(float* x, int64_t rows, int64_t cols, int32_t back,
+                                int32_t threads) {
+    if (rows < 1 || cols < 1 || cols % 32 != 0 || threads < 1) return kBadShape;
+    const Isa& isa = *isa_in_use();
+    const TrellisRotate rotate = back ? isa.trellis_rotate_back : isa.trellis_rotate;
+    parallel(threads, rows, grain_for(rows, threads, 16), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) rotate(x + row * cols, cols);
+    });
+    return kOk;
 }

@@ -71,7 +71,8 @@ inline int32_t flipped(uint32_t place) {
     return int32_t(h << 31);
 }
 
-template <int size>
+// A D x, or with `back` D A x.
+template <int size, bool back>
 void rotate_runs(float* x, int64_t cols) {
     constexpr int vectors = size / kFloats;
     const float normal = float(1 / std::sqrt(double(size)));
@@ -82,24 +83,27 @@ void rotate_runs(float* x, int64_t cols) {
 #pragma GCC unroll 64
         for (int v = 0; v < vectors; ++v) {
             std::memcpy(&run[v], x + start + v * kFloats, sizeof run[v]);
-            run[v] = (Floats)((Ints)run[v] ^ sign[v]);
+            if (!back) run[v] = (Floats)((Ints)run[v] ^ sign[v]);
         }
         hadamard_levels<vectors, 1>(run);
 #pragma GCC unroll 64
         for (int v = 0; v < vectors; ++v) {
             run[v] *= normal;
+            if (back) run[v] = (Floats)((Ints)run[v] ^ sign[v]);
             std::memcpy(x + start + v * kFloats, &run[v], sizeof run[v]);
         }
     }
 }
 
-// x <- A D x in place (docs/format.md): the operations of `rotate` in kernels/trellis.py, in the
-// same order, so that the floats are the same. A is a Hadamard matrix for each run of columns.
-inline void trellis_rotate(float* x, int64_t cols) {
-    if (cols % 256 == 0) return rotate_runs<256>(x, cols);
-    if (cols % 128 == 0) return rotate_runs<128>(x, cols);
-    if (cols % 64 == 0) return rotate_runs<64>(x, cols);
-    rotate_runs<32>(x, cols);  // a group, and so a row, has a multiple of 32 columns
+// x <- A D x in place (docs/format.md), or with `back` the inverse, x <- D A x: the operations of
+// `rotate` and `rotate_back` in kernels/trellis.py, in the same order, so that the floats are the
+// same. A is a Hadamard matrix for each run of columns.
+template <bool back>
+void trellis_rotate(float* x, int64_t cols) {
+    if (cols % 256 == 0) return rotate_runs<256, back>(x, cols);
+    if (cols % 128 == 0) return rotate_runs<128, back>(x, cols);
+    if (cols % 64 == 0) return rotate_runs<64, back>(x, cols);
+    rotate_runs<32, back>(x, cols);  // a group, and so a row, has a multiple of 32 columns
 }
 
 // Round a rotated token to codes from -127 to 127 or, with activation bits 16, from -16256 (128 *

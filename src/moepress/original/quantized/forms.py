@@ -8,17 +8,18 @@ for bit if the scales are float32, powers of two, or of the model's dtype).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moepress.errors import CheckpointError, NumericalError
+from moepress.errors import FileError, WeightsError
 from moepress.original.quantized.grids import Blocks
 from moepress.original.quantized.headers import Entry
 from moepress.original.quantized.numbers import CAST, Numbers, scales_as_float
+from moepress.original.read_ahead import Place
 from moepress.original.values import all_finite
 
 ON_CPU, ON_CARD = 1 << 20, 1 << 25  # weights that are held as float32 at a time
@@ -35,6 +36,13 @@ class Form(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Of the tensor in the unquantized checkpoint."""
 
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        """The bytes of the files that the tensor, or row `row` of it, is read from.
+
+        Args:
+            rows: number of rows that count as one.
+        """
+
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor, or row `row` of it as [1, ...], on the device.
 
@@ -42,8 +50,8 @@ class Form(Protocol):
             dtype: of the result, if the tensor is quantized; others keep theirs.
 
         Raises:
-            CheckpointError: a file is damaged, or holds something that cannot be read.
-            NumericalError: scales or codes are NaN or infinite.
+            FileError: a file is damaged, or holds something that cannot be read.
+            WeightsError: scales or codes are NaN or infinite.
         """
 
 
@@ -60,6 +68,9 @@ class Plain:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
+
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        yield self.entry.place(row, rows)
 
     def read(
         self, row: int | None, dtype: torch.dtype, device: torch.device, rows: int = 1
@@ -83,8 +94,11 @@ class Unreadable:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        yield from ()
+
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        raise CheckpointError(f"{self.entry.text} {self.reason}")
+        raise FileError(f"{self.entry.text} {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,12 @@ class Quantized:
         length, width = self.matrix
         return (*self.leading, *((width, length) if self.transposed else (length, width)))
 
+    def places(self, row: int | None, rows: int = 1) -> Iterator[Place]:
+        by_row = rows == 1  # else the tensor is read whole
+        yield self.codes.place(row if by_row else None)
+        for entry in self.entries[1:]:
+            yield entry.place(row if by_row and self._has_rows(entry) else None)
+
     def read(self, row: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._check_shape()
         length, width = self.matrix
@@ -160,7 +180,7 @@ class Quantized:
         """[matrices * blocks of rows, blocks of columns] float32, checked to be finite."""
         scale = scales_as_float(self._of_row(entry, row).to(device))
         if not torch.isfinite(scale).all():
-            raise NumericalError(
+            raise WeightsError(
                 f"{entry.text} contains NaN or infinite scales. Expected finite numbers: the file "
                 "is damaged; fetch it again."
             )
@@ -191,23 +211,26 @@ class Quantized:
 
     def _of_row(self, entry: Entry, row: int | None) -> Tensor:
         """A companion tensor, or row `row` of it if it has one for each row."""
-        by_row = bool(self.leading) and entry.shape[:1] == self.leading[:1]
-        return entry.read(row if by_row else None)
+        return entry.read(row if self._has_rows(entry) else None)
+
+    def _has_rows(self, entry: Entry) -> bool:
+        """Whether a companion tensor has something for each row of the codes."""
+        return bool(self.leading) and entry.shape[:1] == self.leading[:1]
 
     def _check_shape(self) -> None:
-        """Raise CheckpointError if the stored shape is not that of the codes."""
+        """Raise FileError if the stored shape is not that of the codes."""
         if self.shape_entry is None:
             return
         stored = tuple(int(size) for size in self.shape_entry.read().flatten())
         if stored != self.matrix:
-            raise CheckpointError(
+            raise FileError(
                 f"{self.shape_entry.key} says {list(stored)}, but {self.codes.text} holds "
                 f"{list(self.matrix)} {self.numbers.name}. The file is damaged: fetch it again."
             )
 
     def _check_finite(self, value: Tensor) -> None:
         if not all_finite(value):
-            raise NumericalError(
+            raise WeightsError(
                 f"{self.codes.text} contains NaN or, times its scales, infinite weights. Expected "
                 "finite numbers: the file is damaged or the model is broken; fetch it again."
             )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.folder import opened
+from moepress.original.read_ahead import Place
 from moepress.reading.headers import read_header
 
 WIDE = ("F64", "F32", "BF16", "F16")  # floats that need no scales
@@ -25,6 +26,7 @@ class Entry:
     path: Path
     dtype: str  # safetensors' name, such as "BF16" or "F8_E4M3"
     shape: tuple[int, ...]
+    start: int  # byte of the file at which it begins
     nbytes: int
 
     @property
@@ -39,12 +41,20 @@ class Entry:
             rows: number of rows that count as one.
 
         Raises:
-            CheckpointError: the file is truncated or damaged.
+            FileError: the file is truncated or damaged.
         """
         with opened(self.path) as file:
             whole = file.get_slice(self.key)
             value: Tensor = whole[...] if row is None else whole[row * rows : (row + 1) * rows]
             return value
+
+    def place(self, row: int | None = None, rows: int = 1) -> Place:
+        """The bytes of the file that `read` reads."""
+        if row is None:
+            return Place(self.path, self.start, self.start + self.nbytes)
+        size = rows * self.nbytes // max(self.shape[0], 1)
+        start = self.start + row * size
+        return Place(self.path, start, min(start + size, self.start + self.nbytes))
 
 
 def read_headers(files: Iterable[Path], assigned: Mapping[str, str]) -> dict[str, Entry]:
@@ -54,21 +64,21 @@ def read_headers(files: Iterable[Path], assigned: Mapping[str, str]) -> dict[str
         assigned: file name by key, as an index says; empty: there is none.
 
     Raises:
-        CheckpointError: a header is damaged, two files hold a tensor of the same name, or a tensor
+        FileError: a header is damaged, two files hold a tensor of the same name, or a tensor
             is in another file than the index says.
     """
     found: dict[str, Entry] = {}
     for path in files:
         for key, entry in read_header(path).tensors.items():
             if key in found:
-                raise CheckpointError(
+                raise FileError(
                     f"{key} is in {found[key].path.name} and in {path.name} of {path.parent}. "
                     "Expected each tensor once: one of the files is stale; fetch the model again."
                 )
             if key in assigned and path.name != Path(assigned[key]).name:
-                raise CheckpointError(
+                raise FileError(
                     f"The index of {path.parent} says that {key} is in {assigned[key]}, but it is "
                     f"in {path.name}. They do not belong together: fetch the model again."
                 )
-            found[key] = Entry(key, path, entry.dtype, entry.shape, entry.nbytes)
+            found[key] = Entry(key, path, entry.dtype, entry.shape, entry.start, entry.nbytes)
     return found

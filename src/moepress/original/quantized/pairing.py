@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from moepress.errors import CheckpointError
+from moepress.errors import FileError
 from moepress.original.quantized.config import COMPRESSED_TENSORS, Quantization
 from moepress.original.quantized.forms import Form, Plain, Quantized, Unreadable
 from moepress.original.quantized.grids import Blocks
@@ -62,7 +62,7 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
         quantization: what config.json says; None: nothing.
 
     Raises:
-        CheckpointError: scales do not fit their tensor, or have none, or config.json does not say
+        FileError: scales do not fit their tensor, or have none, or config.json does not say
             that there are scales.
     """
     said = quantization or Quantization()
@@ -74,7 +74,7 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
             if found is not None:
                 name, form = found
                 if quantization is None:
-                    raise CheckpointError(
+                    raise FileError(
                         f"{entry.text} has scales beside it ({form.scale.text}), but config.json "
                         "has no quantization_config that says what they mean. Expected one: fetch "
                         "the config that belongs to these files, or give the original model."
@@ -118,7 +118,7 @@ def _blocks(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantiza
     if name == key or scale is None or entry.dtype != "U8" or len(entry.shape) < 3:
         return None
     if scale.dtype != "U8" or scale.shape != entry.shape[:-1]:
-        raise CheckpointError(
+        raise FileError(
             f"{scale.text} does not fit {entry.text}. Expected one byte for each block: U8 "
             f"{list(entry.shape[:-1])}. {AGAIN}"
         )
@@ -134,20 +134,20 @@ def _packed(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantiza
     if name == key or not name.endswith("weight"):
         return None
     if f"{name}_g_idx" in entries:
-        raise CheckpointError(
+        raise FileError(
             f"{name}_g_idx orders the columns of {entry.text} by activations, which is not "
             "supported. Give the model that this one was made from."
         )
     if scale is None:
-        raise CheckpointError(f"{entry.text} {NO_SCALES}")
+        raise FileError(f"{entry.text} {NO_SCALES}")
     if len(entry.shape) < 2:
-        raise CheckpointError(f"{entry.text}: expected packed matrices. {AGAIN}")
+        raise FileError(f"{entry.text}: expected packed matrices. {AGAIN}")
     zero = entries.get(f"{name}_zero_point")
     if entry.dtype == "U8":
         form = Quantized(entry, FP4, scale, Blocks(1), Blocks(1))
         return name, replace(_fitted(form, said), divisor=entries.get(f"{name}_global_scale"))
     if entry.dtype != "I32":
-        raise CheckpointError(f"{entry.text}: expected packed integers, I32 or U8. {AGAIN}")
+        raise FileError(f"{entry.text}: expected packed integers, I32 or U8. {AGAIN}")
     form = _packed_ints(entry, scale, said)
     shape = entries.get(f"{name}_shape")
     if zero is None:
@@ -171,7 +171,7 @@ def _packed_ints(entry: Entry, scale: Entry, said: Quantization) -> Quantized:
         offered = " or ".join(
             f"int{group.bits} in groups of {group.group or 'a row'}" for group in said.ints
         )
-        raise CheckpointError(
+        raise FileError(
             f"{scale.text} does not fit {entry.text}. Expected {offered or 'no packed integers'} "
             f"(of {', '.join(map(str, PACKED_BITS))} bits), as config.json says. {AGAIN}"
         )
@@ -194,11 +194,11 @@ def _alone(entry: Entry, entries: Mapping[str, Entry]) -> Form:
     """The form of a tensor that no other one belongs to.
 
     Raises:
-        CheckpointError: it is a scale whose codes are missing, or beside a tensor that needs none.
+        FileError: it is a scale whose codes are missing, or beside a tensor that needs none.
     """
     for ending in COMPANIONS:
         if entry.key.endswith(ending):
-            raise CheckpointError(
+            raise FileError(
                 f"{entry.text} belongs to a quantized tensor, but the checkpoint has no codes that "
                 f"it fits beside it ({_beside_text(entry, entries)}). {AGAIN}"
             )
@@ -240,7 +240,7 @@ def _fitted(form: Quantized, said: Quantization) -> Quantized:
     """The form with the blocks that the shape of its scales shows.
 
     Raises:
-        CheckpointError: the scales fit no blocks.
+        FileError: the scales fit no blocks.
     """
     shape, leading = form.scale.shape, form.leading
     if len(form.codes.shape) >= 2:
@@ -256,7 +256,7 @@ def _fitted(form: Quantized, said: Quantization) -> Quantized:
             return replace(form, rows=grid[0], columns=grid[1])
     rows, columns = said.sizes.block
     groups = ", ".join(map(str, said.sizes.columns))
-    raise CheckpointError(
+    raise FileError(
         f"{form.scale.text} does not fit {form.codes.text}. Expected a scale for each block of "
         f"{rows} x {columns}, for each row, for {groups} columns of a row, or for the whole "
         f"matrix. {AGAIN}"

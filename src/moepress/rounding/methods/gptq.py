@@ -41,6 +41,8 @@ from moepress.rounding.methods.grid import (
 )
 
 COLUMNS_ONE_BY_ONE = 16  # for fewer columns a matrix product costs more than it saves
+# For fewer columns, products of 16-bit numbers save less time than their conversion takes.
+COLUMNS_IN_16_BITS = 256
 RELEASED_BLOCK = 128  # columns that the released code rounds together: a released block
 
 
@@ -183,7 +185,7 @@ def sweep(
 
     Args:
         buffer: [K, n] float32; `visit` replaces feedback by errors in it.
-        feedback: [K, K] float32, R.
+        feedback: [K, K] float32, R. If it is bfloat16, products for many columns are of bfloat16.
         visit: called with the first column and the one after the last of each leaf.
     """
     sweep_together([(buffer, feedback)], start, stop, leaf, visit)
@@ -207,5 +209,15 @@ def sweep_together(
     middle = start + leaf * (leaves // 2)
     sweep_together(matrices, start, middle, leaf, visit)
     for buffer, feedback in matrices:
-        buffer[middle:stop].addmm_(feedback[start:middle, middle:stop].T, buffer[start:middle])
+        _pass_on(buffer[start:middle], feedback[start:middle, middle:stop], buffer[middle:stop])
     sweep_together(matrices, middle, stop, leaf, visit)
+
+
+def _pass_on(errors: Tensor, feedback: Tensor, received: Tensor) -> None:
+    """Add feedback [m, l] of errors [m, n] to what the next columns have received [l, n]."""
+    if feedback.dtype == received.dtype:
+        received.addmm_(feedback.T, errors)
+    elif len(received) < COLUMNS_IN_16_BITS:
+        received.addmm_(feedback.T.to(received.dtype), errors)
+    else:
+        received += feedback.T @ errors.to(feedback.dtype)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,12 +203,15 @@ def block_feedback(feedback: Tensor) -> Tensor:
     size = TILE_COLUMNS
     if feedback.device.type != "cpu":
         return _block_feedback_at_once(feedback)
-    result = torch.empty_like(feedback)
+    # Zeros of NumPy: pages of the lower triangle, which are never written, take no memory.
+    result = torch.from_numpy(np.zeros(feedback.shape, np.float32))
     for start in range(0, len(feedback), size):
         block = slice(start, start + size)
-        result[:, block] = torch.linalg.solve_triangular(
-            feedback[block, block], feedback[:, block], upper=True, left=False, unitriangular=True
-        )
+        rows = slice(start + size)
+        result[rows, block] = torch.linalg.solve_triangular(
+            feedback[block, block], feedback[rows, block],
+            upper=True, left=False, unitriangular=True,
+        )  # fmt: skip
     return result
 
 

@@ -1,0 +1,38 @@
+// The expert store where the system has no mmap: there is none.
+
+#include "store.h"
+
+using namespace moepress;
+
+struct MoepressStore {};
+
+namespace moepress {
+Hold::Hold(MoepressStore*, int64_t, const std::vector<int64_t>&, int64_t) : store_(nullptr) {}
+Hold::~Hold() {}
+size_t Hold::begin(const std::vector<ExpertPanels>& chosen, size_t) { return chosen.size(); }
+std::vector<ExpertPanels> Hold::take_ready(std::vector<ExpertPanels>& waiting) {
+    std::vector<ExpertPanels> ready;
+    ready.swap(waiting);
+    return ready;
+}
+bool Hold::wait(const std::vector<ExpertPanels>&, size_t, size_t) { return true; }
+void Hold::end(const std::vector<ExpertPanels>&, size_t, size_t) {}
+}  // namespace moepress
+
+int32_t moepress_store_open(const MoepressRange*, const int64_t*, int64_t, const double*, double,
+                            int64_t, int32_t, MoepressStore**) {
+    return kNoStore;
+}
+void moepress_store_close(MoepressStore*) {}
+uint8_t* moepress_store_region(const MoepressStore*, int64_t*) { return nullptr; }
+int32_t moepress_store_at_hand(MoepressStore*, int64_t, uint8_t*) { return kNoStore; }
+int32_t moepress_store_read_ahead(MoepressStore*, int64_t, const int64_t*, int64_t) {
+    return kNoStore;
+}
+int32_t moepress_store_hold(MoepressStore*, int64_t, const int64_t*, int64_t, void**) {
+    return kNoStore;
+}
+void moepress_store_release(void*) {}
+int32_t moepress_store_lock(MoepressStore*) { return 0; }
+void moepress_store_counts(MoepressStore*, MoepressStoreCounts*) {}
+void moepress_store_failure(MoepressStore*, MoepressStoreFailure*) {}
