@@ -64,6 +64,7 @@ def page() -> str:
         *(f"- {family}: {why}." for family, why in sorted(NOT_COMPRESSED.items())),
         "- Encoders and encoder-decoders (nllb-moe, switch_transformers, openai_privacy_filter,",
         "  vitpose_backbone): they do not write text from left to right.",
+        "- Step-3.5-Flash (step3p5): transformers has no class for it that writes text.",
         "",
     ]
     return "\n".join(parts)

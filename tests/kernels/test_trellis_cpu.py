@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from moepress import kernels
 from moepress.errors import InputError
-from moepress.format.codec import TRELLIS_BITS, PackedSpec
+from moepress.format.codec import TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import cpu, reference, trellis
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.rounding.rotation import rotate, rotate_back
@@ -18,6 +19,8 @@ from tests.kernels.test_kernels import op_arguments, within_twice_plain
 from tests.rounding.test_trellis import codec_of, random_packed
 
 MISSING = cpu.missing()
+MANY_TOKENS = 8  # from so many on some kernels take weights as one byte each (trellis_bytes.h)
+SUMS_WORDS = {"avx2", "portable"}  # instruction sets that do not
 
 
 @pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
@@ -27,6 +30,41 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(request.param)
     yield request.param
     cpu.use(cpu.instruction_sets()[0])
+
+
+def one_byte(isa: str, tokens: int, activation_bits: int) -> bool:
+    """Whether products of so many tokens take weights as one byte each."""
+    return isa not in SUMS_WORDS and tokens >= MANY_TOKENS and activation_bits == 8
+
+
+def product_in_integers(
+    x: Tensor,
+    packed: Tensor,
+    rows: int,
+    codec: Codec,
+    activation_bits: int,
+    *,
+    one_byte: bool,
+    fused: bool,
+) -> Tensor:
+    """The product [T, N] with its floats in the order of the kernels, to the last bit.
+
+    Each group of columns adds a * sum(value q), q the codes of the activations; `fused`: rounded
+    once with the sum of the groups before.
+    """
+    cols, group = x.shape[1], codec.group_size
+    groups = trellis.rotate(x).unflatten(-1, (-1, group))
+    span = torch.full((), reference.ACTIVATION_RANGE[activation_bits])
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = torch.where(largest > 0, groups * (span / largest), 0).round().double()
+    branches, scales = trellis.unpack(packed, rows, cols, codec)
+    values = trellis.code_matrix(branches, codec.bits, one_byte=one_byte)[:rows].double()
+    out = torch.zeros(len(x), rows)
+    for g in range(cols // group):
+        sums = codes[:, g] @ values[:, g * group : (g + 1) * group].T  # exact: below 2^53
+        product = (largest[:, g] / span).double() * sums.float().double()
+        out = ((product if fused else product.float()) + out).float()
+    return out * scales.float()
 
 
 def experts_call(
@@ -85,22 +123,28 @@ def test_linear(
     packed = random_packed(rows, cols, codec)
     x, bias = (torch.randn(*s, generator=generator) for s in ((tokens, cols), (rows,)))
     y = cpu.linear(x, packed, bias, rows, codec, activation_bits)
-    rotated = torch.cat([w for _, w in trellis.strips(packed, rows, cols, codec)])
+    bytes_ = one_byte(isa, tokens, activation_bits)
+    strips = trellis.strips(packed, rows, cols, codec, one_byte=bytes_)
+    rotated = torch.cat([w for _, w in strips])
     codes = reference.round_activations(trellis.rotate(x), group, activation_bits)
     exact = codes.double() @ rotated.double().T + bias.double()
     within_twice_plain(y, codes @ rotated.T + bias, exact)
-    oracle = reference.linear(x, packed, bias, rows, codec, activation_bits, rounded=True)
+    args = x, packed, bias, rows, codec, activation_bits
+    oracle = reference.linear(*args, rounded=True, one_byte=bytes_)
     torch.testing.assert_close(y, oracle, rtol=1e-5, atol=1e-5 * float(oracle.abs().max()))
 
 
-@pytest.mark.parametrize("tokens, hidden, inner, group", [(1, 64, 32, 32), (5, 96, 160, 32)])
+@pytest.mark.parametrize(
+    "tokens, hidden, inner, group", [(1, 64, 32, 32), (5, 96, 160, 32), (40, 64, 96, 32)]
+)
 @pytest.mark.parametrize("activation, bits", [("silu", 8), ("silu", 16), ("relu2", 16)])
 def test_experts(
     isa: str, tokens: int, hidden: int, inner: int, group: int, activation: str, bits: int
 ) -> None:
     call = experts_call(tokens, hidden, inner, group, activation, bits)
     y = cpu.experts(call)
-    oracle = reference.experts(call, rounded=True)
+    from_tokens = MANY_TOKENS if one_byte(isa, tokens, bits) else None
+    oracle = reference.experts(call, rounded=True, one_byte_from=from_tokens)
     in_double = {"hidden": call.hidden.double(), "top_k_weights": call.top_k_weights.double()}
     exact = reference.experts(dataclasses.replace(call, **in_double))
     # Each of the two products rounds activations by up to half a code, of 2 * 16256 or 2 * 127 in
@@ -113,9 +157,15 @@ def test_experts(
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_token_depends_on_nothing_else(isa: str, bits: int) -> None:
+    """But, with 8 bits, on how many other tokens chose its experts: weights are then one byte."""
     call = experts_call(300, 64, 64, 32, bits=bits)
     together = cpu.experts(call)
-    for t in (0, 255, 256, 299):
+    tokens = torch.tensor([0, 255, 256, 299])
+    others = call.hidden.clone()
+    others[tokens] = 0
+    changed = dataclasses.replace(call, hidden=call.hidden - others * 2)
+    assert torch.equal(cpu.experts(changed)[tokens], together[tokens])
+    for t in () if one_byte(isa, 300, bits) else tokens.tolist():
         names = "hidden", "top_k_index", "top_k_weights"
         token = {name: getattr(call, name)[t : t + 1] for name in names}
         assert torch.equal(cpu.experts(dataclasses.replace(call, **token))[0], together[t])
@@ -129,17 +179,23 @@ def test_a_token_depends_on_nothing_else(isa: str, bits: int) -> None:
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
-def test_many_tokens_get_the_bits_of_one(isa: str, bits: int, activation_bits: int) -> None:
-    """Products with many tokens are other instructions, but the same integers (trellis_many.h)."""
+def test_every_bit(isa: str, bits: float, activation_bits: int) -> None:
+    """Products of one, some and many tokens are different instructions (trellis_product.h)."""
     rows, cols, codec = 130, 384, codec_of(bits, 128)
     packed = random_packed(rows, cols, codec)
     x = torch.randn(37, cols, generator=torch.Generator().manual_seed(1))
     x[5:8] = 0
     x[5:8, 3::128] = 1  # rotation spreads a single number: all codes are the largest
-    alone = torch.cat([cpu.linear(t[None], packed, None, rows, codec, activation_bits) for t in x])
-    for tokens in (7, 8, 9, 15, 16, 22, 37):
-        together = cpu.linear(x[:tokens], packed, None, rows, codec, activation_bits)
-        assert torch.equal(together, alone[:tokens])
+    oracle = {
+        many: product_in_integers(
+            x, packed, rows, codec, activation_bits, one_byte=many, fused=isa != "portable"
+        )
+        for many in (False, True)
+    }
+    assert torch.equal(oracle[False], oracle[True]) == (bits in (2.5, 3))
+    for tokens in (1, 7, 8, 9, 15, 16, 22, 37):
+        y = cpu.linear(x[:tokens], packed, None, rows, codec, activation_bits)
+        assert torch.equal(y, oracle[one_byte(isa, tokens, activation_bits)][:tokens])
 
 
 def test_opcheck() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ def linear(
     activation_bits: int = 16,
     *,
     rounded: bool = False,
+    one_byte: bool = False,
 ) -> Tensor:
     """x W^T + bias with W packed: x [..., K] to [..., N], in the dtype of x.
 
@@ -73,13 +75,15 @@ def linear(
         rounded: round activations to `activation_bits` first (trellis codes: the rotated ones), as
             kernels that multiply integers do; tests use this as their oracle. Otherwise activations
             keep their dtype, which satisfies any `activation_bits`.
+        one_byte: take trellis values as one byte each (`trellis.byte_values`), as some CPU kernels
+            do with many tokens; the oracle of those.
     """
     if codec.family == "trellis":
         x = trellis.rotate(x)
     if rounded:
         x = round_activations(x, codec.group_size, activation_bits)
     out = x.new_empty((*x.shape[:-1], out_features))
-    for start, weights in _strips(packed, out_features, x.shape[-1], codec):
+    for start, weights in _strips(packed, out_features, x.shape[-1], codec, one_byte):
         rows = slice(start, start + len(weights))
         out[..., rows] = F.linear(x, weights.to(x.dtype), None if bias is None else bias[rows])
     return out
@@ -94,8 +98,12 @@ def linear_transposed(y: Tensor, packed: Tensor, in_features: int, codec: Codec)
     return (trellis.rotate_back(out) if codec.family == "trellis" else out).to(y.dtype)
 
 
-def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
+def experts(
+    call: ExpertsCall, *, rounded: bool = False, one_byte_from: int | None = None
+) -> Tensor:
     """Routed experts, as the op `moepress::experts`; `rounded` as in `linear`.
+
+    `one_byte_from`: values as one byte each, as in `linear`, for experts with so many tokens.
 
     Experts run one after another. Experts without a token are not unpacked, experts of 0 bits add
     nothing. Products are in the dtype of `hidden`, sums over k in float32 or wider.
@@ -118,11 +126,13 @@ def experts(call: ExpertsCall, *, rounded: bool = False) -> Tensor:
         )
         down, down_codec = _matrix(call.down, second, call.down_group, call.family, width, inner)
         token = slots // k
+        many = one_byte_from is not None and len(slots) >= one_byte_from
+        product = partial(linear, activation_bits=bits, rounded=rounded, one_byte=many)
         with held(call.store, call.store_layer, expert):
             bias = _of_expert(call.gate_up_bias, expert, hidden)
-            x = linear(hidden[token], gate_up, bias, rows, gate_up_codec, bits, rounded=rounded)
+            x = product(hidden[token], gate_up, bias, rows, gate_up_codec)
             bias = _of_expert(call.down_bias, expert, hidden)
-            y = linear(gated(gate, x), down, bias, width, down_codec, bits, rounded=rounded)
+            y = product(gated(gate, x), down, bias, width, down_codec)
         total.index_add_(0, token, y.to(total.dtype) * weights[slots].to(total.dtype)[:, None])
     return total.to(hidden.dtype)
 
@@ -233,10 +243,13 @@ def check_activation_bits(bits: int) -> None:
         raise InputError(f"activation_bits is {bits}. Expected one of {sorted(ACTIVATION_RANGE)}.")
 
 
-def _strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
+def _strips(
+    packed: Tensor, rows: int, cols: int, codec: Codec, one_byte: bool = False
+) -> Iterator[tuple[int, Tensor]]:
     """Weights, some rows at a time: (first row, [n, K] float32). Trellis weights stay rotated."""
-    strips = trellis.strips if codec.family == "trellis" else scalar.strips
-    return strips(packed, rows, cols, codec)
+    if codec.family == "trellis":
+        return trellis.strips(packed, rows, cols, codec, one_byte=one_byte)
+    return scalar.strips(packed, rows, cols, codec)
 
 
 def _matrix(

@@ -100,9 +100,30 @@ def code_values(bits: int) -> Tensor:
     return (torch.as_tensor(total) - CENTERS[bits]).int()
 
 
+def byte_values(bits: float) -> Tensor:
+    """The values in even and in odd steps with one byte for each, [2, 4096] float32.
+
+    CPU kernels that multiply bytes take these in place of `values_in_turn` in products of many
+    tokens (kernels/cpu/trellis_bytes.h), so that one dot product takes 4 columns. At 2.5 and 3 bits
+    the values are the same: the sum of the four bytes is a multiple of 3, since the multiplier is
+    one, and 255 as well. At other widths they differ by up to 1; the mean difference is 0.
+    """
+    return torch.stack([_byte_values(each) for each in value_bits(bits)])
+
+
+def _byte_values(bits: int) -> Tensor:
+    total = code_values(bits) + CENTERS[bits]
+    if BYTES_SUMMED[bits] == 2:
+        byte = (total + 1) >> 1
+        return 2 * byte - (CENTERS[bits] + 0.5)
+    byte = (10923 * total + (1 << 14)) >> 15  # a third, rounded
+    return (3 * byte - CENTERS[bits]).float()
+
+
 @lru_cache(maxsize=32)
-def _values(bits: float, device: torch.device) -> Tensor:
-    return values_in_turn(bits).to(device, torch.float32)
+def _values(bits: float, device: torch.device, one_byte: bool) -> Tensor:
+    values = byte_values(bits) if one_byte else values_in_turn(bits)
+    return values.to(device, torch.float32)
 
 
 def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
@@ -209,32 +230,37 @@ def states(branches: Tensor, bits: float) -> Tensor:
     return reduce(torch.bitwise_or, shifted) & (STATES - 1)
 
 
-def code_matrix(branches: Tensor, bits: float) -> Tensor:
-    """The values that branches [64 S, K] choose: [64 S, K] float32, as in `code_values`."""
+def code_matrix(branches: Tensor, bits: float, *, one_byte: bool = False) -> Tensor:
+    """The values that branches [64 S, K] choose: [64 S, K] float32, as in `code_values`.
+
+    `one_byte`: as in `byte_values`.
+    """
     rows, cols = branches.shape
     step = max(1, WEIGHTS_AT_ONCE // (TILE_COLUMNS * rows)) * TILE_COLUMNS
     if cols <= step:
-        return _code_matrix(branches, bits)
+        return _code_matrix(branches, bits, one_byte)
     values = torch.empty(rows, cols, device=branches.device)
     for first in range(0, cols, step):
         some = branches[:, first : first + step].contiguous()
-        values[:, first : first + step] = _code_matrix(some, bits)
+        values[:, first : first + step] = _code_matrix(some, bits, one_byte)
     return values
 
 
-def _code_matrix(branches: Tensor, bits: float) -> Tensor:
+def _code_matrix(branches: Tensor, bits: float, one_byte: bool) -> Tensor:
     paths = to_paths(branches)
     runs = paths.permute(1, 2, 3, 0, 4)  # [tiles, 16, 2, slabs, STEPS]
     reached = torch.unflatten(states(runs.flatten(-2), bits), -1, (-1, 2))
-    values = _values(bits, branches.device)
+    values = _values(bits, branches.device, one_byte)
     chosen = torch.stack([values[step][reached[..., step]] for step in (0, 1)], -1)
     return from_paths(chosen.view(runs.shape).permute(3, 0, 1, 2, 4))
 
 
-def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
+def strips(
+    packed: Tensor, rows: int, cols: int, codec: Codec, *, one_byte: bool = False
+) -> Iterator[tuple[int, Tensor]]:
     """Rotated weights W Q^T of a packed matrix, some rows at a time: (first row, [n, K] float32).
 
-    Each weight is scale * value, one float32 product.
+    Each weight is scale * value, one float32 product. `one_byte`: values as in `byte_values`.
     """
     codes, scales = split(packed, rows, cols, codec)
     step = max(1, STRIP_WEIGHTS // (ROWS_PER_SLAB * cols))
@@ -245,7 +271,8 @@ def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple
             [codes[first - 1, None] if first else codes[-1:], codes[first : first + step]]
         )
         start = first * ROWS_PER_SLAB
-        values = code_matrix(_branches(slabs, cols, codec), codec.bits)[ROWS_PER_SLAB:]
+        branches = _branches(slabs, cols, codec)
+        values = code_matrix(branches, codec.bits, one_byte=one_byte)[ROWS_PER_SLAB:]
         values = values[: rows - start]
         yield start, values * scales[start : start + len(values), None].float()
 

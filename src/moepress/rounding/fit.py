@@ -45,7 +45,7 @@ def gain(weighted: Tensor, residual: Tensor, factor: Factor) -> Tensor:
     """<w, c>_H / <c, c>_H of each row, [N] float32, for c = w - E; 1 where <c, c>_H is 0.
 
     Args:
-        weighted: [K, N] R^T w.
+        weighted: [K, N] R^T w, float32 or bfloat16.
         residual: [K, N] r = E V.
         factor: of the Hessian.
     """

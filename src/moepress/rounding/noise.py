@@ -95,10 +95,10 @@ def noisy_weights(
     torch.mul(rows.T, inverse(size), out=target)
     count = len(rows)
     del rows
-    feedback = block_feedback(factor.feedback)
-    if feedback_in_16_bits(weight.dtype, weight.device) and len(feedback) > COLUMNS_IN_16_BITS:
-        feedback = feedback.bfloat16()
-    weighted = upper_product(target, factor.feedback)
+    narrow = feedback_in_16_bits(weight.dtype, weight.device) and len(target) > COLUMNS_IN_16_BITS
+    dtype = torch.bfloat16 if narrow else torch.float32
+    weighted = upper_product(target.to(dtype), factor.feedback.to(dtype))
+    feedback = block_feedback(factor.feedback).to(dtype)
     noise = noise.to(target.device)
     errors = [code_error(bits, count, target.device) for bits in widths]
     for drawn, residual in _drawn_for_widths(target, feedback, errors, noise):
@@ -111,7 +111,7 @@ def noisy_weights(
 
 
 def feedback_in_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products that pass on drawn errors are of bfloat16 numbers, for weights of a dtype.
+    """Whether products with the factor of drawn errors are of bfloat16 numbers, for some weights.
 
     Weights are bfloat16 on CPUs that multiply such numbers faster (original/dtypes.py). It changes
     costs by .03 % at most, and another draw by .6 % (docs/log.md#rounding-on-a-cpu).

@@ -218,7 +218,10 @@ def draw_errors(rows: int, cols: int, widths: int, in_16_bits: bool = False) -> 
     of_one += product(rows, TILE_COLUMNS, cols, "float32") + product(2, cols, rows, "float32")
     calls = CALLS_OF_DRAWN_VISIT * (cols // TILE_COLUMNS)
     of_one += Work({"copy": PASSES_OF_DRAWING * rows * cols, "call": calls})
-    shared = rotation(rows, cols) + block_feedback(cols) + upper_product(rows, cols)
+    shared = rotation(rows, cols) + block_feedback(cols)
+    weighted = upper_product(rows, cols)["float32"]
+    wide = in_16_bits and cols > COLUMNS_IN_16_BITS
+    shared += Work({"product" if wide else "float32": weighted})
     shared += Work({"draw": rows * cols, "copy": 3 * rows * cols})
     return shared + times(widths, of_one)
 

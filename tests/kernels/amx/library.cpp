@@ -1,5 +1,5 @@
 // In place of the instruction sets of the CPU kernels: one, in plain C++, that multiplies bytes, with
-// products of many tokens of trellis matrices by emulated AMX (tiles.h) or by MagnitudeBytes
+// products of many tokens of trellis matrices by emulated AMX (tiles.h) or by OneByte
 // (trellis_many.h). Both are for CPUs that the machine may not have.
 
 #include "isa.h"

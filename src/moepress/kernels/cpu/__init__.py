@@ -4,7 +4,11 @@ Activations are rounded to integer codes, one scale for each group of columns, a
 the packed codes as they are: integer dot products, exact in 32 bits. The codes have 8 bits or 15.
 For scalar matrices those of 15 bits are split into two of 8; for trellis matrices activations are
 rotated first. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's
-result depends neither on the other tokens of the call nor on the number of threads.
+result depends neither on the other tokens of the call nor on the number of threads, with one
+exception. CPUs that multiply bytes, as all but avx2 and portable do, take trellis weights as one
+byte each where activations have 8 bits and 8 tokens or more meet in a matrix (trellis_bytes.h; in
+the oracle `one_byte`). At 2.5 and 3 bits this changes nothing, at other widths the last bits of
+weights. A call takes up to 256 tokens at a time.
 
 From the C interface (moepress.h) down:
 
@@ -18,9 +22,10 @@ From the C interface (moepress.h) down:
     isa.h                     the functions that an instruction set provides:
       scalar_product.h        16 rows of a scalar matrix times a panel; `codes_of` decodes them
       trellis_product.h       64 rows of a trellis matrix times a panel; trellis_many.h: with many
-                              tokens; trellis_many_neon.h: with several, on ARM
+                              tokens; trellis_many_neon.h: the same on ARM
       trellis_amx.h           the same with the tiles of AMX
-      trellis_tile.h          what all of them decode: `state_at`
+      trellis_tile.h          what all of them decode: `state_at`; trellis_bytes.h: weights as one
+                              byte, for many tokens
       *_activations.h         rounding and rotating activations; rounding.h: what they share
       activation_functions.h  gelu, silu and others; limits and softcaps of gates
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)

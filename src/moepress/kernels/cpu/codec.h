@@ -25,10 +25,19 @@
 //         fill_row(pair, row)           if kMixesColumns: all columns of a pair; overwrites row
 #pragma once
 
+#include <cstdint>
+
 namespace moepress {
 
 // Whose activations: of tokens, the same for all experts that a token chose (the input of gate and
 // up), or of pairs (the input of down).
 enum class Of { kTokens, kPairs };
+
+// How many of `tokens` the driver takes at a time: at most `most`, and equal portions, since the
+// last one would be slow with few tokens.
+inline int64_t portion(int64_t tokens, int64_t most) {
+    const int64_t portions = (tokens - 1) / most + 1;
+    return (tokens - 1) / portions + 1;
+}
 
 }  // namespace moepress

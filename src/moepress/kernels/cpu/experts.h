@@ -119,8 +119,9 @@ Result run_experts(const Codec& codec, const float* x, int64_t tokens, const int
     for (const auto& matrix : experts.gate_up) present.push_back(matrix.bits > 0);
     Hold hold(stored.store, stored.layer, tokens_of(index, tokens, k, present), tokens);
     if (hold.failure() != kOk) return hold.failure();
+    const int64_t most = portion(tokens, Codec::kChunkTokens);
     for (int64_t first = 0; first < tokens;) {
-        const int64_t count = std::min(tokens - first, Codec::kChunkTokens);
+        const int64_t count = std::min(tokens - first, most);
         const Result result = experts_chunk(
             codec, x + first * experts.hidden, count, index + first * k, weight + first * k, k,
             experts, present, hold, threads, y + first * experts.hidden);

@@ -120,24 +120,28 @@ struct Avx512Lanes {
         void add_words(Words a, Words b) {
             sum = (Int)_mm512_dpwssd_epi32((__m512i)sum, a, b);
         }
-        void add_signed(Words magnitude, Words flip, Words x) {
-            sum = dpbusd(sum, magnitude, _mm512_xor_si512(x, flip));
+        template <int by>  // 3 or 4
+        void multiply() {
+            sum = by == 3 ? (sum << 1) + sum : sum << 2;
         }
         void negate() { sum = -sum; }
         Float value(int32_t less) const {
             return _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)sum, splat_four(less)));
         }
     };
-    // By the values byte0 - (255 - byte1).
-    static void signed_bytes(Words a, Words b, Words* out, Pairs& negative) {
+    static Words halves(Words a, Words b) { return averages(a, b, window<8>(b, a)); }
+    static Words thirds(Words a, Words b) {
+        const __m512i third = _mm512_set1_epi16(10923);  // of 2^15
+        return _mm512_or_si512(_mm512_mulhrs_epi16(a, third),
+                               _mm512_slli_epi16(_mm512_mulhrs_epi16(b, third), 8));
+    }
+
+  protected:
+    // Each byte of `crossed` is the other one of its word: the high bytes of a, the low ones of b.
+    static Words averages(Words a, Words b, Words crossed) {
+        // 0xCA: bits of the second where the first has ones, else of the third.
         const __m512i low = _mm512_set1_epi16(255);
-        // 0xCA: bits of the second where `low` has ones, else of the third. 0x35: its complement.
-        const __m512i plus = _mm512_ternarylogic_epi32(low, a, _mm512_slli_epi16(b, 8), 0xCA);
-        const __m512i minus = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(a, 8), b, 0x35);
-        const __m512i below = _mm512_subs_epu8(minus, plus);
-        out[0] = _mm512_or_si512(_mm512_subs_epu8(plus, minus), below);
-        out[1] = _mm512_movm_epi8(_mm512_test_epi8_mask(below, below));
-        negative.sum = dpbusd(negative.sum, below, _mm512_set1_epi8(1));
+        return _mm512_avg_epu8(_mm512_ternarylogic_epi32(low, a, b, 0xCA), crossed);
     }
 
   private:

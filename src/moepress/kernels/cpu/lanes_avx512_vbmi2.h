@@ -16,6 +16,7 @@ struct Avx512Vbmi2Lanes : Avx512Lanes {
     static Words window(Words before, Words word) {
         return _mm512_shldi_epi16(before, word, end);
     }
+    static Words halves(Words a, Words b) { return averages(a, b, window<8>(b, a)); }
 };
 
 }  // namespace

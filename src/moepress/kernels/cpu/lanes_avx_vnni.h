@@ -48,15 +48,17 @@ struct AvxVnniLanes : Avx2Lanes {
         const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
         return {_mm256_mulhi_epu16(a.low, m), _mm256_mulhi_epu16(a.high, m)};
     }
-    static void signed_bytes(Words a, Words b, Words* out, Sums& negative) {
-        const __m256i low = half_signed_bytes(a.low, b.low, out[0].low, out[1].low);
-        const __m256i high = half_signed_bytes(a.high, b.high, out[0].high, out[1].high);
-        negative.add_vector({low, high}, {_mm256_set1_epi8(1), _mm256_set1_epi8(1)});
+    static Words halves(Words a, Words b) {
+        return {half_averages(a.low, b.low), half_averages(a.high, b.high)};
+    }
+    static Words thirds(Words a, Words b) {
+        return {half_thirds(a.low, b.low), half_thirds(a.high, b.high)};
     }
     struct Pairs : Sums {
-        void add_signed(Words magnitude, Words flip, Words x) {
-            add_vector(magnitude, {_mm256_xor_si256(x.low, flip.low),
-                                   _mm256_xor_si256(x.high, flip.high)});
+        template <int by>  // 3 or 4
+        void multiply() {
+            low = by == 3 ? (low << 1) + low : low << 2;
+            high = by == 3 ? (high << 1) + high : high << 2;
         }
         void add_words(Words a, Words b) {
             low = (Int)_mm256_dpwssd_avx_epi32((__m256i)low, a.low, b.low);
@@ -73,15 +75,16 @@ struct AvxVnniLanes : Avx2Lanes {
     };
 
   private:
-    static __m256i half_signed_bytes(__m256i a, __m256i b, __m256i& magnitude, __m256i& flip) {
-        const __m256i low = _mm256_set1_epi16(255), ones = _mm256_set1_epi8(-1);
-        const __m256i plus = _mm256_blendv_epi8(_mm256_slli_epi16(b, 8), a, low);
-        const __m256i minus =
-            _mm256_xor_si256(_mm256_blendv_epi8(b, _mm256_srli_epi16(a, 8), low), ones);
-        const __m256i below = _mm256_subs_epu8(minus, plus);
-        magnitude = _mm256_or_si256(_mm256_subs_epu8(plus, minus), below);
-        flip = _mm256_xor_si256(_mm256_cmpeq_epi8(below, _mm256_setzero_si256()), ones);
-        return below;
+    static __m256i half_averages(__m256i a, __m256i b) {
+        const __m256i low = _mm256_set1_epi16(255);
+        return _mm256_avg_epu8(
+            _mm256_blendv_epi8(b, a, low),
+            _mm256_or_si256(_mm256_srli_epi16(a, 8), _mm256_slli_epi16(b, 8)));
+    }
+    static __m256i half_thirds(__m256i a, __m256i b) {
+        const __m256i third = _mm256_set1_epi16(10923);  // of 2^15
+        return _mm256_or_si256(_mm256_mulhrs_epi16(a, third),
+                               _mm256_slli_epi16(_mm256_mulhrs_epi16(b, third), 8));
     }
 };
 

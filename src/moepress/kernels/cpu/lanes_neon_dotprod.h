@@ -22,6 +22,9 @@ struct SignedBytes {
     static constexpr int offset = 128;
     static constexpr bool matrices = false;
     static uint8x16_t stored(uint8x16_t bytes) { return veorq_u8(bytes, vdupq_n_u8(128)); }
+    static uint8x16_t averages(uint8x16_t a, uint8x16_t b) {  // of stored bytes, as stored
+        return vreinterpretq_u8_s8(vrhaddq_s8(vreinterpretq_s8_u8(a), vreinterpretq_s8_u8(b)));
+    }
     static int32x4_t dot(int32x4_t sum, uint8x16_t bytes, int8x16_t x) {
         return vdotq_s32(sum, vreinterpretq_s8_u8(bytes), x);
     }
@@ -164,7 +167,6 @@ struct NeonLanes {
     // Trellis matrices (trellis_product.h).
 
     static constexpr int tokens = 2, runs = 2;  // 16 of 32 registers hold sums
-    static constexpr int many_tokens = 0, many_runs = 1;
     static constexpr bool crosses = false;
     static constexpr bool cheap_windows = true;
     struct Words {  // [4][4 rows][2 columns] uint16
@@ -218,8 +220,19 @@ struct NeonLanes {
         }
         return a;
     }
-    // The same, of each eight rows the first columns, then the second ones: the order in which
-    // Pairs multiplies.
+    // Bytes of two registers, as `Bytes` stores them: of products, of sums in order.
+    static uint8x16_t halves(uint16x8_t a, uint16x8_t b) {
+        const uint8x16_t first = vreinterpretq_u8_u16(a), second = vreinterpretq_u8_u16(b);
+        return Bytes::averages(vtrn1q_u8(first, second), vtrn2q_u8(first, second));
+    }
+    static uint8x16_t thirds(uint16x8_t a, uint16x8_t b) {
+        constexpr int16_t third = 10923;  // of 2^15
+        const int16x8_t first = vqrdmulhq_n_s16(vreinterpretq_s16_u16(a), third);
+        const int16x8_t second = vqrdmulhq_n_s16(vreinterpretq_s16_u16(b), third);
+        return Bytes::stored(vtrn1q_u8(vreinterpretq_u8_s16(first), vreinterpretq_u8_s16(second)));
+    }
+    // Sums, of each eight rows the first columns, then the second ones: the order in which Pairs
+    // multiplies.
     template <bool four>
     static Words byte_sums(const Words& state, int multiplier) {
         const Words a = sums_in_order<four>(state, multiplier);

@@ -15,6 +15,7 @@ struct UnsignedBytes {
     static constexpr int offset = 0;
     static constexpr bool matrices = true;
     static uint8x16_t stored(uint8x16_t bytes) { return bytes; }
+    static uint8x16_t averages(uint8x16_t a, uint8x16_t b) { return vrhaddq_u8(a, b); }
     static int32x4_t dot(int32x4_t sum, uint8x16_t bytes, int8x16_t x) {
         return vusdotq_s32(sum, bytes, x);
     }

@@ -39,18 +39,18 @@
 // For many tokens (trellis_many.h):
 //
 //     many_tokens, many_runs  tokens, and runs of 16 rows, multiplied together: their sums and the
-//                     operands of the runs must fit the registers. 0 tokens: none of what follows
+//                     operands of the runs must fit the registers. NEON has none of what follows
 //     crosses         whether two additions of 16-bit numbers and a product cost less than two
 //                     products: then CrossedWords are best
 //     splat_four      4 bytes, 16 times
 //     add_words       sums of words
 //     Pairs::add_words        words times words, all with signs
 //     Pairs::negate
-//     if sums_any_byte:
-//     signed_bytes    of two registers of products: |v| of the values v = byte0 + byte1 - 255, each
-//                     a byte [16 rows][2 columns][2 registers]; bytes of ones where v is negative;
-//                     and adds the |v| of those to a Pairs
-//     Pairs::add_signed       |v| times (x xor those ones), x int8
+//     if sums_any_byte (trellis_bytes.h):
+//     halves, thirds  of two registers of products, or of sums of bytes t: (byte0 + byte1 + 1) div 2,
+//                     or (10923 t + 2^14) div 2^15, which is t / 3, rounded; each a byte [16 rows][2
+//                     columns][2 registers]
+//     Pairs::multiply         by 3 or 4
 //
 //     Float           [16 rows] float
 //     zero, splat, load_floats, store, mul, mul_add, mul_sub
@@ -273,16 +273,14 @@ struct PortableLanes {
         void negate() {
             for (Int4& part : sum) part = (Int4)(-(Word)part);
         }
-        void add_bytes(const Words& a, int32_t four) { add_bytes(a, splat_four(four)); }
-        void add_bytes(const Words& a, const Words& x) {  // bytes without sign times int8
+        template <int by>
+        void multiply() {
+            for (Int4& part : sum) part = (Int4)((Word)part * by);
+        }
+        void add_bytes(const Words& a, int32_t four) {  // bytes without sign times int8
             for (int i = 0; i < 4; ++i)
                 for (int byte = 0; byte < 32; byte += 8)
-                    sum[i] += (Int4)((Word)a.part[i] >> byte & 255) *
-                              ((Int4)((Word)x.part[i] << (24 - byte)) >> 24);
-        }
-        void add_signed(const Words& magnitude, const Words& flip, Words x) {
-            for (int i = 0; i < 4; ++i) x.part[i] ^= flip.part[i];
-            add_bytes(magnitude, x);
+                    sum[i] += (Int4)((Word)a.part[i] >> byte & 255) * int8_t(four >> byte);
         }
         void add(const Words& a, int32_t pair) {
             const int32_t first = int16_t(pair), second = pair >> 16;
@@ -299,22 +297,22 @@ struct PortableLanes {
             return out;
         }
     };
-    static void signed_bytes(const Words& a, const Words& b, Words* out, Pairs& negative) {
-        for (int r = 0; r < 16; ++r)
-            for (int byte = 0; byte < 4; ++byte) {
-                const Word8& from = (byte % 2 ? b : a).part[r / 4];
-                const int word = from[2 * (r % 4) + byte / 2];
-                const int value = (word & 255) + (word >> 8) - 255;
-                const int magnitude = value < 0 ? -value : value;
-                set_byte(out[0], 4 * r + byte, magnitude);
-                set_byte(out[1], 4 * r + byte, value < 0 ? 255 : 0);
-                if (value < 0) negative.sum[r / 4][r % 4] += magnitude;
-            }
+    static Words halves(Words a, const Words& b) {
+        for (int i = 0; i < 4; ++i)
+            a.part[i] = half(a.part[i]) | half(b.part[i]) << 8;
+        return a;
+    }
+    static Words thirds(Words a, const Words& b) {
+        for (int i = 0; i < 4; ++i)
+            a.part[i] = third(a.part[i]) | third(b.part[i]) << 8;
+        return a;
     }
 
   private:
-    static void set_byte(Words& words, int i, int value) {
-        reinterpret_cast<unsigned char*>(&words)[i] = uint8_t(value);
+    static Word8 half(Word8 a) { return ((a & 255) + (a >> 8) + 1) >> 1; }
+    static Word8 third(Word8 a) {
+        for (int i = 0; i < 8; ++i) a[i] = uint16_t((uint32_t(a[i]) * 10923 + (1 << 14)) >> 15);
+        return a;
     }
 };
 

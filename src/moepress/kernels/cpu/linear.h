@@ -45,8 +45,9 @@ void linear_chunk(const Codec& codec, const float* x, int64_t tokens,
 template <class Codec>
 void run_linear(const Codec& codec, const float* x, int64_t tokens,
                 const typename Codec::Matrix& w, const float* bias, int threads, float* y) {
+    const int64_t most = portion(tokens, Codec::kChunkTokens);
     for (int64_t first = 0; first < tokens;) {
-        const int64_t count = std::min(tokens - first, Codec::kChunkTokens);
+        const int64_t count = std::min(tokens - first, most);
         linear_chunk(codec, x + first * w.cols, count, w, bias, threads, y + first * w.rows);
         first += count;
     }

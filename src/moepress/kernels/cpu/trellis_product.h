@@ -15,9 +15,9 @@
 // other cases t is an operand of a dot product of 16-bit numbers.
 //
 // trellis_tile.h decodes. A step is multiplied with the activations of its two columns, summed in 32
-// bits; panels of kManyTokens tokens and more are left to trellis_many.h. At 2 bits a step takes 4 instructions for each
-// register with `bytes` (window, mask, product, dot product), 5 without: 32 weights in a register
-// of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-bytes.
+// bits; panels of kManyTokens tokens and more are left to trellis_many.h. At 2 bits a step takes 4
+// instructions for each register with `bytes` (window, mask, product, dot product), 5 without: 32
+// weights in a register of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-bytes.
 #pragma once
 
 #include <cstdint>
@@ -120,15 +120,9 @@ void scale_rows(const uint8_t* scales, int64_t count, float* out) {
     }
 }
 
-// Products of several tokens made in a way of its own: add_group of trellis_many_neon.h.
-template <class Lanes, int width, bool bytes>
-struct ManyTokens {
-    static constexpr bool exists = false;
-};
-
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
-// `crossed`: whether additions run beside dot products (trellis_many.h).
+// `crossed`: see ManyKind.
 template <class Lanes, int width, bool bytes, bool crossed>
 void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
@@ -137,10 +131,10 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
-    using Many = BestKind<Lanes, width, bytes, crossed>;
+    using Many = ManyKind<Lanes, width, bytes, crossed>;
     union Operands {
         typename Lanes::Words decoded[kMaxGroup / kTileColumns * kSteps];
-        ManyOperands<Lanes> many;
+        typename Many::Operands many;
         Operands() {}
     } operands;
     typename Lanes::Words* const decoded = operands.decoded;
@@ -165,31 +159,27 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
                                     out + 16 * run);
             continue;
         }
-        if constexpr (ManyTokens<Lanes, width, bytes>::exists) {
-            ManyTokens<Lanes, width, bytes>::add_group(over, from, cols, group, g, x, out);
-        } else {
-            if constexpr (!std::is_void_v<Many>) {
-                if (x.count >= kManyTokens) {
-                    add_group_to_many<Lanes, width, Many>(over, from, cols, group, g, x,
-                                                         operands.many, out);
-                    continue;
-                }
+        if constexpr (!std::is_same_v<Many, NoKind>) {
+            if (x.count >= kManyTokens) {
+                Many::add_group(over, from, cols, group, g, x, operands.many, out);
+                continue;
             }
-            each_tile<Lanes, width>(
-                over, from, tiles,
-                [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
-                    decode_steps<Lanes, width, bytes && !sums_four_bytes(width)>(
-                        tile, decoded + t * kSteps);
-                });
-            add_group<Lanes, width, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
         }
+        each_tile<Lanes, width>(
+            over, from, tiles,
+            [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
+                decode_steps<Lanes, width, bytes && !sums_four_bytes(width)>(
+                    tile, decoded + t * kSteps);
+            });
+        add_group<Lanes, width, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
     }
     scale_rows<Lanes>(scales, x.count, out);
 }
 
 template <class Lanes, bool crossed = Lanes::crosses, int... width>
 constexpr void set_trellis_dots(Isa& isa, std::integer_sequence<int, width...>) {
-    ((isa.trellis_dot[0][width] = trellis_dot<Lanes, width, Lanes::sums_any_byte, crossed>), ...);
+    ((isa.trellis_dot[0][width] = trellis_dot<Lanes, width, Lanes::sums_any_byte,
+                                              crossed && !Lanes::sums_any_byte>), ...);
     ((isa.trellis_dot[1][width] = trellis_dot<Lanes, width, false, crossed>), ...);
 }
 
