@@ -5,24 +5,23 @@
 61 layers, 58 of them with 256 experts: 44,544 matrices of experts. The original and the compressed
 folder are sparse files: true headers, names and sizes, and zeros that take no room on the disk.
 The embedding and the head are cut to ROWS rows, because `inspect` reads them. Costs of experts and
-linears are drawn, for five calibration texts. Every step runs in a process of its own; its memory
-is the peak resident memory less that after the imports.
+linears are drawn, for five calibration texts. The memory of a step is its peak resident memory less
+that before it. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
-import subprocess
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from mixtral_shape import peak_rss
@@ -232,9 +231,8 @@ STEPS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     "read scores": lambda f: lambda: scores_of(f),
     "inspect scores": lambda f: lambda: inspect(f / SCORES),
     "allocate, 2.5 bits": allocated(),
-    "allocate, 220 GB": allocated(size="220GB"),
+    "allocate, 220 GB": allocated(size=220_000_000_000),
     "allocate, over the worst text": allocated(over="worst"),
-    "allocate, experts may be left out": allocated(expert_bits=(0, 1, 1.5, 2, 2.5, 3, 3.5, 4)),
     "propose budgets": proposed,
     "write the plan": saved_plan,
     "read the plan": lambda f: lambda: plan_of(f),
@@ -245,16 +243,14 @@ STEPS: dict[str, Callable[[Path], Callable[[], Any]]] = {
 }
 
 
-def run_step(folder: Path, name: str) -> None:
-    """Run one step; print its seconds and memory as JSON."""
-    set_verbosity("quiet")
-    torch.zeros(1) + 1
-    timed = STEPS[name](folder)
+def measured(prepare: Callable[[Path], Callable[[], Any]], folder: Path) -> tuple[float, ...]:
+    """Seconds, processor seconds and bytes of a step."""
+    timed = prepare(folder)
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before, began = peak_rss(), time.perf_counter()
+    before, began, cpu = peak_rss(), time.perf_counter(), time.process_time()
     timed()
-    found = {"seconds": time.perf_counter() - began, "bytes": peak_rss() - before}
-    print(json.dumps(found))
+    return time.perf_counter() - began, time.process_time() - cpu, peak_rss() - before
 
 
 def files(folder: Path) -> Iterable[tuple[str, int]]:
@@ -267,26 +263,23 @@ def files(folder: Path) -> Iterable[tuple[str, int]]:
         folder / "compressed/model.safetensors.index.json",
         folder / "report.html",
     ):
-        yield str(path.relative_to(folder)), path.stat().st_size
+        if path.exists():
+            yield str(path.relative_to(folder)), path.stat().st_size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", default=list(STEPS), metavar="STEP")
-    parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.step:
-        run_step(given.folder, given.step)
-        return
+    set_verbosity("quiet")
+    logging.disable(logging.WARNING)  # of tensors that are all zeros
     if not given.folder.exists():
         write_original(given.folder / "original")
-    print("| step | seconds | MB |\n|---|---|---|")
+    print("| step | seconds | CPU-seconds | MB |\n|---|---|---|---|")
     for name in given.only:
-        command = [sys.executable, __file__, str(given.folder), "--step", name]
-        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(ran.stdout.splitlines()[-1])
-        print(f"| {name} | {found['seconds']:.2f} | {found['bytes'] / 1e6:.0f} |", flush=True)
+        seconds, cpu, size = measured(STEPS[name], given.folder)
+        print(f"| {name} | {seconds:.2f} | {cpu:.2f} | {size / 1e6:.0f} |", flush=True)
     print("\n| file | MB |\n|---|---|")
     for name, size in files(given.folder):
         print(f"| {name} | {size / 1e6:.1f} |")

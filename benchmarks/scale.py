@@ -1,10 +1,12 @@
-"""Peak memory of compression against the size of a layer: one wide MoE layer, random weights.
+"""Peak memory of compression against the size of a layer: wide MoE layers, random weights.
 
     python benchmarks/scale.py --experts 64 256 --kind bf16 fp8 --recipe fast --nearest
+    python benchmarks/scale.py --family deepseek_v3 --layers 2 --kind fp8 --recipe fast --nearest
 
-Writes a model of one decoder layer with that many experts, compresses it in a process of its own,
-and prints the bytes of the layer's experts on disk and in bfloat16, the peak resident memory, and
-the part of it that is not mapped files. docs/scale.md shows the result.
+Writes a model of a few decoder layers with that many experts, compresses it in a process of its
+own, and prints the bytes of the experts on disk and in bfloat16, the peak memory that `compress
+--dry-run` tells, the peak resident memory, and the part of it that is not mapped files.
+docs/scale.md shows the result.
 """
 
 from __future__ import annotations
@@ -18,27 +20,53 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HIDDEN, INTERMEDIATE, VOCABULARY, BLOCK = 2048, 768, 384, 128
+VOCABULARY, BLOCK = 384, 128
 EXPERTS_PER_FILE = 32
+KINDS = ("bf16", "fp8")
+TEXT = {"sequences": 4, "sequence_length": 128}  # of the calibration set
+FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "hidden_size": 2048, "intermediate_size": 2048, "moe_intermediate_size": 768,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
+    # A seventh of DeepSeek-V3's width, an eighth of its experts' inner width; else its shape.
+    "deepseek_v3": {
+        "hidden_size": 1024, "intermediate_size": 2560, "moe_intermediate_size": 256,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts_per_tok": 8,
+        "n_shared_experts": 1, "first_k_dense_replace": 0, "q_lora_rank": 256,
+        "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    },
+}  # fmt: skip
 
 
-def write_model(folder: Path, experts: int, kind: str) -> int:
+def config_of(family: str, layers: int, experts: int) -> Any:
+    from transformers import AutoConfig
+
+    count = "num_experts" if family == "qwen3_moe" else "n_routed_experts"
+    fields = FIELDS[family] | {count: experts, "num_hidden_layers": layers}
+    return AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, dtype="bfloat16", **fields
+    )
+
+
+def write_model(folder: Path, family: str, layers: int, experts: int, kind: str) -> int:
     """Write the folder; returns the bytes of the routed experts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, PreTrainedTokenizerFast
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
 
-    config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=1,
-        num_attention_heads=16, num_key_value_heads=4, head_dim=128, num_experts=experts,
-        num_experts_per_tok=8, moe_intermediate_size=INTERMEDIATE, intermediate_size=HIDDEN,
-        norm_topk_prob=True, bos_token_id=0, eos_token_id=1, dtype="bfloat16",
-    )  # fmt: skip
-    config.save_pretrained(folder)
+    from moepress.original.folder import read_config
+    from sizes import Shape
+
+    config_of(family, layers, experts).save_pretrained(folder)
+    source = Shape(folder, read_config(folder))
     if kind == "fp8":
         path = folder / "config.json"
         declared = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
@@ -60,26 +88,19 @@ def write_model(folder: Path, experts: int, kind: str) -> int:
         scale = torch.full((-(-rows // BLOCK), -(-cols // BLOCK)), cols**-0.5 / 64)
         return {name: (weight / scale[0, 0]).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
-    layer = "model.layers.0."
-    q, kv, norm = 16 * 128, 4 * 128, torch.ones(HIDDEN).bfloat16()
-    rest = {
-        "model.embed_tokens.weight": random(VOCABULARY, HIDDEN).bfloat16(),
-        "lm_head.weight": random(VOCABULARY, HIDDEN).bfloat16(),
-        "model.norm.weight": norm,
-        f"{layer}input_layernorm.weight": norm.clone(),
-        f"{layer}post_attention_layernorm.weight": norm.clone(),
-        f"{layer}self_attn.q_norm.weight": torch.ones(128).bfloat16(),
-        f"{layer}self_attn.k_norm.weight": torch.ones(128).bfloat16(),
-        f"{layer}mlp.gate.weight": random(experts, HIDDEN).bfloat16(),
-    }
-    for name, rows, cols in (
-        ("q", q, HIDDEN),
-        ("k", kv, HIDDEN),
-        ("v", kv, HIDDEN),
-        ("o", HIDDEN, q),
-    ):
-        rest |= stored(f"{layer}self_attn.{name}_proj.weight", rows, cols)
-    index = {}
+    inside = tuple(f"{path}." for path in source.layer_paths)
+    modules = source.model.named_modules()
+    linears = {f"{path}.weight" for path, module in modules if type(module) is nn.Linear}
+    rest: dict[str, Tensor] = {}
+    for name in source.all_names:
+        shape = tuple(source.shape(name))
+        if name in linears and name.startswith(inside):
+            rest |= stored(name, *shape)
+        elif len(shape) == 2:
+            rest[name] = random(*shape).bfloat16()
+        else:  # norms, and the biases of routers
+            rest[name] = torch.full(shape, float("norm" in name)).bfloat16()
+    index: dict[str, str] = {}
     total = 0
 
     def save(file: str, tensors: dict[str, Tensor]) -> None:
@@ -87,18 +108,34 @@ def write_model(folder: Path, experts: int, kind: str) -> int:
         index.update(dict.fromkeys(tensors, file))
 
     save("rest.safetensors", rest)
-    for start in range(0, experts, EXPERTS_PER_FILE):
-        tensors: dict[str, Tensor] = {}
-        for expert in range(start, min(start + EXPERTS_PER_FILE, experts)):
-            for name, rows, cols in (
-                ("gate", INTERMEDIATE, HIDDEN), ("up", INTERMEDIATE, HIDDEN),
-                ("down", HIDDEN, INTERMEDIATE),
-            ):  # fmt: skip
-                tensors |= stored(f"{layer}mlp.experts.{expert}.{name}_proj.weight", rows, cols)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        save(f"experts-{start:04d}.safetensors", tensors)
+    for layer, one in source.experts.items():
+        inner, hidden = one.intermediate, one.hidden
+        sides = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        for start in range(0, experts, EXPERTS_PER_FILE):
+            tensors: dict[str, Tensor] = {}
+            for expert in range(start, min(start + EXPERTS_PER_FILE, experts)):
+                for side, shape in sides.items():
+                    tensors |= stored(f"{one.path}.{expert}.{side}_proj.weight", *shape)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            save(f"experts-{layer:02d}-{start:04d}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return total
+
+
+def wanted(recipe: str, text: Path, nearest: bool) -> Any:
+    """The recipe of the compression."""
+    from moepress.recipe import Recipe
+
+    found = Recipe.load(recipe, calib=((str(text), 1.0),), bits=2.5, **TEXT)
+    return found.with_changes(measure="rtn", quantizer="rtn") if nearest else found
+
+
+def predict(folder: Path, text: Path, out: Path, recipe: str, nearest: bool) -> None:
+    """Print the peak memory that `--dry-run` tells, as JSON."""
+    from moepress.estimate import estimate
+
+    found = estimate(folder, out, wanted(recipe, text, nearest))
+    print(json.dumps({"predicted": found.memory_bytes, "disk": found.disk_bytes}))
 
 
 def memory(field: str) -> int:
@@ -113,12 +150,7 @@ def measure(folder: Path, text: Path, out: Path, recipe: str, nearest: bool) -> 
     """Compress in this process; print peaks as JSON."""
     from moepress.compress import compress
     from moepress.original.source import Source
-    from moepress.recipe import Recipe
 
-    calib = ((str(text), 1.0),)
-    wanted = Recipe.load(recipe, calib=calib, sequences=4, sequence_length=128, bits=2.5)
-    if nearest:
-        wanted = wanted.with_changes(measure="rtn", quantizer="rtn")
     Source(folder).expert(0, 0)  # what libraries take when they first run
     before, peak, done = memory("RssAnon"), 0, threading.Event()
 
@@ -130,7 +162,7 @@ def measure(folder: Path, text: Path, out: Path, recipe: str, nearest: bool) -> 
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    compress(folder, out, wanted)
+    compress(folder, out, wanted(recipe, text, nearest))
     done.set()
     watcher.join()
     found = {"before": before, "anonymous": peak, "resident": memory("VmHWM")}
@@ -139,34 +171,42 @@ def measure(folder: Path, text: Path, out: Path, recipe: str, nearest: bool) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", default="qwen3_moe", choices=FIELDS)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--experts", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--kind", nargs="+", default=["bf16", "fp8"], choices=["bf16", "fp8"])
+    parser.add_argument("--kind", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--nearest", action="store_true", help="round to nearest: takes less time")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        folder, text, out = map(Path, args.measure)
-        measure(folder, text, out, args.recipe, args.nearest)
+    if args.run:
+        what, *paths = args.run
+        folder, text, out = map(Path, paths)
+        (predict if what == "predict" else measure)(folder, text, out, args.recipe, args.nearest)
         return
     print(
-        "| experts | stored | GB on disk | GB in bfloat16 | peak, GB | not mapped, GB | seconds |"
+        "| experts | stored | GB on disk | GB in bfloat16 | predicted peak, GB | peak, GB "
+        "| not mapped, GB | seconds |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for kind in args.kind:
         for experts in args.experts:
             with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
                 root = Path(temporary)
-                disk = write_model(root / "model", experts, kind)
+                disk = write_model(root / "model", args.family, args.layers, experts, kind)
                 text = root / "text.txt"
                 text.write_text("\n".join(f"line {i}: {i * i} and {i % 7}" for i in range(4000)))
-                paths = [str(root / "model"), str(text), str(root / "out")]
-                command = [sys.executable, __file__, "--recipe", args.recipe, "--measure", *paths]
-                command += ["--nearest"] * args.nearest
-                ran = subprocess.run(command, check=True, capture_output=True, text=True)
-                found = json.loads(ran.stdout.splitlines()[-1])
-            whole = 2 * 3 * experts * HIDDEN * INTERMEDIATE
-            cells = [disk, whole, found["resident"], found["anonymous"]]
+                found: dict[str, float] = {}
+                for what in ("predict", "measure"):
+                    paths = [str(root / "model"), str(text), str(root / "out")]
+                    command = [sys.executable, __file__, "--recipe", args.recipe]
+                    command += ["--run", what, *paths, *["--nearest"] * args.nearest]
+                    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                    found |= json.loads(ran.stdout.splitlines()[-1])
+            fields = FIELDS[args.family]
+            weights = 3 * fields["hidden_size"] * fields["moe_intermediate_size"]
+            whole = 2 * args.layers * experts * weights
+            cells = [disk, whole, found["predicted"], found["resident"], found["anonymous"]]
             row = " | ".join(f"{cell / 1e9:.2f}" for cell in cells)
             print(f"| {experts} | {kind} | {row} | {found['seconds']:.0f} |", flush=True)
 

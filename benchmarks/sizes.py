@@ -134,8 +134,8 @@ class Model(NamedTuple):
         return folder + OVERHEAD + self.cache
 
 
-def describe(name: str) -> Model:
-    """Build a model from its shape, and count its weights and bytes.
+def planned(name: str, budgets: Sequence[float]) -> tuple[Shape, list[BitAllocation]]:
+    """Build a model from its shape, and make its plans for some numbers of bits.
 
     Raises:
         ValueError: the number of weights is not the published one.
@@ -144,16 +144,22 @@ def describe(name: str) -> Model:
         folder = Path(temporary) / name
         folder.mkdir()
         shutil.copy(SHAPES / f"{name}.json", folder / "config.json")
-        config = read_config(folder)
-        source = Shape(folder, config)
+        source = Shape(folder, read_config(folder))
         scores = assumed_costs(unmeasured(source, DEFAULT, ModelTensors.of(source, DEFAULT)))
-        plans = [allocate(scores, DEFAULT, bits=bits) for bits in BUDGETS]
+        plans = [allocate(scores, DEFAULT, bits=bits) for bits in budgets]
     weights = sum(p.numel() for p in source.model.parameters())
     published = (PUBLISHED | MORE)[name]
     if abs(weights / published / 1e9 - 1) > TOLERANCE:
         raise ValueError(f"{name} has {weights:,} weights, published are {published}e9.")
+    return source, plans
+
+
+def describe(name: str) -> Model:
+    """Build a model from its shape, and count its weights and bytes. Errors: as of `planned`."""
+    source, plans = planned(name, BUDGETS)
     check_plans(plans)
-    return Model(name, weights, cache_bytes(config), tuple(p.folder_bytes for p in plans))
+    weights = sum(p.numel() for p in source.model.parameters())
+    return Model(name, weights, cache_bytes(source.config), tuple(p.folder_bytes for p in plans))
 
 
 def assumed_costs(scores: ExpertScores) -> ExpertScores:
