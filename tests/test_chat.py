@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,14 @@ def greedy(loaded: tuple[object, object], text: str, tokens: int) -> str:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].role }}", ""])
+def test_a_template_that_fails_is_one_error(loaded: tuple[object, object], template: str) -> None:
+    tokenizer = copy.copy(loaded[1])
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template"):
+        Conversation(loaded[0], tokenizer, tokens=2).say("def", lambda _: None)
 
 
 def test_turns_are_read_through_the_template(loaded: tuple[object, object]) -> None:

@@ -108,8 +108,23 @@ def test_a_chat_follows_sampling_and_stops_and_says_what_it_leaves_aside(
         "do_sample", "temperature",
     }  # fmt: skip
     model.generation_config.top_p = "0.9"
-    with pytest.raises(InputError, match=r"top_p = '0.9'. Expected a number"):
+    with pytest.raises(InputError, match=r"top_p = '0.9'. Expected: a valid number"):
         Conversation(model, tokenizer, raw=True)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("eos_token_id", "x"), ("pad_token_id", 1 << 40), ("bad_words_ids", []), ("top_k", -1),
+     ("typical_p", 0), ("stop_strings", [3]), ("repetition_penalty", float("nan"))],
+)  # fmt: skip
+def test_settings_of_wrong_types_are_refused(model: Any, name: str, value: object) -> None:
+    model.generation_config = GenerationConfig()
+    setattr(model.generation_config, name, value)
+    with (
+        pytest.raises(InputError, match=f"generation_config.json has {name}"),
+        following(model, CHAT),
+    ):
+        pass
 
 
 def test_generate_is_greedy_and_stops_at_the_models_strings(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.generation import chat_settings, following, left_aside
 from moepress.hf import load_model, set_threads, text_model
 from moepress.original.folder import resolve
@@ -118,18 +118,35 @@ class Conversation:
         return Reply(streamer.text, streamer.tokens, streamer.tokens_per_second, stopped)
 
     def _ids(self, text: str) -> torch.Tensor:
-        """Token ids [1, T] int64 of the conversation so far and this turn."""
+        """Token ids [1, T] int64 of the conversation so far and this turn.
+
+        Raises:
+            FileError: the chat template fails, or writes nothing.
+        """
         if self.raw:
             found = self.tokenizer(self.text + text, return_tensors="pt")
         else:
-            found = self.tokenizer.apply_chat_template(
-                [*self.messages, {"role": "user", "content": text}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+            found = self._written([*self.messages, {"role": "user", "content": text}])
         ids: torch.Tensor = found["input_ids"].to(self.model.device)
         return ids
+
+    def _written(self, messages: list[dict[str, str]]) -> Any:
+        """What the chat template makes of messages, as tokens."""
+        try:
+            found = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            reason = "" if found["input_ids"].numel() else "it writes nothing"
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program and may raise anything
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            raise FileError(
+                f"The model's chat template fails on the conversation ({reason}). Expected text: "
+                "restore its chat_template.jinja or tokenizer_config.json, or chat with --raw."
+            )
+        return found
 
     def _room(self, used: int) -> int:
         """Tokens left in the model's context after `used` ones."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from moepress.errors import InputError
+from pydantic import Field
+
+from moepress.reading.documents import OpenDocument, parse
 
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 STOPS = (*ENDS, "stop_strings")  # where a text ends; stop strings need the tokenizer
@@ -32,6 +34,34 @@ HARMLESS = (
 )  # fmt: skip
 
 
+Token = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]  # negative ones: "none", in old files
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Settings(OpenDocument):
+    """The settings that commands follow, with the types and ranges that transformers needs."""
+
+    bos_token_id: Token | list[Token] | None = None
+    eos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | None = None
+    stop_strings: str | list[str] | None = None
+    do_sample: bool | int | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    top_h: Annotated[float, Field(gt=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    epsilon_cutoff: Share | None = None
+    eta_cutoff: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    bad_words_ids: Annotated[list[Tokens], Field(min_length=1)] | None = None
+    suppress_tokens: list[Token] | None = None
+    begin_suppress_tokens: list[Token] | None = None
+
+
 @contextmanager
 def following(model: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
     """Inside the `with` statement, a model has only these of its own generation settings.
@@ -39,9 +69,12 @@ def following(model: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
     Args:
         model: of transformers, loaded.
         names: fields of its generation config.
+
+    Raises:
+        FileError: one of them is of a wrong type or out of range.
     """
     before = model.generation_config
-    model.generation_config = type(before)(**_set(before, names))
+    model.generation_config = type(before)(**checked_settings(before, names))
     try:
         yield
     finally:
@@ -54,16 +87,9 @@ def chat_settings(model: Any) -> tuple[str, ...]:
     Without a temperature above 0 the model answers greedily.
 
     Raises:
-        InputError: a setting is of a wrong type.
+        FileError: a setting is of a wrong type or out of range.
     """
-    config = model.generation_config
-    for name, value in _set(config, (*NUMBERS, "do_sample")).items():
-        if not isinstance(value, int | float):
-            raise InputError(
-                f"The model's generation_config.json says {name} = {value!r}. Expected a number: "
-                "correct that file, or give --temperature."
-            )
-    greedy = config.temperature is not None and not config.temperature > 0
+    greedy = checked_settings(model.generation_config, CHAT).get("temperature") == 0
     return tuple(n for n in CHAT if not (greedy and n in ("do_sample", "temperature")))
 
 
@@ -78,7 +104,13 @@ def left_aside(model: Any, followed: Sequence[str]) -> str:
     )
 
 
-def _set(config: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Those of some fields that are set."""
+def checked_settings(config: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Those of some fields of a generation config that are set.
+
+    Raises:
+        FileError: one is of a wrong type or out of range.
+    """
     found = {name: getattr(config, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    given = {name: value for name, value in found.items() if value is not None}
+    parse(_Settings, given, "The model's generation_config.json", "Correct or remove that file.")
+    return given

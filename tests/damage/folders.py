@@ -32,17 +32,17 @@ def variants(path: Path, rng: random.Random, count: int = COUNT) -> Variants:
     weights = [file for file in tensors if not file.name.startswith("moepress_")]
     for name, changes in ((CONFIG, count), (INDEX, count // 4), (CHECKSUMS, count // 6)):
         if (path / name).is_file():
-            yield from _inside(name, kinds(rng))
-            yield from _inside(name, damaged_json(path / name, rng, changes))
-            yield from _inside(name, damaged_bytes(path / name, rng, count // 12))
+            yield from inside(name, kinds(rng))
+            yield from inside(name, damaged_json(path / name, rng, changes))
+            yield from inside(name, damaged_bytes(path / name, rng, count // 12))
     for file in weights:
-        yield from _inside(file.name, kinds(rng))
-        yield from _inside(file.name, damaged_bytes(file, rng, count // 12))
-        yield from _inside(file.name, damaged_header(file, rng, count // 4))
+        yield from inside(file.name, kinds(rng))
+        yield from inside(file.name, damaged_bytes(file, rng, count // 12))
+        yield from inside(file.name, damaged_header(file, rng, count // 4))
     yield from _shards(path, weights, rng)
 
 
-def _inside(name: str, found: Variants) -> Variants:
+def inside(name: str, found: Variants) -> Variants:
     """Damage to a file, as damage to its folder."""
     for what, apply in found:
         yield f"{name}: {what}", partial(_apply_inside, name=name, apply=apply)

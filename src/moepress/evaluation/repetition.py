@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.generation import following
+from moepress.generation import ENDS, checked_settings, following
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
@@ -45,9 +45,10 @@ def measure_repetition(model: Any, prompts: Tensor) -> Repetition:
         prompts: [N, L] int64, without padding.
     """
     prompts = prompts.to(model.device)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
-    padding = model.generation_config.pad_token_id or next(iter(ends)) or 0
+    own = checked_settings(model.generation_config, ENDS)
+    given = own.get("eos_token_id")
+    ends = set(given) if isinstance(given, list) else {given}
+    padding = own.get("pad_token_id") or next(iter(ends), None) or 0
     with following(model):
         written = model.generate(
             input_ids=prompts,

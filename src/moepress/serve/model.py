@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from moepress.errors import InputError
+from moepress.generation import ENDS, checked_settings
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -107,8 +108,12 @@ def vocabulary_of(model: Any) -> int:
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer, as `generate` has them, else the tokenizer's."""
-    found = getattr(model.generation_config, "eos_token_id", None)
+    """Tokens that end an answer, as `generate` has them, else the tokenizer's.
+
+    Raises:
+        FileError: generation_config.json names none.
+    """
+    found = checked_settings(model.generation_config, ENDS).get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id
     return [found] if isinstance(found, int) else list(found or ())

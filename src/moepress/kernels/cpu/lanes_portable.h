@@ -39,7 +39,7 @@
 // For many tokens (trellis_many.h):
 //
 //     many_tokens, many_runs  tokens, and runs of 16 rows, multiplied together: their sums and the
-//                     operands of the runs must fit the registers. 0 tokens: none of what follows
+//                     operands of the runs must fit the registers. NEON has none of what follows
 //     crosses         whether two additions of 16-bit numbers and a product cost less than two
 //                     products: then CrossedWords are best
 //     splat_four      4 bytes, 16 times
