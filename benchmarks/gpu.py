@@ -11,6 +11,7 @@ lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
     ops        the MoE op of Mixtral-8x7B with few tokens, beside copy bandwidth; its kernels
     prefill    the MoE op with many tokens, beside torch's grouped bfloat16 product
     model      decoding with Mixtral-8x7B's shape at 2.5 bits, beside transformers in bfloat16
+    divided    experts on the card and on the CPU: half of a layer, and of the models of `kl`
     kl         small compressed models beside the same on the CPU (folder made by on_gpu/kl.py)
     search     the trellis search
     shapes     the MoE op of other models with few tokens; the linear op
@@ -48,6 +49,7 @@ PARTS = {  # name: share of the time
     "ops": 0.1,
     "prefill": 0.1,
     "model": 0.2,
+    "divided": 0.06,
     "kl": 0.08,
     "search": 0.06,
     "shapes": 0.15,
@@ -141,8 +143,8 @@ def cases_of(part: str, card: Any, given: argparse.Namespace) -> Iterator[Case]:
     homes = {"prefill": "ops", "shapes": "ops", "compress": "search"}
     if part == "sanitized":
         yield Case("all kernels", import_module("on_gpu.checks").sanitized(card), 600)
-    elif part == "kl":
-        yield from import_module("on_gpu.kl").cases(card, Path(given.models))
+    elif part in ("divided", "kl"):
+        yield from import_module(f"on_gpu.{part}").cases(card, Path(given.models))
     elif part == "compile":
         yield from import_module("on_gpu.checks").compile_cases(card)
         static = import_module("on_gpu.kl").check_static_generate
@@ -315,7 +317,11 @@ def figure(value: Any) -> str:
 def table(results: list[Row], started: float) -> str:
     """Counts of checks, what failed, and all measured figures."""
     lines = []
-    checks = [r for r in results if r["part"] in ("checks", "kl", "search", "compile", "sanitize")]
+    checks = [
+        r
+        for r in results
+        if r["part"] in ("checks", "divided", "kl", "search", "compile", "sanitize")
+    ]
     good = sum(r["ok"] for r in checks)
     failed = [f"{r['part']}: {r['case']}: {r['error'][:300]}" for r in results if not r["ok"]]
     lines += [f"checks passed: {good} of {len(checks)}; {time.monotonic() - started:.0f} s in all"]

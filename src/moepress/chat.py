@@ -223,6 +223,7 @@ def chat(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     memory: Memory | None = None,
+    gpu_memory: int | None = None,
     trust_remote_code: bool = False,
     turns: Iterable[str] | None = None,
 ) -> None:
@@ -238,6 +239,8 @@ def chat(
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         memory: for a compressed model, bytes for its weights, "all" or "mapped"
             (store/memory.py); None: mapped if it fits.
+        gpu_memory: for a compressed model on a card, bytes of its memory for weights, see
+            `hf.load_model`.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
         turns: what the user says; None: lines of stdin.
 
@@ -249,7 +252,7 @@ def chat(
     tokenizer = tokenizer_of(folder, trust_remote_code)
     check_options(tokenizer, system, raw, tokens, temperature)
     model = text_model(
-        load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+        load_model(folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory)
     )
     conversation = Conversation(
         model, tokenizer, system=system, raw=raw, tokens=tokens, temperature=temperature

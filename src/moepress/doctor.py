@@ -61,16 +61,22 @@ class Report:
         return {"checks": [asdict(check) for check in self.checks]}
 
 
-def doctor(folder: str | Path | None = None, memory: Memory = "fit") -> Report:
+def doctor(
+    folder: str | Path | None = None, memory: Memory = "fit", gpu_memory: int | None = None
+) -> Report:
     """Probe this machine. Never raises: a probe that raises is reported as failed.
 
     Args:
-        folder: a compressed folder, to forecast how fast it runs here; None: none.
+        folder: a compressed folder, to forecast how fast it runs here, and what of it cards take;
+            None: none.
         memory: for its weights, as of `store.memory.plan`.
+        gpu_memory: bytes for weights of a card that may be elsewhere; None: those of the cards
+            here.
     """
     probes = dict(PROBES)
     if folder is not None:
         probes["speed"] = partial(_speed, Path(folder), memory)
+        probes["fits"] = partial(_fits, Path(folder), gpu_memory)
     return Report(tuple(check for name, probe in probes.items() for check in _ask(name, probe)))
 
 
@@ -194,6 +200,14 @@ def _speed(folder: Path, memory: Memory) -> Iterable[Check]:
     if found.memory is not None:
         do = "with more memory (--memory), or with --prune disk:0.15, fewer experts are read"
     yield Check("speed", "ok", str(found), do)
+
+
+def _fits(folder: Path, gpu_memory: int | None) -> Iterable[Check]:
+    from moepress.store.forecast import card_fits
+
+    for name, found in card_fits(folder, gpu_memory).items():
+        do = "" if found.runs else "run it on the CPU"
+        yield Check(f"fits on {name}", "ok" if found.runs else "missing", str(found), do)
 
 
 def _kernels() -> Iterable[Check]:

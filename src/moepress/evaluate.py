@@ -125,6 +125,7 @@ def evaluate(
     run_code: bool = False,
     pruning: Strength | Pruning | None = None,
     memory: Memory | None = None,
+    gpu_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure a model's perplexity on texts, and its KL divergence from the original.
@@ -145,6 +146,8 @@ def evaluate(
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         memory: for a compressed model, bytes for its weights, "all" or "mapped"
             (store/memory.py); None: mapped if it fits.
+        gpu_memory: for a compressed model on a card, bytes of its memory for weights, see
+            `hf.load_model`.
         trust_remote_code: run code in the folders of the model and of the original, where
             transformers has no class for them.
 
@@ -162,7 +165,7 @@ def evaluate(
             f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
             "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
         )
-    if memory is not None and not is_compressed(folder):
+    if (memory or gpu_memory) is not None and not is_compressed(folder):
         raise InputError(
             f"{folder} is an original model: its layers are read one by one. Expected a folder "
             "made by moepress with memory."
@@ -180,6 +183,7 @@ def evaluate(
         activation_bits,
         pruning,
         memory,
+        gpu_memory,
         whole=whole,
         trust_remote_code=trust_remote_code,
     )
@@ -230,6 +234,7 @@ def _loaded(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     memory: Memory | None = None,
+    gpu_memory: int | None = None,
     *,
     whole: bool = False,
     trust_remote_code: bool = False,
@@ -243,7 +248,9 @@ def _loaded(
 
     if is_compressed(folder):
         return text_model(
-            load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+            load_model(
+                folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory
+            )
         )
     if not whole:
         return None

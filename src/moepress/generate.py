@@ -22,6 +22,7 @@ def generate(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     memory: Memory | None = None,
+    gpu_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
@@ -38,6 +39,8 @@ def generate(
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         memory: for a compressed model, bytes for its weights, "all" or "mapped"
             (store/memory.py); None: mapped if it fits.
+        gpu_memory: for a compressed model on a card, bytes of its memory for weights, see
+            `hf.load_model`.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
@@ -54,7 +57,7 @@ def generate(
     folder = resolve(folder)
     tokenizer = tokenizer_of(folder, trust_remote_code)
     model = text_model(
-        load_model(folder, device, activation_bits, pruning, trust_remote_code, memory)
+        load_model(folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory)
     )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode(), following(model, STOPS):

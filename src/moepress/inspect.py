@@ -35,20 +35,26 @@ from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
-from moepress.store.forecast import forecast
+from moepress.store.forecast import card_fits, forecast
 
 AVERAGES = ("average_bits", "expert_bits_per_weight", "bits_per_weight")  # that a plan has
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
 
 
 def inspect(
-    path: str | Path, *, verify: bool = False, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    verify: bool = False,
+    gpu_memory: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Describe a compressed folder, an original model, or a file of scores, plan or calibration.
 
     Args:
         path: the folder or file.
         verify: of a compressed folder, compare every byte of its tensors with their checksums.
+        gpu_memory: of a compressed folder, say what a card with so many bytes for weights takes;
+            None: what the cards of this machine take.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
 
     Returns:
@@ -65,7 +71,7 @@ def inspect(
         if not is_compressed(path):
             return _original(path, trust_remote_code)
         verified = {"verified_tensors": verify_bytes(path, weight_files(path))} if verify else {}
-        return _folder(path, trust_remote_code) | verified
+        return _folder(path, trust_remote_code) | _on_cards(path, gpu_memory) | verified
     if path.suffix == ".safetensors" and path.is_file():
         return _tensors(path)
     if path.suffix == ".json" and path.is_file():
@@ -126,6 +132,12 @@ def _speed(folder: Path) -> dict[str, Any]:
         raise
     except InputError:
         return {}
+
+
+def _on_cards(folder: Path, gpu_memory: int | None) -> dict[str, Any]:
+    """What cards take of a compressed folder, by card; nothing where there is none."""
+    found = {name: fit.to_dict() for name, fit in card_fits(folder, gpu_memory).items()}
+    return {"fits": found} if found else {}
 
 
 def _original(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moepress.cli.options import Device, TrustRemoteCode, checked_device, show
+from moepress.cli.options import DeviceToCompress, TrustRemoteCode, device_to_compress, show
 from moepress.cli.recipe_options import (
     Bits,
     Bpw,
@@ -43,7 +43,7 @@ def compress(
     expert_codec: ExpertCodec = None,
     over: Over = None,
     group_size: Group = None,
-    device: Device = "cpu",
+    device: DeviceToCompress = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
@@ -84,7 +84,11 @@ def compress(
     )
     if dry_run:
         expected = estimate(
-            model, out, chosen, device=checked_device(device), trust_remote_code=trust_remote_code
+            model,
+            out,
+            chosen,
+            device=device_to_compress(device, model),
+            trust_remote_code=trust_remote_code,
         )
         show(expected.to_dict(), as_json, estimate_table)
         return
@@ -94,13 +98,17 @@ def compress(
                 model,
                 out,
                 chosen,
-                device=checked_device(device),
+                device=device_to_compress(device, model),
                 trust_remote_code=trust_remote_code,
             )
         )
         return
     found = propose(
-        model, out, chosen, device=checked_device(device), trust_remote_code=trust_remote_code
+        model,
+        out,
+        chosen,
+        device=device_to_compress(device, model),
+        trust_remote_code=trust_remote_code,
     )
     show(found.to_dict(), as_json, proposal_table)
 
@@ -112,7 +120,7 @@ def calibrate(
     calib: Calib = None,
     sequences: Sequences = None,
     sequence_length: Length = None,
-    device: Device = "cpu",
+    device: DeviceToCompress = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -128,7 +136,7 @@ def calibrate(
         recipe, calib=calib, sequences=sequences, sequence_length=sequence_length, seed=seed
     )
     check_file(out)
-    run(Source(model, checked_device(device), trust_remote_code), chosen).save(out)
+    run(Source(model, device_to_compress(device, model), trust_remote_code), chosen).save(out)
     typer.echo(out)
 
 
@@ -142,7 +150,7 @@ def score(
     expert_bits: Widths = None,
     expert_codec: ExpertCodec = None,
     group_size: Group = None,
-    device: Device = "cpu",
+    device: DeviceToCompress = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -163,7 +171,11 @@ def score(
         seed=seed,
     )
     score_to_file(
-        model, chosen, out, device=checked_device(device), trust_remote_code=trust_remote_code
+        model,
+        chosen,
+        out,
+        device=device_to_compress(device, model),
+        trust_remote_code=trust_remote_code,
     )
     typer.echo(out)
 
@@ -202,7 +214,7 @@ def quantize(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="Plan of `moepress allocate`.")],
     out: Out,
-    device: Device = "cpu",
+    device: DeviceToCompress = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Apply a plan and write the compressed folder. Run again to continue a stopped run.
@@ -216,7 +228,7 @@ def quantize(
         model,
         BitAllocation.load(plan),
         out,
-        device=checked_device(device),
+        device=device_to_compress(device, model),
         trust_remote_code=trust_remote_code,
     )
     typer.echo(made)

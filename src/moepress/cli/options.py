@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, or one card of several, such as cuda:1.")]
+DeviceToCompress = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, or one card of several, such as cuda:1. Default: a card on which the "
+        "largest layer fits, else cpu.",
+    ),
+]
+DeviceToRun = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, or one card of several, such as cuda:1. Default: a card on which the "
+        "model fits, else cpu; cuda with --gpu-memory, cpu with --memory.",
+    ),
+]
 ActivationBits = Annotated[
     int,
     typer.Option(
@@ -29,6 +45,14 @@ Memory = Annotated[
         help="Memory for weights, such as 12GB: experts that do not fit stay on disk, and are read "
         "when they are needed. all: read everything and lock it; mapped: leave it to the system. "
         "Default: mapped if the model fits, else most of the free memory.",
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of the card for weights, such as 20GB of a 24 GB card: the experts that are "
+        "chosen most often are there, and the others run on the CPU. Default: all of them if the "
+        "model fits, else most of the card's free memory.",
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -62,11 +86,51 @@ def checked_device(name: str) -> str:
     return name
 
 
+def device_to_compress(name: str | None, model: str | Path) -> str:
+    """The device that compresses a model: that of the user, else one chosen and told."""
+    from moepress import devices
+    from moepress.original.folder import resolve
+
+    if name is not None:
+        return checked_device(name)
+    return _told(devices.to_compress(resolve(model)) if devices.cards() else "cpu")
+
+
+def device_to_run(
+    name: str | None, model: str | Path, memory: str | None, gpu_memory: str | None
+) -> str:
+    """The device that runs a model: that of the user, else one chosen; it is told."""
+    from moepress import devices
+    from moepress.original.folder import resolve
+
+    if name is None and gpu_memory is not None:
+        name = "cuda"
+    if name is not None:
+        return _told(checked_device(name))
+    on_cpu = memory is not None or not devices.cards()
+    return _told("cpu" if on_cpu else devices.to_run(resolve(model)))
+
+
+def _told(device: str) -> str:
+    from moepress import devices
+    from moepress.progress import announce
+
+    announce("device", lambda: devices.describe(device))
+    return device
+
+
 def pruning(text: str | None) -> Any:
     """The value of `--prune` as a `Strength` or `Pruning`; None: as stored in the folder."""
     from moepress.prune import parse_strength
 
     return None if text is None else parse_strength(text)
+
+
+def gpu_memory_size(text: str | None) -> int | None:
+    """The value of `--gpu-memory` in bytes; None: not given."""
+    from moepress.store.memory import parse_gpu_memory
+
+    return parse_gpu_memory(text)
 
 
 def memory_size(text: str | None) -> Any:

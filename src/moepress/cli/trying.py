@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moepress.cli.options import AsJson, Memory, memory_size, show
+from moepress.cli.options import AsJson, GpuMemory, Memory, gpu_memory_size, memory_size, show
 
 
 def demo(
@@ -36,6 +36,7 @@ def doctor(
         Path | None, typer.Argument(help="Compressed folder: forecast how fast it runs here.")
     ] = None,
     memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Report what runs on this machine, what does not, and why.
@@ -45,5 +46,5 @@ def doctor(
     from moepress.doctor import doctor as run
     from moepress.doctor import format_report
 
-    report = run(folder, memory_size(memory) or "fit")
+    report = run(folder, memory_size(memory) or "fit", gpu_memory_size(gpu_memory))
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))

@@ -10,11 +10,13 @@ import typer
 from moepress.cli.options import (
     ActivationBits,
     AsJson,
-    Device,
+    DeviceToRun,
+    GpuMemory,
     Memory,
     Prune,
     TrustRemoteCode,
-    checked_device,
+    device_to_run,
+    gpu_memory_size,
     memory_size,
     pruning,
     show,
@@ -36,7 +38,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     limit: Annotated[int | None, typer.Option(help="Windows per text; default: all.")] = None,
-    device: Device = "cpu",
+    device: DeviceToRun = None,
     activation_bits: ActivationBits = 8,
     generations: Annotated[
         int, typer.Option(help="Texts to continue, to count how often the model loops; 0: none.")
@@ -63,6 +65,7 @@ def evaluate(
     ] = None,
     prune: Prune = None,
     memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +85,7 @@ def evaluate(
         against=against,
         length=length,
         limit=limit,
-        device=checked_device(device),
+        device=device_to_run(device, model, memory, gpu_memory),
         activation_bits=activation_bits,
         generations=generations,
         speed=speed,
@@ -92,6 +95,7 @@ def evaluate(
         run_code=run_code,
         pruning=pruning(prune),
         memory=memory_size(memory),
+        gpu_memory=gpu_memory_size(gpu_memory),
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
@@ -109,6 +113,7 @@ def inspect(
             "--verify", help="Compare every byte of a compressed folder's tensors with checksums."
         ),
     ] = False,
+    gpu_memory: GpuMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +124,12 @@ def inspect(
     from moepress.cli.tables import nested_table
     from moepress.inspect import inspect as run
 
-    found = run(path, verify=verify, trust_remote_code=trust_remote_code)
+    found = run(
+        path,
+        verify=verify,
+        gpu_memory=gpu_memory_size(gpu_memory),
+        trust_remote_code=trust_remote_code,
+    )
     show(found, as_json, nested_table)
 
 
@@ -166,10 +176,11 @@ def generate(
     model: Runnable,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
-    device: Device = "cpu",
+    device: DeviceToRun = None,
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
     memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a text, greedily.
@@ -182,10 +193,11 @@ def generate(
         model,
         prompt,
         tokens=tokens,
-        device=checked_device(device),
+        device=device_to_run(device, model, memory, gpu_memory),
         activation_bits=activation_bits,
         pruning=pruning(prune),
         memory=memory_size(memory),
+        gpu_memory=gpu_memory_size(gpu_memory),
         trust_remote_code=trust_remote_code,
     )
     typer.echo(text)
@@ -202,10 +214,11 @@ def chat(
         float | None, typer.Option(help="0: greedy; default: the model's generation settings.")
     ] = None,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: DeviceToRun = None,
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
     memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal; /reset forgets, /exit ends, Ctrl-C stops an answer.
@@ -221,10 +234,11 @@ def chat(
         tokens=tokens,
         temperature=temperature,
         threads=threads,
-        device=checked_device(device),
+        device=device_to_run(device, folder, memory, gpu_memory),
         activation_bits=activation_bits,
         pruning=pruning(prune),
         memory=memory_size(memory),
+        gpu_memory=gpu_memory_size(gpu_memory),
         trust_remote_code=trust_remote_code,
     )
 
@@ -238,10 +252,11 @@ def serve(
     ),
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: DeviceToRun = None,
     activation_bits: ActivationBits = 8,
     prune: Prune = None,
     memory: Memory = None,
+    gpu_memory: GpuMemory = None,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens of an answer.")] = 4096,
     context: Annotated[
         int | None,
@@ -291,10 +306,11 @@ def serve(
         host=host,
         port=port,
         threads=threads,
-        device=checked_device(device),
+        device=device_to_run(device, folder, memory, gpu_memory),
         activation_bits=activation_bits,
         pruning=pruning(prune),
         memory=memory_size(memory),
+        gpu_memory=gpu_memory_size(gpu_memory),
         trust_remote_code=trust_remote_code,
         limits=limits,
         api_key=api_key,

@@ -3,8 +3,9 @@
 transformers reads `quantization_config` from config.json, finds `MoePressQuantizer` by its method
 name, and builds the model's native class on the meta device. Before any weight is read, the
 quantizer replaces modules by packed ones (packing.py) and checks the files (files.py). After that,
-packed parameters are ordinary parameters: sharding, device maps, offloading and `save_pretrained`
-need no code here, and on the CPU the bytes stay memory-mapped.
+packed parameters are ordinary parameters: sharding, offloading and `save_pretrained` need no code
+here, and on the CPU the bytes stay memory-mapped. Where one card is too small, experts are left to
+the CPU (store/attach.py, devices.py).
 
 Damaged folders are refused before weights are read: transformers would fill missing parameters
 with random numbers and continue with a warning.
@@ -33,6 +34,7 @@ from moepress.hf.agreement import (
     places_of,
     stored_tensors,
 )
+from moepress.hf.devices import device_types, keep_experts_on_cpu, only_device
 from moepress.hf.files import check_written, read_ahead
 from moepress.hf.mend import mend
 from moepress.hf.methods import answer_for_packed
@@ -40,14 +42,20 @@ from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
 from moepress.hf.saving import remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
+from moepress.memory import free_memory
 from moepress.original.composite import language_model
 from moepress.original.remote_code import one_line
 from moepress.original.skeleton import open_folder
 from moepress.prune import Pruning, Strength, prune
-from moepress.store.attach import OnDisk, attach_store, leave_on_disk
-from moepress.store.memory import Memory, memory_wanted, wanted
-
-PLACED_LATER = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps, by accelerate
+from moepress.store.attach import (
+    ExpertFiles,
+    OnDisk,
+    attach_store,
+    divide,
+    expert_files,
+    leave_on_disk,
+)
+from moepress.store.memory import Memory, card_budget, gpu_wanted, memory_wanted, wanted
 
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -97,7 +105,8 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     requires_calibration = True  # loads packed models; `moepress compress` makes them
     _renamed = False  # whether the model is of another class than the one that was compressed
-    _on_disk: OnDisk | None = None  # experts that are not loaded
+    _on_disk: OnDisk | None = None  # experts that transformers does not load
+    _opening: tuple[Any, ExpertFiles] | None = None  # the model, and where its experts lie
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -114,13 +123,34 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         if checkpoint_files is not None:
             stored = stored_tensors(checkpoint_files)
             conversions = get_model_conversion_mapping(model, hf_quantizer=self)
-            check_agreement(model, stored, places_of(model, stored, conversions), same_class)
+            placed = places_of(model, stored, conversions)
+            check_agreement(model, stored, placed, same_class)
             check_written(checkpoint_files, stored)
-            names = {path: name for name, path in places.items()}
-            devices = _device_types(kwargs.get("device_map"))
-            self._on_disk = leave_on_disk(model, names, checkpoint_files, devices)
+            names = {path: name for name, path in placed.items()}
+            experts = expert_files(model, names, checkpoint_files)
+            if experts is not None:
+                self._opening = model, experts
+                self._on_disk = _left_out(model, experts, kwargs.get("device_map"))
             if self._on_disk is None:
                 read_ahead(checkpoint_files)
+
+    def adjust_max_memory(self, max_memory: dict[int | str, Any]) -> dict[int | str, Any]:
+        """Called for a device map such as "auto", with bytes by device, once the model is packed.
+
+        Where the model does not fit on the only card, it gets the most used experts, and the others
+        run on the CPU. Several cards: accelerate divides the layers.
+        """
+        cards = [d for d, size in max_memory.items() if d not in ("cpu", "disk") and size > 0]
+        if self._opening is None or self._on_disk is not None or len(cards) != 1:
+            return max_memory
+        model, experts = self._opening
+        room, total = int(max_memory[cards[0]]), experts.nbytes + experts.rest
+        if room <= experts.rest:  # then accelerate moves whole layers
+            return max_memory
+        if room < total:
+            card = torch.device("cuda", cards[0]) if isinstance(cards[0], int) else cards[0]
+            self._on_disk = divide(model, experts, torch.device(card), room - experts.rest)
+        return max_memory | {cards[0]: 2 * total}  # no room for layers that come and go is needed
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -135,6 +165,8 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._on_disk is not None:
             attach_store(model, self._on_disk)
+        self._opening = None
+        keep_experts_on_cpu(model)
         for module in model.modules():
             if (
                 isinstance(module, PackedExperts)
@@ -167,7 +199,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return self._on_disk is None
 
 
 def register() -> None:
@@ -186,6 +218,7 @@ def load_model(
     pruning: Strength | Pruning | None = None,
     trust_remote_code: bool = False,
     memory: Memory | None = None,
+    gpu_memory: int | None = None,
 ) -> Any:
     """Load a folder as a transformers model; a compressed one stays packed in memory.
 
@@ -196,21 +229,28 @@ def load_model(
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         trust_remote_code: run code in the folder, if transformers has no class for the model.
-        memory: for a compressed model on the CPU, bytes for its weights (store/memory.py). None:
-            what the environment says, else "fit".
+        memory: for a compressed model, bytes of the machine's memory for its weights
+            (store/memory.py). None: what the environment says, else "fit".
+        gpu_memory: for a compressed model on a card, bytes of the card's memory for its weights.
+            Experts that do not fit run on the CPU. None: all of them if the model fits in free
+            memory, else as many as leave some free.
 
     Returns:
         A composite is returned whole; `text_model` gives what writes its text.
 
     Raises:
-        InputError: `memory` is given for an original model, or does not do.
+        InputError: `memory` or `gpu_memory` is given for an original model, or does not do, or
+            `gpu_memory` is given without a card.
     """
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
-    if memory is not None and not is_compressed(folder):
+    if (memory or gpu_memory) is not None and not is_compressed(folder):
         raise InputError(f"{folder} is an original model. Expected a compressed one with memory.")
+    if gpu_memory is not None and device == "cpu":
+        raise InputError("gpu_memory is given with device 'cpu'. Expected a card, such as 'cuda'.")
+    host = memory or wanted(otherwise="fit")
     try:
-        with no_progress_bars(), memory_wanted(memory or wanted(otherwise="fit")):
+        with no_progress_bars(), memory_wanted(host, gpu_memory or "fit"):
             model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
     except (MoepressError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -284,13 +324,13 @@ def _no_bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[st
     return transformers_logging.EmptyTqdm(*args, **options)
 
 
-def _device_types(device_map: Any) -> set[str]:
-    """Types of the devices that a device map of transformers names, or "disk"."""
-    if device_map is None or (isinstance(device_map, str) and device_map in PLACED_LATER):
-        placed = device_map is not None and torch.cuda.is_available()
-        return {"cuda" if placed else "cpu"}
-    named = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-    return {"cuda" if isinstance(d, int) else str(d).split(":")[0] for d in named}
+def _left_out(model: Any, experts: ExpertFiles, device_map: Any) -> OnDisk | None:
+    """The experts that a model's memory, or its card's, has no room for."""
+    gpu_memory, card = gpu_wanted(), only_device(device_map)
+    if gpu_memory is None or card is None:
+        return leave_on_disk(model, experts, device_types(device_map))
+    budget = card_budget(gpu_memory, experts.nbytes, experts.rest, free_memory(card))
+    return None if budget is None else divide(model, experts, card, budget)
 
 
 register()  # for processes that import this module before transformers, see _plugin.py

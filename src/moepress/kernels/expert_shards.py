@@ -35,14 +35,21 @@ def expert_bytes(module: PackedExperts) -> list[int]:
 
 def keep_experts(module: PackedExperts, kept: Collection[int]) -> None:
     """Leave out all experts but `kept`, and their bytes. The numbers of experts stay."""
-    specs, tensors = [], {}
+    tensors = {}
     for (spec, shape), name in zip(_specs(module), _names(module), strict=True):
         matrices = _matrices(module.get_parameter(name), spec, shape)
         some = [matrix for expert, matrix in matrices if expert in kept]
         tensors[name] = torch.cat(some) if some else module.get_parameter(name)[:0].clone()
-        bits = tuple(b if e in kept else LEFT_OUT for e, b in enumerate(spec.bits))
-        specs.append(replace(spec, bits=bits))
-    module.become(module.intermediate_size, specs[0], specs[1], tensors)
+    module.become(module.intermediate_size, *kept_specs(module, kept), tensors)
+
+
+def kept_specs(module: PackedExperts, kept: Collection[int]) -> tuple[PackedSpec, PackedSpec]:
+    """How the two parameters are stored when all experts but `kept` are left out."""
+    first, down = (
+        replace(spec, bits=tuple(b if e in kept else LEFT_OUT for e, b in enumerate(spec.bits)))
+        for spec in (module.gate_up, module.down)
+    )
+    return first, down
 
 
 def cut_experts(module: PackedExperts, rank: int, ranks: int) -> bool:

@@ -115,8 +115,8 @@ class PackedExperts(nn.Module):
     """The routed experts of one layer, each matrix with its own width.
 
     Called as transformers calls its experts: hidden_states [T, H], top_k_index [T, k] int64,
-    top_k_weights [T, k]; returns [T, H]. Two kinds of index contribute nothing: those outside
-    0 .. E-1, and experts that are left out, which have 0 bits in both projections.
+    top_k_weights [T, k]; returns [T, H] on their device. Two kinds of index contribute nothing:
+    those outside 0 .. E-1, and experts that are left out, which have 0 bits in both projections.
 
     Args:
         num_experts: E.
@@ -219,11 +219,17 @@ class PackedExperts(nn.Module):
         return self.get_parameter(self.first_name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stored = self._stored
-        if stored is not None and hidden_states.device.type != "cpu":
-            refuse(f"run on {hidden_states.device}")
+        """Compute where the matrices are: if that is another device, activations go there."""
+        here, there = hidden_states.device, self.packed[0].device
+        if here == there:
+            return self._compute(hidden_states, top_k_index, top_k_weights)
+        moved = (x.to(there) for x in (hidden_states, top_k_index, top_k_weights))
+        return self._compute(*moved).to(here)
+
+    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self._tables_here[0].device != hidden_states.device:
             self.place_tables(hidden_states.device)
+        stored = self._stored
         gate, gate_up, down = self.gate, *self.packed
         y: Tensor = kernels.experts(  # the fields of ExpertsCall
             hidden_states,

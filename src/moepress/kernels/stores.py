@@ -66,8 +66,8 @@ class StoredLayer:
 
 
 def refuse(what: str) -> NoReturn:
-    """Raise InputError: `what` cannot be done to a model whose experts are on disk."""
+    """Raise InputError: `what` cannot be done to a model with experts in a store."""
     raise InputError(
-        f"The experts of this model are on disk, so it cannot be {what}. Open the folder without "
-        "`memory` for that."
+        f"The experts of this model, or some of them, stay on disk, so it cannot be {what}. Open "
+        "the folder on the CPU without `memory` for that."
     )

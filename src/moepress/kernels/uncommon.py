@@ -85,8 +85,8 @@ class UncommonExperts(PackedExperts):
         for name, module in (own.modules if own else {}).items():
             self.add_module(name, module)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        run: Any = super().forward if self.own is None else self._expert_by_expert
+    def _compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        run: Any = super()._compute if self.own is None else self._expert_by_expert
         x = F.pad(hidden_states, (0, self.hidden_size - self.called_with))
         if not self.scales_input:
             y: Tensor = run(x, top_k_index, top_k_weights)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.blocks import adapt
 from moepress.errors import InputError
-from moepress.kernels.modules import PackedExperts
+from moepress.kernels.divided import packed_experts
 from moepress.original.architectures import decoder_layers, text_experts
 from moepress.pruning.capture import capture_attention, current_record
 from moepress.pruning.importance import protected_tokens
@@ -34,8 +34,7 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     adapt(model)
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
-        packed = [m for m in layer.modules() if isinstance(m, PackedExperts)]
-        for module in (*packed, *text_experts(layer)):
+        for module in (*packed_experts(layer).values(), *text_experts(layer)):
             found[number] = layer, module
     strangers = sorted(pruning.thresholds.keys() - found.keys())
     if strangers:
@@ -100,9 +99,10 @@ class PrunedLayer:
                 f"Layer {self.number} chooses {index.shape[1]} experts for a token, but the "
                 f"pruning has {len(self._thresholds)} thresholds. It was made for another model."
             )
-        if self._left_out.device != hidden.device:
-            self._thresholds = self._thresholds.to(hidden.device)
-            self._left_out = self._left_out.to(hidden.device)  # last: other threads look at it
+        if self._left_out.device != index.device:
+            self._thresholds = self._thresholds.to(index.device)
+            self._absent = self._absent.to(index.device)
+            self._left_out = self._left_out.to(index.device)  # last: other threads look at it
         # Choices of experts that are left out cost no time: they must not use up the ranks, and
         # the dropped share, of experts that do.
         if len(self._left_out):
@@ -126,7 +126,7 @@ class PrunedLayer:
         if self._count:
             if unread is not None:
                 with _COUNTING:
-                    self.absent += unread.sum(0)
+                    self.absent += unread.sum(0).cpu()
             by_rank = dropped.sum(0).cpu()
             kept = 0 if protected is None else protected.sum().cpu()
             with _COUNTING:
@@ -152,13 +152,13 @@ class PrunedLayer:
         stored, none = getattr(self._experts, "stored", None), self._experts.num_experts
         unread = torch.zeros_like(dropped)
         if stored is not None:
-            here = torch.ones(none + 1, dtype=torch.bool)  # the last: no expert
+            here = index.new_ones(none + 1, dtype=torch.bool)  # the last: no expert
             here[:none] = stored.store.at_hand(stored.layer)
             chosen = index.clamp(0, none)
             unread = ~here[chosen] & (weights.float() < self._absent * weights[:, :1].float())
             if protected is not None:
                 unread &= ~protected[:, None]
-            needed = torch.zeros(none + 1, dtype=torch.bool)
+            needed = torch.zeros_like(here)
             needed[chosen[~unread]] = True
             unread &= ~needed[chosen]
         with _COUNTING:

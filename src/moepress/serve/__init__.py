@@ -47,6 +47,7 @@ def serve(
     activation_bits: int = 8,
     pruning: Strength | Pruning | None = None,
     memory: Memory | None = None,
+    gpu_memory: int | None = None,
     trust_remote_code: bool = False,
     limits: Limits | None = None,
     api_key: str | None = None,
@@ -65,6 +66,8 @@ def serve(
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
         memory: for a compressed model, bytes for its weights, "all" or "mapped"
             (store/memory.py); None: mapped if it fits.
+        gpu_memory: for a compressed model on a card, bytes of its memory for weights, see
+            `hf.load_model`.
         trust_remote_code: run code in the model's folder, where transformers has no class for it.
         limits: what clients may ask for; None: `Limits()`.
         api_key: that clients must send; None: none is needed.
@@ -94,7 +97,9 @@ def serve(
     check_port(host, port)
     set_threads(threads)
     with no_progress_bars():
-        model = load_model(Path(folder), device, activation_bits, pruning, remote, memory)
+        model = load_model(
+            Path(folder), device, activation_bits, pruning, remote, memory, gpu_memory
+        )
     served = opened(model, Path(folder), str(folder), limits, remote)
     app = build(served, hosts=hosts_of(host, allowed_hosts), key=api_key, docs=docs)
 

@@ -19,8 +19,10 @@ from moepress.format.checkpoint import SCORES
 from moepress.format.quantization import packed_specs
 from moepress.kernels.cpu.expert_store import PAGE, READERS, open_file
 from moepress.kernels.gate import packed_names
+from moepress.memory import free_memory
 from moepress.original.folder import weight_files
-from moepress.store.memory import Memory, plan
+from moepress.store.hottest import hottest, share_of
+from moepress.store.memory import Memory, card_room, plan
 from moepress.store.places import places_of, total_bytes
 from moepress.store.uses import Floats, frequencies
 
@@ -43,12 +45,7 @@ def expected_misses(frequency: Sequence[Floats], sizes: Sequence[Floats], budget
         sizes: [L] [E] bytes.
         budget: bytes.
     """
-    often, bytes_of = np.concatenate(frequency), np.concatenate(sizes)
-    if not often.any():
-        often = np.ones_like(often)
-    order = np.argsort(-often, kind="stable")
-    fits = np.cumsum(bytes_of[order]) <= budget
-    missed = 1 - often[order][fits].sum() / often.sum()
+    missed = 1 - share_of(frequency, hottest(frequency, sizes, budget))
     return float(max(missed, 0.0) ** LOCALITY)
 
 
@@ -125,8 +122,6 @@ class Forecast:
 def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
     """Forecast the speed of a compressed folder on this machine's CPU.
 
-    Bytes of an expert are taken from its widths, which leaves out scales.
-
     Args:
         memory: as of `memory.plan`.
 
@@ -135,36 +130,123 @@ def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
             does not hold the weights outside the experts.
         CheckpointError: a file is damaged.
     """
-    files = weight_files(folder)
-    specs = {n: s for n, s in packed_specs(folder).items() if n.rpartition(".")[2] in EXPERT_NAMES}
-    places = places_of(files, specs)
-    layers: dict[str, Floats] = {}
-    for name, spec in specs.items():
-        bits = np.array(spec.bits, dtype=np.float64)
-        sizes = places[name].nbytes * bits / max(bits.sum(), 1)
-        path = name.rpartition(".")[0]
-        layers[path] = layers.get(path, np.zeros(len(bits))) + sizes
-    frequency = frequencies(folder, list(layers), [len(row) for row in layers.values()])
-    if not layers or not all(row.any() for row in frequency):
+    held = _Held.of(folder)
+    if not held.sizes or not all(row.any() for row in held.frequency):
         raise InputError(
             f"{folder} has no {SCORES} with the counts of its calibration. Expected them, for a "
             "forecast: copy that file from the folder it came from."
         )
-    experts = sum(place.nbytes for place in places.values())
-    rest = total_bytes(files) - experts
-    room = plan(memory, experts, rest)
+    room = plan(memory, held.experts, held.rest)
     budget = None if room is None or room.locked else room.experts
-    chosen = sum(float(f @ s) for f, s in zip(frequency, layers.values(), strict=True))
+    chosen = sum(float(f @ s) for f, s in zip(held.frequency, held.sizes, strict=True))
     misses = 0.0
     if budget is not None:
-        misses = expected_misses(frequency, list(layers.values()), budget)
+        misses = expected_misses(held.frequency, held.sizes, budget)
     return Forecast(
-        expert_bytes=experts,
-        other_bytes=rest,
+        expert_bytes=held.experts,
+        other_bytes=held.rest,
         memory=budget,
         hit_rate=1 - misses,
-        active_bytes_per_token=rest + chosen,
+        active_bytes_per_token=held.rest + chosen,
         read_bytes_per_token=misses * chosen,
         memory_bytes_per_s=memory_speed(),
-        drive_bytes_per_s=read_speed(max(files, key=lambda path: path.stat().st_size)),
+        drive_bytes_per_s=read_speed(max(held.files, key=lambda path: path.stat().st_size)),
     )
+
+
+@dataclass(frozen=True)
+class CardFit:
+    """What a card takes of a folder. The experts that it does not take run on the CPU."""
+
+    gpu_memory: int  # bytes of the card's memory for weights
+    expert_bytes: int
+    other_bytes: int  # of the other weights, which have to be on the card
+    experts: float  # share of the experts that are on the card; 0 if the others do not fit
+    choices: float | None  # share of the choices that the card serves; None: no counts
+
+    @property
+    def runs(self) -> bool:
+        """Whether the card can run the model at all."""
+        return self.other_bytes <= self.gpu_memory
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "runs": self.runs}
+
+    def __str__(self) -> str:
+        size = f"{(self.expert_bytes + self.other_bytes) / 1e9:.3g} GB of weights"
+        room = f"{self.gpu_memory / 1e9:.3g} GB of the card"
+        if not self.runs:
+            return (
+                f"{size} do not fit into {room}: those outside the experts take "
+                f"{self.other_bytes / 1e9:.3g} GB"
+            )
+        if self.experts == 1:
+            return f"{size} fit into {room}"
+        served = "" if self.choices is None else f", which serve {self.choices:.0%} of the choices"
+        return f"{size}, {room}: {self.experts:.0%} of the experts on the card{served}"
+
+
+def card_fits(folder: Path, gpu_memory: int | None = None) -> dict[str, CardFit]:
+    """What the cards of this machine take of a compressed folder, by card; none: it has none.
+
+    Args:
+        gpu_memory: bytes for weights of a card that may be elsewhere, which is taken instead.
+
+    Raises:
+        InputError: the folder is none of moepress.
+        CheckpointError: a file is damaged.
+    """
+    held = _Held.of(folder)
+    if gpu_memory is not None:
+        return {"a card": _card_fit(held, gpu_memory)}
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    free = {name: free_memory(torch.device(name)) for name in names}
+    return {n: _card_fit(held, card_room(f, held.experts + held.rest)) for n, f in free.items()}
+
+
+def _card_fit(held: _Held, gpu_memory: int) -> CardFit:
+    room = gpu_memory - held.rest
+    counted = any(row.any() for row in held.frequency)
+    on_card = hottest(held.frequency, held.sizes, room) if held.sizes and room >= 0 else []
+    whole = room >= held.experts
+    experts = float(np.concatenate(on_card).mean()) if on_card else 0.0
+    choices = share_of(held.frequency, on_card) if on_card and counted else None
+    return CardFit(
+        gpu_memory,
+        held.experts,
+        held.rest,
+        1.0 if whole else experts,
+        1.0 if whole else choices,
+    )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Weights of a compressed folder, in bytes.
+
+    Those of an expert are taken from its widths, which leaves out scales.
+    """
+
+    files: tuple[Path, ...]
+    sizes: tuple[Floats, ...]  # [L] [E]
+    frequency: tuple[Floats, ...]  # [L] [E], 0 where it is unknown
+    experts: int
+    rest: int
+
+    @classmethod
+    def of(cls, folder: Path) -> _Held:
+        files = weight_files(folder)
+        specs = {
+            n: s for n, s in packed_specs(folder).items() if n.rpartition(".")[2] in EXPERT_NAMES
+        }
+        places = places_of(files, specs)
+        layers: dict[str, Floats] = {}
+        for name, spec in specs.items():
+            bits = np.array(spec.bits, dtype=np.float64)
+            sizes = places[name].nbytes * bits / max(bits.sum(), 1)
+            path = name.rpartition(".")[0]
+            layers[path] = layers.get(path, np.zeros(len(bits))) + sizes
+        frequency = frequencies(folder, list(layers), [len(row) for row in layers.values()])
+        experts = sum(place.nbytes for place in places.values())
+        rest = total_bytes(files) - experts
+        return cls(tuple(files), tuple(layers.values()), tuple(frequency), experts, rest)

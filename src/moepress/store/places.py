@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from moepress.errors import FileError
 from moepress.format.codec import PackedSpec
@@ -42,3 +45,28 @@ def matrices(place: Place, spec: PackedSpec, shape: tuple[int, int]) -> list[Pla
 def total_bytes(files: Iterable[str | Path]) -> int:
     """Bytes of the tensors in some files."""
     return sum(read_header(path).tensor_bytes for path in files)
+
+
+def read(places: Sequence[Place]) -> Tensor:
+    """The bytes that lie in some places, one after another: [bytes] uint8, on the CPU.
+
+    Raises:
+        FileError: a file cannot be read, or ends before a place does.
+    """
+    found = torch.empty(sum(place.nbytes for place in places), dtype=torch.uint8, device="cpu")
+    buffer, at = memoryview(found.numpy().data), 0
+    for place in places:
+        try:
+            with place.path.open("rb", buffering=0) as file:
+                file.seek(place.offset)
+                stop = at + place.nbytes
+                while at < stop:
+                    got = file.readinto(buffer[at:stop])
+                    if not got:
+                        raise OSError("it is shorter than it was")
+                    at += got
+        except OSError as error:
+            raise FileError(
+                f"{place.path} cannot be read: {error.strerror or error}. Copy it again."
+            ) from error
+    return found

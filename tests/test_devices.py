@@ -1,0 +1,105 @@
+"""Which device a command takes where the user names none. Cards are pretended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moepress import devices, kernels
+from moepress.cli.options import device_to_compress, device_to_run
+from moepress.doctor import doctor
+from moepress.errors import InputError
+from moepress.format.checkpoint import SCORES
+from moepress.inspect import inspect
+from moepress.kernels import backends
+from moepress.store.forecast import card_fits
+from moepress.store.places import total_bytes
+from tests.store.test_models import EXPERTS, packed_folder
+from tests.test_allocate import make_scores
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends cards with so many bytes free."""
+
+    def pretend(*free: int, backend: str = "cuda") -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+        for module in ("moepress.devices", "moepress.store.forecast"):
+            monkeypatch.setattr(f"{module}.free_memory", lambda card: free[card.index])
+        named = SimpleNamespace(name="Small GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: named)
+        status = kernels.Status("cuda", backend, {})
+        monkeypatch.setattr(backends, "_choose", lambda card: status)
+
+    return pretend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = packed_folder(tmp_path_factory.mktemp("devices") / "folder", "mixtral", "int")
+    tokens = np.array([[9, 8, 7, 1, 1, 1, 1, 1], [1, 1, 1, 1, 9, 9, 9, 1]])
+    make_scores(layers=(0, 1), experts=EXPERTS, tokens=tokens).save(path / SCORES)
+    return path
+
+
+def test_the_first_card_with_room_and_kernels(
+    folder: Path, cards: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    need = total_bytes([folder / "model.safetensors"])
+    assert device_to_run(None, folder, None, None) == "cpu"
+    cards(need, 2 * need)
+    assert devices.to_run(folder) == "cuda:1" and devices.with_room(need // 2) == "cuda:0"
+    capsys.readouterr()
+    assert device_to_run(None, folder, None, None) == "cuda:1"
+    assert capsys.readouterr().err == "device: cuda:1 (Small GPU)\n"
+    assert device_to_run(None, folder, "1GB", None) == "cpu"
+    assert device_to_run(None, folder, None, "1GB") == "cuda"
+    assert device_to_run("cpu", folder, None, None) == "cpu"
+    assert device_to_compress(None, folder) == "cuda:0"  # a layer fits
+    cards(need)
+    assert devices.to_run(folder) == "cpu"
+    cards(10 * need, backend="reference")
+    assert device_to_run(None, folder, None, None) == "cpu"
+    cards()
+    with pytest.raises(InputError, match="torch finds no CUDA card here"):
+        device_to_run(None, folder, None, "1GB")
+
+
+def test_the_largest_layer_in_its_compute_dtype(tmp_path: Path) -> None:
+    half = torch.zeros(10, dtype=torch.bfloat16)
+    tensors = {
+        "model.layers.0.w": half,
+        "model.layers.1.w": half.clone(),
+        "model.layers.1.codes": torch.zeros(10, dtype=torch.uint8),
+        "lm_head.weight": torch.zeros(10),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert devices.largest_layer(tmp_path) == 20 + 40
+
+
+def test_what_a_card_takes_of_a_folder(folder: Path, cards: Callable[..., None]) -> None:
+    total = total_bytes([folder / "model.safetensors"])
+    assert card_fits(folder) == {}
+    (whole,) = card_fits(folder, total).values()
+    assert (whole.experts, whole.choices) == (1, 1) and "fit into" in str(whole)
+    (none,) = card_fits(folder, 1000).values()
+    assert not none.runs and "do not fit" in str(none) and none.choices is None
+    half = whole.other_bytes + whole.expert_bytes // 2
+    (some,) = card_fits(folder, half).values()
+    assert 0.2 < some.experts < some.choices < 1  # the hottest come first
+    assert f"{some.choices:.0%} of the choices" in str(some)
+    cards(10 * total, half)
+    assert [fit.experts == 1 for fit in card_fits(folder).values()] == [True, False]
+    found = inspect(folder, gpu_memory=half)["fits"]["a card"]
+    assert found == json.loads(json.dumps(some.to_dict()))
+    (check,) = [c for c in doctor(folder, gpu_memory=half).checks if c.name == "fits on a card"]
+    assert (check.state, check.found) == ("ok", str(some))
+    (check,) = [c for c in doctor(folder, gpu_memory=9).checks if c.name == "fits on a card"]
+    assert (check.state, check.do) == ("missing", "run it on the CPU")
