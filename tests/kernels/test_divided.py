@@ -97,7 +97,7 @@ def test_the_kernels_of_a_card_compute_their_half(
             return compute(*given)
 
     monkeypatch.setattr(both.card, "_compute", emulated_card)
-    for tokens in (1, 40):
+    for tokens in (1, 12):  # fewer than 8 of an expert: CPUs round no weights to bytes
         given = choices(tokens)
         exact = module(*given)
         assert (both(*given) - exact).norm() <= 2e-3 * exact.norm()
