@@ -350,3 +350,20 @@ def test_the_server_shows_what_the_store_did(folder: Callable[..., Path]) -> Non
         "moepress_expert_wait_seconds_total": found.counts.seconds_waited,
         "moepress_expert_held_bytes": found.counts.bytes_held,
     }
+
+
+@pytest.mark.parametrize("codes", ["int", "trellis"])
+def test_gradients_pass_experts_on_disk(folder: Callable[..., Path], codes: str) -> None:
+    path = folder(codes=codes)
+
+    def gradient(model: nn.Module) -> Tensor:
+        states = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=states, use_cache=False).logits.square().mean().backward()
+        assert states.grad is not None and states.grad.abs().sum() > 0
+        return states.grad
+
+    small = budgets(path)[0]
+    model = load_model(path, memory=small)
+    assert torch.equal(gradient(model), gradient(in_memory(path)))
+    found = statistics(model)
+    assert found is not None and found.counts.dropped > 0
