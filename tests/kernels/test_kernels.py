@@ -324,9 +324,11 @@ def test_only_experts_in_use_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> No
     unpacked = []
     strips = reference._strips
 
-    def spy(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple[int, Tensor]]:
+    def spy(
+        packed: Tensor, rows: int, cols: int, codec: Codec, *how: bool
+    ) -> Iterator[tuple[int, Tensor]]:
         unpacked.append(codec.bits)
-        return strips(packed, rows, cols, codec)
+        return strips(packed, rows, cols, codec, *how)
 
     monkeypatch.setattr(reference, "_strips", spy)
     kernels.experts(*case.args)
