@@ -50,7 +50,10 @@ def greedy(loaded: tuple[object, object], text: str, tokens: int) -> str:
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].role }}", ""])
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].role }}", "", "{{ 'long ' * 4000000 }}"],
+)
 def test_a_template_that_fails_is_one_error(loaded: tuple[object, object], template: str) -> None:
     tokenizer = copy.copy(loaded[1])
     tokenizer.chat_template = template

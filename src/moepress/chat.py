@@ -34,6 +34,7 @@ from moepress.store.statistics import statistics
 
 HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."
 PROMPT = "> "
+LONGEST = 1 << 24  # characters of a conversation, as the template writes it
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,16 @@ class Conversation:
 
     def _written(self, messages: list[dict[str, str]]) -> Any:
         """What the chat template makes of messages, as tokens."""
+        found: Any = None
         try:
-            found = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
             )
-            reason = "" if found["input_ids"].numel() else "it writes nothing"
+            if len(text) > LONGEST:  # tokenizers end the process where memory is short
+                reason = f"it writes {len(text):,} characters"
+            else:
+                found = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+                reason = "" if found["input_ids"].numel() else "it writes nothing"
         except MemoryError:
             raise
         except Exception as error:  # a template is a program and may raise anything
