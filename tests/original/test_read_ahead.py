@@ -287,3 +287,7 @@ def test_a_file_that_grows_is_told(model_folder: Folder, tmp_path: Path) -> None
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(FileError, match="git lfs pull"):
         Source(folder)
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for ever
+    with pytest.raises(FileError, match="pipe"):
+        Source(folder)

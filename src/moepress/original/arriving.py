@@ -48,6 +48,8 @@ def what_to_do(folder: Path) -> str:
 
 def growing(path: Path) -> str:
     """What may be wrong with a file that is not whole, beside damage; empty: nothing is known."""
+    if not path.is_file():  # opening a named pipe would wait for its other end
+        return ""
     try:
         with path.open("rb") as file:
             if file.read(len(LFS)) == LFS:
