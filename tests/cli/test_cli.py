@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moepress import __version__, cli
+from moepress import __version__, cli, progress
 from moepress.cli.recipe_options import DEFAULTS, recipe_of
 from moepress.cli.tables import nested_table, table
 from moepress.compress import compress
@@ -30,6 +30,7 @@ def run(
 ) -> tuple[int, str, str]:
     """Run a command in this process; return its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["moepress", *map(str, arguments)])
+    monkeypatch.setattr(progress, "_verbosity", "normal")  # as a process begins
     code = 0
     try:
         cli.main()
