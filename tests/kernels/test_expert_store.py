@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moepress.errors import CheckpointError, InputError
@@ -19,7 +21,14 @@ from moepress.kernels import cpu
 if cpu.missing() is not None or not hasattr(os, "pread"):
     pytest.skip("no store here", allow_module_level=True)
 
-from moepress.kernels.cpu.expert_store import PAGE, ExpertStore, Place
+from moepress.kernels.cpu.expert_store import (
+    HUGE_FROM,
+    HUGE_PAGE,
+    PAGE,
+    ExpertStore,
+    Place,
+    _functions,
+)
 
 HALF_LIFE = 16.0
 
@@ -253,3 +262,24 @@ def test_a_copy_of_the_process_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be saved or copied"):
         pickle.dumps(store)
     store.close()
+
+
+def test_a_large_matrix_must_begin_in_a_huge_page() -> None:
+    """Else to drop it would take the pages of the matrices beside it."""
+    functions = _functions()
+
+    def opened(place: int, nbytes: int) -> int:
+        ranges = np.array([[-1, 0, nbytes, place], [0, 0, 0, 0]], dtype=np.int64)
+        first, uses, store = np.array([0, 1]), np.ones(1), ctypes.c_void_p()
+        result = functions.moepress_store_open(
+            ranges.ctypes.data, first.ctypes.data, 1, uses.ctypes.data, 1.0, 2 * nbytes, 1,
+            ctypes.byref(store),
+        )  # fmt: skip
+        if store:
+            functions.moepress_store_close(store)
+        return int(result)
+
+    huge = HUGE_FROM
+    assert opened(HUGE_PAGE, huge) == 0
+    assert opened(PAGE, huge) != 0
+    assert opened(PAGE, huge - 1) == 0

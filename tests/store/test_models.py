@@ -367,3 +367,18 @@ def test_gradients_pass_experts_on_disk(folder: Callable[..., Path], codes: str)
     assert torch.equal(gradient(model), gradient(in_memory(path)))
     found = statistics(model)
     assert found is not None and found.counts.dropped > 0
+
+
+@pytest.mark.parametrize("codes", ["int", "trellis"])
+def test_with_memory_for_all_experts_each_is_read_once(
+    folder: Callable[..., Path], codes: str
+) -> None:
+    """Memory is counted in whole pages, of which an expert fills a part."""
+    model = load_model(folder(codes=codes), memory=10**9)
+    store = store_of(model)
+    assert store is not None and store.budget == store.nbytes
+    for _ in range(3):
+        run(model)
+    found = statistics(model)
+    assert found is not None and found.counts.dropped == 0
+    assert found.counts.reads <= 2 * (EXPERTS - 1)

@@ -59,6 +59,11 @@ class ExpertFiles:
         """Bytes of all experts."""
         return int(sum(row.sum() for row in self.sizes))
 
+    @property
+    def paged(self) -> list[Floats]:
+        """[L] [E] bytes of memory in a store: whole pages."""
+        return [np.array([float(pages(a) + pages(b)) for a, b in row]) for row in self.places]
+
     def frequencies(self) -> list[Floats]:
         """[L] [E] as `uses.frequencies`."""
         return frequencies(self.files[0].parent, self.paths, [len(row) for row in self.places])
@@ -127,7 +132,7 @@ def leave_on_disk(model: Any, experts: ExpertFiles, devices: Collection[str]) ->
             f"Memory {memory!r} is given for a model on {sorted(devices)}. Experts on disk need "
             f"the CPU and the compiled kernels ({cpu.missing() or 'which are here'})."
         )
-    room = plan(memory, experts.nbytes, experts.rest)
+    room = plan(memory, int(sum(row.sum() for row in experts.paged)), experts.rest)
     if room is None:
         return None
     logger.info(
@@ -155,13 +160,8 @@ def divide(model: Any, experts: ExpertFiles, card: torch.device, budget: int) ->
             f"the card, and the others need the compiled kernels of the CPU: {cpu.missing()}."
         )
     on_card = hottest(experts.frequencies(), experts.sizes, budget)
-    on_host = sum(
-        pages(a) + pages(b)
-        for row, here in zip(experts.places, on_card, strict=True)
-        for (a, b), on in zip(row, here, strict=True)
-        if not on
-    )
-    room = host_room(wanted(), on_host)
+    on_host = sum(row[~here].sum() for row, here in zip(experts.paged, on_card, strict=True))
+    room = host_room(wanted(), int(on_host))
     _without_matrices(model, experts)
     return OnDisk(experts, room, card, on_card)
 
@@ -209,11 +209,11 @@ def _store(on_disk: OnDisk) -> tuple[ExpertStore, list[Floats]]:
         [(NOTHING, NOTHING) if on else pair for pair, on in zip(row, here, strict=True)]
         for row, here in zip(experts.places, on_disk.on_card, strict=True)
     ]
-    if on_disk.room.locked:  # whole pages of each matrix
-        budget += 2 * 2 * 4096 * sum(map(len, places))
-    frequency = [row * ~here for row, here in zip(every, on_disk.on_card, strict=True)]
+    frequency, sizes = (
+        [row * ~here for row, here in zip(rows, on_disk.on_card, strict=True)]
+        for rows in (every, experts.paged)
+    )
     store = ExpertStore(places, [*map(past_uses, frequency)], HALF_LIFE, budget)
-    sizes = [np.array([float(pages(a) + pages(b)) for a, b in row]) for row in places]
     of_host = 1 - share_of(every, on_disk.on_card)
     store.expected_misses = of_host * expected_misses(frequency, sizes, budget)
     return store, frequency

@@ -108,7 +108,7 @@ def plan(memory: Memory, experts: int, rest: int) -> Room | None:
     Args:
         memory: bytes for all weights; "fit": mapped if the model fits in free memory, else a store
             that leaves some memory free.
-        experts: bytes of all experts.
+        experts: bytes of all experts, in whole pages.
         rest: bytes of the other weights, which always stay in memory.
 
     Raises:

@@ -19,8 +19,7 @@ def places_of(files: Iterable[str | Path], names: Collection[str]) -> dict[str, 
     """Where some tensors lie.
 
     Raises:
-        FileError: a file is damaged.
-        FileError: a tensor is in none of the files.
+        FileError: a file is damaged, or a tensor is in none of the files.
     """
     found: dict[str, Place] = {}
     for path in map(Path, files):

@@ -133,8 +133,8 @@ MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, in
 // ---- Experts on disk (store.h) ------------------------------------------------------------------
 
 // The bytes of a matrix in a file, and their place in the region of a store: both have the same
-// remainder modulo 4096. Pages of the region belong to one matrix each: huge ones of 2 MB, the first
-// of which the matrix begins in the first 4096 bytes of, to matrices of 16 MB and more.
+// remainder modulo 4096. Pages of the region belong to one matrix each. Matrices of 16 MB and more
+// have huge pages, of 2 MB, and begin in the first 4096 bytes of one.
 struct MoepressRange {
     int64_t fd, offset, bytes, place;
 };

@@ -67,7 +67,8 @@ int32_t moepress_store_open(const MoepressRange* matrices, const int64_t* first_
                 const MoepressRange& range = matrices[2 * i + size_t(m)];
                 const Pages pages = pages_of(range);
                 if (range.offset < 0 || range.bytes < 0 || range.place < 0 ||
-                    (range.place - range.offset) % kPage != 0)
+                    (range.place - range.offset) % kPage != 0 ||
+                    (range.bytes > 0 && page_floor(range.place) != pages.first))
                     return kBadShape;
                 expert.matrices[m] = range;
                 expert.size += pages.bytes();
