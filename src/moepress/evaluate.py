@@ -165,7 +165,8 @@ def evaluate(
             f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
             "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
         )
-    if (memory or gpu_memory) is not None and not is_compressed(folder):
+    given = memory is not None or gpu_memory is not None
+    if given and not is_compressed(folder):
         raise InputError(
             f"{folder} is an original model: its layers are read one by one. Expected a folder "
             "made by moepress with memory."

@@ -82,35 +82,15 @@ def compress(
         group_size=group_size,
         seed=seed,
     )
+    device = device_to_compress(device, model)
     if dry_run:
-        expected = estimate(
-            model,
-            out,
-            chosen,
-            device=device_to_compress(device, model),
-            trust_remote_code=trust_remote_code,
-        )
+        expected = estimate(model, out, chosen, device=device, trust_remote_code=trust_remote_code)
         show(expected.to_dict(), as_json, estimate_table)
-        return
-    if chosen.has_budget:
-        typer.echo(
-            run(
-                model,
-                out,
-                chosen,
-                device=device_to_compress(device, model),
-                trust_remote_code=trust_remote_code,
-            )
-        )
-        return
-    found = propose(
-        model,
-        out,
-        chosen,
-        device=device_to_compress(device, model),
-        trust_remote_code=trust_remote_code,
-    )
-    show(found.to_dict(), as_json, proposal_table)
+    elif chosen.has_budget:
+        typer.echo(run(model, out, chosen, device=device, trust_remote_code=trust_remote_code))
+    else:
+        found = propose(model, out, chosen, device=device, trust_remote_code=trust_remote_code)
+        show(found.to_dict(), as_json, proposal_table)
 
 
 def calibrate(

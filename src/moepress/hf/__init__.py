@@ -244,7 +244,8 @@ def load_model(
     """
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
-    if (memory or gpu_memory) is not None and not is_compressed(folder):
+    given = memory is not None or gpu_memory is not None
+    if given and not is_compressed(folder):
         raise InputError(f"{folder} is an original model. Expected a compressed one with memory.")
     if gpu_memory is not None and device == "cpu":
         raise InputError("gpu_memory is given with device 'cpu'. Expected a card, such as 'cuda'.")

@@ -27,7 +27,7 @@ from moepress.kernels.stores import held
 ARGUMENTS = tuple(field.name for field in fields(ExpertsCall))  # of the experts op, in its order
 TRAINED = ("hidden", "top_k_weights", "gate_up_bias", "down_bias")  # those that get gradients
 TENSORS = (*TRAINED, "top_k_index", "gate_up", "down", "gate_up_table", "down_table")
-LIMITS = ("limit", "gate_softcap", "up_softcap")  # the op takes None for infinity
+LIMITS = {f.name for f in fields(ExpertsCall) if f.default == math.inf}  # None in the op's schema
 
 
 @torch.library.custom_op("moepress::linear_transposed", mutates_args=())
