@@ -33,12 +33,22 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items()}
 
 
+@pytest.fixture
+def alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., None]:
+    """A function that compresses in this process, in the batches of `torchrun`."""
+
+    def compress(*words: object) -> None:
+        monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
+        code, _, err = run(monkeypatch, capsys, "-q", "compress", *words)
+        assert code == 0, err
+
+    return compress
+
+
 def test_a_killed_rank_ends_the_job_and_one_process_finishes_it_with_the_same_bytes(
-    model_folder: Folder,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder, text_file: Path, tmp_path: Path, alone: Callable[..., None]
 ) -> None:
     """`default`: backward walk, drawn errors, trellis codes and the correction. And a dense layer,
     latent attention and shared experts."""
@@ -52,10 +62,8 @@ def test_a_killed_rank_ends_the_job_and_one_process_finishes_it_with_the_same_by
     assert (several / SCORES).is_file() and (several / "model-layer-0000.safetensors").is_file()
     assert not (several / "model-layer-0001.safetensors").exists()
 
-    monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
     for out in (several, one):
-        code, _, err = run(monkeypatch, capsys, "-q", "compress", model, out, *rest)
-        assert code == 0, err
+        alone(model, out, *rest)
     assert files(one) == files(several)
 
 
@@ -77,8 +85,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     model_folder: Folder,
     text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    alone: Callable[..., None],
 ) -> None:
     rest = ("--bits", 2, "--recipe", recipe, "--calib", text_file, *SMALL)
     model = model_folder(family, "bfloat16")
@@ -86,9 +93,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [str(tmp_path / "several")]
     assert sum("WARNING" in line for line in ended.stderr.splitlines()) <= 1
-    monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
-    code, _, err = run(monkeypatch, capsys, "-q", "compress", model, tmp_path / "one", *rest)
-    assert code == 0, err
+    alone(model, tmp_path / "one", *rest)
     assert files(tmp_path / "one") == files(tmp_path / "several")
 
 

@@ -1,0 +1,13 @@
+"""Damaged inputs: each is refused in one line, or harmless.
+
+More variants: MOEPRESS_VARIANTS=1000 pytest -n 0 tests/damage; another seed: MOEPRESS_SEED=7.
+"""
+
+import os
+
+SEED = int(os.environ.get("MOEPRESS_SEED", "20"))
+
+
+def variants_or(default: int) -> int:
+    """How many variants to try."""
+    return int(os.environ.get("MOEPRESS_VARIANTS", default))

@@ -7,7 +7,8 @@ Anything else begins with "WRONG".
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ def outcomes(
         apply(copy)
         told[name] = read(copy)
     return told
+
+
+def check(told: Mapping[str, str], kinds: set[str]) -> None:
+    """No outcome is wrong, and there are outcomes of these kinds."""
+    print(Counter(result.split(":")[0] for result in told.values()))
+    assert not {name: result for name, result in told.items() if result.startswith("WRONG")}
+    assert kinds <= {result.split(":")[0] for result in told.values()}
 
 
 def _remove(path: Path) -> None:

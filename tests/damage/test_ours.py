@@ -1,15 +1,10 @@
-"""Damaged folders and documents of moepress: refused in one line, harmless, or found by --verify.
-
-More variants: MOEPRESS_VARIANTS=1000 pytest -n 0 tests/damage; another seed: MOEPRESS_SEED=7.
-"""
+"""Damaged folders and documents of moepress: refused, harmless, or found by --verify."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,17 +16,17 @@ from moepress.format.checkpoint import DROP_COSTS, PLAN, SCORES
 from moepress.prune import Pruning
 from moepress.pruning.stored import stored_costs
 from tests.conftest import small_recipe
-from tests.damage import documents, folders
+from tests.damage import SEED, documents, folders, variants_or
 from tests.damage.readers import (
     DOCUMENTS,
+    check,
     document_outcome,
     folder_outcome,
     logits_of,
     outcomes,
 )
 
-VARIANTS = int(os.environ.get("MOEPRESS_VARIANTS", "30"))
-SEED = int(os.environ.get("MOEPRESS_SEED", "20"))
+VARIANTS = variants_or(30)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +59,6 @@ def written(
     found = evaluate(made, [str(text_file)], against=original, length=32, limit=2, generations=1)
     found.save(folder / "evaluation.json")
     return folder
-
-
-def check(told: Mapping[str, str], kinds: set[str]) -> None:
-    print(Counter(result.split(":")[0] for result in told.values()))
-    assert not {name: result for name, result in told.items() if result.startswith("WRONG")}
-    assert kinds <= {result.split(":")[0] for result in told.values()}
 
 
 def some(

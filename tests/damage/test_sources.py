@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import small_recipe
+from tests.damage import SEED, variants_or
 from tests.damage.outcome import run, table
 
-# More: MOEPRESS_VARIANTS=1000 pytest -n 0 tests/damage; another seed: MOEPRESS_SEED=7.
-VARIANTS = int(os.environ.get("MOEPRESS_VARIANTS", "45"))
-SEED = int(os.environ.get("MOEPRESS_SEED", "20"))
+VARIANTS = variants_or(45)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe"])  # it is tied, and has biases and shared experts

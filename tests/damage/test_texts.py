@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from itertools import islice
@@ -11,10 +10,10 @@ from typing import Any
 
 from moepress.errors import InputError
 from moepress.text.windows import evaluation_tokens, load_tokens
+from tests.damage import SEED, variants_or
 from tests.damage.texts import variants
 
-VARIANTS = int(os.environ.get("MOEPRESS_VARIANTS", "150"))
-SEED = int(os.environ.get("MOEPRESS_SEED", "20"))
+VARIANTS = variants_or(150)
 
 
 def outcome(path: Path, tokenizer: Any) -> str:

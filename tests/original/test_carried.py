@@ -114,14 +114,20 @@ def test_a_walk_is_the_models_forward_and_goes_on_where_it_stopped(
         torch.testing.assert_close(logits(one), expected, rtol=1e-4, atol=1e-4)
 
 
+def passed_layers(walk: Walk) -> list[dict[str, Tensor]]:
+    """Bring a walk through all layers. Returns what it was in front of each."""
+    stored = []
+    for layer in range(len(walk.source.layers)):
+        stored.append({k: v.clone() for k, v in walk.tensors().items()})
+        pass_layer(walk, layer)
+    return stored
+
+
 def test_a_walk_goes_on_inside_a_loop(case: Callable[[str], Case]) -> None:
     folder, _ = case("a loop")
     source = Source(folder)
     walk = Walk(source, IDS)
-    stored = []
-    for layer in range(len(source.layers)):
-        stored.append({k: v.clone() for k, v in walk.tensors().items()})
-        pass_layer(walk, layer)
+    stored = passed_layers(walk)
     assert [len(one["states"]) // len(IDS) for one in stored] == [1, 3, 3, 3, 1]
     for start in range(1, len(stored)):
         resumed = Walk(source, IDS)
@@ -209,10 +215,7 @@ def test_a_backward_walk_is_autograd(
     folder, _ = case(name)
     source = Source(folder)
     walk = Walk(source, IDS)
-    stored = []
-    for layer in range(len(source.layers)):
-        stored.append({k: v.clone() for k, v in walk.tensors().items()})
-        pass_layer(walk, layer)
+    stored = passed_layers(walk)
     gradient = head_gradient(walk, 0)
     back = BackwardWalk(walk, gradient)
     found: dict[str, Tensor] = {}
