@@ -326,6 +326,9 @@ def test_three_models_in_one(text_file: Path, tokenizer_folder: Path, tmp_path: 
     )
     torch.manual_seed(0)
     model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    for name, weight in model.talker.named_parameters():
+        if ".mlp.experts." in name:  # transformers leaves them as the memory happens to be
+            torch.nn.init.normal_(weight, std=0.02)
     folder = save_model(model, tmp_path / "original", tokenizer_folder)
     out = compress(folder, tmp_path / "out", small_recipe(text_file, bits=2.5))
     check_copied(folder, out)
