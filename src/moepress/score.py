@@ -32,7 +32,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepress.allocation.tensors import ModelTensors, check_group_sizes, file_bytes
+from moepress.allocation.tensors import (
+    ModelTensors,
+    check_group_sizes,
+    file_bytes,
+    with_fitting_codec,
+)
 from moepress.costs.embedding_and_head import score_embedding_and_head
 from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
 from moepress.costs.interpolation import Interpolation
@@ -89,6 +94,7 @@ def score(
     """
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_usable(source)
+    recipe = with_fitting_codec(source, recipe)
     check_group_sizes(source, recipe)
     with temporary_folder(None) if work is None else work_held(work) as own_folder:
         folder = here().agreed(lambda: own_folder)
@@ -114,6 +120,7 @@ def score_to_file(
     ranks.agreed(lambda: _check_places(out, work))
     source = Source(model, device, trust_remote_code)
     check_usable(source)
+    recipe = with_fitting_codec(source, recipe)
     check_group_sizes(source, recipe)
     with work_held(work) as folder:
         ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))

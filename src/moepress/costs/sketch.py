@@ -31,9 +31,13 @@ def rows_in_sketch(hidden: int) -> int:
 
 
 def sketch_rows(expert: RoutedExpert) -> int:
-    """Rows of `down` in the sketch of an expert. A norm after `down` needs the whole output."""
+    """Rows of `down` in the sketch of an expert.
+
+    A norm after `down` needs the whole output. Where a token chooses neurons, `down` is a table.
+    """
     hidden = len(expert.weights.down)
-    return hidden if is_normed(expert.module) else rows_in_sketch(hidden)
+    whole = is_normed(expert.module) or expert.routed.neuron is not None
+    return hidden if whole else rows_in_sketch(hidden)
 
 
 def sketched(expert: RoutedExpert, seed: int) -> RoutedExpert:

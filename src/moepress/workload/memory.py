@@ -177,7 +177,7 @@ def _expert_run(task: Task, graph: bool = False) -> int:
     """Activations of an expert on a chunk of its tokens."""
     shape = task.shape
     tokens = min(BATCH_TOKENS, shape.expert_tokens(task.tokens) * 2)
-    inner = 5 * shape.intermediate * shape.compute_itemsize
+    inner = 5 * shape.inner * shape.compute_itemsize
     outer = shape.hidden * (3 * shape.compute_itemsize + 4 * FLOAT)
     return (1 + graph) * tokens * (inner + outer)
 
@@ -218,19 +218,19 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     """An expert while it is rounded to every width, or given the errors of every width."""
     shape, count = task.shape, len(task.recipe.widths)
     sizes = [shape.gate_up, shape.down]
-    hidden, inner = shape.down
-    outer = rows_in_sketch(hidden) if rounding.draws else hidden
-    seen = shape.expert_weights - (hidden - outer) * inner  # weights whose errors are drawn
-    weights = seen * shape.compute_itemsize  # of one width
+    hidden = shape.expert_hidden
+    outer = rows_in_sketch(hidden) if rounding.draws and shape.neurons is None else hidden
+    drawn = shape.expert_weights - (hidden - outer) * shape.intermediate  # those of a sketch
+    weights = drawn * shape.compute_itemsize  # of one width
     own = shape.expert_tokens(task.tokens)  # inputs of down and outputs of the original expert
-    weights += own * (inner * shape.compute_itemsize + outer * FLOAT)
+    weights += own * (shape.inner * shape.compute_itemsize + outer * FLOAT)
     largest = max(rows * cols for rows, cols in sizes)
     square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
     chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
     if rounding.draws:  # both projections side by side: factor, block feedback
         squares = sum(2 * cols**2 * FLOAT for _, cols in sizes)
-        weights += (outer < hidden) * outer * inner * shape.compute_itemsize  # the sketch
-        drawing = squares + DRAWING * seen + DRAWN * largest + weights
+        weights += (outer < hidden) * outer * shape.intermediate * shape.compute_itemsize  # the sketch
+        drawing = squares + DRAWING * drawn + DRAWN * largest + weights
         return max(drawing, squares + FLOAT * largest + chunk)
     codes = count * shape.expert_weights
     one = largest * _rounding_bytes(task.recipe.widths, rounding, corrects=False)

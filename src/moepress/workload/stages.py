@@ -87,17 +87,16 @@ class Task:
     @property
     def hessian_tokens(self) -> int:
         """Tokens of an expert's Hessian."""
-        own = self.shape.expert_tokens(self.tokens)
+        own = min(self.shape.expert_tokens(self.tokens), self.tokens)
         return max(own, min(self.recipe.token_floor, self.tokens))
 
 
 def sampling(task: Task) -> Work:
     """The model writes its text itself: one token of up to 64 sequences at a time."""
     shape = task.shape
-    active = shape.weights - shape.moe_layers * shape.expert_weights * (
-        shape.experts - shape.experts_per_token
-    )
-    chosen = shape.experts_per_token * shape.expert_weights
+    of_layer = shape.experts * shape.expert_weights
+    chosen = round(of_layer * shape.used)
+    active = shape.weights - shape.moe_layers * (of_layer - chosen)
     active += sum((at.runs - 1) * (at.weights + at.has_experts * chosen) for at in shape.layers)
     steps = -(-task.sequences // BATCH) * task.length
     # Each step reads every weight once, and takes as long as a pass over as many bytes of float32.
@@ -184,27 +183,29 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
 def _score_expert(task: Task, rounding: Rounding) -> Work:
     """One expert at all widths that are measured, and its error on its tokens at each."""
     shape, widths = task.shape, task.recipe.widths
-    (hidden, inner), seen = shape.down, shape.down
+    seen, hidden = shape.down, shape.expert_hidden
+    outer = hidden
     if rounding.draws:
         widths = widths[:NODES]  # which of them does not matter
-        seen = rows_in_sketch(hidden), inner
+        if shape.neurons is None:
+            outer = rows_in_sketch(hidden)
+            seen = outer, shape.intermediate
     works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
-        works += (op.factor(cols) for _, cols in (shape.gate_up, shape.down))
+        works += (op.factor(cols) for _, cols in shape.with_hessian)
     for size in (shape.gate_up, seen):
         works.append(_offered(task, size, widths, rounding))
     tokens = shape.expert_tokens(task.tokens)
-    gate_up, down, error = (
-        op.product(tokens, cols, rows) for rows, cols in (shape.gate_up, shape.down, seen)
-    )
-    inside = Work({"copy": 5 * tokens * shape.intermediate})
+    gate_up = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
+    down, error = (op.product(tokens, shape.inner, size) for size in (hidden, outer))
+    inner = Work({"copy": 5 * tokens * shape.inner})
     # The exact output; then for each width gate and up once and down for each of ROUNDED.
-    works.append(gate_up + down + inside)
-    if seen != shape.down:  # S W, and the sketch of the exact output
-        works += (op.product(seen[0], hidden, inner), error)
-    error += Work({"copy": 4 * tokens * seen[0]})
-    each = gate_up + inside + times(len(ROUNDED), error)
+    works.append(gate_up + down + inner)
+    if outer < hidden:  # S W, and the sketch of the exact output
+        works += (op.product(outer, hidden, shape.intermediate), error)
+    error = error + Work({"copy": 4 * tokens * outer})
+    each = gate_up + inner + times(len(ROUNDED), error)
     chunks = -(-tokens // BATCH_TOKENS)
     works.append(times(len(widths), each + Work({"call": 30 * chunks})))
     return total(works)
@@ -367,11 +368,10 @@ def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> 
     """
     shape, tokens = task.shape, task.hessian_tokens
     rotates = rounding.family == "trellis"
-    rows, cols = shape.gate_up
-    inner = op.product(tokens, cols, rows) + Work({"copy": 5 * tokens * shape.intermediate})
+    inner = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
+    inner += Work({"copy": 5 * tokens * shape.inner})
     works = [
-        op.inputs(tokens, width, rotates, corrects, count)
-        for count, width in (shape.gate_up, shape.down)
+        op.inputs(tokens, width, rotates, corrects, count) for count, width in shape.with_hessian
     ]
     return total([*works, times(runs, inner), Work({"call": 60})])
 
@@ -409,7 +409,7 @@ def experts_forward(task: Task, tokens: int) -> Work:
 def expert_forward(task: Task, tokens: int) -> Work:
     """One expert on some tokens."""
     shape = task.shape
-    copies = tokens * (5 * shape.intermediate + 6 * shape.hidden)
-    work = op.product(tokens, shape.expert_weights, 1)
+    copies = tokens * (5 * shape.inner + 6 * shape.hidden)
+    work = op.product(tokens, shape.used_weights, 1)
     calls = CALLS_OF_EXPERT * -(-tokens // BATCH_TOKENS)
     return work + Work({"copy": copies, "call": calls})
