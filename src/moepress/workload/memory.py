@@ -229,7 +229,8 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
     if rounding.draws:  # both projections side by side: factor, block feedback
         squares = sum(2 * cols**2 * FLOAT for _, cols in sizes)
-        weights += (outer < hidden) * outer * shape.intermediate * shape.compute_itemsize  # the sketch
+        if outer < hidden:  # the sketch
+            weights += outer * shape.intermediate * shape.compute_itemsize
         drawing = squares + DRAWING * drawn + DRAWN * largest + weights
         return max(drawing, squares + FLOAT * largest + chunk)
     codes = count * shape.expert_weights
