@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import HEAD_TOKENS
+from moepress.costs.interpolation import NODES
 from moepress.costs.scores import ROUNDED
 from moepress.format.codec import LEFT_OUT, stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
@@ -145,7 +146,7 @@ def head_gradient(task: Task, tokens: int) -> Work:
 
 
 def score(task: Task) -> Work:
-    """Measure every expert and every open tensor at every width (score.py)."""
+    """Measure every expert and every open tensor (score.py)."""
     shape, recipe = task.shape, task.recipe
     works = [op.load(shape.outside, shape.other_disk), entering_loop(task)]  # to embed the text
     linears = Rounding.of_linears(recipe, recipe.measure)
@@ -179,8 +180,10 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
 
 
 def _score_expert(task: Task, rounding: Rounding) -> Work:
-    """One expert at all widths, and its error on its tokens at each."""
+    """One expert at all widths that are measured, and its error on its tokens at each."""
     shape, widths = task.shape, task.recipe.widths
+    if rounding.draws:
+        widths = widths[:NODES]  # which of them does not matter
     works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
