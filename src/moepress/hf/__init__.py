@@ -36,6 +36,7 @@ from moepress.hf.agreement import (
 )
 from moepress.hf.devices import device_types, keep_experts_on_cpu, only_device
 from moepress.hf.files import check_written, read_ahead
+from moepress.hf.grouped_attention import group_queries
 from moepress.hf.mend import mend
 from moepress.hf.methods import answer_for_packed
 from moepress.hf.packing import pack_modules, with_tied
@@ -55,7 +56,14 @@ from moepress.store.attach import (
     expert_files,
     leave_on_disk,
 )
-from moepress.store.memory import Memory, card_budget, gpu_wanted, memory_wanted, wanted
+from moepress.store.memory import (
+    Memory,
+    card_budget,
+    gpu_wanted,
+    memory_wanted,
+    refuse_bytes,
+    wanted,
+)
 
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -128,7 +136,9 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             check_written(checkpoint_files, stored)
             names = {path: name for name, path in placed.items()}
             experts = expert_files(model, names, checkpoint_files)
-            if experts is not None:
+            if experts is None:
+                refuse_bytes(type(model).__name__)
+            else:
                 self._opening = model, experts
                 self._on_disk = _left_out(model, experts, kwargs.get("device_map"))
             if self._on_disk is None:
@@ -175,6 +185,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             ):
                 module.place_tables(module.first_proj.device)
         mend(model)
+        group_queries(model)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))
