@@ -120,16 +120,17 @@ void Hold::fetch(const Wave& wave, std::unique_lock<std::mutex>& lock) {
     }
 }
 
-// As many experts as this layer needed, the most used ones first.
+// As many experts as this layer needed, the most used ones first; in order if waves will take them.
 void Hold::read_next_layer(std::unique_lock<std::mutex>& lock) {
     const size_t next = size_t(layer_) + 1;
     if (next + 1 >= store_->first_of_layer.size()) return;
     std::vector<size_t> numbers;
     for (int64_t i = store_->first_of_layer[next]; i < store_->first_of_layer[next + 1]; ++i)
         if (store_->experts[size_t(i)].size > 0) numbers.push_back(size_t(i));
-    std::stable_sort(numbers.begin(), numbers.end(), [&](size_t a, size_t b) {
-        return store_->experts[a].priority > store_->experts[b].priority;
-    });
+    if (waves_.size() == 1)
+        std::stable_sort(numbers.begin(), numbers.end(), [&](size_t a, size_t b) {
+            return store_->experts[a].priority > store_->experts[b].priority;
+        });
     numbers.resize(std::min(numbers.size(), chosen_));
     for (const size_t number : numbers) {
         if (store_->experts[number].state != State::kAbsent) continue;
