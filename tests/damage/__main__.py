@@ -1,6 +1,6 @@
 """The longer run: thousands of variants, and a table of what became of them, by reader.
 
-    python -m tests.damage [--variants 3000] [--seed 7] [--batch 100] [--only NAME]
+    python -m tests.damage [--variants 500] [--seed 7] [--batch 100] [--only READER]
 
 Each batch is a process of its own with a seed of its own, so that a crash is seen and ends only its
 batch. Prints Markdown, then every outcome that is wrong with the seed of its batch; ends with 1 if
@@ -23,12 +23,14 @@ from pathlib import Path
 
 SILENCE = 300  # seconds without a line after which a batch hangs, beyond the limit of a variant
 TESTS = {
-    "originals": ("test_sources.py", ""),
+    "originals": ("test_sources.py", "harmless"),
+    "originals, compressed": ("test_sources.py", "compressing"),
     "compressed folders": ("test_ours.py", "folders"),
     "documents": ("test_ours.py", "documents"),
     "texts": ("test_texts.py", ""),
     "files beside the weights": ("test_commands.py", "companions"),
     "words of the command line": ("test_commands.py", "words"),
+    "requests to the server": ("../serve/test_damaged_requests.py", ""),
 }
 # Column, and how an outcome of it begins; the first that fits counts.
 COLUMNS = (
@@ -61,7 +63,7 @@ def batch(reader: str, seed: int, count: int) -> list[Outcome]:
         path.touch()
         told = {"MOEPRESS_OUTCOMES": str(path), "MOEPRESS_SEED": str(seed)}
         command = [sys.executable, "-m", "pytest", "-n", "0", f"--basetemp={work}/files"]
-        command += [str(Path(__file__).with_name(file)), *(["-k", words] if words else [])]
+        command += [str(Path(__file__).parent / file), *(["-k", words] if words else [])]
         with (Path(work) / "log").open("w+", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command,
