@@ -26,6 +26,7 @@ TESTS = {
     "originals": ("test_sources.py", "harmless"),
     "originals, compressed": ("test_sources.py", "compressing"),
     "compressed folders": ("test_ours.py", "folders"),
+    "unfinished work": ("test_stopped.py", ""),
     "documents": ("test_ours.py", "documents"),
     "texts": ("test_texts.py", ""),
     "files beside the weights": ("test_commands.py", "companions"),
