@@ -32,8 +32,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mixtral_shape
-from mixtral_shape import EXPERTS, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, VOCAB, report
+import random_models
+from mixtral_shape import report
 from moepress.format.checkpoint import folder_bytes
+from random_models import MIXTRAL, SHAPES, Shape
 
 THREADS = len(os.sched_getaffinity(0))
 LAYERS = 4
@@ -45,7 +47,7 @@ OURS = {  # family and average code bits of the experts
     "default-2.5": ("trellis", 2.5),
 }
 THEIRS = ("IQ2_XXS", "IQ2_XS", "Q2_K")
-SHAPES = {"Mixtral-8x7B": (4096, 14336, 8, 2, 2), "Qwen3-30B-A3B": (2048, 768, 128, 8, 4)}
+COPIES = {"Mixtral-8x7B": 2, "Qwen3-30B-A3B": 4}  # layers: more bytes than the caches hold
 
 STREAM = """
 #include <cstdint>
@@ -67,12 +69,12 @@ def kernels(rounds: int) -> None:
 
     read = compiled_stream()
     report(instruction_set=cpu.instruction_sets()[0], threads=THREADS)
-    for shape in SHAPES:
+    for shape in COPIES:
         measure_kernels(shape, read, rounds)
 
 
 def one_token(
-    family: str, bits: float, hidden: int, inner: int, experts: int, k: int, copies: int
+    family: str, bits: float, shape: Shape, copies: int
 ) -> tuple[Callable[[], None], int]:
     """A function that calls the MoE op with one token, and the bytes that a call reads.
 
@@ -84,33 +86,34 @@ def one_token(
     from moepress.format.codec import PackedSpec
     from moepress.kernels import ExpertsCall, cpu
 
-    spec = PackedSpec((bits,) * experts, 128, family)
-    shapes = ((2 * inner, hidden), (hidden, inner))
+    hidden, inner, k = shape.hidden, shape.intermediate, shape.chosen
+    spec = PackedSpec((bits,) * shape.experts, 128, family)
+    sizes = ((2 * inner, hidden), (hidden, inner))
     layers = [
-        [mixtral_shape.random_packed(spec, *shape, torch.Generator()) for _ in range(copies)]
-        for shape in shapes
+        [random_models.random_packed(spec, *size, torch.Generator()) for _ in range(copies)]
+        for size in sizes
     ]
-    tables = [torch.tensor(spec.table(*s)) for s in shapes]
+    tables = [torch.tensor(spec.table(*s)) for s in sizes]
     x, weights = torch.randn(1, hidden), torch.full((1, k), 1 / k)
     turn = itertools.count()
 
     def call() -> None:
         n = next(turn)
-        index = (torch.arange(k)[None] + n * k) % experts
+        index = (torch.arange(k)[None] + n * k) % shape.experts
         gate_up, down = (side[n % copies] for side in layers)
         routing = x, index, weights
         cpu.experts(
             ExpertsCall(*routing, gate_up, down, *tables, inner, 128, 128, "silu", family=family)
         )
 
-    return call, k * sum(spec.codecs[0].nbytes(*s) for s in shapes)
+    return call, k * sum(spec.codecs[0].nbytes(*s) for s in sizes)
 
 
 def measure_kernels(shape: str, read: Callable[[], float], rounds: int) -> None:
     from moepress.format.codec import CODE_BITS
 
     cases = {
-        (family, bits): one_token(family, bits, *SHAPES[shape])
+        (family, bits): one_token(family, bits, SHAPES[shape], COPIES[shape])
         for family, widths in CODE_BITS.items()
         for bits in widths
     }
@@ -265,7 +268,9 @@ def transformers_tasks(path: Path) -> Callable[[str, int], float]:
 
     @torch.inference_mode()
     def run(task: str, count: int) -> float:
-        ids = torch.randint(VOCAB, (1, count if task == "prefill" else 16), generator=generator)
+        ids = torch.randint(
+            MIXTRAL.vocab, (1, count if task == "prefill" else 16), generator=generator
+        )
         if task == "prefill":
             return timed(lambda: model(ids, use_cache=True, logits_to_keep=1))
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -295,11 +300,11 @@ def llama_tasks(path: Path) -> Callable[[str, int], float]:
         if llama_cpp.llama_decode(context, batch):
             raise SystemExit("llama_decode failed")
         logits = llama_cpp.llama_get_logits_ith(context, -1)
-        return int(np.ctypeslib.as_array(logits, (VOCAB,)).argmax())
+        return int(np.ctypeslib.as_array(logits, (MIXTRAL.vocab,)).argmax())
 
     def run(task: str, count: int) -> float:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        ids = generator.integers(VOCAB, size=count if task == "prefill" else 16).tolist()
+        ids = generator.integers(MIXTRAL.vocab, size=count if task == "prefill" else 16).tolist()
         if task == "prefill":
             return timed(lambda: decode(ids))
         token = decode(ids)
@@ -319,86 +324,14 @@ def models(folder: Path, rounds: int) -> None:
     for name, (family, bits) in OURS.items():
         path = folder / name
         if not path.exists():
-            mixtral_shape.packed(path, LAYERS, bits, family)
+            random_models.packed(path, LAYERS, bits, family)
         contenders[name] = Contender("transformers", path)
     for name in THEIRS:
         path = folder / f"{name}.gguf"
         if not path.exists():
-            write_gguf(path, name)
+            random_models.write_gguf(path, name, LAYERS)
         contenders[name] = Contender("llama.cpp", path)
     compete(contenders, {"decode": 64, "prefill": 512}, rounds)
-
-
-def write_gguf(path: Path, quantization: str, layers: int = LAYERS, skew: float = 0) -> None:
-    """Write the same shape as GGUF: experts of one type; attention, embedding and head in Q4_K.
-
-    Args:
-        skew: of the routers, as of `mixtral_shape.packed`.
-    """
-    import gguf
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    types = gguf.GGMLQuantizationType
-    # Where a block's scale lies, and that of its minima, which makes the mean of random codes zero
-    # at so many times the scale.
-    places = {"IQ2_XXS": {0: 1}, "IQ2_XS": {0: 1}, "Q2_K": {80: 1, 82: 1.5}, "Q4_K": {0: 1, 2: 7.5}}
-
-    def filled(blocks: np.ndarray, kind: str, scale: float) -> np.ndarray:
-        for at, times in places[kind].items():
-            blocks[:, at : at + 2] = np.array([times * scale], np.float16).view(np.uint8)
-        return blocks
-
-    def random(kind: str, *shape: int) -> tuple[np.ndarray, Any]:
-        """Weights of about the standard deviation of those of `mixtral_shape.random_packed`."""
-        values, size = gguf.GGML_QUANT_SIZES[types[kind]]
-        blocks = generator.integers(256, size=(np.prod(shape) // values, size), dtype=np.uint8)
-        some = gguf.quants.dequantize(filled(blocks[:1000], kind, 1), types[kind])
-        filled(blocks, kind, 0.5 * shape[-1] ** -0.5 / some.std())
-        return blocks.reshape(*shape[:-1], -1), types[kind]
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_rope_freq_base(1e6)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(EXPERTS)
-    writer.add_expert_used_count(2)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("none")
-
-    def add(name: str, array: np.ndarray, kind: Any = None) -> None:
-        writer.add_tensor(f"{name}.weight", array, raw_dtype=kind)
-
-    side = HIDDEN // HEADS * KV_HEADS
-    ones = np.ones(HIDDEN, np.float32)
-    parts = {
-        "attn_q": random("Q4_K", HIDDEN, HIDDEN),
-        "attn_k": random("Q4_K", side, HIDDEN),
-        "attn_v": random("Q4_K", side, HIDDEN),
-        "attn_output": random("Q4_K", HIDDEN, HIDDEN),
-        "ffn_gate_exps": random(quantization, EXPERTS, INTERMEDIATE, HIDDEN),
-        "ffn_up_exps": random(quantization, EXPERTS, INTERMEDIATE, HIDDEN),
-        "ffn_down_exps": random(quantization, EXPERTS, HIDDEN, INTERMEDIATE),
-        "attn_norm": (ones, None),
-        "ffn_norm": (ones, None),
-    }
-    add("token_embd", *random("Q4_K", VOCAB, HIDDEN))
-    add("output", *random("Q4_K", VOCAB, HIDDEN))
-    add("output_norm", ones)
-    for layer in range(layers):
-        for name, part in parts.items():
-            add(f"blk.{layer}.{name}", *part)
-        add(f"blk.{layer}.ffn_gate_inp", mixtral_shape.router(layer, skew).float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def bfloat16(folder: Path, rounds: int) -> None:
@@ -406,7 +339,7 @@ def bfloat16(folder: Path, rounds: int) -> None:
     if not original.exists():
         mixtral_shape.make(original, LAYERS)
     if not ours.exists():
-        mixtral_shape.packed(ours, LAYERS, 2.5)
+        random_models.packed(ours, LAYERS, 2.5)
     pair = {"fast-2.5": ours, "bfloat16": original}
     contenders = {name: Contender("transformers", path) for name, path in pair.items()}
     compete(contenders, {"decode": 16, "prefill": 512}, rounds)
@@ -419,7 +352,7 @@ def whole(folder: Path) -> None:
     """Open and generate in a fresh process: first with no file in memory, then with all."""
     path = folder / "ours-32-layers"
     if not path.exists():
-        mixtral_shape.packed(path, 32, 2.5)
+        random_models.packed(path, 32, 2.5)
     for cached in (False, True):
         if not cached:
             for file in path.iterdir():

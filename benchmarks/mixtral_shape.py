@@ -2,7 +2,6 @@
 
     python benchmarks/mixtral_shape.py make FOLDER --layers 2     # 6 GB of bfloat16
     python benchmarks/mixtral_shape.py run FOLDER OUT             # one JSON line per stage
-    python benchmarks/mixtral_shape.py packed OUT --layers 32     # random codes, nothing compressed
 
 Weights and tokens are random, so results say nothing about quality. Peak RSS is the high-water mark
 of the process after each stage, pages of mapped files included. Loading is measured in a process of
@@ -90,100 +89,6 @@ def make(folder: Path, layers: int, device: torch.device | str = "cpu") -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def router(layer: int, skew: float) -> torch.Tensor:
-    """[E, H] bfloat16: rows of norms from (1 + skew) to (1 - skew) times sqrt(H), in random order.
-
-    An expert of a larger norm is chosen more often.
-    """
-    generator = torch.Generator().manual_seed(layer if skew else 0)
-    rows = torch.empty(EXPERTS, HIDDEN).normal_(generator=generator)
-    norms = torch.linspace(1 + skew, 1 - skew, EXPERTS)
-    return (rows * norms[torch.randperm(EXPERTS, generator=generator), None]).bfloat16()
-
-
-def packed(out: Path, layers: int, bits: float, family: str = "int", skew: float = 0) -> None:
-    """Write a compressed folder of random codes, `bits` on average, one shard per layer.
-
-    Of the 8 experts of a layer, some have the next width below `bits`, the others the next above.
-    Attention, head and embedding have 4 bits. All layers hold the same bytes, each in its own file.
-
-    Args:
-        family: of the codes of experts and attention: "int" as in `fast`, "trellis" as in
-            `default`.
-        skew: of the routers, see `router`.
-    """
-    from transformers import MixtralConfig
-
-    from moepress.format.checkpoint import (
-        finish_folder,
-        load_json,
-        quantization_config,
-        save_tensors,
-        shard_name,
-    )
-    from moepress.format.codec import PackedSpec
-
-    out.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    below = int(bits)
-    above = round((bits - below) * EXPERTS)
-    experts = PackedSpec((below,) * (EXPERTS - above) + (below + 1,) * above, 128, family)
-    attention, four = PackedSpec((4,), 128, family), PackedSpec((4,), 128)
-    side = HIDDEN // HEADS * KV_HEADS
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-
-    parts = {  # of one layer
-        "self_attn.q_proj.weight": (attention, HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (attention, side, HIDDEN),
-        "self_attn.v_proj.weight": (attention, side, HIDDEN),
-        "self_attn.o_proj.weight": (attention, HIDDEN, HIDDEN),
-        "mlp.experts.gate_up_proj": (experts, 2 * INTERMEDIATE, HIDDEN),
-        "mlp.experts.down_proj": (experts, HIDDEN, INTERMEDIATE),
-    }
-    tensors = {name: random_packed(*part, generator) for name, part in parts.items()}
-    plain = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), ones)
-    outside = "model.embed_tokens.weight", "lm_head.weight"
-    specs = dict.fromkeys(outside, four)
-    for layer in range(layers):
-        at = f"model.layers.{layer}."
-        plain["mlp.gate.weight"] = router(layer, skew)
-        named = {at + name: tensor for name, tensor in (tensors | plain).items()}
-        save_tensors(out / shard_name(layer), {k: v.clone() for k, v in named.items()})
-        specs |= {at + name: spec for name, (spec, *_) in parts.items()}
-    tables = {name: random_packed(four, VOCAB, HIDDEN, generator) for name in outside}
-    save_tensors(out / shard_name(None), tables | {"model.norm.weight": ones})
-    config = MixtralConfig(num_hidden_layers=layers, vocab_size=VOCAB, dtype="bfloat16")
-    config.architectures = ["MixtralForCausalLM"]
-    config.save_pretrained(out)
-    shards = [*map(shard_name, range(layers)), shard_name(None)]
-    quantization = quantization_config(specs, {"made_by": "benchmarks/mixtral_shape.py packed"})
-    fields = load_json(out / "config.json")
-    finish_folder(out, fields, {}, quantization, [out / name for name in shards])
-
-
-def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
-    """Bytes of a packed tensor: random codes and zeros, a scale that keeps products near 1."""
-    matrices = []
-    for codec in spec.codecs:
-        if codec.family == "trellis":
-            slabs = -(-rows // 64)
-            codes = torch.randint(
-                256, (slabs * codec.slab_bytes(cols),), generator=generator, dtype=torch.uint8
-            )
-            scales = torch.full((64 * slabs,), cols**-0.5 / 100, dtype=torch.bfloat16)
-            matrices.append(torch.cat([codes, scales.view(torch.uint8)]))
-            continue
-        size, block = codec.nbytes(rows, cols), codec.block_bytes(cols)
-        matrix = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
-        blocks = matrix[: -(-rows // 16) * block].view(-1, block)
-        first = 2 * cols * codec.bits
-        scale = torch.tensor([cols**-0.5 / codec.levels], dtype=torch.bfloat16)
-        scales = scale.view(torch.uint8).repeat(16 * codec.groups(cols))
-        blocks[:, first : first + len(scales)] = scales
-        matrices.append(matrix)
-    return torch.cat(matrices)
-
-
 def run(folder: Path, out: Path, recipe_name: str, bits: float, sequences: int) -> None:
     """Score, allocate and quantize here; load in a fresh process."""
     from moepress.allocate import allocate
@@ -240,7 +145,7 @@ def report(**values: Any) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["make", "packed", "run", "load"])
+    parser.add_argument("what", choices=["make", "run", "load"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=2)
@@ -250,8 +155,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "make":
         make(given.folder, given.layers)
-    elif given.what == "packed":
-        packed(given.folder, given.layers, given.bits)
     elif given.what == "run":
         run(given.folder, given.out, given.recipe, given.bits, given.sequences)
     else:

@@ -2,6 +2,7 @@
 
     python benchmarks/offload.py FOLDER --layers 32 --limits 4 8 12      # Mixtral-8x7B, 16 GB
     python benchmarks/offload.py FOLDER --layers 8 --limits 1 2 3        # a quarter of it
+    python benchmarks/offload.py FOLDER --shape Qwen3-30B-A3B            # 48 layers, 11 GB
 
 FOLDER keeps the models, of random codes: `ours` at 2.5 bits, `Q2_K.gguf` of about as many bytes.
 Each run is a process of its own in a control group whose limit (GB) counts its memory and its page
@@ -13,7 +14,7 @@ cache. It needs the right to make one (root). Systems take turns, and a line of 
 
 The tokens are given, the same random ones for all: with random weights, a model's own tokens soon
 repeat, and with them the experts. Routers of ours are skewed: their rows have norms from 1.3 down
-to 0.7 (`mixtral_shape.router`). With that a token's choice was the last token's too in .59 of the
+to 0.7 (`random_models.router`). With that a token's choice was the last token's too in .59 of the
 cases (`repeats`, printed for ours); on held-out text it is .49 for the reference Mixtral and .47
 for the Qwen3-MoE, whose routers are trained. llama.cpp's weights are other random numbers of about
 the same spread; its choices, seen through an evaluation callback, repeat in .65 of the cases with a
@@ -37,7 +38,8 @@ from statistics import median
 from typing import Any
 
 import cpu
-import mixtral_shape
+import random_models
+from random_models import MIXTRAL, SHAPES
 
 SKEW = {"ours": 0.3, "llama.cpp": 0.0}
 LEFT_FREE = 0.75e9  # of the limit: Python, torch, activations
@@ -82,9 +84,9 @@ def size_of(path: Path) -> int:
 def given_tokens() -> Iterator[list[int]]:
     """A prompt of 16 random tokens, then random tokens one at a time."""
     draw = random.Random(0)
-    yield [draw.randrange(mixtral_shape.VOCAB) for _ in range(PROMPT)]
+    yield [draw.randrange(MIXTRAL.vocab) for _ in range(PROMPT)]
     while True:
-        yield [draw.randrange(mixtral_shape.VOCAB)]
+        yield [draw.randrange(MIXTRAL.vocab)]
 
 
 def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], Callable[[], Any]]:
@@ -215,7 +217,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("rest", nargs="*")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="Mixtral-8x7B")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--limits", type=float, nargs="+", default=[4, 8, 12])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--systems", nargs="+", default=["store", "mapped", "llama.cpp"])
@@ -224,13 +227,15 @@ def main() -> None:
     if given.folder == "child":
         child(given.rest[0], Path(given.rest[1]), given.memory)
         return
-    folder = Path(given.folder)
+    folder, shape = Path(given.folder), SHAPES[given.shape]
+    layers = given.layers or shape.layers
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"ours": folder / "ours", "llama.cpp": folder / "Q2_K.gguf"}
     if not paths["ours"].exists():
-        mixtral_shape.packed(paths["ours"], given.layers, 2.5, skew=SKEW["ours"])
+        random_models.packed(paths["ours"], layers, 2.5, skew=SKEW["ours"], shape=shape)
     if "llama.cpp" in given.systems and not paths["llama.cpp"].exists():
-        cpu.write_gguf(paths["llama.cpp"], "Q2_K", given.layers, SKEW["llama.cpp"])
+        skew = SKEW["llama.cpp"]
+        random_models.write_gguf(paths["llama.cpp"], "Q2_K", layers, skew, shape)
     from moepress.store.forecast import read_speed
 
     for _ in range(given.rounds):

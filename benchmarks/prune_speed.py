@@ -34,7 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-import mixtral_shape
+import random_models
 from cpu import LAYERS, timed
 from mixtral_shape import VOCAB, report
 from moepress import kernels
@@ -133,7 +133,7 @@ def main() -> None:
     given = parser.parse_args()
     path = given.folder / "ours-2.5"
     if not path.exists():
-        mixtral_shape.packed(path, LAYERS, 2.5)
+        random_models.packed(path, LAYERS, 2.5)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     ids = torch.randint(VOCAB, (1, 1024), generator=torch.Generator().manual_seed(0))
     rules = {f"{share:.0%}": at_share(model, ids, share) for share in SHARES}

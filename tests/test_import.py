@@ -184,18 +184,42 @@ def test_version_is_that_of_the_project() -> None:
 @pytest.mark.parametrize(
     ("first", "given", "expected"),
     [
-        ("", {}, "1000"),
-        ("import sys; sys.modules['torch'] = sys; ", {}, "None"),  # as if torch were loaded
-        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("", {"OMP_WAIT_POLICY": "passive"}, "None"),
+        ("import os; ", {}, "1000"),
+        ("import os, sys; sys.modules['torch'] = sys; ", {}, "None"),  # as if torch were loaded
+        ("import os; ", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import os; ", {"OMP_WAIT_POLICY": "passive"}, "None"),
     ],
 )
 def test_threads_spin_briefly_unless_the_user_says_otherwise(
     first: str, given: dict[str, str], expected: str
 ) -> None:
+    assert spin_after(f"{first}import moepress", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [
+        (0.0, {}, "100000"),
+        (1e6, {}, "1000"),
+        (0.0, {"GOMP_SPINCOUNT": "1000"}, "1000"),
+        (0.0, {"OMP_WAIT_POLICY": "passive"}, "None"),
+    ],
+)
+def test_threads_spin_for_long_where_a_command_decodes_on_a_quiet_machine(
+    load: float, given: dict[str, str], expected: str
+) -> None:
+    first = f"import moepress, os; os.getloadavg = lambda: ({load}, 0, 0); "
+    assert spin_after(f"{first}moepress._threads.lengthen_spin()", given) == expected
+
+
+def spin_after(code: str, given: dict[str, str]) -> str:
+    """GOMP_SPINCOUNT of a new process after `code`."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    code = f"{first}import moepress, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=variables | given, capture_output=True, text=True
+        [sys.executable, "-c", f"{code}; print(os.environ.get('GOMP_SPINCOUNT'))"],
+        env=variables | given,
+        capture_output=True,
+        text=True,
     )
-    assert done.stdout.strip() == expected, done.stderr
+    assert not done.returncode, done.stderr
+    return done.stdout.strip()

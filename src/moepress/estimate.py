@@ -260,15 +260,14 @@ def assumed_scores(sizes: ExpertScores, request: Request) -> ExpertScores:
     """Costs by assumptions: weights are alike, tokens are alike, and a bit divides by four.
 
     The cost of a width is 4^-bits, times the weights, times the share of the tokens that use them:
-    all for a linear and the head, k / E for an expert, 1 / V for the embedding. Linears and the
-    head count more (LINEARS, HEAD).
+    all for a linear and the head, k / E for an expert (k / I for neurons), 1 / V for the embedding.
+    Linears and the head count more (LINEARS, HEAD).
     """
     shape, tables = ModelShape.of(request.source), request.tensors.tables
     factors = {("embedding",): 1 / shape.vocabulary, ("head",): HEAD, ("embedding", "head"): HEAD}
     bits = 4.0 ** -np.array(sizes.bits, dtype=np.float64)
-    used = shape.experts_per_token / shape.experts
     weights = np.array([rows * cols for rows, cols in (shape.gate_up, shape.down)], np.float64)
-    by_rounded = used * np.append(weights, weights.sum())
+    by_rounded = shape.used * np.append(weights, weights.sum())
     assert len(by_rounded) == len(ROUNDED)
     cost = np.broadcast_to(by_rounded[:, None] * bits, sizes.cost.shape).copy()
     of_linears = np.array(

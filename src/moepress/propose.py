@@ -85,7 +85,7 @@ def propose(
     ranks.agreed(lambda: check_output(out))
     recipe = (recipe or Recipe()).with_changes(bits=None, bpw=None, size=None)
     request = Request.of(model, recipe, device, trust_remote_code)
-    source = request.source
+    source, recipe = request.source, request.recipe
     announce_estimate(request, out)
     with output_held(out) as folder:
         ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))

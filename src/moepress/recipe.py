@@ -99,8 +99,8 @@ class Recipe:
 
     # How costs are measured, and how the allocator uses them.
     # measure: the quantizer whose error is epsilon. Or "noise": the error that gptq would leave in
-    # trellis codes is drawn, without the search for the codes (rounding/noise.py); the errors of
-    # scalar codes are those of gptq.
+    # trellis codes is drawn, without the search for the codes (rounding/noise.py), for experts
+    # at three widths (costs/interpolation.py). The errors of scalar codes are those of gptq.
     measure: MeasureName = "noise"
     cost: Cost = "error"
     over: Over = "mean"  # minimise the mean loss over all calibration text, or the worst text's

@@ -8,7 +8,7 @@ from typing import Any
 
 from moepress.allocation.budget import Budget
 from moepress.allocation.choices import Choices
-from moepress.allocation.tensors import ModelTensors, check_group_sizes
+from moepress.allocation.tensors import ModelTensors, check_group_sizes, with_fitting_codec
 from moepress.costs.scores import ExpertScores
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
@@ -46,6 +46,7 @@ class Request:
         recipe = recipe.with_changes(**changes)
         source = Source(model, device, trust_remote_code)
         check_usable(source)
+        recipe = with_fitting_codec(source, recipe)
         check_group_sizes(source, recipe)
         tensors = ModelTensors.of(source, recipe)
         sizes = unmeasured(source, recipe, tensors)

@@ -32,9 +32,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepress.allocation.tensors import ModelTensors, check_group_sizes, file_bytes
+from moepress.allocation.tensors import (
+    ModelTensors,
+    check_group_sizes,
+    file_bytes,
+    with_fitting_codec,
+)
 from moepress.costs.embedding_and_head import score_embedding_and_head
 from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
+from moepress.costs.interpolation import Interpolation
 from moepress.costs.linear_costs import score_linears
 from moepress.costs.scores import EXPERT_ARRAYS, ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measure_sensitivity
@@ -88,6 +94,7 @@ def score(
     """
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_usable(source)
+    recipe = with_fitting_codec(source, recipe)
     check_group_sizes(source, recipe)
     with temporary_folder(None) if work is None else work_held(work) as own_folder:
         folder = here().agreed(lambda: own_folder)
@@ -113,6 +120,7 @@ def score_to_file(
     ranks.agreed(lambda: _check_places(out, work))
     source = Source(model, device, trust_remote_code)
     check_usable(source)
+    recipe = with_fitting_codec(source, recipe)
     check_group_sizes(source, recipe)
     with work_held(work) as folder:
         ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
@@ -205,6 +213,7 @@ def score_layer(
     experts = source.experts[layer].experts
     routed = walk.route(layer).with_sensitivity(of_layer.get(EXPERTS))
     rounding = Rounding.of_experts(recipe, recipe.measure)
+    interpolation = _interpolation(source, layer, recipe, rounding)
     options = (len(ROUNDED), len(recipe.expert_bits))
     errors = torch.zeros(experts, *options, dtype=torch.float64)
     costs = torch.zeros(texts.count, experts, *options, dtype=torch.float64)
@@ -218,10 +227,10 @@ def score_layer(
         if rounding.draws and source.device.type == "cuda":
             soon = sums.own[done : done + 1 + EXPERTS_AHEAD]
             draw_experts_ahead(layer, soon, source.experts[layer], rounding)
-        offered = rounded_weights(together, rounding, recipe.expert_bits)
+        offered = rounded_weights(together, rounding, interpolation.measured)
         for expert, weights in zip(together, offered, strict=True):
             progress.update(layer=layer, expert=expert.number, experts=experts)
-            measured = measure(expert, weights, texts, sums)
+            measured = map(interpolation.at_all, measure(expert, weights, texts, sums))
             errors[expert.number], costs[:, expert.number] = measured
             done += 1
     walk.ranks.sum_up(errors)
@@ -239,6 +248,15 @@ def score_layer(
         "output_energy": torch.tensor(output_energy, dtype=torch.float64),
         "residual_energy": torch.tensor(residual_energy, dtype=torch.float64),
     }
+
+
+def _interpolation(source: Source, layer: int, recipe: Recipe, rounding: Rounding) -> Interpolation:
+    """The widths to measure in a layer: a few if errors are drawn."""
+    if not rounding.draws:
+        return Interpolation.none(recipe.expert_bits)
+    experts = source.experts[layer]
+    rows = experts.gate_up_shape[0], experts.down_shape[0]
+    return Interpolation.of_drawn(recipe.expert_bits, rows, source.device)
 
 
 def _collect(

@@ -11,7 +11,7 @@ from moepress.blocks import adapt
 from moepress.original.architectures import find_experts
 from tests.families.models import make_model
 
-ADAPTED = ("dbrx", "jetmoe", "llama4_text", "longcat_flash")
+ADAPTED = ("dbrx", "doge", "jetmoe", "llama4_text", "longcat_flash")
 
 
 @pytest.mark.parametrize("family", ADAPTED)
@@ -32,7 +32,7 @@ def test_an_adapted_model_is_the_same_model(family: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert list(adapted.state_dict()) == names
     assert len(seen) == len(find_experts(adapted))
-    assert all(index.shape == (24, 2) for index in seen)
+    assert all(index.shape == (24, 4 if family == "doge" else 2) for index in seen)
 
 
 @pytest.mark.parametrize("family", ADAPTED)

@@ -51,7 +51,7 @@ CAUSAL: Mapping[str, Mapping[str, Any]] = {
         "hc_mult": 2,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
-    "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
+    "doge": {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 4},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": CHOSEN},
     "dots3_note_text": MLA
     | {

@@ -34,12 +34,10 @@ class Failure:
 
 
 COMPRESS, PRUNE = "compress", "prune"
-NO_EXPERTS = Failure("single rows of two tables", "each expert is one neuron")
 ONE = Failure("keeps its first", "a token chooses one expert", last=False)
 
 # By step and family.
 _FAILURES: Mapping[tuple[str, Failure], tuple[str, ...]] = {
-    (COMPRESS, NO_EXPERTS): ("doge",),
     (PRUNE, ONE): ("zaya",),
 }  # fmt: skip
 # By (family, step).

@@ -39,7 +39,8 @@ WIDE = {  # 8 bits for all that can be packed
     "quantizer": "rtn",
     "measure": "rtn",
 }
-TIES = ("phimoe",)  # most tokens have two experts of the same routing weight
+# Most tokens have two experts of the same routing weight; of doge many, in bfloat16.
+TIES = ("phimoe", "doge")
 NEW = 4  # tokens to generate
 # Families whose own class in transformers 5.24 fails with a static cache, and how.
 NO_STATIC_CACHE = {

@@ -19,6 +19,7 @@ from moepress.errors import InputError
 from moepress.format.codec import (
     GROUP_SIZES,
     HALF_WIDTHS,
+    LEFT_OUT,
     PackedSpec,
     codec_for,
     fitting_group_size,
@@ -182,6 +183,31 @@ def _can_be_packed(source: Source, name: str) -> bool:
     plain = type(source.module(name)) in (nn.Linear, nn.Embedding)
     plain = plain and source.has_models_dtype(name)
     return plain and fitting_group_size(source.shape(name)[1], GROUP_SIZES[0]) is not None
+
+
+def with_fitting_codec(source: Source, recipe: Recipe) -> Recipe:
+    """The recipe with a codec that the model's experts can have.
+
+    Neurons that tokens choose one by one are read row by row, so they have scalar codes.
+
+    Raises:
+        InputError: the recipe may leave experts out, and all neurons of a layer are one expert.
+    """
+    if not source.one_layer_of_experts.form.by_neuron:
+        return recipe
+    if LEFT_OUT in recipe.expert_bits:
+        raise InputError(
+            f"expert_bits offers {list(recipe.expert_bits)}, but tokens of "
+            f"{type(source.model).__name__} choose single neurons, of which all of a layer have "
+            "one width. Expected widths above 0."
+        )
+    if recipe.expert_codec == "int":
+        return recipe
+    logger.warning(
+        "tokens of %s choose single neurons, which are read row by row: their codes are scalar",
+        type(source.model).__name__,
+    )
+    return recipe.with_changes(expert_codec="int")
 
 
 def check_group_sizes(source: Source, recipe: Recipe) -> None:

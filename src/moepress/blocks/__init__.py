@@ -13,24 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from moepress.blocks import dbrx, jetmoe, llama4, longcat_flash
+from moepress.blocks import dbrx, doge, jetmoe, llama4, longcat_flash
 
 ADAPTERS: Mapping[str, Callable[[Any], None]] = {  # by the name of transformers' class
     "DbrxFFN": dbrx.adapt,
+    "DogeCDMoE": doge.adapt,
     "JetMoeMoE": jetmoe.adapt,
     "Llama4TextMoe": llama4.adapt,
     "LongcatFlashMoE": longcat_flash.adapt,
 }
-REFUSED: Mapping[str, str] = {  # why, by the name of transformers' class
-    "DogeCDMoE": "Its experts are single rows of two tables: each is one neuron, so a width of its "
-    "own for each would take more bytes than it saves. Nothing to compress by experts.",
-}
-
-
-def refusal(model: nn.Module) -> str | None:
-    """Why the MoE blocks of a model cannot be compressed; None: nothing is known against them."""
-    names = {type(module).__name__ for module in model.modules()}
-    return next((why for name, why in REFUSED.items() if name in names), None)
 
 
 def adapt(model: nn.Module) -> None:

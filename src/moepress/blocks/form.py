@@ -30,6 +30,9 @@ class Form:
     down: Part
     gated: bool = True  # False: h = act(up x), and gate_up holds the up rows alone
     scales_input: bool = False  # f(w x) in place of w f(x), with the routing weight w
+    # A choice e I + i is neuron i of expert e, and uses only that. Then gate_up and down are both
+    # tables [I, H] with a row for each neuron, of modules that are packed as embeddings.
+    by_neuron: bool = False
 
     @property
     def parts(self) -> int:
@@ -47,11 +50,29 @@ class Form:
         return self.experts * (self.parts + 1) * self.hidden * self.intermediate
 
     @property
+    def choices(self) -> int:
+        """How many experts a router chooses from, or neurons."""
+        return self.experts * self.intermediate if self.by_neuron else self.experts
+
+    def split(self, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts that a router has chosen, and, by neuron, which of their neurons.
+
+        Args:
+            chosen: [T, k] int64; from `choices` on it means no expert, and so do the results.
+        """
+        if not self.by_neuron:
+            return chosen, None
+        return chosen // self.intermediate, chosen % self.intermediate
+
+    @property
     def common(self) -> bool:
         """Whether every format version has this form: gate and up, no biases, not padded.
 
-        The matrices of the class lie there as they are packed: [E, 2I, H] and [E, H, I].
+        The matrices of the class lie there as they are packed: [E, 2I, H] and [E, H, I]. Tables of
+        neurons are embeddings to the format.
         """
+        if self.by_neuron:
+            return True
         plain = all(part == Part(part.names) for part in (self.gate_up, self.down))
         single = len(self.gate_up.names) == 1 and self.gate_up.names[0].endswith(".gate_up_proj")
         whole = self.packed_shapes == self.shapes
@@ -61,6 +82,8 @@ class Form:
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of gate_up and of down, without padding."""
         rows = self.parts * self.intermediate
+        if self.by_neuron:
+            return (rows, self.hidden), (rows, self.hidden)
         return (rows, self.hidden), (self.hidden, self.intermediate)
 
     @property

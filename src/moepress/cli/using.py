@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moepress._threads import lengthen_spin
 from moepress.cli.options import (
     ActivationBits,
     AsJson,
@@ -187,6 +188,7 @@ def generate(
 
     Example: moepress generate mixtral-2.5bit "Once upon a time" --tokens 100
     """
+    lengthen_spin()
     from moepress.generate import generate as run
 
     text = run(
@@ -225,6 +227,7 @@ def chat(
 
     Example: moepress chat mixtral-2.5bit --temperature 0.7
     """
+    lengthen_spin()
     from moepress.chat import chat as run
 
     run(

@@ -178,9 +178,7 @@ class DropMeter:
         self._total = routed.weight[some].masked_fill(~real, 0).sum(1)
         real &= ~torch.isin(routed.index[some], torch.tensor(left_out, dtype=torch.int64))
         weight = routed.weight[some].masked_fill(~real, 0)
-        self.sample = Routed(
-            routed.hidden[some], routed.index[some], weight, scales_input=routed.scales_input
-        )
+        self.sample = replace(routed.of_tokens(some), weight=weight)
         self._real = real
         shape = (*weight.shape, routed.hidden.shape[1])
         # [S, k, H], weighted
@@ -192,8 +190,9 @@ class DropMeter:
         expert = replace(expert, routed=self.sample)
         token, place = expert.tokens, expert.places
         for chunk in chunks(token):
-            y = expert_forward(expert.module, expert.weights, expert.inputs(chunk)).float()
-            y = y.to(self._outputs.device)
+            x = expert.inputs(chunk)
+            y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
+            y = y.float().to(self._outputs.device)
             gate = expert.gate[chunk, None].to(y.device)
             self._outputs[token[chunk], place[chunk]] = y * gate
 

@@ -124,19 +124,22 @@ def measure(
 
 
 def _originals(expert: RoutedExpert, output: TokenSums) -> tuple[Tensor, Tensor]:
-    """The inputs of down [T_e, I] and the weighted output [T_e, H] float32 of the original expert.
+    """The inputs of down and the weighted output [T_e, H] float32 of the original expert.
+
+    The inputs are [T_e, I], or [T_e, 1] where each token uses one neuron.
 
     Args:
         output: gets the output.
     """
     weights, own = expert.weights, len(expert.tokens)
-    device, inner = weights.down.device, weights.down.shape[1]
-    hidden = empty((own, inner), weights.down.dtype, device)
+    device = weights.down.device
+    hidden = empty((own, expert.inner), weights.down.dtype, device)
     exact = empty((own, expert.routed.hidden.shape[1]), torch.float32, device)
     for chunk in chunks(expert.tokens):
-        x = expert.inputs(chunk)
-        inside = expert_hidden(expert.module, weights.gate_up, x, weights.gate_up_bias)
-        y = expert_output(expert.module, weights.down, inside, x.shape[1], weights.down_bias)
+        x, neurons = expert.inputs(chunk), expert.neurons(chunk)
+        module, size = expert.module, x.shape[1]
+        inside = expert_hidden(module, weights.gate_up, x, weights.gate_up_bias, neurons)
+        y = expert_output(module, weights.down, inside, size, weights.down_bias, neurons)
         output.add(expert, chunk, y)
         hidden[chunk], exact[chunk] = inside, y.float() * expert.gate[chunk, None].to(device)
     return hidden, exact
@@ -153,28 +156,30 @@ def _errors(
     device = expert.weights.down.device
     right = exact[chunk].to(device)
     gate = expert.gate[chunk, None].to(device)
-    for y in _outputs(expert, candidate, hidden[chunk].to(device), expert.inputs(chunk)):
+    for y in _outputs(expert, candidate, hidden[chunk].to(device), chunk):
         error = right if y is None else y.float() * gate - right
         yield error.square().sum(1).double().cpu()
 
 
 def _outputs(
-    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, x: Tensor
+    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, chunk: slice
 ) -> Iterator[Tensor | None]:
     """The expert's outputs with each of ROUNDED; None if the expert is left out.
 
     Args:
         candidate: the rounded weights; None: left out.
-        hidden: [t, I] inputs of down that the original gate and up give for the inputs x [t, H].
+        hidden: [t, I or 1] inputs of down that the original gate and up give.
+        chunk: of the expert's tokens.
     """
     if candidate is None:
         yield from (None,) * len(ROUNDED)
         return
     module, original = expert.module, expert.weights
-    changed = expert_hidden(module, candidate.gate_up, x, original.gate_up_bias)
+    x, neurons = expert.inputs(chunk), expert.neurons(chunk)
+    changed = expert_hidden(module, candidate.gate_up, x, original.gate_up_bias, neurons)
     for inner, down in (
         (changed, original.down),
         (hidden, candidate.down),
         (changed, candidate.down),
     ):
-        yield expert_output(module, down, inner, x.shape[1], original.down_bias)
+        yield expert_output(module, down, inner, x.shape[1], original.down_bias, neurons)

@@ -101,10 +101,11 @@ class ExpertScores:
         expected = (count, experts, len(ROUNDED), len(self.bits))
         linears = (len(self.linears), len(self.linear_bits))
         (rows, hidden), (hidden_again, inner) = self.gate_up_shape, self.down_shape
-        if hidden != hidden_again or rows not in (inner, 2 * inner):
+        tables = self.gate_up_shape == self.down_shape
+        if not tables and (hidden != hidden_again or rows not in (inner, 2 * inner)):
             raise CheckpointError(
                 f"Scores are of experts with matrices {self.gate_up_shape} and {self.down_shape}. "
-                "Expected [2I, H] and [H, I], or [I, H] without a gate. Score again."
+                "Expected [2I, H] and [H, I], or [I, H] and [H, I] or [I, H]. Score again."
             )
         if (
             len(self.layers) != count

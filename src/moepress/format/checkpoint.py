@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moepress.errors import FileError, InputError, NumericalError
@@ -31,6 +31,7 @@ from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
 from moepress.reading.json import read_json
 from moepress.writing.files import write_atomically
+from moepress.writing.tensors import write_tensors
 
 FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
 HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
@@ -61,7 +62,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = 
     """
     whole = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     metadata = {"format": "pt"} if about is None else {"moepress": about}
-    write_atomically(path, lambda to: save_file(whole, to, metadata=metadata))
+    write_atomically(path, lambda to: write_tensors(to, whole, metadata))
 
 
 class Writer:

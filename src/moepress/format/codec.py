@@ -252,7 +252,10 @@ def padded_shapes(
     """Shapes of an expert's gate_up [R, H] and down [H, I], with H and I padded.
 
     R is a multiple of I: gate and up, or up alone, each padded to as many rows as down has columns.
+    Tables of neurons (`Form.by_neuron`), which both have shape [I, H], are not padded.
     """
+    if gate_up == down and gate_up[1] == padded(gate_up[1]):  # tables, or I = H: nothing to add
+        return gate_up, down
     parts = gate_up[0] // down[1]
     hidden, inner = padded(gate_up[1]), padded(down[1])
     return (parts * inner, hidden), (hidden, inner)

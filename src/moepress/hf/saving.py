@@ -1,7 +1,8 @@
 """What `save_pretrained` leaves out of a copy of a compressed folder, and is added here.
 
 transformers tells a quantizer that a model is saved, but not where to. So the method itself is
-wrapped (methods.py): it also copies the files of moepress, and writes checksums.
+wrapped (methods.py): it also copies the files of moepress, aligns the tensors (writing/tensors.py),
+and writes checksums.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moepress.format.checksums import write_checksums
 from moepress.original.folder import SINGLE, weight_files
 from moepress.prune import active_pruning
 from moepress.reading.config import config_fields
+from moepress.writing.tensors import align
 
 COPIED = (PLAN, SCORES, DROP_COSTS)
 
@@ -55,7 +57,10 @@ def save_with_ours(save: Callable[..., Any]) -> Callable[..., Any]:
         result = save(self, save_directory, *args, **options)
         _remove_stale(folder, before)
         if options.get("variant") is None and not options.get("distributed_checkpoint"):
-            write_checksums(folder, weight_files(folder), config_fields(folder))
+            files = weight_files(folder)
+            for file in files:
+                align(file)
+            write_checksums(folder, files, config_fields(folder))
         return result
 
     return save_pretrained

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moepress.blocks import adapt, refusal
+from moepress.blocks import adapt
 from moepress.blocks.form import Form, form_of
 from moepress.blocks.form import is_experts as is_experts
 from moepress.errors import InputError
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 # The first pattern found in a linear's path inside its decoder layer gives its role. A role is the
 # name, without "_bits", of the Recipe field that holds the width; None: never quantized.
 ROLES: tuple[tuple[str, str | None], ...] = (
-    (r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", None),  # few bytes, and they choose experts
+    (
+        r"(^|\.)(gate|router|router_gate|shared_expert_gate)(\.|$)",
+        None,
+    ),  # few bytes, and they choose experts
     (r"message_gate(\.|$)", None),  # of a loop (loops.py): few bytes, not called in the first pass
     (r"norm\.(?!attn\.)", None),  # small networks inside a norm; dbrx has attention in one
     (r"(^|\.)indexer(\.|$)", None),  # chooses what attention sees: no gradient gives its cost
@@ -70,6 +73,9 @@ class Experts:
     @property
     def parameters(self) -> tuple[str, str]:
         """Names of the two packed parameters: gate and up (or up alone), and down."""
+        if self.form.by_neuron:
+            (first,), (down,) = self.form.gate_up.names, self.form.down.names
+            return first, down
         first, down = self.form.names
         return f"{self.path}.{first}", f"{self.path}.{down}"
 
@@ -140,9 +146,6 @@ def find_experts(model: Any) -> dict[int, Experts]:
         for module in modules:
             path = paths[id(module)]
             found[index] = Experts(index, path, form_of(module, path))
-    why = refusal(model)
-    if why is not None:
-        raise InputError(f"{type(model).__name__} cannot be compressed. {why}")
     if not found:
         raise InputError(
             f"{type(model).__name__} has no routed experts in the form of transformers 5's "

@@ -185,7 +185,7 @@ class BackwardWalk:
                 x = expert.inputs(chunk).requires_grad_()
                 gate = expert.gate[chunk, None].to(device)
                 g_y = at_output[token].to(device)
-                y = expert_forward(expert.module, expert.weights, x)
+                y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
                 (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
                 scale = routed.input_scale(expert.number, token)
                 if scale is None:

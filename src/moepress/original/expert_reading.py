@@ -31,10 +31,10 @@ def read_expert(experts: Experts, index: int, read: ReadRows) -> ExpertWeights:
             f"{tuple(down.shape)} in its files; the config says {shapes[0]} and {shapes[1]}. Fetch "
             "the model again."
         )
-    (_, hidden), (_, inner) = form.packed_shapes
+    (rows, cols), down_shape = form.packed_shapes
     return ExpertWeights(
-        padded_matrix(gate_up, form.parts, inner, hidden),
-        padded_matrix(down, 1, hidden, inner),
+        padded_matrix(gate_up, form.parts, rows // form.parts, cols),
+        padded_matrix(down, 1, *down_shape),
         _bias(experts, form.gate_up, index, read),
         _bias(experts, form.down, index, read),
     )

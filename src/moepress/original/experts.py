@@ -18,7 +18,8 @@ from moepress.blocks.layout import widened
 class ExpertWeights(NamedTuple):
     """The weights of one expert, in the dtype of the computation.
 
-    R = 2I, gate rows first; R = I without a gate. H and I are padded to multiples of 32.
+    R = 2I, gate rows first; R = I without a gate. H and I are padded to multiples of 32. Tables of
+    neurons (`Form.by_neuron`) are [I, H], down too.
     """
 
     gate_up: Tensor  # [R, H]
@@ -43,12 +44,26 @@ class Routed:
     scales_input: bool = field(default=False, kw_only=True)
     sensitivity: Tensor | None = None  # [T] float32, costs/sensitivity.py; None: all tokens alike
     original: Tensor | None = None  # [T, H] `hidden` in the original model; None: not needed
+    neuron: Tensor | None = None  # [T, k] int64 of the expert, which uses it alone; None: all
 
     def with_sensitivity(self, sensitivity: Tensor | None) -> Routed:
         return replace(self, sensitivity=sensitivity)
 
+    def of_tokens(self, some: Tensor) -> Routed:
+        """The same of some tokens [t], without what is only needed to score and to correct."""
+        return Routed(
+            self.hidden[some],
+            self.index[some],
+            self.weight[some],
+            scales_input=self.scales_input,
+            neuron=None if self.neuron is None else self.neuron[some],
+        )
+
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Tokens of an expert [T_e] int64, rising, and its places [T_e] int64 in their choices."""
+        """Tokens of an expert [T_e] int64, rising, and its places [T_e] int64 in their choices.
+
+        A token that chose several of its neurons is there once for each.
+        """
         token, place = (self.index == expert).nonzero(as_tuple=True)
         return token, place
 
@@ -75,14 +90,20 @@ class Routed:
         chosen = self.index.flatten()
         real = chosen < experts
         weight = self.weight.flatten().double()[real]
-        tokens = torch.bincount(chosen[real], minlength=experts)
         sums = torch.zeros(experts, dtype=torch.float64)
-        return tokens, sums.index_add_(0, chosen[real], weight)
+        sums.index_add_(0, chosen[real], weight)
+        if self.neuron is not None:  # a token counts once, however many neurons it chose
+            rising = self.index.sort(dim=1).values
+            chosen = rising[rising.diff(dim=1, prepend=rising[:, :1] - 1) > 0]
+        return torch.bincount(chosen[chosen < experts], minlength=experts), sums
 
 
 @dataclass(frozen=True)
 class RoutedExpert:
-    """One routed expert: its weights, and the tokens of its layer that chose it."""
+    """One routed expert: its weights, and the tokens of its layer that chose it.
+
+    T_e counts choices: a token that chose several of its neurons is there once for each.
+    """
 
     layer: int  # index of the decoder layer
     number: int  # of the expert in its layer
@@ -117,24 +138,50 @@ class RoutedExpert:
         scale = self.routed.input_scale(self.number, tokens)
         return x if scale is None else x * scale.to(x)
 
+    def neurons(self, chunk: slice) -> Tensor | None:
+        """[t] int64 neuron that each of a chunk of `tokens` uses, beside the weights; None: all."""
+        if self.routed.neuron is None:
+            return None
+        chosen = self.routed.neuron[self.tokens[chunk], self.places[chunk]]
+        return chosen.to(self.weights.down.device)
+
+    @property
+    def inner(self) -> int:
+        """Inner activations of a token: I, or 1 of a single neuron."""
+        return self.weights.down.shape[1] if self.routed.neuron is None else 1
+
     def with_weights(self, weights: ExpertWeights) -> RoutedExpert:
         """The same expert with other weights, on the same tokens."""
         return replace(self, weights=weights)
 
 
-def expert_hidden(module: Any, gate_up: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def expert_hidden(
+    module: Any,
+    gate_up: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    neurons: Tensor | None = None,
+) -> Tensor:
     """Inner activations [T, I] of an expert, the input of down: act(gate x) * up x, for instance.
 
     Args:
         gate_up: [R, H].
         x: [T, H]; H may lack the padding of the weights.
         bias: [R].
+        neurons: [T], of which each token has one. Then the result is [T, 1].
     """
+    if neurons is not None:
+        return apply_gate(module, (x.unsqueeze(1) @ gate_up[neurons].unsqueeze(2)).squeeze(2))
     return apply_gate(module, F.linear(widened(x, gate_up.shape[1]), gate_up, bias))
 
 
 def expert_output(
-    module: Any, down: Tensor, inner: Tensor, size: int, bias: Tensor | None = None
+    module: Any,
+    down: Tensor,
+    inner: Tensor,
+    size: int,
+    bias: Tensor | None = None,
+    neurons: Tensor | None = None,
 ) -> Tensor:
     """Output [T, size] of an expert for inner activations [T, I].
 
@@ -142,11 +189,20 @@ def expert_output(
         down: [H, I].
         size: of the experts' outputs, without padding.
         bias: [H].
+        neurons: [T], of which each token has one. Then `inner` is [T, 1] and `down` a table [I, H].
     """
+    if neurons is not None:
+        return finish(module, inner * down[neurons])
     return finish(module, F.linear(inner, down, bias)[..., :size])
 
 
-def expert_forward(module: Any, weights: ExpertWeights, x: Tensor) -> Tensor:
-    """Output [T, H] of one expert for inputs [T, H], not yet times the routing weight."""
-    inner = expert_hidden(module, weights.gate_up, x, weights.gate_up_bias)
-    return expert_output(module, weights.down, inner, x.shape[-1], weights.down_bias)
+def expert_forward(
+    module: Any, weights: ExpertWeights, x: Tensor, neurons: Tensor | None = None
+) -> Tensor:
+    """Output [T, H] of one expert for inputs [T, H], not yet times the routing weight.
+
+    Args:
+        neurons: [T], the only one that each token uses; None: all.
+    """
+    inner = expert_hidden(module, weights.gate_up, x, weights.gate_up_bias, neurons)
+    return expert_output(module, weights.down, inner, x.shape[-1], weights.down_bias, neurons)

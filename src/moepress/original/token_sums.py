@@ -71,7 +71,8 @@ class TokenSums:
     def add_output(self, expert: RoutedExpert) -> None:
         """Add the output of an expert on its tokens."""
         for chunk in chunks(expert.tokens):
-            y = expert_forward(expert.module, expert.weights, expert.inputs(chunk))
+            x = expert.inputs(chunk)
+            y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
             self.add(expert, chunk, y)
 
     def result(self) -> Tensor:

@@ -55,11 +55,11 @@ def _check_choices(source: Source) -> None:
     for index, experts in source.experts.items():
         for module in source.layers[index].modules():
             for name in ("top_k", "num_experts_per_tok"):
-                chosen = getattr(module, name, 1)
-                if isinstance(chosen, int) and not 1 <= chosen <= experts.experts + more:
+                chosen, there = getattr(module, name, 1), experts.form.choices
+                if isinstance(chosen, int) and not 1 <= chosen <= there + more:
                     raise InputError(
                         f"{source.folder / CONFIG} has each token choose {chosen} of "
-                        f"{experts.experts} experts. Expected at least 1, and no more than there "
+                        f"{there} experts. Expected at least 1, and no more than there "
                         "are: fetch the config again."
                     )
 

@@ -165,11 +165,12 @@ class Walk(Sequences):
                 done = self.division.tokens(self.division.of_own(number)).start
                 self.run_batch(layer, number)
         self.division.spread(hidden)
-        choices, weights = (
+        chosen, weights = (
             self.division.everywhere(torch.cat(own) if own else None) for own in (index, weight)
         )
-        scales_input = self.source.experts[layer].form.scales_input
-        return Routed(hidden, choices, weights, scales_input=scales_input)
+        form = self.source.experts[layer].form
+        experts, neuron = form.split(chosen)
+        return Routed(hidden, experts, weights, scales_input=form.scales_input, neuron=neuron)
 
     @torch.inference_mode()
     def run_for_hooks(

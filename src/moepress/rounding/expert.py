@@ -7,6 +7,7 @@ weights: R = 2I, or I without a gate; H and I padded to multiples of 32. Biases 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -100,7 +101,7 @@ def round_downs(
     rounding: Rounding,
     widths: Sequence[Sequence[float]],
 ) -> list[list[Matrix]]:
-    """The down projection [H, I] of each expert, at each of its widths.
+    """The down projection [H, I] of each expert, at each of its widths; [I, H] of neurons.
 
     If experts come with their inputs in the original model (`Routed.original`), the weights are
     moved to make up for part of the difference to the original model's inputs; then the scales are
@@ -111,6 +112,11 @@ def round_downs(
             to score one projection alone, the rounded ones to apply a plan.
     """
     weights = [expert.weights.down for expert in experts]
+    by_neuron = any(expert.routed.neuron is not None for expert in experts)
+    if by_neuron and rounding.needs_hessian:
+        # A token has one input of down, the others are 0: the Hessian is diagonal, and there is no
+        # error of one neuron that another could make up for.
+        rounding = replace(rounding, quantizer="rtn")
     if not rounding.needs_hessian:
         return _round([(weight, None) for weight in weights], rounding, widths)
     inputs = [

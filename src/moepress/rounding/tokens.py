@@ -45,6 +45,9 @@ def hessian_tokens(
     gate = routed.weight[tokens, places]
     weighted = policy.by_routing_weight and not routed.scales_input
     weights = gate.square() if weighted else torch.ones_like(gate)
+    if routed.neuron is not None:  # a token has one input, however many neurons it chose
+        tokens, own = torch.unique(tokens, return_inverse=True)
+        weights = torch.zeros(len(tokens)).index_add_(0, own, weights)
     missing = min(policy.floor, len(routed.hidden)) - len(tokens)
     if missing <= 0:
         return tokens, weights

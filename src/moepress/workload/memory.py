@@ -176,7 +176,7 @@ def _expert_run(task: Task, graph: bool = False) -> int:
     """Activations of an expert on a chunk of its tokens."""
     shape = task.shape
     tokens = min(BATCH_TOKENS, shape.expert_tokens(task.tokens) * 2)
-    inner = 5 * shape.intermediate * shape.compute_itemsize
+    inner = 5 * shape.inner * shape.compute_itemsize
     outer = shape.hidden * (3 * shape.compute_itemsize + 4 * FLOAT)
     return (1 + graph) * tokens * (inner + outer)
 
@@ -219,7 +219,7 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     sizes = [shape.gate_up, shape.down]
     weights = shape.expert_weights * shape.compute_itemsize  # of one width
     own = shape.expert_tokens(task.tokens)  # inputs of down and outputs of the original expert
-    weights += own * (shape.intermediate * shape.compute_itemsize + shape.hidden * FLOAT)
+    weights += own * (shape.inner * shape.compute_itemsize + shape.hidden * FLOAT)
     largest = max(rows * cols for rows, cols in sizes)
     square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
     chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0

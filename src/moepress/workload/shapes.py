@@ -78,12 +78,13 @@ class ModelShape:
     projected: int | None = None  # size of the experts' inputs and outputs, padded; None: H
     parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
     feedback_in_16_bits: bool = False  # of drawn errors (rounding/noise.py)
+    neurons: int | None = None  # of an expert, that a token chooses one by one; None: it uses all
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
         config = source.text_config
         loop = loop_of(config, len(source.layers))
-        one = source.one_layer_of_experts
+        one, chosen = source.one_layer_of_experts, experts_per_token(config)
         heads = _largest(config, "num_attention_heads") or 1
         head = _largest(config, "head_dim") or source.hidden // heads
         expert_disk, other_disk = disk_itemsizes(source)
@@ -98,9 +99,9 @@ class ModelShape:
                 for index, path in enumerate(source.layer_paths)
             ),
             hidden=source.hidden,
-            intermediate=one.down_shape[1],
+            intermediate=one.gate_up_shape[0] // one.form.parts,
             experts=one.experts,
-            experts_per_token=min(experts_per_token(source.text_config), one.experts),
+            experts_per_token=min(chosen, one.experts),
             vocabulary=int(config.vocab_size),
             heads=heads,
             head=head,
@@ -112,6 +113,7 @@ class ModelShape:
             projected=one.gate_up_shape[1],
             parts=one.form.parts,
             feedback_in_16_bits=feedback_in_16_bits(source.compute_dtype, source.device),
+            neurons=chosen if one.form.by_neuron else None,
         )
 
     @property
@@ -131,8 +133,31 @@ class ModelShape:
 
     @property
     def down(self) -> tuple[int, int]:
-        """Rows and columns of an expert's down."""
-        return self.expert_hidden, self.intermediate
+        """Rows and columns of an expert's down; of neurons it is a table with a row for each."""
+        shape = self.expert_hidden, self.intermediate
+        return shape if self.neurons is None else shape[::-1]
+
+    @property
+    def with_hessian(self) -> tuple[tuple[int, int], ...]:
+        """The matrices of an expert whose rounding needs a Hessian; that of neurons is diagonal."""
+        return (self.gate_up, self.down) if self.neurons is None else (self.gate_up,)
+
+    @property
+    def inner(self) -> int:
+        """Inner activations of what `expert_tokens` counts: I, or 1 of a single neuron."""
+        return self.intermediate if self.neurons is None else 1
+
+    @property
+    def used_weights(self) -> int:
+        """Weights of an expert that each of what `expert_tokens` counts is multiplied by."""
+        return self.expert_weights * self.inner // self.intermediate
+
+    @property
+    def used(self) -> float:
+        """Share of a layer's experts, or of their neurons, that a token chooses."""
+        if self.neurons is not None:
+            return self.neurons / (self.experts * self.intermediate)
+        return self.experts_per_token / self.experts
 
     @property
     def expert_weights(self) -> int:
@@ -157,7 +182,12 @@ class ModelShape:
         return sum(layer.has_experts for layer in self.layers)
 
     def expert_tokens(self, tokens: int) -> int:
-        """Tokens of one expert if all experts are chosen equally often."""
+        """Tokens of one expert if all experts are chosen equally often.
+
+        A token that chooses neurons counts once for each.
+        """
+        if self.neurons is not None:
+            return -(-tokens * self.neurons // self.experts)
         return -(-tokens * self.experts_per_token // self.experts)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import HEAD_TOKENS
+from moepress.costs.interpolation import NODES
 from moepress.costs.scores import ROUNDED
 from moepress.format.codec import LEFT_OUT, stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
@@ -85,17 +86,16 @@ class Task:
     @property
     def hessian_tokens(self) -> int:
         """Tokens of an expert's Hessian."""
-        own = self.shape.expert_tokens(self.tokens)
+        own = min(self.shape.expert_tokens(self.tokens), self.tokens)
         return max(own, min(self.recipe.token_floor, self.tokens))
 
 
 def sampling(task: Task) -> Work:
     """The model writes its text itself: one token of up to 64 sequences at a time."""
     shape = task.shape
-    active = shape.weights - shape.moe_layers * shape.expert_weights * (
-        shape.experts - shape.experts_per_token
-    )
-    chosen = shape.experts_per_token * shape.expert_weights
+    of_layer = shape.experts * shape.expert_weights
+    chosen = round(of_layer * shape.used)
+    active = shape.weights - shape.moe_layers * (of_layer - chosen)
     active += sum((at.runs - 1) * (at.weights + at.has_experts * chosen) for at in shape.layers)
     steps = -(-task.sequences // BATCH) * task.length
     # Each step reads every weight once, and takes as long as a pass over as many bytes of float32.
@@ -146,7 +146,7 @@ def head_gradient(task: Task, tokens: int) -> Work:
 
 
 def score(task: Task) -> Work:
-    """Measure every expert and every open tensor at every width (score.py)."""
+    """Measure every expert and every open tensor (score.py)."""
     shape, recipe = task.shape, task.recipe
     works = [op.load(shape.outside, shape.other_disk), entering_loop(task)]  # to embed the text
     linears = Rounding.of_linears(recipe, recipe.measure)
@@ -180,17 +180,20 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
 
 
 def _score_expert(task: Task, rounding: Rounding) -> Work:
-    """One expert at all widths, and its error on its tokens at each."""
+    """One expert at all widths that are measured, and its error on its tokens at each."""
     shape, widths = task.shape, task.recipe.widths
+    if rounding.draws:
+        widths = widths[:NODES]  # which of them does not matter
     works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
-        works += (op.factor(cols) for _, cols in (shape.gate_up, shape.down))
+        works += (op.factor(cols) for _, cols in shape.with_hessian)
     for size in (shape.gate_up, shape.down):
         works.append(_offered(task, size, widths, rounding))
     tokens = shape.expert_tokens(task.tokens)
-    gate_up, down = (op.product(tokens, cols, rows) for rows, cols in (shape.gate_up, shape.down))
-    inner = Work({"copy": 5 * tokens * shape.intermediate})
+    gate_up = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
+    down = op.product(tokens, shape.inner, shape.expert_hidden)
+    inner = Work({"copy": 5 * tokens * shape.inner})
     # The exact output, then for each width gate and up once and down for each of ROUNDED.
     works.append(gate_up + down + inner)
     errors = Work({"copy": 4 * tokens * shape.hidden})
@@ -357,11 +360,10 @@ def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> 
     """
     shape, tokens = task.shape, task.hessian_tokens
     rotates = rounding.family == "trellis"
-    rows, cols = shape.gate_up
-    inner = op.product(tokens, cols, rows) + Work({"copy": 5 * tokens * shape.intermediate})
+    inner = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
+    inner += Work({"copy": 5 * tokens * shape.inner})
     works = [
-        op.inputs(tokens, width, rotates, corrects, count)
-        for count, width in (shape.gate_up, shape.down)
+        op.inputs(tokens, width, rotates, corrects, count) for count, width in shape.with_hessian
     ]
     return total([*works, times(runs, inner), Work({"call": 60})])
 
@@ -399,7 +401,7 @@ def experts_forward(task: Task, tokens: int) -> Work:
 def expert_forward(task: Task, tokens: int) -> Work:
     """One expert on some tokens."""
     shape = task.shape
-    copies = tokens * (5 * shape.intermediate + 6 * shape.hidden)
-    work = op.product(tokens, shape.expert_weights, 1)
+    copies = tokens * (5 * shape.inner + 6 * shape.hidden)
+    work = op.product(tokens, shape.used_weights, 1)
     calls = CALLS_OF_EXPERT * -(-tokens // BATCH_TOKENS)
     return work + Work({"copy": copies, "call": calls})
