@@ -76,6 +76,7 @@ def packed(
     family: str = "int",
     skew: float = 0,
     shape: Shape = MIXTRAL,
+    gain: float = 1,
 ) -> None:
     """Write a compressed folder of random codes, `bits` on average, one shard per layer.
 
@@ -86,6 +87,8 @@ def packed(
         family: of the codes of experts and attention: "int" as in `fast`, "trellis" as in
             `default`.
         skew: of the routers, see `router`.
+        gain: of the embedding. With a large one, states depend on their own token more than on the
+            layers, whose random weights take all of them to one direction.
     """
     from transformers import AutoConfig
 
@@ -129,7 +132,10 @@ def packed(
         named = {at + name: tensor for name, tensor in (tensors | plain).items()}
         save_tensors(out / shard_name(layer), named)
         specs |= {at + name: spec for name, (spec, *_) in parts.items()}
-    tables = {name: random_packed(four, shape.vocab, hidden, generator) for name in outside}
+    tables = {
+        name: random_packed(four, shape.vocab, hidden, generator, times)
+        for name, times in zip(outside, (gain, 1), strict=True)
+    }
     save_tensors(out / shard_name(None), tables | {"model.norm.weight": ones})
     config = AutoConfig.for_model(
         shape.model_type,
@@ -160,8 +166,10 @@ def _attention_rows(shape: Shape) -> tuple[int, int]:
     return shape.head_dim * shape.heads, shape.head_dim * shape.kv_heads
 
 
-def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
-    """Bytes of a packed tensor: random codes and zeros, a scale that keeps products near 1."""
+def random_packed(
+    spec: Any, rows: int, cols: int, generator: torch.Generator, gain: float = 1
+) -> torch.Tensor:
+    """Bytes of a packed tensor: random codes and zeros, a scale that keeps products near `gain`."""
     matrices = []
     for codec in spec.codecs:
         if codec.family == "trellis":
@@ -169,14 +177,14 @@ def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -
             codes = torch.randint(
                 256, (slabs * codec.slab_bytes(cols),), generator=generator, dtype=torch.uint8
             )
-            scales = torch.full((64 * slabs,), cols**-0.5 / 100, dtype=torch.bfloat16)
+            scales = torch.full((64 * slabs,), gain * cols**-0.5 / 100, dtype=torch.bfloat16)
             matrices.append(torch.cat([codes, scales.view(torch.uint8)]))
             continue
         size, block = codec.nbytes(rows, cols), codec.block_bytes(cols)
         matrix = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
         blocks = matrix[: -(-rows // 16) * block].view(-1, block)
         first = 2 * cols * codec.bits
-        scale = torch.tensor([cols**-0.5 / codec.levels], dtype=torch.bfloat16)
+        scale = torch.tensor([gain * cols**-0.5 / codec.levels], dtype=torch.bfloat16)
         scales = scale.view(torch.uint8).repeat(16 * codec.groups(cols))
         blocks[:, first : first + len(scales)] = scales
         matrices.append(matrix)
@@ -184,12 +192,18 @@ def random_packed(spec: Any, rows: int, cols: int, generator: torch.Generator) -
 
 
 def write_gguf(
-    path: Path, quantization: str, layers: int, skew: float = 0, shape: Shape = MIXTRAL
+    path: Path,
+    quantization: str,
+    layers: int,
+    skew: float = 0,
+    shape: Shape = MIXTRAL,
+    gain: float = 1,
 ) -> None:
     """Write the same shape as GGUF: experts of one type; attention, embedding and head in Q4_K.
 
     Args:
         skew: of the routers, see `router`.
+        gain: of the embedding, see `packed`.
     """
     import gguf
     import numpy as np
@@ -205,12 +219,12 @@ def write_gguf(
             blocks[:, at : at + 2] = np.array([times * scale], np.float16).view(np.uint8)
         return blocks
 
-    def random(kind: str, *shape: int) -> tuple[np.ndarray, Any]:
+    def random(kind: str, *shape: int, gain: float = 1) -> tuple[np.ndarray, Any]:
         """Weights of about the standard deviation of those of `random_packed`."""
         values, size = gguf.GGML_QUANT_SIZES[types[kind]]
         blocks = generator.integers(256, size=(np.prod(shape) // values, size), dtype=np.uint8)
         some = gguf.quants.dequantize(filled(blocks[:1000], kind, 1), types[kind])
-        filled(blocks, kind, 0.5 * shape[-1] ** -0.5 / some.std())
+        filled(blocks, kind, 0.5 * gain * shape[-1] ** -0.5 / some.std())
         return blocks.reshape(*shape[:-1], -1), types[kind]
 
     writer = gguf.GGUFWriter(path, shape.gguf)
@@ -249,7 +263,7 @@ def write_gguf(
     }
     if shape.head_norms:
         parts |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (ones[: shape.head_dim], None))
-    add("token_embd", *random("Q4_K", shape.vocab, hidden))
+    add("token_embd", *random("Q4_K", shape.vocab, hidden, gain=gain))
     add("output", *random("Q4_K", shape.vocab, hidden))
     add("output_norm", ones)
     for layer in range(layers):

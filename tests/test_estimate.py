@@ -17,6 +17,7 @@ from moepress.errors import BudgetError, CheckpointError, InputError
 from moepress.estimate import Estimate, duration, estimate, shares_left
 from moepress.format import checkpoint
 from moepress.format.checkpoint import folder_bytes, write_atomically
+from moepress.workload import rates
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -165,6 +166,14 @@ def test_dry_run(
     printed = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(printed.stdout)["kind"] == "estimate"
     assert not (tmp_path / "out").exists()
+
+
+def test_reading_takes_no_time_without_files(tmp_path: Path) -> None:
+    assert rates._reading([]) == (0, 0)
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    read, again = rates._reading([tmp_path / "file"])
+    assert 0 < read < 1e-6
+    assert 0 < again < 1e-6
 
 
 def test_durations() -> None:

@@ -181,9 +181,12 @@ def _form(source: Source) -> dict[str, Any]:
     module = source.model.get_submodule(experts.path)
     gate = gate_of(module)
     described = gate is not None and not is_normed(module)
+    run = "together" if described else "one by one: no kernel has their function"
+    if experts.form.by_neuron:
+        run = "by neuron: a token reads the rows of its tables that it chooses"
     return {
         "expert_gate": str(gate) if described else "a function of the model's own",
-        "experts_run": "together" if described else "one by one: no kernel has their function",
+        "experts_run": run,
         "expert_biases": bool(experts.biases),
         "expert_shapes_packed": [list(shape) for shape in experts.form.packed_shapes],
     }

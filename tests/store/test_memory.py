@@ -6,7 +6,7 @@ import pytest
 
 from moepress.errors import InputError
 from moepress.store import memory
-from moepress.store.memory import Room, memory_wanted, parse_memory, plan, wanted
+from moepress.store.memory import Room, memory_wanted, parse_memory, plan, refuse_bytes, wanted
 
 
 def test_sizes() -> None:
@@ -38,6 +38,15 @@ def test_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(memory.VARIABLE, "two")
     with pytest.raises(InputError, match="'two'"):
         wanted()
+
+
+def test_bytes_are_refused_where_nothing_can_stay_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(memory.VARIABLE, raising=False)
+    for given in ((5, None), ("fit", 5)):
+        with memory_wanted(*given), pytest.raises(InputError, match="tables of neurons"):
+            refuse_bytes("DogeForCausalLM")
+    with memory_wanted("fit", "fit"):
+        refuse_bytes("DogeForCausalLM")
 
 
 def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:

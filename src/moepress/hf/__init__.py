@@ -56,7 +56,14 @@ from moepress.store.attach import (
     expert_files,
     leave_on_disk,
 )
-from moepress.store.memory import Memory, card_budget, gpu_wanted, memory_wanted, wanted
+from moepress.store.memory import (
+    Memory,
+    card_budget,
+    gpu_wanted,
+    memory_wanted,
+    refuse_bytes,
+    wanted,
+)
 
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -129,7 +136,9 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             check_written(checkpoint_files, stored)
             names = {path: name for name, path in placed.items()}
             experts = expert_files(model, names, checkpoint_files)
-            if experts is not None:
+            if experts is None:
+                refuse_bytes(type(model).__name__)
+            else:
                 self._opening = model, experts
                 self._on_disk = _left_out(model, experts, kwargs.get("device_map"))
             if self._on_disk is None:

@@ -22,7 +22,7 @@ from moepress.kernels.gate import packed_names
 from moepress.memory import free_memory
 from moepress.original.folder import weight_files
 from moepress.store.hottest import hottest, share_of
-from moepress.store.memory import Memory, card_room, plan
+from moepress.store.memory import WITHOUT_EXPERTS, Memory, card_room, plan
 from moepress.store.places import places_of, total_bytes
 from moepress.store.uses import Floats, frequencies
 
@@ -131,7 +131,9 @@ def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
         CheckpointError: a file is damaged.
     """
     held = _Held.of(folder)
-    if not held.sizes or not all(row.any() for row in held.frequency):
+    if not held.sizes:
+        raise InputError(f"{folder} {WITHOUT_EXPERTS}: there is nothing to forecast.")
+    if not all(row.any() for row in held.frequency):
         raise InputError(
             f"{folder} has no {SCORES} with the counts of its calibration. Expected them, for a "
             "forecast: copy that file from the folder it came from."

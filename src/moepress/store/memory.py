@@ -25,6 +25,8 @@ VARIABLE = "MOEPRESS_MEMORY"  # environment: for models opened with transformers
 WHOLE_SHARE = 0.9  # of the free memory: models of more bytes than that are not taken whole
 STORE_SHARE = 0.8  # of the free memory that weights then take; the rest is for activations, caches
 
+# Of a folder whose experts are neurons that tokens choose one by one (`Form.by_neuron`).
+WITHOUT_EXPERTS = "has tables of neurons and no experts that could stay on disk or leave a card"
 _wanted: ContextVar[Memory | None] = ContextVar("moepress_memory", default=None)
 _gpu_wanted: ContextVar[GpuMemory | None] = ContextVar("moepress_gpu_memory", default=None)
 
@@ -100,6 +102,14 @@ class Room:
 
     experts: int  # bytes of memory for them
     locked: bool  # read everything at once, and keep the system from evicting it
+
+
+def refuse_bytes(model: str) -> None:
+    """Raise InputError if a number of bytes is wanted: of a model without experts to divide."""
+    if isinstance(wanted(), int) or isinstance(gpu_wanted(), int):
+        raise InputError(
+            f"{model} {WITHOUT_EXPERTS}. Expected no number of bytes for its memory: give none."
+        )
 
 
 def plan(memory: Memory, experts: int, rest: int) -> Room | None:

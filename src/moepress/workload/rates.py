@@ -264,9 +264,14 @@ PROBES: Mapping[str, Callable[[Machine, float], float]] = {
 
 
 def _reading(files: Iterable[Path]) -> tuple[float, float]:
-    """Seconds for a byte of the model's files: read at places all over them, and read again."""
+    """Seconds for a byte of the model's files: read at places all over them, and read again.
+
+    0 without files: of a model that is known by its config alone.
+    """
     sizes = [(path, path.stat().st_size) for path in files]
     whole = sum(size for _, size in sizes)
+    if not whole:
+        return 0.0, 0.0
     places = []
     for place in range(PLACES):
         at = whole * place // PLACES
