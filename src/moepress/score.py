@@ -226,11 +226,11 @@ def score_layer(
     while together := list(islice(read, step)):
         if rounding.draws and source.device.type == "cuda":
             soon = sums.own[done : done + 1 + EXPERTS_AHEAD]
-            draw_experts_ahead(layer, soon, source.experts[layer], rounding)
+            draw_experts_ahead(soon, together[0], rounding)
         offered = rounded_weights(together, rounding, interpolation.measured)
-        for expert, weights in zip(together, offered, strict=True):
+        for expert, (seen, weights) in zip(together, offered, strict=True):
             progress.update(layer=layer, expert=expert.number, experts=experts)
-            measured = map(interpolation.at_all, measure(expert, weights, texts, sums))
+            measured = map(interpolation.at_all, measure(expert, seen, weights, texts, sums))
             errors[expert.number], costs[:, expert.number] = measured
             done += 1
     walk.ranks.sum_up(errors)

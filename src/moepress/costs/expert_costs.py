@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from moepress.costs.scores import ROUNDED
+from moepress.costs.sketch import sketch_rows, sketched
 from moepress.costs.texts import Texts
 from moepress.format.codec import LEFT_OUT
-from moepress.original.architectures import Experts
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden, expert_output
 from moepress.original.token_sums import TokenSums
@@ -30,23 +31,27 @@ from moepress.rounding.options import Rounding
 
 def rounded_weights(
     experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[float]
-) -> Iterator[Iterator[ExpertWeights | None]]:
-    """Each expert at every offered width, dequantized; None for width 0, which leaves it out.
+) -> Iterator[tuple[RoutedExpert, Iterator[ExpertWeights | None]]]:
+    """Each expert as its costs see it, and that at every offered width, dequantized.
 
-    Each projection is rounded, or gets the error that rounding would leave, on the inputs that it
-    has while the other one is original. The weights of one width are made when they are asked for.
+    It is a sketch of the expert (sketch.py) where errors are drawn. None stands for width 0, which
+    leaves it out. Each projection is rounded, or gets the error that rounding would leave, on the
+    inputs that it has while the other one is original. The weights of one width are made when they
+    are asked for.
     """
     widths = [bits for bits in expert_bits if bits != LEFT_OUT]
     left_out = [None] * (LEFT_OUT in expert_bits)
     if rounding.draws:
-        yield from (chain(left_out, _noisy(expert, rounding, widths)) for expert in experts)
+        for expert in experts:
+            seen = sketched(expert, rounding.tokens.seed)
+            yield seen, chain(left_out, _noisy(expert, seen, rounding, widths))
         return
     same = [widths] * len(experts)
     gate_ups = round_gate_ups(experts, rounding, same)
     originals = [expert.weights.gate_up for expert in experts]
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
-        yield chain(left_out, _dequantized(matrices, expert.weights))
+        yield expert, chain(left_out, _dequantized(matrices, expert.weights))
 
 
 def _dequantized(
@@ -58,30 +63,41 @@ def _dequantized(
 
 
 def _noisy(
-    expert: RoutedExpert, rounding: Rounding, widths: Sequence[float]
+    expert: RoutedExpert, seen: RoutedExpert, rounding: Rounding, widths: Sequence[float]
 ) -> Iterator[ExpertWeights]:
-    """The expert with drawn errors at every width, in the dtype of its weights."""
+    """The sketch of an expert with drawn errors at every width, in the dtype of its weights.
+
+    Args:
+        seen: the sketch, or the expert.
+    """
     weights, seed = expert.weights, rounding.tokens.seed
 
-    def noisy(weight: Tensor, projection: str, gathered: Callable[[], Inputs]) -> Iterator[Tensor]:
+    def noisy(
+        weight: Tensor, rows: int, projection: str, gathered: Callable[[], Inputs]
+    ) -> Iterator[Tensor]:
         factor = gathered().factor(rounding.damping)
         noise = draw(weight.shape, seed, _name(expert.layer, expert.number, projection))
-        yield from noisy_weights(weight, widths, factor, noise)
+        yield from noisy_weights(weight, widths, factor, noise, rows)
 
-    gate_ups = noisy(weights.gate_up, ROUNDED[0], lambda: gate_up_inputs(expert, rounding))
-    downs = noisy(weights.down, ROUNDED[1], lambda: down_inputs(expert, weights.gate_up, rounding))
+    of_gate_up = partial(gate_up_inputs, expert, rounding)
+    of_down = partial(down_inputs, expert, weights.gate_up, rounding)
+    gate_ups = noisy(weights.gate_up, len(weights.gate_up), ROUNDED[0], of_gate_up)
+    downs = noisy(seen.weights.down, len(weights.down), ROUNDED[1], of_down)
     for _ in widths:  # no name holds the weights of a width while those of the next are made
-        yield weights._replace(gate_up=next(gate_ups), down=next(downs))
+        yield seen.weights._replace(gate_up=next(gate_ups), down=next(downs))
 
 
-def draw_experts_ahead(
-    layer: int, numbers: Sequence[int], experts: Experts, rounding: Rounding
-) -> None:
-    """Begin to draw the errors of experts that will be scored soon."""
-    shapes = experts.gate_up_shape, experts.down_shape
+def draw_experts_ahead(numbers: Sequence[int], like: RoutedExpert, rounding: Rounding) -> None:
+    """Begin to draw the errors of experts that will be scored soon.
+
+    Args:
+        like: an expert of the layer.
+    """
+    gate_up, down = like.weights.gate_up.shape, like.weights.down.shape
+    shapes = tuple(gate_up), (sketch_rows(like), down[1])
     for number in numbers:
         for shape, projection in zip(shapes, ROUNDED[:2], strict=True):
-            draw_ahead(shape, rounding.tokens.seed, _name(layer, number, projection))
+            draw_ahead(shape, rounding.tokens.seed, _name(like.layer, number, projection))
 
 
 def _name(layer: int, number: int, projection: str) -> str:
@@ -90,6 +106,7 @@ def _name(layer: int, number: int, projection: str) -> str:
 
 def measure(
     expert: RoutedExpert,
+    seen: RoutedExpert,
     offered: Iterable[ExpertWeights | None],
     texts: Texts,
     output: TokenSums,
@@ -98,21 +115,22 @@ def measure(
 
     Args:
         expert: with its original weights.
-        offered: the expert at each width, one in memory at a time; None: left out.
+        seen: the same as its costs see it: a sketch (sketch.py), or `expert` itself.
+        offered: `seen` at each width, one in memory at a time; None: left out.
         output: gets the expert's exact output.
 
     Returns:
         Squared errors [3, B] float64 by ROUNDED: gate_up alone, down alone, both rounded. And costs
         [D, 3, B] float64: the same errors for each text, weighted by the tokens' sensitivities.
     """
-    hidden, exact = _originals(expert, output)
+    hidden, exact = _originals(expert, seen, output)
     errors, costs = [], []
     for candidate in offered:
         error = torch.zeros(len(ROUNDED), dtype=torch.float64)
         cost = torch.zeros(texts.count, len(ROUNDED), dtype=torch.float64)
         for chunk in chunks(expert.tokens):
             token = expert.tokens[chunk]
-            for row, squared in enumerate(_errors(expert, candidate, chunk, hidden, exact)):
+            for row, squared in enumerate(_errors(seen, candidate, chunk, hidden, exact)):
                 error[row] += squared.sum()
                 if expert.routed.sensitivity is not None:
                     squared *= expert.routed.sensitivity[token]
@@ -123,24 +141,31 @@ def measure(
     return torch.stack(errors, -1), torch.stack(costs, -1)
 
 
-def _originals(expert: RoutedExpert, output: TokenSums) -> tuple[Tensor, Tensor]:
-    """The inputs of down and the weighted output [T_e, H] float32 of the original expert.
+def _originals(
+    expert: RoutedExpert, seen: RoutedExpert, output: TokenSums
+) -> tuple[Tensor, Tensor]:
+    """The inputs of down and the weighted output of the original expert.
 
-    The inputs are [T_e, I], or [T_e, 1] where each token uses one neuron.
+    The inputs are [T_e, I], or [T_e, 1] where each token uses one neuron. The output is [T_e, H]
+    float32, or [T_e, m] of a sketch.
 
     Args:
-        output: gets the output.
+        seen: a sketch, or `expert` itself.
+        output: gets the output of the expert.
     """
     weights, own = expert.weights, len(expert.tokens)
     device = weights.down.device
+    outer = expert.routed.hidden.shape[1] if seen is expert else len(seen.weights.down)
     hidden = empty((own, expert.inner), weights.down.dtype, device)
-    exact = empty((own, expert.routed.hidden.shape[1]), torch.float32, device)
+    exact = empty((own, outer), torch.float32, device)
     for chunk in chunks(expert.tokens):
         x, neurons = expert.inputs(chunk), expert.neurons(chunk)
         module, size = expert.module, x.shape[1]
         inside = expert_hidden(module, weights.gate_up, x, weights.gate_up_bias, neurons)
         y = expert_output(module, weights.down, inside, size, weights.down_bias, neurons)
         output.add(expert, chunk, y)
+        if seen is not expert:
+            y = expert_output(seen.module, seen.weights.down, inside, outer, seen.weights.down_bias)
         hidden[chunk], exact[chunk] = inside, y.float() * expert.gate[chunk, None].to(device)
     return hidden, exact
 

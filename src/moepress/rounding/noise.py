@@ -77,7 +77,11 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def noisy_weights(
-    weight: Tensor, widths: Sequence[float], factor: Factor, noise: Tensor
+    weight: Tensor,
+    widths: Sequence[float],
+    factor: Factor,
+    noise: Tensor,
+    rows_of_code: int | None = None,
 ) -> Iterator[Tensor]:
     """A matrix with the error of trellis codes of each width, [N, K] in the dtype of `weight`.
 
@@ -85,6 +89,8 @@ def noisy_weights(
         weight: [N, K], any float dtype; not changed.
         factor: of the Hessian of the *rotated* inputs.
         noise: [K, N], what `draw` returned.
+        rows_of_code: of the matrix that would be rounded, if `weight` has sums of its rows
+            (costs/sketch.py); None: N.
 
     Raises:
         NumericalError: the weight holds NaN or infinity.
@@ -93,7 +99,7 @@ def noisy_weights(
     size = rows.square().mean(1).sqrt()  # [N]
     target = torch.empty(rows.T.shape, device=rows.device)  # [K, N], every row of variance 1
     torch.mul(rows.T, inverse(size), out=target)
-    count = len(rows)
+    count = len(rows) if rows_of_code is None else rows_of_code
     del rows
     narrow = feedback_in_16_bits(weight.dtype, weight.device) and len(target) > COLUMNS_IN_16_BITS
     dtype = torch.bfloat16 if narrow else torch.float32

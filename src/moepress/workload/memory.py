@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 
 from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import ROWS_AT_ONCE
+from moepress.costs.sketch import rows_in_sketch
 from moepress.format.codec import stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
@@ -217,15 +218,20 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     """An expert while it is rounded to every width, or given the errors of every width."""
     shape, count = task.shape, len(task.recipe.widths)
     sizes = [shape.gate_up, shape.down]
-    weights = shape.expert_weights * shape.compute_itemsize  # of one width
+    hidden = shape.expert_hidden
+    outer = rows_in_sketch(hidden) if rounding.draws and shape.neurons is None else hidden
+    drawn = shape.expert_weights - (hidden - outer) * shape.intermediate  # those of a sketch
+    weights = drawn * shape.compute_itemsize  # of one width
     own = shape.expert_tokens(task.tokens)  # inputs of down and outputs of the original expert
-    weights += own * (shape.inner * shape.compute_itemsize + shape.hidden * FLOAT)
+    weights += own * (shape.inner * shape.compute_itemsize + outer * FLOAT)
     largest = max(rows * cols for rows, cols in sizes)
     square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
     chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
     if rounding.draws:  # both projections side by side: factor, block feedback
         squares = sum(2 * cols**2 * FLOAT for _, cols in sizes)
-        drawing = squares + DRAWING * shape.expert_weights + DRAWN * largest + weights
+        if outer < hidden:  # the sketch
+            weights += outer * shape.intermediate * shape.compute_itemsize
+        drawing = squares + DRAWING * drawn + DRAWN * largest + weights
         return max(drawing, squares + FLOAT * largest + chunk)
     codes = count * shape.expert_weights
     one = largest * _rounding_bytes(task.recipe.widths, rounding, corrects=False)

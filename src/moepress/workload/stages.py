@@ -13,6 +13,7 @@ from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import HEAD_TOKENS
 from moepress.costs.interpolation import NODES
 from moepress.costs.scores import ROUNDED
+from moepress.costs.sketch import rows_in_sketch
 from moepress.format.codec import LEFT_OUT, stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED, Recipe
@@ -182,22 +183,29 @@ def _score_linears(task: Task, group: Sequence[Linear], rounding: Rounding) -> W
 def _score_expert(task: Task, rounding: Rounding) -> Work:
     """One expert at all widths that are measured, and its error on its tokens at each."""
     shape, widths = task.shape, task.recipe.widths
+    seen, hidden = shape.down, shape.expert_hidden
+    outer = hidden
     if rounding.draws:
         widths = widths[:NODES]  # which of them does not matter
+        if shape.neurons is None:
+            outer = rows_in_sketch(hidden)
+            seen = outer, shape.intermediate
     works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
         works += (op.factor(cols) for _, cols in shape.with_hessian)
-    for size in (shape.gate_up, shape.down):
+    for size in (shape.gate_up, seen):
         works.append(_offered(task, size, widths, rounding))
     tokens = shape.expert_tokens(task.tokens)
     gate_up = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
-    down = op.product(tokens, shape.inner, shape.expert_hidden)
+    down, error = (op.product(tokens, shape.inner, size) for size in (hidden, outer))
     inner = Work({"copy": 5 * tokens * shape.inner})
-    # The exact output, then for each width gate and up once and down for each of ROUNDED.
+    # The exact output; then for each width gate and up once and down for each of ROUNDED.
     works.append(gate_up + down + inner)
-    errors = Work({"copy": 4 * tokens * shape.hidden})
-    each = gate_up + inner + times(len(ROUNDED), down + errors)
+    if outer < hidden:  # S W, and the sketch of the exact output
+        works += (op.product(outer, hidden, shape.intermediate), error)
+    error = error + Work({"copy": 4 * tokens * outer})
+    each = gate_up + inner + times(len(ROUNDED), error)
     chunks = -(-tokens // BATCH_TOKENS)
     works.append(times(len(widths), each + Work({"call": 30 * chunks})))
     return total(works)
