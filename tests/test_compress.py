@@ -280,20 +280,20 @@ def test_a_full_disk_is_one_error_and_keeps_finished_layers(
 ) -> None:
     """The disk fills while the second layer is written. With space again the run resumes."""
     module = importlib.import_module("moepress.format.checkpoint")
-    real = module.save_file
+    real = module.write_tensors
 
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        if "model-layer-0001" in Path(path).name:
+    def full(path: Path, tensors: object, metadata: object) -> None:
+        if "model-layer-0001" in path.name:
             raise OSError(28, "No space left on device")
-        real(tensors, path, metadata=metadata)
+        real(path, tensors, metadata)
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "write_tensors", full)
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="No space left"):
         compress(model_folder(), out, small_recipe(text_file, bits=2.5))
     assert (out / "model-layer-0000.safetensors").is_file()
     assert not list(out.glob("*model-layer-0001*"))
-    monkeypatch.setattr(module, "save_file", real)
+    monkeypatch.setattr(module, "write_tensors", real)
     compress(model_folder(), out, small_recipe(text_file, bits=2.5))
     assert content(out) == content(compressed)
 

@@ -28,7 +28,6 @@ from moepress.format.checkpoint import (
     PLAN,
     finish_folder,
     finished_config,
-    load_tensors,
     quantization_config,
     save_tensors,
     shard_name,
@@ -36,6 +35,7 @@ from moepress.format.checkpoint import (
 from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
+from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.batches import empty
 from moepress.original.companions import companions
 from moepress.original.experts import Routed
@@ -142,7 +142,7 @@ def _finish(
     out: Path,
 ) -> None:
     """Write what describes the finished layers, and delete the work folder."""
-    drop_costs = {layer: load_tensors(_drops_file(out, layer)) for layer in source.experts}
+    drop_costs = {layer: load_unfinished(_drops_file(out, layer)) for layer in source.experts}
     DropCosts.of_layers(drop_costs, identity(source, plan.recipe, ids)).save(out / DROP_COSTS)
     names = (*map(shard_name, (None, *range(len(source.layers)))), *copied_shards(source))
     shards = [out / name for name in names]
@@ -178,7 +178,7 @@ def _quantize_layers(
             with source.layer_loaded(layer):
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)
             if drops is not None and walk.ranks.first:
-                save_tensors(_drops_file(out, layer), drops)
+                save_unfinished(_drops_file(out, layer), drops)
             states = {} if original is None else original.tensors(ORIGINAL_STATES)
             journal.commit(layer, tensors, walk.tensors() | states)
             progress.advance()

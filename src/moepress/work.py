@@ -20,11 +20,10 @@ from moepress.errors import InputError
 from moepress.format.checkpoint import (
     SCORES,
     is_compressed,
-    load_tensors,
-    save_tensors,
 )
 from moepress.format.journal import compare_identity
 from moepress.format.quantization import quantization_of
+from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.composite import language_model
 from moepress.original.remote_code import tokenizer_of
 from moepress.original.skeleton import open_folder
@@ -86,7 +85,7 @@ def kept_ids(folder: Path, source: Source, recipe: Recipe) -> Tensor:
     use the sequences that it began with.
     """
     path = folder / TEXT
-    return load_tensors(path)["ids"] if path.is_file() else calibration_ids(source, recipe)
+    return load_unfinished(path)["ids"] if path.is_file() else calibration_ids(source, recipe)
 
 
 def check_text(folder: Path, source: Source, recipe: Recipe) -> Tensor | None:
@@ -112,7 +111,7 @@ def check_text(folder: Path, source: Source, recipe: Recipe) -> Tensor | None:
 def keep_ids(folder: Path, ids: Tensor) -> None:
     """Store the sequences in a work folder, unless it has sequences already."""
     if not (folder / TEXT).is_file():
-        save_tensors(folder / TEXT, {"ids": ids})
+        save_unfinished(folder / TEXT, {"ids": ids})
 
 
 def _tokenizer(source: Source) -> object:

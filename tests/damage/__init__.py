@@ -1,6 +1,7 @@
 """Damaged inputs: each is refused in one line, or harmless.
 
-More variants: MOEPRESS_VARIANTS=1000 pytest -n 0 tests/damage; another seed: MOEPRESS_SEED=7.
+Thousands of variants, and a table of their outcomes: python -m tests.damage
+More variants of one test: MOEPRESS_VARIANTS=1000 pytest -n 0 tests/damage; a seed: MOEPRESS_SEED=7.
 """
 
 import os

@@ -37,15 +37,23 @@ def outcome(read: Callable[[], str], longest: int = LONGEST) -> str:
 
 @contextmanager
 def _limited(seconds: int) -> Iterator[None]:
-    """Raise _TooLongError inside the `with` statement after some seconds."""
+    """Raise _TooLongError inside the `with` statement after some seconds.
 
-    def stop(_: int, __: FrameType | None) -> None:
-        raise _TooLongError
+    Seconds count while this process may run: those of a stopped process (SIGSTOP) are one. Or of
+    processor time, for a call that leaves no room for ticks.
+    """
+    began, ticks = time.process_time(), 0
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    def tick(_: int, __: FrameType | None) -> None:
+        nonlocal ticks
+        ticks += 1
+        if max(ticks, time.process_time() - began) > seconds:
+            raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
 import tempfile
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from moepress.original.usable import check_usable
 from moepress.recipe import Recipe
 from moepress.work import calibration_ids
 from tests.damage import ending
+from tests.damage.record import recorded
+from tests.damage.sources import damaged, variants
 
 
 def outcome(folder: Path, recipe: Recipe, longest: int = ending.LONGEST) -> str:
@@ -81,13 +86,9 @@ def table(outcomes: dict[str, str]) -> dict[str, dict[str, int]]:
 
 def run(folder: Path, recipe: Recipe, count: int, seed: int) -> dict[str, str]:
     """Outcomes of some variants of a folder, by name."""
-    import random
-    from itertools import islice
-
-    from tests.damage.sources import damaged, variants
-
     outcomes = {}
     with tempfile.TemporaryDirectory() as work:
         for name, apply in islice(variants(folder, random.Random(seed)), count):
-            outcomes[name] = outcome(damaged(folder, apply, Path(work) / "copy"), recipe)
+            copy = damaged(folder, apply, Path(work) / "copy")
+            outcomes[name] = recorded(name, partial(outcome, copy, recipe))
     return outcomes

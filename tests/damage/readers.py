@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from moepress.recipe import Recipe
 from moepress.report import read_subject
 from tests.damage.ending import outcome
 from tests.damage.parts import Variants
+from tests.damage.record import recorded
 
 IDS = torch.tensor([[5, 9, 300, 17, 2, 44, 8, 31]])
 DOCUMENTS: dict[str, Callable[[Path], object]] = {
@@ -93,7 +95,7 @@ def outcomes(
             _remove(copy)
             shutil.copyfile(intact, copy)
         apply(copy)
-        told[name] = read(copy)
+        told[name] = recorded(name, partial(read, copy))
     return told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from moepress.format.checkpoint import PLAN, SCORES
 from tests.conftest import small_recipe
 from tests.damage import SEED, commands, companions, variants_or
 from tests.damage.readers import check, outcomes
+from tests.damage.record import recorded
 
 VARIANTS = variants_or(12)
 
@@ -63,15 +65,16 @@ def test_hostile_words(
         "dequantize": [str(made), out],
         "serve": [str(tmp_path / "nothing")],
     }
-    told: dict[str, str] = {}
-    for name, words in islice(commands.variants(good, random.Random(SEED)), VARIANTS):
+
+    def ran(words: list[str]) -> str:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(copy, ignore_errors=True)
         work.mkdir()
         shutil.copytree(made, copy)
         monkeypatch.chdir(work)
-        told[name] = commands.outcome(words, typed="hi\n")
+        outcome = commands.outcome(words, typed="hi\n")
         left = sorted(path.name for path in work.iterdir())
-        if left and told[name] != "done":
-            told[name] = f"WRONG: left behind {left}: {told[name]}"
-    check(told, {"refused"})
+        return f"WRONG: left behind {left}: {outcome}" if left and outcome != "done" else outcome
+
+    found = islice(commands.variants(good, random.Random(SEED)), VARIANTS)
+    check({name: recorded(name, partial(ran, words)) for name, words in found}, {"refused"})

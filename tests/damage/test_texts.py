@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from moepress.errors import InputError
 from moepress.text.windows import evaluation_tokens, load_tokens
 from tests.damage import SEED, variants_or
+from tests.damage.record import recorded
 from tests.damage.texts import variants
 
 VARIANTS = variants_or(150)
@@ -37,7 +39,7 @@ def test_damaged_texts(tokenizer_folder: Path, tmp_path: Path) -> None:
     outcomes = {}
     for name, content in islice(variants(random.Random(SEED)), VARIANTS):
         (tmp_path / name).write_bytes(content)
-        outcomes[name] = outcome(tmp_path / name, tokenizer)
+        outcomes[name] = recorded(name, partial(outcome, tmp_path / name, tokenizer))
         (tmp_path / name).unlink()
     assert not {name: told for name, told in outcomes.items() if told.startswith("WRONG")}
     assert min(Counter(outcomes.values()).values()) > VARIANTS // 10

@@ -7,7 +7,9 @@ stderr. Heavy imports wait until a command runs.
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -70,7 +72,21 @@ def options(
 
 def main() -> None:
     """Run the command line."""
+    _in_utf8()
     app(_debug_first(sys.argv[1:]))
+
+
+def _in_utf8() -> None:
+    """Take words and paths as UTF-8 under any locale; escape what a terminal cannot show.
+
+    Python itself does so in the C locale, unless PYTHONUTF8=0. Words are then ASCII with what is
+    not in it escaped, which libraries cannot open: start again, in UTF-8.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _debug_first(words: list[str]) -> list[str]:

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError
-from moepress.format.checkpoint import Writer, load_tensors, save_tensors
+from moepress.format.checkpoint import Writer
 from moepress.format.journal import check_identity
+from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.backward import BackwardWalk, Gradient, as_leaves, outputs_as_leaves
 from moepress.original.batches import position_chunks
 from moepress.original.calls import record_calls
@@ -59,7 +60,7 @@ class Sensitivity:
 
     def layer(self, layer: int) -> Mapping[str, Tensor]:
         """s [T] float32 by output: EXPERTS, linears by name, and EMBEDDING in the first layer."""
-        return load_tensors(result_file(self.folder, layer))
+        return load_unfinished(result_file(self.folder, layer))
 
 
 @torch.inference_mode(False)  # a caller's inference mode would rule autograd out
@@ -92,7 +93,7 @@ def measure_sensitivity(
         if ranks.agreed(lambda: not _gradient(folder, todo[-1] + 1).is_file()):
             _forward(walk, folder, progress)
             gradient = walk.division.on_first(head_gradient(walk, seed).tensors())
-            ranks.agreed(lambda: save_tensors(_gradient(folder, count), gradient))
+            ranks.agreed(lambda: save_unfinished(_gradient(folder, count), gradient))
         else:
             progress.skip(count)
         _backward(walk, folder, todo, progress)
@@ -147,7 +148,7 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
 def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
     """Write the states before every layer; leave the walk after the last one."""
     source = walk.source
-    writer = Writer(source.device, save_tensors)
+    writer = Writer(source.device, save_unfinished)
     at = 0  # the layer whose input the walk's states are
     layers = range(len(source.layers))
     done = walk.ranks.agreed(lambda: [_states(folder, layer + 1).is_file() for layer in layers])
@@ -159,7 +160,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
         if layer == 0:
             writer.save({_states(folder, 0): walk.tensors()})
         elif at != layer:
-            walk.restore(load_tensors(_states(folder, layer)))
+            walk.restore(load_unfinished(_states(folder, layer)))
         with source.layer_loaded(layer):
             walk.pass_layer(layer)
         at = layer + 1
@@ -167,7 +168,7 @@ def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
         progress.advance()
     walk.ranks.agreed(writer.finish)
     if at != len(source.layers):
-        walk.restore(load_tensors(_states(folder, len(source.layers))))
+        walk.restore(load_unfinished(_states(folder, len(source.layers))))
 
 
 def head_gradient(walk: Walk, seed: int) -> Gradient:
@@ -208,17 +209,17 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
-    stored = load_tensors(_gradient(folder, first + 1))
+    stored = load_unfinished(_gradient(folder, first + 1))
     own = {name: walk.division.own(value) for name, value in stored.items()}
     gradient = Gradient.of(own, walk.states_like())
     walk_back = BackwardWalk(walk, gradient)
-    writer = Writer(source.device, save_tensors)
+    writer = Writer(source.device, save_unfinished)
     for layers in reversed(walk.loop.groups(todo)):
         found: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
         for number in passes_back(gradient, walk.loop.runs(layers[0])):
             for layer in reversed(layers):
                 progress.update(layer=layer, note="backward")
-                walk.restore(load_tensors(_states(folder, layer)))
+                walk.restore(load_unfinished(_states(folder, layer)))
                 one = walk_back.on(walk.of_pass(number))
                 with source.layer_loaded(layer, following=layer - 1):
                     found[layer].append(_of_layer(one, layer))

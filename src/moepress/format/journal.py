@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import Writer, load_json, load_tensors, save_json
+from moepress.format.checkpoint import Writer, load_json, save_json, save_tensors
+from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.ranks import here
 from moepress.reading.documents import parse_value
 
@@ -50,7 +51,7 @@ class Journal:
         self.folder = folder
         self.layers = range(layers)
         self._file = file or partial(layer_file, folder)
-        self._writer = Writer(device)
+        self._writer = Writer(device, self._write)
         here().agreed(lambda: check_identity(folder / "identity.json", identity))
 
     def done(self, layer: int) -> bool:
@@ -93,8 +94,12 @@ class Journal:
         )
 
     def result(self, layer: int) -> dict[str, Tensor]:
-        """The result that `commit` recorded for a layer."""
-        return load_tensors(self._file(layer))
+        """The result that `commit` recorded for a layer in `folder`."""
+        return load_unfinished(self._file(layer))
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """A result elsewhere than in `folder` is a file of the output, as it will stay."""
+        (save_unfinished if path.parent == self.folder else save_tensors)(path, tensors)
 
     def _stored_states(self, layer: int) -> dict[str, Tensor]:
         path = self._states(layer)
@@ -103,7 +108,7 @@ class Journal:
                 f"{path} is missing, so the work in {self.folder} cannot go on. Delete that folder "
                 "to start over."
             )
-        return load_tensors(path)
+        return load_unfinished(path)
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"

@@ -6,6 +6,9 @@ checkpoint that is opened without moepress then fails on the sizes instead of ru
 weights.
 
 Packed bytes are not numbers: `.to(dtype)` and `.half()` leave them alone, and they get no gradient.
+`weight.dtype` is uint8, as of bitsandbytes' 4-bit linears: transformers' code asks for it to tell
+that a weight is packed, and a tensor that named another dtype than its bytes have could not be
+saved, moved or compiled as what it is. Ask `model.dtype` for the dtype of activations.
 Inputs, routing weights and biases do (gradients.py).
 """
 

@@ -111,6 +111,8 @@ def _trusted(folder: Path, load: Callable[[bool], Any], trust: bool, what: str) 
 def _unreadable(what: str, error: Exception) -> MoepressError:
     if isinstance(error, MoepressError):
         return error
+    if isinstance(error, PermissionError):
+        return InputError(f"{error.filename} may not be read by this user: change its permissions.")
     return InputError(
         f"transformers cannot read {what}: {one_line(error)}. The file is damaged, or of another "
         "version of transformers: fetch it again."
