@@ -13,6 +13,12 @@ from vllm.platforms import current_platform
 
 from moepress.errors import InputError
 
+# Model types whose text is not that of transformers, measured in docs/vllm.md.
+OTHER_TEXT = {
+    "lfm2_moe": "so it does with the original",
+    "qwen3_vl_moe": "the cause is not known",
+}
+
 
 def check_pipeline(config: Any) -> None:
     """Raise InputError for a pipeline of ranks on CPUs that is not compiled.
@@ -29,12 +35,18 @@ def check_pipeline(config: Any) -> None:
 
 
 def check_layers(model: nn.Module, own: nn.Module) -> None:
-    """Raise InputError for layers that vLLM has replaced by others, or has no kernels for.
+    """Raise InputError for layers that vLLM replaces, has no kernels for, or computes otherwise.
 
     Args:
         model: of vLLM's class.
         own: of transformers' class.
     """
+    kind = getattr(own.config, "model_type", "")
+    if kind in OTHER_TEXT:
+        raise InputError(
+            f"vLLM 0.32 writes other text with {kind} than transformers ({OTHER_TEXT[kind]}). "
+            "`moepress serve` can serve the folder."
+        )
     _check_replaced(model, own)
     if any(isinstance(module, MambaMixer) for module in model.modules()) and not hasattr(
         torch.ops._C, "selective_scan_fwd"
