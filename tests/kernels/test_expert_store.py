@@ -62,8 +62,11 @@ class Oracle:
         for key in missing:
             while self.used() + self.size(key) > self.budget:
                 free = sorted(self.present - set(keys))
-                self.present.remove(min(free, key=lambda k: self.priority[k]))
+                self.present.remove(min(free, key=self.worth))
             self.present.add(key)
+
+    def worth(self, key: tuple[int, int]) -> float:
+        return self.priority[key] - self.seen.get(key[0], 0.0) / HALF_LIFE
 
     def size(self, key: tuple[int, int]) -> int:
         return self.sizes[key[0]][key[1]]

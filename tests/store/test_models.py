@@ -24,6 +24,7 @@ from moepress.format.checkpoint import quantization_config
 from moepress.format.codec import PackedSpec
 from moepress.hf import load_model
 from moepress.kernels import cpu
+from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning, parse_strength, prune
 from moepress.store import statistics
 from moepress.store.memory import VARIABLE, memory_wanted
@@ -158,6 +159,67 @@ def test_the_same_bits_at_every_budget(
         assert found.counts.tokens >= 40 * 3 + 8
     assert rates[0] < rates[-1]
     assert rates == sorted(rates)
+
+
+@torch.inference_mode()
+def call(model: Any, layer: int, tokens: int, *experts: int) -> Tensor:
+    """The experts of a layer, on as many random tokens: two given ones, or all."""
+    module = [m for m in model.modules() if isinstance(m, PackedExperts)][layer]
+    draw = torch.Generator().manual_seed(layer)
+    hidden = torch.randn(tokens, module.hidden_size, generator=draw)
+    index = torch.randint(EXPERTS, (tokens, 2), generator=draw)
+    if experts:
+        index[:] = torch.tensor(experts)
+    out: Tensor = module(hidden, index, torch.rand(tokens, 2, generator=draw))
+    return out
+
+
+@pytest.mark.parametrize("codes", ["int", "trellis"])
+def test_a_prefill_reads_every_expert_once(folder: Callable[..., Path], codes: str) -> None:
+    """Also if they do not fit together, and if the op takes the tokens in portions."""
+    path = folder("mixtral", codes)
+    whole = in_memory(path)
+    for memory in budgets(path)[:2]:
+        model = load_model(path, memory=memory)
+        for layer in range(2):
+            assert torch.equal(call(model, layer, 600), call(whole, layer, 600))
+        found = statistics(model)
+        assert found is not None and found.counts.uses == 2 * (EXPERTS - 1)
+        assert found.counts.reads == found.counts.uses
+
+
+def test_a_prefill_reads_the_next_layer_ahead(folder: Callable[..., Path]) -> None:
+    model = load_model(folder(), memory=10**9)
+    store = store_of(model)
+    assert store is not None
+    left_out = 2
+    call(model, 0, 1)
+    assert store.at_hand(1).nonzero().flatten().tolist() == [left_out]
+    call(model, 0, 40)
+    assert store.at_hand(1).all()
+    call(model, 1, 40)
+    assert store.counts().reads == 2 * (EXPERTS - 1)
+
+
+def test_a_prefill_of_one_layer_does_not_drop_what_others_use_more(
+    folder: Callable[..., Path],
+) -> None:
+    """A layer's clock runs with its tokens, and a prefill reaches one layer after another."""
+    path, few = folder(), budgets(folder())[0]
+    store = store_of(load_model(path, memory=few))
+    assert store is not None
+    memory = few - store.budget  # of the other weights
+    for room in (10**9, 0):  # with room for all, then for what was held before the last call
+        model = load_model(path, memory=memory + room)
+        store = store_of(model)
+        assert store is not None
+        for _ in range(16):
+            call(model, 0, 1, 0, 1)
+        call(model, 1, 600)
+        memory += store.counts().bytes_held
+        call(model, 0, 1, 3, 7)
+        assert store.at_hand(0)[[0, 1, 3, 7]].all()
+    assert store.counts().dropped > 0
 
 
 def test_other_families_threads_and_backends(folder: Callable[..., Path]) -> None:

@@ -132,3 +132,17 @@ def test_a_folder_without_a_file_is_refused(folder: Path) -> None:
             pass
     finally:
         (folder / "kept").rename(layer)
+
+
+def test_weights_that_the_folder_has_not_are_refused(
+    tokenizer_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """vLLM's class of Phi-MoE has biases always. Without a value they would be any numbers."""
+    model = make_model("phimoe", hidden_size=128)
+    original = save_model(model, tmp_path / "original", tokenizer_folder)
+    config = original / "config.json"
+    fields = json.loads(config.read_text()) | {"architectures": ["PhiMoEForCausalLM"]}
+    config.write_text(json.dumps(fields))
+    packed = compress(original, tmp_path / "packed", small_recipe(text_file, "fast", bits=2.5))
+    with pytest.raises(Exception, match="wants weights that the folder has not"), engine(packed):
+        pass

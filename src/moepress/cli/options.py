@@ -35,8 +35,8 @@ Prune = Annotated[
     str | None,
     typer.Option(
         "--prune",
-        help="Drop experts: a share of those chosen (0.15), paper, a .json file, or 0 for none. "
-        "Default: as stored in the folder.",
+        help="Drop experts: a share of those chosen (0.15), paper, a .json file, 0 for none, or "
+        "disk:0.15 where experts are on disk. Default: as stored in the folder.",
     ),
 ]
 Memory = Annotated[

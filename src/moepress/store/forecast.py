@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,17 @@ import torch
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import SCORES
 from moepress.format.quantization import packed_specs
-from moepress.kernels.cpu.expert_store import PAGE, READERS, open_file
+from moepress.kernels import cpu
+from moepress.kernels.cpu.expert_store import HUGE_FROM, ExpertStore, Place, pages
 from moepress.kernels.gate import packed_names
 from moepress.memory import free_memory
 from moepress.original.folder import weight_files
 from moepress.store.hottest import hottest, share_of
 from moepress.store.memory import WITHOUT_EXPERTS, Memory, card_room, plan
 from moepress.store.places import places_of, total_bytes
-from moepress.store.uses import Floats, frequencies
+from moepress.store.uses import HALF_LIFE, Floats, frequencies
 
 LOCALITY = 1.8
-PIECE = 1 << 21  # bytes of a read, as of store_state.h
 MOST_READ = 256 << 20  # bytes read to measure the speed of a drive
 MEMORY_READ = 256 << 20
 EXPERT_NAMES = {name for gated in (True, False) for name in packed_names(gated)}
@@ -49,34 +46,33 @@ def expected_misses(frequency: Sequence[Floats], sizes: Sequence[Floats], budget
     return float(max(missed, 0.0) ** LOCALITY)
 
 
-def read_speed(path: Path, most: int = MOST_READ) -> float:
-    """Bytes per second that a file's drive gives to as many threads as a store has.
+def read_speed(path: Path, matrix: int = HUGE_FROM) -> float:
+    """Bytes per second at which a store reads matrices of a size from a file.
 
-    The page cache is left out, where the system can.
+    A store is opened for it, because more than the drive decides: large matrices come in huge
+    pages, into which direct reads are two to three times as fast (docs/log.md#huge-pages).
+
+    Args:
+        matrix: bytes.
 
     Raises:
         CheckpointError: the file cannot be read.
+        InputError: there is no store here.
     """
     try:
-        handle = open_file(path, direct=True)
+        size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+    nbytes = max(min(matrix, size), 1)
+    starts = range(0, max(min(size, MOST_READ) - nbytes, 0) + 1, nbytes)
+    pairs = [(Place(path, at, nbytes), Place(path, 0, 0)) for at in starts]
+    store = ExpertStore([pairs], [np.zeros(len(pairs))], HALF_LIFE, sum(pages(a) for a, _ in pairs))
     try:
-        size = min(os.fstat(handle).st_size // PAGE * PAGE, most)
-        starts = range(0, size, PIECE)
-
-        def read(worker: int) -> int:
-            with mmap.mmap(-1, PIECE) as buffer:  # whole pages, as direct reads need
-                return sum(os.preadv(handle, [buffer], at) for at in starts[worker::READERS])
-
         started = time.perf_counter()
-        with ThreadPoolExecutor(READERS) as pool:
-            got = sum(pool.map(read, range(READERS)))
-        return got / max(time.perf_counter() - started, 1e-9)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        with store.hold(0, range(len(pairs))):
+            return store.counts().bytes_read / max(time.perf_counter() - started, 1e-9)
     finally:
-        os.close(handle)
+        store.close()
 
 
 def memory_speed() -> float:
@@ -126,8 +122,8 @@ def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
         memory: as of `memory.plan`.
 
     Raises:
-        InputError: the folder is none of moepress, has no counts of its calibration, or the memory
-            does not hold the weights outside the experts.
+        InputError: the folder is none of moepress, has no counts of its calibration, the memory
+            does not hold the weights outside the experts, or there are no compiled kernels.
         CheckpointError: a file is damaged.
     """
     held = _Held.of(folder)
@@ -138,6 +134,8 @@ def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
             f"{folder} has no {SCORES} with the counts of its calibration. Expected them, for a "
             "forecast: copy that file from the folder it came from."
         )
+    if (reason := cpu.missing()) is not None:
+        raise InputError(f"There is no forecast without the compiled kernels: {reason}")
     room = plan(memory, held.experts, held.rest)
     budget = None if room is None or room.locked else room.experts
     chosen = sum(float(f @ s) for f, s in zip(held.frequency, held.sizes, strict=True))
@@ -152,7 +150,9 @@ def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
         active_bytes_per_token=held.rest + chosen,
         read_bytes_per_token=misses * chosen,
         memory_bytes_per_s=memory_speed(),
-        drive_bytes_per_s=read_speed(max(held.files, key=lambda path: path.stat().st_size)),
+        drive_bytes_per_s=read_speed(
+            max(held.files, key=lambda path: path.stat().st_size), held.mean_matrix
+        ),
     )
 
 
@@ -234,6 +234,12 @@ class _Held:
     frequency: tuple[Floats, ...]  # [L] [E], 0 where it is unknown
     experts: int
     rest: int
+
+    @property
+    def mean_matrix(self) -> int:
+        """Bytes of a matrix of an expert, of which it has two."""
+        count = sum(int((row > 0).sum()) for row in self.sizes)
+        return max(self.experts // max(2 * count, 1), 1)
 
     @classmethod
     def of(cls, folder: Path) -> _Held:

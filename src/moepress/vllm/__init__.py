@@ -3,6 +3,7 @@
 vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`.
 
 versions.py    the versions of vLLM that this is tested with
+limits.py      what vLLM itself cannot run, said at load
 config.py      the quantization config: which method each layer gets
 loader.py      the model loader: from the folder's tensors to vLLM's modules
 stored.py      the tensors of a folder, by the names that vLLM's model classes read

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -27,9 +28,11 @@ from moepress.hf.files import check_written
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
+from moepress.vllm.limits import check_layers, check_pipeline
 from moepress.vllm.linears import LinearMethod
 from moepress.vllm.placement import Ranks, calibration_tokens, divide
 from moepress.vllm.stored import StoredModel
+from moepress.vllm.windows import Window
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")  # under which a folder may be opened
 
@@ -42,6 +45,26 @@ logger = init_logger("vllm.moepress")  # below vLLM's own logger, which has a ha
 class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by mypy
     """Loads compressed folders, and all other models as vLLM does."""
 
+    def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        """vLLM's model without weights.
+
+        Raises:
+            InputError: vLLM's class cannot be made from a folder's config.json.
+        """
+        if model_config.quantization != QUANT_METHOD:
+            return super().create_model(vllm_config, model_config, prefix)
+        check_pipeline(vllm_config)
+        try:
+            return super().create_model(vllm_config, model_config, prefix)
+        except InputError:
+            raise
+        except _OF_VLLM as error:
+            raise InputError(
+                f"vLLM cannot make {', '.join(model_config.architectures)} from config.json: "
+                f"{type(error).__name__}: {error}. It cannot run this model here, or wants a field "
+                "that the original's config.json had not; `moepress serve` can serve it."
+            ) from error
+
     def load_weights(self, model: Any, model_config: Any) -> None:
         if model_config.quantization != QUANT_METHOD:
             super().load_weights(model, model_config)
@@ -53,6 +76,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         files = _of_model(files)
         check_written(files, stored_tensors(files))
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
+        check_layers(model, stored.own)
         _take_embeddings(model)
         _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
@@ -78,7 +102,7 @@ def _load(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
         InputError: it does not find its tensors, or has no place for one.
     """
     try:
-        model.load_weights(tensors)
+        loaded = model.load_weights(tensors)
     except InputError:
         raise
     except _OF_VLLM as error:
@@ -87,6 +111,25 @@ def _load(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
             f"{error}. Its tensors are not those that vLLM expects of such a model; `moepress "
             "serve` can serve it."
         ) from error
+    if loaded is not None:
+        _check_loaded(model, loaded)
+
+
+def _check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
+    """Raise InputError for a plain weight that no tensor was loaded to: it would hold any numbers.
+
+    Packed ones are checked when they are cut (linears.py).
+    """
+    named = list(model.named_parameters(remove_duplicate=False))  # a gate may have two names
+    full = {id(value) for name, value in named if name in loaded}
+    missing = sorted(
+        name for name, value in named if id(value) not in full and not isinstance(value, Window)
+    )
+    if missing:
+        raise InputError(
+            f"vLLM's {type(model).__name__} wants weights that the folder has not, such as "
+            f"{missing[0]}. `moepress serve` can serve it."
+        )
 
 
 def _of_model(files: list[str]) -> list[str]:
@@ -134,6 +177,8 @@ def _give_all_experts(
 ) -> None:
     """Give each layer of routed experts those of the decoder layer with its number.
 
+    A rank of a pipeline has some layers only, perhaps none with experts.
+
     Raises:
         InputError: vLLM has no such layer, or the folder has not.
     """
@@ -142,8 +187,8 @@ def _give_all_experts(
         for module in model.modules()
         if isinstance(module, RoutedExperts)
     }
-    strangers = sorted(layers.keys() - stored.experts.keys())
-    if strangers or not layers:
+    a_part = get_pp_group().world_size > 1 and layers.keys() <= stored.experts.keys()
+    if not a_part and layers.keys() != stored.experts.keys():
         raise InputError(
             f"{type(model).__name__} of vLLM has routed experts in layers {sorted(layers)}, the "
             f"folder in layers {sorted(stored.experts)}. vLLM cannot serve this model from a "

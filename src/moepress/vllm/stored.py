@@ -32,6 +32,9 @@ class StoredModel:
         dtype: of plain weights.
         trust_remote_code: run code in the folder, where transformers has no class for it.
 
+    Attributes:
+        own: the model of transformers' class, on the meta device but for packed experts.
+
     Raises:
         InputError: transformers has no class for the model, or its experts are not packed.
     """
@@ -39,18 +42,18 @@ class StoredModel:
     def __init__(self, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
         self._dtype = dtype
         self._specs = packed_specs(folder)
-        self._model = unpacked_model(folder, trust_remote_code)
-        self._shapes = {name: value.shape for name, value in self._model.named_parameters()}
-        found = find_experts(self._model)
+        self.own = unpacked_model(folder, trust_remote_code)
+        self._shapes = {name: value.shape for name, value in self.own.named_parameters()}
+        found = find_experts(self.own)
         own = {name for one in found.values() for name in one.parameters}
         missing = sorted(own - self._specs.keys())
         if missing:
             raise InputError(f"{missing[0]} is not packed. vLLM can serve packed experts only.")
         with torch.device("meta"):
-            pack_modules(self._model, {name: self._specs[name] for name in own})
+            pack_modules(self.own, {name: self._specs[name] for name in own})
         self._experts = {f"{one.path}.": number for number, one in found.items()}
         self.experts: Mapping[int, PackedExperts] = {
-            number: self._model.get_submodule(one.path) for number, one in found.items()
+            number: self.own.get_submodule(one.path) for number, one in found.items()
         }
 
     def tensors(self, files: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -68,7 +71,7 @@ class StoredModel:
                     value = file.get_tensor(name)
                     if not self._keep_of_experts(name, value):
                         state[name] = self._window(name, value)
-            yield from revert_weight_conversion(self._model, state).items()
+            yield from revert_weight_conversion(self.own, state).items()
 
     def _keep_of_experts(self, name: str, value: Tensor) -> bool:
         """Put a tensor of the routed experts into their module; False: it is none."""
@@ -96,7 +99,7 @@ class StoredModel:
     def _stored(self, name: str, value: Tensor, spec: PackedSpec) -> Stored:
         if name not in self._shapes:
             raise InputError(
-                f"config.json packs {name}, which {type(self._model).__name__} has not. The file "
+                f"config.json packs {name}, which {type(self.own).__name__} has not. The file "
                 "is damaged or belongs to another model: copy the folder again."
             )
         rows, cols = self._shapes[name]

@@ -34,17 +34,16 @@ struct Stored {
     int64_t layer;
 };
 
-// y [tokens][hidden] += weight * (down h), over the pairs of panels first_panel .. last_panel - 1.
+// y [tokens][hidden] += weight * (down h), over all pairs.
 template <class Codec>
 void add_down(const Codec& codec, const Experts<Codec>& experts, const Routing& routing,
-              const typename Codec::Activations& h, size_t first_panel, size_t last_panel,
-              int threads, float* y) {
+              const typename Codec::Activations& h, int threads, float* y) {
     const auto& some = experts.down[routing.experts.front().expert];
     const int64_t grain = codec.down_grain(some, routing.tokens, threads);
     parallel(threads, codec.strips(some), grain, [&](int64_t begin, int64_t end) {
         Products<Codec> products;
         float some_biases[Codec::kStripRows];
-        for (size_t i = first_panel; i < last_panel; ++i) {
+        for (size_t i = 0; i < routing.panels.size(); ++i) {
             const Panel& panel = routing.panels[i];
             for (int64_t strip = begin; strip < end; ++strip) {
                 const int64_t first = strip * Codec::kStripRows;
@@ -68,46 +67,30 @@ void add_down(const Codec& codec, const Experts<Codec>& experts, const Routing& 
     });
 }
 
-// y [tokens][hidden]; x [tokens][hidden]; index, weight [tokens][k]. At most kChunkTokens tokens.
-// Memory is allocated before y is written.
+// y [tokens][hidden] += the experts of a wave; x [tokens][hidden]; index, weight [tokens][k]. At most
+// kChunkTokens tokens. `present` [experts]: those of the wave.
 template <class Codec>
-Result experts_chunk(const Codec& codec, const float* x, int64_t tokens, const int64_t* index,
-                     const float* weight, int64_t k, const Experts<Codec>& experts,
-                     const std::vector<bool>& present, Hold& hold, int threads, float* y) {
-    const size_t y_bytes = size_t(tokens * experts.hidden) * sizeof(float);
+Result add_experts(const Codec& codec, const float* x, int64_t tokens, const int64_t* index,
+                   const float* weight, int64_t k, const Experts<Codec>& experts,
+                   const std::vector<bool>& present, Hold& hold, int threads, float* y) {
     const Routing routing = route(index, weight, tokens, k, present, codec.panel_tokens());
-    if (routing.panels.empty()) {
-        std::memset(y, 0, y_bytes);
-        return kOk;
-    }
+    if (routing.panels.empty()) return kOk;
     typename Codec::Activations in(codec, routing, experts.hidden, experts.gate_up_group,
                                    Of::kTokens);
     typename Codec::Activations h(codec, routing, experts.intermediate, experts.down_group,
                                   Of::kPairs);
     const GateUp<Codec> gate_up(codec, experts, routing);
-    std::memset(y, 0, y_bytes);
-    const std::vector<ExpertPanels>& chosen = routing.experts;
-    bool filled = false;
-    for (size_t first = 0; first < chosen.size();) {
-        const size_t last = hold.begin(chosen, first);
-        if (!filled)  // while the first experts are read
-            parallel(threads, in.items(), 1, [&](int64_t begin, int64_t end) {
-                for (int64_t item = begin; item < end; ++item) in.fill(item, x);
-            });
-        filled = true;
-        std::vector<ExpertPanels> waiting(chosen.begin() + ptrdiff_t(first),
-                                          chosen.begin() + ptrdiff_t(last));
-        while (!waiting.empty()) {
-            const std::vector<ExpertPanels> ready = hold.take_ready(waiting);
-            if (ready.empty()) return hold.failure();
-            gate_up.run(ready, in, h, threads);
-        }
-        if (!hold.wait(chosen, first, last)) return hold.failure();
-        add_down(codec, experts, routing, h, chosen[first].first, chosen[last - 1].last, threads,
-                 y);
-        hold.end(chosen, first, last);
-        first = last;
+    parallel(threads, in.items(), 1, [&](int64_t begin, int64_t end) {  // while experts are read
+        for (int64_t item = begin; item < end; ++item) in.fill(item, x);
+    });
+    std::vector<ExpertPanels> waiting = routing.experts;
+    while (!waiting.empty()) {
+        const std::vector<ExpertPanels> ready = hold.take_ready(waiting);
+        if (ready.empty()) return hold.failure();
+        gate_up.run(ready, in, h, threads);
     }
+    if (!hold.wait(routing.experts)) return hold.failure();
+    add_down(codec, experts, routing, h, threads, y);
     return kOk;
 }
 
@@ -118,17 +101,23 @@ Result run_experts(const Codec& codec, const float* x, int64_t tokens, const int
     std::vector<bool> present;
     for (const auto& matrix : experts.gate_up) present.push_back(matrix.bits > 0);
     Hold hold(stored.store, stored.layer, tokens_of(index, tokens, k, present), tokens);
-    if (hold.failure() != kOk) return hold.failure();
     const int64_t most = portion(tokens, Codec::kChunkTokens);
-    for (int64_t first = 0; first < tokens;) {
-        const int64_t count = std::min(tokens - first, most);
-        const Result result = experts_chunk(
-            codec, x + first * experts.hidden, count, index + first * k, weight + first * k, k,
-            experts, present, hold, threads, y + first * experts.hidden);
-        if (result != kOk) return result;
-        first += count;
+    std::memset(y, 0, size_t(tokens * experts.hidden) * sizeof(float));
+    for (size_t wave = 0; wave < hold.waves().size(); ++wave) {
+        if (hold.begin(wave) != kOk) break;
+        std::vector<bool> here(present.size());
+        for (size_t e = hold.waves()[wave].first; e < hold.waves()[wave].last; ++e)
+            here[e] = present[e];
+        for (int64_t first = 0; first < tokens; first += most) {
+            const Result result = add_experts(
+                codec, x + first * experts.hidden, std::min(tokens - first, most),
+                index + first * k, weight + first * k, k, experts, here, hold, threads,
+                y + first * experts.hidden);
+            if (result != kOk) return result;
+        }
+        hold.end(wave);
     }
-    return kOk;
+    return hold.failure();
 }
 
 }  // namespace moepress

@@ -16,11 +16,19 @@
 //     p = log2(F) + t / half_life     F: uses of the expert, each worth half after half_life tokens;
 //                                     t: tokens that its layer has seen when F was last changed
 //
-// which is log2 of the F of now plus the same number for all: frequency and recency in one order
-// that time does not change (Lee et al., "LRFU", IEEE Trans. Computers 2001).
+// which is log2 of the F of now plus the same number for all experts of the layer: frequency and
+// recency in one order that time does not change (Lee et al., "LRFU", IEEE Trans. Computers 2001).
+// Experts of several layers are compared by the F of now, since a prefill has passed some layers
+// and not the others.
+//
+// Reads run ahead of the computation where it is nearly certain what comes: the next wave of a call
+// (below), and in a prefill, which chooses nearly all experts of every layer, those of the next
+// layer, as far as the budget has room.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "moepress.h"
@@ -32,7 +40,12 @@ namespace moepress {
 // there. Calls take turns: a store serves one at a time.
 //
 // Needed experts that do not fit in the budget together are taken in waves: runs of experts, in
-// order, so that sums keep their order.
+// order, so that sums keep their order. The next wave is read while one is computed.
+struct Wave {
+    size_t first = 0, last = 0;  // experts first .. last - 1 of the layer
+    int64_t bytes = 0;           // of those that are needed
+};
+
 class Hold {
   public:
     // Waits for its turn. tokens [experts]: how many of `all_tokens` tokens chose each expert.
@@ -42,27 +55,33 @@ class Hold {
     Hold(const Hold&) = delete;
     Hold& operator=(const Hold&) = delete;
 
-    // Start to read the experts of a wave: first .. the result - 1 of `chosen`.
-    size_t begin(const std::vector<ExpertPanels>& chosen, size_t first);
+    // The experts of the layer, in order. None: see `failure`.
+    const std::vector<Wave>& waves() const { return waves_; }
+    // Start to read the experts of a wave, and then what comes next.
+    Result begin(size_t wave);
     // Move the experts whose first matrix is there from `waiting` to the result. Waits for one. An
     // empty result: a read failed.
     std::vector<ExpertPanels> take_ready(std::vector<ExpertPanels>& waiting);
-    // Wait for the second matrices of a wave. False: a read failed.
-    bool wait(const std::vector<ExpertPanels>& chosen, size_t first, size_t last);
+    // Wait for the second matrices of experts of a wave. False: a read failed.
+    bool wait(const std::vector<ExpertPanels>& chosen);
     // The wave is done.
-    void end(const std::vector<ExpertPanels>& chosen, size_t first, size_t last);
+    void end(size_t wave);
 
     Result failure() const { return failure_; }
 
   private:
-    void pin(int64_t expert);
-    void unpin(int64_t expert);
+    void cut(int64_t bytes, int64_t most);
+    void fetch(const Wave& wave, std::unique_lock<std::mutex>& lock);
+    void read_next_layer(std::unique_lock<std::mutex>& lock);
 
     MoepressStore* store_;
-    int64_t first_expert_ = 0;  // number of the layer's first expert in the store
-    std::vector<int64_t> tokens_;
-    std::vector<int64_t> pinned_;
-    int64_t wave_bytes_ = 0;  // most bytes of a wave; 0: everything fits, and stays until the end
+    int64_t layer_;
+    size_t first_expert_ = 0;      // number of the layer's first expert in the store
+    std::vector<int64_t> tokens_;  // [experts]
+    std::vector<Wave> waves_;
+    std::vector<size_t> pinned_;
+    size_t chosen_ = 0;     // experts that some token chose
+    bool prefill_ = false;  // nearly all
     Result failure_ = kOk;
 };
 

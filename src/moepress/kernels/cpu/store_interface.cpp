@@ -74,6 +74,7 @@ int32_t moepress_store_open(const MoepressRange* matrices, const int64_t* first_
                 expert.size += pages.bytes();
                 store->region_bytes = std::max(store->region_bytes, pages.last);
             }
+            if (expert.size == 0) expert.state = State::kPresent;  // left out: nothing is read
             expert.priority = std::log2(uses[i]);
         }
         for (size_t layer = 0; layer < size_t(layers); ++layer)
@@ -122,8 +123,7 @@ int32_t moepress_store_at_hand(MoepressStore* store, int64_t layer, uint8_t* at_
     const int64_t last = store->first_of_layer[size_t(layer) + 1];
     for (int64_t i = first; i < last; ++i) {
         const Expert& expert = store->experts[size_t(i)];
-        at_hand[i - first] =
-            expert.size == 0 || (expert.state != State::kAbsent && expert.error == 0);
+        at_hand[i - first] = expert.state != State::kAbsent && expert.error == 0;
     }
     return kOk;
 }
@@ -140,8 +140,8 @@ int32_t moepress_store_read_ahead(MoepressStore* store, int64_t layer, const int
             if (experts[i] < 0 || experts[i] >= count) continue;
             const size_t number = size_t(first + experts[i]);
             Expert& expert = store->experts[number];
-            if (expert.state != State::kAbsent || expert.size == 0) continue;
-            if (!store->make_room(expert, false, lock)) continue;
+            if (expert.state != State::kAbsent) continue;
+            if (!store->make_room(expert, Urgency::kPerhaps, lock)) continue;
             store->enqueue(number, false);
         }
         return kOk;
@@ -163,8 +163,8 @@ int32_t moepress_store_hold(MoepressStore* store, int64_t layer, const int64_t* 
         std::unique_ptr<Held> held(new Held{{store, layer, tokens, 1}, chosen});
         Hold& hold = held->hold;
         if (hold.failure() != kOk) return hold.failure();
-        if (hold.begin(chosen, 0) != chosen.size()) return kNoMemory;
-        if (!hold.wait(chosen, 0, chosen.size())) return hold.failure();
+        if (hold.waves().size() > 1) return kNoMemory;
+        if (hold.begin(0) != kOk || !hold.wait(chosen)) return hold.failure();
         *out = held.release();
         return kOk;
     });

@@ -7,16 +7,17 @@ using namespace moepress;
 struct MoepressStore {};
 
 namespace moepress {
-Hold::Hold(MoepressStore*, int64_t, const std::vector<int64_t>&, int64_t) : store_(nullptr) {}
+Hold::Hold(MoepressStore*, int64_t layer, const std::vector<int64_t>& tokens, int64_t)
+    : store_(nullptr), layer_(layer), waves_{{0, tokens.size(), 0}} {}
 Hold::~Hold() {}
-size_t Hold::begin(const std::vector<ExpertPanels>& chosen, size_t) { return chosen.size(); }
+Result Hold::begin(size_t) { return kOk; }
 std::vector<ExpertPanels> Hold::take_ready(std::vector<ExpertPanels>& waiting) {
     std::vector<ExpertPanels> ready;
     ready.swap(waiting);
     return ready;
 }
-bool Hold::wait(const std::vector<ExpertPanels>&, size_t, size_t) { return true; }
-void Hold::end(const std::vector<ExpertPanels>&, size_t, size_t) {}
+bool Hold::wait(const std::vector<ExpertPanels>&) { return true; }
+void Hold::end(size_t) {}
 }  // namespace moepress
 
 int32_t moepress_store_open(const MoepressRange*, const int64_t*, int64_t, const double*, double,

@@ -49,6 +49,11 @@ inline Pages pages_of(const MoepressRange& range) {
 
 enum class State : uint8_t { kAbsent, kReading, kPresent };
 
+// What a read may drop to make room: kNow, for a call that waits, everything; kSoon, of what comes
+// next, experts of other layers; kPerhaps, experts that are worth less than its own. Only kNow
+// waits for room.
+enum class Urgency : uint8_t { kNow, kSoon, kPerhaps };
+
 struct Expert {
     MoepressRange matrices[2];
     int64_t size = 0;  // bytes of its pages
@@ -107,7 +112,6 @@ struct MoepressStore {
                 ++expert.left[m];
             }
         }
-        if (expert.left[0] + expert.left[1] == 0) expert.state = moepress::State::kPresent;
         work.notify_all();
     }
 
@@ -151,21 +155,30 @@ struct MoepressStore {
         used -= expert.size;
     }
 
-    // Make room for an expert: drop those of the lowest priority. For a read ahead, nothing of a
-    // higher priority than the expert's own, and without waiting.
-    bool make_room(const moepress::Expert& coming, bool now, std::unique_lock<std::mutex>& lock) {
+    // log2 of the uses of an expert, as they count now.
+    double worth(const moepress::Expert& expert) const {
+        return expert.priority - seen[size_t(expert.layer)] / half_life;
+    }
+
+    // Make room for an expert: drop those that are worth least. False: there is none.
+    bool make_room(const moepress::Expert& coming, moepress::Urgency urgency,
+                   std::unique_lock<std::mutex>& lock) {
+        using moepress::Urgency;
         while (used + coming.size > budget) {
             moepress::Expert* victim = nullptr;
-            for (moepress::Expert& expert : experts)
-                if (expert.state == moepress::State::kPresent && expert.pins == 0 && expert.size > 0 &&
-                    (victim == nullptr || expert.priority < victim->priority))
-                    victim = &expert;
-            if (victim != nullptr && (now || victim->priority < coming.priority)) {
+            for (moepress::Expert& expert : experts) {
+                if (expert.state != moepress::State::kPresent || expert.pins > 0) continue;
+                if (expert.size == 0) continue;
+                if (urgency == Urgency::kSoon && expert.layer == coming.layer) continue;
+                if (victim == nullptr || worth(expert) < worth(*victim)) victim = &expert;
+            }
+            if (victim != nullptr &&
+                (urgency != Urgency::kPerhaps || worth(*victim) < worth(coming))) {
                 drop(*victim);
                 ++counts.dropped;
                 continue;
             }
-            if (!now) return false;
+            if (urgency != Urgency::kNow) return false;
             bool cancelled = false, reading = false;
             for (size_t i = 0; i < experts.size() && !cancelled; ++i) {
                 cancelled = cancel(i);
