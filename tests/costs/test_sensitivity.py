@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(
     source, ids = Source(model_folder("deepseek_v3")), some_ids()
     measure_sensitivity(source, ids, tmp_path / "whole", MADE_OF, seed=0)
     writes = 0
-    real = module.save_tensors
+    real = module.save_unfinished
 
     def dies(*args: object) -> None:
         nonlocal writes
@@ -152,14 +152,14 @@ def test_a_killed_run_resumes_with_the_same_bytes(
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(module, "save_tensors", dies)
+    monkeypatch.setattr(module, "save_unfinished", dies)
     try:
         measure_sensitivity(source, ids, tmp_path / "cut", MADE_OF, seed=0)
     except KeyboardInterrupt:
         pass
     else:
         assert dies_after > writes
-    monkeypatch.setattr(module, "save_tensors", real)
+    monkeypatch.setattr(module, "save_unfinished", real)
     measure_sensitivity(source, ids, tmp_path / "cut", MADE_OF, seed=0)
     whole, cut = (
         {p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "cut")
@@ -209,7 +209,7 @@ def test_a_full_disk_is_reported_before_the_work(
     assert [p.name for p in tmp_path.iterdir()] == ["identity.json"]
     leaves_free(5 * states)
     most = 0
-    real = module.save_tensors
+    real = module.save_unfinished
 
     def measured(path: Path, tensors: dict[str, Tensor]) -> None:
         nonlocal most
@@ -219,11 +219,11 @@ def test_a_full_disk_is_reported_before_the_work(
         kept = [p.stat().st_size // states for p in tmp_path.glob("[sg]*-*.safetensors")]
         most = max(most, sum(kept))
 
-    monkeypatch.setattr(module, "save_tensors", measured)
+    monkeypatch.setattr(module, "save_unfinished", measured)
     with pytest.raises(KeyboardInterrupt):
         measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
     assert most == 5
-    monkeypatch.setattr(module, "save_tensors", real)
+    monkeypatch.setattr(module, "save_unfinished", real)
     leaves_free(states)  # nothing large is written any more
     measure_sensitivity(source, some_ids(), tmp_path, MADE_OF, seed=0)
 
