@@ -66,7 +66,14 @@ def tokenizer_of(folder: Path, trust_remote_code: bool = False) -> Any:
     def load(trust: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust)
 
-    return _trusted(folder, load, trust_remote_code, f"the tokenizer of {folder}")
+    tokenizer = _trusted(folder, load, trust_remote_code, f"the tokenizer of {folder}")
+    longest = getattr(tokenizer, "model_max_length", 0)  # which transformers compares, unchecked
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise InputError(
+            f"{folder / TOKENIZER_CONFIG} has the model_max_length {str(longest)[:80]!r}. Expected "
+            "a number of tokens: fetch the file again."
+        )
+    return tokenizer
 
 
 def is_remote(config: Any) -> bool:
