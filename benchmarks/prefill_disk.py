@@ -26,12 +26,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import mixtral_shape
+import random_models
 from moepress.hf import load_model
 from moepress.store import statistics
 from moepress.store.forecast import card_fits
 from moepress.store.statistics import store_of
 from offload import SKEW
+from random_models import MIXTRAL
 
 
 @torch.inference_mode()
@@ -40,7 +41,7 @@ def measure(folder: Path, memory: int, tokens: int, prompts: int) -> dict[str, f
     draw = torch.Generator().manual_seed(0)
     seconds, counts = [], []
     for _ in range(prompts + 1):
-        ids = torch.randint(0, mixtral_shape.VOCAB, (1, tokens), generator=draw)
+        ids = torch.randint(0, MIXTRAL.vocab, (1, tokens), generator=draw)
         before, started = statistics(model), time.perf_counter()
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
         seconds.append(time.perf_counter() - started)
@@ -70,7 +71,8 @@ def main() -> None:
     parser.add_argument("--family", choices=["int", "trellis"], default="int")
     given = parser.parse_args()
     if not given.folder.exists():
-        mixtral_shape.packed(given.folder, given.layers, 2.5, given.family, SKEW["ours"])
+        skew, _ = SKEW["Mixtral-8x7B"]["ours"]
+        random_models.packed(given.folder, given.layers, 2.5, given.family, skew)
     (fit,) = card_fits(given.folder, 0).values()
     store = store_of(load_model(given.folder, memory=10**12))
     assert store is not None
