@@ -14,7 +14,7 @@ from moepress.original import batches as batch_sizes
 from moepress.original.experts import Routed, RoutedExpert, expert_hidden
 from moepress.original.source import Source
 from moepress.original.walk import Walk
-from moepress.rounding import correction as correction_module
+from moepress.rounding import factor as factor_module
 from moepress.rounding.correction import Correction
 from moepress.rounding.expert import round_down, round_gate_up
 from moepress.rounding.hessian import Hessian
@@ -93,7 +93,7 @@ def test_gain_is_least_squares(
     weighted: bool, damping: float, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best gain of all outputs, token by token in float64, whatever the damping is."""
-    monkeypatch.setattr(correction_module, "COLUMNS_PER_SLICE", 12)
+    monkeypatch.setattr(factor_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs()
     w = random_weight()
     rounded = w.round()

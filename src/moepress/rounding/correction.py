@@ -35,13 +35,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.hessian import (
-    COLUMNS_PER_SLICE,
-    TOKENS_PER_CHUNK,
-    Factor,
-    Hessian,
-    tensor_cores,
-)
+from moepress.rounding.factor import Factor
+from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, tensor_cores
 
 
 def sums_moved(rows: int, cols: int) -> bool:
@@ -127,17 +122,16 @@ class Correction:
 
     def _gain(self, w: Tensor, rounded: Tensor, factor: Factor) -> float:
         # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).
-        trace = (factor.feedback.square() @ factor.curvature).double().sum().item()
+        trace = (factor.dense().square() @ factor.curvature).double().sum().item()
         added = trace / w.shape[1] * factor.damping / (1 + factor.damping)
         product = ((self._moved(w) - added * w) * rounded).double().sum().item()
         energy = -added * rounded.double().square().sum().item()
-        for start in range(0, w.shape[1], COLUMNS_PER_SLICE):
-            stop = min(start + COLUMNS_PER_SLICE, w.shape[1])
-            r = factor.feedback[:stop, start:stop]  # a column slice of R, which is upper triangular
-            left = rounded[:, :stop] @ r
-            curvature = factor.curvature[start:stop]
-            product += ((w[:, :stop] @ r) * left * curvature).double().sum().item()
-            energy += (left.square() * curvature).double().sum().item()
+        start = 0
+        for right, left in zip(factor.products(w.T), factor.products(rounded.T), strict=True):
+            curvature = factor.curvature[start : start + len(left)]
+            start += len(left)
+            product += (curvature @ (right * left)).double().sum().item()
+            energy += (curvature @ left.square_()).double().sum().item()
         return product / energy if product > 0 and energy > 0 else 1.0
 
     def _moved(self, w: Tensor) -> Tensor:
