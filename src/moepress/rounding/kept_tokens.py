@@ -43,8 +43,18 @@ class KeptTokens:
         self._added = 0
         self._weight = self._squared_weight = 0.0
 
-    def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
-        """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights."""
+    def add(
+        self,
+        x: Tensor,
+        original: Tensor | None,
+        weight: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights.
+
+        Args:
+            dtype: not used.
+        """
         here = slice(self._added, self._added + len(x))
         if here.stop > len(self._x):
             raise RuntimeError(f"Got {here.stop} tokens, expected at most {len(self._x)}.")

@@ -26,11 +26,13 @@ class SummedTokens:
         self._hessian = Hessian(features, device)
         self._correction = Correction(features, device, weight) if corrects else None
 
-    def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, original: Tensor | None, weight: Tensor | None, dtype: torch.dtype
+    ) -> None:
         """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights."""
         self._hessian.add(x, weight)
         if self._correction is not None and original is not None:
-            self._correction.add(x, original, weight)
+            self._correction.add(x, original, weight, dtype)
 
     @property
     def tokens(self) -> float:
@@ -46,7 +48,8 @@ class SummedTokens:
         """See `Correction.corrected`. The Hessian stays."""
         if self._correction is None:
             return weight
-        return self._correction.corrected(weight, self._hessian.copy(), damping, strength)
+        hessian = self._hessian.copy()
+        return self._correction.corrected(weight, hessian, damping, strength, dtype)
 
     def factor(self, damping: float) -> Factor:
         """Factor of the Hessian, which is used up."""
@@ -54,4 +57,6 @@ class SummedTokens:
 
     def gain(self, weight: Tensor, rounded: Tensor, factor: Factor, dtype: torch.dtype) -> float:
         """See `Correction.gain`."""
-        return 1.0 if self._correction is None else self._correction.gain(weight, rounded, factor)
+        if self._correction is None:
+            return 1.0
+        return self._correction.gain(weight, rounded, factor, dtype)
