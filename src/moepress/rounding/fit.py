@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moepress.kernels.trellis import TILE_COLUMNS
-from moepress.rounding.factor import Factor
+from moepress.rounding.factor import COLUMNS_PER_SLICE, Factor
 from moepress.rounding.hessian import tensor_cores
 
 
@@ -31,8 +31,8 @@ def best_scale(rows: Tensor, scale: Tensor, residual: Tensor, factor: Factor | N
         factor: of the Hessian; None: all inputs alike, and no feedback.
     """
     per_scale = inverse(scale)
-    products = factor.products(rows.T) if factor is not None else iter([rows.T])
-    weighted = (some * per_scale for some in products)
+    slices = torch.split(rows.T, COLUMNS_PER_SLICE) if factor is None else factor.products(rows.T)
+    weighted = (some * per_scale for some in slices)
     product, energy = _products(weighted, residual, factor)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)
 
