@@ -44,8 +44,8 @@ torchrun gives each process one thread unless `OMP_NUM_THREADS` says otherwise.
 The folder has the bytes that one process with as many threads writes: no sum depends on the number
 of ranks. Rank 0 alone writes and prints. If a rank ends, the whole job ends with one line that says
 so, before the report of torchrun, which names the rank. Start the same command again to go on, with
-any number of ranks or without torchrun. Models that run layers several times are compressed by one
-process only. [scale.md](scale.md#ranks) says what ranks hold and exchange.
+any number of ranks or without torchrun. [scale.md](scale.md#ranks) says what ranks hold and
+exchange.
 """
 
 

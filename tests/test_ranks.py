@@ -16,6 +16,8 @@ from moepress.original import batches
 from moepress.original.division import Division
 from moepress.ranks import ALONE, Ranks
 from tests.cli.test_cli import SMALL, run
+from tests.families.models import make_model, save_model
+from tests.original.test_carried import LOOP
 
 Folder = Callable[..., Path]
 BATCH = 64  # tokens: two sequences, so that there are three batches
@@ -98,6 +100,27 @@ def test_any_number_of_ranks_writes_the_same_bytes(
 
 
 @pytest.mark.ranks
+def test_layers_that_run_several_times(
+    text_file: Path, tokenizer_folder: Path, tmp_path: Path, alone: Callable[..., None]
+) -> None:
+    """Three batches in each of three passes: two ranks have two and one, the fourth has none. A
+    rank is killed inside the loop, and three ranks go on."""
+    model = save_model(
+        make_model("inkling2_loop_text", **LOOP).bfloat16(), tmp_path / "model", tokenizer_folder
+    )
+    rest = ("--bits", 2, "--calib", text_file, *SMALL)
+    alone(model, tmp_path / "one", *rest)
+    for count in (2, 4):
+        ended = torchrun(count, "none 0", "compress", model, tmp_path / str(count), *rest)
+        assert ended.returncode == 0, ended.stderr
+        assert files(tmp_path / "one") == files(tmp_path / str(count))
+    for count, kill in ((2, "score 2"), (4, "quantize 3"), (3, "none 0")):
+        ended = torchrun(count, kill, "compress", model, tmp_path / "killed", *rest)
+        assert ended.returncode == int(kill != "none 0"), ended.stderr
+    assert files(tmp_path / "one") == files(tmp_path / "killed")
+
+
+@pytest.mark.ranks
 def test_bad_input_is_told_once(tmp_path: Path) -> None:
     ended = torchrun(2, "none 0", "score", tmp_path / "missing", tmp_path / "s.safetensors")
     lines = [line for line in ended.stderr.splitlines() if line.startswith("moepress: ")]
@@ -147,19 +170,24 @@ def test_the_longest_task_is_given_first_and_to_the_rank_with_least_to_do() -> N
     assert max(loads) - min(loads) <= 6
 
 
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_batches_are_those_of_one_process_whichever_rank_has_them(
-    count: int, monkeypatch: pytest.MonkeyPatch
+    count: int, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_TOKENS", 10)
     ids = torch.arange(7 * 4).view(7, 4)  # batches of 2, 2, 2 and 1 sequences
-    parts = [Division(ids, Ranks(rank, count)) for rank in range(count)]
-    whole = torch.full((28,), -1)
-    for part in parts:
-        assert torch.equal(part.ids, ids[part.sequences])
-        own = [part.ids[batch] for batch in batches.batches(part.ids)] if len(part.ids) else []
-        for number, batch in enumerate(own):
-            assert torch.equal(batch, ids[part.of_own(number)])
-            whole[part.tokens(part.of_own(number))] = batch.flatten()
-    assert torch.equal(whole, ids.flatten())
-    assert sorted(n for part in parts for n in part.sequences) == list(range(7))
+    parts = [Division(ids, Ranks(rank, count)).repeated(passes) for rank in range(count)]
+    whole = torch.full((passes * 28,), -1)
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.ids, part.all_ids[part.sequences])
+        assert torch.equal(part.ids, part.own(part.all_ids))
+        for batch in part.own_batches:
+            assert (whole[part.tokens(batch)] == -1).all()
+            whole[part.tokens(batch)] = part.all_ids[batch].flatten()
+        in_rounds = [found[rank] for found in part.rounds if rank < len(found)]
+        assert in_rounds == part.own_batches
+    assert torch.equal(whole, ids.flatten().repeat(passes))
+    assert sorted(n for part in parts for n in part.sequences) == list(range(7 * passes))
+    sizes = [batch.stop - batch.start for _, batch in parts[0].batches]
+    assert sizes == [2, 2, 2, 1] * passes
