@@ -3,8 +3,8 @@
     python benchmarks/ranks.py                # DeepSeek-V3, 1 to 32 ranks
 
 Operations are those of the estimate of `moepress compress --dry-run`, at the rates of this machine,
-which are measured. The experts of a layer are chosen by a Zipf law (the n-th by n^-s) and divided as
-`Ranks.owners` does. What ranks send each other is not counted.
+which are measured. The experts of a layer are chosen by a Zipf law (the n-th by n^-s) and divided
+as `Ranks.owners` does. Reading, and what ranks send each other, is not counted.
 """
 
 from __future__ import annotations
@@ -82,10 +82,6 @@ def shares(task: Task, widths: Widths, layer: Layer, counts: Sequence[int]) -> l
         Share("experts", experts, [count + mean for count in counts] if experts else []),
         Share("linears", linears, [float(group[0].cols) ** 2 for group in groups]),
         Share("running layers", [batch] * task.batches, [1.0] * task.batches),
-        Share("reading linears", [op.times(5, op.load(layer.weights, shape.other_disk))], None),
-        Share(
-            "states", [Work({"read": 8 * task.states, "copy": 12 * tokens * shape.hidden})], None
-        ),
     ]
 
 
@@ -94,11 +90,10 @@ def outside(task: Task, widths: Widths) -> list[Share]:
     head = stages.head_gradient(task, task.tokens)
     batches = [op.times(1 / task.batches, head)] * task.batches
     tables = stages._score_tables(task)
-    read = op.load(5 * task.shape.outside, task.shape.other_disk)
     return [
         Share("gradient of the head", batches, [1.0] * len(batches)),
         Share("costs of embedding and head", [op.times(1 / 3, tables)] * 3, [1.0] * 3),
-        Share("rounding embedding and head", [stages._tables(task, widths) + read], None),
+        Share("rounding embedding and head", [stages._tables(task, widths)], None),
     ]
 
 
