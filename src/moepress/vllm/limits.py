@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import CompilationMode
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.platforms import current_platform
@@ -16,7 +18,7 @@ from moepress.errors import InputError
 # Model types whose text is not that of transformers, measured in docs/vllm.md.
 OTHER_TEXT = {
     "lfm2_moe": "so it does with the original",
-    "axk1": "the cause is not known",
+    "axk1": "so it does with the original",
 }
 # Model types that fail while vLLM starts, the originals too.
 FAILS = {
@@ -57,13 +59,29 @@ def check_layers(model: nn.Module, own: nn.Module) -> None:
             "folder."
         )
     _check_replaced(model, own)
-    if any(isinstance(module, MambaMixer) for module in model.modules()) and not hasattr(
-        torch.ops._C, "selective_scan_fwd"
-    ):
-        raise InputError(
-            f"This build of vLLM has no kernel for the Mamba layers of {type(model).__name__}. "
-            "`moepress serve` can serve the folder."
-        )
+    _check_kernels(model)
+
+
+def _check_kernels(model: nn.Module) -> None:
+    """vLLM's build for CPUs has no kernels for some layers."""
+    for module in model.modules():
+        lacking = _lacking(module)
+        if lacking is not None:
+            raise InputError(f"This build of vLLM cannot run {type(model).__name__}: {lacking}.")
+
+
+def _lacking(module: nn.Module) -> str | None:
+    """What vLLM's build lacks for a module, and what to do; None: nothing."""
+    ours = "`moepress serve` can serve the folder"
+    if isinstance(module, MambaMixer) and not hasattr(torch.ops._C, "selective_scan_fwd"):
+        return f"it has no kernel for Mamba layers. {ours}"
+    router = module.router if isinstance(module, MoERunner) else None
+    if isinstance(router, ZeroExpertRouter) and not hasattr(torch.ops._moe_C, "topk_softmax"):
+        return f"it has no kernel for routers with experts that do nothing. {ours}"
+    if type(module).__name__ == "Llama4VisionModel" and current_platform.is_cpu():
+        text = "--limit-mm-per-prompt '{\"image\": 0}' serves text"
+        return f"linears of its images fail on CPUs. {text}, {ours}, images too"
+    return None
 
 
 def _check_replaced(model: nn.Module, own: nn.Module) -> None:
