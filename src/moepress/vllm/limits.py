@@ -26,17 +26,26 @@ FAILS = {
 }
 
 
-def check_pipeline(config: Any) -> None:
-    """Raise InputError for a pipeline of ranks on CPUs that is not compiled.
+def check_ranks(config: Any) -> None:
+    """Raise InputError for ranks that vLLM cannot run on CPUs.
 
-    vLLM makes the buffers between ranks while it warms up, on CPUs for compiled models only.
+    Those of a pipeline, if models are not compiled: vLLM makes the buffers between them while it
+    warms up compiled models. Those that divide requests: its communicator for CPUs has no
+    `all_gatherv`, with which they exchange the tokens of experts.
     """
-    if config.parallel_config.pipeline_parallel_size == 1 or not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         return
-    if config.compilation_config.mode == CompilationMode.NONE:
+    ranks = config.parallel_config
+    eager = config.compilation_config.mode == CompilationMode.NONE
+    if ranks.pipeline_parallel_size > 1 and eager:
         raise InputError(
             "vLLM on CPUs runs --pipeline-parallel-size with compiled models only. Leave out "
             "--enforce-eager, or use --tensor-parallel-size."
+        )
+    if ranks.data_parallel_size > 1:
+        raise InputError(
+            "vLLM on CPUs cannot run experts with --data-parallel-size. Use "
+            "--tensor-parallel-size, or start several servers."
         )
 
 
