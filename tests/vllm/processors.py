@@ -27,14 +27,6 @@ TOKENS: Mapping[str, Mapping[int, str]] = {
         374: "<|begin_of_video|>",
         375: "<|end_of_video|>",
     },
-    "llama4": {
-        IMAGE: "<|patch|>",
-        370: "<|image_start|>",
-        371: "<|image_end|>",
-        376: "<|image|>",
-        377: "<|tile_x_separator|>",
-        378: "<|tile_y_separator|>",
-    },
     "gemma4": {
         IMAGE: "<|image|>",
         VIDEO: "<|video|>",
@@ -79,11 +71,6 @@ def processor(family: str) -> Any:
         area = {"shortest_edge": 28 * 28, "longest_edge": 2 * 56 * 56}
         return hf.Glm4vProcessor(
             hf.Glm4vImageProcessor(size=area), _tokenizer(family), hf.Glm4vVideoProcessor(size=area)
-        )
-    if family == "llama4":
-        square = {"height": 28, "width": 28}
-        return hf.Llama4Processor(
-            hf.Llama4ImageProcessor(size=square, max_patches=1), _tokenizer(family)
         )
     if family == "gemma4":
         from transformers.models.gemma4.feature_extraction_gemma4 import (

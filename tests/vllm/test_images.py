@@ -23,17 +23,21 @@ pytestmark = pytest.mark.vllm
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {"norm_topk_prob": True, "sliding_window": None, **rope(6, 5, 5)},
     "glm4v_moe": {"use_qk_norm": False, **rope(4, 2, 2, partial_rotary_factor=0.5)},
+    "gemma4": {"global_head_dim": 32},
 }
-IMAGES = {"image": 1, "video": 0}
+VISION = {"gemma4": {"default_output_length": 70}}
+LIMITS = {"gemma4": {"image": 1, "video": 0, "audio": 0}}
 TEXT = [[80, 119, 219, 18, 203], list(range(100, 133))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_image(family: str, tokenizer_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_image(family: str, text_file: Path, tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
     pytest.importorskip("torchvision", exc_type=Exception)
-    model = make_model(family, head_dim=32, **FAMILIES[family])
+    model: Any = make_model(family, head_dim=32, **FAMILIES[family])
+    for name, value in VISION.get(family, {}).items():
+        setattr(model.config.vision_config, name, value)
     original = save_model(model, tmp_path / "original")
     save_processor(family, original)
     folder = compress(original, tmp_path / "packed", small_recipe(text_file, "fast", bits=2.5))
@@ -41,7 +45,8 @@ def test_image(family: str, tokenizer_folder: Path, text_file: Path, tmp_path: P
     prompt = f"def {processor.image_token} f1(x):"
     images = [_noise(seed) for seed in (0, 1)]
     asked = [{"prompt": prompt, "multi_modal_data": {"image": one}} for one in images]
-    with engine(folder, limit_mm_per_prompt=IMAGES) as llm:
+    limits = LIMITS.get(family, {"image": 1, "video": 0})
+    with engine(folder, limit_mm_per_prompt=limits) as llm:
         texts, seen = written(llm, TEXT, 8), written(llm, asked, 8)
     inputs = [processor(text=[prompt], images=[one], return_tensors="pt") for one in images]
     assert max(differences(folder, TEXT, texts)) < 0.02

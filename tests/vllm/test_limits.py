@@ -13,21 +13,25 @@ from moepress.errors import InputError
 pytestmark = pytest.mark.vllm
 
 
-def test_a_pipeline_on_cpus_is_compiled() -> None:
+def test_ranks_on_cpus() -> None:
     from vllm.config import CompilationMode
 
-    from moepress.vllm.limits import check_pipeline
+    from moepress.vllm.limits import check_ranks
 
-    def config(ranks: int, mode: CompilationMode) -> Any:
+    def config(pipeline: int, data: int, mode: CompilationMode) -> Any:
         return SimpleNamespace(
-            parallel_config=SimpleNamespace(pipeline_parallel_size=ranks),
+            parallel_config=SimpleNamespace(
+                pipeline_parallel_size=pipeline, data_parallel_size=data
+            ),
             compilation_config=SimpleNamespace(mode=mode),
         )
 
     with pytest.raises(InputError, match="--pipeline-parallel-size with compiled models only"):
-        check_pipeline(config(2, CompilationMode.NONE))
-    check_pipeline(config(1, CompilationMode.NONE))
-    check_pipeline(config(2, CompilationMode.VLLM_COMPILE))
+        check_ranks(config(2, 1, CompilationMode.NONE))
+    with pytest.raises(InputError, match="cannot run experts with --data-parallel-size"):
+        check_ranks(config(1, 2, CompilationMode.VLLM_COMPILE))
+    check_ranks(config(1, 1, CompilationMode.NONE))
+    check_ranks(config(2, 1, CompilationMode.VLLM_COMPILE))
 
 
 def test_models_that_vllm_cannot_run() -> None:

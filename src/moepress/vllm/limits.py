@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import CompilationMode
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.platforms import current_platform
@@ -16,7 +18,7 @@ from moepress.errors import InputError
 # Model types whose text is not that of transformers, measured in docs/vllm.md.
 OTHER_TEXT = {
     "lfm2_moe": "so it does with the original",
-    "axk1": "the cause is not known",
+    "axk1": "so it does with the original",
 }
 # Model types that fail while vLLM starts, the originals too.
 FAILS = {
@@ -24,17 +26,26 @@ FAILS = {
 }
 
 
-def check_pipeline(config: Any) -> None:
-    """Raise InputError for a pipeline of ranks on CPUs that is not compiled.
+def check_ranks(config: Any) -> None:
+    """Raise InputError for ranks that vLLM cannot run on CPUs.
 
-    vLLM makes the buffers between ranks while it warms up, on CPUs for compiled models only.
+    Those of a pipeline, if models are not compiled: vLLM makes the buffers between them while it
+    warms up compiled models. Those that divide requests: its communicator for CPUs has no
+    `all_gatherv`, with which they exchange the tokens of experts.
     """
-    if config.parallel_config.pipeline_parallel_size == 1 or not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         return
-    if config.compilation_config.mode == CompilationMode.NONE:
+    ranks = config.parallel_config
+    eager = config.compilation_config.mode == CompilationMode.NONE
+    if ranks.pipeline_parallel_size > 1 and eager:
         raise InputError(
             "vLLM on CPUs runs --pipeline-parallel-size with compiled models only. Leave out "
             "--enforce-eager, or use --tensor-parallel-size."
+        )
+    if ranks.data_parallel_size > 1:
+        raise InputError(
+            "vLLM on CPUs cannot run experts with --data-parallel-size. Use "
+            "--tensor-parallel-size, or start several servers."
         )
 
 
@@ -57,13 +68,29 @@ def check_layers(model: nn.Module, own: nn.Module) -> None:
             "folder."
         )
     _check_replaced(model, own)
-    if any(isinstance(module, MambaMixer) for module in model.modules()) and not hasattr(
-        torch.ops._C, "selective_scan_fwd"
-    ):
-        raise InputError(
-            f"This build of vLLM has no kernel for the Mamba layers of {type(model).__name__}. "
-            "`moepress serve` can serve the folder."
-        )
+    _check_kernels(model)
+
+
+def _check_kernels(model: nn.Module) -> None:
+    """vLLM's build for CPUs has no kernels for some layers."""
+    for module in model.modules():
+        lacking = _lacking(module)
+        if lacking is not None:
+            raise InputError(f"This build of vLLM cannot run {type(model).__name__}: {lacking}.")
+
+
+def _lacking(module: nn.Module) -> str | None:
+    """What vLLM's build lacks for a module, and what to do; None: nothing."""
+    ours = "`moepress serve` can serve the folder"
+    if isinstance(module, MambaMixer) and not hasattr(torch.ops._C, "selective_scan_fwd"):
+        return f"it has no kernel for Mamba layers. {ours}"
+    router = module.router if isinstance(module, MoERunner) else None
+    if isinstance(router, ZeroExpertRouter) and not hasattr(torch.ops._moe_C, "topk_softmax"):
+        return f"it has no kernel for routers with experts that do nothing. {ours}"
+    if type(module).__name__ == "Llama4VisionModel" and current_platform.is_cpu():
+        text = "--limit-mm-per-prompt '{\"image\": 0}' serves text"
+        return f"linears of its images fail on CPUs. {text}, {ours}, images too"
+    return None
 
 
 def _check_replaced(model: nn.Module, own: nn.Module) -> None:

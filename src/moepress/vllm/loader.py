@@ -28,7 +28,7 @@ from moepress.hf.files import check_written
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
-from moepress.vllm.limits import check_layers, check_pipeline
+from moepress.vllm.limits import check_layers, check_ranks
 from moepress.vllm.linears import LinearMethod
 from moepress.vllm.placement import Ranks, calibration_tokens, divide
 from moepress.vllm.routers import mend_routers, take_biases
@@ -54,7 +54,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         """
         if model_config.quantization != QUANT_METHOD:
             return super().create_model(vllm_config, model_config, prefix)
-        check_pipeline(vllm_config)
+        check_ranks(vllm_config)
         try:
             return super().create_model(vllm_config, model_config, prefix)
         except InputError:
