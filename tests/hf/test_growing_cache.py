@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from moepress.hf.grouped_attention import group_queries
 from moepress.hf.growing_cache import LEAST_ROOM, GrowingLayer, grow_in_place
 from tests.conftest import make_model
 
@@ -31,6 +32,7 @@ def both(steps: list[int]) -> tuple[DynamicLayer, GrowingLayer]:
 
 
 def same_after(plain: DynamicLayer, ours: GrowingLayer, tokens: int = 1) -> None:
+    """Check one more update of both."""
     given = states(tokens, 99, len(plain.keys))
     assert all(map(torch.equal, plain.update(*given), ours.update(*given)))
     assert plain.get_seq_length() == ours.get_seq_length()
@@ -107,3 +109,28 @@ def test_a_model_writes_the_same_text() -> None:
     assert {type(layer) for layer in cache.layers} == {GrowingLayer}
     assert torch.equal(got, expected)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2), beams)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_gives_the_same_bits(dtype: torch.dtype) -> None:
+    """After 300 tokens of context: keys with room have other strides."""
+    model = make_model("mixtral").to(dtype)
+    group_queries(model)
+    heads = model.config.num_key_value_heads
+    width = model.config.hidden_size // model.config.num_attention_heads
+
+    def logits() -> Tensor:
+        cache = DynamicCache(config=model.config)
+        torch.manual_seed(0)
+        for layer in range(model.config.num_hidden_layers):
+            cache.update(*(torch.randn(1, heads, 300, width).to(dtype) for _ in "kv"), layer)
+        with torch.inference_mode():
+            found = [model(torch.tensor([[token]]), past_key_values=cache) for token in range(8)]
+        kinds.append({type(layer) for layer in cache.layers})
+        return torch.cat([output.logits for output in found])
+
+    kinds: list[set[type]] = []
+    expected = logits()
+    grow_in_place(model)
+    assert torch.equal(logits(), expected)
+    assert kinds == [{DynamicLayer}, {GrowingLayer}]
