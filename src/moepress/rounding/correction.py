@@ -32,6 +32,8 @@ and the input of `down` is a product of their outputs (docs/log.md#gain-of-down)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ from moepress.rounding.hessian import (
     TOKENS_PER_CHUNK,
     Factor,
     Hessian,
+    column_slices,
     tensor_cores,
 )
 
@@ -65,13 +68,20 @@ class Correction:
         rows = features if weight is None else len(weight)
         self._sum = torch.zeros(rows, features, dtype=torch.float32, device=device)
 
-    def add(self, x: Tensor, original: Tensor, weight: Tensor | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        original: Tensor,
+        weight: Tensor | None = None,
+        slices: Sequence[slice] | None = None,
+    ) -> None:
         """Add T tokens.
 
         Args:
             x: [T, K], any float dtype: x', the layer's inputs once earlier layers are rounded.
             original: [T, K], any float dtype: its inputs in the original model, token by token.
             weight: [T], at least 0: weight c_t of each token; None: 1.
+            slices: those of `column_slices` of M that are summed; None: all. Not of W M.
         """
         weight = torch.ones(len(x)) if weight is None else weight
         for start in range(0, len(x), TOKENS_PER_CHUNK):
@@ -81,8 +91,10 @@ class Correction:
             difference *= weight[chunk].to(difference)[:, None]
             with tensor_cores(now.device):
                 if self._weight is not None:
-                    difference = difference @ self._weight.T
-                self._sum.addmm_(difference.T, now)
+                    self._sum.addmm_((difference @ self._weight.T).T, now)
+                    continue
+                for own in column_slices(now.shape[1]) if slices is None else slices:
+                    self._sum[own].addmm_(difference[:, own].T, now)
 
     def corrected(
         self, weight: Tensor, hessian: Hessian, damping: float, strength: float
@@ -110,6 +122,10 @@ class Correction:
             factor.feedback, y, upper=True, left=False, unitriangular=True
         )
         return w.add(y, alpha=strength)
+
+    def rows(self, own: slice) -> Tensor:
+        """The rows of a slice of M, not copied."""
+        return self._sum[own]
 
     def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
         """The gain g for which the outputs of g * Ŵ come nearest to the original outputs.

@@ -7,6 +7,8 @@ rotated before they are added to the statistics of a trellis matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class Inputs:
         family: of the codec that the matrix is rounded to.
         corrects: whether the original model's inputs will be given.
         weight: [N, K], the only matrix with these inputs; None: there may be several.
+        slices: of the columns, whose sums this rank computes; None: all.
     """
 
     def __init__(
@@ -37,7 +40,9 @@ class Inputs:
         family: str,
         corrects: bool,
         weight: Tensor | None = None,
+        slices: Sequence[slice] | None = None,
     ) -> None:
+        self._slices = slices
         self._rotates = family == "trellis"
         self._hessian = Hessian(features, device)
         self._correction: Correction | None = None
@@ -55,9 +60,19 @@ class Inputs:
             weight: [T], at least 0: weight of each token; None: 1.
         """
         x = self._rotated(x)
-        self._hessian.add(x, weight)
+        self._hessian.add(x, weight, self._slices)
         if self._correction is not None and original is not None:
-            self._correction.add(x, self._rotated(original), weight)
+            self._correction.add(x, self._rotated(original), weight, self._slices)
+
+    def rows(self, own: slice) -> list[Tensor]:
+        """The sums of a slice of the columns, not copied: what ranks send to the one that has all.
+
+        A weight must not have been given: then there is no such sum.
+        """
+        of_hessian = self._hessian.rows(own)
+        if self._correction is None:
+            return [of_hessian]
+        return [of_hessian, self._correction.rows(own)]
 
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
         """The weights [N, K] to round in place of `weight`, see `Correction.corrected`.
