@@ -61,9 +61,9 @@ def shares(task: Task, widths: Widths, layer: Layer, counts: Sequence[int]) -> l
     linears, statistics, sizes = [], [], []
     groups = [group for group in groups if all(linear.name in task.open for linear in group)]
     for group in groups:
-        cols = group[0].cols
+        cols, in_16_bits = group[0].cols, shape.products_in_16_bits
         sums = op.inputs(tokens, cols, rotates=True, corrects=False)
-        sums += op.inputs(tokens, cols, rotates=True, corrects=True)
+        sums += op.inputs(tokens, cols, rotates=True, corrects=True, in_16_bits=in_16_bits)
         every = stages._score_linears(task, group, Rounding.of_linears(recipe, scored))
         every += stages._quantize_linears(
             task, group, Rounding.of_linears(recipe, rounded), widths, corrects=True

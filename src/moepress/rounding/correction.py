@@ -21,15 +21,16 @@ matrix of few rows, N <= K / 2 (often `down`), W M itself is summed, from W (x_t
 4 T N K operations in place of 2 T K^2 + 2 N K^2, and N K numbers in place of K^2. The gain, which
 needs W M again, has it. Few tokens are kept, and need neither M nor H (kept_tokens.py).
 
+Products of M, W and R may be of bfloat16 numbers (`dtype`): a part in 500 of a correction that is
+half noise. H and its factor are float32.
+
 Gain. A single gain for a whole matrix cannot over-fit, so it is applied in full. Ŵ is multiplied by
 
     g = sum_t c_t <W x_t, Ŵ x'_t> / sum_t c_t || Ŵ x'_t ||^2
       = (<W, Ŵ>_H + <W M, Ŵ>) / <Ŵ, Ŵ>_H,          <A, B>_H = trace(A H B^T) .
 
 g is above 1 for `down`: rounding to the least squared error takes energy from gate and from up,
-and the input of `down` is a product of their outputs (docs/log.md#gain-of-down). It is a mean over
-N K numbers, so its products may be of bfloat16 ones. Those of the correction may not: H^-1 would
-enlarge their roundings along inputs that hardly occur.
+and the input of `down` is a product of their outputs (docs/log.md#gain-of-down).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moepress.rounding.factor import Factor
+from moepress.rounding.factor import COLUMNS_PER_SLICE, DenseFactor, Factor
 from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, column_slices, tensor_cores
 
 
@@ -69,6 +70,7 @@ class Correction:
         x: Tensor,
         original: Tensor,
         weight: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
         slices: Sequence[slice] | None = None,
     ) -> None:
         """Add T tokens.
@@ -77,7 +79,8 @@ class Correction:
             x: [T, K], any float dtype: x', the layer's inputs once earlier layers are rounded.
             original: [T, K], any float dtype: its inputs in the original model, token by token.
             weight: [T], at least 0: weight c_t of each token; None: 1.
-            slices: those of `column_slices` of the sum's rows that are summed; None: all.
+            dtype: float32 or bfloat16, of the factors of products.
+            slices: those of `column_slices` of M that are summed; None: all.
         """
         weight = torch.ones(len(x)) if weight is None else weight
         for start in range(0, len(x), TOKENS_PER_CHUNK):
@@ -86,13 +89,23 @@ class Correction:
             difference = original[chunk].detach().to(self._sum) - now
             difference *= weight[chunk].to(difference)[:, None]
             with tensor_cores(now.device):
+                difference = difference.to(dtype)
                 if self._weight is not None:
-                    difference = difference @ self._weight.T
+                    difference = difference @ self._weight.to(dtype).T
+                now = now.to(dtype)
                 for own in column_slices(len(self._sum)) if slices is None else slices:
-                    self._sum[own].addmm_(difference[:, own].T, now)
+                    if dtype == torch.float32:
+                        self._sum[own].addmm_(difference[:, own].T, now)
+                    else:
+                        self._sum[own] += difference[:, own].T @ now
 
     def corrected(
-        self, weight: Tensor, hessian: Hessian, damping: float, strength: float
+        self,
+        weight: Tensor,
+        hessian: Hessian,
+        damping: float,
+        strength: float,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """W + strength * W M H^-1, [N, K] float32; W if no token was added.
 
@@ -101,6 +114,7 @@ class Correction:
             hessian: of the same x' and token weights. It is used up: nothing can be added later.
             damping: least damping of the Hessian, in units of the mean of its diagonal.
             strength: 0 (W as it is) to 1 (the full correction).
+            dtype: float32 or bfloat16, of the factors of products.
 
         Raises:
             NumericalError: the Hessian holds NaN or infinity.
@@ -109,14 +123,8 @@ class Correction:
         if not hessian.tokens:
             return w
         factor = hessian.factor(max(damping, weight.shape[1] / hessian.tokens))
-        y = self._moved(w)
-        lower = factor.feedback.T  # y H^-1 = ((y R^-T) D^-1) R^-1
-        y = torch.linalg.solve_triangular(lower, y, upper=False, left=False, unitriangular=True)
-        y /= factor.curvature
-        y = torch.linalg.solve_triangular(
-            factor.feedback, y, upper=True, left=False, unitriangular=True
-        )
-        return w.add(y, alpha=strength)
+        solved = _solved(self._moved(w, dtype), factor, dtype)
+        return w.add(solved, alpha=strength)
 
     def rows(self, own: slice) -> Tensor:
         """The rows of a slice of M, not copied."""
@@ -147,7 +155,7 @@ class Correction:
         # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).
         trace = (factor.dense().square() @ factor.curvature).double().sum().item()
         added = trace / w.shape[1] * factor.damping / (1 + factor.damping)
-        product = ((self._moved(w) - added * w) * rounded).double().sum().item()
+        product = ((self._moved(w, dtype) - added * w) * rounded).double().sum().item()
         energy = -added * rounded.double().square().sum().item()
         start = 0
         slices = factor.products(w.T, dtype), factor.products(rounded.T, dtype)
@@ -159,9 +167,44 @@ class Correction:
             energy += (curvature @ left.square_()).double().sum().item()
         return product / energy if product > 0 and energy > 0 else 1.0
 
-    def _moved(self, w: Tensor) -> Tensor:
+    def _moved(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """W M, [N, K] float32."""
         if self._weight is not None:
             return self._sum
         with tensor_cores(w.device):
-            return w @ self._sum
+            return (w.to(dtype) @ self._sum.to(dtype)).float()
+
+
+def _solved(y: Tensor, factor: DenseFactor, dtype: torch.dtype) -> Tensor:
+    """y H^-1 = ((y R^-T) D^-1) R^-1, [N, K] float32, by blocks of columns.
+
+    Args:
+        y: [N, K] float32; not changed.
+        dtype: of the factors of products from one block to the others.
+    """
+    y, r = y.clone(), factor.feedback
+    blocks = [
+        slice(first, min(first + COLUMNS_PER_SLICE, len(r)))
+        for first in range(0, len(r), COLUMNS_PER_SLICE)
+    ]
+    for block in reversed(blocks):
+        inside = r[block, block].T
+        y[:, block] = torch.linalg.solve_triangular(
+            inside, y[:, block], upper=False, left=False, unitriangular=True
+        )
+        _subtract_product(y[:, : block.start], y[:, block], r[: block.start, block].T, dtype)
+    y /= factor.curvature
+    for block in blocks:
+        y[:, block] = torch.linalg.solve_triangular(
+            r[block, block], y[:, block], upper=True, left=False, unitriangular=True
+        )
+        _subtract_product(y[:, block.stop :], y[:, block], r[block, block.stop :], dtype)
+    return y
+
+
+def _subtract_product(from_: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """Subtract the product of two matrices in place."""
+    if dtype == torch.float32:
+        from_.addmm_(left, right, alpha=-1)
+    else:
+        from_ -= left.to(dtype) @ right.to(dtype)

@@ -67,7 +67,7 @@ class Inputs:
         """
         if original is not None and self._statistics.corrects:
             original = self._rotated(original)
-        self._statistics.add(self._rotated(x), original, weight)
+        self._statistics.add(self._rotated(x), original, weight, _products_dtype(x))
 
     def rows(self, own: slice) -> list[Tensor]:
         """The sums of a slice of the columns, not copied: what ranks send to the one that has all.
@@ -118,6 +118,6 @@ class Inputs:
         return rotate(x) if self._rotates else x
 
 
-def _products_dtype(weight: Tensor) -> torch.dtype:
-    """Of products whose roundings stay small, for a matrix."""
-    return torch.bfloat16 if in_16_bits(weight.dtype, weight.device) else torch.float32
+def _products_dtype(like: Tensor) -> torch.dtype:
+    """Of products that no code depends on, for some weights or inputs."""
+    return torch.bfloat16 if in_16_bits(like.dtype, like.device) else torch.float32

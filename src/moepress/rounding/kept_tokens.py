@@ -7,8 +7,7 @@ original model, the correction (correction.py) with a ridge m is
 
 because H = x'^T x' and M = d^T x'. That takes 4 T K N + 3 T^2 K operations in place of 2 T K^2
 + K^3 / 3 + 4 K^2 N, the gain of rounded weights is read off the outputs, and the factor of the
-Hessian may be one of tokens (token_factor.py). Products with W may be of bfloat16 numbers: what is
-inverted is float32, and its solutions change outputs by no more than their own roundings.
+Hessian may be one of tokens (token_factor.py).
 """
 
 from __future__ import annotations
@@ -44,8 +43,18 @@ class KeptTokens:
         self._added = 0
         self._weight = self._squared_weight = 0.0
 
-    def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
-        """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights."""
+    def add(
+        self,
+        x: Tensor,
+        original: Tensor | None,
+        weight: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights.
+
+        Args:
+            dtype: not used.
+        """
         here = slice(self._added, self._added + len(x))
         if here.stop > len(self._x):
             raise RuntimeError(f"Got {here.stop} tokens, expected at most {len(self._x)}.")

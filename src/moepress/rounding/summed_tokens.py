@@ -35,11 +35,13 @@ class SummedTokens:
         self._hessian = Hessian(features, device)
         self._correction = Correction(features, device, weight) if corrects else None
 
-    def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, original: Tensor | None, weight: Tensor | None, dtype: torch.dtype
+    ) -> None:
         """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights."""
         self._hessian.add(x, weight, self._slices)
         if self._correction is not None and original is not None:
-            self._correction.add(x, original, weight, self._slices)
+            self._correction.add(x, original, weight, dtype, self._slices)
 
     def rows(self, own: slice) -> list[Tensor]:
         """The sums of a slice, not copied; see `Inputs.rows`."""
@@ -59,15 +61,11 @@ class SummedTokens:
     def corrected(
         self, weight: Tensor, damping: float, strength: float, dtype: torch.dtype
     ) -> Tensor:
-        """See `Correction.corrected`. The Hessian stays.
-
-        Args:
-            dtype: not used: float32 is needed.
-        """
+        """See `Correction.corrected`. The Hessian stays."""
         if self._correction is None:
             return weight
         hessian = self._hessian.copy()
-        return self._correction.corrected(weight, hessian, damping, strength)
+        return self._correction.corrected(weight, hessian, damping, strength, dtype)
 
     def factor(self, damping: float) -> Factor:
         """Factor of the Hessian, which is used up."""

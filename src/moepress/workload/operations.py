@@ -102,7 +102,14 @@ def rotation(rows: int, cols: int) -> Work:
     return Work({"rotate": rows * cols * (1 + int(math.log2(run_length(cols))))})
 
 
-def inputs(tokens: int, cols: int, rotates: bool, corrects: bool, rows: int | None = None) -> Work:
+def inputs(
+    tokens: int,
+    cols: int,
+    rotates: bool,
+    corrects: bool,
+    rows: int | None = None,
+    in_16_bits: bool = False,
+) -> Work:
     """Gather the Hessian of a matrix's inputs, and with `corrects` its correction.
 
     Args:
@@ -114,11 +121,12 @@ def inputs(tokens: int, cols: int, rotates: bool, corrects: bool, rows: int | No
         return work + times(rotates * (1 + corrects), rotation(tokens, cols))
     work = hessian(tokens, cols)
     if corrects:
+        dtype = "product" if in_16_bits else "float32"
         if rows is not None and sums_moved(rows, cols):
-            work += times(2, product(rows, tokens, cols, "float32"))
+            work += times(2, product(rows, tokens, cols, dtype))
             work += times(rotates, rotation(rows, cols))
         else:
-            work += product(cols, tokens, cols, "float32")
+            work += product(cols, tokens, cols, dtype)
         work += Work({"copy": 3 * tokens * cols})
     if rotates:
         work += times(1 + corrects, rotation(tokens, cols))
@@ -145,14 +153,17 @@ def corrected(
         between += Work({"float32": tokens**3 / 3, "cholesky": tokens**2})
         moved = times(2, product(rows, cols, tokens, dtype))
         return between + moved + rotations + Work({"copy": 5 * rows * cols})
-    solves = times(2, Work({"float32": rows * cols**2}))
-    work = factor(cols) + _moved(rows, cols, alone) + solves
+    inside = sum(
+        min(COLUMNS_PER_SLICE, cols - first) ** 2 for first in range(0, cols, COLUMNS_PER_SLICE)
+    )
+    solves = Work({"float32": 2 * rows * inside}) + Work({dtype: 2 * rows * (cols**2 - inside)})
+    work = factor(cols) + _moved(rows, cols, alone, dtype) + solves
     return work + rotations + Work({"copy": 4 * rows * cols})
 
 
-def _moved(rows: int, cols: int, alone: bool) -> Work:
+def _moved(rows: int, cols: int, alone: bool, dtype: str) -> Work:
     """The product of a matrix and M, unless it was summed (correction.py)."""
-    return Work() if alone and sums_moved(rows, cols) else product(rows, cols, cols, "float32")
+    return Work() if alone and sums_moved(rows, cols) else product(rows, cols, cols, dtype)
 
 
 def gain(
@@ -165,7 +176,7 @@ def gain(
         outputs = times(2, product(rows, cols, tokens, dtype))
         return outputs + rotations + Work({"copy": 4 * rows * (cols + tokens)})
     products = Work({dtype: 2 * upper_product(rows, cols)["float32"]})
-    work = _moved(rows, cols, alone=True) + products
+    work = _moved(rows, cols, True, dtype) + products
     work += product(2, cols, rows, "float32")
     return work + rotations + Work({"copy": 8 * rows * cols + 2 * cols**2})
 

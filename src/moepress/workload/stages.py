@@ -314,13 +314,17 @@ def _quantize_linears(
 ) -> Work:
     """Linears with the same inputs, each rounded to its width."""
     cols, rotates = group[0].cols, rounding.family == "trellis"
+    in_16_bits = task.shape.products_in_16_bits
     works = []
     if rounding.needs_hessian:
-        works = [op.inputs(task.tokens, cols, rotates, corrects), op.factor(cols)]
+        works = [
+            op.inputs(task.tokens, cols, rotates, corrects, in_16_bits=in_16_bits),
+            op.factor(cols),
+        ]
     for linear in group:
         bits = widths.tensors[linear.name]
         if corrects and rounding.needs_hessian:
-            works.append(op.corrected(linear.rows, cols, rotates, alone=False))
+            works.append(op.corrected(linear.rows, cols, rotates, False, None, in_16_bits))
         works.append(_rounded(linear.rows, cols, bits, rounding))
         works.append(_stored(linear.rows, cols, bits, rounding))
     return total(works)
@@ -379,7 +383,8 @@ def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> 
     inner = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
     inner += Work({"copy": 5 * tokens * shape.inner})
     works = [
-        op.inputs(tokens, width, rotates, corrects, count) for count, width in shape.with_hessian
+        op.inputs(tokens, width, rotates, corrects, count, shape.products_in_16_bits)
+        for count, width in shape.with_hessian
     ]
     return total([*works, times(runs, inner), Work({"call": 60})])
 
