@@ -27,6 +27,7 @@ from moepress.original.folder import read_config
 from moepress.ranks import Ranks
 from moepress.recipe import Recipe
 from moepress.request import Request
+from moepress.rounding.hessian import column_slices
 from moepress.rounding.options import Rounding
 from moepress.score import unmeasured
 from moepress.workload import operations as op
@@ -57,14 +58,21 @@ def shares(task: Task, widths: Widths, layer: Layer, counts: Sequence[int]) -> l
     shape, recipe, tokens = task.shape, task.recipe, task.tokens
     scored, rounded = recipe.measure, recipe.quantizer
     groups = layer.sharing_inputs({linear.name for linear in layer.linears})
-    linears = [
-        stages._score_linears(task, group, Rounding.of_linears(recipe, scored))
-        + stages._quantize_linears(
+    linears, statistics, sizes = [], [], []
+    groups = [group for group in groups if all(linear.name in task.open for linear in group)]
+    for group in groups:
+        cols, in_16_bits = group[0].cols, shape.products_in_16_bits
+        sums = op.inputs(tokens, cols, rotates=True, corrects=False)
+        sums += op.inputs(tokens, cols, rotates=True, corrects=True, in_16_bits=in_16_bits)
+        every = stages._score_linears(task, group, Rounding.of_linears(recipe, scored))
+        every += stages._quantize_linears(
             task, group, Rounding.of_linears(recipe, rounded), widths, corrects=True
         )
-        for group in groups
-        if all(linear.name in task.open for linear in group)
-    ]
+        linears.append(every - sums)
+        slices = column_slices(cols)
+        own = [(s.stop - s.start) * (2 * cols - s.start) for s in slices]  # H from the diagonal on
+        statistics += [op.times(size / sum(own), sums) for size in own]
+        sizes += [float(size) for size in own]
     experts, usual = [], max(widths.experts, key=widths.experts.__getitem__)
     for count in counts if layer.has_experts else ():
         at = replace(task, shape=replace(shape, experts=tokens, experts_per_token=count))
@@ -80,7 +88,8 @@ def shares(task: Task, widths: Widths, layer: Layer, counts: Sequence[int]) -> l
     mean = sum(counts) / len(counts)
     return [
         Share("experts", experts, [count + mean for count in counts] if experts else []),
-        Share("linears", linears, [float(group[0].cols) ** 2 for group in groups]),
+        Share("Hessians of linears", statistics, sizes),
+        Share("rounding linears", linears, [float(group[0].cols) ** 2 for group in groups]),
         Share("running layers", [batch] * task.batches, [1.0] * task.batches),
     ]
 

@@ -1,4 +1,4 @@
-"""The command line as one rank: small batches, and perhaps a rank that dies.
+"""The command line as one rank: small batches and slices of columns, and perhaps a rank that dies.
 
     torchrun ... -m tests.ranked BATCH_TOKENS HOW RANK STAGE LAYER words of the command
 
@@ -18,11 +18,13 @@ from typing import Any
 from moepress import checks
 from moepress.errors import NumericalError
 from moepress.original import batches
+from moepress.rounding import hessian
 
 tokens, how, rank, stage, at = sys.argv[1:6]
 del sys.argv[1:6]
 batches.BATCH_TOKENS = int(tokens)
 checks.SEEN_AFTER = 3.0
+hessian.COLUMNS_PER_SLICE = 24  # so that there are several, and one of another size
 
 
 def happens() -> None:

@@ -17,6 +17,9 @@ from moepress.format.checkpoint import SCORES
 from moepress.original import batches
 from moepress.original.division import Division
 from moepress.ranks import ALONE, Ranks
+from moepress.rounding import hessian
+from moepress.rounding.gathering import divided
+from moepress.rounding.hessian import column_slices
 from tests.cli.test_cli import SMALL, run
 from tests.families.models import make_model, save_model
 from tests.original.test_carried import LOOP
@@ -81,6 +84,7 @@ def alone(
 
     def compress(*words: object) -> None:
         monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
+        monkeypatch.setattr(hessian, "COLUMNS_PER_SLICE", 24)
         code, _, err = run(monkeypatch, capsys, "-q", "compress", *words)
         assert code == 0, err
 
@@ -246,6 +250,7 @@ def test_the_stages_one_by_one(
             assert torchrun(2, NOBODY, *score).returncode == 0
         else:
             monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
+            monkeypatch.setattr(hessian, "COLUMNS_PER_SLICE", 24)
             assert run(monkeypatch, capsys, *score)[0] == 0
         assert run(monkeypatch, capsys, "allocate", scores, plan, "--bits", 2)[0] == 0
         if name == "several":
@@ -270,6 +275,29 @@ def test_the_longest_task_is_given_first_and_to_the_rank_with_least_to_do() -> N
     owners = Ranks(0, 3).owners([float(i % 7) for i in range(100)])
     loads = [sum(i % 7 for i in range(100) if owners[i] == rank) for rank in range(3)]
     assert max(loads) - min(loads) <= 6
+
+
+@pytest.mark.parametrize("corrects", [False, True])
+def test_large_statistics_are_summed_by_all_ranks(corrects: bool) -> None:
+    columns = {"q": 7168, "q_b": 1536, "o": 16384, "gate": 7168, "down": 2048}  # DeepSeek-V3
+    shares = divided(columns, Ranks(0, 8), True, corrects)
+    assert list(shares) == list(columns)
+    sums = [0.0] * 8
+    for name, (owner, slices) in shares.items():
+        count = columns[name]
+        assert owner in slices
+        if name in ("q_b", "down"):
+            assert slices == {owner: None}
+            sums[owner] += (1 + corrects / 2) * count**2 / 2
+        else:
+            every = sorted((s.start, s.stop) for own in slices.values() for s in own or ())
+            assert every == [(s.start, s.stop) for s in column_slices(count)]
+        for rank, own in slices.items():
+            sums[rank] += sum((s.stop - s.start) * (count - s.start) for s in own or ())
+            sums[rank] += corrects * sum((s.stop - s.start) * count for s in own or ())
+    assert max(sums) < 1.2 * sum(sums) / 8
+    whole = divided(columns, Ranks(0, 8), False, corrects)
+    assert all(slices == {owner: None} for owner, slices in whole.values())
 
 
 @pytest.mark.parametrize("passes", [1, 3])

@@ -108,12 +108,16 @@ class Ranks:
 
     def give_first(self, tensor: Tensor, owner: int) -> None:
         """`give` for rank 0 only: on other ranks the tensor stays as it is."""
-        if owner == 0 or self.rank not in (0, owner) or not tensor.numel():
+        self.give_one(tensor, owner, 0)
+
+    def give_one(self, tensor: Tensor, owner: int, to: int) -> None:
+        """`give` for rank `to` only: on other ranks the tensor stays as it is."""
+        if owner == to or self.rank not in (to, owner) or not tensor.numel():
             return
         staged = _as_bytes(tensor, CPU)
         with _with_peers():
             if self.rank == owner:
-                dist.send(staged, 0)
+                dist.send(staged, to)
             else:
                 dist.recv(staged, owner)
         if self.rank != owner:

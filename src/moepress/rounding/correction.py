@@ -35,11 +35,13 @@ and the input of `down` is a product of their outputs (docs/log.md#gain-of-down)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from moepress.rounding.factor import COLUMNS_PER_SLICE, DenseFactor, Factor
-from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, tensor_cores
+from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, column_slices, tensor_cores
 
 
 def sums_moved(rows: int, cols: int) -> bool:
@@ -69,6 +71,7 @@ class Correction:
         original: Tensor,
         weight: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        slices: Sequence[slice] | None = None,
     ) -> None:
         """Add T tokens.
 
@@ -77,6 +80,7 @@ class Correction:
             original: [T, K], any float dtype: its inputs in the original model, token by token.
             weight: [T], at least 0: weight c_t of each token; None: 1.
             dtype: float32 or bfloat16, of the factors of products.
+            slices: those of `column_slices` of M that are summed; None: all.
         """
         weight = torch.ones(len(x)) if weight is None else weight
         for start in range(0, len(x), TOKENS_PER_CHUNK):
@@ -88,10 +92,12 @@ class Correction:
                 difference = difference.to(dtype)
                 if self._weight is not None:
                     difference = difference @ self._weight.to(dtype).T
-                if dtype == torch.float32:
-                    self._sum.addmm_(difference.T, now)
-                else:
-                    self._sum += difference.T @ now.to(dtype)
+                now = now.to(dtype)
+                for own in column_slices(len(self._sum)) if slices is None else slices:
+                    if dtype == torch.float32:
+                        self._sum[own].addmm_(difference[:, own].T, now)
+                    else:
+                        self._sum[own] += difference[:, own].T @ now
 
     def corrected(
         self,
@@ -119,6 +125,10 @@ class Correction:
         factor = hessian.factor(max(damping, weight.shape[1] / hessian.tokens))
         solved = _solved(self._moved(w, dtype), factor, dtype)
         return w.add(solved, alpha=strength)
+
+    def rows(self, own: slice) -> Tensor:
+        """The rows of a slice of M, not copied."""
+        return self._sum[own]
 
     def gain(
         self,

@@ -20,7 +20,7 @@ factorization of H with its rows and columns in reverse order (J: the reversal, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,12 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def column_slices(features: int) -> list[slice]:
+    """The columns of a matrix in the slices in which sums are computed."""
+    starts = range(0, features, COLUMNS_PER_SLICE)
+    return [slice(start, min(start + COLUMNS_PER_SLICE, features)) for start in starts]
+
+
 class Hessian:
     """Accumulates H = sum_t c_t x_t x_t^T in float32. Holds one [K, K] matrix."""
 
@@ -67,12 +73,15 @@ class Hessian:
             features, features, dtype=torch.float32, device=device
         )
 
-    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, weight: Tensor | None = None, slices: Sequence[slice] | None = None
+    ) -> None:
         """Add T tokens.
 
         Args:
             x: [T, K], any float dtype: the layer's inputs.
             weight: [T], at least 0: weight c_t of each token; None: 1.
+            slices: those of `column_slices` that are summed; None: all.
         """
         upper = self._matrix()
         weights = torch.ones(len(x)) if weight is None else weight
@@ -84,9 +93,13 @@ class Hessian:
                 root = weight[start : start + TOKENS_PER_CHUNK].to(chunk).sqrt()
                 chunk = chunk * root[:, None]
             with tensor_cores(upper.device):
-                for a in range(0, self.features, COLUMNS_PER_SLICE):
-                    b = a + COLUMNS_PER_SLICE
-                    upper[a:b, a:].addmm_(chunk[:, a:b].T, chunk[:, a:])
+                for own in column_slices(self.features) if slices is None else slices:
+                    rest = slice(own.start, None)
+                    upper[own, rest].addmm_(chunk[:, own].T, chunk[:, rest])
+
+    def rows(self, own: slice) -> Tensor:
+        """The rows of a slice, not copied. What is below the diagonal is not used."""
+        return self._matrix()[own]
 
     def copy(self) -> Hessian:
         """A copy, which can be factored while this one is still in use."""

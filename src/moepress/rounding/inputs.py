@@ -7,6 +7,8 @@ rotated before they are added to the statistics of a trellis matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class Inputs:
         corrects: whether the original model's inputs will be given.
         weight: [N, K], the only matrix with these inputs; None: there may be several.
         tokens: how many will be added; None: not known, so many.
+        slices: of the columns, whose sums this rank computes; None: all.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Inputs:
         corrects: bool,
         weight: Tensor | None = None,
         tokens: int | None = None,
+        slices: Sequence[slice] | None = None,
     ) -> None:
         self._rotates = family == "trellis"
         self._features = features
@@ -51,7 +55,7 @@ class Inputs:
             return
         alone = corrects and weight is not None and sums_moved(*weight.shape)
         moved = self._rotated(weight.float()) if weight is not None and alone else None
-        self._statistics = SummedTokens(features, device, corrects, moved)
+        self._statistics = SummedTokens(features, device, corrects, moved, slices)
 
     def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
         """Add T tokens.
@@ -64,6 +68,14 @@ class Inputs:
         if original is not None and self._statistics.corrects:
             original = self._rotated(original)
         self._statistics.add(self._rotated(x), original, weight, _products_dtype(x))
+
+    def rows(self, own: slice) -> list[Tensor]:
+        """The sums of a slice of the columns, not copied: what ranks send to the one that has all.
+
+        Only where sums [K, K] are kept: neither `weight` nor `tokens` was given.
+        """
+        assert isinstance(self._statistics, SummedTokens)
+        return self._statistics.rows(own)
 
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
         """The weights [N, K] to round in place of `weight`, see `Correction.corrected`.

@@ -89,6 +89,7 @@ def linear_inputs(
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         if modules:
             walk.run_for_hooks(layer, run_original, gathering.end_batch)
+            gathering.finish()
     owners = walk.ranks.agreed(lambda: owners)
     if never_called := sorted(modules.keys() - owners.keys()):
         raise MoepressError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,18 @@ class SummedTokens:
         corrects: whether the original model's inputs will be given.
         weight: [N, K] float32, the only matrix with these inputs, if W M is to be summed; None: M
             is.
+        slices: those of `column_slices` that are summed here; None: all.
     """
 
     def __init__(
-        self, features: int, device: torch.device | str, corrects: bool, weight: Tensor | None
+        self,
+        features: int,
+        device: torch.device | str,
+        corrects: bool,
+        weight: Tensor | None,
+        slices: Sequence[slice] | None = None,
     ) -> None:
+        self._slices = slices
         self._hessian = Hessian(features, device)
         self._correction = Correction(features, device, weight) if corrects else None
 
@@ -30,9 +39,16 @@ class SummedTokens:
         self, x: Tensor, original: Tensor | None, weight: Tensor | None, dtype: torch.dtype
     ) -> None:
         """Add tokens, see `Inputs.add`. All inputs are in the basis of the rounded weights."""
-        self._hessian.add(x, weight)
+        self._hessian.add(x, weight, self._slices)
         if self._correction is not None and original is not None:
-            self._correction.add(x, original, weight, dtype)
+            self._correction.add(x, original, weight, dtype, self._slices)
+
+    def rows(self, own: slice) -> list[Tensor]:
+        """The sums of a slice, not copied; see `Inputs.rows`."""
+        of_hessian = self._hessian.rows(own)
+        if self._correction is None:
+            return [of_hessian]
+        return [of_hessian, self._correction.rows(own)]
 
     @property
     def tokens(self) -> float:
