@@ -217,6 +217,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.is_pinned: lambda func, x, *args: not isinstance(x, CardTensor) and tensors.is_pinned(x),
     Tensor.get_device: lambda func, x: 0 if isinstance(x, CardTensor) else -1,
 }
+tensors._set_modes(Functions)
 _run_thread = threading.Thread.run
 
 

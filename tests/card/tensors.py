@@ -206,7 +206,7 @@ INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_inde
 # No kernels for integers on CUDA.
 FLOATS_ONLY = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addmv", "mv", "dot"}
 MIXED = {"copy_", "_to_copy", "record_stream", "set_"}  # take tensors of two devices
-HANDLERS: dict[Any, Callable[..., Any]] = {}
+MODES: Any = None  # functions.Functions
 
 
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -215,7 +215,8 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.prim.device.default:  # asked by C++ code; the CPU's threads run autograd
         return torch.device("meta")
     if func.namespace == "moepress":
-        return _own(func)(*args, **kwargs)
+        with MODES():  # this function is called without them
+            return _own(func)(*args, **kwargs)
     if name in MIXED:
         return globals()[f"_{name.strip('_')}"](*args, **kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -402,6 +403,11 @@ class Constructors(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._to_copy.default:
             return _to_copy(*args, **kwargs)
-        if _tensors((args, kwargs)):
+        if _tensors((args, kwargs)) and torch.device(device).type == "meta":
             return func(*args, **kwargs)
         return put(func(*args, **{**kwargs, "device": CPU}))
+
+
+def _set_modes(modes: Any) -> None:
+    global MODES
+    MODES = modes
