@@ -73,9 +73,7 @@ class Functions(TorchFunctionMode):
         like = next((a for a in args if isinstance(a, Tensor)), None)
         if isinstance(like, CardTensor) and func in (torch.tensor, torch.as_tensor, torch.asarray):
             return _to(func, like, device or DEVICE, kwargs.get("dtype"))
-        if device is None or _is_meta(device):
-            made = self._call(func, args, kwargs)
-        elif not tensors.is_card(device):
+        if device is None or _is_meta(device) or not tensors.is_card(device):
             made = self._call(func, args, kwargs)
         elif isinstance(like, CardTensor):
             made = self._call(func, args, {**kwargs, "device": None})
@@ -217,7 +215,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.is_pinned: lambda func, x, *args: not isinstance(x, CardTensor) and tensors.is_pinned(x),
     Tensor.get_device: lambda func, x: 0 if isinstance(x, CardTensor) else -1,
 }
-tensors._set_modes(Functions)
+tensors.MODES = Functions
 _run_thread = threading.Thread.run
 
 

@@ -120,9 +120,8 @@ class CardTensor(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> CardTensor:
         assert type(inner) is Tensor and inner.device == CPU, (type(inner), inner.device)
-        made = Tensor._make_subclass(
-            cls, meta_like(inner, inner.dtype), False, dispatch_device=True, device_for_backend_keys=DEVICE
-        )
+        keys = {"dispatch_device": True, "device_for_backend_keys": DEVICE}
+        made = Tensor._make_subclass(cls, meta_like(inner, inner.dtype), False, **keys)
         made.inner = inner
         made.share = _Share(inner)
         return made
@@ -198,15 +197,15 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 # Ops whose result has a size that depends on numbers, so the host waits for the card.
 WAITING = {
-    "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "_local_scalar_dense",
-    "equal", "is_nonzero", "bincount", "repeat_interleave",
+    "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount",
+    "_local_scalar_dense", "equal", "allclose", "is_nonzero", "repeat_interleave",
 }  # fmt: skip
 # Their index tensors may be on the CPU. CUDA uploads them.
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # No kernels for integers on CUDA.
 FLOATS_ONLY = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addmv", "mv", "dot"}
-MIXED = {"copy_", "_to_copy", "record_stream", "set_"}  # take tensors of two devices
-MODES: Any = None  # functions.Functions
+MIXED = {"copy_": "_copy", "_to_copy": "_to_copy", "set_": "_set"}  # take tensors of two devices
+MODES: Any = None  # functions.Functions, which imports this file
 
 
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -218,12 +217,13 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with MODES():  # this function is called without them
             return _own(func)(*args, **kwargs)
     if name in MIXED:
-        return globals()[f"_{name.strip('_')}"](*args, **kwargs)
+        return globals()[MIXED[name]](*args, **kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     _check(name, tensors)
     if name in WAITING and not (name == "repeat_interleave" and kwargs.get("output_size")):
         card.wait(name)
     if name in INDEXED:
+        _check("indexing", [args[0], *(a for a in args[2:] if isinstance(a, Tensor))])
         _check_indices(name, args[1])
     device = kwargs.get("device")
     given = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
@@ -231,7 +231,10 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         given["device"] = CPU
     inside = tree_map(_unwrapped, args), tree_map(_unwrapped, given)
     with _plainly():
-        result = func(*inside[0], **inside[1])
+        if name == "histc":  # CUDA's takes integers
+            result = func(inside[0][0].double(), *inside[0][1:], **inside[1]).to(args[0].dtype)
+        else:
+            result = func(*inside[0], **inside[1])
     if device is not None and torch.device(device).type == "cpu":
         return result
     return _results(func, args, kwargs, inside, result)
@@ -292,13 +295,9 @@ def _own(func: Any) -> Callable[..., Any]:
     """The Python function of an op of moepress: it launches kernels on the tensors of the card."""
     from moepress.kernels import ops
 
-    return getattr(ops, {"drop": "_drop"}.get(func._opname, func._opname)).__dict__.get(
-        "_init_fn", ops._drop
-    )
-
-
-def _record_stream(tensor: Tensor, stream: Any) -> None:
-    return None
+    if func._opname == "drop":
+        return ops._drop
+    return getattr(ops, func._opname)._init_fn  # type: ignore[no-any-return]
 
 
 def _set(tensor: Any, source: Any, *rest: Any) -> Any:
@@ -406,8 +405,3 @@ class Constructors(TorchDispatchMode):
         if _tensors((args, kwargs)) and torch.device(device).type == "meta":
             return func(*args, **kwargs)
         return put(func(*args, **{**kwargs, "device": CPU}))
-
-
-def _set_modes(modes: Any) -> None:
-    global MODES
-    MODES = modes
