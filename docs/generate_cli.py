@@ -36,16 +36,19 @@ holds it, and ends.
     torchrun --nproc-per-node 8 -m moepress compress MODEL OUT --bits 2.5 --device cuda
 
 Under torchrun, `compress`, `score` and `quantize` divide their work over the processes, called
-ranks: with `--device cuda` each rank has its own card (NCCL), else they are processes on CPUs
-(gloo). On several machines start torchrun on each, with `--nnodes`, `--node-rank`,
-`--master-addr` and `--master-port`; all of them need MODEL and OUT on a disk that they share.
-torchrun gives each process one thread unless `OMP_NUM_THREADS` says otherwise.
+ranks: with `--device cuda` each rank has the card of its number on the machine (NCCL), with `cpu`
+they are processes on CPUs (gloo). Without `--device` they are on cards if the largest layer fits
+on each. On several machines start torchrun on each, with the same options and `--nnodes`,
+`--node-rank`, `--master-addr` and `--master-port`; all of them need MODEL and OUT on a disk that
+they share, if need be under other paths. Ranks that have another model, recipe or output than
+rank 0 are refused. torchrun gives each process one thread unless `OMP_NUM_THREADS` says otherwise.
 
 The folder has the bytes that one process with as many threads writes: no sum depends on the number
 of ranks. Rank 0 alone writes and prints. If a rank ends, the whole job ends with one line that says
-so, before the report of torchrun, which names the rank. Start the same command again to go on, with
-any number of ranks or without torchrun. Models that run layers several times are compressed by one
-process only. [scale.md](scale.md#ranks) says what ranks hold and exchange.
+so, on each machine, before the report of torchrun, which names the rank. Start the same command
+again to go on, with any number of ranks or without torchrun. A rank that is slow is waited for, up
+to two weeks; so a machine that loses its power or its network must be noticed by you.
+[scale.md](scale.md#ranks) says what ranks hold and exchange.
 """
 
 

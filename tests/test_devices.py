@@ -10,15 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
-from moepress import devices, kernels
+from moepress import devices, kernels, ranks
 from moepress.cli.options import device_to_compress, device_to_run
 from moepress.doctor import doctor
 from moepress.errors import InputError
 from moepress.format.checkpoint import SCORES
 from moepress.inspect import inspect
 from moepress.kernels import backends
+from moepress.ranks import Ranks
 from moepress.store.forecast import card_fits
 from moepress.store.places import total_bytes
 from tests.store.test_models import EXPERTS, packed_folder
@@ -103,3 +105,55 @@ def test_what_a_card_takes_of_a_folder(folder: Path, cards: Callable[..., None])
     assert (check.state, check.found) == ("ok", str(some))
     (check,) = [c for c in doctor(folder, gpu_memory=9).checks if c.name == "fits on a card"]
     assert (check.state, check.do) == ("missing", "run it on the CPU")
+
+
+def test_each_rank_takes_the_card_of_its_number_on_the_machine(
+    folder: Path, cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everyone_fits = [True, True]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the fourth of four ranks on two machines
+    monkeypatch.setattr(ranks, "_joined", Ranks(3, 4))
+    monkeypatch.setattr(Ranks, "everyones", lambda self, own: [own, *everyone_fits])
+    need = devices.largest_layer(folder)
+    cards(0, 2 * need)
+    assert ranks.own_card() == 1
+    assert device_to_compress("cuda", folder) == device_to_compress(None, folder) == "cuda:1"
+    assert device_to_compress("cpu", folder) == "cpu"
+    with pytest.raises(InputError, match="cuda:0 would put 4 ranks on one device"):
+        device_to_compress("cuda:0", folder)
+    everyone_fits[0] = False
+    assert device_to_compress(None, folder) == "cpu"
+    everyone_fits[0] = True
+    cards(2 * need, 0)
+    assert device_to_compress(None, folder) == "cpu"
+    for count in (1, 0):
+        cards(*[2 * need] * count)
+        assert ranks.own_card() is None and device_to_compress(None, folder) == "cpu"
+        with pytest.raises(InputError, match=f"2 ranks were started on .* has {count} cards"):
+            device_to_compress("cuda", folder)
+
+
+def test_ranks_exchange_through_cards_only_if_each_has_its_own(
+    cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "_joined", Ranks(1, 2))
+    own = torch.device("cuda", 1)
+    cards(9, 9)
+    assert ranks.here(own).device == own
+    assert ranks.here(torch.device("cpu")).device.type == ranks.here().device.type == "cpu"
+    cards(9)
+    assert ranks.here(own).device.type == "cpu"
+
+
+def test_ranks_wait_for_each_other_on_the_cpu_before_cards_exchange(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met: list[str] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: met.append(tensor.device.type))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, owner: met.append("broadcast"))
+    monkeypatch.setattr(ranks, "_as_bytes", lambda tensor, device: tensor.view(torch.uint8))
+    Ranks(1, 2, torch.device("cuda", 1)).give(torch.zeros(3), 0)
+    Ranks(1, 2).give(torch.zeros(3), 0)
+    assert met == ["cpu", "broadcast", "broadcast"]

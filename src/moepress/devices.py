@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 
 from moepress import kernels
+from moepress.errors import InputError
 from moepress.memory import free_memory
 from moepress.original.folder import weight_files
+from moepress.ranks import here, own_card, ranks_here
 from moepress.reading.headers import read_header
 from moepress.store.memory import WHOLE_SHARE
 from moepress.store.places import total_bytes
@@ -27,10 +30,42 @@ def cards() -> list[torch.device]:
 
 def with_room(need: int) -> str:
     """The first card that has `need` bytes free, and some more; else the CPU."""
-    for card in cards():
-        if need <= WHOLE_SHARE * free_memory(card):
-            return str(card)
-    return "cpu"
+    return next((str(card) for card in cards() if fit(need, card)), "cpu")
+
+
+def fit(need: int, card: torch.device) -> bool:
+    """Whether a card has `need` bytes free, and some more."""
+    return need <= WHOLE_SHARE * free_memory(card)
+
+
+def of_rank(name: str | None, folder: Path) -> str:
+    """The device of this rank of a job: the card of its number on the machine, or the CPU.
+
+    Args:
+        name: "cpu" or "cuda"; None: cards if on each rank's own the largest layer fits, else CPUs.
+
+    Raises:
+        InputError: it is another name, or not each rank of this machine has a card for itself.
+    """
+    card, together = own_card(), ranks_here()
+    if name is None:
+        own = [torch.device("cuda", card)] if card is not None and cards() else []
+        fits = any(fit(largest_layer(folder), card) for card in own)
+        name = "cuda" if all(here().everyones(fits)) else "cpu"
+    elif name not in ("cpu", "cuda"):
+        raise InputError(
+            f"--device {name} would put {here().count} ranks on one device. Expected cuda, with "
+            "which each rank takes its own card, or cpu."
+        )
+    if name == "cpu":
+        return name
+    if card is None:
+        raise InputError(
+            f"{together} ranks were started on {platform.node()}, which has "
+            f"{torch.cuda.device_count()} cards. Expected a card for each rank: start no more "
+            "with --nproc-per-node than there are cards, or give --device cpu."
+        )
+    return f"cuda:{card}"
 
 
 def to_run(folder: Path) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
+from moepress.checks import check_alike
 from moepress.costs.drop_costs import DropCosts, DropMeter, drop_seed
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
@@ -87,6 +88,7 @@ def quantize(
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
     check_plan(source, plan)
     check_usable(source)
+    check_alike(source, {"the plan": plan.recipe.digest("calib") + plan.digest()})
     with output_held(out) as folder:
         ids = here().agreed(lambda: kept_ids(folder, source, plan.recipe)) if ids is None else ids
         return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)

@@ -23,15 +23,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from moepress.errors import MoepressError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
 
-# The longest that a rank waits for another one that is alive: rank 0 may let the model write its
-# calibration text meanwhile. Of a rank that ended, the others hear at once.
-PATIENCE = timedelta(hours=4)
+# The longest that ranks wait for each other to begin: imports from a slow disk take minutes.
+TO_BEGIN = timedelta(minutes=30)
+# The longest that a rank waits for another one that is alive. That one may be slow and well: rank 0
+# may let the model write its calibration text, a layer may take hours. Of a rank that ended, the
+# others hear at once.
+PATIENCE = timedelta(days=14)
 BYTES_AT_ONCE = 1 << 26  # of a sum over ranks; bounds the copy that is exchanged
 
 
@@ -97,6 +101,7 @@ class Ranks:
             return
         staged = _as_bytes(tensor, self.device)
         with _with_peers():
+            self._meet()
             dist.broadcast(staged, owner)
         if self.rank != owner:
             _fill(tensor, staged)
@@ -128,6 +133,7 @@ class Ranks:
         incoming = [of_one[self.rank] for of_one in sizes]
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=self.device)
         with _with_peers():
+            self._meet()
             dist.all_to_all_single(received, torch.cat(staged), incoming, [*map(len, staged)])
         return list(torch.split(received, incoming))
 
@@ -142,9 +148,18 @@ class Ranks:
         for part in torch.split(flat, BYTES_AT_ONCE // tensor.element_size()):
             staged = part.to(self.device)
             with _with_peers():
+                self._meet()
                 dist.all_reduce(staged)
             if staged is not part:
                 part.copy_(staged)
+
+    def _meet(self) -> None:
+        """Before cards exchange something: wait on the CPU until all ranks have come.
+
+        There a rank that ended is an error at once. NCCL would wait, busily, for its own timeout.
+        """
+        if self.device.type == "cuda":
+            dist.all_reduce(torch.zeros(1))
 
 
 ALONE = Ranks()
@@ -158,7 +173,7 @@ def here(device: torch.device | None = None) -> Ranks:
     Args:
         device: of the computation. Cards exchange tensors directly if each rank has its own.
     """
-    if device is None or device.type != "cuda" or not _own_card():
+    if device is None or device.type != "cuda" or own_card() is None:
         return _joined
     return replace(_joined, device=device)
 
@@ -173,13 +188,19 @@ def joined() -> Iterator[Ranks]:
         RankError: the ranks do not find each other.
     """
     global _joined, _store
-    if _own_card():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    card = own_card()
+    if card is not None:
+        torch.cuda.set_device(card)
     cards = torch.cuda.is_available() and dist.is_nccl_available()
     with _with_peers():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", timeout=PATIENCE)
-    _store = dist.distributed_c10d._get_default_store()
-    _joined = Ranks(dist.get_rank(), dist.get_world_size())
+        _store, rank, count = next(rendezvous("env://", timeout=TO_BEGIN))
+        _store.set(_key(f"began/{rank}"), "")
+        _store.wait([_key(f"began/{other}") for other in range(count)], TO_BEGIN)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cards else "gloo",
+            store=_store, rank=rank, world_size=count, timeout=PATIENCE,
+        )  # fmt: skip
+    _joined = Ranks(rank, count)
     try:
         yield _joined
         with _with_peers():
@@ -190,21 +211,33 @@ def joined() -> Iterator[Ranks]:
 
 
 def tells() -> bool:
-    """Whether this rank is the first of its job that has an error to tell; later ones are silent.
+    """Whether this rank is the first on its machine with an error to tell; later ones are silent.
 
-    An error of one rank makes others fail too, and only the first one says why.
+    An error of one rank makes others fail too, and only the first one says why. Each machine has a
+    terminal of its own.
     """
     if _store is None:  # before the ranks have found each other
         return os.environ.get("RANK", "0") == "0"
     try:
-        return int(_store.add("moepress/errors", 1)) == 1
+        return int(_store.add(_key(f"errors/{os.environ.get('GROUP_RANK')}"), 1)) == 1
     except (RuntimeError, OSError):  # torchrun's own process has ended
         return True
 
 
-def _own_card() -> bool:
-    """Whether each rank on this machine has a card for itself."""
-    return torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def ranks_here() -> int:
+    """Number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _joined.count > 1 else 1
+
+
+def own_card() -> int | None:
+    """The card of this rank, of its number on the machine; None: not each rank here has its own."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() >= together else None
+
+
+def _key(name: str) -> str:
+    """A key of the store. torchrun may start the ranks again, with the same store."""
+    return f"moepress/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{name}"
 
 
 def _outcome(decide: Callable[[], T]) -> tuple[T | None, MoepressError | None]:
@@ -222,8 +255,8 @@ def _with_peers() -> Iterator[None]:
     except (RuntimeError, dist.DistError) as error:
         raise RankError(
             "Another rank of this job has ended, was killed, or cannot be reached; torchrun says "
-            "which. Everything finished is kept: run the same command again to go on, with any "
-            "number of ranks."
+            "which (exit code -9: often for want of memory). Everything finished is kept: run the "
+            "same command again to go on, with any number of ranks."
         ) from error
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from moepress.allocation.budget import Budget
 from moepress.allocation.choices import Choices
-from moepress.allocation.tensors import ModelTensors, check_group_sizes, with_fitting_codec
+from moepress.allocation.tensors import ModelTensors
+from moepress.checks import checked
 from moepress.costs.scores import ExpertScores
 from moepress.original.source import Source
-from moepress.original.usable import check_usable
 from moepress.recipe import Recipe
 from moepress.score import unmeasured
 
@@ -45,9 +45,7 @@ class Request:
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         recipe = recipe.with_changes(**changes)
         source = Source(model, device, trust_remote_code)
-        check_usable(source)
-        recipe = with_fitting_codec(source, recipe)
-        check_group_sizes(source, recipe)
+        recipe = checked(source, recipe)
         tensors = ModelTensors.of(source, recipe)
         sizes = unmeasured(source, recipe, tensors)
         if recipe.has_budget or needs_budget:

@@ -32,12 +32,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moepress.allocation.tensors import (
-    ModelTensors,
-    check_group_sizes,
-    file_bytes,
-    with_fitting_codec,
-)
+from moepress.allocation.tensors import ModelTensors, file_bytes
+from moepress.checks import checked
 from moepress.costs.embedding_and_head import score_embedding_and_head
 from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
 from moepress.costs.interpolation import Interpolation
@@ -48,7 +44,6 @@ from moepress.costs.texts import Texts
 from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
 from moepress.original.source import Source
-from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.ranks import here
@@ -93,9 +88,7 @@ def score(
             moepress, or another process works there.
     """
     source = source if isinstance(source, Source) else Source(source, device, trust_remote_code)
-    check_usable(source)
-    recipe = with_fitting_codec(source, recipe)
-    check_group_sizes(source, recipe)
+    recipe = checked(source, recipe)
     with temporary_folder(None) if work is None else work_held(work) as own_folder:
         folder = here().agreed(lambda: own_folder)
         ids = here().agreed(lambda: kept_ids(folder, source, recipe)) if ids is None else ids
@@ -119,9 +112,7 @@ def score_to_file(
     work = out.with_name(out.name + ".work")
     ranks.agreed(lambda: _check_places(out, work))
     source = Source(model, device, trust_remote_code)
-    check_usable(source)
-    recipe = with_fitting_codec(source, recipe)
-    check_group_sizes(source, recipe)
+    recipe = checked(source, recipe)
     with work_held(work) as folder:
         ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
         scores = score_tensors(source, recipe, ModelTensors.of(source, recipe), ids, folder)

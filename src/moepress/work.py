@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
+from moepress.checks import check_shared
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
 from moepress.format.checkpoint import (
@@ -34,7 +35,7 @@ from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
 from moepress.writing.files import check_place, sweep
-from moepress.writing.held import check_work, discard, held
+from moepress.writing.held import LOCK, check_work, discard, held
 
 WORK = ".moepress"  # the work folder inside the output
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
@@ -158,25 +159,34 @@ def output_held(out: Path) -> Iterator[Path]:
     """Hold the output folder of a run inside the `with` statement, against other runs.
 
     What a killed run left unfinished in single files is deleted. A finished folder is not touched.
-    Rank 0 holds the folder for all ranks of a job.
 
     Yields:
         The work folder.
 
     Raises:
-        InputError: another process writes there, or the folder is not ours.
+        InputError: another process writes there, the folder is not ours, or not all ranks see it.
     """
-    if not here().first or _is_finished(out):
+    if here().agreed(lambda: _is_finished(out)):
         yield out / WORK
         return
-    with held(out / WORK, lambda: kept(out)) as work:
-        sweep(out)
+    with work_held(out / WORK, out) as work:
         yield work
 
 
-def work_held(folder: Path) -> AbstractContextManager[Path]:
-    """Hold a work folder that is not inside an output; see `held`. Rank 0 does so for all ranks."""
-    return held(folder, lambda: kept(folder)) if here().first else nullcontext(folder)
+@contextmanager
+def work_held(folder: Path, out: Path | None = None) -> Iterator[Path]:
+    """Hold a work folder inside the `with` statement; see `held`. Rank 0 does so for all ranks.
+
+    Args:
+        out: the output that the folder is inside of; None: it is beside one.
+    """
+    with ExitStack() as stack:
+        if here().first:
+            stack.enter_context(held(folder, lambda: kept(out or folder)))
+            if out is not None:
+                sweep(out)
+        check_shared(folder, LOCK)
+        yield folder
 
 
 def _is_finished(out: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -109,7 +110,8 @@ def test_two_runs_into_one_folder(
     words = ["compress", model_folder(), out, "--bits", 2, "--calib", text_file, *SMALL]
     with output_held(out):
         code, _, err = run(monkeypatch, capsys, *words)
-    assert code == 2 and f"{out} is in use by process {os.getpid()} since" in err
+    holder = f"by process {os.getpid()} on {platform.node()} since"
+    assert code == 2 and f"{out} is in use {holder}" in err
     assert not out.exists()
 
 
@@ -129,3 +131,25 @@ def test_a_reader_that_goes_away_and_a_full_output() -> None:
             done = subprocess.run(command, stdout=to, stderr=subprocess.PIPE, text=True)
             assert done.returncode == 1 and done.stderr.startswith(says)
             assert len(done.stderr.splitlines()) == bool(says)
+
+
+def test_words_that_are_not_utf8_are_called_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    tmp_path: Path,
+) -> None:
+    named = tmp_path / os.fsdecode(b"caf\xe9")
+    named.symlink_to(model_folder())
+    code, out, err = run(monkeypatch, capsys, "inspect", named)
+    assert code == 2 and out == "" and "caf\\udce9' is not UTF-8" in err
+    (tmp_path / "caf\u00e9").symlink_to(named)
+    assert run(monkeypatch, capsys, "inspect", tmp_path / "caf\u00e9")[0] == 0
+
+
+def test_a_server_that_is_stopped_has_written_nothing_and_does_not_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for command, says in (("serve", ""), ("chat", ""), ("evaluate", " Nothing was written.")):
+        monkeypatch.setattr(sys, "argv", ["moepress", command, "folder"])
+        assert ending.described(ending.Stopped(15)) == (f"stopped by SIGTERM.{says}", 143)

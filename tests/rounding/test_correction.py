@@ -15,6 +15,7 @@ from moepress.original.experts import Routed, RoutedExpert, expert_hidden
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding import correction as correction_module
+from moepress.rounding import factor as factor_module
 from moepress.rounding.correction import Correction
 from moepress.rounding.expert import round_down, round_gate_up
 from moepress.rounding.hessian import Hessian
@@ -45,8 +46,11 @@ def random_weight(rows: int = 24, cols: int = 32) -> Tensor:
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("tokens", [40, 400])
-def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens: int) -> None:
+def test_corrected_is_a_ridge_regression(
+    strength: float, weighted: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W* - W is the ridge regression of the difference of outputs on the inputs, as one system."""
+    monkeypatch.setattr(correction_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs(tokens)
     w = random_weight()
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
@@ -76,6 +80,24 @@ def test_corrected_is_a_ridge_regression(strength: float, weighted: bool, tokens
     hessian.factor(DAMPING)  # a copy was used up, not this one
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_products_in_16_bits_change_little(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One percent of the correction. Of the gain less: it is a mean of many roundings."""
+    monkeypatch.setattr(correction_module, "COLUMNS_PER_SLICE", 12)
+    now, original, count = moved_inputs()
+    w = random_weight()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        correction, hessian = Correction(32, "cpu", w if alone else None), Hessian(32, "cpu")
+        correction.add(now, original, count, dtype)
+        hessian.add(now, count)
+        moved = correction.corrected(w, hessian.copy(), DAMPING, 1.0, dtype) - w
+        found.append((moved, correction.gain(w, w.round(), hessian.factor(DAMPING), dtype)))
+    (exact, gain), (narrow, narrow_gain) = found
+    assert 0 < (narrow - exact).norm() < 0.01 * exact.norm()
+    assert narrow_gain == pytest.approx(gain, rel=2e-3)
+
+
 def test_without_tokens_or_drift_the_weight_stays() -> None:
     now, _, count = moved_inputs()
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
@@ -93,7 +115,7 @@ def test_gain_is_least_squares(
     weighted: bool, damping: float, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best gain of all outputs, token by token in float64, whatever the damping is."""
-    monkeypatch.setattr(correction_module, "COLUMNS_PER_SLICE", 12)
+    monkeypatch.setattr(factor_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs()
     w = random_weight()
     rounded = w.round()
@@ -129,11 +151,11 @@ def test_inputs_of_one_matrix_of_few_rows_give_the_same(family: str) -> None:
     now, original, count = moved_inputs()
     w, matrix = random_weight(16), quantize_matrix("rtn", random_weight(16), Codec(2, 32))
     found = []
-    for weight in (None, w.bfloat16().float(), random_weight(17)):  # 17 rows: M is summed
+    for weight in (None, w, random_weight(17)):  # 17 rows: M is summed
         inputs = Inputs(32, "cpu", family, True, weight)
         inputs.add(now, original, count)
-        moved = inputs.corrected(w.bfloat16(), DAMPING, 0.5)
-        found.append((moved, inputs.rescaled(matrix, w.bfloat16(), inputs.factor(DAMPING))))
+        moved = inputs.corrected(w, DAMPING, 0.5)
+        found.append((moved, inputs.rescaled(matrix, w, inputs.factor(DAMPING))))
     for moved, rescaled in found[1:]:
         torch.testing.assert_close(moved, found[0][0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rescaled.dequantize(), found[0][1].dequantize())

@@ -21,7 +21,8 @@ from torch import Tensor
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import GRID_BITS, Codec
 from moepress.rounding import hessian
-from moepress.rounding.hessian import Factor, Hessian
+from moepress.rounding.factor import DenseFactor
+from moepress.rounding.hessian import Hessian
 from moepress.rounding.methods import (
     QUANTIZERS,
     QuantizedMatrix,
@@ -47,7 +48,7 @@ def random_weight(rows: int, cols: int, seed: int = 1) -> Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
 
 
-def factor_of(x: Tensor, weight: Tensor | None = None, damping: float = 0.01) -> Factor:
+def factor_of(x: Tensor, weight: Tensor | None = None, damping: float = 0.01) -> DenseFactor:
     accumulated = Hessian(x.shape[1], "cpu")
     accumulated.add(x, weight)
     return accumulated.factor(damping)
@@ -59,13 +60,13 @@ def dense_hessian(x: Tensor, damping: float = 0.01) -> Tensor:
     return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
 
 
-def rebuilt(factor: Factor) -> Tensor:
+def rebuilt(factor: DenseFactor) -> Tensor:
     """The matrix that a factor is of, R D R^T, in float64."""
     r = factor.feedback.double()
     return (r * factor.curvature.double()) @ r.T
 
 
-def assert_factor_of(factor: Factor, expected: Tensor, tokens: int) -> None:
+def assert_factor_of(factor: DenseFactor, expected: Tensor, tokens: int) -> None:
     """Check that a factor is that of a damped Hessian [K, K] of so many tokens.
 
     With T tokens, H itself has an error of at most T UNIT |X^T| |X|, and its Cholesky factor adds
@@ -135,7 +136,7 @@ def assert_nearest(q: QuantizedMatrix, adjusted: Tensor, error: Tensor) -> None:
     assert (distance > 0.5).sum() <= expected + 3 * expected**0.5 + 1
 
 
-def feedback_error(weight: Tensor, q: QuantizedMatrix, factor: Factor) -> Tensor:
+def feedback_error(weight: Tensor, q: QuantizedMatrix, factor: DenseFactor) -> Tensor:
     """Bound on the float32 error of the adjusted weights of gptq.  # [N, K]
 
     adjusted_k = w_k + sum_(j<k) E_j R_jk is a sum of k + 1 terms. An error E_j = w_j - what_j has
@@ -378,7 +379,9 @@ def test_released_equals_the_published_algorithm(bits: int, group: int) -> None:
     assert not torch.equal(correct.codes, q.codes)
 
 
-def released_error(weight: Tensor, q: QuantizedMatrix, factor: Factor, adjusted: Tensor) -> Tensor:
+def released_error(
+    weight: Tensor, q: QuantizedMatrix, factor: DenseFactor, adjusted: Tensor
+) -> Tensor:
     """Bound on the float32 error of the adjusted weights of gptq-released.  # [N, K]
 
     Let b be a block, y what is passed on (gptq.py), S = y_(<b) R_(<b,b), and n the columns up to

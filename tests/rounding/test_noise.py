@@ -17,11 +17,12 @@ from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.recipe import Recipe
 from moepress.rounding import methods
 from moepress.rounding import noise as noise_module
-from moepress.rounding.fit import upper_product, within_blocks
-from moepress.rounding.hessian import Factor, Hessian
+from moepress.rounding import sweep as sweep_module
+from moepress.rounding.factor import DenseFactor, block_feedback
+from moepress.rounding.fit import within_blocks
+from moepress.rounding.hessian import Hessian
 from moepress.rounding.linear import output_cost
-from moepress.rounding.methods import gptq, quantize_matrix
-from moepress.rounding.methods.trellis import block_feedback
+from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.noise import (
     code_error,
     draw,
@@ -42,7 +43,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def weight_and_factor(rows: int, cols: int) -> tuple[Tensor, Factor]:
+def weight_and_factor(rows: int, cols: int) -> tuple[Tensor, DenseFactor]:
     """Weights, and inputs some directions of which are much larger than others."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * cols, cols, generator=generator) * torch.logspace(0, -1.5, cols)
@@ -72,11 +73,11 @@ def test_what_is_left_after_feedback_is_the_draw(error: float) -> None:
     errors, residual = (x.T.double() for x in drawn_errors(target, feedback, error, noise))
     left = errors @ feedback.double()
     torch.testing.assert_close(residual, left, rtol=1e-4, atol=1e-5)
-    root = within_blocks(residual.T.float(), factor.feedback).T
+    root = within_blocks(residual.T.float(), factor.diagonal_blocks(8)).T
     torch.testing.assert_close(
         root, (errors @ factor.feedback.double()).float(), rtol=1e-4, atol=1e-5
     )
-    product = upper_product(target, factor.feedback).T
+    product = torch.cat(list(factor.products(target))).T
     torch.testing.assert_close(product, weight @ factor.feedback, rtol=1e-4, atol=1e-5)
     adjusted = weight.double() + left - errors
     for start in range(0, 64, TILE_COLUMNS):
@@ -115,7 +116,7 @@ def test_errors_cost_what_those_of_the_search_cost(rows: int) -> None:
 @pytest.mark.parametrize("columns", [16, 256])
 def test_feedback_in_16_bits_costs_the_same(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within .2 %; another draw changes these costs by 1 %."""
-    for module in (gptq, noise_module):
+    for module in (sweep_module, noise_module):
         monkeypatch.setattr(module, "COLUMNS_IN_16_BITS", columns)
     weight, factor = weight_and_factor(96, 320)
     weight = weight.bfloat16()

@@ -32,9 +32,10 @@ from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu, reference, scalar, trellis
 from moepress.original.source import Source
 from moepress.recipe import Recipe
+from moepress.rounding.factor import block_feedback
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.methods import quantize_matrix, viterbi
-from moepress.rounding.methods.trellis import block_feedback, path_values, quantize_trellis
+from moepress.rounding.methods.trellis import path_values, quantize_trellis
 from tests.conftest import small_recipe
 from tests.rounding.test_methods import BFLOAT16_UNIT, UNIT, dense_hessian
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moepress.format.codec import Codec
+from moepress.format.codec import Codec, codec_for
+from moepress.rounding import sweep as sweep_module
 from moepress.rounding.correction import Correction, sums_moved
 from moepress.rounding.hessian import Hessian
-from moepress.rounding.methods import gptq, quantize_matrix
-from moepress.rounding.methods.gptq import sweep
+from moepress.rounding.inputs import Inputs
+from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.noise import draw, noisy_weights
+from moepress.rounding.sweep import runs, sweep
+from moepress.rounding.token_factor import few
 from moepress.workload import operations as op
 from tests.workload.flops import FlopCount
 
@@ -73,12 +76,12 @@ def test_sweep(cols: int) -> None:
 
 
 def test_sweep_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (op, gptq):
+    for module in (op, sweep_module):
         monkeypatch.setattr(module, "COLUMNS_IN_16_BITS", 32)
     op._sweep.cache_clear()
     buffer, feedback = torch.zeros(72, 6), torch.eye(72).bfloat16()
     with FlopCount() as counted:
-        gptq.sweep(buffer, feedback, 0, 72, 8, lambda start, stop: None)
+        sweep(buffer, feedback, 0, 72, 8, lambda start, stop: None)
     work = op.sweep(6, 72, 8, in_16_bits=True)
     op._sweep.cache_clear()
     assert work["product"] == 2 * 6 * 32 * 40  # 72 columns are cut into 32 and 40
@@ -122,8 +125,35 @@ def test_correction(rows: int) -> None:
     assert op.inputs(90, 64, rotates=False, corrects=True, rows=rows)["float32"] == gathering.flops
     with FlopCount() as correcting:
         correction.corrected(weight, hessian.copy(), 0.1, 0.5)
-    assert op.corrected(rows, 64, rotates=False, alone=True)["float32"] == correcting.flops
+    counted = op.corrected(rows, 64, rotates=False, alone=True) - op.factor(64)
+    assert counted["float32"] == pytest.approx(correcting.flops)
     factor = hessian.factor(0.1)
     with FlopCount() as gaining:
         correction.gain(weight, weight, factor)
     assert op.gain(rows, 64, rotates=False)["float32"] == gaining.flops
+
+
+@pytest.mark.parametrize(("tokens", "cols"), [(16, 64), (100, 608), (280, 608)])
+def test_kept_tokens(tokens: int, cols: int) -> None:
+    """16 and 100 tokens make a factor of tokens, 280 a dense one."""
+    weight = torch.randn(64, cols)
+    inputs = Inputs(cols, "cpu", "int", True, weight, tokens)
+    inputs.add(torch.randn(tokens, cols), torch.randn(tokens, cols))
+    with FlopCount() as correcting:
+        inputs.corrected(weight, 0.1, 0.5)
+    counted = op.corrected(64, cols, False, True, tokens)["float32"] - tokens**3 / 3
+    solved = 2 * tokens**2 * cols  # cholesky_solve, which FlopCount does not see
+    assert counted - solved == pytest.approx(correcting.flops)
+    with FlopCount() as factoring:
+        factor = inputs.factor(0.1)
+    inside = sum((run.stop - run.start) ** 3 / 3 for run in runs(cols))
+    inside = inside if few(tokens, cols) else cols**3 / 3
+    assert op.factor(cols, tokens)["float32"] - inside == pytest.approx(factoring.flops)
+    codec = codec_for(2, cols, 128, "trellis")
+    with FlopCount() as rounding:
+        rounded = quantize_matrix("gptq", weight, codec, factor)
+    counted = op.round_trellis(64, cols, 2, True, tokens)["float32"]
+    assert counted == pytest.approx(rounding.flops, rel=0.02)  # V of the blocks inside of runs
+    with FlopCount() as gaining:
+        inputs.rescaled(rounded, weight, factor)
+    assert op.gain(64, cols, False, tokens)["float32"] == gaining.flops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_the_second_is_told_who_holds_it_and_a_dead_process_holds_nothing(tmp_pa
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        says = f"in use by process {holder.pid} since 2"
+        says = f"in use by process {holder.pid} on {platform.node()} since 2"
         with pytest.raises(InputError, match=says), held(tmp_path / "out" / "work"):
             pass
         assert names(tmp_path / "out" / "work") == {LOCK}

@@ -28,11 +28,12 @@ from typing import Any
 
 import typer
 
-from moepress.cli.job import in_job, tells_error
+from moepress.cli.job import in_job, knows_what_is_kept, tells_error
 from moepress.errors import InputError, MoepressError, printable
 from moepress.writing.files import FULL
 
 RESUMABLE = ("compress", "score", "quantize", "dequantize")  # they keep their unfinished work
+SERVING = ("serve", "chat")  # they write nothing, and end by being stopped
 SIGNALS = ("SIGTERM", "SIGHUP")  # Python itself turns SIGINT into KeyboardInterrupt
 # What an operating system may refuse: not defects of moepress.
 REFUSED = (
@@ -66,6 +67,7 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
     def run(*arguments: Any, **options: Any) -> None:
         try:
             with _signals_raise(), in_job(command.__name__):
+                _check_words(sys.argv[1:])
                 command(*arguments, **options)
                 sys.stdout.flush()  # now, while an error can still be told
         except (typer.Exit, typer.Abort, SystemExit):
@@ -82,6 +84,16 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from None
 
     return run
+
+
+def _check_words(words: list[str]) -> None:
+    """Raise InputError for words that are not UTF-8, which Python reads as surrogates."""
+    for word in words:
+        if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise InputError(
+                f"{word!r} is not UTF-8. The libraries that read weights, tokenizers and text take "
+                "nothing else: rename it, or make a link with another name and give that."
+            )
 
 
 def described(error: BaseException) -> tuple[str, int]:
@@ -113,7 +125,11 @@ def _stopped(how: str, error: BaseException) -> str:
     kept = " ".join(getattr(error, "__notes__", ()))
     if name in RESUMABLE:
         again = shlex.join(["moepress", *sys.argv[1:]])
+        if not knows_what_is_kept():
+            kept = "Everything finished is kept."
         return f"stopped by {how}. {kept or 'Nothing was finished yet.'} To go on: {again}"
+    if name in SERVING:
+        return f"stopped by {how}."
     return f"stopped by {how}. {kept or 'Nothing was written.'}"
 
 

@@ -43,8 +43,13 @@ def in_job(command: str) -> Iterator[None]:
             yield
 
 
+def knows_what_is_kept() -> bool:
+    """Whether this process holds the output: in a job rank 0 does."""
+    return not _several() or os.environ["RANK"] == "0"
+
+
 def tells_error() -> bool:
-    """Whether this process prints the error that ends it: in a job only the first rank does."""
+    """Whether this process prints the error that ends it: the first rank of a machine does."""
     if not _several():
         return True
     from moepress.ranks import tells

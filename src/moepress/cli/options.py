@@ -90,7 +90,10 @@ def device_to_compress(name: str | None, model: str | Path) -> str:
     """The device that compresses a model: that of the user, else one chosen and told."""
     from moepress import devices
     from moepress.original.folder import resolve
+    from moepress.ranks import here
 
+    if here().count > 1:
+        return _told(devices.of_rank(name, resolve(model)))
     if name is not None:
         return checked_device(name)
     return _told(devices.to_compress(resolve(model)) if devices.cards() else "cpu")

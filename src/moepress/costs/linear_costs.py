@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moepress.costs.texts import Texts
 from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
-from moepress.rounding.hessian import Factor
+from moepress.rounding.factor import Factor
 from moepress.rounding.linear import linear_inputs, output_cost, round_linear_to_all
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding

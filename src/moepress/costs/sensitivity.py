@@ -92,7 +92,7 @@ def measure_sensitivity(
     with Progress("sensitivity", total=count + len(todo)) as progress:
         if ranks.agreed(lambda: not _gradient(folder, todo[-1] + 1).is_file()):
             _forward(walk, folder, progress)
-            gradient = walk.division.on_first(head_gradient(walk, seed).tensors())
+            gradient = walk.once.on_first(head_gradient(walk, seed).tensors())
             ranks.agreed(lambda: save_unfinished(_gradient(folder, count), gradient))
         else:
             progress.skip(count)
@@ -210,7 +210,7 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
     source = walk.source
     first = todo[-1]  # layers are finished from the last one down
     stored = load_unfinished(_gradient(folder, first + 1))
-    own = {name: walk.division.own(value) for name, value in stored.items()}
+    own = {name: walk.once.own(value) for name, value in stored.items()}
     gradient = Gradient.of(own, walk.states_like())
     walk_back = BackwardWalk(walk, gradient)
     writer = Writer(source.device, save_unfinished)
@@ -225,10 +225,9 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
                     found[layer].append(_of_layer(one, layer))
         files: dict[Path, dict[str, Tensor]] = {}
         if layers[0] > 0:
-            files[_gradient(folder, layers[0])] = walk.division.on_first(gradient.tensors())
+            files[_gradient(folder, layers[0])] = walk.once.on_first(gradient.tensors())
         for layer, passes in found.items():
-            names = dict.fromkeys(name for one_pass in passes for name in one_pass)
-            result = {n: torch.cat([p[n] for p in passes if n in p]) for n in names}
+            result = _of_all_passes(walk, passes)
             if layer == 0:
                 norms = embedding_norms(walk_back)
                 result[EMBEDDING] = norms / (2 * walk.tokens * source.hidden)
@@ -237,6 +236,19 @@ def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> 
         for _ in layers:
             progress.advance()
     walk.ranks.agreed(lambda: _finish(writer, folder))
+
+
+def _of_all_passes(walk: Walk, passes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sensitivities [passes * T] of a layer's outputs, from those [T] of each pass.
+
+    Those that do not have one for each token of each pass are as in `_of_all_tokens`.
+    """
+    names = dict.fromkeys(name for one_pass in passes for name in one_pass)
+    return {
+        name: torch.cat([one_pass[name] for one_pass in passes if name in one_pass])
+        for name in names
+        if walk.ranks.count == 1 or all(name in one_pass for one_pass in passes)
+    }
 
 
 def _of_all_tokens(walk: Walk, norms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,13 +1,14 @@
 """The calibration sequences of a walk, divided over ranks: batch by batch, in turn.
 
 A batch is the same slice of sequences for any number of ranks. So a layer computes the same numbers
-of it, on whichever rank. What needs all batches gets them in their order.
+of it, on whichever rank. What needs all batches gets them in their order. Inside a loop the batches
+of all passes stand behind each other, and each rank has the same sequences in every pass.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,50 +32,54 @@ class Division:
         self.ranks = ranks
         self.all_ids = ids
         self.length = ids.shape[1]
-        self.batches = batches(ids)  # of all ranks; batch i is of rank i mod (number of ranks)
+        found, count = batches(ids), ranks.count
+        # The batches, as many at a time as there are ranks: batch i of a round is of rank i.
+        self.rounds = [found[i : i + count] for i in range(0, len(found), count)]
         self.ids = self.own(ids)  # [S', L]
 
     def repeated(self, times: int) -> Division:
-        """The same sequences several times over, as in the passes of a loop. Of one rank only."""
-        assert self.ranks.count == 1  # usable.py refuses loops on several ranks
+        """The same sequences several times over, as in the passes of a loop."""
         other, count = copy.copy(self), len(self.all_ids)
-        other.ids = other.all_ids = self.all_ids.repeat(times, 1)
+        other.ids, other.all_ids = self.ids.repeat(times, 1), self.all_ids.repeat(times, 1)
         starts = range(0, times * count, count)
-        other.batches = [slice(i + b.start, i + b.stop) for i in starts for b in self.batches]
+        other.rounds = [
+            [slice(i + b.start, i + b.stop) for b in together]
+            for i in starts
+            for together in self.rounds
+        ]
         return other
+
+    @property
+    def batches(self) -> list[tuple[int, slice]]:
+        """(rank, slice of all sequences) of each batch, in order."""
+        return [owned for together in self.rounds for owned in enumerate(together)]
+
+    @property
+    def own_batches(self) -> list[slice]:
+        """The batches of this rank, as slices of all sequences."""
+        return [batch for rank, batch in self.batches if rank == self.ranks.rank]
 
     @property
     def sequences(self) -> list[int]:
         """Number of each sequence of this rank."""
-        own = self.batches[self.ranks.rank :: self.ranks.count]
-        return [number for batch in own for number in range(batch.start, batch.stop)]
-
-    @property
-    def rounds(self) -> list[list[slice]]:
-        """The batches, as many at a time as there are ranks: batch i of a round is of rank i."""
-        count = self.ranks.count
-        return [self.batches[i : i + count] for i in range(0, len(self.batches), count)]
+        return [number for batch in self.own_batches for number in range(batch.start, batch.stop)]
 
     def tokens(self, batch: slice) -> slice:
         """The tokens of a batch."""
         return slice(batch.start * self.length, batch.stop * self.length)
-
-    def of_own(self, number: int) -> slice:
-        """The slice of all sequences that is batch `number` of this rank."""
-        return self.batches[number * self.ranks.count + self.ranks.rank]
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's part [S', ...] of [S, ...], or [T', ...] of [T, ...]; of one rank no copy."""
         if self.ranks.count == 1:
             return whole
         rows = len(whole) // len(self.all_ids)
-        own = self.batches[self.ranks.rank :: self.ranks.count]
-        return torch.cat([whole[:0], *(whole[b.start * rows : b.stop * rows] for b in own)])
+        parts = (whole[b.start * rows : b.stop * rows] for b in self.own_batches)
+        return torch.cat([whole[:0], *parts])
 
     def spread(self, whole: Tensor) -> None:
         """Fill [T, ...], of which each rank has its own part, on all ranks."""
-        for number, batch in enumerate(self.batches):
-            self.ranks.give(whole[self.tokens(batch)], number % self.ranks.count)
+        for rank, batch in self.batches:
+            self.ranks.give(whole[self.tokens(batch)], rank)
 
     def everywhere(self, own: Tensor | None) -> Tensor:
         """[T, ...] on all ranks, from each rank's part [T', ...]. None: this rank has no tokens."""
@@ -83,9 +88,9 @@ class Division:
             return own
         shape, dtype, device = self.ranks.agreed(lambda: _about(own))
         whole = empty((self.all_ids.numel(), *shape), dtype, device)
-        for number, batch in enumerate(self.batches[self.ranks.rank :: self.ranks.count]):
+        for batch, local in self._places():
             assert own is not None
-            whole[self.tokens(batch)] = own[self.tokens(self._local(number))]
+            whole[self.tokens(batch)] = own[self.tokens(local)]
         self.spread(whole)
         return whole
 
@@ -106,13 +111,13 @@ class Division:
             rows = self._rows(own.get(name))
             rows = ranks.agreed(lambda rows=rows: rows)  # type: ignore[misc]
             target = empty((len(self.all_ids) * rows, *shape), dtype) if ranks.first else None
-            for number, batch in enumerate(self.batches):
-                owner, size = number % ranks.count, (batch.stop - batch.start) * rows
+            places = self._places()
+            for owner, batch in self.batches:
                 if ranks.rank not in (0, owner):
                     continue
-                value = torch.zeros((size, *shape), dtype=dtype)
+                value = torch.zeros(((batch.stop - batch.start) * rows, *shape), dtype=dtype)
                 if ranks.rank == owner and name in own:
-                    local = self._local(number // ranks.count)
+                    _, local = next(places)
                     value.copy_(own[name][local.start * rows : local.stop * rows])
                 ranks.give_first(value, owner)
                 if target is not None:
@@ -127,17 +132,19 @@ class Division:
         Args:
             values: of this rank's batches.
         """
-        by_rank = self.ranks.everyones(list(values))
-        count = self.ranks.count
-        return sum(by_rank[i % count][i // count] for i in range(len(self.batches)))
+        by_rank = [iter(of_one) for of_one in self.ranks.everyones(list(values))]
+        return sum(next(by_rank[rank]) for rank, _ in self.batches)
 
     def _rows(self, own: Tensor | None) -> int:
         """Rows of an array for each sequence: 1, or L."""
         return 1 if own is None or not len(self.ids) else len(own) // len(self.ids)
 
-    def _local(self, number: int) -> slice:
-        """The slice of this rank's sequences that is its batch `number`."""
-        return batches(self.ids)[number]
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Each batch of this rank, as a slice of all sequences and of this rank's sequences."""
+        done = 0
+        for batch in self.own_batches:
+            start, done = done, done + batch.stop - batch.start
+            yield batch, slice(start, done)
 
 
 def _about(value: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device]:

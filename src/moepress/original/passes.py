@@ -29,7 +29,7 @@ def enter_loop(walk: Walk) -> None:
         walk: in front of the loop.
     """
     loop, run = walk.loop, walk.fork()
-    before = walk.carried[BLOCKS].shape[-2]
+    before = _blocks(walk).shape[-2]
     left = [torch.zeros(0)]  # to each pass by the one before
     for number in range(loop.passes - 1):
         run.set_passes((number,))
@@ -40,7 +40,7 @@ def enter_loop(walk: Walk) -> None:
         for layer in loop.layers:
             with walk.source.layer_loaded(layer):
                 run.pass_layer(layer)
-        left.append(_left_by_pass(run.states, run.carried[BLOCKS], before))
+        left.append(_left_by_pass(run.states, _blocks(run), before))
     left[0] = torch.zeros_like(left[1])  # the first pass gets no messages: never read
     walk.set_passes(loop.together)
     walk.states = _stacked([walk.states] * loop.passes)
@@ -78,7 +78,7 @@ def passes_back(gradient: Gradient, passes: int) -> Iterator[int]:
         states = states + gradient.states if len(states) else gradient.states.clone()
         for name, value in gradient.carried.items():
             carried[name] = carried[name] + value if name in carried else value
-        if number:
+        if number and len(gradient.states):  # else this rank has no sequences
             assert left is not None  # every pass after the first one gets messages
             gradient.states.copy_(left[..., -1, :])
             shape = list(left.shape)
@@ -86,6 +86,11 @@ def passes_back(gradient: Gradient, passes: int) -> Iterator[int]:
             gradient.carried = {BLOCKS: torch.cat([left.new_zeros(shape), left[..., :-1, :]], -2)}
     gradient.states.copy_(states)
     gradient.carried = carried
+
+
+def _blocks(walk: Walk) -> Tensor:
+    """The blocks [S, L, blocks, H] that a walk carries; a rank without sequences carries none."""
+    return walk.carried.get(BLOCKS, walk.states[..., None, :][..., :0, :])
 
 
 def _left_by_pass(states: Tensor, blocks: Tensor, before: int) -> Tensor:

@@ -21,6 +21,7 @@ import psutil
 
 from moepress.errors import CheckpointError
 from moepress.progress import TELL_AFTER, TELL_AGAIN, announce
+from moepress.ranks import ranks_here
 
 PIECE = 4 << 20  # bytes that are read at a time
 SHARE = 0.5  # of free memory, that bytes ahead of the work may take
@@ -50,8 +51,8 @@ class Need(NamedTuple):
 class ReadAhead:
     """A thread that reads what will be needed, until it has read all of it or is stopped.
 
-    It is ahead of the work by SHARE of the memory that is free at the beginning, or less. What the
-    work waits for is read in any case.
+    It is ahead of the work by SHARE of the memory that is free at the beginning, or less; ranks on
+    one machine share that. What the work waits for is read in any case.
 
     Args:
         needs: in the order of their use.
@@ -63,7 +64,7 @@ class ReadAhead:
         self._what = what
         self._numbers = {need.key: number for number, need in enumerate(needs)}
         self._ends = list(accumulate(need.nbytes for need in needs))
-        self._window = SHARE * psutil.virtual_memory().available
+        self._window = SHARE * psutil.virtual_memory().available / ranks_here()
         self._changed = threading.Condition()
         self._read = 0  # number of needs that are read
         self._used = 0  # the last need that the work asked for

@@ -24,7 +24,7 @@ class Sequences:
 
     def __init__(self, ids: Tensor, ranks: Ranks, loop: Loop) -> None:
         self.loop = loop
-        self._once = self.division = Division(ids, ranks)
+        self.once = self.division = Division(ids, ranks)  # of one pass, and of `passes`
         self.ids = self.division.ids  # [S, L]
         self.of_ids = batches(self.ids)  # batches of one pass
         self.passes: tuple[int, ...] = (0,)  # that the states are in, one after the other
@@ -32,7 +32,7 @@ class Sequences:
     def set_passes(self, passes: tuple[int, ...]) -> None:
         """Say which passes of the loop the states are in."""
         self.passes, count = passes, len(passes)
-        self.division = self._once if count == 1 else self._once.repeated(count)
+        self.division = self.once if count == 1 else self.once.repeated(count)
 
     @property
     def ranks(self) -> Ranks:
@@ -42,7 +42,7 @@ class Sequences:
     @property
     def tokens(self) -> int:
         """Number of tokens of all ranks, those of several passes counted once."""
-        return self._once.all_ids.numel()
+        return self.once.all_ids.numel()
 
     @property
     def batches(self) -> list[slice]:

@@ -17,11 +17,9 @@ from moepress.original.calls import Call, record_layer_calls
 from moepress.original.carried import returned_values
 from moepress.original.companions import left_behind
 from moepress.original.composite import decoder
-from moepress.original.loops import loop_of
 from moepress.original.remote_code import missing_code, one_line
 from moepress.original.source import Source
 from moepress.original.unneeded import some_of
-from moepress.ranks import here
 from moepress.reading.config import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ def check_usable(source: Source) -> None:
     for layer in source.layers:
         returned_values(layer)
     _check_choices(source)
-    _check_ranks(source)
     calls_without_weights(source, TOKENS)
     large = {name for linears in source.packable for name in linears}
     small = [name for name in source.all_names if name not in large]
@@ -62,17 +59,6 @@ def _check_choices(source: Source) -> None:
                         f"{there} experts. Expected at least 1, and no more than there "
                         "are: fetch the config again."
                     )
-
-
-def _check_ranks(source: Source) -> None:
-    """Raise InputError if several ranks are to walk through a loop: division.py does not do it."""
-    loop = loop_of(source.text_config, len(source.layers))
-    if loop.passes > 1 and here().count > 1:
-        raise InputError(
-            f"{type(source.model).__name__} runs layers {loop.start} to {loop.stop - 1} "
-            f"{loop.passes} times. Such a model can be compressed by one process only: run the "
-            "same command without torchrun."
-        )
 
 
 def _tell_left_out(source: Source) -> None:

@@ -100,9 +100,9 @@ class Walk(Sequences):
 
     def restore(self, tensors: Mapping[str, Tensor], name: str = STATES) -> None:
         """Go on from stored `tensors` of all sequences; they may have others among them."""
-        states = self.division.own(tensors[name])
-        together = len(states) > len(self.ids)
+        together = len(tensors[name]) > len(self.once.all_ids)
         self.set_passes(self.loop.together if together else (0,))
+        states = self.division.own(tensors[name])
         if len(states) != len(self.states):
             self.states = self.states_like(len(states))
         self.states.copy_(states)
@@ -161,8 +161,8 @@ class Walk(Sequences):
             return torch.zeros_like(x)
 
         with replaced_forward(self.experts_module(layer), record):
-            for number in range(len(self.batches)):
-                done = self.division.tokens(self.division.of_own(number)).start
+            for number, batch in enumerate(self.division.own_batches):
+                done = self.division.tokens(batch).start
                 self.run_batch(layer, number)
         self.division.spread(hidden)
         chosen, weights = (
@@ -186,8 +186,10 @@ class Walk(Sequences):
             after: called as often on all ranks, after each batch or in its place.
         """
         with self._without_experts(layer):
-            for number in range(len(self.division.rounds)):
-                if number < len(self.batches):
+            numbers = iter(range(len(self.batches)))
+            for together in self.division.rounds:
+                if self.ranks.rank < len(together):
+                    number = next(numbers)
                     if before is not None:
                         before(number)
                     self.run_batch(layer, number)

@@ -1,9 +1,12 @@
 """Rounding weights to codes, and the input statistics that it needs.
 
 methods/       GPTQ, round to nearest, sign, trellis codes: from a matrix to its codes
+sweep.py       visits columns in order, with feedback of the errors of those before
 hessian.py     how much each rounding error costs at the outputs of a matrix
+factor.py      the factorization of a Hessian; token_factor.py: of few tokens, without the Hessian
 correction.py  weights that make up for the rounding errors of earlier layers
-inputs.py      gathers the statistics of both for one matrix
+inputs.py      gathers the statistics of both for one matrix: as sums (summed_tokens.py), or as
+               the tokens themselves where they are few (kept_tokens.py)
 tokens.py      which tokens an expert's statistics are gathered on
 expert.py      rounds the two projections of a routed expert
 linear.py      rounds all other linears

@@ -19,7 +19,10 @@ applied: W + strength * W M H^-1 (docs/log.md#correction).
 With H = R D R^T (hessian.py), two triangular solves give W M H^-1. If the inputs belong to a single
 matrix of few rows, N <= K / 2 (often `down`), W M itself is summed, from W (x_t - x'_t). That takes
 4 T N K operations in place of 2 T K^2 + 2 N K^2, and N K numbers in place of K^2. The gain, which
-needs W M again, has it.
+needs W M again, has it. Few tokens are kept, and need neither M nor H (kept_tokens.py).
+
+Products of M, W and R may be of bfloat16 numbers (`dtype`): a part in 500 of a correction that is
+half noise. H and its factor are float32.
 
 Gain. A single gain for a whole matrix cannot over-fit, so it is applied in full. Ŵ is multiplied by
 
@@ -35,13 +38,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.hessian import (
-    COLUMNS_PER_SLICE,
-    TOKENS_PER_CHUNK,
-    Factor,
-    Hessian,
-    tensor_cores,
-)
+from moepress.rounding.factor import COLUMNS_PER_SLICE, DenseFactor, Factor
+from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, tensor_cores
 
 
 def sums_moved(rows: int, cols: int) -> bool:
@@ -65,13 +63,20 @@ class Correction:
         rows = features if weight is None else len(weight)
         self._sum = torch.zeros(rows, features, dtype=torch.float32, device=device)
 
-    def add(self, x: Tensor, original: Tensor, weight: Tensor | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        original: Tensor,
+        weight: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Add T tokens.
 
         Args:
             x: [T, K], any float dtype: x', the layer's inputs once earlier layers are rounded.
             original: [T, K], any float dtype: its inputs in the original model, token by token.
             weight: [T], at least 0: weight c_t of each token; None: 1.
+            dtype: float32 or bfloat16, of the factors of products.
         """
         weight = torch.ones(len(x)) if weight is None else weight
         for start in range(0, len(x), TOKENS_PER_CHUNK):
@@ -80,12 +85,21 @@ class Correction:
             difference = original[chunk].detach().to(self._sum) - now
             difference *= weight[chunk].to(difference)[:, None]
             with tensor_cores(now.device):
+                difference = difference.to(dtype)
                 if self._weight is not None:
-                    difference = difference @ self._weight.T
-                self._sum.addmm_(difference.T, now)
+                    difference = difference @ self._weight.to(dtype).T
+                if dtype == torch.float32:
+                    self._sum.addmm_(difference.T, now)
+                else:
+                    self._sum += difference.T @ now.to(dtype)
 
     def corrected(
-        self, weight: Tensor, hessian: Hessian, damping: float, strength: float
+        self,
+        weight: Tensor,
+        hessian: Hessian,
+        damping: float,
+        strength: float,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """W + strength * W M H^-1, [N, K] float32; W if no token was added.
 
@@ -94,6 +108,7 @@ class Correction:
             hessian: of the same x' and token weights. It is used up: nothing can be added later.
             damping: least damping of the Hessian, in units of the mean of its diagonal.
             strength: 0 (W as it is) to 1 (the full correction).
+            dtype: float32 or bfloat16, of the factors of products.
 
         Raises:
             NumericalError: the Hessian holds NaN or infinity.
@@ -102,47 +117,84 @@ class Correction:
         if not hessian.tokens:
             return w
         factor = hessian.factor(max(damping, weight.shape[1] / hessian.tokens))
-        y = self._moved(w)
-        lower = factor.feedback.T  # y H^-1 = ((y R^-T) D^-1) R^-1
-        y = torch.linalg.solve_triangular(lower, y, upper=False, left=False, unitriangular=True)
-        y /= factor.curvature
-        y = torch.linalg.solve_triangular(
-            factor.feedback, y, upper=True, left=False, unitriangular=True
-        )
-        return w.add(y, alpha=strength)
+        solved = _solved(self._moved(w, dtype), factor, dtype)
+        return w.add(solved, alpha=strength)
 
-    def gain(self, weight: Tensor, rounded: Tensor, factor: Factor) -> float:
+    def gain(
+        self,
+        weight: Tensor,
+        rounded: Tensor,
+        factor: Factor,
+        dtype: torch.dtype = torch.float32,
+    ) -> float:
         """The gain g for which the outputs of g * Ŵ come nearest to the original outputs.
 
         Args:
             weight: [N, K] W, any float dtype.
             rounded: [N, K] Ŵ, float32.
             factor: of the Hessian of the same x' and token weights. Its damping is subtracted.
+            dtype: float32 or bfloat16, of the factors of products.
 
         Returns:
             g; 1 where the least squares give no g above 0.
         """
         with tensor_cores(weight.device):
-            return self._gain(weight.float(), rounded, factor)
+            return self._gain(weight.float(), rounded, factor, dtype)
 
-    def _gain(self, w: Tensor, rounded: Tensor, factor: Factor) -> float:
+    def _gain(self, w: Tensor, rounded: Tensor, factor: Factor, dtype: torch.dtype) -> float:
         # H = R D R^T - damping * mean * I, and the trace of R D R^T is K * mean * (1 + damping).
-        trace = (factor.feedback.square() @ factor.curvature).double().sum().item()
+        trace = (factor.dense().square() @ factor.curvature).double().sum().item()
         added = trace / w.shape[1] * factor.damping / (1 + factor.damping)
-        product = ((self._moved(w) - added * w) * rounded).double().sum().item()
+        product = ((self._moved(w, dtype) - added * w) * rounded).double().sum().item()
         energy = -added * rounded.double().square().sum().item()
-        for start in range(0, w.shape[1], COLUMNS_PER_SLICE):
-            stop = min(start + COLUMNS_PER_SLICE, w.shape[1])
-            r = factor.feedback[:stop, start:stop]  # a column slice of R, which is upper triangular
-            left = rounded[:, :stop] @ r
-            curvature = factor.curvature[start:stop]
-            product += ((w[:, :stop] @ r) * left * curvature).double().sum().item()
-            energy += (left.square() * curvature).double().sum().item()
+        start = 0
+        slices = factor.products(w.T, dtype), factor.products(rounded.T, dtype)
+        for right, left in zip(*slices, strict=True):
+            right, left = right.float(), left.float()
+            curvature = factor.curvature[start : start + len(left)]
+            start += len(left)
+            product += (curvature @ (right * left)).double().sum().item()
+            energy += (curvature @ left.square_()).double().sum().item()
         return product / energy if product > 0 and energy > 0 else 1.0
 
-    def _moved(self, w: Tensor) -> Tensor:
+    def _moved(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """W M, [N, K] float32."""
         if self._weight is not None:
             return self._sum
         with tensor_cores(w.device):
-            return w @ self._sum
+            return (w.to(dtype) @ self._sum.to(dtype)).float()
+
+
+def _solved(y: Tensor, factor: DenseFactor, dtype: torch.dtype) -> Tensor:
+    """y H^-1 = ((y R^-T) D^-1) R^-1, [N, K] float32, by blocks of columns.
+
+    Args:
+        y: [N, K] float32; not changed.
+        dtype: of the factors of products from one block to the others.
+    """
+    y, r = y.clone(), factor.feedback
+    blocks = [
+        slice(first, min(first + COLUMNS_PER_SLICE, len(r)))
+        for first in range(0, len(r), COLUMNS_PER_SLICE)
+    ]
+    for block in reversed(blocks):
+        inside = r[block, block].T
+        y[:, block] = torch.linalg.solve_triangular(
+            inside, y[:, block], upper=False, left=False, unitriangular=True
+        )
+        _subtract_product(y[:, : block.start], y[:, block], r[: block.start, block].T, dtype)
+    y /= factor.curvature
+    for block in blocks:
+        y[:, block] = torch.linalg.solve_triangular(
+            r[block, block], y[:, block], upper=True, left=False, unitriangular=True
+        )
+        _subtract_product(y[:, block.stop :], y[:, block], r[block, block.stop :], dtype)
+    return y
+
+
+def _subtract_product(from_: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """Subtract the product of two matrices in place."""
+    if dtype == torch.float32:
+        from_.addmm_(left, right, alpha=-1)
+    else:
+        from_ -= left.to(dtype) @ right.to(dtype)

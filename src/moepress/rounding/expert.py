@@ -17,7 +17,7 @@ from moepress.memory import free_memory
 from moepress.original.batches import chunks
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
 from moepress.original.source import Source
-from moepress.rounding.hessian import Factor
+from moepress.rounding.factor import Factor
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
@@ -177,7 +177,7 @@ def _gathered(
     tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
     device = weight.device
     corrects = routed.original is not None
-    inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight)
+    inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight, len(tokens))
 
     def of_matrix(to_inputs: ToMatrixInputs, states: Tensor, some: Tensor) -> Tensor:
         x, scale = states[some].to(device), routed.input_scale(expert.number, some)

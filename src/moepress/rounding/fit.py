@@ -11,13 +11,14 @@ one product with the triangular R is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from moepress.kernels.trellis import TILE_COLUMNS
-from moepress.rounding.hessian import COLUMNS_PER_SLICE, Factor, tensor_cores
+from moepress.rounding.factor import COLUMNS_PER_SLICE, Factor
+from moepress.rounding.hessian import tensor_cores
 
 
 def best_scale(rows: Tensor, scale: Tensor, residual: Tensor, factor: Factor | None) -> Tensor:
@@ -30,87 +31,63 @@ def best_scale(rows: Tensor, scale: Tensor, residual: Tensor, factor: Factor | N
         factor: of the Hessian; None: all inputs alike, and no feedback.
     """
     per_scale = inverse(scale)
-
-    def weighted(here: slice) -> Tensor:
-        columns = (
-            rows[:, here].T if factor is None else _upper_product(rows.T, factor.feedback, here)
-        )
-        return columns * per_scale
-
+    slices = torch.split(rows.T, COLUMNS_PER_SLICE) if factor is None else factor.products(rows.T)
+    weighted = (some * per_scale for some in slices)
     product, energy = _products(weighted, residual, factor)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)
 
 
-def gain(weighted: Tensor, residual: Tensor, factor: Factor) -> Tensor:
+def gain(weighted: Sequence[Tensor], residual: Tensor, factor: Factor) -> Tensor:
     """<w, c>_H / <c, c>_H of each row, [N] float32, for c = w - E; 1 where <c, c>_H is 0.
 
     Args:
-        weighted: [K, N] R^T w, float32 or bfloat16.
+        weighted: R^T w [K, N], float32 or bfloat16, some rows each.
         residual: [K, N] r = E V.
         factor: of the Hessian.
     """
-    product, energy = _products(lambda here: weighted[here], residual, factor)
+    product, energy = _products(weighted, residual, factor)
     return torch.where(energy > 0, product / energy, 1.0)
 
 
 def _products(
-    weighted: Callable[[slice], Tensor], residual: Tensor, factor: Factor | None
+    weighted: Iterable[Tensor], residual: Tensor, factor: Factor | None
 ) -> tuple[Tensor, Tensor]:
     """<w, c>_H and <c, c>_H of each row, both [N], summed over slices of columns.
 
     Args:
-        weighted: gives rows of R^T w [K, N].
+        weighted: R^T w [K, N], some rows at a time.
         residual: [K, N] r = E V.
         factor: None: H = I.
     """
     product, energy = residual.new_zeros(2, residual.shape[1])
-    for start in range(0, len(residual), COLUMNS_PER_SLICE):
-        here = slice(start, min(start + COLUMNS_PER_SLICE, len(residual)))
-        with tensor_cores(residual.device):
-            right = weighted(here)
-            if factor is None:
-                errors, curvature = residual[here], residual.new_ones(here.stop - start)
+    blocks = None if factor is None else factor.diagonal_blocks(TILE_COLUMNS)
+    start = 0
+    with tensor_cores(residual.device):
+        for right in weighted:
+            here = slice(start, start + len(right))
+            start = here.stop
+            if factor is None or blocks is None:
+                errors, curvature = residual[here], residual.new_ones(len(right))
             else:
-                errors = within_blocks(residual[here], factor.feedback[here, here])
-                curvature = factor.curvature[here]
-        codes = right - errors
-        product += curvature @ (right * codes)
-        energy += curvature @ codes.square_()
+                inside = blocks[here.start // TILE_COLUMNS : here.stop // TILE_COLUMNS]
+                errors, curvature = within_blocks(residual[here], inside), factor.curvature[here]
+            codes = right - errors
+            product += curvature @ (right * codes)
+            energy += curvature @ codes.square_()
     return product, energy
 
 
-def upper_product(columns: Tensor, upper: Tensor) -> Tensor:
-    """R^T w, [K, N]: the product w R with the upper triangular R, columns first.
-
-    Args:
-        columns: [K, N].
-        upper: [K, K].
-    """
-    result = columns.new_empty(columns.shape)
-    for start in range(0, len(columns), COLUMNS_PER_SLICE):
-        here = slice(start, min(start + COLUMNS_PER_SLICE, len(columns)))
-        result[here] = _upper_product(columns, upper, here)
-    return result
-
-
-def within_blocks(residual: Tensor, feedback: Tensor) -> Tensor:
+def within_blocks(residual: Tensor, blocks: Tensor) -> Tensor:
     """(E R)^T from r, [K, N]: every column block times its diagonal block of R.
 
     Args:
         residual: [K, N] r = E V.
-        feedback: [K, K] R.
+        blocks: [K / 8, 8, 8] on the diagonal of R.
     """
-    size = TILE_COLUMNS
-    blocks = feedback.unfold(0, size, size).unfold(1, size, size)  # [K / 8, K / 8, 8, 8]
-    diagonal = blocks.diagonal().permute(2, 1, 0)  # [K / 8, 8, 8], transposed
-    return torch.bmm(diagonal, residual.view(-1, size, residual.shape[1])).view_as(residual)
+    by_block = residual.view(-1, TILE_COLUMNS, residual.shape[1])
+    return torch.bmm(blocks.mT, by_block).view_as(residual)
 
 
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale, or 0 where the scale is 0."""
     return torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0.0)
-
-
-def _upper_product(columns: Tensor, upper: Tensor, here: slice) -> Tensor:
-    """The rows `here` of `upper_product`."""
-    return torch.mm(upper[: here.stop, here].T, columns[: here.stop])

@@ -22,29 +22,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moepress.errors import NumericalError
+from moepress.rounding.factor import COLUMNS_PER_SLICE, DenseFactor
 
 TOKENS_PER_CHUNK = 4096  # bounds the float32 copy of the inputs
-COLUMNS_PER_SLICE = 1024  # H is summed in column slices without most of its lower triangle
 DAMPING_RETRIES = 4  # each with ten times the damping of the one before
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """LDL factorization H + damping * mean(diag H) * I = R D R^T. One factor serves every width."""
-
-    feedback: Tensor  # [K, K] float32, R: unit upper triangular
-    # [K] float32, D: cost of a unit of squared error in column k if the columns after it compensate
-    curvature: Tensor
-    damping: float  # the damping that was used, after retries
 
 
 @contextmanager
@@ -111,7 +100,7 @@ class Hessian:
         """Effective number of tokens, (sum c_t)^2 / (sum c_t^2): T if all weights are equal."""
         return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
 
-    def factor(self, damping: float) -> Factor:
+    def factor(self, damping: float) -> DenseFactor:
         """LDL factorization of the damped Hessian.
 
         This uses the Hessian up: afterwards nothing can be added or read. A Hessian of no tokens
@@ -129,14 +118,9 @@ class Hessian:
         self._upper = None
         diagonal = upper.diagonal()
         mean = diagonal.double().mean().item()
-        # |H_jk|^2 <= H_jj H_kk, so an element that is not finite shows on the diagonal.
-        if not diagonal.isfinite().all():
-            raise NumericalError(
-                "The Hessian holds NaN or infinity. Check the calibration data and the weights of "
-                "the layers before this one."
-            )
+        check_finite(diagonal)
         if mean == 0:
-            return Factor(
+            return DenseFactor(
                 upper.fill_diagonal_(1), torch.ones(self.features, device=upper.device), damping
             )
         upper /= mean
@@ -146,25 +130,48 @@ class Hessian:
             reverse.diagonal().add_(used)
             if _cholesky_(reverse):
                 if attempt:
-                    logger.warning(
-                        "The Hessian is not positive definite at damping %g; used %g instead.",
-                        damping,
-                        used,
-                    )
+                    warn_of_damping(damping, used)
                 del upper, diagonal
                 feedback = reverse.flip(0, 1)  # U = J L J
                 root = feedback.diagonal().clone()
                 feedback /= root
-                return Factor(feedback, root.square() * mean, used)
-        raise NumericalError(
-            f"The Hessian [{self.features}, {self.features}] is not positive definite, not even at "
-            f"damping {used:g}. Raise the damping or use more calibration tokens."
-        )
+                return DenseFactor(feedback, root.square() * mean, used)
+        raise not_definite(self.features, used)
 
     def _matrix(self) -> Tensor:
         if self._upper is None:
             raise RuntimeError("This Hessian was factored and is used up. Factor a copy.")
         return self._upper
+
+
+def check_finite(diagonal: Tensor) -> None:
+    """Check that a Hessian has finite numbers, by its diagonal [K].
+
+    |H_jk|^2 <= H_jj H_kk, so an element that is not finite shows there.
+
+    Raises:
+        NumericalError: it has others.
+    """
+    if not diagonal.isfinite().all():
+        raise NumericalError(
+            "The Hessian holds NaN or infinity. Check the calibration data and the weights of the "
+            "layers before this one."
+        )
+
+
+def warn_of_damping(damping: float, used: float) -> None:
+    """Log that a Hessian needed more damping than asked for."""
+    logger.warning(
+        "The Hessian is not positive definite at damping %g; used %g instead.", damping, used
+    )
+
+
+def not_definite(features: int, damping: float) -> NumericalError:
+    """The error of a Hessian [K, K] that stays singular."""
+    return NumericalError(
+        f"The Hessian [{features}, {features}] is not positive definite, not even at damping "
+        f"{damping:g}. Raise the damping or use more calibration tokens."
+    )
 
 
 def _cholesky_(matrix: Tensor) -> bool:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moepress.rounding.correction import Correction, sums_moved
-from moepress.rounding.hessian import Factor, Hessian
+from moepress.rounding.correction import sums_moved
+from moepress.rounding.factor import Factor
+from moepress.rounding.kept_tokens import KeptTokens, keeps
 from moepress.rounding.methods import Matrix
 from moepress.rounding.rotation import rotate, rotate_back
+from moepress.rounding.summed_tokens import SummedTokens
+from moepress.rounding.sweep import in_16_bits
 
 # For K inputs and T tokens, Hessians for trellis codes are damped by at least RIDGE * K / T
 # (docs/log.md#damping-by-tokens).
@@ -28,6 +31,7 @@ class Inputs:
         family: of the codec that the matrix is rounded to.
         corrects: whether the original model's inputs will be given.
         weight: [N, K], the only matrix with these inputs; None: there may be several.
+        tokens: how many will be added; None: not known, so many.
     """
 
     def __init__(
@@ -37,14 +41,17 @@ class Inputs:
         family: str,
         corrects: bool,
         weight: Tensor | None = None,
+        tokens: int | None = None,
     ) -> None:
         self._rotates = family == "trellis"
-        self._hessian = Hessian(features, device)
-        self._correction: Correction | None = None
-        if corrects:
-            alone = weight is not None and sums_moved(*weight.shape)
-            rotated = self._rotated(weight.float()) if weight is not None and alone else None
-            self._correction = Correction(features, device, rotated)
+        self._features = features
+        self._statistics: KeptTokens | SummedTokens
+        if tokens is not None and keeps(tokens, features):
+            self._statistics = KeptTokens(features, tokens, device, corrects)
+            return
+        alone = corrects and weight is not None and sums_moved(*weight.shape)
+        moved = self._rotated(weight.float()) if weight is not None and alone else None
+        self._statistics = SummedTokens(features, device, corrects, moved)
 
     def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
         """Add T tokens.
@@ -54,10 +61,9 @@ class Inputs:
             original: [T, K], the inputs in the original model, token by token; None: not needed.
             weight: [T], at least 0: weight of each token; None: 1.
         """
-        x = self._rotated(x)
-        self._hessian.add(x, weight)
-        if self._correction is not None and original is not None:
-            self._correction.add(x, self._rotated(original), weight)
+        if original is not None and self._statistics.corrects:
+            original = self._rotated(original)
+        self._statistics.add(self._rotated(x), original, weight, _products_dtype(x))
 
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
         """The weights [N, K] to round in place of `weight`, see `Correction.corrected`.
@@ -65,10 +71,11 @@ class Inputs:
         `weight` itself if no correction is gathered. Call this before `factor`, which uses up the
         Hessian.
         """
-        if self._correction is None:
+        if not self._statistics.corrects:
             return weight
         rotated = self._rotated(weight.float())
-        target = self._correction.corrected(rotated, self._hessian.copy(), damping, strength)
+        dtype = _products_dtype(weight)
+        target = self._statistics.corrected(rotated, damping, strength, dtype)
         return rotate_back(target) if self._rotates else target
 
     def factor(self, damping: float) -> Factor:
@@ -78,10 +85,10 @@ class Inputs:
             damping: least damping, in units of the mean of the diagonal. For trellis codes it is
                 raised where tokens are few, because error feedback would fit their noise.
         """
-        hessian = self._hessian
-        if self._rotates and hessian.tokens:
-            damping = max(damping, RIDGE * hessian.features / hessian.tokens)
-        return hessian.factor(damping)
+        tokens = self._statistics.tokens
+        if self._rotates and tokens:
+            damping = max(damping, RIDGE * self._features / tokens)
+        return self._statistics.factor(damping)
 
     def rescaled(self, rounded: Matrix, weight: Tensor, factor: Factor) -> Matrix:
         """The rounded matrix times the gain that brings its outputs nearest to the original ones.
@@ -90,10 +97,15 @@ class Inputs:
             weight: [N, K] of the original model.
             factor: what `factor` returned.
         """
-        if self._correction is None or not self._hessian.tokens:
+        if not self._statistics.corrects or not self._statistics.tokens:
             return rounded
         rotated = self._rotated(weight.float()), self._rotated(rounded.dequantize())
-        return rounded.scaled(self._correction.gain(*rotated, factor))
+        return rounded.scaled(self._statistics.gain(*rotated, factor, _products_dtype(weight)))
 
     def _rotated(self, x: Tensor) -> Tensor:
         return rotate(x) if self._rotates else x
+
+
+def _products_dtype(like: Tensor) -> torch.dtype:
+    """Of products that no code depends on, for some weights or inputs."""
+    return torch.bfloat16 if in_16_bits(like.dtype, like.device) else torch.float32

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moepress.errors import MoepressError
 from moepress.format.codec import Codec, PackedSpec
 from moepress.original.walk import Walk
+from moepress.rounding.factor import Factor
 from moepress.rounding.gathering import Gathering
-from moepress.rounding.hessian import Factor
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices, quantize_matrix
 from moepress.rounding.options import Rounding
@@ -204,8 +204,8 @@ def output_cost(weight: Tensor, rounded: Tensor, factor: Factor, family: str) ->
     error = weight.float() - rounded.float()
     if family == "trellis":
         error = rotate(error)
-    left = error @ factor.feedback
-    return float((left.square() @ factor.curvature).double().sum())
+    left = torch.cat(list(factor.products(error.T)))
+    return float((factor.curvature @ left.square()).double().sum())
 
 
 def packed_bytes(matrix: Matrix) -> Tensor:

@@ -29,12 +29,13 @@ from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
-from moepress.rounding.fit import gain, inverse, upper_product
-from moepress.rounding.hessian import Factor, tensor_cores
-from moepress.rounding.methods.gptq import COLUMNS_IN_16_BITS, sweep
-from moepress.rounding.methods.trellis import START, block_feedback, rotated_rows
+from moepress.rounding.factor import Factor
+from moepress.rounding.fit import gain, inverse
+from moepress.rounding.hessian import tensor_cores
+from moepress.rounding.methods.trellis import START, rotated_rows
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate_back
+from moepress.rounding.sweep import COLUMNS_IN_16_BITS, Feedback, in_16_bits, sweep
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
 DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
@@ -101,10 +102,10 @@ def noisy_weights(
     torch.mul(rows.T, inverse(size), out=target)
     count = len(rows) if rows_of_code is None else rows_of_code
     del rows
-    narrow = feedback_in_16_bits(weight.dtype, weight.device) and len(target) > COLUMNS_IN_16_BITS
+    narrow = in_16_bits(weight.dtype, weight.device) and len(target) > COLUMNS_IN_16_BITS
     dtype = torch.bfloat16 if narrow else torch.float32
-    weighted = upper_product(target.to(dtype), factor.feedback.to(dtype))
-    feedback = block_feedback(factor.feedback).to(dtype)
+    weighted = list(factor.products(target, dtype))
+    feedback = factor.by_block(dtype)
     noise = noise.to(target.device)
     errors = [code_error(bits, count, target.device) for bits in widths]
     for drawn, residual in _drawn_for_widths(target, feedback, errors, noise):
@@ -114,15 +115,6 @@ def noisy_weights(
         del drawn  # before the next errors are drawn
         yield noisy
         del noisy
-
-
-def feedback_in_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products with the factor of drawn errors are of bfloat16 numbers, for some weights.
-
-    Weights are bfloat16 on CPUs that multiply such numbers faster (original/dtypes.py). It changes
-    costs by .03 % at most, and another draw by .6 % (docs/log.md#rounding-on-a-cpu).
-    """
-    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def _scaled_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,7 +135,7 @@ def _scaled_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtyp
 
 
 def _drawn_for_widths(
-    target: Tensor, feedback: Tensor, errors: Sequence[float], noise: Tensor
+    target: Tensor, feedback: Feedback, errors: Sequence[float], noise: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`drawn_errors` for each of `errors`; on a card all in one visit of the columns."""
     if target.device.type == "cpu":
@@ -168,13 +160,13 @@ def _drawn_for_widths(
 
 
 def drawn_errors(
-    target: Tensor, feedback: Tensor, error: float, noise: Tensor
+    target: Tensor, feedback: Feedback, error: float, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Errors E of the columns and what is left after feedback, r = E V, both [K, N].
 
     Args:
         target: [K, N] the rotated weights, rows of variance 1.
-        feedback: [K, K] V of `block_feedback`.
+        feedback: V, of `Factor.by_block`.
         error: d, the relative squared error of the code.
         noise: [K, N] z.
     """

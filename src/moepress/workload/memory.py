@@ -20,7 +20,10 @@ from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
 from moepress.rounding.correction import sums_moved
 from moepress.rounding.hessian import TOKENS_PER_CHUNK
+from moepress.rounding.kept_tokens import keeps
 from moepress.rounding.options import Rounding
+from moepress.rounding.sweep import RUN
+from moepress.rounding.token_factor import few
 from moepress.workload.shapes import Layer
 from moepress.workload.stages import Task, Widths
 
@@ -35,7 +38,8 @@ DECODING = 2 * FLOAT + 3 * 4 + 8
 # Target, its product with the factor, and noise in float32; then errors, what is left after
 # feedback, slices in the fit of the scale and in the rotation back.
 DRAWING, DRAWN = 3 * FLOAT, 3 * FLOAT
-# Correction: the target, the weights rotated, the solutions of two triangular systems.
+# Correction: the target, the weights rotated, the solutions of two triangular systems (or, with
+# kept tokens, W d^T of fewer columns and the change).
 CORRECTING = 5 * FLOAT
 # Activations of a layer for a token: of states and attention, in the dtype of the walk and float32.
 ACTIVATIONS = 5
@@ -225,18 +229,34 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     own = shape.expert_tokens(task.tokens)  # inputs of down and outputs of the original expert
     weights += own * (shape.inner * shape.compute_itemsize + outer * FLOAT)
     largest = max(rows * cols for rows, cols in sizes)
-    square = max(cols for _, cols in sizes) ** 2 * FLOAT if rounding.needs_hessian else 0
-    chunk = max(_chunk(task, cols) for _, cols in sizes) if rounding.needs_hessian else 0
-    if rounding.draws:  # both projections side by side: factor, block feedback
-        squares = sum(2 * cols**2 * FLOAT for _, cols in sizes)
+    kept = factors = chunk = 0
+    if rounding.needs_hessian:
+        chunk = max(_chunk(task, cols) for _, cols in sizes)
+        kept = max(_statistics(task, cols) for _, cols in sizes)
+        factors = max(_factors(task, cols) for _, cols in sizes)
+    if rounding.draws:  # both projections side by side
+        both = sum(_factors(task, cols) for _, cols in sizes)
         if outer < hidden:  # the sketch
             weights += outer * shape.intermediate * shape.compute_itemsize
-        drawing = squares + DRAWING * drawn + DRAWN * largest + weights
-        return max(drawing, squares + FLOAT * largest + chunk)
+        drawing = both + DRAWING * drawn + DRAWN * largest + weights
+        return max(drawing, both + FLOAT * largest + chunk)
     codes = count * shape.expert_weights
     one = largest * _rounding_bytes(task.recipe.widths, rounding, corrects=False)
-    # Two squares while a Hessian is factored, or for a factor and its block feedback.
-    return codes + max(2 * square + one, square + chunk, weights + DECODING * largest)
+    return codes + max(factors + one, kept + chunk, weights + DECODING * largest)
+
+
+def _statistics(task: Task, cols: int) -> int:
+    """The inputs of an expert's matrix [N, cols], kept, or their Hessian."""
+    tokens = task.hessian_tokens
+    return FLOAT * cols * (tokens if keeps(tokens, cols) else cols)
+
+
+def _factors(task: Task, cols: int) -> int:
+    """The factor of a Hessian, and its block feedback; or two squares while it is factored."""
+    tokens = task.hessian_tokens
+    if few(tokens, cols):  # x, y and that of V; R_BB and V_BB
+        return FLOAT * cols * (3 * tokens + 2 * RUN)
+    return FLOAT * cols * (2 * cols + tokens * keeps(tokens, cols))
 
 
 def _rounded_matrix(
@@ -244,15 +264,20 @@ def _rounded_matrix(
 ) -> int:
     """A matrix of an expert while it is rounded to one width."""
     offered = [bits for both in widths for bits in both if bits]
-    square = cols**2 * FLOAT if rounding.needs_hessian else 0
     one = rows * cols * _rounding_bytes(offered, rounding, rounding.corrects)
-    gathering = (1 + rounding.corrects) * (square + _chunk(task, cols)) * bool(square)
+    if not rounding.needs_hessian:
+        return one
+    tokens, chunk = task.hessian_tokens, _chunk(task, cols)
+    kept, factors = _statistics(task, cols), _factors(task, cols)
     if not rounding.corrects:
-        return max(gathering, 2 * square + one)
+        return max(kept + chunk, factors + one)
+    if keeps(tokens, cols):  # with differences, and the solutions of a correction
+        return max(2 * (kept + chunk), kept + factors + one, 3 * kept + one)
     # Hessian, correction and a copy of the Hessian while that is factored; then correction, factor
     # and block feedback.
+    square = FLOAT * cols**2
     correction = 2 * rows * cols * FLOAT if sums_moved(rows, cols) else square
-    return max(gathering, 3 * square + correction, 2 * square + correction + one)
+    return max(2 * (kept + chunk), 3 * square + correction, 2 * square + correction + one)
 
 
 def _tables(task: Task) -> int:

@@ -19,6 +19,11 @@ one of each is:
     load        weight read into a tensor, checked and converted
     read        byte read from the model, or written
     call        call of a PyTorch operation: its fixed cost, which small matrices feel
+
+Where the inputs of a matrix are those of one expert, `tokens` is their number: few tokens are kept
+in place of sums (rounding/kept_tokens.py), and fewer still make a factor of tokens
+(rounding/token_factor.py). `in_16_bits` says whether products that no code depends on are in the
+dtype of the walk.
 """
 
 from __future__ import annotations
@@ -31,9 +36,11 @@ from functools import lru_cache
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import STEPS, TILE_COLUMNS, run_length
 from moepress.rounding.correction import sums_moved
-from moepress.rounding.hessian import COLUMNS_PER_SLICE
-from moepress.rounding.methods.gptq import COLUMNS_IN_16_BITS
+from moepress.rounding.factor import COLUMNS_PER_SLICE
+from moepress.rounding.kept_tokens import keeps
 from moepress.rounding.methods.viterbi import SEAM
+from moepress.rounding.sweep import COLUMNS_IN_16_BITS, RUN, middle_of, runs
+from moepress.rounding.token_factor import few
 
 Work = Counter[str]
 
@@ -71,10 +78,23 @@ def hessian(tokens: int, cols: int) -> Work:
     return Work({"float32": flops, "copy": 2 * tokens * cols})
 
 
-def factor(cols: int) -> Work:
-    """The LDL factorization of a Hessian."""
-    work = Work({"float32": cols**3 / 3})  # nearly all of it in products, if the matrix is large
+def factor(cols: int, tokens: int | None = None) -> Work:
+    """The LDL factorization of a Hessian; with kept tokens, the Hessian too."""
+    if tokens is not None and few(tokens, cols):
+        return _factor_of_tokens(tokens, cols)
+    work = hessian(tokens, cols) if tokens is not None and keeps(tokens, cols) else Work()
+    work += Work({"float32": cols**3 / 3})  # nearly all of it in products, if the matrix is large
     return work + Work({"cholesky": cols**2, "copy": PASSES_OF_FACTOR * cols**2})
+
+
+def _factor_of_tokens(tokens: int, cols: int) -> Work:
+    """Run by run: G x, x^T G x, its factorization, Z, Z Z^T."""
+    work = Work({"copy": 4 * tokens * cols})
+    for run in runs(cols):
+        size = run.stop - run.start
+        work += times(2, product(tokens, tokens, size, "float32"))
+        work += Work({"float32": 3 * tokens * size**2 + size**3 / 3, "cholesky": size**2})
+    return work
 
 
 def rotation(rows: int, cols: int) -> Work:
@@ -82,51 +102,90 @@ def rotation(rows: int, cols: int) -> Work:
     return Work({"rotate": rows * cols * (1 + int(math.log2(run_length(cols))))})
 
 
-def inputs(tokens: int, cols: int, rotates: bool, corrects: bool, rows: int | None = None) -> Work:
+def inputs(
+    tokens: int,
+    cols: int,
+    rotates: bool,
+    corrects: bool,
+    rows: int | None = None,
+    in_16_bits: bool = False,
+) -> Work:
     """Gather the Hessian of a matrix's inputs, and with `corrects` its correction.
 
     Args:
         rotates: whether inputs are rotated, for trellis codes.
         rows: of the only matrix with these inputs; None: there are several.
     """
+    if rows is not None and keeps(tokens, cols):
+        work = Work({"copy": 3 * (1 + corrects) * tokens * cols})
+        return work + times(rotates * (1 + corrects), rotation(tokens, cols))
     work = hessian(tokens, cols)
     if corrects:
+        dtype = "product" if in_16_bits else "float32"
         if rows is not None and sums_moved(rows, cols):
-            work += times(2, product(rows, tokens, cols, "float32"))
+            work += times(2, product(rows, tokens, cols, dtype))
             work += times(rotates, rotation(rows, cols))
         else:
-            work += product(cols, tokens, cols, "float32")
+            work += product(cols, tokens, cols, dtype)
         work += Work({"copy": 3 * tokens * cols})
     if rotates:
         work += times(1 + corrects, rotation(tokens, cols))
     return work
 
 
-def corrected(rows: int, cols: int, rotates: bool, alone: bool) -> Work:
-    """Move weights [rows, cols] to make up for earlier errors. Not counted: the factor it needs.
+def corrected(
+    rows: int,
+    cols: int,
+    rotates: bool,
+    alone: bool,
+    tokens: int | None = None,
+    in_16_bits: bool = False,
+) -> Work:
+    """Move weights [rows, cols] to make up for earlier errors; the factor for that, too.
 
     Args:
         alone: whether no other matrix has these inputs.
     """
-    solves = times(2, Work({"float32": rows * cols**2}))
-    work = _moved(rows, cols, alone) + solves + Work({"copy": 4 * rows * cols})
-    return work + times(2 * rotates, rotation(rows, cols))
+    rotations = times(2 * rotates, rotation(rows, cols))
+    dtype = "product" if in_16_bits else "float32"
+    if tokens is not None and keeps(tokens, cols):
+        between = times(2, product(tokens, cols, tokens, "float32"))  # x x^T and its solutions
+        between += Work({"float32": tokens**3 / 3, "cholesky": tokens**2})
+        moved = times(2, product(rows, cols, tokens, dtype))
+        return between + moved + rotations + Work({"copy": 5 * rows * cols})
+    inside = sum(
+        min(COLUMNS_PER_SLICE, cols - first) ** 2 for first in range(0, cols, COLUMNS_PER_SLICE)
+    )
+    solves = Work({"float32": 2 * rows * inside}) + Work({dtype: 2 * rows * (cols**2 - inside)})
+    work = factor(cols) + _moved(rows, cols, alone, dtype) + solves
+    return work + rotations + Work({"copy": 4 * rows * cols})
 
 
-def _moved(rows: int, cols: int, alone: bool) -> Work:
+def _moved(rows: int, cols: int, alone: bool, dtype: str) -> Work:
     """The product of a matrix and M, unless it was summed (correction.py)."""
-    return Work() if alone and sums_moved(rows, cols) else product(rows, cols, cols, "float32")
+    return Work() if alone and sums_moved(rows, cols) else product(rows, cols, cols, dtype)
 
 
-def gain(rows: int, cols: int, rotates: bool) -> Work:
+def gain(
+    rows: int, cols: int, rotates: bool, tokens: int | None = None, in_16_bits: bool = False
+) -> Work:
     """The gain of a rounded matrix, which has inputs of its own."""
-    work = _moved(rows, cols, alone=True) + times(2, upper_product(rows, cols))
-    work += Work({"copy": 8 * rows * cols + 2 * cols**2})
-    return work + times(2 * rotates, rotation(rows, cols))
+    rotations = times(2 * rotates, rotation(rows, cols))
+    dtype = "product" if in_16_bits else "float32"
+    if tokens is not None and keeps(tokens, cols):
+        outputs = times(2, product(rows, cols, tokens, dtype))
+        return outputs + rotations + Work({"copy": 4 * rows * (cols + tokens)})
+    products = Work({dtype: 2 * upper_product(rows, cols)["float32"]})
+    work = _moved(rows, cols, True, dtype) + products
+    work += product(2, cols, rows, "float32")
+    return work + rotations + Work({"copy": 8 * rows * cols + 2 * cols**2})
 
 
-def upper_product(rows: int, cols: int) -> Work:
-    """The product of a matrix [rows, cols] with an upper triangular factor, in column slices."""
+def upper_product(rows: int, cols: int, tokens: int | None = None) -> Work:
+    """The product of a matrix [rows, cols] with an upper triangular factor."""
+    if tokens is not None and few(tokens, cols):
+        inside = sum((run.stop - run.start) ** 2 for run in runs(cols))
+        return Work({"float32": 2 * rows * (2 * tokens * cols + inside)})
     flops = 0
     for start in range(0, cols, COLUMNS_PER_SLICE):
         stop = min(start + COLUMNS_PER_SLICE, cols)
@@ -140,23 +199,22 @@ def _sweep(cols: int, leaf: int) -> tuple[int, int, int, int, int]:
 
     Then the first two sums again, of products that may be in 16 bits.
     """
-    leaves = -(-cols // leaf)
-    if leaves <= 1:
+    left = middle_of(0, cols, leaf)
+    if left == cols:
         return 0, 0, 0, 0, 0
-    left = leaf * (leaves // 2)
     right = cols - left
     below = [_sweep(left, leaf), _sweep(right, leaf)]
-    wide = right >= COLUMNS_IN_16_BITS
+    wide = min(left, right) >= COLUMNS_IN_16_BITS
     own = left * right, cols, 1, wide * left * right, wide * cols
     return tuple(sum(numbers) for numbers in zip(own, *below, strict=True))
 
 
-def sweep(rows: int, cols: int, leaf: int, in_16_bits: bool = False) -> Work:
-    """The products that pass feedback on while columns are visited `leaf` at a time (gptq.py).
-
-    Args:
-        in_16_bits: whether large products are in the dtype of the walk.
-    """
+def sweep(
+    rows: int, cols: int, leaf: int, in_16_bits: bool = False, tokens: int | None = None
+) -> Work:
+    """The products that pass feedback on while columns are visited `leaf` at a time (sweep.py)."""
+    if tokens is not None and few(tokens, cols):
+        return _sweep_by_tokens(rows, cols, leaf, in_16_bits, tokens)
     areas, lengths, products, wide, converted = _sweep(cols, leaf)
     work = Work({"copy": rows * lengths, "call": CALLS_OF_SWEEP * products})
     if in_16_bits and wide:
@@ -165,9 +223,24 @@ def sweep(rows: int, cols: int, leaf: int, in_16_bits: bool = False) -> Work:
     return work + Work({"float32": 2 * rows * areas})
 
 
-def block_feedback(cols: int) -> Work:
-    """V from R, eight columns at a time (trellis.py)."""
+def _sweep_by_tokens(rows: int, cols: int, leaf: int, in_16_bits: bool, tokens: int) -> Work:
+    """Inside of runs as ever; from one run to the next by way of the tokens."""
+    work = total(sweep(rows, run.stop - run.start, leaf) for run in runs(cols))
+    steps = len(runs(cols)) - 1
+    dtype = "product" if in_16_bits and tokens >= COLUMNS_IN_16_BITS else "float32"
+    # The first run gets no feedback, the last one passes none on.
+    last = cols - steps * RUN if steps else 0
+    passed = product(tokens, (steps - 1) * 2 * RUN + RUN + last, rows, dtype) if steps else Work()
+    copies = Work({"copy": 3 * steps * rows * (tokens + RUN), "call": 2 * CALLS_OF_SWEEP * steps})
+    return work + passed + copies
+
+
+def block_feedback(cols: int, tokens: int | None = None) -> Work:
+    """V from R, eight columns at a time (factor.py)."""
     calls = CALLS_OF_BLOCK_SOLVE * (cols // TILE_COLUMNS)
+    if tokens is not None and few(tokens, cols):
+        solved = Work({"float32": 2 * tokens * cols * TILE_COLUMNS, "copy": 4 * tokens * cols})
+        return solved + Work({"solve": cols * min(RUN, cols), "call": calls})
     return Work({"solve": cols**2, "call": calls})
 
 
@@ -192,45 +265,48 @@ def dequantize(rows: int, cols: int, bits: float, family: str) -> Work:
     return Work({"copy": 4 * rows * cols})
 
 
-def round_trellis(rows: int, cols: int, bits: float, feedback: bool) -> Work:
+def round_trellis(
+    rows: int, cols: int, bits: float, feedback: bool, tokens: int | None = None
+) -> Work:
     """Round a matrix to trellis codes; with feedback its factor is at hand."""
     visits = cols // TILE_COLUMNS
     work = rotation(rows, cols) + search(rows, cols, bits)
     work += Work({"copy": PASSES_OF_ROUNDING * rows * cols, "call": visits * CALLS_OF_VISIT})
     if feedback:
-        work += block_feedback(cols) + sweep(rows, cols, TILE_COLUMNS) + refit(rows, cols)
+        work += block_feedback(cols, tokens) + sweep(rows, cols, TILE_COLUMNS, tokens=tokens)
+        work += refit(rows, cols, tokens)
     return work
 
 
-def refit(rows: int, cols: int) -> Work:
+def refit(rows: int, cols: int, tokens: int | None = None) -> Work:
     """The best scale of each row, with a factor (`fit.best_scale`)."""
     blocks = product(rows, TILE_COLUMNS, cols, "float32")
-    return upper_product(rows, cols) + blocks + product(2, cols, rows, "float32")
+    return upper_product(rows, cols, tokens) + blocks + product(2, cols, rows, "float32")
 
 
-def draw_errors(rows: int, cols: int, widths: int, in_16_bits: bool = False) -> Work:
-    """Give a matrix the errors of trellis codes of several widths, drawn (noise.py).
-
-    Args:
-        in_16_bits: see `sweep`.
-    """
-    of_one = sweep(rows, cols, TILE_COLUMNS, in_16_bits) + rotation(rows, cols)
+def draw_errors(
+    rows: int, cols: int, widths: int, in_16_bits: bool = False, tokens: int | None = None
+) -> Work:
+    """Give a matrix the errors of trellis codes of several widths, drawn (noise.py)."""
+    in_16_bits = in_16_bits and cols > COLUMNS_IN_16_BITS
+    of_one = sweep(rows, cols, TILE_COLUMNS, in_16_bits, tokens) + rotation(rows, cols)
     of_one += product(rows, TILE_COLUMNS, cols, "float32") + product(2, cols, rows, "float32")
     calls = CALLS_OF_DRAWN_VISIT * (cols // TILE_COLUMNS)
     of_one += Work({"copy": PASSES_OF_DRAWING * rows * cols, "call": calls})
-    shared = rotation(rows, cols) + block_feedback(cols)
-    weighted = upper_product(rows, cols)["float32"]
-    wide = in_16_bits and cols > COLUMNS_IN_16_BITS
-    shared += Work({"product" if wide else "float32": weighted})
+    shared = rotation(rows, cols) + block_feedback(cols, tokens)
+    weighted = upper_product(rows, cols, tokens)["float32"]
+    shared += Work({"product" if in_16_bits else "float32": weighted})
     shared += Work({"draw": rows * cols, "copy": 3 * rows * cols})
     return shared + times(widths, of_one)
 
 
-def round_scalar(rows: int, cols: int, bits: float, group: int, feedback: bool) -> Work:
+def round_scalar(
+    rows: int, cols: int, bits: float, group: int, feedback: bool, tokens: int | None = None
+) -> Work:
     """Round a matrix to scalar codes."""
     if not feedback:
         return Work({f"nearest {bits}": rows * cols})
-    return Work({f"int {bits}": rows * cols}) + sweep(rows, cols, group)
+    return Work({f"int {bits}": rows * cols}) + sweep(rows, cols, group, tokens=tokens)
 
 
 def load(weights: int, itemsize: float) -> Work:

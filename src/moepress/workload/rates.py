@@ -23,9 +23,9 @@ from moepress.original.quantized.config import BLOCK
 from moepress.original.quantized.forms import products
 from moepress.original.quantized.numbers import Numbers
 from moepress.original.values import all_finite
-from moepress.rounding.hessian import Factor
+from moepress.rounding.factor import DenseFactor, block_feedback
 from moepress.rounding.methods import quantize_matrix
-from moepress.rounding.methods.trellis import block_feedback, path_values
+from moepress.rounding.methods.trellis import path_values
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate
 from moepress.workload import operations as op
@@ -161,7 +161,7 @@ def _int(machine: Machine, bits: float) -> float:
     cols = codec.group_size
     weight = machine.random(min(machine.shape.gate_up[0], ROWS), cols)
     eye = torch.eye(cols, device=machine.device)
-    factor = Factor(eye, torch.ones(cols, device=machine.device), 0.01)
+    factor = DenseFactor(eye, torch.ones(cols, device=machine.device), 0.01)
     run = machine.seconds(lambda: quantize_matrix("gptq", weight, codec, factor))
     return run / weight.numel()
 

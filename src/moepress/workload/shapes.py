@@ -12,7 +12,7 @@ from moepress.allocation.tensors import experts_per_token
 from moepress.original.loops import loop_of
 from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
-from moepress.rounding.noise import feedback_in_16_bits
+from moepress.rounding.sweep import in_16_bits
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ModelShape:
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
     projected: int | None = None  # size of the experts' inputs and outputs, padded; None: H
     parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
-    feedback_in_16_bits: bool = False  # of drawn errors (rounding/noise.py)
+    products_in_16_bits: bool = False  # that no code depends on (rounding/sweep.py)
     neurons: int | None = None  # of an expert, that a token chooses one by one; None: it uses all
 
     @classmethod
@@ -112,7 +112,7 @@ class ModelShape:
             compute_itemsize=source.compute_dtype.itemsize,
             projected=one.gate_up_shape[1],
             parts=one.form.parts,
-            feedback_in_16_bits=feedback_in_16_bits(source.compute_dtype, source.device),
+            products_in_16_bits=in_16_bits(source.compute_dtype, source.device),
             neurons=chosen if one.form.by_neuron else None,
         )
 

@@ -193,9 +193,9 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
     works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
-        works += (op.factor(cols) for _, cols in shape.with_hessian)
+        works += (op.factor(cols, task.hessian_tokens) for _, cols in shape.with_hessian)
     for size in (shape.gate_up, seen):
-        works.append(_offered(task, size, widths, rounding))
+        works.append(_offered(task, size, widths, rounding, task.hessian_tokens))
     tokens = shape.expert_tokens(task.tokens)
     gate_up = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
     down, error = (op.product(tokens, shape.inner, size) for size in (hidden, outer))
@@ -212,12 +212,17 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
 
 
 def _offered(
-    task: Task, size: tuple[int, int], widths: Sequence[float], rounding: Rounding
+    task: Task,
+    size: tuple[int, int],
+    widths: Sequence[float],
+    rounding: Rounding,
+    tokens: int | None = None,
 ) -> Work:
     """A matrix rounded to, or given the error of, each width, and dequantized.
 
     Args:
         size: N, K of the matrix.
+        tokens: of its inputs, see operations.py.
     """
     rows, cols = size
     drawn = [
@@ -225,25 +230,27 @@ def _offered(
         for bits in widths
         if rounding.draws and stored_family(bits, rounding.family) == "trellis"
     ]
-    in_16_bits = task.shape.feedback_in_16_bits
-    works = [op.draw_errors(rows, cols, len(drawn), in_16_bits)] if drawn else []
+    in_16_bits = task.shape.products_in_16_bits
+    works = [op.draw_errors(rows, cols, len(drawn), in_16_bits, tokens)] if drawn else []
     for bits in widths:
         if bits not in drawn:
-            works.append(_rounded(rows, cols, bits, rounding))
+            works.append(_rounded(rows, cols, bits, rounding, tokens))
             family = stored_family(bits, rounding.family)
             works.append(op.dequantize(rows, cols, bits, family))
     return total(works)
 
 
-def _rounded(rows: int, cols: int, bits: float, rounding: Rounding) -> Work:
+def _rounded(
+    rows: int, cols: int, bits: float, rounding: Rounding, tokens: int | None = None
+) -> Work:
     """A matrix rounded to one width; widths of another family are rounded to nearest."""
     family = stored_family(bits, rounding.family)
     if family != rounding.family:
         return op.round_scalar(rows, cols, bits, rounding.group_size, feedback=False)
     if family == "trellis":
-        return op.round_trellis(rows, cols, bits, rounding.needs_hessian)
+        return op.round_trellis(rows, cols, bits, rounding.needs_hessian, tokens)
     group = rounding.codec(bits, cols).group_size
-    return op.round_scalar(rows, cols, bits, group, rounding.needs_hessian)
+    return op.round_scalar(rows, cols, bits, group, rounding.needs_hessian, tokens)
 
 
 def _score_tables(task: Task) -> Work:
@@ -307,13 +314,17 @@ def _quantize_linears(
 ) -> Work:
     """Linears with the same inputs, each rounded to its width."""
     cols, rotates = group[0].cols, rounding.family == "trellis"
+    in_16_bits = task.shape.products_in_16_bits
     works = []
     if rounding.needs_hessian:
-        works = [op.inputs(task.tokens, cols, rotates, corrects), op.factor(cols)]
+        works = [
+            op.inputs(task.tokens, cols, rotates, corrects, in_16_bits=in_16_bits),
+            op.factor(cols),
+        ]
     for linear in group:
         bits = widths.tensors[linear.name]
         if corrects and rounding.needs_hessian:
-            works += [op.factor(cols), op.corrected(linear.rows, cols, rotates, alone=False)]
+            works.append(op.corrected(linear.rows, cols, rotates, False, None, in_16_bits))
         works.append(_rounded(linear.rows, cols, bits, rounding))
         works.append(_stored(linear.rows, cols, bits, rounding))
     return total(works)
@@ -322,22 +333,23 @@ def _quantize_linears(
 def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding) -> Work:
     """One expert rounded to its two widths, and run."""
     shape, rotates = task.shape, rounding.family == "trellis"
+    tokens, in_16_bits = task.hessian_tokens, shape.products_in_16_bits
     works = [op.load(shape.expert_weights, shape.expert_disk)]
     if rounding.needs_hessian:
-        runs = 2 if rounding.corrects else 1
-        works.append(expert_inputs(task, rounding, rounding.corrects, runs))
+        passes = 2 if rounding.corrects else 1
+        works.append(expert_inputs(task, rounding, rounding.corrects, passes))
     for (rows, cols), bits in zip((shape.gate_up, shape.down), widths, strict=True):
         if rounding.needs_hessian:
-            works.append(op.factor(cols))
+            works.append(op.factor(cols, tokens))
         if rounding.corrects:
-            works += [op.factor(cols), op.corrected(rows, cols, rotates, alone=True)]
-        works.append(_rounded(rows, cols, bits, rounding))
+            works.append(op.corrected(rows, cols, rotates, True, tokens, in_16_bits))
+        works.append(_rounded(rows, cols, bits, rounding, tokens))
         works.append(times(2, _stored(rows, cols, bits, rounding)))  # gate_up for down, both after
     if rounding.corrects:
-        works.append(op.gain(*shape.down, rotates))
+        works.append(op.gain(*shape.down, rotates, tokens, in_16_bits))
     sampled = min(task.tokens, SAMPLE)
-    for tokens in (task.tokens, sampled):  # add_output, DropMeter
-        works.append(expert_forward(task, shape.expert_tokens(tokens)))
+    runs = (task.tokens, sampled)  # add_output, DropMeter
+    works.extend(expert_forward(task, shape.expert_tokens(count)) for count in runs)
     return total(works)
 
 
@@ -371,7 +383,8 @@ def expert_inputs(task: Task, rounding: Rounding, corrects: bool, runs: int) -> 
     inner = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
     inner += Work({"copy": 5 * tokens * shape.inner})
     works = [
-        op.inputs(tokens, width, rotates, corrects, count) for count, width in shape.with_hessian
+        op.inputs(tokens, width, rotates, corrects, count, shape.products_in_16_bits)
+        for count, width in shape.with_hessian
     ]
     return total([*works, times(runs, inner), Work({"call": 60})])
 

@@ -1,7 +1,8 @@
 """The work folder of a run: held by one process, swept at the start, removed at the end.
 
 A lock of the operating system (flock) says that a process is at work. It ends with the process,
-however that ends. The lock file names the process, for the message to the next one.
+however that ends; network file systems hand it on to other machines. The lock file names process
+and machine, for the message to the next run only: nothing is concluded from them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -152,7 +154,8 @@ def _locked(folder: Path) -> IO[str]:
         file.close()
     with suppress(OSError):  # a full disk: the work itself will say so
         file.truncate(0)
-        json.dump({"pid": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}, file)
+        since = datetime.now().isoformat(" ", "seconds")
+        json.dump({"pid": os.getpid(), "host": platform.node(), "since": since}, file)
         file.flush()
     return file
 
@@ -160,7 +163,7 @@ def _locked(folder: Path) -> IO[str]:
 def _holder(content: str) -> str:
     try:
         fields = json.loads(content)
-        return f" by process {fields['pid']} since {fields['since']}"
+        return f" by process {fields['pid']} on {fields['host']} since {fields['since']}"
     except (ValueError, KeyError, TypeError):
         return " by another process"
 

@@ -16,7 +16,8 @@ from moepress.kernels import trellis
 from moepress.kernels.cuda.launch import LAUNCHERS, Launcher
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import code_matrix
-from moepress.rounding.hessian import Factor, Hessian
+from moepress.rounding.factor import Factor
+from moepress.rounding.hessian import Hessian
 from moepress.rounding.methods import viterbi
 from moepress.rounding.methods.trellis import Unrounded, quantize_together, quantize_trellis
 from moepress.rounding.rotation import rotate, rotate_back

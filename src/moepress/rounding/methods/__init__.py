@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec
-from moepress.rounding.hessian import Factor
+from moepress.rounding.factor import Factor
 from moepress.rounding.methods.gptq import quantize_gptq, quantize_gptq_released
 from moepress.rounding.methods.grid import QuantizedMatrix
 from moepress.rounding.methods.rtn import quantize_rtn

@@ -8,27 +8,18 @@ hessian.py shows that the squared output error is sum_k D_k || (E R)_k ||^2 with
 to `adjusted_k` is the best choice for term k. This is the rule of GPTQ (arXiv:2210.17323, eq. 2-3),
 which writes it with the inverse of H as OBQ's update of all remaining weights. QuIP calls it LDLQ
 (arXiv:2307.13304; theorem 6 proves them equal). The squared output error is exactly
-sum_k D_k ||residual_k||^2 with residual_k = (E R)_k.
-
-Order of work. One matrix product passes the errors of the left half of the columns on to the right
-half. Each half is treated in the same way, down to a few columns that are rounded one by one:
-
-    sweep(left); buffer[right] += R[left, right]^T buffer[left]; sweep(right)
-
-So nearly all operations are in large matrix products, whatever the size of the cache. The buffer is
-stored columns first, [K, n]: row k holds the feedback to column k until that column is rounded, and
-its error afterwards.
+sum_k D_k ||residual_k||^2 with residual_k = (E R)_k. sweep.py visits the columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moepress.format.codec import Codec
-from moepress.rounding.hessian import Factor
+from moepress.rounding.factor import Factor
 from moepress.rounding.methods.grid import (
     Grid,
     Output,
@@ -39,10 +30,9 @@ from moepress.rounding.methods.grid import (
     min_max,
     search,
 )
+from moepress.rounding.sweep import sweep
 
 COLUMNS_ONE_BY_ONE = 16  # for fewer columns a matrix product costs more than it saves
-# For fewer columns, products of 16-bit numbers save less time than their conversion takes.
-COLUMNS_IN_16_BITS = 256
 RELEASED_BLOCK = 128  # columns that the released code rounds together: a released block
 
 
@@ -77,20 +67,21 @@ def _with_feedback(
     weight: Tensor, codec: Codec, factor: Factor, choose: Callable[[Tensor, Tensor], Grid]
 ) -> QuantizedMatrix:
     size = codec.group_size
+    blocks, feedback = factor.diagonal_blocks(size), factor.by_column()
 
     def rounder(rows: Tensor, out: Output) -> None:
         buffer = _empty_buffer(rows)  # [K, n]
 
         def round_group(start: int, stop: int) -> None:
             group = columns_first(rows, start, stop)
-            inner = factor.feedback[start:stop, start:stop]
+            inner = blocks[start // size]
             adjusted = group + buffer[start:stop]
             grid = choose(adjusted, factor.curvature[start:stop])
             codes, residual = _round_columns(group, adjusted, inner, grid, codec)
             out.put(start // size, codes, grid)
             torch.mul(residual, grid.scale, out=buffer[start:stop])
 
-        sweep(buffer, factor.feedback, 0, rows.shape[1], size, round_group)
+        sweep(buffer, feedback, 0, rows.shape[1], size, round_group)
 
     return in_row_chunks(weight, codec, rounder)
 
@@ -138,13 +129,13 @@ def _without_inner_feedback(
     and block b was adjusted by y_(<b) R_(<b,b) R_bb^-1. With feedback inside the blocks y would be
     W - Ŵ. The buffer holds y_(<b) R_(<b,b) until block b is rounded, and y_b afterwards.
     """
-    size = codec.group_size
+    size, feedback = codec.group_size, factor.dense()
 
     def rounder(rows: Tensor, out: Output) -> None:
         buffer = _empty_buffer(rows)
 
         def round_block(start: int, stop: int) -> None:
-            inner = factor.feedback[start:stop, start:stop].T
+            inner = feedback[start:stop, start:stop].T
             adjustment = torch.linalg.solve_triangular(
                 inner, buffer[start:stop], upper=False, unitriangular=True
             )
@@ -161,63 +152,10 @@ def _without_inner_feedback(
                 - adjustment
             )
 
-        sweep(buffer, factor.feedback, 0, rows.shape[1], RELEASED_BLOCK, round_block)
+        sweep(buffer, feedback, 0, rows.shape[1], RELEASED_BLOCK, round_block)
 
     return in_row_chunks(weight, codec, rounder)
 
 
 def _empty_buffer(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape[1], rows.shape[0], dtype=torch.float32, device=rows.device)
-
-
-def sweep(
-    buffer: Tensor,
-    feedback: Tensor,
-    start: int,
-    stop: int,
-    leaf: int,
-    visit: Callable[[int, int], None],
-) -> None:
-    """Visit columns start .. stop in order, `leaf` at a time, with feedback between the visits.
-
-    Before `visit` is called for column k, sum_j feedback[j, k] * buffer[j] over all columns j of
-    start .. stop that were visited earlier has been added to buffer[k].
-
-    Args:
-        buffer: [K, n] float32; `visit` replaces feedback by errors in it.
-        feedback: [K, K] float32, R. If it is bfloat16, products for many columns are of bfloat16.
-        visit: called with the first column and the one after the last of each leaf.
-    """
-    sweep_together([(buffer, feedback)], start, stop, leaf, visit)
-
-
-def sweep_together(
-    matrices: Sequence[tuple[Tensor, Tensor]],
-    start: int,
-    stop: int,
-    leaf: int,
-    visit: Callable[[int, int], None],
-) -> None:
-    """`sweep` for matrices of equal K, each with its own buffer and feedback.
-
-    A call of `visit` is for the same columns of all of them.
-    """
-    leaves = -(-(stop - start) // leaf)
-    if leaves <= 1:
-        visit(start, stop)
-        return
-    middle = start + leaf * (leaves // 2)
-    sweep_together(matrices, start, middle, leaf, visit)
-    for buffer, feedback in matrices:
-        _pass_on(buffer[start:middle], feedback[start:middle, middle:stop], buffer[middle:stop])
-    sweep_together(matrices, middle, stop, leaf, visit)
-
-
-def _pass_on(errors: Tensor, feedback: Tensor, received: Tensor) -> None:
-    """Add feedback [m, l] of errors [m, n] to what the next columns have received [l, n]."""
-    if feedback.dtype == received.dtype:
-        received.addmm_(feedback.T, errors)
-    elif len(received) < COLUMNS_IN_16_BITS:
-        received.addmm_(feedback.T.to(received.dtype), errors)
-    else:
-        received += feedback.T @ errors.to(feedback.dtype)

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,11 +32,11 @@ from moepress.kernels import cpu, trellis
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
 from moepress.memory import free_memory
+from moepress.rounding.factor import Factor
 from moepress.rounding.fit import best_scale, inverse
-from moepress.rounding.hessian import Factor
-from moepress.rounding.methods.gptq import sweep_together
 from moepress.rounding.methods.viterbi import round_together
 from moepress.rounding.rotation import rotate, rotate_back
+from moepress.rounding.sweep import Feedback, sweep_together
 
 # By code bits. The scale of the search makes the standard deviation of the values START times that
 # of the row's weights: best for Gaussian weights without feedback. With feedback the ratio is
@@ -175,12 +174,12 @@ def _searched(
     def round_block(start: int, stop: int) -> None:
         round_together(target, buffer, branches, bits, start)
 
-    feedback: dict[int, Tensor] = {}  # V by factor
+    feedback: dict[int, Feedback] = {}  # V by factor
     pairs = []
     for number, (*_, factor) in enumerate(matrices):
         if factor is not None:
             if id(factor) not in feedback:
-                feedback[id(factor)] = block_feedback(factor.feedback)
+                feedback[id(factor)] = factor.by_block()
             pairs.append((buffer[number], feedback[id(factor)]))
     sweep_together(pairs, 0, columns, TILE_COLUMNS, round_block)
     return branches, target
@@ -196,34 +195,6 @@ def rotated_rows(weight: Tensor) -> Tensor:
     if not rows.isfinite().all():
         raise NumericalError("The weight holds NaN or infinity.")
     return rows
-
-
-def block_feedback(feedback: Tensor) -> Tensor:
-    """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
-    size = TILE_COLUMNS
-    if feedback.device.type != "cpu":
-        return _block_feedback_at_once(feedback)
-    # Zeros of NumPy: pages of the lower triangle, which are never written, take no memory.
-    result = torch.from_numpy(np.zeros(feedback.shape, np.float32))
-    for start in range(0, len(feedback), size):
-        block = slice(start, start + size)
-        rows = slice(start + size)
-        result[rows, block] = torch.linalg.solve_triangular(
-            feedback[block, block], feedback[rows, block],
-            upper=True, left=False, unitriangular=True,
-        )  # fmt: skip
-    return result
-
-
-def _block_feedback_at_once(feedback: Tensor) -> Tensor:
-    """`block_feedback` in few operations: on a card one call for each block would take longer."""
-    size, columns = TILE_COLUMNS, len(feedback)
-    places = torch.arange(columns, device=feedback.device).view(-1, size)
-    inside = feedback[places[:, :, None], places[:, None, :]]  # [K / 8, 8, 8]
-    one = torch.eye(size, device=feedback.device).expand_as(inside)
-    inverse = torch.linalg.solve_triangular(inside, one, upper=True, unitriangular=True)
-    by_block = feedback.view(columns, -1, size).transpose(0, 1)  # [K / 8, K, 8]
-    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
 
 
 def path_values(branches: Tensor, bits: float) -> Tensor:

@@ -1,0 +1,120 @@
+"""The LDL factorization of a Hessian, H = R D R^T, by what rounding asks of it (hessian.py).
+
+R [K, K] is unit upper triangular and D diagonal. `DenseFactor` holds R. `TokenFactor`
+(token_factor.py) holds T tokens instead, which takes less time and memory where they are few.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moepress.kernels.trellis import TILE_COLUMNS
+from moepress.rounding.sweep import Feedback
+
+COLUMNS_PER_SLICE = 1024  # triangular matrices are used in column slices
+
+
+class Factor(ABC):
+    """LDL factorization H + damping * mean(diag H) * I = R D R^T. One serves every width.
+
+    Attributes:
+        curvature: [K] float32, D: cost of a unit of squared error in column k if the columns after
+            it compensate.
+        damping: that was used, after retries.
+    """
+
+    curvature: Tensor
+    damping: float
+
+    @abstractmethod
+    def products(self, columns: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """R^T w, [K, N]: the product w R, columns first. Some rows at a time, in order.
+
+        Args:
+            columns: [K, N] float32, w transposed.
+            dtype: float32 or bfloat16: of the factors of products, and of the result.
+        """
+
+    @abstractmethod
+    def diagonal_blocks(self, size: int) -> Tensor:
+        """The blocks of R on the diagonal, [K / size, size, size] float32."""
+
+    @abstractmethod
+    def by_column(self) -> Feedback:
+        """R, for sweeps that visit columns one by one."""
+
+    @abstractmethod
+    def by_block(self, dtype: torch.dtype = torch.float32) -> Feedback:
+        """V, for sweeps that visit `TILE_COLUMNS` columns together: V_JB = R_JB R_BB^(-1).
+
+        V is block upper triangular, with identities on the diagonal.
+
+        Args:
+            dtype: float32 or bfloat16, of the large products of the sweep.
+        """
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """R, [K, K] float32."""
+
+
+@dataclass(frozen=True)
+class DenseFactor(Factor):
+    """A factor that holds R [K, K]."""
+
+    feedback: Tensor  # [K, K] float32, R
+    curvature: Tensor
+    damping: float
+
+    def products(self, columns: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        count, columns = len(columns), columns.to(dtype)
+        for start in range(0, count, COLUMNS_PER_SLICE):
+            stop = min(start + COLUMNS_PER_SLICE, count)
+            yield torch.mm(self.feedback[:stop, start:stop].T.to(dtype), columns[:stop])
+
+    def diagonal_blocks(self, size: int) -> Tensor:
+        blocks = self.feedback.unfold(0, size, size).unfold(1, size, size)
+        return blocks.diagonal().permute(2, 0, 1)
+
+    def by_column(self) -> Feedback:
+        return self.feedback
+
+    def by_block(self, dtype: torch.dtype = torch.float32) -> Feedback:
+        return block_feedback(self.feedback).to(dtype)
+
+    def dense(self) -> Tensor:
+        return self.feedback
+
+
+def block_feedback(feedback: Tensor) -> Tensor:
+    """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
+    size = TILE_COLUMNS
+    if feedback.device.type != "cpu":
+        return _block_feedback_at_once(feedback)
+    # Zeros of NumPy: pages of the lower triangle, which are never written, take no memory.
+    result = torch.from_numpy(np.zeros(feedback.shape, np.float32))
+    for start in range(0, len(feedback), size):
+        block = slice(start, start + size)
+        rows = slice(start + size)
+        result[rows, block] = torch.linalg.solve_triangular(
+            feedback[block, block], feedback[rows, block],
+            upper=True, left=False, unitriangular=True,
+        )  # fmt: skip
+    return result
+
+
+def _block_feedback_at_once(feedback: Tensor) -> Tensor:
+    """`block_feedback` in few operations: on a card one call for each block would take longer."""
+    size, columns = TILE_COLUMNS, len(feedback)
+    places = torch.arange(columns, device=feedback.device).view(-1, size)
+    inside = feedback[places[:, :, None], places[:, None, :]]  # [K / 8, 8, 8]
+    one = torch.eye(size, device=feedback.device).expand_as(inside)
+    inverse = torch.linalg.solve_triangular(inside, one, upper=True, unitriangular=True)
+    by_block = feedback.view(columns, -1, size).transpose(0, 1)  # [K / 8, K, 8]
+    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)
