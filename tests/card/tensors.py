@@ -68,10 +68,8 @@ class Card:
         self.settle()
 
     def settle(self) -> None:
-        with self.lock:
-            copies, self.copies = self.copies, []
-        for copy in copies:
-            copy.finish()
+        while self.copies:
+            self.copies.pop(0).finish()
 
     @contextmanager
     def without_waits(self) -> Iterator[None]:
@@ -172,10 +170,6 @@ def put(inner: Tensor) -> CardTensor:
         return CardTensor(inner.detach())
 
 
-def _wrapped(value: Any) -> Any:
-    return put(value) if isinstance(value, Tensor) else value
-
-
 def _unwrapped(value: Any) -> Any:
     return value.inner if isinstance(value, CardTensor) else value
 
@@ -204,7 +198,7 @@ WAITING = {
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # No kernels for integers on CUDA.
 FLOATS_ONLY = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addmv", "mv", "dot"}
-MIXED = {"copy_": "_copy", "_to_copy": "_to_copy", "set_": "_set"}  # take tensors of two devices
+MIXED = {"copy_": "_copy", "_to_copy": "_to_copy"}  # take tensors of two devices
 MODES: Any = None  # functions.Functions, which imports this file
 
 
@@ -273,10 +267,8 @@ def _check(name: str, tensors: list[Tensor]) -> None:
         if tensor.device.type == "meta":
             raise CardError(f"{name}: a meta tensor with tensors of the card")
         if tensor.dim() and name not in INDEXED:
-            raise CardError(
-                f"{name}: tensors on {DEVICE} and on {tensor.device} "
-                f"{[(str(t.device), tuple(t.shape)) for t in tensors]}"
-            )
+            shapes = [(str(t.device), tuple(t.shape)) for t in tensors]
+            raise CardError(f"{name}: tensors of two devices: {shapes}")
     if name in FLOATS_ONLY and not tensors[0].is_floating_point():
         raise CardError(f"{name}: CUDA has no kernel for {tensors[0].dtype}")
 
