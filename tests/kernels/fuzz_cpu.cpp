@@ -54,6 +54,15 @@ Buffer<float> random_floats(int64_t n) {
     return out;
 }
 
+// Inputs or outputs in float or bfloat16, in bytes.
+Buffer<uint8_t> random_numbers(int64_t n, int32_t bfloat16) {
+    if (bfloat16) return random_bytes(2 * n);
+    Buffer<float> floats = random_floats(n);
+    Buffer<uint8_t> out(4 * n);
+    std::memcpy(out.get(), floats.get(), size_t(4 * n));
+    return out;
+}
+
 int64_t nbytes(int64_t rows, int64_t cols, int bits, int group) {  // docs/format.md
     const int64_t groups = cols / group;
     const int64_t zeros = bits >= 2 && bits <= 4 ? 16 * groups : 0;
@@ -82,10 +91,12 @@ void scalar_linear() {
     const int64_t right = nbytes(rows, cols, bits, group);
     const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
     Buffer<uint8_t> packed = random_bytes(given);
-    Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
+    const int32_t half = int(pick(0, 1));
+    Buffer<uint8_t> x = random_numbers(tokens * cols, half), y(tokens * rows * (half ? 2 : 4));
+    Buffer<float> bias = random_floats(rows);
     const int32_t result = moepress_scalar_linear(
         x.get(), tokens, cols, packed.get(), given, rows, bits, group,
-        pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), y.get());
+        pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), half, y.get());
     expect(result == (given == right ? kOk : kBadBytes), "linear: wrong result");
 }
 
@@ -153,13 +164,14 @@ void scalar_experts() {
     }
     Buffer<int64_t> index(tokens * k);
     for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
-    Buffer<float> x = random_floats(tokens * hidden), weight = random_floats(tokens * k);
-    Buffer<float> y(tokens * hidden);
+    const int32_t half = int(pick(0, 1));
+    Buffer<uint8_t> x = random_numbers(tokens * hidden, half), y(tokens * hidden * (half ? 2 : 4));
+    Buffer<float> weight = random_floats(tokens * k);
     const int32_t result = moepress_scalar_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
         groups[1], count, inner, &options.gate, &options.biases, nullptr, 0, one_of({8, 16}),
-        int(pick(1, 3)), y.get());
+        int(pick(1, 3)), half, y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes, "experts: wrong result");
 }
 
@@ -190,10 +202,12 @@ void trellis_linear() {
     const int64_t right = trellis_bytes(rows, cols, bits);
     const int64_t given = std::max<int64_t>(0, std::min<int64_t>(perhaps(right), 1 << 20));
     Buffer<uint8_t> packed = random_bytes(given);
-    Buffer<float> x = random_floats(tokens * cols), bias = random_floats(rows), y(tokens * rows);
+    const int32_t half = int(pick(0, 1));
+    Buffer<uint8_t> x = random_numbers(tokens * cols, half), y(tokens * rows * (half ? 2 : 4));
+    Buffer<float> bias = random_floats(rows);
     const int32_t result = moepress_trellis_linear(
         x.get(), tokens, cols, packed.get(), given, rows, bits, group,
-        pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), y.get());
+        pick(0, 1) ? bias.get() : nullptr, one_of({8, 16}), int(pick(1, 3)), half, y.get());
     expect(result == (given == right ? kOk : kBadBytes), "trellis linear: wrong result");
 }
 
@@ -219,13 +233,14 @@ void trellis_experts() {
     }
     Buffer<int64_t> index(tokens * k);
     for (int64_t i = 0; i < tokens * k; ++i) index.at[size_t(i)] = perhaps(pick(0, 4));
-    Buffer<float> x = random_floats(tokens * hidden), weight = random_floats(tokens * k);
-    Buffer<float> y(tokens * hidden);
+    const int32_t half = int(pick(0, 1));
+    Buffer<uint8_t> x = random_numbers(tokens * hidden, half), y(tokens * hidden * (half ? 2 : 4));
+    Buffer<float> weight = random_floats(tokens * k);
     const int32_t result = moepress_trellis_experts(
         x.get(), tokens, hidden, index.get(), weight.get(), k, packed[0].get(), packed[0].size,
         tables[0].get(), int(perhaps(groups[0])), packed[1].get(), packed[1].size, tables[1].get(),
         groups[1], count, inner, &options.gate, &options.biases, nullptr, 0, one_of({8, 16}),
-        int(pick(1, 3)), y.get());
+        int(pick(1, 3)), half, y.get());
     expect(result == kOk || result == kBadCodec || result == kBadBytes,
            "trellis experts: wrong result");
 }

@@ -281,7 +281,7 @@ def test_embedding_equals_the_reference_bit_by_bit(isa: str, codec: Codec) -> No
 @pytest.mark.parametrize("call", range(4))
 def test_as_torch_ops(isa: str, call: int) -> None:
     op, args = op_calls()[call]
-    torch.library.opcheck(op, args)
+    torch.library.opcheck(op.op, args)
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), op(*args))
     torch._dynamo.reset()
@@ -351,6 +351,25 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
         interface.library.cache_clear()
         backends._choose.cache_clear()
     assert cpu.missing() == MISSING
+
+
+@pytest.mark.skipif(MISSING is not None, reason="needs the library")
+def test_bfloat16_is_converted_as_torch_does() -> None:
+    """The library takes bfloat16 and rounds its floats to it: results are the same bits."""
+    torch.manual_seed(0)
+    codec = Codec(4, 32)
+    packed, bias = random_packed(1500, 64, codec), torch.randn(1500)
+    bias[:5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, -1e-40])
+    for tokens in (1, 3, 60):  # 60: more numbers than a thread converts at a time
+        x = torch.randn(tokens, 64).bfloat16()
+        y = cpu.linear(x, packed, bias, 1500, codec, 8)
+        wide = cpu.linear(x.float(), packed, bias, 1500, codec, 8).bfloat16()
+        assert y[:, 2].isnan().all()
+        assert torch.equal(y.nan_to_num(7.0), wide.nan_to_num(7.0))
+    call = make_case().call()
+    half = dataclasses.replace(call, hidden=call.hidden.bfloat16())
+    wide = cpu.experts(dataclasses.replace(half, hidden=half.hidden.float()))
+    assert torch.equal(cpu.experts(half), wide.bfloat16())
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")

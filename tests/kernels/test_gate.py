@@ -159,7 +159,7 @@ def test_the_op_refuses_biases_that_do_not_fit() -> None:
 def test_as_torch_ops() -> None:
     for name, family in (("gpt_oss", "trellis"), ("nemotron_h", "int")):
         call = gated_call(GATES[name], family, biases=(True, True))
-        torch.library.opcheck(kernels.experts, op_arguments(call))
+        torch.library.opcheck(kernels.experts.op, op_arguments(call))
     # What a schema cannot state as a default: None is inf.
     *args, limits_output, gate_softcap, up_softcap, _, _ = op_arguments(call)
     assert (limits_output, gate_softcap, up_softcap) == (False, math.inf, math.inf)

@@ -404,7 +404,7 @@ def op_calls() -> list[tuple[object, tuple[object, ...]]]:
 @pytest.mark.parametrize("call", range(4))
 def test_opcheck(call: int) -> None:
     op, args = op_calls()[call]
-    torch.library.opcheck(op, args)
+    torch.library.opcheck(op.op, args)
 
 
 @pytest.mark.parametrize("call", range(4))

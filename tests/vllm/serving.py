@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from moepress.hf import load_model
 
@@ -20,6 +22,7 @@ SMALL: dict[str, Any] = {
     "dtype": "float32",
 }
 Prompts = Sequence[Sequence[int]]
+Inputs = Mapping[str, Tensor]  # of transformers' class, one sequence
 
 
 class Written(NamedTuple):
@@ -45,12 +48,12 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def written(llm: Any, prompts: Prompts, new: int) -> list[Written]:
-    """Greedy continuations by vLLM."""
+def written(llm: Any, prompts: Prompts | Sequence[dict[str, Any]], new: int) -> list[Written]:
+    """Greedy continuations by vLLM of token ids, or of prompts as vLLM takes them."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True)
-    inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    inputs = [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts]
     found = [one.outputs[0] for one in llm.generate(inputs, greedy, use_tqdm=False)]
     return [
         Written(
@@ -61,7 +64,9 @@ def written(llm: Any, prompts: Prompts, new: int) -> list[Written]:
     ]
 
 
-def differences(folder: Path, prompts: Prompts, texts: Sequence[Written]) -> tuple[float, float]:
+def differences(
+    folder: Path, prompts: Prompts | Sequence[Inputs], texts: Sequence[Written]
+) -> tuple[float, float]:
     """How far transformers with our kernels is from what vLLM wrote, both in float32.
 
     Returns:
@@ -72,11 +77,22 @@ def differences(folder: Path, prompts: Prompts, texts: Sequence[Written]) -> tup
     torch.nn.Module.float(model)
     squares, gaps = [], []
     for prompt, text in zip(prompts, texts, strict=True):
-        ids = torch.tensor([[*prompt, *text.ids]])
+        inputs = _continued(prompt, text.ids[:-1])
         with torch.inference_mode():
-            logits = model(ids[:, :-1]).logits[0, len(prompt) - 1 :].float()
+            logits = model(**inputs).logits[0, -len(text.ids) :].float()
         own = logits.log_softmax(-1)
         chosen = own.gather(1, torch.tensor(text.ids)[:, None])[:, 0]
         squares += (chosen - torch.tensor(text.logprobs)).square().tolist()
         gaps.append(float((own.amax(-1) - chosen).max()))
     return (sum(squares) / len(squares)) ** 0.5, max(gaps)
+
+
+def _continued(prompt: Sequence[int] | Inputs, more: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of a prompt and the token ids that follow it."""
+    if not isinstance(prompt, Mapping):
+        return {"input_ids": torch.tensor([[*prompt, *more]])}
+    inputs = {name: value for name, value in prompt.items() if name != "attention_mask"}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([more])], dim=1)
+    if "mm_token_type_ids" in inputs:  # 0: text
+        inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, len(more)))
+    return inputs

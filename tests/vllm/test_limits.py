@@ -30,13 +30,13 @@ def test_a_pipeline_on_cpus_is_compiled() -> None:
     check_pipeline(config(2, CompilationMode.VLLM_COMPILE))
 
 
-def test_models_with_other_text() -> None:
-    from moepress.vllm.limits import OTHER_TEXT, check_layers
+def test_models_that_vllm_cannot_run() -> None:
+    from moepress.vllm.limits import FAILS, OTHER_TEXT, check_layers
 
     own: Any = nn.Identity()
     own.config = SimpleNamespace(model_type="mixtral")
     check_layers(nn.Identity(), own)
-    for kind in OTHER_TEXT:
+    for kind, what in {**OTHER_TEXT, **FAILS}.items():
         own.config = SimpleNamespace(model_type=kind)
-        with pytest.raises(InputError, match=f"other text with {kind} .*moepress serve"):
+        with pytest.raises(InputError, match=f"with {kind}.*{what}.*moepress serve"):
             check_layers(nn.Identity(), own)

@@ -37,6 +37,7 @@ from moepress.hf.agreement import (
 from moepress.hf.devices import device_types, keep_experts_on_cpu, only_device
 from moepress.hf.files import check_written, read_ahead
 from moepress.hf.grouped_attention import group_queries
+from moepress.hf.growing_cache import grow_in_place
 from moepress.hf.mend import mend
 from moepress.hf.methods import answer_for_packed
 from moepress.hf.packing import pack_modules, with_tied
@@ -186,6 +187,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 module.place_tables(module.first_proj.device)
         mend(model)
         group_queries(model)
+        grow_in_place(model)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:
             prune(model, Pruning.from_json(pruning))

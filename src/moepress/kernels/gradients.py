@@ -21,7 +21,7 @@ from moepress.format.codec import LEFT_OUT, Codec, width_of
 from moepress.kernels import reference
 from moepress.kernels.backends import backend_for
 from moepress.kernels.experts_call import ExpertsCall
-from moepress.kernels.ops import drop_op, experts, linear
+from moepress.kernels.ops import drop, experts, linear
 from moepress.kernels.stores import held
 
 ARGUMENTS = tuple(field.name for field in fields(ExpertsCall))  # of the experts op, in its order
@@ -196,7 +196,7 @@ def _drop_backward(ctx: Any, _: Any, kept: Tensor, __: Any) -> tuple[Tensor | No
 
 def register_gradients() -> None:
     """Tell torch the gradients of the ops."""
-    linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+    linear.op.register_autograd(_linear_backward, setup_context=_linear_setup)
     slot_products.register_autograd(_slots_backward, setup_context=_slots_setup)
-    drop_op.register_autograd(_drop_backward, setup_context=_drop_setup)
-    experts.register_autograd(_experts_backward, setup_context=_experts_setup)
+    drop.op.register_autograd(_drop_backward, setup_context=_drop_setup)
+    experts.op.register_autograd(_experts_backward, setup_context=_experts_setup)

@@ -13,6 +13,7 @@ annotations of its function, so the ops take flat arguments. The fakes compute r
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from moepress.format.codec import Codec, width_of
 from moepress.kernels.backends import backend_for
 from moepress.kernels.checks import check_bytes, check_one_device
 from moepress.kernels.experts_call import ExpertsCall, check_experts_call
+from moepress.kernels.op import op
 from moepress.kernels.reference import check_activation_bits
 
 
-@torch.library.custom_op("moepress::linear", mutates_args=())
+@op("moepress::linear")
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -53,7 +55,7 @@ def linear(
     Raises:
         InputError: a shape, dtype or device does not fit, or the codec does not exist.
     """
-    codec = Codec(width_of(bits), group_size, family)
+    codec = _codec(bits, group_size, family)
     check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
     check_one_device(x, weight=packed, bias=bias)
     check_activation_bits(activation_bits)
@@ -62,14 +64,14 @@ def linear(
     return backend_for(x.device).linear(x, packed, bias, out_features, codec, activation_bits)
 
 
-@linear.register_fake
+@linear.op.register_fake
 def _(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *_: object, **__: object
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.custom_op("moepress::experts", mutates_args=())
+@op("moepress::experts")
 def experts(
     hidden: Tensor,
     top_k_index: Tensor,
@@ -142,12 +144,12 @@ def experts(
     return backend_for(hidden.device).experts(call)
 
 
-@experts.register_fake
+@experts.op.register_fake
 def _(hidden: Tensor, *_: object, **__: object) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
-@torch.library.custom_op("moepress::embedding", mutates_args=())
+@op("moepress::embedding")
 def embedding(
     ids: Tensor,
     packed: Tensor,
@@ -172,13 +174,13 @@ def embedding(
     Raises:
         InputError: a size or device does not fit, the codec does not exist, or an id is outside.
     """
-    codec = Codec(bits, group_size)
+    codec = _codec(bits, group_size, "int")
     check_bytes("weight", packed, codec.nbytes(rows, cols))
     check_one_device(ids, weight=packed)
     return backend_for(ids.device).embedding(ids, packed, rows, cols, codec, dtype)
 
 
-@embedding.register_fake
+@embedding.op.register_fake
 def _(
     ids: Tensor,
     packed: Tensor,
@@ -191,6 +193,7 @@ def _(
     return packed.new_empty((*ids.shape, cols), dtype=dtype)
 
 
+@op("moepress::drop")
 def drop(
     index: Tensor,
     weights: Tensor,
@@ -216,20 +219,6 @@ def drop(
     Raises:
         InputError: a shape, dtype or device does not fit.
     """
-    # For one token the dispatcher takes longer than the work. A compiler and autograd need the op.
-    seen = torch.compiler.is_compiling() or (weights.requires_grad and torch.is_grad_enabled())
-    run = drop_op if seen else _drop
-    return run(index, weights, thresholds, renormalise, keep, num_experts)
-
-
-def _drop(
-    index: Tensor,
-    weights: Tensor,
-    thresholds: Tensor,
-    renormalise: bool,
-    keep: Tensor | None,
-    num_experts: int,
-) -> tuple[Tensor, Tensor, Tensor]:
     tokens, k = index.shape
     if (
         weights.shape != index.shape
@@ -248,10 +237,7 @@ def _drop(
     return backend.drop(index, weights, thresholds, renormalise, keep, num_experts)
 
 
-drop_op = torch.library.custom_op("moepress::drop", _drop, mutates_args=())
-
-
-@drop_op.register_fake
+@drop.op.register_fake
 def _(index: Tensor, weights: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
     shape = index.shape
     return (
@@ -259,3 +245,8 @@ def _(index: Tensor, weights: Tensor, *_: object, **__: object) -> tuple[Tensor,
         weights.new_empty(shape),
         index.new_empty(shape, dtype=torch.bool),
     )
+
+
+@lru_cache(maxsize=64)
+def _codec(number: int, group_size: int, family: str) -> Codec:
+    return Codec(width_of(number), group_size, family)

@@ -39,7 +39,7 @@ class KeptTokens:
     ) -> None:
         shape = tokens, features
         self._x = torch.empty(shape, dtype=torch.float32, device=device)
-        self._difference = torch.empty_like(self._x) if corrects else None
+        self._difference = torch.zeros_like(self._x) if corrects else None
         self._added = 0
         self._weight = self._squared_weight = 0.0
 

@@ -22,6 +22,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from moepress.hf.growing_cache import GrowingLayer
+
 
 class Rows(Cache):  # type: ignore[misc]  # transformers is untyped
     """The caches of B sequences as one cache, for one new token of each.
@@ -111,6 +113,7 @@ ABOUT_STATES = (
 )
 KINDS: dict[type, Any] = {
     DynamicLayer: _FullRows,
+    GrowingLayer: _FullRows,
     DynamicSlidingWindowLayer: _SlidingRows,
     LinearAttentionLayer: _LinearRows,
     DummyLayer: lambda own, longest: DummyLayer(),  # of a layer without attention

@@ -16,7 +16,11 @@ from moepress.errors import InputError
 # Model types whose text is not that of transformers, measured in docs/vllm.md.
 OTHER_TEXT = {
     "lfm2_moe": "so it does with the original",
-    "qwen3_vl_moe": "the cause is not known",
+    "axk1": "the cause is not known",
+}
+# Model types that fail while vLLM starts, the originals too.
+FAILS = {
+    "axk2": "vLLM's Transformers backend gives its attention no mask, which the attention reads",
 }
 
 
@@ -46,6 +50,11 @@ def check_layers(model: nn.Module, own: nn.Module) -> None:
         raise InputError(
             f"vLLM 0.32 writes other text with {kind} than transformers ({OTHER_TEXT[kind]}). "
             "`moepress serve` can serve the folder."
+        )
+    if kind in FAILS:
+        raise InputError(
+            f"vLLM 0.32 does not start with {kind}: {FAILS[kind]}. `moepress serve` can serve the "
+            "folder."
         )
     _check_replaced(model, own)
     if any(isinstance(module, MambaMixer) for module in model.modules()) and not hasattr(

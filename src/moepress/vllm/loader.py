@@ -31,6 +31,7 @@ from moepress.vllm.experts import Thresholds, give_experts
 from moepress.vllm.limits import check_layers, check_pipeline
 from moepress.vllm.linears import LinearMethod
 from moepress.vllm.placement import Ranks, calibration_tokens, divide
+from moepress.vllm.routers import mend_routers, take_biases
 from moepress.vllm.stored import StoredModel
 from moepress.vllm.windows import Window
 
@@ -77,6 +78,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         check_written(files, stored_tensors(files))
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
         check_layers(model, stored.own)
+        mend_routers(model)
         _take_embeddings(model)
         _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
@@ -101,8 +103,9 @@ def _load(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
     Raises:
         InputError: it does not find its tensors, or has no place for one.
     """
+    biases: set[str] = set()
     try:
-        loaded = model.load_weights(tensors)
+        loaded = model.load_weights(take_biases(model, tensors, biases))
     except InputError:
         raise
     except _OF_VLLM as error:
@@ -112,7 +115,7 @@ def _load(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
             "serve` can serve it."
         ) from error
     if loaded is not None:
-        _check_loaded(model, loaded)
+        _check_loaded(model, {*loaded, *biases})
 
 
 def _check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
@@ -123,13 +126,24 @@ def _check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
     named = list(model.named_parameters(remove_duplicate=False))  # a gate may have two names
     full = {id(value) for name, value in named if name in loaded}
     missing = sorted(
-        name for name, value in named if id(value) not in full and not isinstance(value, Window)
+        name
+        for name, value in named
+        if id(value) not in full and not isinstance(value, Window) and not _not_used(model, name)
     )
     if missing:
         raise InputError(
             f"vLLM's {type(model).__name__} wants weights that the folder has not, such as "
             f"{missing[0]}. `moepress serve` can serve it."
         )
+
+
+def _not_used(model: nn.Module, name: str) -> bool:
+    """Whether a weight is one that vLLM's class has and never reads.
+
+    A.X K1: the norm after the experts, in dense layers. transformers' class has it in the others.
+    """
+    layer, _, leaf = name.partition(".post_mlp_layernorm.")
+    return leaf != "" and getattr(model.get_submodule(layer), "is_layer_sparse", None) is False
 
 
 def _of_model(files: list[str]) -> list[str]:

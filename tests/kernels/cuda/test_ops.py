@@ -274,5 +274,5 @@ def test_ops_reach_the_kernels_and_compile() -> None:
         kernels.register_backend(backend)
         compiled = torch.compile(kernels.experts, fullgraph=True, backend="aot_eager")
         assert compiled(*scalar_tests.op_arguments(call)).equal(expected)
-        torch.library.opcheck(kernels.experts, scalar_tests.op_arguments(call))
+        torch.library.opcheck(kernels.experts.op, scalar_tests.op_arguments(call))
     torch._dynamo.reset()

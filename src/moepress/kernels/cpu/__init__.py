@@ -139,13 +139,15 @@ def linear(
     """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
     if x.dtype == torch.float64:
         return reference.linear(x, packed, bias, out_features, codec)
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    cols = x.shape[-1]
+    given = _given(x)
     bias = None if bias is None else bias.float().contiguous()
-    out = rows.new_empty(len(rows), out_features)
+    out = given.new_empty((*x.shape[:-1], out_features))
     interface.call(
         "moepress_trellis_linear" if codec.family == "trellis" else "moepress_scalar_linear",
-        rows.data_ptr(),
-        *rows.shape,
+        given.data_ptr(),
+        given.numel() // cols,
+        cols,
         packed.data_ptr(),
         packed.numel(),
         out_features,
@@ -154,9 +156,15 @@ def linear(
         None if bias is None else bias.data_ptr(),
         activation_bits,
         torch.get_num_threads(),
+        given.dtype == torch.bfloat16,
         out.data_ptr(),
     )
-    return out.view(*x.shape[:-1], out_features).to(x.dtype)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def _given(x: Tensor) -> Tensor:
+    """Inputs as the library takes them: bfloat16 or floats, one after another."""
+    return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
 
 
 def experts(call: ExpertsCall) -> Tensor:
@@ -169,7 +177,7 @@ def experts(call: ExpertsCall) -> Tensor:
         raise InputError(
             f"gate_up_table has {len(gate_up_table)} experts, down_table {len(down_table)}."
         )
-    x = hidden.float().contiguous()
+    x = _given(hidden)
     index, weights = call.top_k_index.long().contiguous(), call.top_k_weights.float().contiguous()
     tables = gate_up_table.contiguous(), down_table.contiguous()
     gate = _gate(call.gate)
@@ -198,12 +206,13 @@ def experts(call: ExpertsCall) -> Tensor:
         call.store_layer,
         call.activation_bits,
         torch.get_num_threads(),
+        x.dtype == torch.bfloat16,
         out.data_ptr(),
     )
     if result == interface.READ_FAILED:
         raise OPEN[call.store].failure()
     interface.check("moepress_experts", result)
-    return out.to(hidden.dtype)
+    return out if out.dtype == hidden.dtype else out.to(hidden.dtype)
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "moepress.h"
+#include "numbers.h"
 
 namespace moepress {
 
@@ -24,14 +25,17 @@ int32_t guarded(Body body) {
 }
 
 template <class Codec>
-Result checked_linear(const Codec& codec, const float* x, int64_t tokens,
+Result checked_linear(const Codec& codec, const void* x, int64_t tokens,
                       const typename Codec::Matrix& w, int64_t packed_bytes, const float* bias,
-                      int threads, float* y) {
+                      int threads, bool bfloat16, void* y) {
     if (!w.exists()) return kBadCodec;
     if (w.nbytes() != packed_bytes) return kBadBytes;
     if (tokens < 0 || threads < 1) return kBadShape;
-    run_linear(codec, x, tokens, w, bias, threads, y);
-    return kOk;
+    return in_floats(x, tokens * w.cols, y, tokens * w.rows, bfloat16, threads,
+                     [&](const float* from, float* to) {
+                         run_linear(codec, from, tokens, w, bias, threads, to);
+                         return kOk;
+                     });
 }
 
 // One of the two packed parameters of the experts.
@@ -43,11 +47,12 @@ struct PackedParameter {
 };
 
 template <class Codec>
-Result checked_experts(const Codec& codec, const float* x, int64_t tokens, int64_t hidden,
+Result checked_experts(const Codec& codec, const void* x, int64_t tokens, int64_t hidden,
                        const int64_t* index, const float* weight, int64_t k,
                        const PackedParameter& gate_up, const PackedParameter& down, int64_t count,
                        int64_t intermediate, const MoepressGate& gate,
-                       const MoepressBiases& biases, const Stored& stored, int threads, float* y) {
+                       const MoepressBiases& biases, const Stored& stored, int threads,
+                       bool bfloat16, void* y) {
     constexpr int64_t most = int64_t(1) << 29;  // columns: products of sizes stay below 2^63
     if (tokens < 0 || k < 0 || count < 0 || threads < 1) return kBadShape;
     if (hidden < 1 || hidden > most || intermediate < 1 || intermediate > most) return kBadShape;
@@ -63,7 +68,11 @@ Result checked_experts(const Codec& codec, const float* x, int64_t tokens, int64
                         down.group, experts.down);
     if (result != kOk) return result;
     if (!both_or_neither(experts.gate_up, experts.down)) return kBadCodec;
-    return run_experts(codec, x, tokens, index, weight, k, experts, stored, threads, y);
+    return in_floats(x, tokens * hidden, y, tokens * hidden, bfloat16, threads,
+                     [&](const float* from, float* to) {
+                         return run_experts(codec, from, tokens, index, weight, k, experts, stored,
+                                            threads, to);
+                     });
 }
 
 }  // namespace moepress

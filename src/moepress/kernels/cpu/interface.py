@@ -12,7 +12,7 @@ import torch
 
 from moepress.errors import InputError, MoepressError
 
-INTERFACE = 10  # version of moepress.h
+INTERFACE = 11  # version of moepress.h
 
 READ_FAILED = 8
 RESULTS = {
@@ -31,12 +31,12 @@ RESULTS = {
 SIGNATURES = {
     "moepress_scalar_linear": (
         c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
-        c_int32, c_int32, c_void_p,
+        c_int32, c_int32, c_int32, c_void_p,
     ),
     "moepress_scalar_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
-        c_void_p, c_int64, c_int32, c_int32, c_void_p,
+        c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p,
     ),
     "moepress_scalar_embedding": (
         c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p,
@@ -47,12 +47,12 @@ SIGNATURES = {
     ),
     "moepress_trellis_linear": (
         c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
-        c_int32, c_int32, c_void_p,
+        c_int32, c_int32, c_int32, c_void_p,
     ),
     "moepress_trellis_experts": (
         c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
         c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p,
-        c_void_p, c_int64, c_int32, c_int32, c_void_p,
+        c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p,
     ),
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),

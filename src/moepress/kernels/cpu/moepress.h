@@ -41,12 +41,13 @@ MOEPRESS_API void moepress_lend_team(void* gomp_parallel);
 
 // ---- Scalar matrices (scalar.cpp): activations are rounded to activation_bits, 8 or 16 ----------
 
-// y [tokens][rows] = x [tokens][cols] W^T + bias [rows]; bias may be null.
-MOEPRESS_API int32_t moepress_scalar_linear(const float* x, int64_t tokens, int64_t cols,
+// y [tokens][rows] = x [tokens][cols] W^T + bias [rows]; bias may be null. x and y are float or, if
+// `bfloat16` is 1, bfloat16 (numbers.h).
+MOEPRESS_API int32_t moepress_scalar_linear(const void* x, int64_t tokens, int64_t cols,
                                             const uint8_t* packed, int64_t packed_bytes,
                                             int64_t rows, int32_t bits, int32_t group,
                                             const float* bias, int32_t activation_bits,
-                                            int32_t threads, float* y);
+                                            int32_t threads, int32_t bfloat16, void* y);
 
 // Experts on disk (store.h), below.
 struct MoepressStore;
@@ -69,15 +70,15 @@ struct MoepressBiases {
 // y [tokens][hidden]: y_t = sum over k of weight[t][k] * down_e(act(gate_e x_t) * up_e x_t), with
 // e = index[t][k], and with the biases and the gate given. An index outside 0 .. experts - 1 adds
 // nothing. Tables [experts][2]: first byte, code bits. An expert whose matrices both have 0 bits is
-// left out and adds nothing. With a store, the packed bytes are its region, and the experts that
+// left out and adds nothing. x and y may be bfloat16, as above. With a store, the packed bytes are its region, and the experts that
 // tokens chose are read where they are not present; `layer` is the layer's number in the store.
 MOEPRESS_API int32_t moepress_scalar_experts(
-    const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
+    const void* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
     int32_t down_group, int64_t experts, int64_t intermediate, const MoepressGate* gate,
     const MoepressBiases* biases, MoepressStore* store, int64_t layer, int32_t activation_bits,
-    int32_t threads, float* y);
+    int32_t threads, int32_t bfloat16, void* y);
 
 // y [n][cols] = the rows ids [n] of a packed [rows][cols] matrix.
 MOEPRESS_API int32_t moepress_scalar_embedding(const int64_t* ids, int64_t n,
@@ -89,18 +90,18 @@ MOEPRESS_API int32_t moepress_scalar_embedding(const int64_t* ids, int64_t n,
 
 // As moepress_scalar_linear and moepress_scalar_experts. `bits`, in tables too, are 1 to 4 or, for
 // half widths, ten times the bits: 15, 25, 35 (trellis_code.h).
-MOEPRESS_API int32_t moepress_trellis_linear(const float* x, int64_t tokens, int64_t cols,
+MOEPRESS_API int32_t moepress_trellis_linear(const void* x, int64_t tokens, int64_t cols,
                                              const uint8_t* packed, int64_t packed_bytes,
                                              int64_t rows, int32_t bits, int32_t group,
                                              const float* bias, int32_t activation_bits,
-                                             int32_t threads, float* y);
+                                             int32_t threads, int32_t bfloat16, void* y);
 MOEPRESS_API int32_t moepress_trellis_experts(
-    const float* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
+    const void* x, int64_t tokens, int64_t hidden, const int64_t* index, const float* weight,
     int64_t k, const uint8_t* gate_up, int64_t gate_up_bytes, const int64_t* gate_up_table,
     int32_t gate_up_group, const uint8_t* down, int64_t down_bytes, const int64_t* down_table,
     int32_t down_group, int64_t experts, int64_t intermediate, const MoepressGate* gate,
     const MoepressBiases* biases, MoepressStore* store, int64_t layer, int32_t activation_bits,
-    int32_t threads, float* y);
+    int32_t threads, int32_t bfloat16, void* y);
 
 // branches [8][rows]: the best trellis paths for target [8][rows], eight columns of a matrix in
 // units of code values (rounding/methods/viterbi.py). `feedback` [8][rows] may be null. Else the

@@ -1,0 +1,64 @@
+"""An operation that torch knows as an op, and that runs without torch's dispatcher where it can.
+
+For one token the dispatcher takes longer than the work of a small op (docs/log.md#decode-overhead).
+Only what records or replaces operations needs it: compilers, autograd, tracing, function
+transforms such as vmap, dispatch modes, subclasses of tensors, and tensors without data (meta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import update_wrapper
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+PLAIN = (Tensor, nn.Parameter)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Op(Generic[P, R]):
+    """A function of tensors, and the op of torch.library that runs it.
+
+    Args:
+        name: "namespace::name" of the op.
+        body: the function; torch reads the schema from its annotations.
+    """
+
+    def __init__(self, name: str, body: Callable[P, R]) -> None:
+        self.body = body
+        self.op = torch.library.custom_op(name, body, mutates_args=())
+        update_wrapper(self, body)
+
+    def __call__(self, *args: P.args, **named: P.kwargs) -> R:
+        """Run the body, as an op of torch where something has to see it."""
+        if _recorded() or _needs_dispatcher((*args, *named.values())):
+            result: R = self.op(*args, **named)
+            return result
+        return self.body(*args, **named)
+
+
+def op(name: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Decorator: make an `Op` of a function."""
+    return lambda body: Op(name, body)
+
+
+def _recorded() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _needs_dispatcher(args: Iterable[object]) -> bool:
+    grad = torch.is_grad_enabled()
+    return any(
+        type(x) not in PLAIN or x.is_meta or (grad and x.requires_grad)
+        for x in args
+        if isinstance(x, Tensor)
+    )

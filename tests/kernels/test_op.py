@@ -1,0 +1,81 @@
+"""Ops run without torch's dispatcher, except where something has to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moepress.kernels.op import Op
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that reach torch inside the `with` statement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    pass
+
+
+def twice(x: Tensor, more: float = 0.0) -> Tensor:
+    return 2 * x + more
+
+
+OP = Op("moepress_tests::twice", twice)
+OP.op.register_fake(lambda x, more=0.0: torch.empty_like(x))
+OP.op.register_autograd(lambda ctx, y: (2 * y, None))
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Call OP with a correct result: whether the call went through torch's dispatcher."""
+    calls: list[Any] = []
+    through_torch = OP.op
+    monkeypatch.setattr(OP, "op", lambda *args: calls.append(args) or through_torch(*args))
+
+    def called(*args: Any) -> bool:
+        calls.clear()
+        assert torch.equal(OP(*args), 2 * args[0] + sum(args[1:]))
+        return bool(calls)
+
+    return called
+
+
+def test_plain_tensors_need_no_dispatcher(dispatched: Callable[..., bool]) -> None:
+    x = torch.randn(3)
+    assert not dispatched(x)
+    assert not dispatched(x, 1.5)
+    assert not dispatched(torch.nn.Parameter(x, requires_grad=False))
+    with torch.no_grad():
+        assert not dispatched(x.clone().requires_grad_())
+
+
+def test_what_records_operations_sees_the_op(dispatched: Callable[..., bool]) -> None:
+    x = torch.randn(3)
+    leaf = x.clone().requires_grad_()
+    assert dispatched(leaf)
+    OP(leaf).sum().backward()
+    assert torch.equal(leaf.grad, torch.full((3,), 2.0))
+    assert dispatched(x.as_subclass(Subclass))
+    with Seen() as seen:
+        assert dispatched(x)
+    assert "moepress_tests.twice.default" in seen.names
+    assert "moepress_tests.twice" in str(make_fx(lambda x: OP(x))(x).graph)
+    assert "moepress_tests::twice" in str(torch.jit.trace(lambda x: OP(x), x).graph)
+    assert OP(x.to("meta")).is_meta
+    assert torch.equal(torch.vmap(lambda x: OP(x))(x.view(3, 1)), 2 * x.view(3, 1))
