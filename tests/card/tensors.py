@@ -287,9 +287,7 @@ def _own(func: Any) -> Callable[..., Any]:
     """The Python function of an op of moepress: it launches kernels on the tensors of the card."""
     from moepress.kernels import ops
 
-    if func._opname == "drop":
-        return ops._drop
-    return getattr(ops, func._opname)._init_fn  # type: ignore[no-any-return]
+    return getattr(ops, func._opname).body  # type: ignore[no-any-return]
 
 
 def _set(tensor: Any, source: Any, *rest: Any) -> Any:
