@@ -219,7 +219,9 @@ def check_group_sizes(source: Source, recipe: Recipe) -> None:
             logger.warning(
                 "the %d inputs of %s are padded to %d: 32 must divide them", real, name, cols
             )
-        group = codec_for(recipe.widths[0], cols, recipe.group_size).group_size
+        bits = recipe.widths[0]
+        family = stored_family(bits, recipe.expert_codec)
+        group = codec_for(bits, cols, recipe.group_size, family).group_size
         if group != recipe.group_size:
             logger.warning(
                 "group size %d does not divide the %d inputs of %s; %d is used there",
