@@ -22,7 +22,7 @@ matrix of few rows, N <= K / 2 (often `down`), W M itself is summed, from W (x_t
 needs W M again, has it. Few tokens are kept, and need neither M nor H (kept_tokens.py).
 
 Products of M, W and R may be of bfloat16 numbers (`dtype`): a part in 500 of a correction that is
-half noise. H and its factor are float32.
+half noise (docs/log.md#few-tokens). H and its factor are float32.
 
 Gain. A single gain for a whole matrix cannot over-fit, so it is applied in full. Ŵ is multiplied by
 
@@ -40,7 +40,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moepress.rounding.factor import COLUMNS_PER_SLICE, DenseFactor, Factor
+from moepress.rounding.factor import DenseFactor, Factor
 from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, column_slices, tensor_cores
 
 
@@ -183,10 +183,7 @@ def _solved(y: Tensor, factor: DenseFactor, dtype: torch.dtype) -> Tensor:
         dtype: of the factors of products from one block to the others.
     """
     y, r = y.clone(), factor.feedback
-    blocks = [
-        slice(first, min(first + COLUMNS_PER_SLICE, len(r)))
-        for first in range(0, len(r), COLUMNS_PER_SLICE)
-    ]
+    blocks = column_slices(len(r))
     for block in reversed(blocks):
         inside = r[block, block].T
         y[:, block] = torch.linalg.solve_triangular(

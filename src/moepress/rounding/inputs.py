@@ -119,5 +119,5 @@ class Inputs:
 
 
 def _products_dtype(like: Tensor) -> torch.dtype:
-    """Of products that no code depends on, for some weights or inputs."""
+    """Of products for corrections and gains, from weights or inputs."""
     return torch.bfloat16 if in_16_bits(like.dtype, like.device) else torch.float32

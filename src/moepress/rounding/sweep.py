@@ -48,10 +48,15 @@ Feedback = Tensor | TokenFeedback
 
 
 def in_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products that no code depends on are of bfloat16 numbers, for some weights.
+    """Whether drawn errors, corrections and gains are of products of bfloat16 numbers.
 
     Weights are bfloat16 on CPUs that multiply such numbers faster (original/dtypes.py). It changes
-    costs by .03 % at most, and another draw by .6 % (docs/log.md#rounding-on-a-cpu).
+    costs by .03 % at most, and another draw by .6 % (docs/log.md#rounding-on-a-cpu); of what a
+    correction gains it takes .002 % (docs/log.md#few-tokens). Feedback of real rounding stays in
+    float32.
+
+    Args:
+        dtype: of the weights, or of the inputs.
     """
     return device.type == "cpu" and dtype == torch.bfloat16
 

@@ -22,8 +22,8 @@ one of each is:
 
 Where the inputs of a matrix are those of one expert, `tokens` is their number: few tokens are kept
 in place of sums (rounding/kept_tokens.py), and fewer still make a factor of tokens
-(rounding/token_factor.py). `in_16_bits` says whether products that no code depends on are in the
-dtype of the walk.
+(rounding/token_factor.py). `in_16_bits` says whether products of drawn errors, corrections and
+gains are in the dtype of the walk.
 """
 
 from __future__ import annotations

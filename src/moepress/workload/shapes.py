@@ -77,7 +77,7 @@ class ModelShape:
     compute_itemsize: int  # bytes of a weight in the dtype of the walk
     projected: int | None = None  # size of the experts' inputs and outputs, padded; None: H
     parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
-    products_in_16_bits: bool = False  # that no code depends on (rounding/sweep.py)
+    products_in_16_bits: bool = False  # some of them (rounding/sweep.py)
     neurons: int | None = None  # of an expert, that a token chooses one by one; None: it uses all
 
     @classmethod
