@@ -114,7 +114,12 @@ def test_each_rank_takes_the_card_of_its_number_on_the_machine(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")  # the fourth of four ranks on two machines
     monkeypatch.setattr(ranks, "_joined", Ranks(3, 4))
-    monkeypatch.setattr(Ranks, "everyones", lambda self, own: [own, *everyone_fits])
+    others: list[str | None] = []  # what the other ranks were told, if not the same
+
+    def everyones(self: Ranks, own: tuple[str | None, bool]) -> list[tuple[str | None, bool]]:
+        return [own, *((own[0], fits) for fits in everyone_fits), *((o, True) for o in others)]
+
+    monkeypatch.setattr(Ranks, "everyones", everyones)
     need = devices.largest_layer(folder)
     cards(0, 2 * need)
     assert ranks.own_card() == 1
@@ -122,6 +127,10 @@ def test_each_rank_takes_the_card_of_its_number_on_the_machine(
     assert device_to_compress("cpu", folder) == "cpu"
     with pytest.raises(InputError, match="cuda:0 would put 4 ranks on one device"):
         device_to_compress("cuda:0", folder)
+    others.append("cuda")
+    with pytest.raises(InputError, match="started with different devices"):
+        device_to_compress("cpu", folder)
+    others.clear()
     everyone_fits[0] = False
     assert device_to_compress(None, folder) == "cpu"
     everyone_fits[0] = True

@@ -48,10 +48,16 @@ def of_rank(name: str | None, folder: Path) -> str:
         InputError: it is another name, or not each rank of this machine has a card for itself.
     """
     card, together = own_card(), ranks_here()
+    own = [torch.device("cuda", card)] if card is not None and cards() else []
+    fits = name is None and any(fit(largest_layer(folder), card) for card in own)
+    everyones = here().everyones((name, fits))  # all ranks call this, whatever they were told
+    if len({of_one for of_one, _ in everyones}) > 1:
+        raise InputError(
+            f"Ranks were started with different devices: {[of_one for of_one, _ in everyones]}. "
+            "Expected the same --device on all, or none."
+        )
     if name is None:
-        own = [torch.device("cuda", card)] if card is not None and cards() else []
-        fits = any(fit(largest_layer(folder), card) for card in own)
-        name = "cuda" if all(here().everyones(fits)) else "cpu"
+        name = "cuda" if all(fits for _, fits in everyones) else "cpu"
     elif name not in ("cpu", "cuda"):
         raise InputError(
             f"--device {name} would put {here().count} ranks on one device. Expected cuda, with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ from transformers.cache_utils import DynamicLayer
 from moepress.hf.grouped_attention import group_queries
 from moepress.hf.growing_cache import LEAST_ROOM, GrowingLayer, grow_in_place
 from tests.conftest import make_model
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 def states(tokens: int, seed: int, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -77,17 +84,58 @@ def test_a_copy_writes_into_tensors_of_its_own(copied: Any) -> None:
     same_after(plain, ours)
 
 
-def test_inference_mode_can_end_and_autograd_gets_its_tensors() -> None:
+def test_inference_mode_can_end() -> None:
     plain, ours = DynamicLayer(), GrowingLayer()
     with torch.inference_mode():
         for layer in (plain, ours):
             layer.update(*states(3, 0))
     same_after(plain, ours)
-    leaf = torch.randn(1, 2, 1, 4, requires_grad=True)
-    keys, _ = ours.update(leaf, states(1, 1)[1])
-    again, _ = ours.update(*states(1, 2))
-    (keys.square().sum() + again.square().sum()).backward()
+
+
+def test_autograd_gets_its_tensors() -> None:
+    """Keys with a gradient, and keys without one beside queries that have one."""
+    _, ours = both([3])
+    with torch.enable_grad():
+        leaf, query = (torch.randn(1, 2, 1, 4, requires_grad=True) for _ in range(2))
+        before, _ = ours.update(*states(1, 0))
+        product = (query * before).sum()
+        keys, _ = ours.update(leaf, states(1, 1)[1])
+        again, _ = ours.update(*states(1, 2))
+        (product + keys.square().sum() + again.square().sum()).backward()
     torch.testing.assert_close(leaf.grad, 4 * leaf.detach())
+    torch.testing.assert_close(query.grad, before.sum(2, keepdim=True))
+
+
+def test_function_transforms_see_torch_cat() -> None:
+    before, (_, values) = states(3, 0), states(1, 1)
+
+    def last(keys: Tensor) -> Tensor:
+        layer = GrowingLayer()
+        layer.update(*before)
+        return layer.update(keys, values)[0]
+
+    keys = torch.stack([states(1, seed)[0] for seed in (5, 6)])
+    assert torch.equal(torch.vmap(last)(keys), torch.stack([last(one) for one in keys]))
+
+
+def test_replaced_keys_free_their_room() -> None:
+    for change in (
+        lambda layer: layer.reorder_cache(torch.tensor([0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([0])),
+        lambda layer: layer.reset(),
+    ):
+        _, ours = both([4, 1])
+        assert ours._rooms is not None
+        change(ours)
+        assert ours._rooms is None
+
+
+def test_values_of_no_width_keep_their_length() -> None:
+    ours = GrowingLayer()
+    for _ in range(3):
+        _, values = ours.update(states(1, 0)[0], torch.empty(1, 2, 1, 0))
+    assert values.shape == (1, 2, 3, 0)
 
 
 def test_what_does_not_join_is_refused_as_before() -> None:

@@ -16,7 +16,7 @@ from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.kept_tokens import KeptTokens
 from moepress.rounding.methods import quantize_matrix
-from moepress.rounding.sweep import sweep
+from moepress.rounding.sweep import TokenFeedback, sweep
 from moepress.rounding.token_factor import TokenFactor, factor_of_tokens, few
 
 UNIT = 2.0**-24
@@ -135,10 +135,13 @@ def test_gptq_with_tokens_has_the_errors_of_gptq() -> None:
 
 
 def test_no_token_is_the_identity() -> None:
-    for x in (torch.empty(0, 300), torch.zeros(4, 300)):
+    for x in (torch.empty(0, 320), torch.zeros(4, 320)):
         factor = factor_of_tokens(x, DAMPING)
-        assert torch.equal(factor.dense(), torch.eye(300))
-        assert torch.equal(factor.curvature, torch.ones(300))
+        assert torch.equal(factor.dense(), torch.eye(320))
+        feedback = factor.by_block()
+        assert isinstance(feedback, TokenFeedback)
+        assert not feedback.y.any() and all(v.equal(torch.eye(len(v))) for v in feedback.inner)
+        assert torch.equal(factor.curvature, torch.ones(320))
 
 
 def test_magnitude_of_inputs_does_not_matter() -> None:

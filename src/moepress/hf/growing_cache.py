@@ -23,6 +23,11 @@ def grow_in_place(model: nn.Module) -> None:
         model.register_forward_pre_hook(_give_room, with_kwargs=True)
 
 
+def room_beyond(tokens: int) -> int:
+    """Tokens that a cache of so many has room for beyond these."""
+    return max(LEAST_ROOM, tokens // 16)
+
+
 @dataclass(frozen=True, eq=False)
 class _Room:
     at: Tensor  # [..., tokens and room for more, D]
@@ -37,7 +42,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
     """A layer whose keys and values are the first tokens of longer tensors.
 
     Tokens are only written behind the last one, so keys and values that were returned stay as they
-    are. After anything else has set them (crop, reorder), the next update copies them.
+    are. After anything else has set them (crop, reorder), the next update copies them. Where
+    gradients may be recorded or functions transformed, torch.cat makes them as ever.
     """
 
     keys: Tensor
@@ -50,6 +56,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not (_joins(self.keys, key_states) and _joins(self.values, value_states)):
+            self._rooms = None
             result: tuple[Tensor, Tensor] = super().update(
                 key_states, value_states, *args, **kwargs
             )
@@ -61,6 +68,24 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         self.keys, self.values = keys.held, values.held
         return self.keys, self.values
 
+    # What replaces keys and values frees their tensors.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rooms = None
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rooms = None
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rooms = None
+        super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        self._rooms = None
+        super().reset()
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies: two layers must not write into one tensor."""
         return {name: value for name, value in vars(self).items() if name != "_rooms"}
@@ -68,6 +93,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
 
 def _give_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a model runs: the plain growing layers of its cache become `GrowingLayer`."""
+    if torch.compiler.is_compiling():
+        return
     for cache in kwargs.values():
         if isinstance(cache, Cache):
             for layer in cache.layers:
@@ -77,13 +104,13 @@ def _give_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _joins(held: Tensor, new: Tensor) -> bool:
     """Whether `new` can be written behind `held`. Else torch.cat does what it does."""
-    recorded = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
+    seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
     return (
         new.is_cpu
-        and not recorded
+        and not seen
         and not torch.compiler.is_compiling()
         and new.dtype == held.dtype
-        and (held.numel() == 0 or _sizes(held) == _sizes(new))
+        and (held.dim() == 1 or _sizes(held) == _sizes(new))
     )
 
 
@@ -93,11 +120,11 @@ def _sizes(x: Tensor) -> tuple[torch.Size, int]:
 
 def _appended(room: _Room | None, held: Tensor, new: Tensor) -> _Room:
     """`held` and behind it `new`, in `room` if `held` is what fills it and there is place."""
-    tokens = held.shape[-2] if held.numel() else 0
+    tokens = held.shape[-2] if held.dim() > 1 else 0
     end = tokens + new.shape[-2]
     if room is None or not _fills(held, room) or end > room.at.shape[-2]:
-        more = max(LEAST_ROOM, end // 16)
-        room = _Room(new.new_empty((*new.shape[:-2], end + more, new.shape[-1])), tokens)
+        shape = *new.shape[:-2], end + room_beyond(end), new.shape[-1]
+        room = _Room(new.new_empty(shape), tokens)
         if tokens:
             room.held.copy_(held)
     room.at[..., tokens:end, :].copy_(new)

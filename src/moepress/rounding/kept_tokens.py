@@ -5,7 +5,7 @@ original model, the correction (correction.py) with a ridge m is
 
     W M (H + m I)^-1 = (W d^T) (x' x'^T + m I)^-1 x'
 
-because H = x'^T x' and M = d^T x'. That takes 4 T K N + 3 T^2 K operations in place of 2 T K^2
+because H = x'^T x' and M = d^T x'. That takes 4 T K N + 4 T^2 K operations in place of 2 T K^2
 + K^3 / 3 + 4 K^2 N, the gain of rounded weights is read off the outputs, and the factor of the
 Hessian may be one of tokens (token_factor.py).
 """

@@ -73,7 +73,9 @@ class TokenFactor(Factor):
         blocks = self.diagonal_blocks(TILE_COLUMNS)
         one = torch.eye(TILE_COLUMNS, device=blocks.device).expand_as(blocks)
         inverse = torch.linalg.solve_triangular(blocks, one, upper=True, unitriangular=True)
-        by_block = self.y.view(len(self.y), -1, TILE_COLUMNS).transpose(0, 1)  # [K / 8, T, 8]
+        by_block = self.y.view(len(self.y), len(blocks), TILE_COLUMNS).transpose(
+            0, 1
+        )  # [K / 8, T, 8]
         y = torch.bmm(by_block, inverse).transpose(0, 1).reshape(self.y.shape)
         inner = tuple(block_feedback(one) for one in self.inner)
         return TokenFeedback(self.x.to(dtype), y.to(dtype), inner)

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moepress.hf.growing_cache import room_beyond
 from moepress.serve.limits import Limits
 from moepress.serve.parsing import Message
 from moepress.serve.sampling import Choice, Sampler, described
@@ -101,7 +102,8 @@ class Engine:
 
     def held(self, answer: Answer) -> int:
         """Bytes that an answer's cache may come to take."""
-        return self.stepper.least_bytes + answer.room * self.stepper.token_bytes
+        tokens = answer.room + room_beyond(answer.room)
+        return self.stepper.least_bytes + tokens * self.stepper.token_bytes
 
     def _run(self) -> None:
         try:
