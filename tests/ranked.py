@@ -18,13 +18,13 @@ from typing import Any
 from moepress import checks
 from moepress.errors import NumericalError
 from moepress.original import batches
-from moepress.rounding import hessian
+from moepress.rounding import factor
 
 tokens, how, rank, stage, at = sys.argv[1:6]
 del sys.argv[1:6]
 batches.BATCH_TOKENS = int(tokens)
 checks.SEEN_AFTER = 3.0
-hessian.COLUMNS_PER_SLICE = 24  # so that there are several, and one of another size
+factor.COLUMNS_PER_SLICE = 24  # so that there are several, and one of another size
 
 
 def happens() -> None:

@@ -17,9 +17,9 @@ from moepress.format.checkpoint import SCORES
 from moepress.original import batches
 from moepress.original.division import Division
 from moepress.ranks import ALONE, Ranks
-from moepress.rounding import hessian
+from moepress.rounding import factor
+from moepress.rounding.factor import column_slices
 from moepress.rounding.gathering import divided
-from moepress.rounding.hessian import column_slices
 from tests.cli.test_cli import SMALL, run
 from tests.families.models import make_model, save_model
 from tests.original.test_carried import LOOP
@@ -84,7 +84,7 @@ def alone(
 
     def compress(*words: object) -> None:
         monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
-        monkeypatch.setattr(hessian, "COLUMNS_PER_SLICE", 24)
+        monkeypatch.setattr(factor, "COLUMNS_PER_SLICE", 24)
         code, _, err = run(monkeypatch, capsys, "-q", "compress", *words)
         assert code == 0, err
 
@@ -250,7 +250,7 @@ def test_the_stages_one_by_one(
             assert torchrun(2, NOBODY, *score).returncode == 0
         else:
             monkeypatch.setattr(batches, "BATCH_TOKENS", BATCH)
-            monkeypatch.setattr(hessian, "COLUMNS_PER_SLICE", 24)
+            monkeypatch.setattr(factor, "COLUMNS_PER_SLICE", 24)
             assert run(monkeypatch, capsys, *score)[0] == 0
         assert run(monkeypatch, capsys, "allocate", scores, plan, "--bits", 2)[0] == 0
         if name == "several":

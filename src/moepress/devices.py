@@ -48,8 +48,12 @@ def of_rank(name: str | None, folder: Path) -> str:
         InputError: it is another name, or not each rank of this machine has a card for itself.
     """
     card, together = own_card(), ranks_here()
-    own = [torch.device("cuda", card)] if card is not None and cards() else []
-    fits = name is None and any(fit(largest_layer(folder), card) for card in own)
+    fits = (
+        name is None
+        and card is not None
+        and bool(cards())
+        and fit(largest_layer(folder), torch.device("cuda", card))
+    )
     everyones = here().everyones((name, fits))  # all ranks call this, whatever they were told
     if len({of_one for of_one, _ in everyones}) > 1:
         raise InputError(

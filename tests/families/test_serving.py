@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -31,7 +31,7 @@ from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.hf import load_model
 from moepress.hf.mend import mend
-from tests.conftest import TEXT, VOCAB, small_recipe
+from tests.conftest import TEXT, VOCAB, byte_level_bpe, small_recipe
 from tests.families.composites import IMAGE, VIDEO
 from tests.families.models import make_model, save_model, tiny_config
 from tests.families.test_composites import joined
@@ -133,15 +133,7 @@ SERVED = {
 
 def tokenizer_with(named: Mapping[int, str]) -> Any:
     """The tests' tokenizer, with tokens of these ids."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=START,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer = byte_level_bpe(TEXT, START)
     named = {**named, **MESSAGES}
     added = [named.get(number, f"<|{number}|>") for number in range(START, VOCAB)]
     tokenizer.add_tokens([AddedToken(token, special=True) for token in added])

@@ -15,7 +15,6 @@ from moepress.original.experts import Routed, RoutedExpert, expert_hidden
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding import factor as factor_module
-from moepress.rounding import hessian as hessian_module
 from moepress.rounding.correction import Correction
 from moepress.rounding.expert import round_down, round_gate_up
 from moepress.rounding.hessian import Hessian
@@ -50,7 +49,7 @@ def test_corrected_is_a_ridge_regression(
     strength: float, weighted: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """W* - W is the ridge regression of the difference of outputs on the inputs, as one system."""
-    monkeypatch.setattr(hessian_module, "COLUMNS_PER_SLICE", 12)
+    monkeypatch.setattr(factor_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs(tokens)
     w = random_weight()
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
@@ -83,7 +82,7 @@ def test_corrected_is_a_ridge_regression(
 @pytest.mark.parametrize("alone", [False, True])
 def test_products_in_16_bits_change_little(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One percent of the correction. Of the gain less: it is a mean of many roundings."""
-    monkeypatch.setattr(hessian_module, "COLUMNS_PER_SLICE", 12)
+    monkeypatch.setattr(factor_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs()
     w = random_weight()
     found = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import GRID_BITS, Codec
+from moepress.rounding import factor as factor_module
 from moepress.rounding import hessian
 from moepress.rounding.factor import DenseFactor
 from moepress.rounding.hessian import Hessian
@@ -169,7 +170,7 @@ def test_hessian_weights_tokens_and_adds_up_in_any_chunking(
     importance = torch.rand(50, generator=torch.Generator().manual_seed(3))
     importance[7] = 0
     monkeypatch.setattr(hessian, "TOKENS_PER_CHUNK", 16)
-    monkeypatch.setattr(hessian, "COLUMNS_PER_SLICE", 12)
+    monkeypatch.setattr(factor_module, "COLUMNS_PER_SLICE", 12)
     accumulated = Hessian(40, "cpu")
     accumulated.add(x[:33], importance[:33])
     accumulated.add(x[33:], importance[33:])

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from tests.conftest import TEXT, VOCAB
+from tests.conftest import TEXT, VOCAB, byte_level_bpe
 from tests.families.composites import IMAGE, VIDEO
 
 # By family: tokens of the tiny config's ids. The others of the vocabulary's end have no use.
@@ -92,15 +90,7 @@ def _tokenizer(kind: str) -> Any:
     """A tokenizer whose last entries are a family's tokens, by id."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=LEARNED,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer = byte_level_bpe(TEXT, LEARNED)
     names = TOKENS[kind]
     tokenizer.add_special_tokens([names.get(i, f"<{i}>") for i in range(LEARNED, VOCAB)])
     named = {name: names[place] for name, place in NAMED.get(kind, {}).items()}

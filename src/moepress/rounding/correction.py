@@ -40,8 +40,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moepress.rounding.factor import DenseFactor, Factor
-from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, column_slices, tensor_cores
+from moepress.rounding.factor import DenseFactor, Factor, column_slices
+from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, tensor_cores
 
 
 def sums_moved(rows: int, cols: int) -> bool:
@@ -165,7 +165,7 @@ class Correction:
             start += len(left)
             product += (curvature @ (right * left)).double().sum().item()
             energy += (curvature @ left.square_()).double().sum().item()
-        return product / energy if product > 0 and energy > 0 else 1.0
+        return least_squares(product, energy)
 
     def _moved(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """W M, [N, K] float32."""
@@ -173,6 +173,11 @@ class Correction:
             return self._sum
         with tensor_cores(w.device):
             return (w.to(dtype) @ self._sum.to(dtype)).float()
+
+
+def least_squares(product: float, energy: float) -> float:
+    """The gain <wanted, outputs> / <outputs, outputs>; 1 where that is no number above 0."""
+    return product / energy if product > 0 and energy > 0 else 1.0
 
 
 def _solved(y: Tensor, factor: DenseFactor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moepress.kernels.trellis import TILE_COLUMNS
-from moepress.rounding.sweep import Feedback
+from moepress.rounding.sweep import Feedback, slices
 
 COLUMNS_PER_SLICE = 1024  # triangular matrices are used in column slices
 
@@ -73,14 +73,13 @@ class DenseFactor(Factor):
     damping: float
 
     def products(self, columns: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-        count, columns = len(columns), columns.to(dtype)
-        for start in range(0, count, COLUMNS_PER_SLICE):
-            stop = min(start + COLUMNS_PER_SLICE, count)
-            yield torch.mm(self.feedback[:stop, start:stop].T.to(dtype), columns[:stop])
+        columns = columns.to(dtype)
+        for here in column_slices(len(columns)):
+            above = slice(here.stop)
+            yield torch.mm(self.feedback[above, here].T.to(dtype), columns[above])
 
     def diagonal_blocks(self, size: int) -> Tensor:
-        blocks = self.feedback.unfold(0, size, size).unfold(1, size, size)
-        return blocks.diagonal().permute(2, 0, 1)
+        return diagonal_blocks(self.feedback, size)
 
     def by_column(self) -> Feedback:
         return self.feedback
@@ -92,11 +91,34 @@ class DenseFactor(Factor):
         return self.feedback
 
 
+def column_slices(columns: int) -> list[slice]:
+    """The columns of a matrix in the slices in which sums and products are computed."""
+    return slices(columns, COLUMNS_PER_SLICE)
+
+
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal of a square matrix [K, K], [K / size, size, size], not copied."""
+    blocks = matrix.unfold(0, size, size).unfold(1, size, size)
+    return blocks.diagonal().permute(2, 0, 1)
+
+
+def over_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Every column block of a matrix [M, K] times the inverse of its diagonal block, [M, K].
+
+    Args:
+        blocks: [K / 8, 8, 8] unit upper triangular.
+    """
+    one = torch.eye(TILE_COLUMNS, device=blocks.device).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(blocks, one, upper=True, unitriangular=True)
+    by_block = rows.view(len(rows), len(blocks), TILE_COLUMNS).transpose(0, 1)  # [K / 8, M, 8]
+    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(rows.shape)
+
+
 def block_feedback(feedback: Tensor) -> Tensor:
     """V [K, K] float32 from R [K, K]: block upper triangular, identities on the diagonal."""
     size = TILE_COLUMNS
-    if feedback.device.type != "cpu":
-        return _block_feedback_at_once(feedback)
+    if feedback.device.type != "cpu":  # there one call for each block would take longer
+        return over_blocks(feedback, diagonal_blocks(feedback, size))
     # Zeros of NumPy: pages of the lower triangle, which are never written, take no memory.
     result = torch.from_numpy(np.zeros(feedback.shape, np.float32))
     for start in range(0, len(feedback), size):
@@ -107,14 +129,3 @@ def block_feedback(feedback: Tensor) -> Tensor:
             upper=True, left=False, unitriangular=True,
         )  # fmt: skip
     return result
-
-
-def _block_feedback_at_once(feedback: Tensor) -> Tensor:
-    """`block_feedback` in few operations: on a card one call for each block would take longer."""
-    size, columns = TILE_COLUMNS, len(feedback)
-    places = torch.arange(columns, device=feedback.device).view(-1, size)
-    inside = feedback[places[:, :, None], places[:, None, :]]  # [K / 8, 8, 8]
-    one = torch.eye(size, device=feedback.device).expand_as(inside)
-    inverse = torch.linalg.solve_triangular(inside, one, upper=True, unitriangular=True)
-    by_block = feedback.view(columns, -1, size).transpose(0, 1)  # [K / 8, K, 8]
-    return torch.bmm(by_block, inverse).transpose(0, 1).reshape(columns, columns)

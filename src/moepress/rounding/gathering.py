@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moepress.ranks import Ranks
-from moepress.rounding.hessian import column_slices
+from moepress.rounding.factor import column_slices
 from moepress.rounding.inputs import Inputs
 
 

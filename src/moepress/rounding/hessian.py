@@ -22,13 +22,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moepress.errors import NumericalError
-from moepress.rounding.factor import COLUMNS_PER_SLICE, DenseFactor
+from moepress.rounding.factor import DenseFactor, column_slices
 
 TOKENS_PER_CHUNK = 4096  # bounds the float32 copy of the inputs
 DAMPING_RETRIES = 4  # each with ten times the damping of the one before
@@ -57,10 +58,23 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def column_slices(features: int) -> list[slice]:
-    """The columns of a matrix in the slices in which sums are computed."""
-    starts = range(0, features, COLUMNS_PER_SLICE)
-    return [slice(start, min(start + COLUMNS_PER_SLICE, features)) for start in starts]
+@dataclass
+class TokenWeights:
+    """Sums of the weights c_t of tokens."""
+
+    total: float = 0.0
+    squared: float = 0.0
+
+    def add(self, tokens: int, weight: Tensor | None) -> None:
+        """Add the weights [T] of some tokens; None: 1 each."""
+        weights = torch.ones(tokens) if weight is None else weight
+        self.total += weights.double().sum().item()
+        self.squared += weights.double().square().sum().item()
+
+    @property
+    def tokens(self) -> float:
+        """Effective number of tokens, (sum c_t)^2 / (sum c_t^2): T if all weights are equal."""
+        return self.total**2 / self.squared if self.squared else 0.0
 
 
 class Hessian:
@@ -68,7 +82,7 @@ class Hessian:
 
     def __init__(self, features: int, device: torch.device | str) -> None:
         self.features = features
-        self._weight = self._squared_weight = 0.0
+        self._weights = TokenWeights()
         self._upper: Tensor | None = torch.zeros(
             features, features, dtype=torch.float32, device=device
         )
@@ -84,9 +98,7 @@ class Hessian:
             slices: those of `column_slices` that are summed; None: all.
         """
         upper = self._matrix()
-        weights = torch.ones(len(x)) if weight is None else weight
-        self._weight += weights.double().sum().item()
-        self._squared_weight += weights.double().square().sum().item()
+        self._weights.add(len(x), weight)
         for start in range(0, len(x), TOKENS_PER_CHUNK):
             chunk = x[start : start + TOKENS_PER_CHUNK].detach().to(upper.device, torch.float32)
             if weight is not None:
@@ -105,13 +117,13 @@ class Hessian:
         """A copy, which can be factored while this one is still in use."""
         other = Hessian(0, self._matrix().device)
         other.features, other._upper = self.features, self._matrix().clone()
-        other._weight, other._squared_weight = self._weight, self._squared_weight
+        other._weights = replace(self._weights)
         return other
 
     @property
     def tokens(self) -> float:
-        """Effective number of tokens, (sum c_t)^2 / (sum c_t^2): T if all weights are equal."""
-        return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
+        """Effective number of tokens, see `TokenWeights`."""
+        return self._weights.tokens
 
     def factor(self, damping: float) -> DenseFactor:
         """LDL factorization of the damped Hessian.

@@ -15,8 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moepress.rounding.correction import least_squares
 from moepress.rounding.factor import Factor
-from moepress.rounding.hessian import Hessian, check_finite, not_definite, tensor_cores
+from moepress.rounding.hessian import (
+    Hessian,
+    TokenWeights,
+    check_finite,
+    not_definite,
+    tensor_cores,
+)
 from moepress.rounding.token_factor import factor_of_tokens, few
 
 
@@ -41,7 +48,7 @@ class KeptTokens:
         self._x = torch.empty(shape, dtype=torch.float32, device=device)
         self._difference = torch.zeros_like(self._x) if corrects else None
         self._added = 0
-        self._weight = self._squared_weight = 0.0
+        self._weights = TokenWeights()
 
     def add(
         self,
@@ -59,10 +66,8 @@ class KeptTokens:
         if here.stop > len(self._x):
             raise RuntimeError(f"Got {here.stop} tokens, expected at most {len(self._x)}.")
         self._added = here.stop
-        weights = torch.ones(len(x)) if weight is None else weight
-        self._weight += weights.double().sum().item()
-        self._squared_weight += weights.double().square().sum().item()
-        root = weights.to(self._x).sqrt()[:, None]
+        self._weights.add(len(x), weight)
+        root = (self._x.new_ones(len(x)) if weight is None else weight.to(self._x)).sqrt()[:, None]
         torch.mul(x.detach().float(), root, out=self._x[here])
         if self._difference is not None and original is not None:
             difference = torch.sub(original.detach().float(), x.detach().float())
@@ -70,8 +75,8 @@ class KeptTokens:
 
     @property
     def tokens(self) -> float:
-        """Effective number of tokens, see `Hessian.tokens`."""
-        return self._weight**2 / self._squared_weight if self._squared_weight else 0.0
+        """Effective number of tokens, see `TokenWeights`."""
+        return self._weights.tokens
 
     @property
     def corrects(self) -> bool:
@@ -131,4 +136,4 @@ class KeptTokens:
             wanted = ((x + difference).to(dtype) @ weight.to(dtype).T).float()
         product = (wanted * now).sum(1).double().sum().item()
         energy = now.square_().sum(1).double().sum().item()
-        return product / energy if product > 0 and energy > 0 else 1.0
+        return least_squares(product, energy)

@@ -98,7 +98,12 @@ def middle_of(start: int, stop: int, leaf: int) -> int:
 
 def runs(columns: int) -> list[slice]:
     """The runs of a matrix with K columns."""
-    return [slice(first, min(first + RUN, columns)) for first in range(0, columns, RUN)]
+    return slices(columns, RUN)
+
+
+def slices(columns: int, size: int) -> list[slice]:
+    """K columns, `size` at a time."""
+    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
 
 
 def _halves(passes: Sequence[PassOn], start: int, stop: int, leaf: int, visit: Visit) -> None:

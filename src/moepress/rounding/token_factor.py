@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moepress.kernels.trellis import TILE_COLUMNS
-from moepress.rounding.factor import Factor, block_feedback
+from moepress.rounding.factor import Factor, block_feedback, diagonal_blocks, over_blocks
 from moepress.rounding.hessian import DAMPING_RETRIES, check_finite, not_definite, warn_of_damping
 from moepress.rounding.sweep import Feedback, TokenFeedback, runs
 
@@ -59,24 +59,13 @@ class TokenFactor(Factor):
             outputs += x[:, run] @ here
 
     def diagonal_blocks(self, size: int) -> Tensor:
-        return torch.cat(
-            [
-                inner.unfold(0, size, size).unfold(1, size, size).diagonal().permute(2, 0, 1)
-                for inner in self.inner
-            ]
-        )
+        return torch.cat([diagonal_blocks(inner, size) for inner in self.inner])
 
     def by_column(self) -> Feedback:
         return TokenFeedback(self.x, self.y, self.inner)
 
     def by_block(self, dtype: torch.dtype = torch.float32) -> Feedback:
-        blocks = self.diagonal_blocks(TILE_COLUMNS)
-        one = torch.eye(TILE_COLUMNS, device=blocks.device).expand_as(blocks)
-        inverse = torch.linalg.solve_triangular(blocks, one, upper=True, unitriangular=True)
-        by_block = self.y.view(len(self.y), len(blocks), TILE_COLUMNS).transpose(
-            0, 1
-        )  # [K / 8, T, 8]
-        y = torch.bmm(by_block, inverse).transpose(0, 1).reshape(self.y.shape)
+        y = over_blocks(self.y, self.diagonal_blocks(TILE_COLUMNS))
         inner = tuple(block_feedback(one) for one in self.inner)
         return TokenFeedback(self.x.to(dtype), y.to(dtype), inner)
 

@@ -36,7 +36,7 @@ from functools import lru_cache
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import STEPS, TILE_COLUMNS, run_length
 from moepress.rounding.correction import sums_moved
-from moepress.rounding.factor import COLUMNS_PER_SLICE
+from moepress.rounding.factor import column_slices
 from moepress.rounding.kept_tokens import keeps
 from moepress.rounding.methods.viterbi import SEAM
 from moepress.rounding.sweep import COLUMNS_IN_16_BITS, RUN, middle_of, runs
@@ -70,11 +70,16 @@ def product(rows: int, inner: int, cols: int, dtype: str = "product") -> Work:
     return Work({dtype: 2 * rows * inner * cols})
 
 
+def _dtype(in_16_bits: bool) -> str:
+    """The name of operations of a matrix product."""
+    return "product" if in_16_bits else "float32"
+
+
 def hessian(tokens: int, cols: int) -> Work:
     """Add tokens to a Hessian, which is summed in column slices from the diagonal on."""
     flops = 0
-    for start in range(0, cols, COLUMNS_PER_SLICE):
-        flops += 2 * tokens * min(COLUMNS_PER_SLICE, cols - start) * (cols - start)
+    for own in column_slices(cols):
+        flops += 2 * tokens * (own.stop - own.start) * (cols - own.start)
     return Work({"float32": flops, "copy": 2 * tokens * cols})
 
 
@@ -121,7 +126,7 @@ def inputs(
         return work + times(rotates * (1 + corrects), rotation(tokens, cols))
     work = hessian(tokens, cols)
     if corrects:
-        dtype = "product" if in_16_bits else "float32"
+        dtype = _dtype(in_16_bits)
         if rows is not None and sums_moved(rows, cols):
             work += times(2, product(rows, tokens, cols, dtype))
             work += times(rotates, rotation(rows, cols))
@@ -147,15 +152,13 @@ def corrected(
         alone: whether no other matrix has these inputs.
     """
     rotations = times(2 * rotates, rotation(rows, cols))
-    dtype = "product" if in_16_bits else "float32"
+    dtype = _dtype(in_16_bits)
     if tokens is not None and keeps(tokens, cols):
         between = times(2, product(tokens, cols, tokens, "float32"))  # x x^T and its solutions
         between += Work({"float32": tokens**3 / 3, "cholesky": tokens**2})
         moved = times(2, product(rows, cols, tokens, dtype))
         return between + moved + rotations + Work({"copy": 5 * rows * cols})
-    inside = sum(
-        min(COLUMNS_PER_SLICE, cols - first) ** 2 for first in range(0, cols, COLUMNS_PER_SLICE)
-    )
+    inside = _inside(column_slices(cols))
     solves = Work({"float32": 2 * rows * inside}) + Work({dtype: 2 * rows * (cols**2 - inside)})
     work = factor(cols) + _moved(rows, cols, alone, dtype) + solves
     return work + rotations + Work({"copy": 4 * rows * cols})
@@ -171,7 +174,7 @@ def gain(
 ) -> Work:
     """The gain of a rounded matrix, which has inputs of its own."""
     rotations = times(2 * rotates, rotation(rows, cols))
-    dtype = "product" if in_16_bits else "float32"
+    dtype = _dtype(in_16_bits)
     if tokens is not None and keeps(tokens, cols):
         outputs = times(2, product(rows, cols, tokens, dtype))
         return outputs + rotations + Work({"copy": 4 * rows * (cols + tokens)})
@@ -184,13 +187,17 @@ def gain(
 def upper_product(rows: int, cols: int, tokens: int | None = None) -> Work:
     """The product of a matrix [rows, cols] with an upper triangular factor."""
     if tokens is not None and few(tokens, cols):
-        inside = sum((run.stop - run.start) ** 2 for run in runs(cols))
+        inside = _inside(runs(cols))
         return Work({"float32": 2 * rows * (2 * tokens * cols + inside)})
     flops = 0
-    for start in range(0, cols, COLUMNS_PER_SLICE):
-        stop = min(start + COLUMNS_PER_SLICE, cols)
-        flops += 2 * rows * stop * (stop - start)
+    for own in column_slices(cols):
+        flops += 2 * rows * own.stop * (own.stop - own.start)
     return Work({"float32": flops})
+
+
+def _inside(slices: list[slice]) -> int:
+    """Elements of the diagonal blocks of a square matrix."""
+    return sum((own.stop - own.start) ** 2 for own in slices)
 
 
 @lru_cache(maxsize=256)
@@ -227,7 +234,7 @@ def _sweep_by_tokens(rows: int, cols: int, leaf: int, in_16_bits: bool, tokens: 
     """Inside of runs as ever; from one run to the next by way of the tokens."""
     work = total(sweep(rows, run.stop - run.start, leaf) for run in runs(cols))
     steps = len(runs(cols)) - 1
-    dtype = "product" if in_16_bits and tokens >= COLUMNS_IN_16_BITS else "float32"
+    dtype = _dtype(in_16_bits and tokens >= COLUMNS_IN_16_BITS)
     # The first run gets no feedback, the last one passes none on.
     last = cols - steps * RUN if steps else 0
     passed = product(tokens, (steps - 1) * 2 * RUN + RUN + last, rows, dtype) if steps else Work()
@@ -295,7 +302,7 @@ def draw_errors(
     of_one += Work({"copy": PASSES_OF_DRAWING * rows * cols, "call": calls})
     shared = rotation(rows, cols) + block_feedback(cols, tokens)
     weighted = upper_product(rows, cols, tokens)["float32"]
-    shared += Work({"product" if in_16_bits else "float32": weighted})
+    shared += Work({_dtype(in_16_bits): weighted})
     shared += Work({"draw": rows * cols, "copy": 3 * rows * cols})
     return shared + times(widths, of_one)
 
