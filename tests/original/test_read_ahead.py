@@ -55,9 +55,9 @@ class Watched:
         self.places: list[Place] = []
         read = ReadAhead._read_place
 
-        def watched(ahead: ReadAhead, file: Any, place: Place, buffer: Any) -> None:
+        def watched(ahead: ReadAhead, place: Place) -> None:
             self.places.append(place)
-            read(ahead, file, place, buffer)
+            read(ahead, place)
 
         monkeypatch.setattr(ReadAhead, "_read_place", watched)
 
@@ -167,6 +167,21 @@ def test_without_memory_only_what_is_needed_is_read(
         ahead.wait_for((str(number), None))
         time.sleep(0.002)
         assert len(watched.places) == number + 1
+    until(lambda: not threads())
+
+
+def test_several_threads_share_the_bytes_of_a_tensor(
+    needs: list[Need], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(read_ahead, "PIECE", 128)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3 * read_ahead.CORES_PER_READER)
+    watched = Watched(monkeypatch)
+    ReadAhead(needs[:2], "file").wait_for(("1", None))
+    parts = sorted((place.start, place.stop) for place in watched.places)
+    assert parts == [(0, 384), (384, 768), (768, 1000), (1000, 1384), (1384, 1768), (1768, 2000)]
+    os.truncate(tmp_path / "file", 1500)  # another thread's part than the first
+    with pytest.raises(CheckpointError, match=r"file ends at byte 1,500"):
+        ReadAhead(needs[:2], "file").wait_for(("1", None))
     until(lambda: not threads())
 
 

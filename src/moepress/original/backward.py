@@ -36,12 +36,14 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import MoepressError
+from moepress.memory import free_memory
 from moepress.original.batches import SHARE_IN_ORDER, chunks, empty
 from moepress.original.calls import record_calls, replaced_forward
 from moepress.original.carried import Carried
-from moepress.original.experts import Routed, expert_forward
+from moepress.original.experts import Routed, RoutedExpert, expert_forward
 from moepress.original.walk import Walk
 
+SHARE_OF_EXPERTS = 0.2  # of a card's free memory, that the experts of a layer may take
 GRADIENT = "gradient"  # name of the gradient at the states, in files
 EMBEDDED = "embedded"  # first part of the names of arguments that depend on the embedding
 
@@ -150,41 +152,62 @@ class BackwardWalk:
         if layer not in self.walk.source.experts:
             return None, self._to_input(layer, None, None, linears)
         routed = self.walk.route(layer)
-        output = self.walk.experts_output(layer, routed)
+        kept: list[RoutedExpert] = []
+        output = self.walk.experts_output(
+            layer, routed, kept.append if self._keeps(layer) else None
+        )
         at_output = self._at_experts_output(layer, output)
-        inside = self._through_experts(layer, routed, self.walk.division.everywhere(at_output))
-        squares = [at_output[chunk].square().sum(1) for chunk in chunks(at_output)]
-        norms = torch.cat([at_output.new_empty(0), *squares]).cpu()
+        if output.is_cuda:
+            output = output.to(at_output.dtype)  # as the layer takes it, which saves room
+        squares = [at_output[chunk].float().square().sum(1) for chunk in chunks(at_output)]
+        norms = torch.cat([torch.empty(0, device=at_output.device), *squares]).cpu()
+        at_output = self.walk.division.everywhere(at_output)
+        inside = self._through_experts(layer, routed, at_output, kept)
+        del at_output, routed  # large: a card needs the room
+        kept.clear()
         return norms, self._to_input(layer, output, inside, linears)
 
+    def _keeps(self, layer: int) -> bool:
+        """Whether the experts of a layer stay on the card for step 2."""
+        source = self.walk.source
+        if source.device.type != "cuda":
+            return False
+        experts = source.experts[layer]
+        weights = sum(rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
+        size = experts.experts * weights * source.compute_dtype.itemsize
+        return size <= SHARE_OF_EXPERTS * free_memory(source.device)
+
     def _at_experts_output(self, layer: int, output: Tensor) -> Tensor:
-        """Step 1: g_y [T, H] float32."""
-        gradient = empty(tuple(output.shape), torch.float32, output.device)
+        """Step 1: g_y [T, H] in the dtype that the layer computes in."""
+        gradient: Tensor | None = None
         for run in self._runs(layer, output, to_experts=True):
             assert run.y is not None
             (found,) = _gradients(run.outs, [run.y], run.at_outs, layer)
-            gradient[run.tokens] = found.float()
-        return gradient
+            if gradient is None:
+                gradient = empty(tuple(output.shape), found.dtype, output.device)
+            gradient[run.tokens] = found
+        return output.new_empty(0, output.shape[1]) if gradient is None else gradient
 
     def _through_experts(
-        self, layer: int, routed: Routed, at_output: Tensor
+        self, layer: int, routed: Routed, at_output: Tensor, kept: Sequence[RoutedExpert]
     ) -> tuple[Tensor, Tensor]:
-        """Step 2: g_h [T, H] float32 and g_w [T, k] float32, one expert in memory at a time.
+        """Step 2: g_h [T, H] float32 and g_w [T, k] float32.
 
         Args:
             at_output: g_y of the tokens of all ranks.
+            kept: the experts of this rank; empty: they are read, one in memory at a time.
         """
         walk = self.walk
         dtype = torch.float32 if routed.scales_input else routed.hidden.dtype
         at_hidden = walk.token_sums(routed, walk.chosen(layer, routed), dtype=dtype, weighted=False)
         at_weight = torch.zeros_like(routed.weight)
-        for expert in walk.experts(layer, at_hidden.own, routed):
+        for expert in kept or walk.experts(layer, at_hidden.own, routed):
             device = expert.weights.down.device
             for chunk in chunks(expert.tokens):
                 token, place = expert.tokens[chunk], expert.places[chunk]
                 x = expert.inputs(chunk).requires_grad_()
                 gate = expert.gate[chunk, None].to(device)
-                g_y = at_output[token].to(device)
+                g_y = at_output[token].to(device).float()
                 y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
                 (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
                 scale = routed.input_scale(expert.number, token)

@@ -15,10 +15,11 @@ from moepress.errors import CheckpointError
 from moepress.memory import free_memory
 
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
+CARD_BATCHES = 2  # of these go through a layer together on a card: Python takes as long for both
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
-SHARE = 0.35  # of a card's free memory, that an array of all tokens may take
-SHARE_IN_ORDER = 0.06  # the same for an array that is read in order, which costs less on the host
+SHARE = 0.45  # of a card's free memory, that an array of all tokens may take
+SHARE_IN_ORDER = 0.12  # the same for an array that is read in order, which costs less on the host
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 
 
@@ -31,6 +32,11 @@ def batches(ids: Tensor, tokens: int | None = None) -> list[slice]:
     sequences, length = ids.shape
     step = max(1, (BATCH_TOKENS if tokens is None else tokens) // length)
     return [slice(i, min(i + step, sequences)) for i in range(0, sequences, step)]
+
+
+def batch_tokens(device: torch.device) -> int:
+    """Tokens that go through a layer at a time on a device."""
+    return BATCH_TOKENS * (CARD_BATCHES if device.type == "cuda" else 1)
 
 
 def chunks(tokens: Tensor) -> Iterator[slice]:

@@ -26,13 +26,14 @@ class Division:
     Args:
         ids: [S, L] int64 token ids of all sequences.
         ranks: that the sequences are divided over.
+        tokens: of a batch; None: BATCH_TOKENS.
     """
 
-    def __init__(self, ids: Tensor, ranks: Ranks) -> None:
+    def __init__(self, ids: Tensor, ranks: Ranks, tokens: int | None = None) -> None:
         self.ranks = ranks
         self.all_ids = ids
         self.length = ids.shape[1]
-        found, count = batches(ids), ranks.count
+        found, count = batches(ids, tokens), ranks.count
         # The batches, as many at a time as there are ranks: batch i of a round is of rank i.
         self.rounds = [found[i : i + count] for i in range(0, len(found), count)]
         self.ids = self.own(ids)  # [S', L]

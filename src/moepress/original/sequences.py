@@ -20,13 +20,14 @@ class Sequences:
         ids: [S of all ranks, L] int64 token ids.
         ranks: that divide the sequences.
         loop: the layers that run several times.
+        tokens: of a batch; None: BATCH_TOKENS.
     """
 
-    def __init__(self, ids: Tensor, ranks: Ranks, loop: Loop) -> None:
+    def __init__(self, ids: Tensor, ranks: Ranks, loop: Loop, tokens: int | None = None) -> None:
         self.loop = loop
-        self.once = self.division = Division(ids, ranks)  # of one pass, and of `passes`
+        self.once = self.division = Division(ids, ranks, tokens)  # of one pass, and of `passes`
         self.ids = self.division.ids  # [S, L]
-        self.of_ids = batches(self.ids)  # batches of one pass
+        self.of_ids = batches(self.ids, tokens)  # batches of one pass
         self.passes: tuple[int, ...] = (0,)  # that the states are in, one after the other
 
     def set_passes(self, passes: tuple[int, ...]) -> None:

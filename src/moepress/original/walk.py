@@ -30,7 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import NumericalError
-from moepress.original.batches import SHARE_IN_ORDER, batches, empty, logit_tokens
+from moepress.original.batches import (
+    SHARE_IN_ORDER,
+    batch_tokens,
+    batches,
+    empty,
+    logit_tokens,
+)
 from moepress.original.calls import Call, record_calls, replaced_forward, replaced_forwards
 from moepress.original.carried import (
     BEFORE_LAYERS,
@@ -63,7 +69,7 @@ class Walk(Sequences):
     def __init__(self, source: Source, ids: Tensor) -> None:
         self.source = source
         loop = loop_of(source.text_config, len(source.layers))
-        super().__init__(ids, here(source.device), loop)
+        super().__init__(ids, here(source.device), loop, batch_tokens(source.device))
         self._calls: list[list[Call]] = []  # [batch][call]
         # [passes * S, L, H] input of the next layer; of several residual streams [.., L, ...]
         self.states = self._begin()
