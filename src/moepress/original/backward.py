@@ -3,9 +3,10 @@
 walk.py brings states forward through a layer. This file brings g_out, the gradient of the loss at
 the states after a layer, back to the layer's input. The model's own code runs the layer and
 autograd differentiates it. Only the routed experts are replaced, as in the forward walk, so that
-one expert is in memory at a time. Write a layer as y = experts(h, w), out = rest(x, y), where the
-experts' input h and the routing weights w are functions of the layer's input x. Then the gradients
-of the loss at y, h, w and x are
+one expert is in memory at a time. (On a card with room for all experts of a layer, autograd goes
+through them too, in one step: resident.py.) Write a layer as y = experts(h, w), out = rest(x, y),
+where the experts' input h and the routing weights w are functions of the layer's input x. Then the
+gradients of the loss at y, h, w and x are
 
     1. run the layer with y as a leaf                        g_y = g_out * d(out)/dy
     2. run each expert on its tokens, y = sum_e w_e f_e(h)   g_h = sum_e w_e g_y * df_e/dh
@@ -36,14 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import MoepressError
-from moepress.memory import free_memory
 from moepress.original.batches import SHARE_IN_ORDER, chunks, empty
 from moepress.original.calls import record_calls, replaced_forward
 from moepress.original.carried import Carried
-from moepress.original.experts import Routed, RoutedExpert, expert_forward
+from moepress.original.experts import Routed, expert_forward
+from moepress.original.resident import ExpertsForward
 from moepress.original.walk import Walk
 
-SHARE_OF_EXPERTS = 0.2  # of a card's free memory, that the experts of a layer may take
 GRADIENT = "gradient"  # name of the gradient at the states, in files
 EMBEDDED = "embedded"  # first part of the names of arguments that depend on the embedding
 
@@ -151,31 +151,22 @@ class BackwardWalk:
         """
         if layer not in self.walk.source.experts:
             return None, self._to_input(layer, None, None, linears)
+        if (resident := self.walk.resident(layer)) is not None:
+            of_batches = [torch.empty(0)]
+            give = resident.differentiable(of_batches)
+            found = self._to_input(layer, None, None, linears, give)
+            return torch.cat(of_batches), found
         routed = self.walk.route(layer)
-        kept: list[RoutedExpert] = []
-        output = self.walk.experts_output(
-            layer, routed, kept.append if self._keeps(layer) else None
-        )
+        output = self.walk.experts_output(layer, routed)
         at_output = self._at_experts_output(layer, output)
         if output.is_cuda:
             output = output.to(at_output.dtype)  # as the layer takes it, which saves room
         squares = [at_output[chunk].float().square().sum(1) for chunk in chunks(at_output)]
         norms = torch.cat([torch.empty(0, device=at_output.device), *squares]).cpu()
         at_output = self.walk.division.everywhere(at_output)
-        inside = self._through_experts(layer, routed, at_output, kept)
+        inside = self._through_experts(layer, routed, at_output)
         del at_output, routed  # large: a card needs the room
-        kept.clear()
         return norms, self._to_input(layer, output, inside, linears)
-
-    def _keeps(self, layer: int) -> bool:
-        """Whether the experts of a layer stay on the card for step 2."""
-        source = self.walk.source
-        if source.device.type != "cuda":
-            return False
-        experts = source.experts[layer]
-        weights = sum(rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
-        size = experts.experts * weights * source.compute_dtype.itemsize
-        return size <= SHARE_OF_EXPERTS * free_memory(source.device)
 
     def _at_experts_output(self, layer: int, output: Tensor) -> Tensor:
         """Step 1: g_y [T, H] in the dtype that the layer computes in."""
@@ -189,19 +180,18 @@ class BackwardWalk:
         return output.new_empty(0, output.shape[1]) if gradient is None else gradient
 
     def _through_experts(
-        self, layer: int, routed: Routed, at_output: Tensor, kept: Sequence[RoutedExpert]
+        self, layer: int, routed: Routed, at_output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Step 2: g_h [T, H] float32 and g_w [T, k] float32.
+        """Step 2: g_h [T, H] float32 and g_w [T, k] float32, one expert in memory at a time.
 
         Args:
             at_output: g_y of the tokens of all ranks.
-            kept: the experts of this rank; empty: they are read, one in memory at a time.
         """
         walk = self.walk
         dtype = torch.float32 if routed.scales_input else routed.hidden.dtype
         at_hidden = walk.token_sums(routed, walk.chosen(layer, routed), dtype=dtype, weighted=False)
         at_weight = torch.zeros_like(routed.weight)
-        for expert in kept or walk.experts(layer, at_hidden.own, routed):
+        for expert in walk.experts(layer, at_hidden.own, routed):
             device = expert.weights.down.device
             for chunk in chunks(expert.tokens):
                 token, place = expert.tokens[chunk], expert.places[chunk]
@@ -228,12 +218,14 @@ class BackwardWalk:
         output: Tensor | None,
         inside: tuple[Tensor, Tensor] | None,
         linears: Mapping[str, nn.Module],
+        give: ExpertsForward | None = None,
     ) -> dict[str, Tensor]:
         """Step 3: overwrite the gradient with the one at the layer's input.
 
         Args:
-            output: [T, H] of the experts; None: the layer has none.
-            inside: g_h and g_w; None: the layer has no experts.
+            output: [T, H] of the experts; None: the layer has none, or `give` is given.
+            inside: g_h and g_w; None: the same.
+            give: runs the experts, and autograd differentiates it.
 
         Returns:
             Squared norms of the gradient at the outputs of `linears`.
@@ -241,7 +233,7 @@ class BackwardWalk:
         kept = {k: v for k, v in self.gradient.carried.items() if k.startswith(EMBEDDED + ".")}
         before = Gradient(self.gradient.states, kept)
         with output_norms(linears) as norms:
-            for run in self._runs(layer, output, to_experts=False):
+            for run in self._runs(layer, output, to_experts=False, differentiable=give):
                 outputs, at_outputs = run.outs, run.at_outs
                 for tensor, at_tensor in zip((run.h, run.w), inside or (), strict=False):
                     if tensor is not None and tensor.requires_grad:
@@ -254,14 +246,22 @@ class BackwardWalk:
         self.gradient.carried = before.carried
         return {name: torch.cat(found) for name, found in norms.items() if found}
 
-    def _runs(self, layer: int, output: Tensor | None, to_experts: bool) -> Iterator[_Run]:
+    def _runs(
+        self,
+        layer: int,
+        output: Tensor | None,
+        to_experts: bool,
+        differentiable: ExpertsForward | None = None,
+    ) -> Iterator[_Run]:
         """Run a layer batch by batch, with the experts' output in place of the experts.
 
         Args:
             to_experts: differentiate with respect to the experts' output, or else to the input.
+            differentiable: runs the experts, in place of their output.
         """
         walk = self.walk
-        experts = walk.experts_module(layer) if output is not None else None
+        replaced = output is not None or differentiable is not None
+        experts = walk.experts_module(layer) if replaced else None
         length = walk.ids.shape[1]
         for number, batch in enumerate(walk.batches):
             tokens = slice(batch.start * length, batch.stop * length)
@@ -282,7 +282,11 @@ class BackwardWalk:
             given = as_leaves({name: call.tensors()[place] for name, place in places.items()})
             call = call.replaced({place: given[name] * 1 for name, place in places.items()})
             carried = carried if to_experts else as_leaves(carried)
-            with torch.enable_grad(), replaced_forward(experts, give), differentiating(layer):
+            with (
+                torch.enable_grad(),
+                replaced_forward(experts, differentiable or give),
+                differentiating(layer),
+            ):
                 inside = {k: v * 1 if v.requires_grad else v for k, v in carried.items()}
                 out, after = walk.run(layer, number, x * 1, inside, call)
             outs, at_outs = [out], [self.gradient.states[batch].to(out)]

@@ -95,9 +95,11 @@ def record_layer_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> 
 
 
 @contextmanager
-def replaced_forward(module: nn.Module | None, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(
+    module: nn.Module | None, forward: Callable[..., Any] | None
+) -> Iterator[None]:
     """Inside the `with` statement, calling `module` calls `forward`. None: nothing is replaced."""
-    if module is None:
+    if module is None or forward is None:
         yield
         return
     module.forward = forward

@@ -77,7 +77,8 @@ class Routed:
             return None
         own, places = self.of(expert)
         weight = self.weight[own, places]
-        scale = torch.full((len(self.hidden),), float(weight.mean()) if len(own) else 1.0)
+        usual = float(weight.mean()) if len(own) else 1.0
+        scale = torch.full((len(self.hidden),), usual, device=weight.device)
         scale[own] = weight
         return scale[tokens, None]
 

@@ -11,6 +11,9 @@ model's own forward passes to it. Only the routed experts are replaced. For a la
              computed twice, which takes little time compared with the experts. In return the
              layer's own code adds residuals, shared experts and scales
 
+Where the original's experts only have to be run, and all of a layer fit on the card, the layer runs
+once (resident.py).
+
 The calls of all layers are recorded once, while the tokens are embedded (calls.py). What some
 layers hand to later ones beside their states is carried along (carried.py). Layers that the model
 runs several times have the states of all these passes, as more sequences (loops.py).
@@ -29,6 +32,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moepress.blocks.form import Form
 from moepress.errors import NumericalError
 from moepress.original.batches import (
     SHARE_IN_ORDER,
@@ -46,9 +50,11 @@ from moepress.original.carried import (
     Gathered,
     states_between,
 )
+from moepress.original.division import Division
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.loops import loop_of
 from moepress.original.passes import enter_loop, leave_loop
+from moepress.original.resident import ExpertsForward, ResidentExperts, resident_experts
 from moepress.original.sequences import Sequences
 from moepress.original.source import Source
 from moepress.original.token_sums import TokenSums
@@ -56,6 +62,36 @@ from moepress.progress import Progress
 from moepress.ranks import here
 
 STATES = "states"  # name of the states of a walk in files
+
+
+class _Record:
+    """Inputs and choices of a layer's routed experts, batch by batch.
+
+    Args:
+        hidden: [T, H], is filled.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+        self.done = 0  # the token that comes next
+        self._index: list[Tensor] = []
+        self._weight: list[Tensor] = []
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> None:
+        self.hidden[self.done : self.done + len(x)] = x
+        self.done += len(x)
+        self._index.append(index.to("cpu"))
+        self._weight.append(weight.to("cpu", torch.float32))
+
+    def routed(self, form: Form, division: Division) -> Routed:
+        """What was recorded, with what other ranks have recorded."""
+        division.spread(self.hidden)
+        index, weight = (
+            division.everywhere(torch.cat(own) if own else None)
+            for own in (self._index, self._weight)
+        )
+        experts, neuron = form.split(index)
+        return Routed(self.hidden, experts, weight, scales_input=form.scales_input, neuron=neuron)
 
 
 class Walk(Sequences):
@@ -154,29 +190,17 @@ class Walk(Sequences):
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
         shape = self.division.all_ids.numel(), self.source.experts[layer].hidden
-        hidden = empty(shape, self.source.compute_dtype, self.source.device)
-        index, weight = [], []
-        done = 0
+        record = _Record(empty(shape, self.source.compute_dtype, self.source.device))
 
-        def record(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            nonlocal done
-            hidden[done : done + len(x)] = x
-            done += len(x)
-            index.append(top_k_index.to("cpu"))
-            weight.append(top_k_weights.to("cpu", torch.float32))
+        def give(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            record(x, index, weight)
             return torch.zeros_like(x)
 
-        with replaced_forward(self.experts_module(layer), record):
+        with replaced_forward(self.experts_module(layer), give):
             for number, batch in enumerate(self.division.own_batches):
-                done = self.division.tokens(batch).start
+                record.done = self.division.tokens(batch).start
                 self.run_batch(layer, number)
-        self.division.spread(hidden)
-        chosen, weights = (
-            self.division.everywhere(torch.cat(own) if own else None) for own in (index, weight)
-        )
-        form = self.source.experts[layer].form
-        experts, neuron = form.split(chosen)
-        return Routed(hidden, experts, weights, scales_input=form.scales_input, neuron=neuron)
+        return record.routed(self.source.experts[layer].form, self.division)
 
     @torch.inference_mode()
     def run_for_hooks(
@@ -215,7 +239,6 @@ class Walk(Sequences):
             loop's passes the mean.
         """
         done = 0
-        energies = []
 
         def finished(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             nonlocal done
@@ -224,9 +247,14 @@ class Walk(Sequences):
             done += len(x)
             return rows.to(x)
 
-        experts = self.experts_module(layer) if experts_output is not None else None
+        return self._advance(layer, None if experts_output is None else finished)
+
+    def _advance(self, layer: int, give: ExpertsForward | None) -> float:
+        """`advance`, with what stands in place of the experts; None: the layer has none."""
+        energies = []
+        experts = self.experts_module(layer) if give is not None else None
         after = Gathered(self.carried, len(self.states), self.source.device)
-        with replaced_forward(experts, finished):
+        with replaced_forward(experts, give):
             for number, batch in enumerate(self.batches):
                 given = self.carried_of(batch)
                 out, handed_on = self.run(layer, number, self.states_of(batch), given)
@@ -306,9 +334,30 @@ class Walk(Sequences):
         if layer not in self.source.experts:
             self.advance(layer, None)
             return None
+        if (resident := self.resident(layer)) is not None:
+            return self._pass_with(layer, resident)
         routed = self.route(layer)
         self.advance(layer, self.experts_output(layer, routed))
         return routed
+
+    def resident(self, layer: int) -> ResidentExperts | None:
+        """The routed experts of a layer, read to the card; None: one of them at a time is read."""
+        if self.ranks.count > 1:
+            return None
+        return resident_experts(self.source, layer, self.experts_module(layer))
+
+    @torch.inference_mode()
+    def _pass_with(self, layer: int, resident: ResidentExperts) -> Routed:
+        """`pass_layer` with the experts in memory: the layer runs once."""
+        shape = self.division.all_ids.numel(), self.source.experts[layer].hidden
+        record = _Record(empty(shape, self.source.compute_dtype, self.source.device))
+
+        def give(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            record(x, index, weight)
+            return resident.output(x, index, weight)
+
+        self._advance(layer, give)
+        return record.routed(resident.form, self.division)
 
     def finish(self, progress: Progress) -> None:
         """Bring the states through all layers of the original model."""

@@ -1,0 +1,158 @@
+"""A layer's routed experts, all of them in the memory of a card.
+
+Where they fit, a layer runs as the model runs it: forward once, backward once, batch by batch, and
+no array of all tokens is needed. Elsewhere one expert is in memory at a time, on all its tokens
+(walk.py, backward.py). The arithmetic is the same: outputs and gradients of experts are computed in
+the dtype of the weights, and summed in float32 in the order of the experts' numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress.blocks.form import Form
+from moepress.memory import free_memory
+from moepress.original.batches import chunks
+from moepress.original.experts import ExpertWeights, Routed, RoutedExpert, expert_forward
+from moepress.original.source import Source
+
+SHARE = (
+    0.4  # of a card's free memory, that the experts of a layer may take; the rest is for a batch
+)
+
+# What stands in place of the experts module: (inputs [t, H], index [t, k], weights [t, k]) to
+# outputs [t, H].
+ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ResidentExperts:
+    """The routed experts of a layer, in the order of their numbers."""
+
+    layer: int
+    module: Any  # the skeleton's experts module
+    form: Form
+    weights: Sequence[ExpertWeights]
+
+    def routed(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Routed:
+        """The choices of some tokens, on their device."""
+        experts, neuron = self.form.split(index)
+        dtype = self.weights[0].down.dtype
+        return Routed(
+            hidden.detach().to(dtype),
+            experts,
+            weight.detach().float(),
+            scales_input=self.form.scales_input,
+            neuron=neuron,
+        )
+
+    def output(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The weighted sum [t, H] of the experts' outputs, in the dtype of `hidden` [t, H].
+
+        Args:
+            index: [t, k] int64; from E on it means no expert.
+            weight: [t, k] routing weights.
+        """
+        sums = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        routed = self.routed(hidden, index, weight)
+        for expert, chunk in self._parts(routed):
+            x = expert.inputs(chunk)
+            y = expert_forward(self.module, expert.weights, x, expert.neurons(chunk))
+            sums.index_add_(0, expert.tokens[chunk], y.float() * expert.gate[chunk, None])
+        return sums.to(hidden.dtype)
+
+    def gradients(
+        self, hidden: Tensor, index: Tensor, weight: Tensor, at_output: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients [t, H] and [t, k] float32 at `hidden` and at `weight`.
+
+        See the second step of backward.py.
+
+        Args:
+            at_output: [t, H] gradient at what `output` returns.
+        """
+        routed = self.routed(hidden, index, weight)
+        at_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        at_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for expert, chunk in self._parts(routed):
+            token, place = expert.tokens[chunk], expert.places[chunk]
+            with torch.enable_grad():
+                x = expert.inputs(chunk).requires_grad_()
+                y = expert_forward(self.module, expert.weights, x, expert.neurons(chunk))
+            g_y = at_output[token].float()
+            (found,) = torch.autograd.grad(y, x, (g_y * expert.gate[chunk, None]).to(y))
+            scale = routed.input_scale(expert.number, token)
+            if scale is None:
+                along = g_y * y.detach().float()
+            else:  # x = w h, and the output is not scaled
+                found = found.float()
+                along = found * routed.hidden[token].to(found)
+                found = found * scale.to(found)
+            at_hidden.index_add_(0, token, found.float())
+            at_weight[token, place] = along.sum(1)
+        return at_hidden, at_weight
+
+    def differentiable(self, norms: list[Tensor]) -> ExpertsForward:
+        """`output`, which autograd can differentiate.
+
+        Args:
+            norms: gets the squared norms [t] float32 of the gradient at each output, on the CPU.
+        """
+
+        def forward(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            given = hidden, weight, index, self, norms
+            y: Tensor = _Differentiable.apply(*given)  # type: ignore[no-untyped-call]
+            return y
+
+        return forward
+
+    def _parts(self, routed: Routed) -> Iterator[tuple[RoutedExpert, slice]]:
+        """Each expert, with each chunk of its tokens."""
+        for number, weights in enumerate(self.weights):
+            expert = RoutedExpert(self.layer, number, self.module, weights, routed)
+            for chunk in chunks(expert.tokens):
+                yield expert, chunk
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        experts: ResidentExperts,
+        norms: list[Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, index)
+        ctx.experts, ctx.norms = experts, norms
+        return experts.output(hidden, index, weight)
+
+    @staticmethod
+    def backward(ctx: Any, at_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, index = ctx.saved_tensors
+        ctx.norms.append(at_output.float().square().sum(1).cpu())
+        at_hidden, at_weight = ctx.experts.gradients(hidden, index, weight, at_output)
+        return at_hidden.to(hidden.dtype), at_weight.to(weight.dtype), None, None, None
+
+
+def resident_experts(source: Source, layer: int, module: Any) -> ResidentExperts | None:
+    """The experts of a layer, read to the card; None: no card, or they do not fit.
+
+    Args:
+        module: the skeleton's experts module.
+    """
+    if source.device.type != "cuda":
+        return None
+    experts = source.experts[layer]
+    weights = sum(rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
+    size = experts.experts * weights * source.compute_dtype.itemsize
+    if size > SHARE * free_memory(source.device):
+        return None
+    read = source.experts_in_turn(layer, range(experts.experts))
+    return ResidentExperts(layer, module, experts.form, list(read))
