@@ -39,7 +39,8 @@ from moepress.format.journal import Journal
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.batches import empty
 from moepress.original.companions import companions
-from moepress.original.experts import Routed
+from moepress.original.experts import ExpertWeights, Routed
+from moepress.original.resident import ResidentExperts, experts_bytes, have_room
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
@@ -244,25 +245,45 @@ def quantize_experts(
     places, tensors = packed_places(walk.source, plan, layer)
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     sums = walk.token_sums(routed, numbers)
-    step = experts_at_once(walk.source, layer, rounding)
+    resident: list[ExpertWeights | None] | None = None  # the rounded ones, if they run together
+    if _run_together(walk, layer, routed):
+        resident = [None] * len(widths_of)
+    room = experts_at_once(walk.source, layer, rounding, kept=resident is not None)
     read = walk.experts(layer, sums.own, routed)
-    while originals := list(islice(read, step)):
+    while originals := list(islice(read, room.experts)):
         progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
         widths = [widths_of[expert.number] for expert in originals]
-        together = round_experts(originals, rounding, widths)
+        together = round_experts(originals, rounding, widths, room.downs)
         for expert, matrices in zip(originals, together, strict=True):
             for name, matrix in zip(experts.parameters, matrices, strict=True):
                 start, stop = places[name][expert.number : expert.number + 2]
                 tensors[name][start:stop] = packed_bytes(matrix)
             rounded = expert.with_weights(dequantized(*matrices, expert.weights))
-            sums.add_output(rounded)
             meter.add(rounded)
+            if resident is None:
+                sums.add_output(rounded)
+            else:
+                resident[expert.number] = rounded.weights
         del originals, together, expert, matrices, matrix, rounded  # before the next are read
     for number, owner in sums.owners.items():
         for name, offsets in places.items():
             walk.ranks.give_first(tensors[name][offsets[number] : offsets[number + 1]], owner)
-    energy = walk.advance(layer, sums.result())
+    if resident is None:
+        energy = walk.advance(layer, sums.result())
+    else:
+        module = walk.experts_module(layer)
+        energy = walk.advance_with(ResidentExperts(layer, module, experts.form, resident))
     return tensors, meter.result(energy / walk.tokens)
+
+
+def _run_together(walk: Walk, layer: int, routed: Routed) -> bool:
+    """Whether the rounded experts of a layer stay on the card, and run together at last.
+
+    They do if they take less room than the sums of their outputs over all tokens.
+    """
+    sums = 4 * routed.hidden.numel()
+    alone = walk.ranks.count == 1
+    return alone and have_room(walk.source, layer) and experts_bytes(walk.source, layer) < sums
 
 
 def _drops_file(out: Path, layer: int) -> Path:

@@ -211,7 +211,9 @@ def score_layer(
     tokens, routing_weight = routed.statistics(experts)
     # An expert that no token chose has no output and no error: its weights are not read.
     sums = walk.token_sums(routed, walk.chosen(layer, routed))
-    step = 1 if rounding.draws else experts_at_once(source, layer, rounding, len(recipe.widths))
+    step = 1
+    if not rounding.draws:
+        step = experts_at_once(source, layer, rounding, len(recipe.widths)).downs
     read = walk.experts(layer, sums.own, routed)
     done = 0
     while together := list(islice(read, step)):

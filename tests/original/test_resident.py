@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from moepress.allocation.plan import BitAllocation
+from moepress.compress import compress
 from moepress.costs.sensitivity import measure_sensitivity
+from moepress.format.checkpoint import PLAN
 from moepress.original import resident
 from moepress.original.resident import ResidentExperts
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
+from moepress.recipe import Recipe
+from moepress.rounding import expert as rounding_experts
+from moepress.rounding.expert import experts_at_once
+from moepress.rounding.options import Rounding
+from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
 
 # Experts one by one or together; sigmoid routing; biases and limits; inputs scaled by the routing
 # weights; neurons; experts without a gate; a loop of layers.
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "doge", "nemotron_h",
             "inkling2_loop_text")  # fmt: skip
+quantizing = importlib.import_module("moepress.quantize")  # the package has a function there
 IDS = (torch.arange(96) * 37 % 300 + 5).view(4, 24)
 
 
@@ -117,3 +127,37 @@ def test_experts_stay_on_disk_without_a_card_or_room(
     monkeypatch.setattr(source, "device", torch.device("cuda"))
     monkeypatch.setattr(resident, "free_memory", lambda device: 1000)
     assert walk.resident(0) is None
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_rounded_experts_that_run_together(
+    left_out: bool, tmp_path: Path, text_file: Path, tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same bytes: all tokens are in one batch."""
+    folder = save_model(make_model("mixtral"), tmp_path / "model", tokenizer_folder)
+    few = {"expert_bits": (0, 2), "per_projection": False} if left_out else {}
+    recipe = small_recipe(text_file, "default", bits=1.8 if left_out else 2.5, **few)
+    first = compress(folder, tmp_path / "one by one", recipe)
+    on_card(monkeypatch)
+    monkeypatch.setattr(quantizing, "_run_together", lambda *_: True)
+    second = compress(folder, tmp_path / "together", recipe)
+    for path in first.glob("model*.safetensors"):
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+    plan = BitAllocation.load(first / PLAN)
+    assert (plan.bits == 0).any() == left_out
+
+
+def test_how_many_experts_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(save_model(make_model("mixtral"), tmp_path / "model"))
+    rounding = Rounding.of_experts(Recipe.load("default", bits=2.5), "gptq")
+    assert experts_at_once(source, 0, rounding) == (1, 1)  # no card
+    monkeypatch.setattr(source, "device", torch.device("cuda"))
+    found = []
+    for megabytes in range(1, 40):
+        monkeypatch.setattr(rounding_experts, "free_memory", lambda _, m=megabytes: m << 17)
+        found.append(experts_at_once(source, 0, rounding))
+        kept = experts_at_once(source, 0, rounding, kept=True)
+        assert kept <= found[-1] and 1 <= found[-1].downs <= found[-1].experts
+    assert found == sorted(found)
+    assert found[0] == (1, 1) and found[-1] == (4, 4)

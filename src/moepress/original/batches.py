@@ -19,7 +19,8 @@ CARD_BATCHES = 2  # of these go through a layer together on a card: Python takes
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
 SHARE = 0.45  # of a card's free memory, that an array of all tokens may take
-SHARE_IN_ORDER = 0.12  # the same for an array that is read in order, which costs less on the host
+SHARE_IN_ORDER = 0.06  # the same for an array that is read in order, which costs less on the host
+SHARE_PINNED = 0.1  # of the machine's free memory, that an array which a card uses may take
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 
 
@@ -64,15 +65,19 @@ def empty(
 ) -> Tensor:
     """An uninitialised tensor, on a card if it takes at most a share of the card's free memory.
 
-    Else it is on the CPU. A large one there is mapped from a temporary file without a name.
+    Else it is on the CPU: in memory that a card reads fast, if there is much more of it. Without a
+    card a large one is mapped from a temporary file without a name.
 
     Args:
         device: None: the CPU.
     """
     count = torch.Size(shape).numel()
     size = count * dtype.itemsize
-    if device is not None and device.type == "cuda" and size <= share * free_memory(device):
-        return torch.empty(shape, dtype=dtype, device=device)
+    if device is not None and device.type == "cuda":
+        if size <= share * free_memory(device):
+            return torch.empty(shape, dtype=dtype, device=device)
+        if size <= SHARE_PINNED * free_memory(torch.device("cpu")):
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
     if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:

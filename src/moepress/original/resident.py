@@ -37,19 +37,23 @@ class ResidentExperts:
     layer: int
     module: Any  # the skeleton's experts module
     form: Form
-    weights: Sequence[ExpertWeights]
+    weights: Sequence[ExpertWeights | None]  # None: the expert is left out
 
     def routed(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Routed:
         """The choices of some tokens, on their device."""
         experts, neuron = self.form.split(index)
-        dtype = self.weights[0].down.dtype
         return Routed(
-            hidden.detach().to(dtype),
+            hidden.detach().to(self.dtype),
             experts,
             weight.detach().float(),
             scales_input=self.form.scales_input,
             neuron=neuron,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(one.down.dtype for one in self.weights if one is not None)
 
     def output(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum [t, H] of the experts' outputs, in the dtype of `hidden` [t, H].
@@ -114,6 +118,8 @@ class ResidentExperts:
     def _parts(self, routed: Routed) -> Iterator[tuple[RoutedExpert, slice]]:
         """Each expert, with each chunk of its tokens."""
         for number, weights in enumerate(self.weights):
+            if weights is None:
+                continue
             expert = RoutedExpert(self.layer, number, self.module, weights, routed)
             for chunk in chunks(expert.tokens):
                 yield expert, chunk
@@ -142,17 +148,26 @@ class _Differentiable(torch.autograd.Function):
 
 
 def resident_experts(source: Source, layer: int, module: Any) -> ResidentExperts | None:
-    """The experts of a layer, read to the card; None: no card, or they do not fit.
+    """The experts of a layer, read to the card; None: they have no room there.
 
     Args:
         module: the skeleton's experts module.
     """
-    if source.device.type != "cuda":
+    if not have_room(source, layer):
         return None
     experts = source.experts[layer]
-    weights = sum(rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
-    size = experts.experts * weights * source.compute_dtype.itemsize
-    if size > SHARE * free_memory(source.device):
-        return None
     read = source.experts_in_turn(layer, range(experts.experts))
     return ResidentExperts(layer, module, experts.form, list(read))
+
+
+def have_room(source: Source, layer: int) -> bool:
+    """Whether all experts of a layer have room in the memory of the card, if there is one."""
+    on_card = source.device.type == "cuda"
+    return on_card and experts_bytes(source, layer) <= SHARE * free_memory(source.device)
+
+
+def experts_bytes(source: Source, layer: int) -> int:
+    """Bytes of the routed experts of a layer, in the dtype of the computation."""
+    experts = source.experts[layer]
+    weights = sum(rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
+    return experts.experts * weights * source.compute_dtype.itemsize

@@ -8,6 +8,7 @@ the ranks exchange terms, not partial sums: k rows [H] for each token in place o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class TokenSums:
         self.owners = dict(zip(numbers, owners, strict=True))  # the rank of each expert
         self.own = [n for n in numbers if self.owners[n] == ranks.rank]  # experts of this rank
         width = routed.hidden.shape[1]
-        self._sums = empty((division.ids.numel(), width), torch.float32, device).zero_()
+        self._device = device
         self._starts: dict[int, int] = {}
         rows = 0
         if ranks.count > 1:
@@ -59,6 +60,11 @@ class TokenSums:
                     self._starts[number] = rows
                     rows += count
         self._rows = empty((rows, width), dtype, device)  # of one rank: none are kept
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        shape = self._division.ids.numel(), self._routed.hidden.shape[1]
+        return empty(shape, torch.float32, self._device).zero_()
 
     def add(self, expert: RoutedExpert, chunk: slice, rows: Tensor) -> None:
         """Add rows [t, H] of an expert of this rank, for a chunk of its tokens."""

@@ -359,6 +359,11 @@ class Walk(Sequences):
         self._advance(layer, give)
         return record.routed(resident.form, self.division)
 
+    @torch.inference_mode()
+    def advance_with(self, resident: ResidentExperts) -> float:
+        """`advance` through the layer of some experts, which run as the model runs them."""
+        return self._advance(resident.layer, resident.output)
+
     def finish(self, progress: Progress) -> None:
         """Bring the states through all layers of the original model."""
         for layer in range(len(self.source.layers)):

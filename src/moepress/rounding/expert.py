@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,50 +22,87 @@ from moepress.rounding.factor import Factor
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
+from moepress.rounding.sweep import slices
 from moepress.rounding.tokens import hessian_tokens
 
 # From the expert's inputs [T, H] to the inputs [T, K] of one of its matrices.
 ToMatrixInputs = Callable[[Tensor], Tensor]
 
 
+class AtOnce(NamedTuple):
+    """How many experts of a layer are rounded in one call."""
+
+    experts: int  # gate and up of so many
+    downs: int  # down of so many of these
+
+
 def round_experts(
-    experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[float]]
+    experts: Sequence[RoutedExpert],
+    rounding: Rounding,
+    widths: Sequence[Sequence[float]],
+    downs: int | None = None,
 ) -> list[tuple[Matrix, Matrix]]:
     """Round gate and up of each expert to its first width, then down to its second.
 
     Down is rounded on the inputs that the rounded gate and up give it. Each expert is rounded as if
     alone; several at a time take less time on a card (`experts_at_once`).
+
+    Args:
+        downs: how many down projections are rounded in one call; None: all.
     """
     gate_ups = round_gate_ups(experts, rounding, [of_one[:1] for of_one in widths])
-    weights = (
-        gate_up.dequantize(expert.weights.gate_up.dtype)
-        for expert, (gate_up,) in zip(experts, gate_ups, strict=True)
-    )
-    downs = round_downs(experts, weights, rounding, [of_one[1:] for of_one in widths])
-    return [(gate_up, down) for (gate_up,), (down,) in zip(gate_ups, downs, strict=True)]
+    results: list[tuple[Matrix, Matrix]] = []
+    for some in slices(len(experts), downs or len(experts)):
+        weights = (
+            gate_up.dequantize(expert.weights.gate_up.dtype)
+            for expert, (gate_up,) in zip(experts[some], gate_ups[some], strict=True)
+        )
+        of_down = [of_one[1:] for of_one in widths[some]]
+        found = round_downs(experts[some], weights, rounding, of_down)
+        results += [
+            (gate_up, down) for (gate_up,), (down,) in zip(gate_ups[some], found, strict=True)
+        ]
+    return results
 
 
-def experts_at_once(source: Source, layer: int, rounding: Rounding, widths: int = 1) -> int:
+def experts_at_once(
+    source: Source, layer: int, rounding: Rounding, widths: int = 1, kept: bool = False
+) -> AtOnce:
     """How many experts of a layer to round in one call: on a card as many as have room.
 
     Args:
         widths: how many each projection is rounded to.
+        kept: whether the rounded experts of the whole layer stay on the card.
     """
     if source.device.type != "cuda" or rounding.family != "trellis":
-        return 1
+        return AtOnce(1, 1)
     experts = source.experts[layer]
     gate_up, down = (rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
     hidden, inner = experts.gate_up_shape[1], experts.down_shape[1]
-    size = source.compute_dtype.itemsize
-    # Beside the original weights and the rounded ones: of the matrix at work two copies in float32,
-    # and at each width two more and one of bytes; for its inputs a Hessian's factor, the feedback
-    # made of it, and a correction.
-    first = (8 + 9 * widths) * gate_up + 12 * hidden * hidden
-    second = widths * gate_up + (8 + 9 * widths) * down + 12 * inner * inner
-    each = (1 + widths) * size * (gate_up + down) + max(first, second)
+    size = source.compute_dtype.itemsize * (gate_up + down)
+    # Original weights, the branches of gate and up, and the rounded weights. Beside these, of the
+    # matrix at work two copies in float32, and at each width two more and one of bytes; for its
+    # inputs a Hessian's factor, the feedback made of it, and a correction.
+    of_each = size + widths * gate_up + (0 if kept else widths * size)
+    of_gate_up = (8 + 8 * widths) * gate_up + 12 * hidden * hidden
+    of_down = (8 + 9 * widths) * down + 12 * inner * inner
     passing = 12 * gate_up + 8 * inner * inner  # what is used for one matrix after the other
-    fitting = max(1, int((free_memory(source.device) - passing) / (1.1 * each)))
-    return -(-experts.experts // -(-experts.experts // fitting))  # groups of equal size
+    free = free_memory(source.device) - passing - (experts.experts * size if kept else 0)
+
+    def downs(together: int) -> int:
+        return int((free / 1.1 - together * of_each) / of_down)
+
+    together = max(1, int(free / (1.1 * (of_each + of_gate_up))))
+    while together > 1 and downs(together) < 1:
+        together -= 1
+    together = _equal(experts.experts, together)
+    return AtOnce(together, _equal(together, max(1, downs(together))))
+
+
+def _equal(count: int, most: int) -> int:
+    """The size of groups of about equal size of at most `most`, for `count` in all."""
+    most = min(most, count)
+    return -(-count // -(-count // most))
 
 
 def round_gate_up(

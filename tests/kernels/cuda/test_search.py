@@ -16,6 +16,7 @@ from moepress.kernels import trellis
 from moepress.kernels.cuda.launch import LAUNCHERS, Launcher
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import code_matrix
+from moepress.rounding.expert import AtOnce
 from moepress.rounding.factor import Factor
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.methods import viterbi
@@ -156,10 +157,11 @@ def test_experts_in_groups(
         text_file, "default", bits=2.0, expert_bits=(1, 3), linear_bits=(8,), sensitivity="none"
     )
     made = []
-    for group in (1, 3):
+    for number, group in enumerate((AtOnce(1, 1), AtOnce(3, 3), AtOnce(3, 2))):
         for stage in ("score", "quantize"):
             module = importlib.import_module(f"moepress.{stage}")
-            monkeypatch.setattr(module, "experts_at_once", lambda *_, group=group: group)
-        made.append(compress(model_folder(), tmp_path / str(group), recipe))
+            monkeypatch.setattr(module, "experts_at_once", lambda *_, group=group, **__: group)
+        made.append(compress(model_folder(), tmp_path / str(number), recipe))
     for file in made[0].glob("*.safetensors"):
-        assert file.read_bytes() == (made[1] / file.name).read_bytes()
+        for other in made[1:]:
+            assert file.read_bytes() == (other / file.name).read_bytes()
