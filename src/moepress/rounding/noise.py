@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
+from moepress.kernels.cuda import drawn
+from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
 from moepress.rounding.factor import Factor
 from moepress.rounding.fit import gain, inverse
@@ -35,7 +37,7 @@ from moepress.rounding.hessian import tensor_cores
 from moepress.rounding.methods.trellis import START, rotated_rows
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate_back
-from moepress.rounding.sweep import COLUMNS_IN_16_BITS, Feedback, in_16_bits, sweep
+from moepress.rounding.sweep import COLUMNS_IN_16_BITS, Feedback, Visit, in_16_bits, sweep
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
 DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
@@ -60,16 +62,17 @@ def draw(shape: Sequence[int], seed: int, name: str) -> Tensor:
 
 
 def draw_ahead(shape: Sequence[int], seed: int, name: str) -> None:
-    """Begin a `draw` that will be asked for soon, on another thread."""
+    """Begin a `draw` for a card that will be asked for soon, on another thread."""
     key = (tuple(shape), seed, name)
     if key not in _ahead:
-        _ahead[key] = _threads().submit(_draw, *key)
+        _ahead[key] = _threads().submit(_draw, *key, for_card=True)
 
 
-def _draw(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
+def _draw(shape: tuple[int, ...], seed: int, name: str, for_card: bool = False) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(*reversed(shape), generator=generator)
+    # A card copies pinned memory several times faster.
+    return torch.randn(*reversed(shape), generator=generator, pin_memory=for_card)
 
 
 @lru_cache(maxsize=1)
@@ -106,13 +109,13 @@ def noisy_weights(
     dtype = torch.bfloat16 if narrow else torch.float32
     weighted = list(factor.products(target, dtype))
     feedback = factor.by_block(dtype)
-    noise = noise.to(target.device)
+    noise = noise.to(target.device, non_blocking=noise.is_pinned())
     errors = [code_error(bits, count, target.device) for bits in widths]
-    for drawn, residual in _drawn_for_widths(target, feedback, errors, noise):
+    for change, residual in _drawn_for_widths(target, feedback, errors, noise):
         scale = size * gain(weighted, residual, factor)
         del residual
-        noisy = _scaled_rows(target, drawn, scale, weight.dtype)
-        del drawn  # before the next errors are drawn
+        noisy = _scaled_rows(target, change, scale, weight.dtype)
+        del change  # before the next errors are drawn
         yield noisy
         del noisy
 
@@ -142,10 +145,22 @@ def _drawn_for_widths(
         for error in errors:
             yield drawn_errors(target, feedback, error, noise)
         return
-    each = torch.tensor(errors, device=target.device)[:, None]  # [W, 1]
-    spread = (each * (1 - each)).sqrt()
     buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
     residual = torch.empty_like(buffer)
+    given = target, buffer, residual, torch.tensor(errors, device=target.device), noise
+    by_kernels = drawn.takes(target) and available(target.device)
+    visit = (drawn.drawing if by_kernels else _drawing)(*given)
+    with tensor_cores(target.device):
+        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
+    yield from zip(buffer.unbind(1), residual.unbind(1), strict=True)
+
+
+def _drawing(
+    target: Tensor, buffer: Tensor, residual: Tensor, errors: Tensor, noise: Tensor
+) -> Visit:
+    """`kernels.cuda.drawn.drawing` where its kernels do not run."""
+    each = errors[:, None]
+    spread = (each * (1 - each)).sqrt()
 
     def visit(start: int, stop: int) -> None:
         received, left = buffer[start:stop], residual[start:stop]
@@ -154,9 +169,7 @@ def _drawn_for_widths(
         torch.addcmul(each * adjusted, deviation, noise[start:stop, None], out=left)
         torch.sub(left, received, out=received)
 
-    with tensor_cores(target.device):
-        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
-    yield from zip(buffer.unbind(1), residual.unbind(1), strict=True)
+    return visit
 
 
 def drawn_errors(
