@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from moepress.blocks import adapt
 from moepress.costs.sensitivity import EMBEDDING, EXPERTS, head_gradient, measure_sensitivity
-from moepress.errors import CheckpointError, InputError, MoepressError
+from moepress.draws import drawn_tokens, gumbel_noise
+from moepress.errors import CheckpointError, InputError, MoepressError, NumericalError
 from moepress.original import batches as batch_sizes
 from moepress.original.source import Source
 from moepress.original.walk import Walk
@@ -36,13 +37,12 @@ OTHER_FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def drawn_text(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """The next tokens [S, L] that `head_gradient` draws, and the gradient [S, L, H] it returns."""
     drawn = []
-    real = torch.multinomial
 
-    def record(*args: object, **kwargs: object) -> Tensor:
-        drawn.append(real(*args, **kwargs))  # type: ignore[arg-type]
+    def record(log_probabilities: Tensor, noise: Tensor) -> Tensor:
+        drawn.append(drawn_tokens(log_probabilities, noise))
         return drawn[-1]
 
     walk = Walk(source, ids)
@@ -51,7 +51,7 @@ def drawn_tokens(source: Source, ids: Tensor, seed: int) -> tuple[Tensor, Tensor
             routed = walk.route(layer) if layer in source.experts else None
             walk.advance(layer, routed and walk.experts_output(layer, routed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", record)
+        patch.setattr("moepress.costs.sensitivity.drawn_tokens", record)
         gradient = head_gradient(walk, seed).states
     return torch.cat(drawn).view(ids.shape), gradient
 
@@ -103,7 +103,7 @@ def test_sensitivity_is_from_the_gradient_of_the_whole_model(
     )
     source, ids = Source(folder), some_ids()
     found = measure_sensitivity(source, ids, tmp_path / "work", MADE_OF, seed=3)
-    drawn, _ = drawn_tokens(source, ids, seed=3)
+    drawn, _ = drawn_text(source, ids, seed=3)
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     adapt(model)
@@ -130,8 +130,36 @@ def test_sensitivity_is_from_the_gradient_of_the_whole_model(
 
 def test_drawn_text_follows_the_seed(model_folder: Folder) -> None:
     source, ids = Source(model_folder()), some_ids()
-    one, two, other = (drawn_tokens(source, ids, seed)[0] for seed in (3, 3, 4))
+    one, two, other = (drawn_text(source, ids, seed)[0] for seed in (3, 3, 4))
     assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_drawn_text_is_what_the_whole_model_gives_for_the_noise_of_the_seed(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many positions are worked on at a time."""
+    folder, ids = model_folder(), some_ids()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapt(model)
+    with torch.no_grad():
+        likely = model(ids).logits.double().log_softmax(-1)
+    noise = gumbel_noise(ids.shape, likely.shape[-1], seed=3)
+    best = (likely + noise.at(noise.starts.flatten(0, 1)).view(likely.shape)).topk(2)
+    clear = best.values[..., 0] - best.values[..., 1] > 1e-4  # float32 logits are off by 1e-6
+    assert clear.float().mean() > 0.99
+    for positions in (10, 4096):
+        monkeypatch.setattr(batch_sizes, "LOGIT_TOKENS", positions)
+        drawn, _ = drawn_text(Source(folder), ids, seed=3)
+        assert torch.equal(drawn[clear], best.indices[..., 0][clear])
+
+
+def test_a_model_that_predicts_nan_is_told(
+    model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = Walk.head
+    monkeypatch.setattr(Walk, "head", lambda *given: head(*given) * torch.nan)
+    with pytest.raises(NumericalError, match="predict the next token"):
+        measure_sensitivity(Source(model_folder()), some_ids(), tmp_path, MADE_OF, seed=0)
 
 
 @pytest.mark.parametrize("dies_after", range(1, 12))

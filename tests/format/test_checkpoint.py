@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,24 @@ def test_files_written_beside_the_work_of_a_card(
     writer.save({tmp_path / "taken": {"x": states}})
     with pytest.raises(CheckpointError, match="is no regular file"):
         writer.save({tmp_path / "next": {"x": states}})
+
+
+def test_copies_are_let_go_as_soon_as_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    copies: list[weakref.ref[torch.Tensor]] = []
+    kept: list[int] = []
+
+    def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        kept.append(sum(copy() is not None for copy in copies))
+        copies.append(weakref.ref(tensors["x"]))
+
+    writer = Writer(torch.device("cuda:0"), write)
+    for _ in range(2):
+        writer.save({tmp_path / name: {"x": torch.ones(4)} for name in "abc"})
+    writer.finish()
+    assert kept == [0] * 6 and not any(copy() is not None for copy in copies)
 
 
 def test_large_arrays_on_the_cpu_are_not_copied(

@@ -44,6 +44,20 @@ def test_own_samples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(other.ids, tokens.ids)
 
 
+def test_own_samples_depend_on_neither_batches_nor_generators_of_the_process(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card has another generator; both draw with the numbers of the CPU."""
+    model = make_model("mixtral")
+    texts = []
+    for batch in (64, 3):
+        torch.manual_seed(batch)
+        monkeypatch.setattr(samples, "BATCH", batch)
+        tokens = load_tokens([("self", 1.0)], tokenizer, 4, 12, seed=0, model=lambda: model)
+        texts.append(tokens.ids)
+    assert torch.equal(*texts)
+
+
 @pytest.mark.parametrize("length", [2, 3, 7])
 def test_own_samples_may_be_short(tokenizer: Any, length: int) -> None:
     model = make_model("mixtral")

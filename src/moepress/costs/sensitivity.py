@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moepress.draws import drawn_tokens, gumbel_noise
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import Writer
 from moepress.format.journal import check_identity
@@ -79,6 +80,7 @@ def measure_sensitivity(
     Raises:
         InputError: `folder` holds work of another identity.
         CheckpointError: the disk is too full.
+        NumericalError: the model predicts NaN.
         MoepressError: a layer cannot be differentiated.
     """
     ranks = here()
@@ -176,20 +178,18 @@ def head_gradient(walk: Walk, seed: int) -> Gradient:
 
     Works on a few positions of one sequence at a time, because with a large vocabulary the logits
     would be the largest array.
+
+    Raises:
+        NumericalError: the model predicts NaN.
     """
     source = walk.source
-    generator = torch.Generator(device=source.device).manual_seed(seed)
     gradient = Gradient(walk.states_like(), {})
-    own = {number: local for local, number in enumerate(walk.division.sequences)}
     vocabulary = len(source.language_model.get_output_embeddings().weight)
+    noise = gumbel_noise(walk.once.all_ids.shape, vocabulary, seed, source.device)
+    starts = walk.once.own(noise.starts)  # the same however many ranks there are
     with source.loaded(None):
-        for number in range(len(walk.division.all_ids)):
-            if number not in own:  # another rank draws: the generator moves on as if here
-                for positions in position_chunks(walk.ids.shape[1]):
-                    alike = torch.ones(len(positions), vocabulary, device=source.device)
-                    torch.multinomial(alike, 1, generator=generator)
-                continue
-            one = slice(own[number], own[number] + 1)
+        for number in range(len(walk.ids)):
+            one = slice(number, number + 1)
             states = walk.states_of(one).requires_grad_()
             carried = as_leaves(walk.carried_of(one))
             leaves = [states, *(value for value in carried.values() if value.requires_grad)]
@@ -197,8 +197,8 @@ def head_gradient(walk: Walk, seed: int) -> Gradient:
                 with torch.enable_grad():
                     logits = walk.head(one, states, positions, carried).float().log_softmax(-1)
                     with torch.no_grad():
-                        drawn = torch.multinomial(logits[0].exp(), 1, generator=generator)
-                    likelihood = logits[0].gather(-1, drawn).sum()
+                        drawn = drawn_tokens(logits[0], noise.at(starts[number, positions]))
+                    likelihood = logits[0].gather(-1, drawn[:, None]).sum()
                 found = torch.autograd.grad(likelihood, leaves, allow_unused=True)
                 gradient.states[one, positions] = found[0][:, positions].to(gradient.states)
                 gradient.add_carried(one, carried, found[1:])

@@ -109,7 +109,7 @@ class Writer:
             for path, tensors in files.items()
         }
         torch.cuda.synchronize(self._card)
-        self._begun = self._pool.submit(self._save, copies, then)
+        self._begun = self._pool.submit(self._save_copies, copies, then)
 
     def finish(self) -> None:
         """Wait until everything is written.
@@ -126,6 +126,17 @@ class Writer:
     ) -> None:
         for path, tensors in files.items():
             self._write(path, tensors)
+        if then is not None:
+            then()
+
+    def _save_copies(
+        self, copies: dict[Path, dict[str, Tensor]], then: Callable[[], None] | None
+    ) -> None:
+        """Write files, and let go of each one's tensors: the thread may hold its arguments a
+        moment longer than `finish` waits, and the next call would pin other memory."""
+        for path in list(copies):
+            self._write(path, copies[path])
+            del copies[path]
         if then is not None:
             then()
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from moepress.draws import Noise, drawn_tokens, gumbel_noise
 from moepress.errors import InputError, MoepressError
 from moepress.generation import following
 from moepress.progress import Progress
@@ -29,6 +31,7 @@ def own_samples(
 
     Raises:
         InputError: `model` is None: the original model does not fit in memory.
+        NumericalError: the model predicts NaN.
         MoepressError: the model wrote less.
     """
     if model is None:
@@ -44,20 +47,19 @@ def own_samples(
     seed = rng.getrandbits(63)
     writer = model()
     device = torch.device(writer.device)
-    accelerators = [device] if device.type != "cpu" else []
     batches = torch.split(starts[:, :length], BATCH)
     written = []
+    vocabulary = len(writer.get_output_embeddings().weight)
+    noise = gumbel_noise((count, length), vocabulary, seed, device)
     with (
         Progress("sample", total=len(batches)) as progress,
-        torch.random.fork_rng(accelerators, device_type=device.type),
         torch.inference_mode(),
         following(writer, ()),
     ):
-        torch.manual_seed(seed)
-        for ids in batches:
+        for ids, places in zip(batches, torch.split(noise.starts, BATCH), strict=True):
             greedy = min(GREEDY_TOKENS, length - ids.shape[1])
-            ids = _continued(writer, ids.to(device), greedy, sample=False)
-            ids = _continued(writer, ids, length - ids.shape[1], sample=True)
+            ids = _continued(writer, ids.to(device), greedy)
+            ids = _continued(writer, ids, length - ids.shape[1], Drawn(noise, places))
             written.append(ids.cpu())
             progress.advance()
     ids = torch.cat(written)
@@ -69,16 +71,32 @@ def own_samples(
     return ids
 
 
-def _continued(model: Any, ids: Tensor, count: int, *, sample: bool) -> Tensor:
-    """Sequences [b, t] with `count` more tokens each: greedy, or sampled at temperature 1."""
+class Drawn(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
+    """Leaves only the token that is drawn from the predictions, the same on every device.
+
+    Args:
+        starts: [b, L, 2] of the noise, for each token of some sequences.
+    """
+
+    def __init__(self, noise: Noise, starts: Tensor) -> None:
+        self._noise = noise
+        self._starts = starts
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = self._noise.at(self._starts[:, input_ids.shape[1]])
+        tokens = drawn_tokens(scores.float(), noise)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0)
+
+
+def _continued(model: Any, ids: Tensor, count: int, drawn: Drawn | None = None) -> Tensor:
+    """Sequences [b, t] with `count` more tokens each: the most likely ones, or drawn ones."""
     if count == 0:
         return ids
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
     out: Tensor = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
-        do_sample=sample,
-        **sampling,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([] if drawn is None else [drawn]),
     )
     return out

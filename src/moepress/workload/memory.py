@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import ROWS_AT_ONCE
 from moepress.costs.sketch import rows_in_sketch
+from moepress.draws import STARTS
 from moepress.format.codec import stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
@@ -75,7 +76,8 @@ def sensitivity(task: Task) -> int:
         )
         for layer in task.shape.layers
     ]
-    head = walk + gradient + _outside(task) + _logits(task)
+    noise = 2 * (STARTS + task.shape.vocabulary) * FLOAT  # to draw tokens
+    head = walk + gradient + _outside(task) + _logits(task) + noise
     return max(*layers, head)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moepress.draws import drawn_tokens, gumbel_noise
 from moepress.format.codec import Codec, codec_for
 from moepress.kernels.trellis import TILE_COLUMNS
 from moepress.original.batches import LOGIT_TOKENS
@@ -192,14 +193,14 @@ def _logits(machine: Machine, _: float) -> float:
     vocabulary = machine.shape.vocabulary
     tokens = max(1, min(LOGIT_TOKENS, LOGITS // vocabulary))
     logits = machine.random(tokens, vocabulary, dtype=machine.dtype).requires_grad_()
-    generator = torch.Generator(device=machine.device).manual_seed(0)
+    noise = gumbel_noise((tokens,), vocabulary, 0, machine.device)
 
     def run() -> None:
         with torch.enable_grad():
             likely = logits.float().log_softmax(-1)
             with torch.no_grad():
-                drawn = torch.multinomial(likely.exp(), 1, generator=generator)
-            torch.autograd.grad(likely.gather(-1, drawn).sum(), logits)
+                drawn = drawn_tokens(likely, noise.at(noise.starts))
+            torch.autograd.grad(likely.gather(-1, drawn[:, None]).sum(), logits)
 
     return machine.seconds(run) / logits.numel()
 
