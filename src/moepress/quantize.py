@@ -56,6 +56,7 @@ from moepress.writing.held import discard
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
 # and is kept because unfinished work on disk has it.
 ORIGINAL_STATES = "twin"
+STATES_SHARE = 0.03  # of a card's free memory for the states of a walk: rounding needs the room
 
 
 def quantize(
@@ -165,7 +166,7 @@ def _quantize_layers(
     out: Path,
 ) -> None:
     """Round the unfinished layers, and commit each of them to the journal."""
-    walk = Walk(source, ids)
+    walk = Walk(source, ids, share=STATES_SHARE)
     original = None
     if Rounding.of_experts(plan.recipe, plan.recipe.quantizer).corrects:
         original = walk.fork()

@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import InputError
+from moepress.format import journal as journals
 from moepress.format.journal import Journal
 from moepress.original import batches as batch_sizes
 from moepress.original.batches import chunks, empty
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
-from tests.conftest import FAMILIES, VOCAB
+from tests.conftest import FAMILIES, VOCAB, make_model
 
 Folder = Callable[..., Path]
 
@@ -109,14 +110,49 @@ def test_journal_refuses_other_work(tmp_path: Path) -> None:
         Journal(tmp_path, {"model": "b", "recipe": "r"}, 2)
 
 
-def test_journal_reports_missing_states(model_folder: Folder, tmp_path: Path) -> None:
+def test_journal_goes_on_from_the_last_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card leaves states now and then; layers since are repeated."""
+    make_model("mixtral", num_hidden_layers=5).save_pretrained(tmp_path / "model")
+    source = Source(tmp_path / "model")
+    ids, now = some_ids(), [100.0]
+    whole = Walk(source, ids)
+    _run(Journal(tmp_path / "a", {"work": "1"}, 5), whole)
+    monkeypatch.setattr(journals.time, "monotonic", lambda: now[0])
+
+    def begun() -> Journal:
+        journal = Journal(tmp_path / "b", {"work": "1"}, 5)
+        monkeypatch.setattr(journal, "_every", 60.0)
+        return journal
+
+    def stored() -> list[str]:
+        return sorted(path.stem for path in (tmp_path / "b").glob("states-*"))
+
+    journal, walk = begun(), Walk(source, ids)
+    layers = journal.remaining(walk.restore)
+    for layer, seconds, kept in ((0, 10, []), (1, 70, ["states-0002"]), (2, 50, ["states-0002"])):
+        assert next(layers) == layer
+        now[0] += seconds
+        _step(journal, walk, layer)
+        assert stored() == kept
+    assert journal.todo == [3, 4]
+    other = begun()
+    assert other.first == 2
+    again = Walk(source, ids)
+    assert _run(other, again) == [2, 3, 4]
+    assert torch.equal(again.states, whole.states)
+    assert stored() == [] and other.todo == []
+    assert [int(other.result(layer)["x"]) for layer in range(5)] == list(range(5))
+
+
+def test_journal_without_states_begins_anew(model_folder: Folder, tmp_path: Path) -> None:
     source = Source(model_folder())
     journal = Journal(tmp_path, {"work": "1"}, 2)
     walk = Walk(source, some_ids())
     journal.commit(0, {"x": torch.ones(1)}, walk.tensors())
     next(tmp_path.glob("states-*")).unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        next(journal.remaining(walk.restore))
+    assert journal.first == 0 and _run(journal, walk) == [0, 1]
 
 
 def test_large_arrays_are_mapped_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:

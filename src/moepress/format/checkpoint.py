@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.memory import free_memory
 from moepress.ranks import here
 from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
@@ -37,7 +38,10 @@ FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can exp
 HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
 FORMS_VERSION = 5  # the lowest that has experts of any form, and padded ones
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
-MOST_COPIED = 1 << 30  # bytes on the CPU: Writer writes more than that, perhaps mapped, at once
+# Writer writes more bytes on the CPU than that, perhaps mapped, at once; or than a share of the
+# memory that is free.
+MOST_COPIED = 1 << 30
+SHARE_COPIED = 0.1
 QUANT_METHOD = "moepress"
 # Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
@@ -101,7 +105,8 @@ class Writer:
         if not here().first:
             return
         tensors = (tensor for each in files.values() for tensor in each.values())
-        if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > MOST_COPIED:
+        most = max(MOST_COPIED, SHARE_COPIED * free_memory(torch.device("cpu")))
+        if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > most:
             self._save(files, then)
             return
         copies = {

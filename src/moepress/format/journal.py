@@ -1,11 +1,13 @@
 """The finished layers of a run, kept on disk: a stopped run continues at the first unfinished one.
 
 Each decoder layer's result has a file of its own. Beside these files is the identity of the work
-(model, text, recipe).
+(model, text, recipe). The states to continue from are large. A card may finish a layer faster than
+a disk takes them: there they are written once a minute, and a stopped run repeats the layers since.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,20 +16,21 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import InputError
 from moepress.format.checkpoint import Writer, load_json, save_json, save_tensors
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.ranks import here
 from moepress.reading.documents import parse_value
 
+STATES_EVERY = 60.0  # seconds between states that a card leaves on disk
 IDENTITY: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
 class Journal:
     """The finished layers of a walk, one file each, and the states to continue from.
 
-    A layer is finished once its file has its final name. The states after that layer are
-    written before that file, so the process may be killed at any moment.
+    A layer is finished once its file has its final name. The states after that layer, if they are
+    written, are written before that file, so the process may be killed at any moment.
 
     Args:
         folder: made if missing.
@@ -52,6 +55,9 @@ class Journal:
         self.layers = range(layers)
         self._file = file or partial(layer_file, folder)
         self._writer = Writer(device, self._write)
+        self._every = STATES_EVERY if device is not None and device.type == "cuda" else 0.0
+        self._written = time.monotonic()  # when states were last written
+        self._kept = 0  # the layer whose states these are
         here().agreed(lambda: check_identity(folder / "identity.json", identity))
 
     def done(self, layer: int) -> bool:
@@ -65,11 +71,15 @@ class Journal:
 
     @property
     def first(self) -> int:
-        """The first unfinished layer, which is also the number of finished layers before it."""
-        return next(iter(self.todo), len(self.layers))
+        """The layer to go on with: the last one up to the first unfinished one that has states."""
+        unfinished = next(iter(self.todo), len(self.layers))
+        if unfinished == len(self.layers):
+            return unfinished
+        stored = (n for n in range(unfinished, 0, -1) if self._states(n).is_file())
+        return here().agreed(lambda: next(stored, 0))
 
     def remaining(self, restore: Callable[[Mapping[str, Tensor]], None]) -> Iterator[int]:
-        """Every layer from the first unfinished one on.
+        """Every layer from `first` on.
 
         Args:
             restore: gets the states that were committed for the first of these layers, by name. For
@@ -77,7 +87,8 @@ class Journal:
         """
         first = self.first
         if 0 < first < len(self.layers):
-            restore(self._stored_states(first))
+            restore(load_unfinished(self._states(first)))
+        self._kept = first
         try:
             yield from range(first, len(self.layers))
         finally:
@@ -86,11 +97,17 @@ class Journal:
     def commit(
         self, layer: int, result: Mapping[str, Tensor], states: Mapping[str, Tensor]
     ) -> None:
-        """Record a layer's result, and the states after the layer."""
-        files = {self._states(layer + 1): states} if layer + 1 < len(self.layers) else {}
+        """Record a layer's result, and the states after the layer if it is time."""
+        files: dict[Path, Mapping[str, Tensor]] = {self._file(layer): result}
+        last = layer + 1 == len(self.layers)
+        if not last and time.monotonic() - self._written < self._every:
+            self._writer.save(files)
+            return
+        before, self._kept = self._kept, layer + 1
+        self._written = time.monotonic()
         self._writer.save(
-            {**files, self._file(layer): result},
-            then=lambda: self._states(layer).unlink(missing_ok=True),
+            files if last else {self._states(layer + 1): states, **files},
+            then=lambda: self._states(before).unlink(missing_ok=True),
         )
 
     def result(self, layer: int) -> dict[str, Tensor]:
@@ -100,15 +117,6 @@ class Journal:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A result elsewhere than in `folder` is a file of the output, as it will stay."""
         (save_unfinished if path.parent == self.folder else save_tensors)(path, tensors)
-
-    def _stored_states(self, layer: int) -> dict[str, Tensor]:
-        path = self._states(layer)
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing, so the work in {self.folder} cannot go on. Delete that folder "
-                "to start over."
-            )
-        return load_unfinished(path)
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"

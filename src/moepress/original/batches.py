@@ -19,7 +19,7 @@ CARD_BATCHES = 2  # of these go through a layer together on a card: Python takes
 LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go through them
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
 SHARE = 0.45  # of a card's free memory, that an array of all tokens may take
-SHARE_IN_ORDER = 0.06  # the same for an array that is read in order, which costs less on the host
+SHARE_IN_ORDER = 0.12  # the same for an array that is read in order, which costs less on the host
 SHARE_PINNED = 0.1  # of the machine's free memory, that an array which a card uses may take
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 

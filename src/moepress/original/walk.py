@@ -100,10 +100,12 @@ class Walk(Sequences):
     Args:
         source: the model.
         ids: [S of all ranks, L] int64 token ids.
+        share: of a card's free memory, that the states may take; else they are on the host.
     """
 
-    def __init__(self, source: Source, ids: Tensor) -> None:
+    def __init__(self, source: Source, ids: Tensor, share: float = SHARE_IN_ORDER) -> None:
         self.source = source
+        self._share = share
         loop = loop_of(source.text_config, len(source.layers))
         super().__init__(ids, here(source.device), loop, batch_tokens(source.device))
         self._calls: list[list[Call]] = []  # [batch][call]
@@ -124,7 +126,7 @@ class Walk(Sequences):
                 hidden = calls[0].hidden
                 if states is None:
                     shape = (len(self.ids), *hidden.shape[1:])
-                    states = empty(shape, hidden.dtype, self.source.device, SHARE_IN_ORDER)
+                    states = empty(shape, hidden.dtype, self.source.device, self._share)
                 states[batch] = hidden
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([c.without_hidden(f) for c, f in zip(calls, first, strict=True)])
@@ -168,7 +170,7 @@ class Walk(Sequences):
             sequences: None: as many as the states have.
         """
         shape = (len(self.states) if sequences is None else sequences, *self.states.shape[1:])
-        return empty(shape, self.states.dtype, self.source.device, SHARE_IN_ORDER)
+        return empty(shape, self.states.dtype, self.source.device, self._share)
 
     def of_pass(self, number: int) -> Walk:
         """A walk with the states of one pass alone, which are not copied."""
