@@ -60,7 +60,7 @@ PARTS = {  # name: share of the time
     "search": 0.06,
     "shapes": 0.15,
     "compile": 0.12,
-    "sanitize": 0.2,
+    "sanitize": 0.3,
     "families": 0.5,
     "compress": 0.3,
 }
