@@ -153,7 +153,7 @@ def card_is_lost(card: Any) -> None:
 def cases_of(part: str, group: str, card: Any, given: argparse.Namespace) -> Iterator[Case]:
     from importlib import import_module
 
-    homes = {"start": "checks", "prefill": "ops", "shapes": "ops", "compress": "search"}
+    homes = {"prefill": "ops", "shapes": "ops", "compress": "search"}
     if part == "sanitized":
         run = import_module("on_gpu.sanitized").run
         yield Case(group, lambda: run(card, group), 600)

@@ -4,6 +4,7 @@ case.py          a named measurement, and what it finds
 card.py          the device: clocks, graphs, ceilings
 random_codes.py  packed matrices of random codes, made on the device
 compare.py       results beside those of an oracle
+start.py         whether kernels run here; all of them compiled
 checks.py        every op against the reference backend
 blocks.py        half a decoder layer: CUDA graphs, torch.compile
 grouped.py       products by decoded weights, beside those by integers

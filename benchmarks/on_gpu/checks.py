@@ -9,7 +9,6 @@ another order; hence the tolerances.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -22,15 +21,13 @@ from moepress.errors import MoepressError
 from moepress.format.codec import (
     CODE_BITS,
     GRID_BITS,
-    GROUP_SIZES,
     HALF_WIDTHS,
     Codec,
     PackedSpec,
 )
 from moepress.kernels import ExpertsCall, Gate, reference
-from moepress.kernels.cuda import compiler, launch
 from on_gpu.card import Card
-from on_gpu.case import BACKEND, Case, CheckError, Row
+from on_gpu.case import Case, Row
 from on_gpu.compare import TOLERANCE, Worst
 from on_gpu.random_codes import random_packed
 
@@ -57,12 +54,6 @@ LARGE: dict[str, tuple[float, ...]] = {  # widths of experts of Mixtral-8x7B's s
     "int": (2, 3, 4, 1),
     "trellis": (2, 2.5, 3, 1.5, 3.5),
 }
-
-
-def start_cases(card: Card) -> Iterator[Case]:
-    yield Case(BACKEND, partial(check_backend, card), 60)
-    yield Case("programs", partial(compile_programs, card), 120)
-    yield Case("first call", partial(first_call, card), 150)
 
 
 def cases(card: Card) -> Iterator[Case]:
@@ -92,44 +83,6 @@ def old_cases(card: Card) -> Iterator[Case]:
         yield Case(f"odd inputs {family}", partial(check_odd_inputs, card, family), 60)
     yield Case("embedding", partial(check_embedding, card), 60)
     yield Case("drop", partial(check_drop, card), 60)
-
-
-def check_backend(card: Card) -> list[Row]:
-    status = [dataclasses.asdict(s) for s in kernels.status()]
-    found = kernels.backend_for(card.device).name
-    if found != card.device.type:
-        raise CheckError(f"{card.device} runs '{found}': {status}")
-    return [{"backend": found, "status": status}]
-
-
-def compile_programs(card: Card) -> list[Row]:
-    """Every program of the folder, several at a time, so that no check waits for a compiler."""
-    if not card.is_cuda:
-        return []
-    started = time.perf_counter()
-    found = programs()
-    compiler.compile_all(found, torch.cuda.get_device_capability(card.device))
-    return [{"programs": len(found), "seconds": time.perf_counter() - started}]
-
-
-def programs() -> list[compiler.Program]:
-    """Those of every group size and number of planes; what takes longest to compile first."""
-    found: list[compiler.Program] = []
-    for source in sorted(launch.SOURCES, key=lambda name: not name.startswith("trellis")):
-        kernels_of = [f"moepress_{source}"]
-        if "MOEPRESS_GROUP" in (compiler.HERE / f"{source}.cu").read_text():
-            kernels_of = [f"{kernels_of[0]}_g{g}_p{p}" for g in GROUP_SIZES for p in (1, 2)]
-        found += [(source, launch.defines_of(kernel)) for kernel in kernels_of]
-    return found
-
-
-def first_call(card: Card) -> list[Row]:
-    started = time.perf_counter()
-    spec = PackedSpec((2,), 32, "trellis")
-    packed = random_packed(spec, 64, 64, card.generator())
-    x = torch.randn(1, 64, device=card.device)
-    kernels.linear(x, packed, None, 64, 2, 32, 8, "trellis").sum().item()
-    return [{"seconds": time.perf_counter() - started}]
 
 
 def _tokens(card: Card) -> tuple[int, ...]:
