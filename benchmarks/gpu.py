@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python3 benchmarks/gpu.py [--out FOLDER] [--only checks,ops] [--minutes 8]
 
-Needs torch and transformers, and nothing of moepress that is compiled: the reference backend on the
+Needs what moepress itself needs, and nothing of it that is compiled: the reference backend on the
 CPU is the oracle. Weights are random and made on the card. Each part runs in processes of its own,
 so that a kernel that fails or hangs costs one case and not the run. Results go to stdout and, as
 lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
@@ -16,8 +16,13 @@ lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
     search     the trellis search
     shapes     the MoE op of other models with few tokens; the linear op
     compile    torch.compile of a packed block
-    sanitize   compute-sanitizer on a small run of every kernel
+    sanitize   compute-sanitizer on small runs of every kernel; a group: sanitize@trellis_decode
+    families   tiny models of all families, compressed and run on the card and on the CPU (only when
+               named; needs what moepress's tests need)
     compress   compression of two layers of Mixtral-8x7B's shape (only when named)
+
+First all kernels are compiled, several at a time. Checks and families are divided over `--workers`
+processes; what is timed runs alone.
 
 `--device cpu --tiny` proves the script on a machine without a card, and with `--emulate` the
 kernels too, in the emulator of tests/kernels/cuda.
@@ -29,38 +34,45 @@ import argparse
 import json
 import os
 import queue
-import shutil
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from on_gpu.case import Case, Row
+from on_gpu import sanitizer
+from on_gpu.case import BACKEND, Case, Row
 
 PARTS = {  # name: share of the time
     "checks": 0.3,
+    "divided": 0.06,
     "ops": 0.1,
     "prefill": 0.1,
     "model": 0.2,
-    "divided": 0.06,
     "kl": 0.08,
     "search": 0.06,
     "shapes": 0.15,
     "compile": 0.12,
-    "sanitize": 0.12,
+    "sanitize": 0.3,
+    "families": 0.5,
     "compress": 0.3,
 }
-OPTIONAL = ("compress",)  # run only when named
+OPTIONAL = ("families", "compress")  # run only when named
+SHARED = ("checks", "families")  # their cases are divided over workers: nothing is timed
+TABLED = ("start", *PARTS)
+CHECKED = ("start", "checks", "divided", "kl", "search", "compile", "sanitize", "families")
+EMULATED = 10  # times as long may a case take in the emulator
+START = 150  # seconds for compiling all kernels, at most
 RESTARTS = 12  # of a worker that died
 START_SECONDS = 90  # to import torch and to reach the first case
-BACKEND = "the cuda backend runs here"  # a case of checks.py
+CORES = len(os.sched_getaffinity(0))
 EXIT_BROKEN = 3  # of a worker whose CUDA context is lost
 
 
@@ -80,14 +92,15 @@ def work(given: argparse.Namespace) -> None:
     number = -1
     for item in given.part.split(","):
         part, _, until = item.partition("@")
-        for case in cases_of(part, card, given):
+        for case in cases_of(part, until, card, given):
             number += 1
-            if number < given.first:
+            if number < given.first or number % given.workers != given.turn:
                 continue
-            say(event="start", number=number, part=part, case=case.name, seconds=case.seconds)
+            limit = case.seconds * (EMULATED if given.emulate else 1)
+            say(event="start", number=number, part=part, case=case.name, seconds=limit)
             started = time.perf_counter()
             end: Row
-            if until and time.time() > float(until):
+            if until and part != "sanitized" and time.time() > float(until):
                 end = {"ok": False, "error": "no time left"}
             else:
                 end = result_of(case, card)
@@ -137,16 +150,17 @@ def card_is_lost(card: Any) -> None:
         os._exit(EXIT_BROKEN)
 
 
-def cases_of(part: str, card: Any, given: argparse.Namespace) -> Iterator[Case]:
+def cases_of(part: str, group: str, card: Any, given: argparse.Namespace) -> Iterator[Case]:
     from importlib import import_module
 
     homes = {"prefill": "ops", "shapes": "ops", "compress": "search"}
     if part == "sanitized":
-        yield Case("all kernels", import_module("on_gpu.checks").sanitized(card), 600)
+        run = import_module("on_gpu.sanitized").run
+        yield Case(group, lambda: run(card, group), 600)
     elif part in ("divided", "kl"):
         yield from import_module(f"on_gpu.{part}").cases(card, Path(given.models))
     elif part == "compile":
-        yield from import_module("on_gpu.checks").compile_cases(card)
+        yield from import_module("on_gpu.blocks").compile_cases(card)
         static = import_module("on_gpu.kl").check_static_generate
         yield Case("generate", lambda: static(card, Path(given.models)), 180)
     elif part in homes:
@@ -170,6 +184,7 @@ class Run:
         self.started = time.monotonic()
         self.deadline = self.started + 60 * given.minutes
         self.results: list[Row] = []
+        self.lock = threading.Lock()
         self.file = None
         if given.out is not None:
             given.out.mkdir(parents=True, exist_ok=True)
@@ -180,25 +195,54 @@ class Run:
         return self.deadline - time.monotonic()
 
     def keep(self, **row: Any) -> None:
-        self.results.append(row)
-        if self.file is not None:
-            print(json.dumps(row), file=self.file, flush=True)
-        print(f"[{time.monotonic() - self.started:5.0f} s] {short(row)}", flush=True)
+        with self.lock:
+            self.results.append(row)
+            if self.file is not None:
+                print(json.dumps(row), file=self.file, flush=True)
+            print(f"[{time.monotonic() - self.started:5.0f} s] {short(row)}", flush=True)
 
-    def parts(self, names: Sequence[str], ends: Sequence[float]) -> None:
-        """Run the cases of parts, each until its end (monotonic seconds)."""
+    def start(self) -> bool:
+        """Compile all kernels: whether they run here."""
+        self.parts(["start"], [min(self.deadline, time.monotonic() + START)])
+        return any(row["case"] == BACKEND and row["ok"] for row in self.results)
+
+    def shared(self, name: str, end: float) -> None:
+        """Run the cases of one part in several workers, until an end."""
+        workers = self.given.workers
+        with ThreadPoolExecutor(workers) as pool:
+            turns = [
+                pool.submit(self.parts, [name], [end], turn, workers) for turn in range(workers)
+            ]
+        for turn in turns:
+            turn.result()
+
+    def parts(
+        self, names: Sequence[str], ends: Sequence[float], turn: int = 0, workers: int = 1
+    ) -> None:
+        """Run the cases of parts, each until its end (monotonic seconds).
+
+        Of several workers, each runs the cases whose numbers have the remainder `turn`.
+        """
         first, offset = 0, time.time() - time.monotonic()
         passed = ",".join(f"{n}@{e + offset:.0f}" for n, e in zip(names, ends, strict=True))
+        divided = ["--turn", str(turn), "--workers", str(workers)]
+        threads = {"OMP_NUM_THREADS": str(max(1, CORES // workers)), "OMP_WAIT_POLICY": "passive"}
+        setting = threads if names[0] in SHARED else {}
         for _ in range(RESTARTS):
-            first, finished = self._worker(passed, first, ends[-1])
+            first, finished = self._worker(["--part", passed, *divided], setting, first, ends[-1])
             if finished or time.monotonic() > ends[-1]:
                 return
 
-    def _worker(self, parts: str, first: int, end: float) -> tuple[int, bool]:
+    def _worker(
+        self, work: Sequence[str], setting: dict[str, str], first: int, end: float
+    ) -> tuple[int, bool]:
         """Run one worker: (the case to continue with, whether all are finished)."""
-        command = [sys.executable, __file__, "--part", parts, "--first", str(first)]
+        command = [*self.command(), *work, "--first", str(first)]
         process = subprocess.Popen(
-            command + self._passed(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | setting,
         )
         lines: queue.Queue[bytes | None] = queue.Queue()
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
@@ -241,42 +285,12 @@ class Run:
             self.keep(**now, ok=False, error=f"process ended with {code}", trace=noise)
         return number + 1, number < first
 
-    def _passed(self) -> list[str]:
-        passed = ["--device", self.given.device, "--models", str(self.given.models)]
-        switches = [f"--{name}" for name in ("tiny", "emulate") if getattr(self.given, name)]
-        return passed + switches
-
-    def sanitize(self, seconds: float) -> None:
-        tool = sanitizer()
-        if tool is None:
-            self.keep(part="sanitize", case="start", ok=False, error="no compute-sanitizer here")
-            return
-        end = min(self.deadline, time.monotonic() + seconds)
-        for check in ("memcheck", "racecheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9"]
-            if check == "racecheck":  # slow: ours alone
-                command += ["--kernel-name", "kernel_substring=moepress"]
-            command += [sys.executable, __file__, "--part", "sanitized", *self._passed()]
-            setting = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            started = time.monotonic()
-            limit = max((end - started) / (2 if check == "memcheck" else 1), 5)
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=setting, text=True
-            )
-            try:
-                text, _ = process.communicate(timeout=limit)
-                lines = text.splitlines()
-                told = [x for x in lines if x.startswith("=========")]
-                done = any('"ok": true' in x for x in lines)
-                ok = process.returncode == 0 and done
-                error = f"exit code {process.returncode}, all kernels ran: {done}"
-                trace = told[:30] + ([] if ok else lines[-8:])
-            except subprocess.TimeoutExpired:
-                process.kill()
-                ok, error, trace = False, f"not done in {limit:.0f} s", []
-            row: Row = {"rows": [{"told": told[-1] if told else ""}]} if ok else {"error": error}
-            took = time.monotonic() - started
-            self.keep(part="sanitize", case=check, ok=ok, took=took, trace=trace, **row)
+    def command(self) -> list[str]:
+        """A worker's command, without what it shall do."""
+        given = self.given
+        switches = [f"--{name}" for name in ("tiny", "emulate") if getattr(given, name)]
+        where = ["--device", given.device, "--models", str(given.models)]
+        return [sys.executable, __file__, *where, *switches]
 
 
 def _read(process: subprocess.Popen[bytes], lines: queue.Queue[bytes | None]) -> None:
@@ -284,13 +298,6 @@ def _read(process: subprocess.Popen[bytes], lines: queue.Queue[bytes | None]) ->
     for line in process.stdout:
         lines.put(line)
     lines.put(None)
-
-
-def sanitizer() -> str | None:
-    name = "compute-sanitizer"
-    folders = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/bin")
-    found = next((p for p in (Path(f) / name for f in folders) if p.is_file()), None)
-    return shutil.which(name) or (str(found) if found else None)
 
 
 def short(row: Row) -> str:
@@ -317,16 +324,12 @@ def figure(value: Any) -> str:
 def table(results: list[Row], started: float) -> str:
     """Counts of checks, what failed, and all measured figures."""
     lines = []
-    checks = [
-        r
-        for r in results
-        if r["part"] in ("checks", "divided", "kl", "search", "compile", "sanitize")
-    ]
+    checks = [r for r in results if r["part"] in CHECKED]
     good = sum(r["ok"] for r in checks)
     failed = [f"{r['part']}: {r['case']}: {r['error'][:300]}" for r in results if not r["ok"]]
     lines += [f"checks passed: {good} of {len(checks)}; {time.monotonic() - started:.0f} s in all"]
     lines += [f"FAILED {text}" for text in failed]
-    for part in PARTS:
+    for part in TABLED:
         rows = [
             {"case": r["case"], **row}
             for r in results
@@ -342,20 +345,36 @@ def table(results: list[Row], started: float) -> str:
     return "\n".join(lines)
 
 
+def order(name: str) -> tuple[int, int]:
+    """Shared parts first, then those that run alone, then the sanitizer.
+
+    Raises:
+        SystemExit: there is no such part.
+    """
+    if name not in PARTS:
+        raise SystemExit(f"no part '{name}'. Expected some of {list(PARTS)}.")
+    return (0 if name in SHARED else 2 if name == "sanitize" else 1), list(PARTS).index(name)
+
+
 def main(given: argparse.Namespace) -> None:
     run = Run(given)
-    names = given.only.split(",") if given.only else [p for p in PARTS if p not in OPTIONAL]
-    unknown = set(names) - set(PARTS)
-    if unknown:
-        raise SystemExit(f"no part {sorted(unknown)}. Expected some of {list(PARTS)}.")
-    shares = sum(PARTS[n] for n in names)
-    seconds = [(run.left - 10) * PARTS[n] / shares for n in names]
-    ends = [time.monotonic() + t for t in accumulate(seconds)]
-    in_workers = [i for i, name in enumerate(names) if name != "sanitize"]
-    if in_workers:
-        run.parts([names[i] for i in in_workers], [ends[i] for i in in_workers])
-    if "sanitize" in names:
-        run.sanitize(run.left - 5)
+    asked = given.only.split(",") if given.only else [p for p in PARTS if p not in OPTIONAL]
+    groups = [g for name, _, g in (one.partition("@") for one in asked) if name == "sanitize" and g]
+    names = sorted({one.partition("@")[0] for one in asked}, key=order)
+    if run.start():
+        shares = sum(PARTS[n] for n in names)
+        seconds = [(run.left - 10) * PARTS[n] / shares for n in names]
+        ends = {n: time.monotonic() + t for n, t in zip(names, accumulate(seconds), strict=True)}
+        for name in names:
+            if name in SHARED:
+                run.shared(name, ends[name])
+        alone = [n for n in names if n not in SHARED and n != "sanitize"]
+        if alone:
+            run.parts(alone, [ends[n] for n in alone])
+        if "sanitize" in names:
+            worker = [*run.command(), "--workers", "1", "--part"]
+            end = time.monotonic() + run.left - 5
+            sanitizer.run(worker, given.sanitize_jobs, end, groups or sanitizer.GROUPS, run.keep)
     text = table(run.results, run.started)
     if given.out is not None:
         (given.out / "gpu.md").write_text(text + "\n")
@@ -371,8 +390,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--emulate", action="store_true", help="with --device cpu: CUDA's kernels")
     parser.add_argument("--models", default=".gpu/kl", help="folder made by on_gpu/kl.py")
+    parser.add_argument("--workers", type=int, default=min(7, max(1, CORES // 2)))
+    parser.add_argument("--sanitize-jobs", type=int, default=6, help="sanitizers at a time")
     parser.add_argument("--part", help="internal: run the cases of parts, NAME@END,...")
     parser.add_argument("--first", type=int, default=0, help="internal: the first case to run")
+    parser.add_argument("--turn", type=int, default=0, help="internal: of `--workers`")
     return parser.parse_args()
 
 

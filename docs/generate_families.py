@@ -48,6 +48,10 @@ to the original |
 | prune | of a share of .15, about .15 of the choices are dropped |
 | serve | `serve` answers a completion; of composites, some are tested with texts and images in \
 tests/families/test_serving.py: LLaVA, Qwen3-VL, GLM-4.5V, Llama 4 |
+
+Older versions, from 5.16 on, have fewer: 5.16 lacks 21 of these 85 model types, 5.17 lacks 18. Aria
+and Doge need 5.18: before it, Aria's experts have a form that moepress refuses, and transformers'
+own class of Doge fails on every call.
 """
 
 

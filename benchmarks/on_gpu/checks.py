@@ -9,21 +9,26 @@ another order; hence the tolerances.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moepress import kernels
 from moepress.errors import MoepressError
-from moepress.format.codec import CODE_BITS, GRID_BITS, Codec, PackedSpec
+from moepress.format.codec import (
+    CODE_BITS,
+    GRID_BITS,
+    HALF_WIDTHS,
+    Codec,
+    PackedSpec,
+)
 from moepress.kernels import ExpertsCall, Gate, reference
-from moepress.kernels.modules import PackedExperts, PackedLinear
 from on_gpu.card import Card
-from on_gpu.case import Case, CheckError, Row
+from on_gpu.case import Case, Row
+from on_gpu.compare import TOLERANCE, Worst
 from on_gpu.random_codes import random_packed
 
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 300)
@@ -38,128 +43,46 @@ EXPERTS = (  # hidden, intermediate, gate_up's and down's group size, chosen, to
     (384, 128, 64, 128, 8, (1, 4, 33, 300)),
     (1024, 704, 128, 64, 2, (1, 16, 100)),
 )
-GATES = {
+GATES = {  # all with biases
+    "plain": Gate("silu"),
     "gpt_oss": Gate("silu", limit=7.0, alpha=1.702, up_offset=1.0),
     "step3p7": Gate("silu", limit=2.0, limits_output=True),
     "inkling2": Gate("silu", gate_softcap=4.0, up_softcap=2.5),
     "nemotron_h": Gate("relu2", gated=False),
 }
-TOLERANCE = {8: 4e-3, 16: 3e-4}  # by activation bits, of a token; see above
-HALF = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+LARGE: dict[str, tuple[float, ...]] = {  # widths of experts of Mixtral-8x7B's shape
+    "int": (2, 3, 4, 1),
+    "trellis": (2, 2.5, 3, 1.5, 3.5),
+}
 
 
 def cases(card: Card) -> Iterator[Case]:
-    from on_gpu import grouped
+    """First what no card has run so far."""
+    from on_gpu import blocks, grouped
 
-    for case in integer_cases(card):
-        yield grouped.by_integers(case)
-    yield from grouped.check_cases(card)
-
-
-def integer_cases(card: Card) -> Iterator[Case]:
-    yield Case("the cuda backend runs here", partial(check_backend, card), 60)
-    yield Case("first call", partial(first_call, card), 150)
     families = [(family, bits) for family, widths in CODE_BITS.items() for bits in widths]
-    for family, bits in families:
-        yield Case(f"linear {family} {bits}", partial(check_linear, card, family, bits), 90)
+    families.sort(key=lambda one: one[1] not in HALF_WIDTHS)  # these first
+    linears = [
+        Case(f"linear {family} {bits}", partial(check_linear, card, family, bits), 90)
+        for family, bits in families
+    ]
+    new, old = linears[: len(HALF_WIDTHS)], linears[len(HALF_WIDTHS) :]
+    new += [Case(f"gates {f}", partial(check_gates, card, f), 90) for f in CODE_BITS]
+    yield from map(grouped.by_integers, new)
+    yield from grouped.check_cases(card)
+    yield from map(grouped.by_integers, [*old_cases(card), *old, *blocks.graph_cases(card)])
+
+
+def old_cases(card: Card) -> Iterator[Case]:
     for family in CODE_BITS:
+        yield Case(f"large {family}", partial(check_large, card, family), 120)
         for number in range(len(EXPERTS)):
             run = partial(check_experts, card, family, number)
             yield Case(f"experts {family}, shape {number}", run, 90)
         yield Case(f"activations {family}", partial(check_activations, card, family), 90)
-        yield Case(f"gates {family}", partial(check_gates, card, family), 90)
         yield Case(f"odd inputs {family}", partial(check_odd_inputs, card, family), 60)
     yield Case("embedding", partial(check_embedding, card), 60)
     yield Case("drop", partial(check_drop, card), 60)
-    yield Case("CUDA graph", partial(check_graph, card), 60)
-    for family in CODE_BITS:
-        yield Case(f"large {family}", partial(check_large, card, family), 120)
-
-
-def compile_cases(card: Card) -> Iterator[Case]:
-    for family in CODE_BITS:
-        yield Case(f"{family}", partial(check_compile, card, family), 120)
-
-
-def check_backend(card: Card) -> list[Row]:
-    status = [dataclasses.asdict(s) for s in kernels.status()]
-    found = kernels.backend_for(card.device).name
-    if found != card.device.type:
-        raise CheckError(f"{card.device} runs '{found}': {status}")
-    return [{"backend": found, "status": status}]
-
-
-def first_call(card: Card) -> list[Row]:
-    started = time.perf_counter()
-    spec = PackedSpec((2,), 32, "trellis")
-    packed = random_packed(spec, 64, 64, card.generator())
-    x = torch.randn(1, 64, device=card.device)
-    kernels.linear(x, packed, None, 64, 2, 32, 8, "trellis").sum().item()
-    return [{"seconds": time.perf_counter() - started}]
-
-
-# Comparison
-
-
-class Worst:
-    """The worst float32 errors over many comparisons, and what was wrong."""
-
-    def __init__(self) -> None:
-        self.error = self.token_error = 0.0
-        self.count = 0
-        self.wrong: list[str] = []
-
-    def __call__(
-        self, label: str, found: Tensor, oracle: Tensor, tolerance: float, dtype: torch.dtype
-    ) -> None:
-        """Compare `found` in `dtype` with an oracle in float32 on the CPU."""
-        self.count += 1
-        if found.dtype != dtype or found.shape != oracle.shape:
-            self.wrong.append(f"{label}: {list(found.shape)} {found.dtype}")
-            return
-        ours, exact = found.detach().cpu().double(), oracle.double()
-        if ours.numel() == 0:
-            return
-        allowed = tolerance + HALF[dtype]
-        rows = ours.reshape(-1, ours.shape[-1]), exact.reshape(-1, ours.shape[-1])
-        norms = rows[1].norm(dim=1)
-        # The few outputs of a short row may cancel out: then the error is one of a typical token.
-        norms = norms.clamp(min=float(norms.square().mean().sqrt()) * 0.3 + 1e-30)
-        errors = (rows[0] - rows[1]).norm(dim=1) / norms
-        error = float((ours - exact).norm() / exact.norm().clamp(min=1e-30))
-        worst = float(errors.nan_to_num(nan=9e9, posinf=9e9).max())
-        if dtype == torch.float32:
-            self.error = max(self.error, error if error == error else 9e9)
-            self.token_error = max(self.token_error, worst)
-        if not worst <= allowed:
-            bad = (~(errors <= allowed)).nonzero().flatten().tolist()
-            self.wrong.append(
-                f"{label}: error {worst:.3g}, allowed {allowed:.3g}; {len(bad)} of {len(errors)} "
-                f"rows, first {bad[:6]}"
-            )
-
-    def same(self, label: str, found: Tensor, other: Tensor) -> None:
-        """Check that two results are equal bit for bit."""
-        self.count += 1
-        if not torch.equal(_bytes(found), _bytes(other)):
-            differ = int((found != other).sum())
-            self.wrong.append(f"{label}: {differ} of {found.numel()} numbers differ")
-
-    def expect(self, label: str, holds: bool) -> None:
-        self.count += 1
-        if not holds:
-            self.wrong.append(label)
-
-    def rows(self) -> list[Row]:
-        row = {"compared": self.count, "error": self.error, "token_error": self.token_error}
-        if self.wrong:
-            more = f" (and {len(self.wrong) - 8} more)" if len(self.wrong) > 8 else ""
-            raise CheckError(f"{row} WRONG {len(self.wrong)}: " + " | ".join(self.wrong[:8]) + more)
-        return [row]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
 
 
 def _tokens(card: Card) -> tuple[int, ...]:
@@ -169,8 +92,8 @@ def _tokens(card: Card) -> tuple[int, ...]:
 # Linear
 
 
-def check_linear(card: Card, family: str, bits: int) -> list[Row]:
-    worst, generator = Worst(), torch.Generator().manual_seed(bits)
+def check_linear(card: Card, family: str, bits: float) -> list[Row]:
+    worst, generator = Worst(), torch.Generator().manual_seed(round(2 * bits))
     for (rows, cols, group), activation_bits in (
         (shape, a) for shape in (SHAPES[:4] if card.tiny else SHAPES) for a in (8, 16)
     ):
@@ -186,7 +109,7 @@ def check_linear(card: Card, family: str, bits: int) -> list[Row]:
             x: Tensor,
             bias: Tensor | None = None,
             packed: Tensor = here[1],
-            given: tuple[Any, ...] = (rows, bits, group, activation_bits, family),
+            given: tuple[Any, ...] = (rows, codec.number, group, activation_bits, family),
         ) -> Tensor:
             y: Tensor = kernels.linear(x, packed, bias, *given)
             return y
@@ -424,109 +347,22 @@ def check_drop(card: Card) -> list[Row]:
     return worst.rows()
 
 
-# Graphs, compilers, large shapes
-
-
-class Block(nn.Module):
-    """A packed projection, a router, packed experts and the residual: half a decoder layer."""
-
-    def __init__(self, card: Card, family: str) -> None:
-        super().__init__()
-        hidden, inner, count = 256, 128, 6
-        specs = (
-            PackedSpec((2, 3, 2, 1, 0, 4), 64, family),
-            PackedSpec((2, 2, 3, 1, 0, 4), 64, family),
-        )
-        four = Codec(4, 64, family)
-        self.project = PackedLinear(hidden, hidden, four)
-        self.router = nn.Linear(hidden, count, bias=False)
-        self.experts = PackedExperts(count, hidden, inner, *specs, Gate("silu"))
-        generator = torch.Generator().manual_seed(0)
-        filled = (
-            (self.project.weight, PackedSpec((4,), 64, family), hidden, hidden),
-            (self.experts.gate_up_proj, specs[0], 2 * inner, hidden),
-            (self.experts.down_proj, specs[1], hidden, inner),
-        )
-        for parameter, spec, rows, cols in filled:
-            parameter.data = random_packed(spec, rows, cols, generator)
-        self.router.weight.data.normal_(generator=generator)
-        self.to(card.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.project(x)
-        weights, index = self.router(y).softmax(-1).topk(2)
-        return x + self.experts(y, index, weights)
-
-
-def check_graph(card: Card) -> list[Row]:
-    """A captured graph gives what plain calls give, for inputs that came after capture."""
-    worst = Worst()
-    for family in CODE_BITS:
-        block = Block(card, family)
-        thresholds = torch.tensor([0.0, 0.5], device=card.device)
-        table = random_packed(PackedSpec((4,), 64), 40, 256, card.generator())
-        for tokens in (1, 4, 40):
-            ids = torch.zeros(tokens, dtype=torch.int64, device=card.device)
-            x = torch.zeros(tokens, 256, device=card.device)
-            weights = torch.rand(tokens, 2, device=card.device)
-            index = torch.randint(6, (tokens, 2), device=card.device)
-
-            def work(
-                x: Tensor = x,
-                ids: Tensor = ids,
-                index: Tensor = index,
-                weights: Tensor = weights,
-                block: Block = block,
-                table: Tensor = table,
-                thresholds: Tensor = thresholds,
-            ) -> tuple[Tensor, ...]:
-                y = block(x) + kernels.embedding(ids, table, 40, 256, 4, 64, torch.float32)
-                return y, *kernels.drop(index, weights, thresholds, True, None, 6)
-
-            with torch.inference_mode():
-                replay, results = card.captured(work)
-                for seed in range(3):
-                    generator = card.generator(seed)
-                    x.normal_(generator=generator)
-                    ids.random_(0, 40, generator=generator)
-                    weights.uniform_(generator=generator)
-                    replay()
-                    card.synchronize()
-                    if card.is_cuda:
-                        for found, plain in zip(results, work(), strict=True):
-                            worst.same(f"{family} {tokens} tokens", found, plain)
-    return worst.rows()
-
-
-def check_compile(card: Card, family: str) -> list[Row]:
-    """torch.compile(fullgraph=True) of a block: the same but for the order of torch's own sums."""
-    worst, rows = Worst(), []
-    ways: tuple[dict[str, Any], ...] = ({}, {"mode": "reduce-overhead"})
-    for options in ways if card.is_cuda else ({"backend": "aot_eager"},):
-        block = Block(card, family)
-        torch._dynamo.reset()
-        compiled = torch.compile(block, fullgraph=True, dynamic=False, **options)
-        with torch.inference_mode():
-            for seed in range(4):
-                x = torch.randn(4, 256, device=card.device, generator=card.generator(seed))
-                y = compiled(x).clone()
-                worst(f"{options} {family}", y, block(x).cpu(), TOLERANCE[8], torch.float32)
-        rows.append({"compiled": str(options or "inductor")})
-    return [*worst.rows(), *rows]
+# Large shapes
 
 
 def check_large(card: Card, family: str) -> list[Row]:
     """Mixtral-8x7B's shape, with the reference backend on the card itself as the oracle."""
-    worst, wanted = Worst(), (2, 3, 4, 1)
+    worst, bits = Worst(), LARGE[family]
     hidden, inner = (128, 256) if card.tiny else (4096, 14336)
     generator = card.generator(3)
     shapes = (2 * inner, hidden), (hidden, inner)
-    spec = PackedSpec(wanted, 128, family)
+    spec = PackedSpec(bits, 128, family)
     packed = [random_packed(spec, *shape, generator) for shape in shapes]
     tables = [torch.tensor(spec.table(*shape), device=card.device) for shape in shapes]
     for tokens, activation_bits in ((1, 8), (3, 16), (16, 8), (200, 8), (600, 16)):
         x = torch.randn(tokens, hidden, generator=generator, device=card.device)
-        index = torch.rand(tokens, 4, generator=generator, device=card.device).argsort(1)[:, :2]
+        scores = torch.rand(tokens, len(bits), generator=generator, device=card.device)
+        index = scores.argsort(1)[:, :2]
         weights = torch.rand(tokens, 2, generator=generator, device=card.device)
         call = ExpertsCall(
             x, index, weights, *packed, *tables, inner, 128, 128, "silu", activation_bits, family
@@ -545,33 +381,3 @@ def check_large(card: Card, family: str) -> list[Row]:
         oracle = reference.linear(x, matrix, None, rows, spec.codecs[0], 8, rounded=True).cpu()
         worst(f"head, {tokens} tokens", y, oracle, TOLERANCE[8], torch.float32)
     return worst.rows()
-
-
-def sanitized(card: Card) -> Callable[[], None]:
-    """A small run of every kernel, for compute-sanitizer."""
-    from on_gpu import grouped
-
-    def run() -> None:
-        for family in CODE_BITS:
-            for tokens in (1, 40):
-                call = on(card.device, experts_call(family, 128, 96, (32, 32), 2, tokens))
-                run_experts(call).sum().item()
-                with grouped.way(True):
-                    run_experts(call).sum().item()
-            for bits in CODE_BITS[family]:
-                spec = PackedSpec((bits,), 32, family)
-                packed = random_packed(spec, 70, 96, torch.Generator()).to(card.device)
-                for tokens in (1, 20, 70):
-                    x = torch.randn(tokens, 96, device=card.device)
-                    for activation_bits in (8, 16):
-                        kernels.linear(x, packed, None, 70, bits, 32, activation_bits, family)
-                if family == "int":
-                    ids = torch.arange(70, device=card.device)
-                    kernels.embedding(ids, packed, 70, 96, bits, 32, torch.float32)
-        index = torch.randint(8, (5, 2), device=card.device)
-        weights = torch.rand(5, 2, device=card.device)
-        thresholds = torch.tensor([0.0, 0.5], device=card.device)
-        kernels.drop(index, weights, thresholds, True, None, 8)
-        card.synchronize()
-
-    return run

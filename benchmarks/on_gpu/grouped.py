@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from moepress import kernels
-from moepress.format.codec import CODE_BITS, PackedSpec
+from moepress.format.codec import CODE_BITS, PackedSpec, width_number
 from moepress.kernels import ExpertsCall, reference
 from moepress.kernels.cuda import grouped, products
 from on_gpu import checks, ops
@@ -53,6 +53,8 @@ def by_integers(case: Case) -> Case:
 
 def check_cases(card: Card) -> Iterator[Case]:
     for family in CODE_BITS:
+        yield Case(f"decoded weights, gates {family}", partial(check_gates, card, family), 90)
+    for family in CODE_BITS:
         yield Case(f"decoded weights {family}", partial(check, card, family), 90)
 
 
@@ -74,10 +76,10 @@ def check(card: Card, family: str) -> list[Row]:
             for rows, cols, group in ((70, 384, 128), (200, 64, 64), (512, 2816, 128)):
                 spec = PackedSpec((bits,), group, family)
                 packed = random_packed(spec, rows, cols, card.generator(rows))
-                x = torch.randn(300, cols, device=card.device, generator=card.generator(bits))
+                x = torch.randn(300, cols, device=card.device, generator=card.generator(rows))
                 bias = torch.randn(rows, device=card.device, generator=card.generator(1))
                 oracle = reference.linear(x, packed, bias, rows, spec.codecs[0]).cpu()
-                given = packed, bias, rows, bits, group, 8, family
+                given = packed, bias, rows, width_number(bits), group, 8, family
                 for tokens in (1, 65, 300):
                     card.poison()
                     y = kernels.linear(x[:tokens], *given)
@@ -106,16 +108,30 @@ def check(card: Card, family: str) -> list[Row]:
     return worst.rows()
 
 
+def check_gates(card: Card, family: str) -> list[Row]:
+    """Every gate with biases, by decoded weights."""
+    worst = checks.Worst()
+    with way(True), torch.inference_mode():
+        for (name, gate), tokens in ((g, t) for g in checks.GATES.items() for t in (1, 20, 70)):
+            call = checks.experts_call(family, 128, 96, (32, 32), 2, tokens, "silu", 8, gate)
+            oracle = reference.experts(call)
+            card.poison()
+            y = checks.run_experts(checks.on(card.device, call))
+            worst(f"{name} T{tokens}", y, oracle, TOLERANCE, torch.float32)
+    return worst.rows()
+
+
 def large(card: Card, family: str, worst: checks.Worst) -> None:
-    """Mixtral-8x7B's shape with 4 experts: several chunks of rows."""
+    """Mixtral-8x7B's shape with few experts: several chunks of rows."""
     hidden, inner = (128, 256) if card.tiny else (4096, 14336)
-    spec = PackedSpec((2, 3, 4, 1), 128, family)
+    bits = checks.LARGE[family]
+    spec = PackedSpec(bits, 128, family)
     shapes = (2 * inner, hidden), (hidden, inner)
     packed = [random_packed(spec, *shape, card.generator(3)) for shape in shapes]
     tables = [torch.tensor(spec.table(*shape), device=card.device) for shape in shapes]
     tokens, where = 700, {"device": card.device, "generator": card.generator(4)}
     x = torch.randn(tokens, hidden, **where).bfloat16()
-    index = torch.rand(tokens, 4, **where).argsort(1)[:, :2]
+    index = torch.rand(tokens, len(bits), **where).argsort(1)[:, :2]
     index[:, 0] = 1  # one expert with many tokens
     call = ExpertsCall(
         x, index, torch.rand(tokens, 2, **where), *packed, *tables, inner, 128, 128, "silu", 8,

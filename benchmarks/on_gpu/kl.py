@@ -175,6 +175,8 @@ def check_static_generate(card: Card, folder: Path) -> list[Row]:
     from moepress.kernels.modules import set_activation_bits
 
     path = folder / "carried-default"
+    if not path.is_dir():
+        missing(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(card.device)
     set_activation_bits(model, 16)
     ids = torch.arange(3, 20, device=card.device)[None]

@@ -24,10 +24,13 @@ SHAPES = {  # hidden, intermediate, experts, chosen
     "Qwen3-30B-A3B": (2048, 768, 128, 8),
     "DeepSeek-V3": (7168, 2048, 256, 8),
 }
-CODECS: dict[str, tuple[str, tuple[int, ...]]] = {  # family, widths that experts take in turn
+CODECS: dict[str, tuple[str, tuple[float, ...]]] = {  # family, widths that experts take in turn
     "trellis 2": ("trellis", (2,)),
     "trellis 2.5": ("trellis", (2, 3)),
     "trellis 1": ("trellis", (1,)),
+    "trellis 1.5": ("trellis", (1.5,)),
+    "trellis 2.5, half": ("trellis", (2.5,)),
+    "trellis 3.5": ("trellis", (3.5,)),
     "trellis 3": ("trellis", (3,)),
     "trellis 4": ("trellis", (4,)),
     "int 2": ("int", (2,)),
@@ -196,11 +199,16 @@ def kernels_of(card: Card, shape: str, codec: str) -> list[Row]:
     return rows
 
 
+def instructions(bits: float) -> float:
+    """Of a trellis weight. Half widths spend the whole numbers below and above in turn."""
+    return (INSTRUCTIONS[math.floor(bits)] + INSTRUCTIONS[math.ceil(bits)]) / 2
+
+
 def issue_share(card: Card, spec: PackedSpec, rate: float) -> float | str:
     """Share of the rate at which the card could issue a trellis weight's instructions."""
     if spec.family != "trellis":
         return ""
-    per_weight = sum(INSTRUCTIONS[b] for b in spec.bits) / len(spec.bits)
+    per_weight = sum(map(instructions, spec.bits)) / len(spec.bits)
     issued = 128 * card.properties.multi_processor_count * clock_rate(card)
     return rate * per_weight / issued
 

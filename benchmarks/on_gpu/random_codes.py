@@ -5,6 +5,8 @@ Any bytes are valid codes. Scales are such that products of inputs near 1 are ne
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,7 @@ def fill_packed(
 ) -> None:
     """Overwrite the bytes of a packed tensor."""
     fill_bytes(packed, generator)
-    for (start, bits), end in zip(
-        spec.table(rows, cols), spec.offsets(rows, cols)[1:], strict=True
-    ):
+    for bits, (start, end) in zip(spec.bits, pairwise(spec.offsets(rows, cols)), strict=True):
         if bits != LEFT_OUT:
             codec = Codec(bits, spec.group_size, spec.family)
             _set_scales(packed[start:end], rows, cols, codec, generator)

@@ -13,28 +13,32 @@ from typing import Any
 import torch
 
 import mixtral_shape
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, code_values
+from moepress.format.codec import HALF_WIDTHS, TRELLIS_BITS
+from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
 from moepress.rounding.methods import viterbi
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
 
-MIXES = {"1": (1,), "2": (2,), "3": (3,), "4": (4,), "2.5": (2, 3)}
+MIXES = {
+    "1": (1,), "1.5": (1.5,), "2": (2,), "2.5": (2.5,), "3": (3,), "3.5": (3.5,), "4": (4,),
+    "2 and 3": (2, 3),
+}  # fmt: skip
 SEQUENCES, LENGTH = 128, 2048  # of a whole compression
 
 
 def cases(card: Card) -> Iterator[Case]:
-    for bits in (1, 2, 3, 4):
+    for bits in sorted(TRELLIS_BITS, key=lambda b: b not in HALF_WIDTHS):
         yield Case(f"{bits} bits against the oracle", partial(check_search, card, bits), 60)
     yield Case("several matrices", partial(check_together, card), 60)
     yield Case("rates", partial(rates, card), 60)
 
 
-def targets(card: Card, bits: int, *shape: int) -> torch.Tensor:
-    deviation = code_values(bits).double().std().item()
-    return torch.randn(*shape, generator=card.generator(bits), device=card.device) * deviation
+def targets(card: Card, bits: float, *shape: int) -> torch.Tensor:
+    generator = card.generator(round(2 * bits))
+    return torch.randn(*shape, generator=generator, device=card.device) * deviation(bits)
 
 
-def check_search(card: Card, bits: int) -> list[Row]:
+def check_search(card: Card, bits: float) -> list[Row]:
     """The same branches as `search_plainly`, bit for bit."""
     lengths = (64, 128) if card.tiny else (64, 128, 640, 4096 + 64, 2 * 4096 + 640)
     wrong = []
@@ -50,7 +54,7 @@ def check_search(card: Card, bits: int) -> list[Row]:
 
 
 def check_together(card: Card) -> list[Row]:
-    bits, rows, columns, first = (1, 2, 3, 4, 2), 192, 24, 8
+    bits, rows, columns, first = (1, 2, 1.5, 3, 4, 2.5, 3.5, 2), 192, 24, 8
     target = torch.stack([targets(card, b, columns, rows) for b in bits])
     feedback = torch.randn(target.shape, device=card.device)
     before, original = feedback.clone(), target.clone()

@@ -35,6 +35,20 @@ def test_an_adapted_model_is_the_same_model(family: str) -> None:
     assert all(index.shape == (24, 4 if family == "doge" else 2) for index in seen)
 
 
+def test_routers_of_longcat_flash_without_logits() -> None:
+    """transformers before 5.19: weights and indices alone."""
+    model = make_model("longcat_flash")
+    adapt(model)
+    ids = torch.randint(2, 380, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        for module in model.modules():
+            if type(module).__name__ == "LongcatFlashTopkRouter":
+                module.register_forward_hook(lambda _, args, output: output[-2:])
+        found = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("family", ADAPTED)
 def test_matrices_are_those_of_the_form(family: str) -> None:
     model = make_model(family)

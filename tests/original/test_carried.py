@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moepress.costs.sensitivity import embedding_norms, head_gradient, measure_sensitivity
+from moepress.draws import drawn_tokens, gumbel_noise
 from moepress.errors import InputError
 from moepress.format.journal import Journal
 from moepress.original import batches as batch_sizes
@@ -235,9 +236,12 @@ def test_a_backward_walk_is_autograd(
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_() * 1)
     expected = squared_norms(model, list(found))
     predictions = model(IDS, use_cache=False).logits.log_softmax(-1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.multinomial(p.detach().exp(), 1, generator=generator) for p in predictions]
-    predictions.gather(-1, torch.stack(drawn)).sum().backward()
+    noise = gumbel_noise(tuple(IDS.shape), predictions.shape[-1], 0)
+    drawn = [
+        drawn_tokens(p.detach(), noise.at(starts))
+        for p, starts in zip(predictions, noise.starts, strict=True)
+    ]
+    predictions.gather(-1, torch.stack(drawn)[..., None]).sum().backward()
     for path, norm in expected().items():
         if norm.shape == found[path].shape:  # zaya calls a linear for the token before the first
             torch.testing.assert_close(found[path], norm, rtol=1e-3, atol=1e-5 * float(norm.max()))

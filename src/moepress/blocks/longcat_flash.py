@@ -18,7 +18,7 @@ class _Block:
     """Replaces the forward of `LongcatFlashMoE`: adds the identity experts itself."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        _, weights, index = self.router(hidden_states)
+        *_, weights, index = self.router(hidden_states)  # from 5.19 on, logits first
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         identity = weights.masked_fill(index < self.config.n_routed_experts, 0).sum(1, keepdim=True)
         output = self.experts(flat, index, weights) + (flat * identity).to(flat.dtype)

@@ -44,6 +44,7 @@ from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
 from moepress.hf.saving import remember_pruning
 from moepress.kernels.modules import PackedExperts, set_activation_bits
+from moepress.kernels.prepare import prepare
 from moepress.memory import free_memory
 from moepress.original.composite import language_model
 from moepress.original.remote_code import one_line
@@ -185,6 +186,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 and not module.first_proj.is_meta
             ):
                 module.place_tables(module.first_proj.device)
+        prepare(model)
         mend(model)
         group_queries(model)
         grow_in_place(model)

@@ -12,6 +12,8 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from moepress.errors import MoepressError
 HERE = Path(__file__).parent
 SHARED = (HERE.parent / "cpu/trellis_code.h",)  # headers of the C++ backend that kernels include
 OLDEST = (8, 0)  # compute capability: the kernels need cp.async and products of 8-bit matrices
+Program = tuple[str, tuple[str, ...]]  # the name of a .cu file, and macros: see `compiled`
 OPTIONS = (
     "--std=c++17",
     "--fmad=false",  # products and sums are rounded one by one, as in the oracles
@@ -51,6 +54,17 @@ def compiled(name: str, capability: tuple[int, int], defines: tuple[str, ...] = 
     cubin, _ = _compile(nvrtc, name, source, headers, options)
     _keep(path, cubin)
     return cubin
+
+
+def compile_all(programs: Iterable[Program], capability: tuple[int, int]) -> None:
+    """Compile programs at the same time, those that are not on disk: NVRTC runs in threads.
+
+    Raises:
+        MoepressError: as `compiled`.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in [pool.submit(compiled, name, capability, d) for name, d in programs]:
+            done.result()
 
 
 def architecture(capability: tuple[int, int]) -> str:

@@ -7,8 +7,9 @@ that the functions of this folder run without a card.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +28,9 @@ NUMBERS = (int, float)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in numbers.h
 
 # Whether a kernel's blocks may come to the card while the kernel before it ends (compute capability
-# 9.0 and later). They wait for it in `begin` of device.h.
-OVERLAP = True
+# 9.0 and later). They wait for it in `begin` of device.h. MOEPRESS_OVERLAP=0 turns it off, for
+# tools that check kernels.
+OVERLAP = os.environ.get("MOEPRESS_OVERLAP") != "0"
 MOST_CONFIGS = 256  # grids of a kernel that are kept
 
 SOURCES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.cu")))
@@ -42,10 +44,13 @@ class Launcher:
         launch: (kernel, grid, threads of a block, bytes of dynamic shared memory, arguments). A
             Tensor passes its address, None a null pointer, an int an int64_t, a float a float.
         multiprocessors: of the device.
+        prepare: compiles the programs of some kernels at the same time; at their first launch they
+            would be compiled one after another.
     """
 
     launch: Callable[[str, Grid, int, int, Sequence[Argument]], None]
     multiprocessors: int
+    prepare: Callable[[Iterable[str]], None] = lambda kernels: None
 
 
 def launcher_for(device: torch.device) -> Launcher:
@@ -100,7 +105,12 @@ def _card(device: torch.device) -> Launcher:
             function = functions[kernel] = _Function(kernel, index)
         function(grid, threads, shared, args)
 
-    return Launcher(launch, torch.cuda.get_device_properties(index).multi_processor_count)
+    def prepare(kernels: Iterable[str]) -> None:
+        programs = {(source_of(kernel), defines_of(kernel)) for kernel in kernels}
+        compiler.compile_all(programs, torch.cuda.get_device_capability(index))
+
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    return Launcher(launch, multiprocessors, prepare)
 
 
 class _Function:

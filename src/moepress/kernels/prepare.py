@@ -1,0 +1,58 @@
+"""Compile the kernels that a loaded model will launch, at the same time.
+
+Without this they would be compiled one after another, when the model first runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moepress.kernels.backends import backend_for
+from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for
+from moepress.kernels.cuda.products import FEW, MANY
+from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
+
+PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
+
+
+def prepare(model: nn.Module) -> None:
+    """Compile the kernels of a model's packed modules that are on a card. The results are kept.
+
+    Raises:
+        MoepressError: NVRTC refuses a source.
+    """
+    wanted: dict[torch.device, set[str]] = {}
+    for module in model.modules():
+        names = kernels_of(module)
+        if names:
+            wanted.setdefault(next(module.parameters()).device, set()).update(names)
+    for device, kernels in wanted.items():
+        if device.type in LAUNCHERS and backend_for(device).name == "cuda":
+            launcher_for(device).prepare(kernels)
+
+
+def kernels_of(module: nn.Module) -> set[str]:
+    """The kernels that a packed module launches; empty for any other.
+
+    Without those of `cuda/grouped.py`: prompts below 256 tokens do not need them.
+    """
+    if isinstance(module, PackedEmbedding):
+        return {"moepress_embedding"}
+    if isinstance(module, PackedLinear):
+        codec = module.codec
+        products = _products(codec.family, {codec.group_size}, module.activation_bits)
+        return {"moepress_inputs", "moepress_combine_linear"} | products
+    if isinstance(module, PackedExperts):
+        groups = {module.gate_up.group_size, module.down.group_size}
+        biased = getattr(module, f"{module.first_name}_bias") is not None
+        plain = module.gate.gated and module.gate.plain and not biased
+        gate = "moepress_gated" if plain else "moepress_gated_any"
+        products = _products(module.gate_up.family, groups, module.activation_bits)
+        return {"moepress_inputs", gate, "moepress_combine_experts"} | products
+    return set()
+
+
+def _products(family: str, groups: set[int], activation_bits: int) -> set[str]:
+    planes = PLANES[activation_bits]
+    return {kind[family].name(group, planes) for kind in (FEW, MANY) for group in groups}
