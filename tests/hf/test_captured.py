@@ -351,6 +351,20 @@ def test_weights_that_move(mixtral: Any) -> None:
     assert torch.equal(found, written(other)) and steps.refused is None
 
 
+def test_a_number_that_python_holds_changes() -> None:
+    """Nothing tells it: the first step of the next text does."""
+    model = make_model("mixtral")
+    steps = captured(model)
+    with steps:
+        before = written(model)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 8
+    with steps:
+        found = written(model)
+    assert torch.equal(found, written(model)) and not torch.equal(found, before)
+    assert steps.refused is None and steps.replayed == 2 * (TOKENS - 1) - 2 * PROOFS - 1
+
+
 def test_chat_keeps_the_graph(packed: Path) -> None:
     model, tokenizer = load_model(packed), tokenizer_of(packed)
     answers = []

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,8 +37,7 @@ def cuda_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
         RuntimeError: it waits for the card, or does something else that a graph cannot contain.
             Afterwards the card can be used as before.
     """
-    current = torch.cuda.current_stream(device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    current, stream = torch.cuda.current_stream(device), _stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         work()
@@ -47,6 +47,12 @@ def cuda_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
         graph = _recorded(work, stream.device)
     current.wait_stream(stream)
     return graph
+
+
+@lru_cache(maxsize=64)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs are captured: cuBLAS keeps memory for every stream it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _recorded(work: Callable[[], Tensor], device: torch.device) -> Graph:
