@@ -266,7 +266,7 @@ def test_calls_of_other_kinds(mixtral: Any) -> None:
     expected = mixtral.generate(IDS, **given)
     with captured(mixtral) as steps:
         assert torch.equal(mixtral.generate(IDS, **given), expected)
-        assert steps.replayed == 0
+        assert steps.replayed == 0 and steps.refused is None
     found = []
     with captured(mixtral) as steps:
         other = threading.Thread(target=lambda: found.append(written(mixtral, tokens=8)))

@@ -83,6 +83,7 @@ class CapturedSteps:
         self._state: Any = None  # of the model, with which the graph was captured
         self._step: _Step | None = None
         self._text: _Text | None = None
+        self._padded: weakref.ref[DynamicCache] | None = None  # the last text with padding
         self._plain: Any = None  # the model's own forward, while it is replaced
         self._thread = 0
 
@@ -109,7 +110,7 @@ class CapturedSteps:
         call = None
         if self.refused is None and not args and threading.get_ident() == self._thread:
             call = _Call.of(kwargs)
-        if call is None:
+        if call is None or not self._whole(call):
             if self._text is not None and self._text.is_in((*args, *kwargs.values())):
                 self._text = None  # its cache changes
             return self._plain(*args, **kwargs)
@@ -127,6 +128,17 @@ class CapturedSteps:
         self._text = text
         return step.output(logits.clone(), call.cache)
 
+    def _whole(self, call: _Call) -> bool:
+        """Whether a call's text is without padding. Asks the card once for each text."""
+        if self._text is not None and self._text.goes_on(call):
+            return True
+        if self._padded is not None and self._padded() is call.cache:
+            return False
+        whole = call.mask is None or bool((call.mask == 1).all())
+        if not whole:
+            self._padded = weakref.ref(call.cache)
+        return whole
+
     def _ready(self, call: _Call) -> tuple[_Step, _Text]:
         """A step that can be replayed for a call, and the call's text, which is loaded.
 
@@ -141,8 +153,6 @@ class CapturedSteps:
             step = _Step(self._plain, call, -(-room // STEP) * STEP, self._capture)
             self._step, text = step, _Text(call, step.proofs)
         elif text is None or not text.goes_on(call) or not step.cache.shows(call.cache):
-            if not call.whole():
-                raise UnfitError("a prompt with padding")
             step.cache.load(call.cache)
             text = _Text(call, max(1, step.proofs))
         text.count(call)
@@ -219,10 +229,6 @@ class _Call:
         positions = self.positions
         return self.name, self.options, positions.shape, positions.dtype, self.ids.dtype
 
-    def whole(self) -> bool:
-        """Whether no token is padding. Waits for the card."""
-        return self.mask is None or bool((self.mask == 1).all())
-
 
 class _Text:
     """The sequence that is in a step's cache.
@@ -264,8 +270,6 @@ class _Step:
     """
 
     def __init__(self, forward: Any, call: _Call, room: int, capture: Capture) -> None:
-        if not call.whole():
-            raise UnfitError("a prompt with padding")
         self.cache = FixedCache(call.cache, room)
         self.form = call.form
         self.proofs = PROOFS
