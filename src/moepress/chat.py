@@ -26,6 +26,7 @@ from transformers import TextStreamer
 from moepress.errors import FileError, InputError
 from moepress.generation import chat_settings, following, left_aside
 from moepress.hf import load_model, set_threads, text_model
+from moepress.hf.captured import CapturedSteps
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
@@ -79,6 +80,7 @@ class Conversation:
         self.tokens = tokens
         self.temperature = temperature
         self.settings = chat_settings(model)
+        self.steps = CapturedSteps(model)  # on a card; kept from turn to turn
         self.reset()
 
     def reset(self) -> None:
@@ -99,7 +101,7 @@ class Conversation:
         streamer = _Pieces(self.tokenizer, write)
         stopped = False
         try:
-            with torch.inference_mode(), following(self.model, self.settings):
+            with torch.inference_mode(), following(self.model, self.settings), self.steps:
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

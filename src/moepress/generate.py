@@ -27,7 +27,8 @@ def generate(
 ) -> str:
     """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
 
-    No other setting of the model's generation_config.json is followed.
+    No other setting of the model's generation_config.json is followed. On a card, steps are
+    captured as a CUDA graph where the model allows it (hf/captured.py).
 
     Args:
         folder: a folder made by moepress, or an original model that fits in memory (folder or hub
@@ -50,6 +51,7 @@ def generate(
         InputError: the prompt is empty, `tokens` is below 1, or the folder is no model.
     """
     from moepress.hf import load_model, text_model
+    from moepress.hf.captured import CapturedSteps
     from moepress.original.folder import resolve
 
     if not prompt or tokens < 1:
@@ -60,6 +62,6 @@ def generate(
         load_model(folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory)
     )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    with torch.inference_mode(), following(model, STOPS):
+    with torch.inference_mode(), following(model, STOPS), CapturedSteps(model):
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -91,6 +91,11 @@ class Pruned:
         self._attach()
         setattr(self._model, ACTIVE, self)
 
+    @property
+    def counts(self) -> bool:
+        """Whether statistics are kept, for which every layer waits for the card."""
+        return self._count
+
     def __enter__(self) -> Self:
         return self
 

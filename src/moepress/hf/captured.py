@@ -1,0 +1,354 @@
+"""Decode on a card by replaying a captured step: Python launches one graph in place of kernels.
+
+    steps = CapturedSteps(model)
+    with steps:                        # the forward of the model is replaced meanwhile
+        model.generate(...)            # as ever: streamers, stop strings, sampling
+
+transformers' `generate` stays as it is, with its cache of growing length. A prompt is computed as
+ever. For a call with one token the prompt's cache is copied to a `FixedCache` (fixed_cache.py), and
+the forward pass on that is captured (cuda_graph.py). From then on a call copies its token and its
+position to the card, replays, and lets the growing cache show what was written.
+
+Which models can do that is found by trying: the first steps are also computed the plain way, whose
+results are returned, and compared. A model whose cache, capture or numbers do not allow it is
+computed as without this file, from the same cache, and one message says why. Every further text is
+compared for one step: a model may have changed in a way that `_state_of` does not see. Then it is
+captured again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from moepress.errors import InputError
+from moepress.hf.cuda_graph import Graph, cuda_graph
+from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, tokens_in
+from moepress.kernels.divided import DividedExperts
+from moepress.original.composite import decoder
+from moepress.prune import ACTIVE, Pruned
+
+logger = logging.getLogger(__name__)
+
+ROOM = 1024  # tokens beyond those of a prompt; a quarter of the prompt's, if that is more
+STEP = 256  # room is a multiple of it
+PROOFS = 3  # steps of a new graph that are compared with the plain way
+CLOSE = 0.1  # of the logits' spread: other sums choose other experts, and round otherwise
+PASSED_ON = {"use_cache", "return_dict", "logits_to_keep"}  # options of a step that may be set
+UNUSED = {"tokenizer"}  # `generate` passes it on to models, which do not use it
+
+Capture = Callable[[Callable[[], Tensor], torch.device], Graph]
+
+
+class CapturedSteps:
+    """While it is entered, a model's steps of one token are captured, and replayed.
+
+    Only calls of the thread that entered. What cannot be captured is computed as ever. A graph and
+    its memory are kept for the next time.
+
+    Args:
+        model: of transformers, loaded.
+        capture: takes the work and its device; tests capture without a card.
+        devices: types of devices on which steps are captured.
+        room: see ROOM.
+
+    Attributes:
+        replayed: steps that were computed by a replay alone.
+        refused: why steps are not captured; None: they are, or nothing was tried.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        capture: Capture = cuda_graph,
+        devices: Sequence[str] = ("cuda",),
+        room: int = ROOM,
+    ) -> None:
+        self.model = model
+        self.replayed = 0
+        self.refused: str | None = None
+        self._capture = capture
+        self._devices = devices
+        self._room = room
+        self._state: Any = None  # of the model, with which the graph was captured
+        self._step: _Step | None = None
+        self._text: _Text | None = None
+        self._padded: weakref.ref[DynamicCache] | None = None  # the last text with padding
+        self._plain: Any = None  # the model's own forward, while it is replaced
+        self._thread = 0
+
+    def __enter__(self) -> CapturedSteps:
+        if _suits(self.model, self._devices):
+            state = _state_of(self.model)
+            if state != self._state:
+                self._state, self._step, self._text, self.refused = state, None, None, None
+            self._plain, self._thread = self.model.forward, threading.get_ident()
+
+            @wraps(self._plain)  # `generate` looks at its arguments
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._forward(args, kwargs)
+
+            self.model.forward = forward
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._plain is not None:
+            del self.model.forward
+            self._plain = None
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = None
+        if self.refused is None and not args and threading.get_ident() == self._thread:
+            call = _Call.of(kwargs)
+        if call is None or not self._whole(call):
+            if self._text is not None and self._text.is_in((*args, *kwargs.values())):
+                self._text = None  # its cache changes
+            return self._plain(*args, **kwargs)
+        try:
+            step, text = self._ready(call)
+        except Exception as error:  # of memory, of the capture, of anything that a model does
+            self._refuse(f"{type(error).__name__}: {error}", isinstance(error, UnfitError))
+            return self._plain(**kwargs)
+        if text.proofs:
+            return self._compared(step, text, call, kwargs)
+        logits = step.run(call)
+        step.cache.advance()
+        step.cache.show(call.cache)
+        self.replayed += 1
+        self._text = text
+        return step.output(logits.clone(), call.cache)
+
+    def _whole(self, call: _Call) -> bool:
+        """Whether a call's text is without padding. Asks the card once for each text."""
+        if self._text is not None and self._text.goes_on(call):
+            return True
+        if self._padded is not None and self._padded() is call.cache:
+            return False
+        whole = call.mask is None or bool((call.mask == 1).all())
+        if not whole:
+            self._padded = weakref.ref(call.cache)
+        return whole
+
+    def _ready(self, call: _Call) -> tuple[_Step, _Text]:
+        """A step that can be replayed for a call, and the call's text, which is loaded.
+
+        The text is forgotten until the step is done: if it is interrupted, the counters on the card
+        are not known.
+        """
+        step, text, self._text = self._step, self._text, None
+        tokens = tokens_in(call.cache)
+        if step is None or not step.fits(call, tokens):
+            self._step = step = None  # frees its memory, but for what the cache shows
+            room = tokens + max(self._room, tokens // 4)
+            step = _Step(self._plain, call, -(-room // STEP) * STEP, self._capture)
+            self._step, text = step, _Text(call, step.proofs)
+        elif text is None or not text.goes_on(call) or not step.cache.shows(call.cache):
+            step.cache.load(call.cache)
+            text = _Text(call, max(1, step.proofs))
+        text.count(call)
+        return step, text
+
+    def _compared(self, step: _Step, text: _Text, call: _Call, kwargs: dict[str, Any]) -> Any:
+        """Compute a step both ways, and return what the plain way gives."""
+        got = step.run(call).clone()
+        out = self._plain(**kwargs)
+        error = _distance(got, out.logits)
+        if not error < CLOSE:
+            if not step.proofs:  # it was right before: the model has changed
+                self._step = None
+                return out
+            self._refuse(f"its logits differ by {error:.2g} of their spread")
+            return out
+        step.cache.advance()
+        text.proofs -= 1
+        step.proofs = max(0, step.proofs - 1)
+        if not text.proofs:
+            step.cache.show(call.cache)
+        self._text = text
+        return out
+
+    def _refuse(self, reason: str, expected: bool = False) -> None:
+        self.refused, self._step, self._text = reason, None, None
+        level = logging.INFO if expected else logging.WARNING
+        name = type(self.model).__name__
+        logger.log(level, "Steps of %s are not captured as a CUDA graph: %s", name, reason)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a model with one token of one sequence."""
+
+    ids: Tensor  # [1, 1] int64
+    positions: Tensor  # [.., 1] int64
+    mask: Tensor | None  # [1, tokens with this one]
+    name: str  # of the argument that is the cache
+    cache: DynamicCache
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> _Call | None:
+        """The call with these arguments; None: it is of another kind."""
+        given = {
+            name: value
+            for name, value in kwargs.items()
+            if value is not None and value is not False and name not in UNUSED
+        }
+        ids, positions = given.pop("input_ids", None), given.pop("position_ids", None)
+        mask = given.pop("attention_mask", None)
+        names = [n for n, v in given.items() if isinstance(v, Cache)]
+        if (
+            torch.is_grad_enabled()
+            or len(names) != 1
+            or not isinstance(ids, Tensor)
+            or ids.shape != (1, 1)
+            or not isinstance(positions, Tensor)
+            or positions.shape[-1] != 1
+            or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
+        ):
+            return None
+        cache = given.pop(names[0])
+        if type(cache) is not DynamicCache or cache.offloading or not begun(cache):
+            return None
+        if not given.keys() <= PASSED_ON:
+            return None
+        return cls(ids, positions, mask, names[0], cache, tuple(sorted(given.items())))
+
+    @property
+    def form(self) -> Any:
+        """What is constant in a graph."""
+        positions = self.positions
+        return self.name, self.options, positions.shape, positions.dtype, self.ids.dtype
+
+
+class _Text:
+    """The sequence that is in a step's cache.
+
+    Attributes:
+        proofs: steps that are still to be compared.
+    """
+
+    def __init__(self, call: _Call, proofs: int) -> None:
+        self.cache = weakref.ref(call.cache)
+        self.proofs = proofs
+        self._tokens: int | None = None
+
+    def goes_on(self, call: _Call) -> bool:
+        """Whether a call is the next of this text."""
+        masked = None if call.mask is None else call.mask.shape[-1] - 1
+        return self.cache() is call.cache and masked == self._tokens
+
+    def is_in(self, arguments: Sequence[Any]) -> bool:
+        """Whether the text's cache is among the arguments of a call."""
+        cache = self.cache()
+        return any(cache is argument for argument in arguments if argument is not None)
+
+    def count(self, call: _Call) -> None:
+        self._tokens = None if call.mask is None else call.mask.shape[-1]
+
+
+class _Step:
+    """A captured step, its cache and its inputs.
+
+    Args:
+        forward: of the model.
+        call: the first step; its cache is copied.
+        room: tokens of the cache.
+        capture: captures.
+
+    Attributes:
+        proofs: steps that are still to be compared, whatever the text.
+    """
+
+    def __init__(self, forward: Any, call: _Call, room: int, capture: Capture) -> None:
+        self.cache = FixedCache(call.cache, room)
+        self.form = call.form
+        self.proofs = PROOFS
+        with torch.inference_mode(False), torch.no_grad():
+            self._ids, self._positions = torch.clone(call.ids), torch.clone(call.positions)
+        self.cache.load(call.cache)
+        inputs = {
+            "input_ids": self._ids,
+            "position_ids": self._positions,
+            call.name: self.cache,
+            **dict(call.options),
+        }
+        made: list[Any] = []
+
+        def work() -> Tensor:
+            made[:] = [forward(**inputs)]
+            logits: Tensor = made[0].logits
+            return logits
+
+        self._graph = capture(work, call.ids.device)
+        self._kind = type(made[0])
+        self._names = [n for n, v in made[0].items() if v is self.cache]
+        self.cache.load(call.cache)  # the capture ran the step
+
+    def fits(self, call: _Call, tokens: int) -> bool:
+        """Whether a step after so many tokens is a replay of this one."""
+        return self.form == call.form and tokens < self.cache.room and self.cache.alike(call.cache)
+
+    def run(self, call: _Call) -> Tensor:
+        """Logits [1, 1, V] of a call; overwritten by the next."""
+        self._ids.copy_(call.ids)
+        self._positions.copy_(call.positions)
+        self._graph.replay()
+        return self._graph.result
+
+    def output(self, logits: Tensor, cache: DynamicCache) -> Any:
+        """What the model returns."""
+        return self._kind(logits=logits, **dict.fromkeys(self._names, cache))
+
+
+def _suits(model: Any, devices: Sequence[str]) -> bool:
+    """Whether a model is whole on one device of those, and nothing reads what it computes."""
+    device = model.device
+    pruned = _pruned(model)
+    return (
+        device.type in devices
+        and "forward" not in vars(model)  # accelerate's
+        and not model.training
+        and not model.config.is_encoder_decoder
+        and not (pruned is not None and pruned.counts)
+        and all(parameter.device == device for parameter in model.parameters())
+        and not any(
+            isinstance(module, DividedExperts)
+            or hasattr(module, "_hf_hook")
+            or getattr(module, "stored", None) is not None
+            for module in model.modules()
+        )
+    )
+
+
+def _state_of(model: Any) -> Any:
+    """What a graph has taken from a model: addresses of weights, precision, pruning."""
+    return (
+        _pruned(model),
+        tuple(parameter.data_ptr() for parameter in model.parameters()),
+        tuple(getattr(module, "activation_bits", None) for module in model.modules()),
+    )
+
+
+def _pruned(model: Any) -> Pruned | None:
+    """The pruning in force on a model."""
+    try:
+        found: Pruned | None = getattr(decoder(model), ACTIVE, None)
+    except InputError:  # its layers are not where those of other models are: nothing prunes them
+        return None
+    return found
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.float(), expected.float()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    return float((got - expected).norm() / spread)

@@ -1,0 +1,94 @@
+"""Capture what the host queues on a card as a CUDA graph: one launch in place of thousands.
+
+A graph repeats kernels with the addresses they had when it was captured, and nothing of what Python
+did. So the work must not wait for the card, and everything that changes must be read from memory on
+the card.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Captured work.
+
+    Attributes:
+        result: what the work returned; every replay writes to it.
+        replay: queues the work on torch's current stream.
+    """
+
+    result: Tensor
+    replay: Callable[[], object]
+
+
+def cuda_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
+    """Capture `work`, which runs twice before: to load kernels, and to see whether it waits.
+
+    Raises:
+        RuntimeError: it waits for the card, or does something else that a graph cannot contain.
+            Afterwards the card can be used as before.
+    """
+    current, stream = torch.cuda.current_stream(device), _stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        work()
+        with _waits_raise():  # inside a capture they would leave torch's allocator in disorder
+            work()
+        torch.cuda.synchronize(device)
+        graph = _recorded(work, stream.device)
+    current.wait_stream(stream)
+    return graph
+
+
+@lru_cache(maxsize=64)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs are captured: cuBLAS keeps memory for every stream it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _recorded(work: Callable[[], Tensor], device: torch.device) -> Graph:
+    """Capture `work` on the current stream, which must not be the default one."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    # "thread_local": what other threads do on the card does not disturb.
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        result = work()
+    except BaseException:
+        with suppress(RuntimeError):  # the first error says more
+            _end(graph, pool, device)
+        raise
+    _end(graph, pool, device)
+    return Graph(result, graph.replay)
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """End a capture. Where it is invalid torch raises before it tells its allocator."""
+    try:
+        graph.capture_end()
+    except BaseException:
+        for tell in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with suppress(RuntimeError, AttributeError):
+                getattr(torch._C, tell)(device.index, pool)
+        raise
+
+
+@contextmanager
+def _waits_raise() -> Iterator[None]:
+    """Inside the `with` statement, what makes the host wait for a card raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this does not find everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
