@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -104,6 +104,8 @@ class _LinearRows(LinearAttentionLayer):  # type: ignore[misc]
                         getattr(layer, name)[index].copy_(row)
 
 
+# The layer of a model's layer without attention; transformers 5.17 has none.
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 STATES = ("conv_states", "recurrent_states")
 ABOUT_STATES = (
     "is_conv_states_initialized",
@@ -116,8 +118,9 @@ KINDS: dict[type, Any] = {
     GrowingLayer: _FullRows,
     DynamicSlidingWindowLayer: _SlidingRows,
     LinearAttentionLayer: _LinearRows,
-    DummyLayer: lambda own, longest: DummyLayer(),  # of a layer without attention
 }
+if DummyLayer is not None:
+    KINDS[DummyLayer] = lambda own, longest: DummyLayer()
 
 
 def can_batch(cache: Any) -> bool:
