@@ -71,6 +71,7 @@ def integer_cases(card: Card) -> Iterator[Case]:
         yield Case(f"odd inputs {family}", partial(check_odd_inputs, card, family), 60)
     yield Case("embedding", partial(check_embedding, card), 60)
     yield Case("drop", partial(check_drop, card), 60)
+    yield Case("attention", partial(check_attention, card), 60)
     yield Case("CUDA graph", partial(check_graph, card), 60)
     for family in CODE_BITS:
         yield Case(f"large {family}", partial(check_large, card, family), 120)
@@ -421,6 +422,35 @@ def check_drop(card: Card) -> list[Row]:
             worst.same(label + ": dropped", found[2].cpu(), exact[2])
             gap = (found[1].cpu() - exact[1]).abs().max() if tokens else torch.zeros(())
             worst.expect(label + f": weights differ by {float(gap):.3g}", float(gap) < 1e-6)
+    return worst.rows()
+
+
+ATTENTION = (  # batches, query heads, key heads, tokens, positions, size of a head
+    (1, 32, 8, 1, 512, 128), (2, 8, 1, 1, 100, 64), (1, 24, 2, 1, 333, 128), (2, 4, 2, 3, 65, 256),
+    (1, 4, 4, 1, 1, 40),
+)  # fmt: skip
+
+
+def check_attention(card: Card) -> list[Row]:
+    """Rows with and without a mask, and one that sees nothing. Errors: of a head."""
+    worst, generator = Worst(), torch.Generator().manual_seed(0)
+    for batches, heads, shared, tokens, positions, size in ATTENTION:
+        q = torch.randn(batches, heads, tokens, size, generator=generator)
+        k, v = torch.randn(2, batches, positions, shared, size, generator=generator).transpose(2, 3)
+        mask = torch.rand(batches, 1, tokens, positions, generator=generator) < 0.6
+        mask[..., 0] = True
+        mask[0, 0, 0] = False
+        for dtype, given in ((d, m) for d in HALF for m in (None, mask)):
+            here = [x.to(dtype) for x in (q, k, v)]
+            exact = reference.attention(*(x.double() for x in here), given, size**-0.5)
+            there = [x.to(card.device) for x in here]
+            found = kernels.attention(
+                *there, None if given is None else given.to(card.device), size**-0.5
+            )
+            label = f"{batches} x {heads} ({shared}) heads of {size}, {positions} keys, {dtype}"
+            worst(label, found, exact, 1e-5, dtype)
+            if given is not None:
+                worst.expect(label + ": zeros", not found[0, 0].any())
     return worst.rows()
 
 

@@ -7,11 +7,13 @@ cost as much as the next of these. float32 multiplies without tensor cores.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from moepress.kernels import reference
-from moepress.kernels.cuda.launch import DTYPES, Argument, Launcher, launcher_for
+from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for
 
 THREADS = 128
 TILE = 64  # positions
@@ -19,8 +21,6 @@ MOST_SIZE = 256
 MOST_SPLITS = 128
 MOST_POSITIONS = 1 << 30
 MOST_ROWS = 1 << 16  # queries; grids have at most 65535 blocks in some directions
-BLOCKS = 3  # of a multiprocessor, by their registers
-PLAIN_ROWS, PLAIN_WIDTH = 4, 256
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 BOOL = 3  # kind of a mask, beside DTYPES
 
@@ -55,19 +55,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         return y.zero_()
     launcher = launcher_for(q.device)
     group = query_heads // heads
-    kernel, rows, shared = _kernel(q.dtype, size, group * tokens)
-    blocks = batches * heads * -(-group * tokens // rows)
-    splits = splits_of(blocks, positions, launcher)
+    kernel = kernel_of(q.dtype, size, group * tokens)
+    blocks = -(-group * tokens // kernel.rows)
+    most = kernel.resident * launcher.multiprocessors
+    splits = splits_of(batches * heads * blocks, positions, most)
     queries = batches * query_heads * tokens
     parts = q.new_empty(queries * splits * (size + 2), dtype=torch.float32)
     values, sums = parts.split_with_sizes((queries * splits * size, queries * splits * 2))
     q, k, v = (_readable(x) for x in (q, k, v))
     shape: tuple[Argument, ...] = group, tokens, positions, size
     launcher.launch(
-        kernel,
-        (heads, splits, batches * -(-group * tokens // rows)),
+        kernel.name,
+        (heads, splits, batches * blocks),
         THREADS,
-        shared,
+        kernel.shared,
         (
             *_strided(q),
             *_strided(k),
@@ -89,20 +90,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return y
 
 
-def _kernel(dtype: torch.dtype, size: int, rows: int) -> tuple[str, int, int]:
-    """The kernel, rows of a block, and bytes of shared memory."""
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for one split of the positions."""
+
+    name: str
+    rows: int  # of a block: queries that share keys
+    width: int  # numbers of a head that it has place for
+    resident: int  # blocks that a multiprocessor holds, by their registers
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block: the sums of its four warps."""
+        return 16 * self.rows * (self.width + 6)
+
+
+def kernel_of(dtype: torch.dtype, size: int, rows: int) -> Kernel:
     if dtype == torch.float32:
-        return "moepress_attention_plain", PLAIN_ROWS, 16 * PLAIN_ROWS * (PLAIN_WIDTH + 2)
+        return Kernel("moepress_attention_plain", 4, 256, 2)
     width = -(-size // 64) * 64
     halves = 2 if rows > 8 and width <= 128 else 1
     name = f"moepress_attention_{NAMES[dtype]}_g{width}_p{halves}"
-    return name, 8 * halves, 16 * 8 * halves * (width + 6)
+    return Kernel(name, 8 * halves, width, 3 if width * halves <= 128 else 2)
 
 
-def splits_of(blocks: int, positions: int, launcher: Launcher) -> int:
-    """Into how many parts positions are cut, so that all multiprocessors work."""
+def splits_of(blocks: int, positions: int, most_blocks: int) -> int:
+    """Into how many parts positions are cut, so that a card has about `most_blocks` in all."""
     tiles = -(-positions // TILE)
-    splits = max(1, min(tiles, MOST_SPLITS, BLOCKS * launcher.multiprocessors // blocks))
+    splits = max(1, min(tiles, MOST_SPLITS, most_blocks // blocks))
     return -(-tiles // -(-tiles // splits))
 
 

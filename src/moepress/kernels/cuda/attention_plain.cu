@@ -75,7 +75,7 @@ DEVICE void attention_plain(const AttentionCall& call) {
         }
     });
     auto* shared = shared_memory<Shared<kRows>>();
-    constexpr int width = 128 * kChunks;
+    constexpr int width = 128 * kChunks + 4;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         if (lane == 0) {
@@ -94,5 +94,5 @@ DEVICE void attention_plain(const AttentionCall& call) {
 }  // namespace moepress
 
 // Heads of at most 256 numbers, a multiple of 4; blocks of 4 rows. Threads: 128. Dynamic shared
-// memory: 4 * 4 * 258 floats. Grid and parameters: attention.cuh.
+// memory: 4 * 4 * 262 floats. Grid and parameters: attention.cuh.
 MOEPRESS_ATTENTION_KERNEL(moepress_attention_plain, 2, moepress::attention_plain)
