@@ -62,15 +62,15 @@ struct Split {
           values(rows.head_of<uint16_t>(call.v, call.of_v)) {
 #pragma unroll
         for (int h = 0; h < halves; ++h) {
-            const int row = 8 * h + lane_id() / 4;
-            const uint16_t* at = static_cast<const uint16_t*>(call.q) + rows.at(call, call.of_q, row);
+            const Query query = rows.query(call, 8 * h + lane_id() / 4);
+            const uint16_t* at = static_cast<const uint16_t*>(call.q) + rows.at(call.of_q, query);
 #pragma unroll
             for (int j = 0; j < 2 * chunks; ++j) {
                 const int column = 32 * j + 8 * (lane_id() % 4);
                 q[h][j] = load_stream_16_or_zero(at + column, column < int(call.size));
             }
             most[h] = nothing();
-            mask[h] = rows.at(call, call.of_mask, row);
+            mask[h] = rows.at(call.of_mask, query);
         }
     }
 

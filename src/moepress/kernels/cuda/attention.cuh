@@ -32,14 +32,21 @@ struct AttentionCall {
     float *parts, *sums;  // [batches, heads, group * tokens, splits, size], [.., splits, 2]
 };
 
+struct Query {
+    int64_t head, token;
+};
+
 struct Rows {
     uint32_t batch, first, tokens;
     int count;
 
     DEVICE Rows(const AttentionCall& call, int most) : tokens(uint32_t(call.tokens)) {
         const uint32_t all = uint32_t(call.group) * tokens, groups = (all + most - 1) / most;
-        batch = blockIdx.z / groups;
-        first = blockIdx.z % groups * most;
+        batch = blockIdx.z, first = 0;
+        if (groups > 1) {
+            batch = blockIdx.z / groups;
+            first = (blockIdx.z - batch * groups) * most;
+        }
         count = int(min(uint32_t(most), all - first));
     }
     // The first number of this head's keys or values.
@@ -47,12 +54,19 @@ struct Rows {
     DEVICE const T* head_of(const void* p, const Strides& strides) const {
         return static_cast<const T*>(p) + batch * strides.batch + blockIdx.x * strides.head;
     }
-    // Where a row begins. Those beyond the last are the last one again.
-    DEVICE int64_t at(const AttentionCall& call, const Strides& strides, int row) const {
+    // A row's query head and token. Those beyond the last are the last one again.
+    DEVICE Query query(const AttentionCall& call, int row) const {
         const uint32_t r = first + min(row, count - 1);
-        const uint32_t head = tokens == 1 ? r : r / tokens;
-        return batch * strides.batch + (blockIdx.x * call.group + head) * strides.head +
-               (r - head * tokens) * strides.step;
+        uint32_t head = r, token = 0;
+        if (tokens > 1) {
+            head = r / tokens;
+            token = r - head * tokens;
+        }
+        return {blockIdx.x * call.group + head, token};
+    }
+    // Where a row begins, in the queries or in the mask.
+    DEVICE int64_t at(const Strides& strides, Query query) const {
+        return batch * strides.batch + query.head * strides.head + query.token * strides.step;
     }
 };
 
@@ -103,7 +117,7 @@ DEVICE uint32_t seen_tiles(const AttentionCall& call, const Rows& rows, Start st
     for (int i = 0; i < 4; ++i) position[i] = start(2 * i + lane_id() / kKeys) + lane_id() % kKeys;
     for (int row = 0; row < different; ++row) {
         float added[4];
-        read_mask(call, rows.at(call, call.of_mask, row), position, added);
+        read_mask(call, rows.at(call.of_mask, rows.query(call, row)), position, added);
 #pragma unroll
         for (int i = 0; i < 4; ++i) seen[i] |= added[i] != nothing();
     }
@@ -121,13 +135,12 @@ DEVICE uint32_t seen_tiles(const AttentionCall& call, const Rows& rows, Start st
 template <class Add>
 DEVICE void each_tile(const AttentionCall& call, const Rows& rows, Add add) {
     const int tiles = (int(call.positions) + kTile - 1) / kTile, splits = int(gridDim.y);
-    const int split = int(blockIdx.y), here = (tiles - split + splits - 1) / splits;
-    const auto start = [&](int i) { return (split + i * splits) * kTile + warp_id() * kKeys; };
-    for (int first = 0; first < here; first += 8) {
+    const int split = int(blockIdx.y);
+    for (int tile = split; tile < tiles; tile += 8 * splits) {
+        const auto start = [&](int i) { return (tile + i * splits) * kTile + warp_id() * kKeys; };
         uint32_t seen = 1;
-        if (here > 1)
-            seen = seen_tiles(call, rows, [&](int i) { return start(first + i); });
-        for (; seen; seen &= seen - 1) add(start(first + __ffs(int(seen)) - 1));
+        if (split + splits < tiles) seen = seen_tiles(call, rows, start);
+        for (; seen; seen &= seen - 1) add(start(__ffs(int(seen)) - 1));
     }
 }
 

@@ -32,9 +32,10 @@ DEVICE void attention_plain(const AttentionCall& call) {
     int64_t mask[kRows];  // where the mask of a row begins
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        load(static_cast<const float*>(call.q), rows.at(call, call.of_q, r), q[r]);
+        const Query query = rows.query(call, r);
+        load(static_cast<const float*>(call.q), rows.at(call.of_q, query), q[r]);
         most[r] = nothing();
-        mask[r] = rows.at(call, call.of_mask, r);
+        mask[r] = rows.at(call.of_mask, query);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) y[r][c] = make_float4(0, 0, 0, 0);
     }
