@@ -15,7 +15,7 @@ from transformers import StaticCache
 import moepress
 from moepress.chat import Conversation
 from moepress.compress import compress
-from moepress.hf import load_model
+from moepress.hf import card_attention, load_model
 from moepress.kernels.divided import DividedExperts
 from moepress.original.remote_code import tokenizer_of
 from moepress.serve.stepping import Stepper
@@ -64,6 +64,29 @@ def test_a_step_of_decoding_does_not_wait(folder: Path, card: Card, pruning: flo
     expected = steps(load_model(folder, pruning=pruning), None)
     found = steps(load_model(folder, "cuda", pruning=pruning), card)
     close(found, expected)
+
+
+def test_attention_of_a_step_is_ours(
+    folder: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel gives what PyTorch's attention gives, in the same model on the card."""
+    model = load_model(folder, "cuda")
+    calls: list[Tensor] = []
+    plain = card_attention.attention
+
+    def counted(q: Tensor, *rest: Any) -> Tensor:
+        calls.append(q)
+        return plain(q, *rest)
+
+    monkeypatch.setattr(card_attention, "attention", counted)
+    found = steps(model, card)
+    assert len(calls) == 3 * model.config.num_hidden_layers
+    for module in model.modules():
+        setattr(module, card_attention.MARK, False)
+    expected = steps(model, card)
+    assert len(calls) == 3 * model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.card

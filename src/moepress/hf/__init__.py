@@ -34,6 +34,7 @@ from moepress.hf.agreement import (
     places_of,
     stored_tensors,
 )
+from moepress.hf.card_attention import attend_on_card
 from moepress.hf.devices import device_types, keep_experts_on_cpu, only_device
 from moepress.hf.files import check_written, read_ahead
 from moepress.hf.grouped_attention import group_queries
@@ -189,6 +190,7 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         prepare(model)
         mend(model)
         group_queries(model)
+        attend_on_card(model)
         grow_in_place(model)
         pruning = getattr(self.quantization_config, "pruning", None)
         if pruning is not None:

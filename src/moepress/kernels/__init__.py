@@ -27,7 +27,7 @@ from moepress.kernels.backends import (
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.gradients import register_gradients
-from moepress.kernels.ops import drop, embedding, experts, linear
+from moepress.kernels.ops import attention, drop, embedding, experts, linear
 
 __all__ = [
     "BACKENDS",
@@ -35,6 +35,7 @@ __all__ = [
     "ExpertsCall",
     "Gate",
     "Status",
+    "attention",
     "backend_for",
     "drop",
     "embedding",

@@ -36,6 +36,10 @@ Drop = Callable[  # index, weights, thresholds, renormalise, keep, num_experts
     [Tensor, Tensor, Tensor, bool, Tensor | None, int], tuple[Tensor, Tensor, Tensor]
 ]
 
+Attention = Callable[  # q, k, v, mask, scale
+    [Tensor, Tensor, Tensor, Tensor | None, float], Tensor
+]
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -49,6 +53,7 @@ class Backend:
     experts: Experts
     embedding: Embedding
     drop: Drop = reference.drop
+    attention: Attention = reference.attention
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -156,5 +161,6 @@ register_backend(
         experts=cuda.experts,
         embedding=cuda.embedding,
         drop=cuda.drop,
+        attention=cuda.attention,
     )
 )

@@ -4,6 +4,7 @@
     moepress::experts    the routed experts of one layer, each with its own code widths
     moepress::embedding  rows of a packed table
     moepress::drop       remove choices of small routing weight
+    moepress::attention  few queries over many keys, with groups of queries that share keys
 
 torch.compile, torch.export and CUDA graphs see each op as one node with a known result shape,
 whichever backend runs it (backends.py). torch.library reads the schema of an op from the
@@ -245,6 +246,45 @@ def _(index: Tensor, weights: Tensor, *_: object, **__: object) -> tuple[Tensor,
         weights.new_empty(shape),
         index.new_empty(shape, dtype=torch.bool),
     )
+
+
+@op("moepress::attention")
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale + mask) v for few queries. Scores and sums are float32.
+
+    Args:
+        q: [B, Hq, T, D], any float dtype. Hq is a multiple of H; query head h has keys h // (Hq/H).
+        k, v: [B, H, S, D] in the dtype of q, any strides.
+        mask: [B or 1, Hq or 1, T or 1, S or 1], bool (False: not seen) or a float that is added;
+            None: every query sees all keys.
+        scale: of the scores.
+
+    Returns:
+        [B, T, Hq, D], contiguous, in the dtype of q. A query that sees no key gets zeros, as it
+        does from torch's own attention.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+    """
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    if not fits or q.shape[::3] != k.shape[::3] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise InputError(
+            "Expected q [B, Hq, T, D] and k, v [B, H, S, D] of one dtype, Hq a multiple of H; got "
+            f"{list(q.shape)} {q.dtype}, {list(k.shape)} {k.dtype} and {list(v.shape)} {v.dtype}."
+        )
+    full = *q.shape[:3], k.shape[2]
+    if mask is not None and (
+        mask.dim() != 4 or any(n not in (1, m) for n, m in zip(mask.shape, full, strict=True))
+    ):
+        raise InputError(f"mask must be broadcastable to {list(full)}, got {list(mask.shape)}.")
+    check_one_device(q, k=k, v=v, mask=mask)
+    return backend_for(q.device).attention(q, k, v, mask, scale)
+
+
+@attention.op.register_fake
+def _(q: Tensor, *_: object, **__: object) -> Tensor:
+    batches, heads, tokens, size = q.shape
+    return q.new_empty(batches, tokens, heads, size)
 
 
 @lru_cache(maxsize=64)

@@ -224,6 +224,21 @@ def drop(
     return index.gather(1, order).masked_fill(dropped, num_experts), kept, dropped
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale + mask) v, as the op `moepress::attention`, in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.to(wide).repeat_interleave(groups, 1) for x in (k, v))
+    scores = q.to(wide) @ keys.transpose(2, 3) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask.to(wide)
+    blind = (scores == -math.inf).all(-1, keepdim=True)  # a query that sees nothing
+    weights = torch.softmax(scores, -1).masked_fill(blind, 0)
+    return (weights @ values).transpose(1, 2).to(q.dtype).contiguous()
+
+
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """The activation function of that name.
 

@@ -30,6 +30,8 @@ SPILLS = {  # bytes that a kernel may spill, all loads and stores of its program
     "moepress_combine_experts": 16,
     "moepress_drop": 16,
     "moepress_gated_any": 16,
+    "moepress_attention_bf16_g128_p1": 16,
+    "moepress_attention_f16_g128_p1": 16,
 }
 
 

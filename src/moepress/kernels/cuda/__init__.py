@@ -19,6 +19,8 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     grouped.py               very many tokens: weights decoded to bfloat16, and torch's products
     dequantize.cu, grouped.cu, grouped_any.cu  its kernels
     embedding.cu, drop.cu    rows of a packed table; online pruning
+    attention.py             attention of few tokens: attention.cu, attention_plain.cu (float32),
+                             attention_merge.cu
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """
 
@@ -33,6 +35,7 @@ from moepress.errors import InputError
 from moepress.format.codec import FAMILIES, Codec
 from moepress.kernels import reference
 from moepress.kernels.cuda import grouped
+from moepress.kernels.cuda.attention import attention
 from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.gates import (
     ACTIVATIONS,
@@ -44,7 +47,7 @@ from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.experts_call import ExpertsCall
 
-__all__ = ["ACTIVATIONS", "drop", "embedding", "experts", "linear", "missing"]
+__all__ = ["ACTIVATIONS", "attention", "drop", "embedding", "experts", "linear", "missing"]
 
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions

@@ -1,0 +1,138 @@
+"""Attention of one token on a card: our kernel in the place of PyTorch's.
+
+For one token and a mask, transformers' "sdpa" copies keys and values, once for each query head that
+shares them, before it calls PyTorch (releases before `pack_gqa`, and compiled models). The op
+`moepress::attention` reads them once, where the cache has them.
+
+The function that transformers calls by the name "sdpa" is wrapped. It does what it did, but for
+modules that `attend_on_card` marked and for calls that the op takes: so configs keep the name
+"sdpa", masks are made as ever, and nothing changes for models that moepress did not load.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepress.kernels import attention, backend_for
+from moepress.kernels.cuda.attention import takes
+
+NAME = "sdpa"
+CARD = "cuda"  # type of device
+MARK = "_moepress_attends"
+HANDED_ON = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
+CHANGING = ("softcap", "s_aux", "output_attentions")  # beside what the function itself names
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def attend_on_card(model: nn.Module) -> None:
+    """Have the causal attention of a model, where it is on a card, decode with our kernel.
+
+    Only calls of one token change, without gradients, dropout, and arguments that the kernel does
+    not know. Safe to repeat.
+    """
+    modules = [module for module in model.modules() if _on_card(module)]
+    for module in modules:
+        setattr(module, MARK, True)
+    if modules:
+        _wrap()
+
+
+def _on_card(module: nn.Module) -> bool:
+    """Whether a module is causal attention on a card for which there are kernels."""
+    config = getattr(module, "config", None)
+    if not hasattr(config, "_attn_implementation") or not hasattr(module, "is_causal"):
+        return False
+    device = next((p.device for p in module.parameters()), None)
+    return (
+        bool(module.is_causal)
+        and device is not None
+        and device.type == CARD
+        and backend_for(device).name == CARD
+    )
+
+
+def _wrap() -> None:
+    """Put our function in the place of transformers'."""
+    from transformers.modeling_utils import AttentionInterface
+
+    plain = AttentionInterface._global_mapping[NAME]
+    if getattr(plain, MARK, False):
+        return
+    attend = wrapped(plain)
+    setattr(attend, MARK, True)
+    AttentionInterface.register(NAME, attend)
+
+
+def wrapped(plain: Attend) -> Attend:
+    """The function for "sdpa", in front of transformers' own."""
+    named = set(inspect.signature(plain).parameters) - HANDED_ON - {"kwargs"}
+    others = (*sorted(named), *CHANGING)
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        # For one token is_causal changes nothing: it sees all keys that the mask shows.
+        ours = (
+            getattr(module, MARK, False)
+            and not dropout
+            and not any(_given(kwargs.get(name)) for name in others)
+            and _fit(module, query, key, value, attention_mask)
+        )
+        if not ours:
+            return plain(
+                module, query, key, value, attention_mask,
+                dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
+            )  # fmt: skip
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention(query, key, value, attention_mask, scale), None
+
+    return attend
+
+
+def _given(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _fit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel computes what PyTorch would for these tensors."""
+    if query.dim() != 4 or query.shape[2] != 1 or key.shape != value.shape or not key.shape[2]:
+        return False
+    batches, heads, _, size = query.shape
+    groups = getattr(module, "num_key_value_groups", 1)
+    if (key.shape[0], key.shape[1] * groups, key.shape[3]) != (batches, heads, size):
+        return False
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if any(x.device.type != CARD for x in tensors):
+        return False
+    if mask is not None and (
+        mask.dim() != 4
+        or mask.shape[0] not in (1, batches)
+        or mask.shape[1] not in (1, heads)
+        or mask.shape[2] != 1
+        or mask.shape[3] != key.shape[2]
+    ):
+        return False
+    return takes(query, key, value, mask) and not _followed(tensors)
+
+
+def _followed(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether gradients, autocast or function transforms want to see PyTorch's own op."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    if torch.is_autocast_enabled(CARD):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
