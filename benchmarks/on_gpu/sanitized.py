@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from moepress.format.codec import CODE_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import trellis
 from moepress.kernels.cuda import rotation
 from moepress.rounding.methods import viterbi
-from on_gpu import checks, grouped
+from on_gpu import attention, checks, grouped
+from on_gpu import search as search_checks
 from on_gpu.card import Card
 from on_gpu.random_codes import random_packed
 from on_gpu.search import targets
@@ -99,7 +101,7 @@ def rotations(card: Card) -> None:
                 rotation.rotate(x, back)
 
 
-GROUPS: dict[str, Callable[[Card], None]] = {
+GROUPS: dict[str, Callable[[Card], Any]] = {
     "trellis_decode": partial(products, family="trellis", tokens=FEW, tokens_of_experts=3),
     "int_decode": partial(products, family="int", tokens=FEW, tokens_of_experts=3),
     "trellis_prefill": partial(products, family="trellis", tokens=MANY, tokens_of_experts=70),
@@ -109,4 +111,6 @@ GROUPS: dict[str, Callable[[Card], None]] = {
     "embedding": embedding,
     "search": search,
     "rotation": rotations,
+    "attention": attention.check_attention,
+    "drawn": search_checks.check_drawn,
 }

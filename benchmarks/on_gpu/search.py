@@ -14,7 +14,9 @@ import torch
 
 import mixtral_shape
 from moepress.format.codec import HALF_WIDTHS, TRELLIS_BITS
+from moepress.kernels.cuda import drawn
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
+from moepress.rounding import noise
 from moepress.rounding.methods import viterbi
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
@@ -30,6 +32,7 @@ def cases(card: Card) -> Iterator[Case]:
     for bits in sorted(TRELLIS_BITS, key=lambda b: b not in HALF_WIDTHS):
         yield Case(f"{bits} bits against the oracle", partial(check_search, card, bits), 60)
     yield Case("several matrices", partial(check_together, card), 60)
+    yield Case("drawn errors", partial(check_drawn, card), 60)
     yield Case("rates", partial(rates, card), 60)
 
 
@@ -73,6 +76,25 @@ def check_together(card: Card) -> list[Row]:
     if wrong or not (bool(branches.eq(7).all()) and torch.equal(feedback, before)):
         raise CheckError(f"{wrong} numbers differ, or other columns were written")
     return [{"matrices": len(bits)}]
+
+
+def check_drawn(card: Card) -> list[Row]:
+    """A visit of drawn errors by kernels and by plain operations."""
+    worst = 0.0
+    for columns, widths in ((96, 1), (1024, 3), (28672, 3)):
+        target, z = torch.randn(2, 24, columns, generator=card.generator(), device=card.device)
+        received = torch.randn(24, widths, columns, generator=card.generator(1), device=card.device)
+        given = target, received, torch.zeros_like(received)
+        more = torch.linspace(0.02, 0.3, widths, device=card.device), z
+        expected = [x.clone() for x in given]
+        for start, stop in ((8, 16), (16, 20)):
+            drawn.drawing(*given, *more)(start, stop)
+            noise._drawing(*expected, *more)(start, stop)
+        pairs = zip(given, expected, strict=True)
+        worst = max(worst, *(float((a - b).abs().max()) for a, b in pairs))
+    if not worst < 1e-5:
+        raise CheckError(f"numbers differ by {worst:.3g}")
+    return [{"differ_by": worst}]
 
 
 def rates(card: Card) -> list[Row]:

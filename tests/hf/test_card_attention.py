@@ -35,6 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
     monkeypatch.setattr(card_attention, "attention", counted)
     monkeypatch.setattr(card_attention, "CARD", "cpu")
+    monkeypatch.setattr(card_attention, "_agreed", {})
     before = AttentionInterface._global_mapping["sdpa"]
     yield seen
     AttentionInterface.register("sdpa", before)
@@ -63,6 +64,19 @@ def steps(model: Any, kind: str, mask: Tensor | None = None) -> Tensor:
         )
         found.append(out.logits)
     return torch.cat(found, 1)
+
+
+def test_a_kernel_that_differs_is_left_alone(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first call of a kind is computed both ways; its result is PyTorch's."""
+    model = make_model("mixtral")
+    expected = steps(model, "growing")
+    right = card_attention.attention
+    monkeypatch.setattr(card_attention, "attention", lambda *given: right(*given) * 1.1)
+    assert torch.equal(steps(ours(model), "growing"), expected)
+    assert len(calls) == 1
+    assert caplog.text.count("Attention of one token differs by 0.1 between") == 1
 
 
 @pytest.mark.parametrize("kind", ["growing", "static"])
