@@ -14,6 +14,7 @@ from moepress.format import journal as journals
 from moepress.format.journal import Journal
 from moepress.original import batches as batch_sizes
 from moepress.original.batches import chunks, empty
+from moepress.original.experts import Routed
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -71,6 +72,20 @@ def test_routing_is_the_models_own(model_folder: Folder) -> None:
         tokens, places = routed.of(expert)
         assert tokens.tolist() == [t for t in range(ids.numel()) if expert in index[t]]
         assert torch.equal(routed.weight[tokens, places], routed.weight[routed.index == expert])
+
+
+@pytest.mark.parametrize("largest", [7, 1 << 17])
+def test_tokens_of_each_expert(largest: int) -> None:
+    """Rising tokens, then places; also of tokens that chose an expert twice, or none."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(-1, 8, (50, 3), generator=generator)
+    index[::7] = largest
+    index[3] = 2
+    routed = Routed(torch.zeros(50, 4), index, torch.ones(50, 3))
+    for expert in range(10):
+        expected = (index == expert).nonzero(as_tuple=True)
+        assert all(map(torch.equal, routed.of(expert), expected))
+    assert torch.equal(routed.of(2)[0][routed.of(2)[0] == 3], torch.tensor([3, 3, 3]))
 
 
 def test_journal_resumes_after_the_last_finished_layer(
