@@ -40,7 +40,7 @@ from moepress.errors import MoepressError
 from moepress.original.batches import SHARE_IN_ORDER, chunks, empty
 from moepress.original.calls import record_calls, replaced_forward
 from moepress.original.carried import Carried
-from moepress.original.experts import Routed, expert_forward
+from moepress.original.experts import Routed, expert_gradients
 from moepress.original.resident import ExpertsForward
 from moepress.original.walk import Walk
 
@@ -195,20 +195,12 @@ class BackwardWalk:
             device = expert.weights.down.device
             for chunk in chunks(expert.tokens):
                 token, place = expert.tokens[chunk], expert.places[chunk]
-                x = expert.inputs(chunk).requires_grad_()
-                gate = expert.gate[chunk, None].to(device)
-                g_y = at_output[token].to(device).float()
-                y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
-                (found,) = _gradients([y], [x], [(g_y * gate).to(y)], layer)
-                scale = routed.input_scale(expert.number, token)
-                if scale is None:
-                    along = g_y * y.detach().float()
-                else:  # x = w h, and the output is not scaled
-                    found = found.float()
-                    along = found * routed.hidden[token].to(found)
-                    found = found * scale.to(found)
+                with differentiating(layer):
+                    found, along = expert_gradients(
+                        expert, chunk, at_output[token].to(device).float()
+                    )
                 at_hidden.add(expert, chunk, found)
-                at_weight[token, place] = along.sum(1).cpu()
+                at_weight[token, place] = along.cpu()
         walk.ranks.sum_up(at_weight)
         return at_hidden.result(), walk.division.own(at_weight)
 

@@ -222,3 +222,29 @@ def expert_forward(
     """
     inner = expert_hidden(module, weights.gate_up, x, weights.gate_up_bias, neurons)
     return expert_output(module, weights.down, inner, x.shape[-1], weights.down_bias, neurons)
+
+
+def expert_gradients(
+    expert: RoutedExpert, chunk: slice, at_output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients [t, H] at the inputs of an expert, and [t] at its routing weights.
+
+    See the second step of backward.py.
+
+    Args:
+        chunk: of the expert's tokens.
+        at_output: [t, H] float32 gradient at the sum of the experts' weighted outputs, on the
+            device of the weights.
+    """
+    token = expert.tokens[chunk]
+    with torch.enable_grad():
+        x = expert.inputs(chunk).requires_grad_()
+        y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
+    gate = expert.gate[chunk, None].to(at_output.device)
+    (found,) = torch.autograd.grad(y, x, (at_output * gate).to(y))
+    scale = expert.routed.input_scale(expert.number, token)
+    if scale is None:
+        return found, (at_output * y.detach().float()).sum(1)
+    found = found.float()  # x = w h, and the output is not scaled
+    along = found * expert.routed.hidden[token].to(found)
+    return found * scale.to(found), along.sum(1)

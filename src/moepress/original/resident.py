@@ -18,7 +18,13 @@ from torch import Tensor
 from moepress.blocks.form import Form
 from moepress.memory import free_memory
 from moepress.original.batches import chunks
-from moepress.original.experts import ExpertWeights, Routed, RoutedExpert, expert_forward
+from moepress.original.experts import (
+    ExpertWeights,
+    Routed,
+    RoutedExpert,
+    expert_forward,
+    expert_gradients,
+)
 from moepress.original.source import Source
 
 SHARE = (
@@ -85,20 +91,9 @@ class ResidentExperts:
         at_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for expert, chunk in self._parts(routed):
             token, place = expert.tokens[chunk], expert.places[chunk]
-            with torch.enable_grad():
-                x = expert.inputs(chunk).requires_grad_()
-                y = expert_forward(self.module, expert.weights, x, expert.neurons(chunk))
-            g_y = at_output[token].float()
-            (found,) = torch.autograd.grad(y, x, (g_y * expert.gate[chunk, None]).to(y))
-            scale = routed.input_scale(expert.number, token)
-            if scale is None:
-                along = g_y * y.detach().float()
-            else:  # x = w h, and the output is not scaled
-                found = found.float()
-                along = found * routed.hidden[token].to(found)
-                found = found * scale.to(found)
+            found, along = expert_gradients(expert, chunk, at_output[token].float())
             at_hidden.index_add_(0, token, found.float())
-            at_weight[token, place] = along.sum(1)
+            at_weight[token, place] = along
         return at_hidden, at_weight
 
     def differentiable(self, norms: list[Tensor]) -> ExpertsForward:

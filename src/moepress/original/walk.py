@@ -32,7 +32,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moepress.blocks.form import Form
 from moepress.errors import NumericalError
 from moepress.original.batches import (
     SHARE_IN_ORDER,
@@ -50,10 +49,10 @@ from moepress.original.carried import (
     Gathered,
     states_between,
 )
-from moepress.original.division import Division
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.loops import loop_of
 from moepress.original.passes import enter_loop, leave_loop
+from moepress.original.record import Record
 from moepress.original.resident import ExpertsForward, ResidentExperts, resident_experts
 from moepress.original.sequences import Sequences
 from moepress.original.source import Source
@@ -62,36 +61,6 @@ from moepress.progress import Progress
 from moepress.ranks import here
 
 STATES = "states"  # name of the states of a walk in files
-
-
-class _Record:
-    """Inputs and choices of a layer's routed experts, batch by batch.
-
-    Args:
-        hidden: [T, H], is filled.
-    """
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-        self.done = 0  # the token that comes next
-        self._index: list[Tensor] = []
-        self._weight: list[Tensor] = []
-
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> None:
-        self.hidden[self.done : self.done + len(x)] = x
-        self.done += len(x)
-        self._index.append(index.to("cpu"))
-        self._weight.append(weight.to("cpu", torch.float32))
-
-    def routed(self, form: Form, division: Division) -> Routed:
-        """What was recorded, with what other ranks have recorded."""
-        division.spread(self.hidden)
-        index, weight = (
-            division.everywhere(torch.cat(own) if own else None)
-            for own in (self._index, self._weight)
-        )
-        experts, neuron = form.split(index)
-        return Routed(self.hidden, experts, weight, scales_input=form.scales_input, neuron=neuron)
 
 
 class Walk(Sequences):
@@ -192,7 +161,7 @@ class Walk(Sequences):
             layer: index of a layer whose weights, except its routed experts, are loaded.
         """
         shape = self.division.all_ids.numel(), self.source.experts[layer].hidden
-        record = _Record(empty(shape, self.source.compute_dtype, self.source.device))
+        record = Record(empty(shape, self.source.compute_dtype, self.source.device))
 
         def give(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             record(x, index, weight)
@@ -352,7 +321,7 @@ class Walk(Sequences):
     def _pass_with(self, layer: int, resident: ResidentExperts) -> Routed:
         """`pass_layer` with the experts in memory: the layer runs once."""
         shape = self.division.all_ids.numel(), self.source.experts[layer].hidden
-        record = _Record(empty(shape, self.source.compute_dtype, self.source.device))
+        record = Record(empty(shape, self.source.compute_dtype, self.source.device))
 
         def give(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             record(x, index, weight)

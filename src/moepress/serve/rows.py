@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -22,6 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from moepress.hf.fixed_cache import ABOUT_STATES, STATES, DummyLayer
 from moepress.hf.growing_cache import GrowingLayer
 
 
@@ -104,23 +104,13 @@ class _LinearRows(LinearAttentionLayer):  # type: ignore[misc]
                         getattr(layer, name)[index].copy_(row)
 
 
-# The layer of a model's layer without attention; transformers 5.17 has none.
-DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
-STATES = ("conv_states", "recurrent_states")
-ABOUT_STATES = (
-    "is_conv_states_initialized",
-    "is_recurrent_states_initialized",
-    "has_previous_state",
-    "conv_kernel_size",
-)
 KINDS: dict[type, Any] = {
     DynamicLayer: _FullRows,
     GrowingLayer: _FullRows,
     DynamicSlidingWindowLayer: _SlidingRows,
     LinearAttentionLayer: _LinearRows,
+    DummyLayer: lambda own, longest: DummyLayer(),
 }
-if DummyLayer is not None:
-    KINDS[DummyLayer] = lambda own, longest: DummyLayer()
 
 
 def can_batch(cache: Any) -> bool:
