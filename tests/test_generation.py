@@ -82,6 +82,9 @@ def test_less_text_than_asked_for_is_refused(tokenizer: Any) -> None:
         device = torch.device("cpu")
         generation_config = GenerationConfig()
 
+        def get_output_embeddings(self) -> torch.nn.Linear:
+            return torch.nn.Linear(8, 384)
+
         def generate(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
             return input_ids
 

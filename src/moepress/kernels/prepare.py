@@ -24,11 +24,11 @@ def prepare(model: nn.Module) -> None:
     """
     wanted: dict[torch.device, set[str]] = {}
     for module in model.modules():
-        names = kernels_of(module)
-        if names:
-            wanted.setdefault(next(module.parameters()).device, set()).update(names)
+        parameter = next(module.parameters(), None)  # None: experts on disk
+        if parameter is not None:
+            wanted.setdefault(parameter.device, set()).update(kernels_of(module))
     for device, kernels in wanted.items():
-        if device.type in LAUNCHERS and backend_for(device).name == "cuda":
+        if kernels and device.type in LAUNCHERS and backend_for(device).name == "cuda":
             launcher_for(device).prepare(kernels)
 
 

@@ -521,7 +521,7 @@ inline void run_block() {
 inline void on_fault(int, siginfo_t* info, void*) {
     const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
     const auto shared = reinterpret_cast<uintptr_t>(state.shared);
-    const bool near = at + (1 << 20) > shared && at < shared + state.shared_bytes + (1 << 20);
+    const bool near = at + (1 << 16) > shared && at < shared + state.shared_bytes + (1 << 16);
     fail(near ? "access outside of the dynamic shared memory" : "access outside of a tensor");
 }
 
