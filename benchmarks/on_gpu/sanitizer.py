@@ -31,6 +31,8 @@ GROUPS = (  # of sanitized.py, which imports torch; slowest first
     "search",
     "embedding",
     "rotation",
+    "attention",
+    "drawn",
 )
 FOUND = 9  # exit code where the tool reports something
 SECONDS = 150  # of one process, at most

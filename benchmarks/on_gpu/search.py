@@ -26,6 +26,7 @@ MIXES = {
     "2 and 3": (2, 3),
 }  # fmt: skip
 SEQUENCES, LENGTH = 128, 2048  # of a whole compression
+LIMIT = 24e9  # bytes of the card's memory that torch may take
 
 
 def cases(card: Card) -> Iterator[Case]:
@@ -123,13 +124,14 @@ def rates(card: Card) -> list[Row]:
 
 
 def compress_cases(card: Card) -> Iterator[Case]:
-    for recipe, sequences in (("default", 4), ("default", 16)):
+    """First with little text, which also compiles the kernels."""
+    for recipe, sequences in (("default", 4), ("default", 2 if card.tiny else SEQUENCES)):
         run = partial(compress_layers, card, recipe, sequences)
-        yield Case(f"{recipe}, {sequences} sequences", run, 420)
+        yield Case(f"{recipe}, {sequences} sequences, {LIMIT / 1e9:.0f} GB", run, 420)
 
 
 def compress_layers(card: Card, recipe_name: str, sequences: int) -> list[Row]:
-    """Seconds of each stage for two layers, and multiplied out to 32 layers."""
+    """Seconds of each stage for two layers, in LIMIT bytes of a card's memory."""
     from moepress.allocate import allocate
     from moepress.original.source import Source
     from moepress.quantize import quantize
@@ -147,6 +149,9 @@ def compress_layers(card: Card, recipe_name: str, sequences: int) -> list[Row]:
     recipe = Recipe.load(recipe_name, bits=2.5, sequences=sequences, sequence_length=length)
     vocabulary = mixtral_shape.VOCAB
     ids = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+    if card.is_cuda:
+        share = min(1.0, LIMIT / card.properties.total_memory)
+        torch.cuda.set_per_process_memory_fraction(share, card.device)
     source = Source(folder, card.device)
     rows: list[Row] = []
 

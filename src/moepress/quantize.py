@@ -176,6 +176,10 @@ def _quantize_layers(
         if original is not None:
             original.restore(tensors, ORIGINAL_STATES)
 
+    def states() -> dict[str, Tensor]:
+        others = {} if original is None else original.tensors(ORIGINAL_STATES)
+        return walk.tensors() | others
+
     with Progress("quantize", total=len(source.layers)) as progress:
         progress.skip(journal.first)
         for layer in journal.remaining(restore):
@@ -183,8 +187,7 @@ def _quantize_layers(
                 tensors, drops = quantize_layer(walk, layer, plan, packed, progress, original)
             if drops is not None and walk.ranks.first:
                 save_unfinished(_drops_file(out, layer), drops)
-            states = {} if original is None else original.tensors(ORIGINAL_STATES)
-            journal.commit(layer, tensors, walk.tensors() | states)
+            journal.commit(layer, tensors, states)
             progress.advance()
 
 

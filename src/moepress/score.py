@@ -156,7 +156,7 @@ def score_tensors(
                         sensitivity.layer(0) if sensitivity else {},
                         texts,
                     )
-                journal.commit(layer, result, walk.tensors())
+                journal.commit(layer, result, walk.tensors)
                 progress.advance()
     return here().agreed(lambda: _collect(source, recipe, tensors, ids, texts, journal))
 

@@ -17,12 +17,15 @@ from moepress.compress import compress
 from moepress.costs import sketch
 from moepress.costs.scores import ExpertScores
 from moepress.format.checkpoint import SCORES
+from moepress.original.resident import ResidentExperts
+from moepress.original.walk import Walk
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
 
 pytestmark = pytest.mark.card
 
+quantizing = importlib.import_module("moepress.quantize")
 compressing = importlib.import_module("moepress.compress")  # the package has a function there
 SHORT = {"bits": 2.5, "sequences": 3, "sequence_length": 16}
 # What each case adds: half widths, the correction, gradients, gates with biases; neurons and scalar
@@ -68,6 +71,29 @@ def test_a_sketch_on_a_card(
     monkeypatch.setattr(compressing, "announce_estimate", lambda request, out: None)
     recipe = small_recipe(text_file, "default", **SHORT)
     same(*(compress(model_folder(), tmp_path / d, recipe, device=d) for d in ("cpu", "cuda")))
+
+
+def test_rounded_experts_that_run_together_on_a_card(
+    model_folder: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where tokens are many: the sums of their outputs would take more room than the experts."""
+    monkeypatch.setattr(compressing, "announce_estimate", lambda request, out: None)
+    monkeypatch.setattr(quantizing, "experts_bytes", lambda source, layer: 1)
+    taken: list[int] = []
+    advance = Walk.advance_with
+
+    def counted(walk: Walk, resident: ResidentExperts) -> float:
+        taken.append(resident.layer)
+        return advance(walk, resident)
+
+    monkeypatch.setattr(Walk, "advance_with", counted)
+    recipe = small_recipe(text_file, "default", **SHORT)
+    same(*(compress(model_folder(), tmp_path / d, recipe, device=d) for d in ("cpu", "cuda")))
+    assert taken == [0, 1]
 
 
 def same(first: Path, second: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_walk_is_the_models_forward_and_goes_on_where_it_stopped(
         pass_layer(walk, layer)
     journal = Journal(tmp_path, {}, count)
     for layer in range(count - 1):
-        journal.commit(layer, {"x": torch.ones(1)}, walk.tensors())
+        journal.commit(layer, {"x": torch.ones(1)}, walk.tensors)
     resumed = Walk(source, IDS)
     assert list(journal.remaining(resumed.restore)) == [count - 1]
     for one in (walk, resumed):

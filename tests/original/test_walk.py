@@ -115,7 +115,7 @@ def _run(journal: Journal, walk: Walk) -> list[int]:
 def _step(journal: Journal, walk: Walk, layer: int) -> None:
     with walk.source.layer_loaded(layer):
         walk.advance(layer, walk.experts_output(layer, walk.route(layer)))
-    journal.commit(layer, {"x": torch.ones(1) * layer}, walk.tensors())
+    journal.commit(layer, {"x": torch.ones(1) * layer}, walk.tensors)
 
 
 def test_journal_refuses_other_work(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_journal_without_states_begins_anew(model_folder: Folder, tmp_path: Path
     source = Source(model_folder())
     journal = Journal(tmp_path, {"work": "1"}, 2)
     walk = Walk(source, some_ids())
-    journal.commit(0, {"x": torch.ones(1)}, walk.tensors())
+    journal.commit(0, {"x": torch.ones(1)}, walk.tensors)
     next(tmp_path.glob("states-*")).unlink()
     assert journal.first == 0 and _run(journal, walk) == [0, 1]
 

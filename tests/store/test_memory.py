@@ -50,7 +50,7 @@ def test_bytes_are_refused_where_nothing_can_stay_on_disk(monkeypatch: pytest.Mo
 
 
 def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
     assert plan("mapped", 800, 100) is None and plan(500, 0, 100) is None
     assert plan(500, 800, 100) == Room(400, False)
     assert plan(5000, 800, 100) == Room(800, False)
@@ -64,4 +64,4 @@ def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_memory_is_no_more_than_the_machine_has() -> None:
     import psutil
 
-    assert 0 < memory.free_memory() <= psutil.virtual_memory().total
+    assert 0 < memory.free_host_memory() <= psutil.virtual_memory().total

@@ -18,7 +18,7 @@ from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
 from moepress.rounding.factor import Factor
 from moepress.rounding.linear import linear_inputs, output_cost, round_linear_to_all
-from moepress.rounding.noise import draw, draw_ahead, noisy_weights
+from moepress.rounding.noise import draw, draw_ahead, forget_draws, noisy_weights
 from moepress.rounding.options import Rounding
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def score_linears(
         for option, rounded in enumerate(offered):
             cost = output_cost(weight, rounded, factors[name], rounding.family)
             costs[row, :, option] = by_text * cost
+    forget_draws()
     walk.ranks.sum_up(costs)
     return costs
 

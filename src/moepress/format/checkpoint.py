@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
-from moepress.memory import free_memory
+from moepress.memory import free_host_memory
 from moepress.ranks import here
 from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
@@ -105,7 +105,7 @@ class Writer:
         if not here().first:
             return
         tensors = (tensor for each in files.values() for tensor in each.values())
-        most = max(MOST_COPIED, SHARE_COPIED * free_memory(torch.device("cpu")))
+        most = max(MOST_COPIED, SHARE_COPIED * free_host_memory())
         if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > most:
             self._save(files, then)
             return

@@ -57,7 +57,6 @@ class Journal:
         self._writer = Writer(device, self._write)
         self._every = STATES_EVERY if device is not None and device.type == "cuda" else 0.0
         self._written = time.monotonic()  # when states were last written
-        self._kept = 0  # the layer whose states these are
         here().agreed(lambda: check_identity(folder / "identity.json", identity))
 
     def done(self, layer: int) -> bool:
@@ -88,27 +87,38 @@ class Journal:
         first = self.first
         if 0 < first < len(self.layers):
             restore(load_unfinished(self._states(first)))
-        self._kept = first
         try:
             yield from range(first, len(self.layers))
         finally:
             self._writer.finish()
 
     def commit(
-        self, layer: int, result: Mapping[str, Tensor], states: Mapping[str, Tensor]
+        self, layer: int, result: Mapping[str, Tensor], states: Callable[[], Mapping[str, Tensor]]
     ) -> None:
-        """Record a layer's result, and the states after the layer if it is time."""
+        """Record a layer's result, and the states after the layer if it is time.
+
+        Args:
+            states: gives them; the ranks call it together, or none of them does.
+        """
         files: dict[Path, Mapping[str, Tensor]] = {self._file(layer): result}
         last = layer + 1 == len(self.layers)
-        if not last and time.monotonic() - self._written < self._every:
+        if not last and not here().agreed(self._is_time):
             self._writer.save(files)
             return
-        before, self._kept = self._kept, layer + 1
         self._written = time.monotonic()
+        kept = None if last else self._states(layer + 1)
         self._writer.save(
-            files if last else {self._states(layer + 1): states, **files},
-            then=lambda: self._states(before).unlink(missing_ok=True),
+            files if kept is None else {kept: states(), **files}, then=lambda: self._forget(kept)
         )
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._written >= self._every
+
+    def _forget(self, kept: Path | None) -> None:
+        """Delete all states but `kept`, also those of runs that were killed."""
+        for path in self.folder.glob("states-*.safetensors"):
+            if path != kept:
+                path.unlink(missing_ok=True)
 
     def result(self, layer: int) -> dict[str, Tensor]:
         """The result that `commit` recorded for a layer in `folder`."""

@@ -114,11 +114,14 @@ class CapturedSteps:
             if self._text is not None and self._text.is_in((*args, *kwargs.values())):
                 self._text = None  # its cache changes
             return self._plain(*args, **kwargs)
+        ready: tuple[_Step, _Text] | None = None
         try:
-            step, text = self._ready(call)
+            ready = self._ready(call)
         except Exception as error:  # of memory, of the capture, of anything that a model does
             self._refuse(f"{type(error).__name__}: {error}", isinstance(error, UnfitError))
+        if ready is None:  # here the error, which holds the memory of the capture, is gone
             return self._plain(**kwargs)
+        step, text = ready
         if text.proofs:
             return self._compared(step, text, call, kwargs)
         logits = step.run(call)

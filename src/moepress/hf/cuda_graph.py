@@ -39,14 +39,15 @@ def cuda_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
     """
     current, stream = torch.cuda.current_stream(device), _stream(device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        work()
-        with _waits_raise():  # inside a capture they would leave torch's allocator in disorder
+    try:
+        with torch.cuda.stream(stream):
             work()
-        torch.cuda.synchronize(device)
-        graph = _recorded(work, stream.device)
-    current.wait_stream(stream)
-    return graph
+            with _waits_raise():  # inside a capture they would leave torch's allocator in disorder
+                work()
+            torch.cuda.synchronize(device)
+            return _recorded(work, stream.device)
+    finally:
+        current.wait_stream(stream)
 
 
 @lru_cache(maxsize=64)

@@ -326,6 +326,8 @@ def differentiating(layer: int) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
     except RuntimeError as error:
         raise MoepressError(
             f"Layer {layer} cannot be differentiated ({error}). Use the recipe 'fast', or set "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError
-from moepress.memory import free_memory
+from moepress.memory import free_host_memory, free_memory
 
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 CARD_BATCHES = 2  # of these go through a layer together on a card: Python takes as long for both
@@ -76,7 +76,8 @@ def empty(
     if device is not None and device.type == "cuda":
         if size <= share * free_memory(device):
             return torch.empty(shape, dtype=dtype, device=device)
-        if size <= SHARE_PINNED * free_memory(torch.device("cpu")):
+        pinned = 1 << max(0, size - 1).bit_length()  # torch takes powers of two
+        if pinned <= SHARE_PINNED * free_host_memory():
             return torch.empty(shape, dtype=dtype, pin_memory=True)
     if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moepress.blocks.form import Form
+from moepress.errors import MoepressError
 from moepress.memory import free_memory
 from moepress.original.batches import chunks
 from moepress.original.experts import (
@@ -70,10 +71,15 @@ class ResidentExperts:
         """
         sums = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         routed = self.routed(hidden, index, weight)
-        for expert, chunk in self._parts(routed):
-            x = expert.inputs(chunk)
-            y = expert_forward(self.module, expert.weights, x, expert.neurons(chunk))
-            sums.index_add_(0, expert.tokens[chunk], y.float() * expert.gate[chunk, None])
+        try:
+            for expert, chunk in self._parts(routed):
+                x = expert.inputs(chunk)
+                y = expert_forward(self.module, expert.weights, x, expert.neurons(chunk))
+                sums.index_add_(0, expert.tokens[chunk], y.float() * expert.gate[chunk, None])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the model's layer, which calls this, is not to blame
+            raise MoepressError(f"The experts of layer {self.layer} cannot run: {error}") from error
         return sums.to(hidden.dtype)
 
     def gradients(

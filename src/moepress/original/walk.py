@@ -322,13 +322,14 @@ class Walk(Sequences):
         """`pass_layer` with the experts in memory: the layer runs once."""
         shape = self.division.all_ids.numel(), self.source.experts[layer].hidden
         record = Record(empty(shape, self.source.compute_dtype, self.source.device))
+        division = self.division  # of the passes that go in
 
         def give(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             record(x, index, weight)
             return resident.output(x, index, weight)
 
         self._advance(layer, give)
-        return record.routed(resident.form, self.division)
+        return record.routed(resident.form, division)
 
     @torch.inference_mode()
     def advance_with(self, resident: ResidentExperts) -> float:

@@ -68,6 +68,13 @@ def draw_ahead(shape: Sequence[int], seed: int, name: str) -> None:
         _ahead[key] = _threads().submit(_draw, *key, for_card=True)
 
 
+def forget_draws() -> None:
+    """Let go of what `draw_ahead` began and nobody asked for."""
+    for future in _ahead.values():
+        future.cancel()
+    _ahead.clear()
+
+
 def _draw(shape: tuple[int, ...], seed: int, name: str, for_card: bool = False) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from moepress.errors import InputError
+from moepress.memory import free_host_memory
 from moepress.recipe import parse_size
 
 Memory = int | Literal["all", "mapped", "fit"]  # bytes; all in locked memory; as files; see `plan`
@@ -129,7 +127,7 @@ def plan(memory: Memory, experts: int, rest: int) -> Room | None:
     if memory == "all":
         return Room(experts, locked=True)
     if memory == "fit":
-        free = free_memory()
+        free = free_host_memory()
         if experts + rest <= WHOLE_SHARE * free:
             return None
         memory = int(STORE_SHARE * free)
@@ -152,7 +150,7 @@ def host_room(memory: Memory, experts: int) -> Room:
     if memory == "all":
         return Room(experts, locked=True)
     if memory in ("fit", "mapped"):
-        free = free_memory()
+        free = free_host_memory()
         memory = experts if experts <= WHOLE_SHARE * free else int(STORE_SHARE * free)
     return Room(min(int(memory), experts), locked=False)
 
@@ -185,40 +183,3 @@ def card_budget(gpu_memory: GpuMemory, experts: int, rest: int, free: int) -> in
             f"experts take {rest / 1e9:.3g} GB. Give more than that, or use --device cpu."
         )
     return gpu_memory - rest
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process can still take, also inside a control group."""
-    return min(int(psutil.virtual_memory().available), *_group_room(), 2**62)
-
-
-def _group_room() -> Iterator[int]:
-    """What the limits of this process's control groups (versions 1 and 2) leave."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup") / kinds
-        limit, usage, cache = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if kinds
-            else ("memory.max", "memory.current", "inactive_file")
-        )
-        folder = root / path.strip("/")
-        for group in (folder, *folder.parents):
-            if root not in (group, *group.parents):
-                break
-            try:
-                most = int((group / limit).read_text(encoding="utf-8"))
-                used = int((group / usage).read_text(encoding="utf-8"))
-                stat = dict(
-                    s.split()
-                    for s in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-                )
-            except (OSError, ValueError):  # no such file, or "max"
-                continue
-            yield max(most - used + int(stat.get(cache, 0)), 0)
