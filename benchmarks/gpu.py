@@ -8,6 +8,9 @@ so that a kernel that fails or hangs costs one case and not the run. Results go 
 lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
 
     checks     every op against the oracle; CUDA graphs
+    attention  attention of decoded tokens beside transformers' and torch's; logits of a model
+    captured   captured steps of `generate`: failed captures, tokens per second with Mixtral-8x7B's
+               shape, the tokens of tiny models (these need what moepress's tests need)
     ops        the MoE op of Mixtral-8x7B with few tokens, beside copy bandwidth; its kernels
     prefill    the MoE op with many tokens, beside torch's grouped bfloat16 product
     model      decoding with Mixtral-8x7B's shape at 2.5 bits, beside transformers in bfloat16
@@ -49,9 +52,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from on_gpu import sanitizer
 from on_gpu.case import BACKEND, Case, Row
+from on_gpu.report import short, table
 
 PARTS = {  # name: share of the time
     "checks": 0.3,
+    "attention": 0.06,
+    "captured": 0.25,  # before `model`, which has all later Mixtrals of its process compiled
     "divided": 0.06,
     "ops": 0.1,
     "prefill": 0.1,
@@ -67,7 +73,10 @@ PARTS = {  # name: share of the time
 OPTIONAL = ("families", "compress")  # run only when named
 SHARED = ("checks", "families")  # their cases are divided over workers: nothing is timed
 TABLED = ("start", *PARTS)
-CHECKED = ("start", "checks", "divided", "kl", "search", "compile", "sanitize", "families")
+CHECKED = (
+    "start", "checks", "attention", "captured", "divided", "kl", "search", "compile", "sanitize",
+    "families",
+)  # fmt: skip
 EMULATED = 10  # times as long may a case take in the emulator
 START = 150  # seconds for compiling all kernels, at most
 RESTARTS = 12  # of a worker that died
@@ -300,51 +309,6 @@ def _read(process: subprocess.Popen[bytes], lines: queue.Queue[bytes | None]) ->
     lines.put(None)
 
 
-def short(row: Row) -> str:
-    """One line of a result: everything if it failed, the figures otherwise."""
-    head = f"{row['part']}: {row['case']}"
-    if "took" in row:
-        head += f" ({row['took']:.1f} s)"
-    if not row["ok"]:
-        trace = "".join(f"\n    {line}" for line in row.get("trace", []))
-        return f"{head} FAILED {row['error']}{trace}"
-    shown = [", ".join(f"{k} {figure(v)}" for k, v in r.items()) for r in row.get("rows") or []]
-    return f"{head} ok" + ("" if not shown else ": " + "; ".join(shown))[:900]
-
-
-def figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
-
-
-# The table
-
-
-def table(results: list[Row], started: float) -> str:
-    """Counts of checks, what failed, and all measured figures."""
-    lines = []
-    checks = [r for r in results if r["part"] in CHECKED]
-    good = sum(r["ok"] for r in checks)
-    failed = [f"{r['part']}: {r['case']}: {r['error'][:300]}" for r in results if not r["ok"]]
-    lines += [f"checks passed: {good} of {len(checks)}; {time.monotonic() - started:.0f} s in all"]
-    lines += [f"FAILED {text}" for text in failed]
-    for part in TABLED:
-        rows = [
-            {"case": r["case"], **row}
-            for r in results
-            if r["part"] == part and r["ok"] and part not in ("checks", "compile")
-            for row in r.get("rows") or []
-        ]
-        groups: dict[tuple[str, ...], list[Row]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row), []).append(row)
-        for names, members in groups.items():
-            lines += ["", f"{part} | " + " | ".join(names)]
-            lines += [" | ".join(figure(row[name]) for name in names) for row in members]
-    return "\n".join(lines)
-
-
 def order(name: str) -> tuple[int, int]:
     """Shared parts first, then those that run alone, then the sanitizer.
 
@@ -375,7 +339,7 @@ def main(given: argparse.Namespace) -> None:
             worker = [*run.command(), "--workers", "1", "--part"]
             end = time.monotonic() + run.left - 5
             sanitizer.run(worker, given.sanitize_jobs, end, groups or sanitizer.GROUPS, run.keep)
-    text = table(run.results, run.started)
+    text = table(run.results, time.monotonic() - run.started, TABLED, CHECKED)
     if given.out is not None:
         (given.out / "gpu.md").write_text(text + "\n")
     print("\n" + text, flush=True)

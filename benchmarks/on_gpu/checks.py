@@ -60,7 +60,7 @@ def cases(card: Card) -> Iterator[Case]:
     """First what no card has run so far."""
     from on_gpu import attention, blocks, grouped
 
-    yield from attention.cases(card)
+    yield from attention.check_cases(card)
     families = [(family, bits) for family, widths in CODE_BITS.items() for bits in widths]
     families.sort(key=lambda one: one[1] not in HALF_WIDTHS)  # these first
     linears = [
