@@ -250,7 +250,7 @@ def quantize_experts(
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     sums = walk.token_sums(routed, numbers)
     resident: list[ExpertWeights | None] | None = None  # the rounded ones, if they run together
-    if _run_together(walk, layer, routed):
+    if numbers and _run_together(walk, layer, routed):
         resident = [None] * len(widths_of)
     room = experts_at_once(walk.source, layer, rounding, kept=resident is not None)
     read = walk.experts(layer, sums.own, routed)
