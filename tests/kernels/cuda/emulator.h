@@ -116,6 +116,8 @@ struct State {
     dim3 block, grid, dims;
     uint8_t* shared = nullptr;
     size_t shared_bytes = 0;
+    const uint8_t* around_shared = nullptr;  // with the memory without access on both sides
+    size_t around_bytes = 0;
     void (*entry)(const uint64_t*) = nullptr;
     const uint64_t* args = nullptr;
     std::string error;
@@ -519,25 +521,26 @@ inline void run_block() {
 }
 
 inline void on_fault(int, siginfo_t* info, void*) {
-    const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
-    const auto shared = reinterpret_cast<uintptr_t>(state.shared);
-    const bool near = at + (1 << 16) > shared && at < shared + state.shared_bytes + (1 << 16);
+    const auto* const at = static_cast<const uint8_t*>(info->si_addr);
+    const bool near = at >= state.around_shared && at < state.around_shared + state.around_bytes;
     fail(near ? "access outside of the dynamic shared memory" : "access outside of a tensor");
 }
 
-// Memory whose end (a multiple of 128 bytes from its start) is followed by a page without access.
+// Memory whose end (a multiple of 128 bytes from its start) is followed by memory without access, as
+// is its beginning: so much that an address a little outside belongs to nothing else.
 struct Guarded {
+    static constexpr size_t kGuard = 1 << 20;
     uint8_t* pages;
     uint8_t* start;
     size_t length;
     explicit Guarded(size_t bytes) {
         const size_t page = size_t(sysconf(_SC_PAGESIZE)), rounded = (bytes + 127) / 128 * 128;
-        length = (rounded + page - 1) / page * page + 2 * page;
+        length = (rounded + page - 1) / page * page + 2 * kGuard;
         pages = static_cast<uint8_t*>(mmap(nullptr, length, PROT_READ | PROT_WRITE,
                                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        mprotect(pages, page, PROT_NONE);
-        mprotect(pages + length - page, page, PROT_NONE);
-        start = pages + length - page - rounded;
+        mprotect(pages, kGuard, PROT_NONE);
+        mprotect(pages + length - kGuard, kGuard, PROT_NONE);
+        start = pages + length - kGuard - rounded;
     }
     ~Guarded() { munmap(pages, length); }
 };
@@ -562,6 +565,8 @@ inline bool run_grid(dim3 grid, int threads, size_t shared_bytes) {
     state.threads = threads;
     state.warp_count = threads / kLanes;
     state.shared = shared.start;
+    state.around_shared = shared.pages;
+    state.around_bytes = shared.length;
     state.shared_bytes = shared_bytes;
     state.error.clear();
     struct sigaction action = {}, before_segv, before_bus;
