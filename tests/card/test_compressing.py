@@ -60,28 +60,30 @@ def test_a_card_makes_the_same_folder(
     assert card.peak > 100_000 and not card.copies
 
 
-def test_a_sketch_on_a_card(
+@pytest.fixture
+def compare(
     model_folder: Callable[..., Path],
     text_file: Path,
     tmp_path: Path,
     card: Card,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sketch, "ROWS", 16)
+) -> Callable[[], None]:
+    """Compresses Mixtral with `default` on the CPU and on the card, and compares the folders."""
     monkeypatch.setattr(compressing, "announce_estimate", lambda request, out: None)
     recipe = small_recipe(text_file, "default", **SHORT)
-    same(*(compress(model_folder(), tmp_path / d, recipe, device=d) for d in ("cpu", "cuda")))
+    made = (compress(model_folder(), tmp_path / d, recipe, device=d) for d in ("cpu", "cuda"))
+    return lambda: same(*made)
+
+
+def test_a_sketch_on_a_card(compare: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketch, "ROWS", 16)
+    compare()
 
 
 def test_rounded_experts_that_run_together_on_a_card(
-    model_folder: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-    card: Card,
-    monkeypatch: pytest.MonkeyPatch,
+    compare: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where tokens are many: the sums of their outputs would take more room than the experts."""
-    monkeypatch.setattr(compressing, "announce_estimate", lambda request, out: None)
     monkeypatch.setattr(quantizing, "experts_bytes", lambda source, layer: 1)
     taken: list[int] = []
     advance = Walk.advance_with
@@ -91,8 +93,7 @@ def test_rounded_experts_that_run_together_on_a_card(
         return advance(walk, resident)
 
     monkeypatch.setattr(Walk, "advance_with", counted)
-    recipe = small_recipe(text_file, "default", **SHORT)
-    same(*(compress(model_folder(), tmp_path / d, recipe, device=d) for d in ("cpu", "cuda")))
+    compare()
     assert taken == [0, 1]
 
 

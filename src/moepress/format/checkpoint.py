@@ -107,14 +107,14 @@ class Writer:
         tensors = (tensor for each in files.values() for tensor in each.values())
         most = max(MOST_COPIED, SHARE_COPIED * free_host_memory())
         if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > most:
-            self._save(files, then)
+            self._save(dict(files), then)
             return
-        copies = {
+        copies: dict[Path, Mapping[str, Tensor]] = {
             path: {name: _host_copy(tensor) for name, tensor in tensors.items()}
             for path, tensors in files.items()
         }
         torch.cuda.synchronize(self._card)
-        self._begun = self._pool.submit(self._save_copies, copies, then)
+        self._begun = self._pool.submit(self._save, copies, then)
 
     def finish(self) -> None:
         """Wait until everything is written.
@@ -127,21 +127,12 @@ class Writer:
             begun.result()
 
     def _save(
-        self, files: Mapping[Path, Mapping[str, Tensor]], then: Callable[[], None] | None
-    ) -> None:
-        for path, tensors in files.items():
-            self._write(path, tensors)
-        if then is not None:
-            then()
-
-    def _save_copies(
-        self, copies: dict[Path, dict[str, Tensor]], then: Callable[[], None] | None
+        self, files: dict[Path, Mapping[str, Tensor]], then: Callable[[], None] | None
     ) -> None:
         """Write files, and let go of each one's tensors: the thread may hold its arguments a
         moment longer than `finish` waits, and the next call would pin other memory."""
-        for path in list(copies):
-            self._write(path, copies[path])
-            del copies[path]
+        for path in list(files):
+            self._write(path, files.pop(path))
         if then is not None:
             then()
 
