@@ -93,7 +93,7 @@ class Product:
 
 
 def _trellis_decode_shared(cols: int, group: int, splits: int, planes: int) -> int:
-    return 4 * 8 * 68 * 4  # partial sums [warps][tokens][kPitch], float32
+    return 4 * 6400  # a ring for each warp, kRingBytes
 
 
 def _trellis_prefill_shared(cols: int, group: int, splits: int, planes: int) -> int:

@@ -51,13 +51,14 @@ DEVICE int64_t row_of(const Call& call, const Work& work, int token) {
 DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64_t packed_bytes,
                     const int64_t* table, int64_t bits, const Call& call) {
     Work work;
-    const int panels = int(gridDim.z), others = int(gridDim.x * gridDim.y);
-    const int64_t id = blockIdx.x + int64_t(gridDim.x) * (blockIdx.y + gridDim.y * blockIdx.z);
-    const int bundle = int(id / (16 * others)), place = int(id % (16 * others));
-    const int width = min(16, panels - 16 * bundle);
-    const int at = 16 * bundle + place % width, other = place / width;
-    work.row_block = other / int(gridDim.y);
-    work.split = other % int(gridDim.y);
+    const uint32_t panels = gridDim.z, others = gridDim.x * gridDim.y;
+    const uint32_t id = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    const uint32_t bundle = panels <= 16 ? 0 : id / (16 * others);
+    const uint32_t place = id - bundle * (16 * others), width = min(16u, panels - 16 * bundle);
+    const uint32_t other = place / width;
+    const int at = int(16 * bundle + (place - other * width));
+    work.row_block = int(other / gridDim.y);
+    work.split = int(other - uint32_t(work.row_block) * gridDim.y);
     int expert = 0;
     if (panel) {
         expert = __ldcg(panel + 3 * at);

@@ -10,8 +10,7 @@
 // 735 instructions of a warp (compute capability 9.0, CUDA 13.0). A quarter of a multiprocessor issues
 // one instruction a clock; ALU and multiplications take two clocks each, beside one another; an mma
 // takes about 8 clocks of the tensor core. Variants that were timed: docs/log.md#cuda-few-variants.
-#include "trellis_call.cuh"
-#include "trellis_code.cuh"
+#include "trellis_feed.cuh"
 
 #ifndef MOEPRESS_TRELLIS_MERGED  // 1: two weights of 1 or 2 bits in a register of A, half as many mma
 #define MOEPRESS_TRELLIS_MERGED 0
@@ -19,14 +18,8 @@
 #ifndef MOEPRESS_TRELLIS_WARPS
 #define MOEPRESS_TRELLIS_WARPS 4
 #endif
-#ifndef MOEPRESS_TRELLIS_DEPTH  // units of codes of up to 2 bits that a warp loads ahead
-#define MOEPRESS_TRELLIS_DEPTH 2
-#endif
-#ifndef MOEPRESS_TRELLIS_DEPTH_WIDE  // the same for more
-#define MOEPRESS_TRELLIS_DEPTH_WIDE 1
-#endif
-#ifndef MOEPRESS_TRELLIS_UNROLL  // units of a loop of the program
-#define MOEPRESS_TRELLIS_UNROLL 4
+#ifndef MOEPRESS_TRELLIS_ROLLED  // 1: the loop of the program has one stage, 0: a group
+#define MOEPRESS_TRELLIS_ROLLED 0
 #endif
 #ifndef MOEPRESS_TRELLIS_BLOCKS  // blocks of a multiprocessor: as many as registers allow
 #define MOEPRESS_TRELLIS_BLOCKS 4
@@ -36,9 +29,7 @@ namespace moepress {
 namespace {
 
 constexpr int kWarps = MOEPRESS_TRELLIS_WARPS;
-constexpr int kUnroll = MOEPRESS_TRELLIS_UNROLL;
-constexpr int kDepth = MOEPRESS_TRELLIS_DEPTH;
-constexpr int kDepthWide = MOEPRESS_TRELLIS_DEPTH_WIDE;
+constexpr bool kRolled = MOEPRESS_TRELLIS_ROLLED;
 constexpr int kTokens = 8;    // columns of an mma: tokens, or two planes of four tokens
 constexpr int kPitch = 68;    // floats between the tokens of partial sums, free of bank conflicts
 constexpr bool kMerge = MOEPRESS_TRELLIS_MERGED;
@@ -97,155 +88,99 @@ DEVICE void add_unit(const Words<halves>& words, uint2 x, const int (&c)[4][4], 
     }
 }
 
-// What a lane loads for a unit.
-template <int halves>
-struct Unit {
-    Words<halves> words;
-    uint2 x;  // codes of 8 columns of the lane's token
-};
-
-// The loads of a lane, unit after unit.
-template <int halves>
-struct Loader {
-    using W = Width<halves>;
-    const uint8_t* words;  // its path lanes of the tile's first own word
-    int64_t above;         // from there to the last word of the tile above
-    int shared;            // from there to the word that two tiles share
-    const uint8_t* x;
-    bool has;  // a token
-
-    DEVICE Loader(const Call& call, const Work& work, const uint8_t* over,
-                  const uint8_t* slab, int planes, int unit) {
-        const int r = lane_id() / 4, j = lane_id() % 4;
-        words = slab + int64_t(unit) * W::unit_bytes + W::offset(j, W::own) + 8 * r;
-        above = over - slab + 64 * (W::low - 1);
-        shared = W::offset(j, 0) - W::offset(j, W::own);
-        // Column r of the mma: token r / 2 + 4 (r mod 2), or plane r mod 2 of token r / 2.
-        const int token = planes == 1 ? r / 2 + r % 2 * 4 : r / 2;
-        has = token < work.count;
-        const int64_t plane = planes == 1 ? 0 : r % 2, row = has ? row_of(call, work, token) : 0;
-        x = reinterpret_cast<const uint8_t*>(call.q) + (plane * call.rows + row) * call.k +
-            unit * kUnitColumns + 8 * j;
-    }
-
-    // Load what is `ahead` units from the current one.
-    DEVICE void load(Unit<halves>& unit, int ahead, bool more) {
-        load_words(unit, ahead, more);
-        load_codes(unit, ahead, more);
-    }
-    DEVICE void load_words(Unit<halves>& unit, int ahead, bool more) {
-        const uint8_t* at = words + ahead * W::unit_bytes;
-        if (more) {
-            unit.words.word[0] = load_stream_8(at + above);
-            if (!W::whole) unit.words.word[1] = load_stream_8(at + shared);
-#pragma unroll
-            for (int i = 0; i < W::low; ++i)
-                unit.words.word[W::own + i + 1] = load_stream_8(at + 64 * i);
-        }
-    }
-    DEVICE void load_codes(Unit<halves>& unit, int ahead, bool more) {
-        unit.x = make_uint2(0, 0);
-        if (has && more)
-            unit.x = *reinterpret_cast<const uint2*>(x + ahead * kUnitColumns);  // no __ldg: see late
-    }
-    DEVICE void advance(int units) {
-        words += units * W::unit_bytes;
-        x += units * kUnitColumns;
-    }
-};
-
 // The sums of a warp over chunks of 128 columns, begin .. end - 1; the last one of a matrix may have
-// fewer columns.
+// fewer columns. `ring`: kRingBytes of shared memory of this warp's own.
 template <int halves, int group_columns, int planes, int tokens>
 DEVICE void add_chunks(const Call& call, const Work& work, const uint8_t* above,
-                       const uint8_t* slab, int begin, int end, Sums<tokens>& sums) {
-    constexpr int depth = halves <= 4 ? kDepth : kDepthWide;
+                       const uint8_t* slab, int begin, int end, uint8_t* ring,
+                       Sums<tokens>& sums) {
+    using S = Stage<halves, group_columns>;
     constexpr int center = Width<halves>::center;
+    constexpr int parts = group_columns / kUnitColumns / S::units;  // stages of a group
+    constexpr bool fixed = parts == S::stages && !kRolled;  // a part is always in the same stage
     const int j = lane_id() % 4;
-    constexpr int units = group_columns / kUnitColumns;
-    constexpr int unroll = kUnroll < units ? kUnroll : units;
-    const int groups = call.k / group_columns;
-    int group = begin * kStepUnits / units;
     int rest = min(end * kStepUnits, call.k / kUnitColumns) - begin * kStepUnits;  // units
 
-    Loader<halves> loader(call, work, above, slab, planes, begin * kStepUnits);
-    Unit<halves> next[depth] = {};
+    Feed<halves, group_columns, planes> feed(call, work, above, slab, begin * kStepUnits);
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load_words(next[d], d, d < rest);
-
+    for (int s = 0; s < S::stages; ++s)
+        if (s * S::units < rest) feed.copy_words(ring + s * S::bytes, s * S::units);
     wait_for_codes(call.late);
 #pragma unroll
-    for (int d = 0; d < depth; ++d) loader.load_codes(next[d], d, d < rest);
-
-    // The scale of the group and the sum of the next one.
-    int row[tokens];
-    bool has[tokens];
-    float a[tokens];
-    int sum[tokens];
-#pragma unroll
-    for (int t = 0; t < tokens; ++t) {
-        const int token = j + 4 * t;
-        has[t] = token < work.count;
-        row[t] = has[t] ? int(row_of(call, work, token)) * groups : 0;
-        a[t] = has[t] ? call.scale[row[t] + group] : 0.0f;
-        sum[t] = has[t] ? call.sum[row[t] + group] : 0;
-    }
-    int acc[4][4];
-    int start[4][4];  // four times the same
-    const auto start_group = [&] {
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-            start[b][0] = start[b][2] = planes == 1 ? -center * sum[0] : 0;
-            start[b][1] = start[b][3] = tokens == planes ? 0 : -center * sum[tokens - 1];
+    for (int s = 0; s < S::stages; ++s) {
+        if (s * S::units < rest) {
+            feed.copy_codes(ring + s * S::bytes, s * S::units);
+            if (s % parts == 0) feed.copy_numbers(ring + s * S::bytes, s * S::units);
         }
-        ++group;
+        cp_async_commit();
+    }
+
+    int stage = 0;
+    while (rest > 0) {
+        int acc[4][4];
+        int start[4][4];  // four times the same
+        float scale[tokens];
+#pragma unroll kRolled ? 1 : parts
+        for (int part = 0; part < parts; ++part) {
+            uint8_t* const at = ring + (fixed ? part : stage) * S::bytes;
+            stage = (stage + 1) % S::stages;
+            cp_async_wait<S::stages - 1>();
+            __syncwarp();
+            if (part == 0) {
+                int sum[tokens];
+#pragma unroll
+                for (int t = 0; t < tokens; ++t) {
+                    const bool has = j + 4 * t < work.count;
+                    const Numbers numbers = feed.number(at, has ? j + 4 * t : 0);
+                    scale[t] = has ? numbers.scale : 0.0f;
+                    sum[t] = has ? numbers.sum : 0;
+                }
+#pragma unroll
+                for (int b = 0; b < 4; ++b) {
+                    start[b][0] = start[b][2] = planes == 1 ? -center * sum[0] : 0;
+                    start[b][1] = start[b][3] = tokens == planes ? 0 : -center * sum[tokens - 1];
+                    if (kRolled)
+#pragma unroll
+                        for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
+                }
+            }
+            const int ahead = (fixed ? part * S::units : 0) + kRingUnits;
+#pragma unroll
+            for (int u = 0; u < S::units; ++u) {
+                const Unit<halves> now = feed.unit(at, u);
+                if (u + 1 == S::units) {
+                    __syncwarp();
+                    if (ahead < rest) {
+                        feed.copy_words(at, ahead);
+                        feed.copy_codes(at, ahead);
+                        if (part == 0) feed.copy_numbers(at, ahead);
+                    }
+                    cp_async_commit();
+                }
+                if (!kRolled && part == 0 && u == 0)
+                    add_unit<halves>(now.words, now.x, start, acc);
+                else
+                    add_unit<halves>(now.words, now.x, acc, acc);
+            }
+            if (!fixed) {
+                feed.advance(S::units, part + 1 == parts);
+                rest -= S::units;
+            }
+        }
+        if (fixed) {
+            feed.advance(parts * S::units, 1);
+            rest -= parts * S::units;
+        }
 #pragma unroll
         for (int t = 0; t < tokens; ++t)
-            sum[t] = has[t] && group < groups ? call.sum[row[t] + group] : 0;
-    };
-    const auto end_group = [&] {
-#pragma unroll
-        for (int t = 0; t < tokens; ++t) {
 #pragma unroll
             for (int b = 0; b < 4; ++b)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const int* c = acc[b] + 2 * h;
                     const int total = planes == 1 ? c[t] : 128 * c[0] + c[1];
-                    sums.value[b][h][t] = fmaf(a[t], float(total), sums.value[b][h][t]);
+                    sums.value[b][h][t] = fmaf(scale[t], float(total), sums.value[b][h][t]);
                 }
-            if (has[t] && group < groups) a[t] = call.scale[row[t] + group];
-        }
-    };
-
-    while (rest > 0) {
-        start_group();
-        if (unroll < units)
-#pragma unroll
-            for (int b = 0; b < 4; ++b)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) acc[b][c] = start[b][c];
-#pragma unroll 1
-        for (int v = 0; v < units; v += unroll) {
-#pragma unroll
-            for (int u = 0; u < unroll; ++u) {
-                const Unit<halves> now = next[unroll % depth ? 0 : u % depth];
-                if (unroll % depth) {
-#pragma unroll
-                    for (int d = 0; d + 1 < depth; ++d) next[d] = next[d + 1];
-                    loader.load(next[depth - 1], u + depth, u + depth < rest);
-                } else {
-                    loader.load(next[u % depth], u + depth, u + depth < rest);
-                }
-                if (unroll == units && u == 0)
-                    add_unit<halves>(now.words, now.x, start, acc);
-                else
-                    add_unit<halves>(now.words, now.x, acc, acc);
-            }
-            loader.advance(unroll);
-            rest -= unroll;
-        }
-        end_group();
     }
 }
 
@@ -262,20 +197,22 @@ DEVICE void decode_some(const Call& call, const Work& work) {
     const int parts = call.splits * ranges;
     const int part = work.split * ranges + warp_id() / slabs_here;
 
+    uint8_t* const ring = shared_memory<uint8_t>() + warp_id() * kRingBytes;
     Sums<tokens> sums = {};
     if (s < slabs)
         add_chunks<halves, group, planes, tokens>(
             call, work, work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
-            work.matrix + s * slab_bytes, chunks * part / parts, chunks * (part + 1) / parts, sums);
+            work.matrix + s * slab_bytes, chunks * part / parts, chunks * (part + 1) / parts, ring,
+            sums);
 
     // Sum over the ranges.
-    constexpr int panel_tokens = kTokens / planes;
-    auto* partial = shared_memory<float>();  // [warps][tokens][kPitch]
+    __syncwarp();
+    auto* const own = reinterpret_cast<float*>(ring);  // [tokens][kPitch], of each warp
     const int r = lane_id() / 4, j = lane_id() % 4;
 #pragma unroll
     for (int t = 0; t < tokens; ++t) {
         const int token = j + 4 * t;
-        float* to = partial + (warp_id() * panel_tokens + token) * kPitch + 2 * r;
+        float* to = own + token * kPitch + 2 * r;
         if (token < work.count)
 #pragma unroll
             for (int b = 0; b < 4; ++b)
@@ -283,6 +220,7 @@ DEVICE void decode_some(const Call& call, const Work& work) {
                     make_float2(sums.value[b][0][t], sums.value[b][1][t]);
     }
     __syncthreads();
+    const auto* partial = shared_memory<float>();
     const auto* scales = reinterpret_cast<const uint16_t*>(work.matrix + slabs * slab_bytes);
     const int rows = slabs_here * kSlabRows;
     for (int i = int(threadIdx.x); i < work.count * rows; i += 32 * kWarps) {
@@ -290,7 +228,7 @@ DEVICE void decode_some(const Call& call, const Work& work) {
         if (n >= call.n) continue;
         float total = 0;
         for (int w = row / kSlabRows; w < kWarps; w += slabs_here)
-            total += partial[(w * panel_tokens + token) * kPitch + row % kSlabRows];
+            total += partial[w * (kRingBytes / 4) + token * kPitch + row % kSlabRows];
         const int64_t position = work.split * call.positions + work.first + token;
         call.out[position * call.n + n] = total * bfloat_to_float(__ldg(scales + n));
     }
@@ -308,7 +246,7 @@ DEVICE void decode(const Call& call, const Work& work) {
 }  // namespace moepress
 
 // Grid: at least ceil(N / 64 / 4) blocks of rows, splits, panels of 8 positions (4 in two planes).
-// Dynamic shared memory: 4 kWarps kTokens kPitch bytes.
+// Dynamic shared memory: kWarps kRingBytes bytes.
 #define MOEPRESS_TRELLIS_DECODE(GROUP, PLANES)                                      \
     MOEPRESS_TRELLIS_KERNEL(moepress_trellis_decode, GROUP, PLANES, 32 * moepress::kWarps, \
                             GROUP == 128 ? MOEPRESS_TRELLIS_BLOCKS : 4, kTokens, 1, decode)
