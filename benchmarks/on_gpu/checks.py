@@ -36,6 +36,11 @@ SHAPES = (  # rows, columns, group size of a linear
     (64, 32, 32), (1, 64, 32), (70, 384, 128), (200, 64, 64), (130, 160, 32), (257, 1024, 128),
     (48, 192, 64), (512, 2816, 128),
 )  # fmt: skip
+SEVERAL: tuple[tuple[tuple[int, ...], tuple[float, ...], int, int], ...] = (
+    # rows and widths of matrices with the same inputs, columns, group size
+    ((4096, 1024, 1024), (4, 4, 3.5), 4096, 128), ((64, 70, 1, 200), (1, 1.5, 2, 2.5), 384, 64),
+    ((512, 512), (3, 2), 96, 32),
+)  # fmt: skip
 EXPERTS = (  # hidden, intermediate, gate_up's and down's group size, chosen, tokens
     (64, 32, 32, 32, 2, (1, 3, 8, 9, 40, 300)),
     (96, 160, 32, 32, 1, (1, 5, 64, 130)),
@@ -61,6 +66,7 @@ def cases(card: Card) -> Iterator[Case]:
     from on_gpu import attention, blocks, grouped
 
     yield from attention.check_cases(card)
+    yield Case("linears", partial(check_linears, card), 90)
     families = [(family, bits) for family, widths in CODE_BITS.items() for bits in widths]
     families.sort(key=lambda one: one[1] not in HALF_WIDTHS)  # these first
     linears = [
@@ -143,6 +149,30 @@ def check_linear(card: Card, family: str, bits: float) -> list[Row]:
         worst.expect("no token", nothing.shape == (0, rows))
         deep = call(here[0][:6].view(2, 3, cols))
         worst.same("[2, 3, K]", deep.view(6, rows), call(here[0][:6]))
+    return worst.rows()
+
+
+def check_linears(card: Card) -> list[Row]:
+    """Several matrices with the same inputs beside each of them alone."""
+    worst, generator = Worst(), torch.Generator().manual_seed(0)
+    for rows, bits, cols, group in SEVERAL:
+        specs = [PackedSpec((b,), group, "trellis") for b in bits]
+        packed = [random_packed(s, n, cols, generator) for s, n in zip(specs, rows, strict=True)]
+        there = [p.to(card.device) for p in packed]
+        codecs = [spec.codecs[0] for spec in specs]
+        for tokens, activation_bits in ((t, a) for t in (1, 3, 8, 11, 16, 20) for a in (8, 16)):
+            card.poison()
+            x = torch.randn(tokens, cols, generator=generator)
+            found = kernels.linears(
+                x.to(card.device), there, list(rows), [c.number for c in codecs], group,
+                activation_bits, "trellis",
+            )  # fmt: skip
+            oracle = torch.cat([
+                reference.linear(x, p, None, n, codec, activation_bits, rounded=True)
+                for p, n, codec in zip(packed, rows, codecs, strict=True)
+            ], -1)  # fmt: skip
+            label = f"{rows} x {cols}, g{group} a{activation_bits} T{tokens}"
+            worst(label, found, oracle, TOLERANCE[activation_bits], torch.float32)
     return worst.rows()
 
 

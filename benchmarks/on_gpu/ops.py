@@ -53,6 +53,7 @@ def cases(card: Card) -> Iterator[Case]:
 
 def shapes_cases(card: Card) -> Iterator[Case]:
     yield Case("linear", partial(linears, card), 60)
+    yield Case("queries, keys and values", partial(together, card), 60)
     for shape, codec in ((s, c) for s in SHAPES if s != "Mixtral-8x7B" for c in CODECS):
         yield Case(f"{shape}, {codec}", partial(few_tokens, card, shape, codec), 60)
     yield Case("kernels", partial(kernels_of, card, "Qwen3-30B-A3B", "trellis 2"), 60)
@@ -256,6 +257,34 @@ def linears(card: Card) -> list[Row]:
                 "bf16_us": 1e6 * bfloat16, "times_bf16": bfloat16 / seconds,
             })  # fmt: skip
     return rows
+
+
+def together(card: Card) -> list[Row]:
+    """Queries, keys and values of Mixtral-8x7B's shape, one token: three calls, and one."""
+    cols, rows = (128, (128, 64, 64)) if card.tiny else (4096, (4096, 1024, 1024))
+    found: list[Row] = []
+    for bits in (4, 3):
+        spec, generator = PackedSpec((bits,), 128, "trellis"), card.generator(4)
+        size = sum(spec.nbytes(n, cols) for n in rows)
+        count = 2 if card.tiny else min(CALLS, math.ceil(READ / 4 / size))
+        packed = [[random_packed(spec, n, cols, generator) for n in rows] for _ in range(count)]
+        x = torch.randn(1, cols, device=card.device, dtype=torch.bfloat16)
+        given = 128, 8, "trellis"
+
+        def alone(x: Tensor = x, packed: list[list[Tensor]] = packed, bits: int = bits) -> Any:
+            return [
+                kernels.linear(x, p, None, n, bits, 128, 8, "trellis")
+                for layer in packed
+                for p, n in zip(layer, rows, strict=True)
+            ]
+
+        def joined(x: Tensor = x, packed: list[list[Tensor]] = packed, bits: int = bits) -> Any:
+            return [kernels.linears(x, layer, list(rows), [bits] * 3, *given) for layer in packed]
+
+        with torch.inference_mode():
+            each, one = (card.seconds(card.captured(call)[0]) / count for call in (alone, joined))
+        found.append({"bits": bits, "three_calls_us": 1e6 * each, "one_us": 1e6 * one})
+    return found
 
 
 # Many tokens

@@ -4,6 +4,7 @@ ops.py           the operations, as torch.library ops
 gradients.py     the gradients of the ops
 backends.py      the table of backends, and which one runs on a device
 experts_call.py  the arguments of the experts op as one value
+matrix.py        a packed matrix as one value
 stores.py        experts on disk, for the op (cpu/expert_store.py reads them)
 gate.py          what lies between the two products of an expert
 checks.py        checks of tensor arguments
@@ -27,7 +28,7 @@ from moepress.kernels.backends import (
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.gradients import register_gradients
-from moepress.kernels.ops import attention, drop, embedding, experts, linear
+from moepress.kernels.ops import attention, drop, embedding, experts, linear, linears
 
 __all__ = [
     "BACKENDS",
@@ -41,6 +42,7 @@ __all__ = [
     "embedding",
     "experts",
     "linear",
+    "linears",
     "only",
     "register_backend",
     "status",

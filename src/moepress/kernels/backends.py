@@ -8,7 +8,7 @@ place of a faster one that refused the device, one warning says so, and `status(
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +20,7 @@ from moepress.errors import InputError
 from moepress.format.codec import Codec
 from moepress.kernels import cpu, cuda, reference
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.matrix import PackedMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 # Codec stands for (bits, group_size, family).
 Linear = Callable[  # x, packed, bias, out_features, codec, activation_bits
     [Tensor, Tensor, Tensor | None, int, Codec, int], Tensor
+]
+Linears = Callable[  # x, matrices, activation_bits
+    [Tensor, Sequence[PackedMatrix], int], Tensor
 ]
 Experts = Callable[[ExpertsCall], Tensor]
 Embedding = Callable[  # ids, packed, rows, cols, codec, dtype
@@ -54,6 +58,7 @@ class Backend:
     embedding: Embedding
     drop: Drop = reference.drop
     attention: Attention = reference.attention
+    linears: Linears | None = None  # None: one by one
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -162,5 +167,6 @@ register_backend(
         embedding=cuda.embedding,
         drop=cuda.drop,
         attention=cuda.attention,
+        linears=cuda.linears,
     )
 )

@@ -1,6 +1,7 @@
 """The operations on packed weights and on routing, as torch.library ops.
 
     moepress::linear     x W^T + bias, W packed
+    moepress::linears    the same for several matrices
     moepress::experts    the routed experts of one layer, each with its own code widths
     moepress::embedding  rows of a packed table
     moepress::drop       remove choices of small routing weight
@@ -24,6 +25,7 @@ from moepress.format.codec import Codec, width_of
 from moepress.kernels.backends import backend_for
 from moepress.kernels.checks import check_bytes, check_one_device
 from moepress.kernels.experts_call import ExpertsCall, check_experts_call
+from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.op import op
 from moepress.kernels.reference import check_activation_bits
 
@@ -70,6 +72,55 @@ def _(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *_: object, **__: object
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@op("moepress::linears")
+def linears(
+    x: Tensor,
+    packed: list[Tensor],
+    out_features: list[int],
+    bits: list[int],
+    group_size: int,
+    activation_bits: int = 8,
+    family: str = "int",
+) -> Tensor:
+    """x W_i^T for matrices with the same inputs, such as those of queries, keys and values.
+
+    A backend may round the inputs once, and multiply all in one launch. Not differentiable.
+
+    Args:
+        packed, out_features, bits: of each matrix W_i [N_i, K], as of `linear`.
+        group_size, family: of all their codecs.
+
+    Returns:
+        [..., sum of N_i] in the dtype of x, one after another.
+
+    Raises:
+        InputError: as `linear`; or there is no matrix, or the lists differ in length.
+    """
+    if not packed or not len(packed) == len(out_features) == len(bits):
+        raise InputError(
+            "Expected as many weights as rows and widths, at least one; got "
+            f"{len(packed)}, {len(out_features)} and {len(bits)}."
+        )
+    matrices = [
+        PackedMatrix(weight, rows, _codec(number, group_size, family))
+        for weight, rows, number in zip(packed, out_features, bits, strict=True)
+    ]
+    for m in matrices:
+        check_bytes("weight", m.weight, m.codec.nbytes(m.rows, x.shape[-1]))
+        check_one_device(x, weight=m.weight)
+    check_activation_bits(activation_bits)
+    backend = backend_for(x.device)
+    if backend.linears is not None:
+        return backend.linears(x, matrices, activation_bits)
+    each = [backend.linear(x, m.weight, None, m.rows, m.codec, activation_bits) for m in matrices]
+    return torch.cat(each, -1)
+
+
+@linears.op.register_fake
+def _(x: Tensor, packed: list[Tensor], out_features: list[int], *_: object, **__: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(out_features)))
 
 
 @op("moepress::experts")

@@ -15,6 +15,7 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     gated_any.cu, gates.py   the same with biases, and any gate (gate.cuh)
     trellis_decode.cu, trellis_prefill.cu, scalar_decode.cu, scalar_prefill.cu
                              products with few and with many tokens
+    several.py, trellis_decode_several.cu  several matrices with the same few tokens
     combine.cu               sums of splits and of experts, bias, dtype of the result
     grouped.py               very many tokens: weights decoded to bfloat16, and torch's products
     dequantize.cu, grouped.cu, grouped_any.cu  its kernels
@@ -26,6 +27,7 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +36,7 @@ from torch import Tensor
 from moepress.errors import InputError
 from moepress.format.codec import FAMILIES, Codec
 from moepress.kernels import reference
-from moepress.kernels.cuda import grouped
+from moepress.kernels.cuda import grouped, several
 from moepress.kernels.cuda.attention import attention
 from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.gates import (
@@ -46,8 +48,18 @@ from moepress.kernels.cuda.gates import (
 from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.matrix import PackedMatrix
 
-__all__ = ["ACTIVATIONS", "attention", "drop", "embedding", "experts", "linear", "missing"]
+__all__ = [
+    "ACTIVATIONS",
+    "attention",
+    "drop",
+    "embedding",
+    "experts",
+    "linear",
+    "linears",
+    "missing",
+]
 
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions
@@ -76,6 +88,18 @@ def linear(
         else:
             _linear(rows[part], packed, bias, codec, PLANES[activation_bits], y[part])
     return y.view(*x.shape[:-1], out_features)
+
+
+def linears(x: Tensor, matrices: Sequence[PackedMatrix], activation_bits: int) -> Tensor:
+    """The op `moepress::linears`: [.., sum of rows], as `linear` for each matrix."""
+    rows = _aligned(x.reshape(-1, x.shape[-1]))
+    if x.dtype not in DTYPES or not several.takes(len(rows), matrices):
+        each = [linear(x, m.weight, None, m.rows, m.codec, activation_bits) for m in matrices]
+        return torch.cat(each, -1)
+    given = [replace(m, weight=_aligned(m.weight)) for m in matrices]
+    y = x.new_empty(len(rows), sum(m.rows for m in matrices))
+    several.products(rows, given, PLANES[activation_bits], y)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def experts(call: ExpertsCall) -> Tensor:

@@ -16,9 +16,9 @@ struct Call {
     const float* scale;    // [rows][K / g]
     const int32_t* sum;    // [rows][K / g] of the codes
     const int32_t* pair;   // position p has row pair[p] / choices of q; null: row p
-    float* out;            // [splits][positions][N]: to be summed over the splits
+    float* out;            // [splits][positions][stride]: to be summed over the splits
     int64_t rows, positions;
-    int choices, n, k, splits;
+    int choices, n, stride, k, splits;  // the matrix is [n, k]
     bool late;  // wait_for_codes has not been called
 };
 
@@ -103,7 +103,7 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
         wait_for_codes(!late);                                                                     \
         if (planes != PLANES || group != GROUP) trap();                                            \
         const Call call = {q,    scale,     sum,          pair,   out,    rows,                    \
-                           positions, int(choices), int(n), int(k), int(splits), late};            \
+                           positions, int(choices), int(n), int(n),  int(k), int(splits), late};            \
         const Work work =                                                                          \
             work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);              \
         if (!work.count) return wait_for_codes(late);                                              \
