@@ -269,7 +269,6 @@ def together(card: Card) -> list[Row]:
         count = 2 if card.tiny else min(CALLS, math.ceil(READ / 4 / size))
         packed = [[random_packed(spec, n, cols, generator) for n in rows] for _ in range(count)]
         x = torch.randn(1, cols, device=card.device, dtype=torch.bfloat16)
-        given = 128, 8, "trellis"
 
         def alone(x: Tensor = x, packed: list[list[Tensor]] = packed, bits: int = bits) -> Any:
             return [
@@ -279,7 +278,10 @@ def together(card: Card) -> list[Row]:
             ]
 
         def joined(x: Tensor = x, packed: list[list[Tensor]] = packed, bits: int = bits) -> Any:
-            return [kernels.linears(x, layer, list(rows), [bits] * 3, *given) for layer in packed]
+            return [
+                kernels.linears(x, layer, list(rows), [bits] * 3, 128, 8, "trellis")
+                for layer in packed
+            ]
 
         with torch.inference_mode():
             each, one = (card.seconds(card.captured(call)[0]) / count for call in (alone, joined))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 
 from moepress import kernels
-from moepress.format.codec import GROUP_SIZES, PackedSpec
+from moepress.format.codec import PackedSpec
 from moepress.kernels.cuda import compiler, launch
 from on_gpu.card import Card
 from on_gpu.case import BACKEND, Case, CheckError, Row
@@ -42,13 +43,13 @@ def compile_programs(card: Card) -> list[Row]:
 
 
 def programs() -> list[compiler.Program]:
-    """Those of every group size and number of planes; what takes longest to compile first."""
+    """Every variant that the end of a file lists; what takes longest to compile first."""
     found: list[compiler.Program] = []
     for source in sorted(launch.SOURCES, key=lambda name: not name.startswith("trellis")):
-        kernels_of = [f"moepress_{source}"]
-        if "MOEPRESS_GROUP" in (compiler.HERE / f"{source}.cu").read_text():
-            kernels_of = [f"{kernels_of[0]}_g{g}_p{p}" for g in GROUP_SIZES for p in (1, 2)]
-        found += [(source, launch.defines_of(kernel)) for kernel in kernels_of]
+        text = (compiler.HERE / f"{source}.cu").read_text()
+        variants = re.findall(r"^MOEPRESS_\w+\((\d+), (\d)\)$", text, re.MULTILINE)
+        names = [f"moepress_{source}_g{g}_p{p}" for g, p in variants] or [f"moepress_{source}"]
+        found += [(source, launch.defines_of(name)) for name in names]
     return found
 
 

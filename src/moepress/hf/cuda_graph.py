@@ -72,14 +72,30 @@ def _recorded(work: Callable[[], Tensor], device: torch.device) -> Graph:
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
-    """End a capture. Where it is invalid torch raises before it tells its allocator."""
+    """End a capture. Where it is invalid torch raises before it tells its allocator and others."""
     try:
         graph.capture_end()
     except BaseException:
         for tell in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             with suppress(RuntimeError, AttributeError):
                 getattr(torch._C, tell)(device.index, pool)
+        with suppress(RuntimeError):
+            _capture_nothing(device)
         raise
+
+
+def _capture_nothing(device: torch.device) -> None:
+    """A capture that ends well: it tells torch's random numbers, too, that there is none.
+
+    After one that did not, they refuse every draw on the device ("Offset increment outside graph
+    capture").
+    """
+    numbers, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        numbers.zero_()
+    finally:
+        graph.capture_end()
 
 
 @contextmanager
