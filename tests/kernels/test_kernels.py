@@ -385,6 +385,19 @@ def test_ops_refuse_arguments_that_do_not_fit() -> None:
             kernels.experts(*op_arguments(dataclasses.replace(call, **wrong)))
     with pytest.raises(InputError, match=r"'swoosh' is not supported.*silu"):
         kernels.experts(*op_arguments(dataclasses.replace(call, activation="swoosh")))
+    for packed_ones, rows in (([packed], [8, 8]), ([], [])):
+        with pytest.raises(InputError, match="as many weights as rows"):
+            kernels.linears(torch.randn(2, 64), packed_ones, rows, [2] * len(rows), 32)
+
+
+def test_several_linears_are_as_each_alone() -> None:
+    x, widths, rows = torch.randn(2, 3, 64), (3, 2, 8), (10, 1, 7)
+    packed = [random_packed(n, 64, Codec(b, 32)) for n, b in zip(rows, widths, strict=True)]
+    each = [
+        kernels.linear(x, p, None, n, b, 32) for p, n, b in zip(packed, rows, widths, strict=True)
+    ]
+    found = kernels.linears(x, packed, list(rows), list(widths), 32)
+    assert torch.equal(found, torch.cat(each, -1))
 
 
 # As torch.library ops
@@ -398,16 +411,17 @@ def op_calls() -> list[tuple[object, tuple[object, ...]]]:
         (kernels.linear, (torch.randn(1, 64), packed, None, 10, 3, 32)),
         (kernels.embedding, (torch.tensor([[1, 9]]), packed, 10, 64, 3, 32, torch.bfloat16)),
         (kernels.experts, make_case().args),
+        (kernels.linears, (torch.randn(2, 64), [packed, packed], [10, 10], [3, 3], 32)),
     ]
 
 
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", range(5))
 def test_opcheck(call: int) -> None:
     op, args = op_calls()[call]
     torch.library.opcheck(op.op, args)
 
 
-@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("call", range(5))
 def test_compiles_to_one_graph(call: int) -> None:
     op, args = op_calls()[call]
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
