@@ -35,7 +35,7 @@ from moepress.workload import stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import Machine, measured, seconds
 from moepress.workload.shapes import Layer
-from moepress.workload.stages import Task, Widths
+from moepress.workload.task import Task, Widths
 from sizes import SHAPES, Shape
 
 

@@ -39,7 +39,7 @@ from moepress.workload import disk, memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import REREAD, Machine, measured, seconds
 from moepress.workload.shapes import ModelShape
-from moepress.workload.stages import Task, Widths
+from moepress.workload.task import Task, Widths
 
 # Cost of a weight of a linear outside the experts, and of the head, over that of a weight of an
 # expert that as many tokens use. With these, folders have the size that measured costs give within

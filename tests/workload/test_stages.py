@@ -18,7 +18,7 @@ from moepress.work import calibration_ids
 from moepress.workload import stages
 from moepress.workload.operations import Work
 from moepress.workload.shapes import Layer, Linear, ModelShape
-from moepress.workload.stages import Task
+from moepress.workload.task import Task
 from tests.conftest import small_recipe
 from tests.workload.flops import FlopCount
 

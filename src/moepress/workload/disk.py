@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moepress.original.batches import IN_MEMORY
 from moepress.rounding.options import Rounding
-from moepress.workload.stages import Task
+from moepress.workload.task import Task
 
 
 def sensitivity(task: Task) -> int:

@@ -26,7 +26,7 @@ from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import RUN
 from moepress.rounding.token_factor import few
 from moepress.workload.shapes import Layer
-from moepress.workload.stages import Task, Widths
+from moepress.workload.task import Task, Widths
 
 FLOAT = 4  # bytes of a float32
 # Bytes of a weight while a matrix is rounded to trellis codes: rows, target, errors in float32;

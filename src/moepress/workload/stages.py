@@ -6,8 +6,8 @@ assumed to be chosen equally often. Operations of a few tokens or rows are left 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from moepress.costs.drop_costs import SAMPLE
 from moepress.costs.embedding_and_head import HEAD_TOKENS
@@ -16,12 +16,13 @@ from moepress.costs.scores import ROUNDED
 from moepress.costs.sketch import rows_in_sketch
 from moepress.format.codec import LEFT_OUT, stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
-from moepress.recipe import UNQUANTIZED, Recipe
+from moepress.recipe import UNQUANTIZED
 from moepress.rounding.options import Rounding
 from moepress.text.samples import BATCH
 from moepress.workload import operations as op
 from moepress.workload.operations import Work, times, total
-from moepress.workload.shapes import Layer, Linear, ModelShape
+from moepress.workload.shapes import Layer, Linear
+from moepress.workload.task import Task, Widths
 
 # Passes over the activations of a layer besides its products, per element of a hidden state and of
 # the inputs of attention: norms, residuals, rotary embeddings.
@@ -29,66 +30,6 @@ PASSES_OF_LAYER = 16
 CALLS_OF_LAYER = 100  # of a batch
 CALLS_OF_EXPERT = 15  # of a chunk of its tokens
 BACKWARD = 2  # operations of a step forward and back, over those forward: weights get no gradient
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Widths that a plan is expected to give, for the stage that applies it."""
-
-    experts: Mapping[tuple[float, float], int]  # number of experts, by widths of gate_up and down
-    tensors: Mapping[str, float]  # of each packed linear and table, by name
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is compressed: a model, a recipe, an amount of text."""
-
-    shape: ModelShape
-    recipe: Recipe
-    sequences: int
-    length: int  # tokens of a sequence
-    open: Mapping[str, tuple[int, ...]]  # widths offered to each open tensor, by name
-    tables: Mapping[str, tuple[int, int]]  # shape of embedding and head, by name
-    head: tuple[str, ...]  # names of the tables that are a head
-    between: tuple[int, ...]  # bytes of a token before each layer and after the last: states,
-    # and what layers hand on beside them; in a loop of all its passes
-    runs: float = 1  # how often each token counts: in a loop, once for each pass
-
-    @property
-    def tokens(self) -> int:
-        return round(self.sequences * self.length * self.runs)
-
-    @property
-    def states(self) -> int:
-        """Bytes of all tokens between two layers, at most."""
-        return self.sequences * self.length * max(self.between)
-
-    @property
-    def batches(self) -> int:
-        """Batches of a walk."""
-        one_pass = -(-self.sequences // max(1, BATCH_TOKENS // self.length))
-        return round(one_pass * self.runs)
-
-    def at(self, layer: Layer) -> Task:
-        """The task with the tokens that go through a layer."""
-        return replace(self, runs=layer.runs)
-
-    @property
-    def at_most(self) -> Task:
-        """The task with the tokens of the layers that run most often."""
-        return replace(self, runs=max(layer.runs for layer in self.shape.layers))
-
-    @property
-    def at_experts(self) -> Task:
-        """The task with the tokens that go through a layer with experts, in the mean."""
-        runs = [layer.runs for layer in self.shape.layers if layer.has_experts]
-        return replace(self, runs=sum(runs) / len(runs))
-
-    @property
-    def hessian_tokens(self) -> int:
-        """Tokens of an expert's Hessian."""
-        own = min(self.shape.expert_tokens(self.tokens), self.tokens)
-        return max(own, min(self.recipe.token_floor, self.tokens))
 
 
 def sampling(task: Task) -> Work:
