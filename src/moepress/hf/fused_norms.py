@@ -93,7 +93,7 @@ def _norm_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Nor
     except Exception:  # it is no norm, or wants more than x
         return None
     norms = [Norm(name, formula) for name in _epsilons(module) for formula in FORMULAS]
-    far = [disagreement(_run(tried, norm, x), expected) for norm in norms]
+    far = [disagreement(_run(tried, norm, x), expected, dtype) for norm in norms]
     best = min(range(len(norms)), key=far.__getitem__, default=None)
     return None if best is None or far[best] > FEW else norms[best]
 

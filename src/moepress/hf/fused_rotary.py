@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -138,9 +138,9 @@ def _form_of(
         for style, wide in product(STYLES, (False, True))
         if STYLES[style].rotated(columns) <= size and (wide or angles == dtype)
     ]
+    differ = partial(disagreement, dtype=dtype)
     far = [
-        max(map(disagreement, rotary(q, k, cos, sin, form.style, form.wide), wanted))
-        for form in forms
+        max(map(differ, rotary(q, k, cos, sin, form.style, form.wide), wanted)) for form in forms
     ]
     best = min(range(len(forms)), key=far.__getitem__, default=None)
     return None if best is None or far[best] > FEW else forms[best]

@@ -22,18 +22,21 @@ def random_numbers(
     return torch.randn(tuple(shape), generator=generator).to(device, dtype)
 
 
-def disagreement(found: object, expected: object) -> float:
+def disagreement(found: object, expected: object, dtype: torch.dtype) -> float:
     """The share of numbers that differ; inf where shapes, dtypes, or numbers by far, differ.
 
     Numbers that differ in the last bits of float32 count as equal: sums have another order. The
     host waits for the device.
+
+    Args:
+        dtype: to which numbers are rounded, of the result or between.
     """
     if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
         return math.inf
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return math.inf
     apart = (found.double() - expected.double()).abs() / expected.double().abs().clamp(min=1e-6)
-    if not bool((apart < 4 * torch.finfo(found.dtype).eps + CLOSE).all()):
+    if not bool((apart < 4 * torch.finfo(dtype).eps + CLOSE).all()):
         return math.inf
     return float((apart > CLOSE).double().mean())
 
