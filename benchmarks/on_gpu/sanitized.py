@@ -13,7 +13,7 @@ from moepress.format.codec import CODE_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import trellis
 from moepress.kernels.cuda import rotation
 from moepress.rounding.methods import viterbi
-from on_gpu import attention, checks, grouped
+from on_gpu import attention, checks, grouped, small
 from on_gpu import search as search_checks
 from on_gpu.card import Card
 from on_gpu.random_codes import random_packed
@@ -101,6 +101,11 @@ def rotations(card: Card) -> None:
                 rotation.rotate(x, back)
 
 
+def small_ops(card: Card) -> None:
+    for check in (small.check_norms, small.check_rotary, small.check_cache):
+        check(card)
+
+
 GROUPS: dict[str, Callable[[Card], Any]] = {
     "trellis_decode": partial(products, family="trellis", tokens=FEW, tokens_of_experts=3),
     "int_decode": partial(products, family="int", tokens=FEW, tokens_of_experts=3),
@@ -112,5 +117,6 @@ GROUPS: dict[str, Callable[[Card], Any]] = {
     "search": search,
     "rotation": rotations,
     "attention": attention.check_attention,
+    "small": small_ops,
     "drawn": search_checks.check_drawn,
 }

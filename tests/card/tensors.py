@@ -285,9 +285,9 @@ def _check_indices(name: str, indices: Sequence[Tensor | None]) -> None:
 
 def _own(func: Any) -> Callable[..., Any]:
     """The Python function of an op of moepress: it launches kernels on the tensors of the card."""
-    from moepress.kernels import ops
+    from moepress import kernels
 
-    return getattr(ops, func._opname).body  # type: ignore[no-any-return]
+    return getattr(kernels, func._opname).body  # type: ignore[no-any-return]
 
 
 def _set(tensor: Any, source: Any, *rest: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,12 @@ from moepress.compress import compress
 from moepress.hf import load_model
 from moepress.hf.captured import PROOFS, CapturedSteps
 from moepress.hf.cuda_graph import Graph
+from moepress.hf.fused_norms import fused_norms
+from moepress.hf.fused_rotary import fused_rotary
+from moepress.kernels.cuda import launch as launching
+from moepress.kernels.cuda import small
 from moepress.original.remote_code import tokenizer_of
+from tests.card.runtime import MULTIPROCESSORS
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
 
@@ -62,6 +68,32 @@ def test_packed_models_are_captured(folder: Path, card: Card, pruning: float | N
             found = model.generate(ids, **options)
     assert (steps.refused, steps.replayed) == (None, TOKENS - 1 - PROOFS)
     assert found.tolist() == expected.tolist()
+
+
+def test_small_ops_do_not_wait(folder: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotary embeddings and the cache by our kernels."""
+    launched: set[str] = set()
+    launch = launching.launcher_for(torch.device("cuda")).launch
+
+    def run(kernel: str, *given: Any) -> None:
+        launched.add(kernel)
+        launch(kernel, *given)
+
+    launcher = launching.Launcher(run, MULTIPROCESSORS)
+    monkeypatch.setitem(launching.LAUNCHERS, "cuda", lambda device: launcher)
+    model = load_model(folder, "cuda")
+    ids = IDS.to("cuda")
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
+    with torch.inference_mode():
+        expected = model.generate(ids, **options)
+        assert not launched & set(small.KERNELS)
+        with (
+            fused_norms(model), fused_rotary(model),
+            CapturedSteps(model, capture=recorder(card)) as steps,
+        ):  # fmt: skip
+            found = model.generate(ids, **options)
+    assert (steps.refused, steps.replayed) == (None, TOKENS - 1 - PROOFS)
+    assert found.tolist() == expected.tolist() and launched >= set(small.KERNELS)
 
 
 def test_experts_beside_the_card_are_left_alone(folder: Path, card: Card) -> None:

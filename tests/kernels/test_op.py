@@ -41,6 +41,14 @@ OP.op.register_fake(lambda x, more=0.0: torch.empty_like(x))
 OP.op.register_autograd(lambda ctx, y: (2 * y, None))
 
 
+def put(x: Tensor, y: Tensor) -> None:
+    x.copy_(y)
+
+
+PUT = Op("moepress_tests::put", put, mutates=("x",))
+PUT.op.register_fake(lambda x, y: None)
+
+
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Call OP with a correct result: whether the call went through torch's dispatcher."""
@@ -79,3 +87,18 @@ def test_what_records_operations_sees_the_op(dispatched: Callable[..., bool]) ->
     assert "moepress_tests::twice" in str(torch.jit.trace(lambda x: OP(x), x).graph)
     assert OP(x.to("meta")).is_meta
     assert torch.equal(torch.vmap(lambda x: OP(x))(x.view(3, 1)), 2 * x.view(3, 1))
+
+
+def test_what_an_op_changes_is_known() -> None:
+    """Its schema says so, and compilers keep the order of what reads and writes."""
+    torch.library.opcheck(PUT.op, (torch.zeros(3), torch.ones(3)))
+
+    def work(x: Tensor, y: Tensor) -> Tensor:
+        before = x + 1
+        PUT(x, y)
+        return before + x
+
+    for run in (work, torch.compile(work, backend="aot_eager", fullgraph=True)):
+        x = torch.zeros(3)
+        assert run(x, torch.full((3,), 5.0)).tolist() == [6, 6, 6]
+        assert x.tolist() == [5, 5, 5]

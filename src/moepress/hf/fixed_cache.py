@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from moepress.hf.growing_cache import GrowingLayer
+from moepress.kernels import cache_write
 
 
 class UnfitError(Exception):
@@ -37,7 +38,7 @@ class FixedAttention(StaticLayer):  # type: ignore[misc]  # transformers is unty
 
     Attributes:
         length: tokens in it. `cumulative_length` is the same number on the device, which `update`
-            of the base class reads and advances.
+            reads and advances.
     """
 
     def __init__(self, like: DynamicLayer, room: int) -> None:
@@ -63,11 +64,19 @@ class FixedAttention(StaticLayer):  # type: ignore[misc]  # transformers is unty
     ) -> tuple[Tensor, Tensor]:
         """Write a token, and return those that it may see, and behind them room for others."""
         if self.window == self.max_cache_len:
-            result: tuple[Tensor, Tensor] = super().update(key_states, value_states)
-            return result
+            return self._written(key_states, value_states)
         seen = torch.arange(self.window, device=self.device) + self._before()
-        keys, values = super().update(key_states, value_states)
+        keys, values = self._written(key_states, value_states)
         return keys.index_select(2, seen), values.index_select(2, seen)
+
+    def _written(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values after `update` of the base class, by one kernel in place of five."""
+        dtypes = key_states.dtype, value_states.dtype
+        if key_states.shape[-2] == 1 and dtypes == (self.keys.dtype, self.values.dtype):
+            cache_write(self.keys, self.values, key_states, value_states, self.cumulative_length)
+            return self.keys, self.values
+        result: tuple[Tensor, Tensor] = super().update(key_states, value_states)
+        return result
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Tensor | int]:
         whole = self.window == self.max_cache_len

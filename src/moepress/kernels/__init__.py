@@ -1,6 +1,7 @@
 """The operations on packed weights and on routing, and the backends that run them.
 
 ops.py           the operations, as torch.library ops
+small_ops.py     small operations of decoding, likewise; small_reference.py defines them
 gradients.py     the gradients of the ops
 backends.py      the table of backends, and which one runs on a device
 experts_call.py  the arguments of the experts op as one value
@@ -29,6 +30,7 @@ from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.gradients import register_gradients
 from moepress.kernels.ops import attention, drop, embedding, experts, linear, linears
+from moepress.kernels.small_ops import cache_write, rms_norm, rotary
 
 __all__ = [
     "BACKENDS",
@@ -38,6 +40,7 @@ __all__ = [
     "Status",
     "attention",
     "backend_for",
+    "cache_write",
     "drop",
     "embedding",
     "experts",
@@ -45,6 +48,8 @@ __all__ = [
     "linears",
     "only",
     "register_backend",
+    "rms_norm",
+    "rotary",
     "status",
 ]
 

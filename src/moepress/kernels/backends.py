@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec
-from moepress.kernels import cpu, cuda, reference
+from moepress.kernels import cpu, cuda, reference, small_reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.matrix import PackedMatrix
 
@@ -43,6 +43,13 @@ Drop = Callable[  # index, weights, thresholds, renormalise, keep, num_experts
 Attention = Callable[  # q, k, v, mask, scale
     [Tensor, Tensor, Tensor, Tensor | None, float], Tensor
 ]
+RmsNorm = Callable[[Tensor, Tensor | None, float, str], Tensor]  # x, weight, eps, formula
+Rotary = Callable[  # q, k, cos, sin, style, wide
+    [Tensor, Tensor, Tensor, Tensor, str, bool], tuple[Tensor, Tensor]
+]
+CacheWrite = Callable[  # keys, values, key, value, length
+    [Tensor, Tensor, Tensor, Tensor, Tensor], None
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ class Backend:
     drop: Drop = reference.drop
     attention: Attention = reference.attention
     linears: Linears | None = None  # None: one by one
+    rms_norm: RmsNorm = small_reference.rms_norm
+    rotary: Rotary = small_reference.rotary
+    cache_write: CacheWrite = small_reference.cache_write
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -168,5 +178,8 @@ register_backend(
         drop=cuda.drop,
         attention=cuda.attention,
         linears=cuda.linears,
+        rms_norm=cuda.rms_norm,
+        rotary=cuda.rotary,
+        cache_write=cuda.cache_write,
     )
 )

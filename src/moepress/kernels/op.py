@@ -7,7 +7,7 @@ transforms such as vmap, dispatch modes, subclasses of tensors, and tensors with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
 from typing import Generic, ParamSpec, TypeVar
 
@@ -26,11 +26,12 @@ class Op(Generic[P, R]):
     Args:
         name: "namespace::name" of the op.
         body: the function; torch reads the schema from its annotations.
+        mutates: names of the arguments that it changes.
     """
 
-    def __init__(self, name: str, body: Callable[P, R]) -> None:
+    def __init__(self, name: str, body: Callable[P, R], mutates: Sequence[str] = ()) -> None:
         self.body = body
-        self.op = torch.library.custom_op(name, body, mutates_args=())
+        self.op = torch.library.custom_op(name, body, mutates_args=tuple(mutates))
         update_wrapper(self, body)
 
     def __call__(self, *args: P.args, **named: P.kwargs) -> R:
@@ -41,9 +42,9 @@ class Op(Generic[P, R]):
         return self.body(*args, **named)
 
 
-def op(name: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+def op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Decorator: make an `Op` of a function."""
-    return lambda body: Op(name, body)
+    return lambda body: Op(name, body, mutates)
 
 
 def _recorded() -> bool:

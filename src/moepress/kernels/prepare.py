@@ -11,6 +11,7 @@ from torch import nn
 from moepress.kernels.backends import backend_for
 from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for
 from moepress.kernels.cuda.products import FEW, MANY
+from moepress.kernels.cuda.small import KERNELS
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
@@ -18,6 +19,8 @@ PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 
 def prepare(model: nn.Module) -> None:
     """Compile the kernels of a model's packed modules that are on a card. The results are kept.
+
+    With those of captured steps, if it generates.
 
     Raises:
         MoepressError: NVRTC refuses a source.
@@ -27,7 +30,10 @@ def prepare(model: nn.Module) -> None:
         parameter = next(module.parameters(), None)  # None: experts on disk
         if parameter is not None:
             wanted.setdefault(parameter.device, set()).update(kernels_of(module))
+    decodes = hasattr(model, "generate")  # a whole model, of which steps can be captured
     for device, kernels in wanted.items():
+        if kernels and decodes:
+            kernels |= set(KERNELS)
         if kernels and device.type in LAUNCHERS and backend_for(device).name == "cuda":
             launcher_for(device).prepare(kernels)
 

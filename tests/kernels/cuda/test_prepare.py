@@ -14,7 +14,7 @@ from torch import nn
 from moepress import kernels
 from moepress.format.codec import Codec, PackedSpec
 from moepress.kernels import Gate
-from moepress.kernels.cuda import compiler, launch
+from moepress.kernels.cuda import compiler, launch, small
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moepress.kernels.prepare import prepare
 
@@ -65,6 +65,20 @@ def test_a_model_launches_what_was_prepared(
     assert told["launched"]
     programs = {(launch.source_of(k), launch.defines_of(k)) for k in told["launched"]}
     assert programs == {(launch.source_of(k), launch.defines_of(k)) for k in told["prepared"]}
+
+
+def test_a_model_that_generates_may_be_captured(told: dict[str, set[str]]) -> None:
+    class Generating(nn.ModuleDict):
+        def generate(self) -> None: ...
+
+    parts = {"linear": PackedLinear(64, 32, Codec(4, 32))}
+    prepare(nn.ModuleDict(parts))
+    alone = set(told["prepared"])
+    prepare(Generating(parts))
+    assert told["prepared"] - alone == set(small.KERNELS)
+    told["prepared"].clear()
+    prepare(Generating({"linear": nn.Linear(4, 4)}))
+    assert not told["prepared"]
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))

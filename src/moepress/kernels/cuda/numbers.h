@@ -19,6 +19,13 @@ DEVICE void store_number(void* p, int64_t i, int64_t dtype, float value) {
             dtype == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
 }
 
+// A number as a tensor of the dtype would hold it.
+DEVICE float rounded_to(int64_t dtype, float value) {
+    if (dtype == kFloat32) return value;
+    return dtype == kFloat16 ? half_to_float(float_to_half(value))
+                             : bfloat_to_float(float_to_bfloat(value));
+}
+
 // n neighbouring numbers from an address that is a multiple of n of them, or of 4. n = 1, 2, 4 or 8.
 template <int n>
 DEVICE void load_numbers(const void* p, int64_t i, int64_t dtype, float (&out)[n]) {
@@ -41,5 +48,29 @@ DEVICE void load_numbers(const void* p, int64_t i, int64_t dtype, float (&out)[n
     } else {
 #pragma unroll
         for (int j = 0; j < n; ++j) out[j] = load_number(p, i + j, dtype);
+    }
+}
+
+// The same for stores of one number, or of 8 to an address that is a multiple of 16 bytes.
+template <int n>
+DEVICE void store_numbers(void* p, int64_t i, int64_t dtype, const float (&value)[n]) {
+    static_assert(n == 1 || n == 8);
+    if (n == 1) {
+        store_number(p, i, dtype, value[0]);
+    } else if (dtype == kFloat32) {
+        float4* at = reinterpret_cast<float4*>(static_cast<float*>(p) + i);
+#pragma unroll
+        for (int j = 0; j + 4 <= n; j += 4)
+            at[j / 4] = make_float4(value[j], value[j + 1], value[j + 2], value[j + 3]);
+    } else {
+        uint32_t two[4] = {};
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+            const uint16_t bits =
+                dtype == kFloat16 ? float_to_half(value[j]) : float_to_bfloat(value[j]);
+            two[j / 2] |= uint32_t(bits) << 16 * (j % 2);
+        }
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p) + i) =
+            make_uint4(two[0], two[1], two[2], two[3]);
     }
 }
