@@ -66,7 +66,7 @@ def test_linears_with_the_same_input_are_one_op_from_the_second_pass_on(
     model = nn.Sequential(Layer(), Layer())
     x, y = torch.randn(2, 1, 3, HIDDEN)
     expected = [model(x), model(y)]
-    with fused_linears(model):
+    with fused_linears(model, ("cpu",)):
         assert model(x).equal(expected[0]) and not calls
         torch.testing.assert_close(model(y), expected[1])
         torch.testing.assert_close(model(x), expected[0])
@@ -78,7 +78,7 @@ def test_linears_with_the_same_input_are_one_op_from_the_second_pass_on(
 def test_many_tokens_and_other_inputs_are_computed_one_by_one(calls: list[list[int]]) -> None:
     layer = Layer()
     x, other = torch.randn(2, 1, HIDDEN)
-    with fused_linears(layer):
+    with fused_linears(layer, ("cpu",)):
         layer(x)
         layer(torch.randn(17, HIDDEN))
         assert not calls
@@ -92,7 +92,7 @@ def test_many_tokens_and_other_inputs_are_computed_one_by_one(calls: list[list[i
 
 def test_gradients_are_computed_as_ever(calls: list[list[int]]) -> None:
     layer = Layer()
-    with fused_linears(layer):
+    with fused_linears(layer, ("cpu",)):
         layer(torch.randn(1, HIDDEN))
         with torch.enable_grad():
             x = torch.randn(1, HIDDEN, requires_grad=True)

@@ -23,12 +23,20 @@ MOST_TOKENS = 16  # of a call
 
 
 @contextmanager
-def fused_linears(model: nn.Module) -> Iterator[None]:
+def fused_linears(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Iterator[None]:
     """While it is entered, linears of a model that get the same few tokens are one op.
 
     The first forward pass is as ever. Calls with gradients or many tokens are, too.
+
+    Args:
+        model: of transformers, loaded.
+        devices: types of devices on which linears are changed.
     """
-    linears = [m for m in model.modules() if isinstance(m, PackedLinear) and _suits(m)]
+    linears = [
+        m
+        for m in model.modules()
+        if isinstance(m, PackedLinear) and m.weight.device.type in devices and _suits(m)
+    ]
     passes = _Passes()
     for linear in linears:
         linear.forward = partial(passes.forward, linear)  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ THREADS = 256
 PATHS = 32  # through eight columns of a matrix
 BLOCKS = 3  # of threads that a multiprocessor runs at a time, by their registers
 CHOICES = 1024 // 4 * THREADS  # words of scratch of a block
-SHARED_BYTES = 2 * 8192 + 64 * 4 + 1025 * 4 + 1024 * 2 + 2 * 8 * 4 + 8  # struct Shared, viterbi_step.cuh
+SHARED_BYTES = 2 * 8192 + 64 * 4 + 1025 * 4 + 1024 * 2 + 2 * 8 * 4 + 8  # struct Shared
 
 
 @lru_cache(maxsize=64)
