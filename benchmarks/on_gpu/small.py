@@ -95,17 +95,17 @@ def check_cache(card: Card) -> list[Row]:
     worst, generator = Worst(), torch.Generator().manual_seed(0)
     for (batches, heads, room, *sizes), dtype in ((s, d) for s in CACHES for d in HALF):
         held = [torch.randn(batches, heads, room, n, generator=generator).to(dtype) for n in sizes]
-        there, length = [x.to(card.device) for x in held], torch.tensor([1])
-        counted = length.to(card.device)
-        for _ in range(2):
+        there = [x.to(card.device) for x in held]
+        for position in map(torch.tensor, (1, 2)):
             token = [
                 torch.randn(batches, 1, heads, n, generator=generator).to(dtype).transpose(1, 2)
                 for n in sizes
             ]
-            reference.cache_write(*held, *token, length)
-            kernels.cache_write(*there, *(x.to(card.device) for x in token), counted)
+            reference.cache_write(*held, *token, position)
+            given = (x.to(card.device) for x in (*token, position))
+            kernels.cache_write(*there, *given)
         label = f"cache {batches} x {heads} x {room} {sizes} {dtype}"
-        for found, exact in zip((*there, counted), (*held, length), strict=True):
+        for found, exact in zip(there, held, strict=True):
             worst.same(label, found.cpu(), exact)
     return worst.rows()
 
@@ -150,11 +150,11 @@ def times(card: Card) -> list[Row]:
     cos, sin = drawn(2, 1, 1, SIZE)
     layer = StaticLayer(max_cache_len=ROOM)
     layer.lazy_initialization(k, v)
-    length = torch.zeros((), dtype=torch.int64, device=device)
+    position = torch.zeros((), dtype=torch.int64, device=device)
 
     def written() -> Tensor:
-        kernels.cache_write(layer.keys, layer.values, k, v, length)
-        return length
+        kernels.cache_write(layer.keys, layer.values, k, v, position)
+        return position
 
     work: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         f"norm of {WIDTH}": (
@@ -171,20 +171,18 @@ def times(card: Card) -> list[Row]:
     for name, (ours, theirs) in work.items():
         found: list[float] = []
         for call in (ours, theirs):
-            length.zero_()
             layer.cumulative_length.zero_()
-            found.append(microseconds(card, call, (length, layer.cumulative_length)))
+            found.append(microseconds(card, call, layer.cumulative_length))
         rows.append({"what": name, "op_us": found[0], "transformers_us": found[1]})
     return rows
 
 
-def microseconds(card: Card, call: Callable[[], Any], counters: tuple[Tensor, ...]) -> float:
-    """Of one of CALLS calls, replayed as one CUDA graph. Counters begin at 0 each time."""
+def microseconds(card: Card, call: Callable[[], Any], counter: Tensor) -> float:
+    """Of one of CALLS calls, replayed as one CUDA graph. The counter begins at 0 each time."""
     calls = 2 if card.tiny else CALLS
 
     def work() -> None:
-        for counter in counters:
-            counter.zero_()
+        counter.zero_()
         for _ in range(calls):
             call()
 

@@ -47,7 +47,7 @@ RmsNorm = Callable[[Tensor, Tensor | None, float, str], Tensor]  # x, weight, ep
 Rotary = Callable[  # q, k, cos, sin, style, wide
     [Tensor, Tensor, Tensor, Tensor, str, bool], tuple[Tensor, Tensor]
 ]
-CacheWrite = Callable[  # keys, values, key, value, length
+CacheWrite = Callable[  # keys, values, key, value, position
     [Tensor, Tensor, Tensor, Tensor, Tensor], None
 ]
 

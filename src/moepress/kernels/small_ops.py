@@ -110,18 +110,18 @@ def _(q: Tensor, k: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k)
 
 
-@op("moepress::cache_write", mutates=("keys", "values", "length"))
-def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, length: Tensor) -> None:
-    """Write one token of every sequence behind the `length` tokens of a cache, and count it.
+@op("moepress::cache_write", mutates=("keys", "values"))
+def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, position: Tensor) -> None:
+    """Write one token of every sequence into a cache.
 
     Args:
         keys, values: [B, H, room, D] and [B, H, room, D'], any dtype; changed.
         key, value: [B, H, 1, D] and [B, H, 1, D'] of the token, in the dtypes of keys, of values.
-        length: one int64 on the device, less than `room`; 1 is added.
+        position: where: one int64 on the device, 0 to room - 1.
 
     Raises:
-        InputError: a shape, dtype or device does not fit. A length outside of the room is an error
-            of the device.
+        InputError: a shape, dtype or device does not fit. A position outside of the room is an
+            error of the device.
     """
     fits = all(
         held.dim() == 4
@@ -135,10 +135,12 @@ def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, length
             "dtype; got "
             + ", ".join(f"{list(x.shape)} {x.dtype}" for x in (keys, values, key, value))
         )
-    if length.dtype != torch.int64 or length.numel() != 1:
-        raise InputError(f"length must be one int64, got {list(length.shape)} {length.dtype}.")
-    check_one_device(keys, values=values, key=key, value=value, length=length)
-    backend_for(keys.device).cache_write(keys, values, key, value, length)
+    if position.dtype != torch.int64 or position.numel() != 1:
+        raise InputError(
+            f"position must be one int64, got {list(position.shape)} {position.dtype}."
+        )
+    check_one_device(keys, values=values, key=key, value=value, position=position)
+    backend_for(keys.device).cache_write(keys, values, key, value, position)
 
 
 @cache_write.op.register_fake

@@ -97,9 +97,7 @@ def _pairs(x: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
-def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, length: Tensor) -> None:
+def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, position: Tensor) -> None:
     """The op `moepress::cache_write`."""
-    position = length.reshape(1)
-    keys.index_copy_(2, position, key)
-    values.index_copy_(2, position, value)
-    length.add_(1)
+    keys.index_copy_(2, position.reshape(1), key)
+    values.index_copy_(2, position.reshape(1), value)

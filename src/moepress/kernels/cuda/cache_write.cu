@@ -26,8 +26,8 @@ DEVICE void write_token(Unit* keys, int64_t keys_batch, int64_t keys_head, int64
 }  // namespace
 }  // namespace moepress
 
-// keys[.., length, :] = key, values[.., length, :] = value, length += 1. A length outside of the room
-// fails the launch and with it the CUDA context, as torch's index_copy does.
+// keys[.., position, :] = key, values[.., position, :] = value. A position outside of the room fails
+// the launch and with it the CUDA context, as torch's index_copy does.
 //
 // Args:
 //   keys, values: [batches, heads, room, size], with strides but the last, which is 1.
@@ -35,17 +35,17 @@ DEVICE void write_token(Unit* keys, int64_t keys_batch, int64_t keys_head, int64
 //   bytes: of a unit: 16, 8, 4, 2 or 1. Strides and sizes are in units, addresses multiples of it.
 //   rows: batches * heads.
 //
-// Grid: (1): all threads read the length before one writes it. Threads: at most 512.
+// Grid: (1). Threads: at most 512.
 extern "C" __global__ void __launch_bounds__(512)
     moepress_cache_write(void* keys, int64_t keys_batch, int64_t keys_head, int64_t keys_position,
                          const void* key, int64_t key_batch, int64_t key_head, int64_t key_units,
                          void* values, int64_t values_batch, int64_t values_head,
                          int64_t values_position, const void* value, int64_t value_batch,
                          int64_t value_head, int64_t value_units, int64_t rows, int64_t heads,
-                         int64_t bytes, int64_t room, int64_t* length) {
+                         int64_t bytes, int64_t room, const int64_t* at) {
     using namespace moepress;
     begin();
-    const int64_t position = *length;
+    const int64_t position = *at;
     if (position < 0 || position >= room) fail("a token is written outside of the room of a cache");
 #define MOEPRESS_WRITE(type)                                                                      \
     write_token(static_cast<type*>(keys), keys_batch, keys_head, keys_position,                   \
@@ -64,6 +64,4 @@ extern "C" __global__ void __launch_bounds__(512)
     else
         MOEPRESS_WRITE(uint8_t);
 #undef MOEPRESS_WRITE
-    __syncthreads();
-    if (threadIdx.x == 0) *length = position + 1;
 }

@@ -111,11 +111,11 @@ def rotary(
     return y
 
 
-def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, length: Tensor) -> None:
-    """The op `moepress::cache_write`. One block does all, so that it can count."""
+def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, position: Tensor) -> None:
+    """The op `moepress::cache_write`."""
     batches, heads, room, _ = keys.shape
     if keys.stride(3) != 1 or values.stride(3) != 1:
-        reference.cache_write(keys, values, key, value, length)
+        reference.cache_write(keys, values, key, value, position)
         return
     key, value = _dense(key), _dense(value)
     held, ones = (keys, values), (key, value)
@@ -123,7 +123,7 @@ def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, length
     widths = [x.shape[3] * x.element_size() // unit for x in held]
     units = batches * heads * sum(widths)
     if units > MOST_UNITS:
-        reference.cache_write(keys, values, key, value, length)
+        reference.cache_write(keys, values, key, value, position)
         return
 
     def strides(x: Tensor, count: int) -> tuple[int, ...]:
@@ -137,7 +137,7 @@ def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, length
         (1, 1, 1),
         min(WRITE_THREADS, max(32, -(-units // 32) * 32)),
         0,
-        (*arguments, batches * heads, heads, unit, room, length),
+        (*arguments, batches * heads, heads, unit, room, position),
     )
 
 
