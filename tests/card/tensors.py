@@ -214,7 +214,7 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return globals()[MIXED[name]](*args, **kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     _check(name, tensors)
-    if name in WAITING and not (name == "repeat_interleave" and kwargs.get("output_size")):
+    if name in WAITING and not _size_is_known(func, kwargs):
         card.wait(name)
     if name in INDEXED:
         _check("indexing", [args[0], *(a for a in args[2:] if isinstance(a, Tensor))])
@@ -232,6 +232,11 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if device is not None and torch.device(device).type == "cpu":
         return result
     return _results(func, args, kwargs, inside, result)
+
+
+def _size_is_known(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an op of WAITING is called so that its result's size is known without numbers."""
+    return func is aten.repeat_interleave.self_int or bool(kwargs.get("output_size"))
 
 
 def _results(func: Any, args: Any, kwargs: Any, inside: Any, result: Any) -> Any:
