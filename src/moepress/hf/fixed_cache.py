@@ -21,13 +21,15 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
 )
 
 from moepress.hf import shown_layers
 from moepress.hf.growing_cache import GrowingLayer
-from moepress.hf.shown_layers import Shown, ShownWindow
+from moepress.hf.shown_layers import Shown, ShownBoth, ShownWindow, ShownWindowBoth
 
 
 class UnfitError(Exception):
@@ -195,6 +197,32 @@ class FixedState(LinearAttentionLayer):  # type: ignore[misc]
                     held[index] = own.clone()
 
 
+class FixedBoth(FixedState, FixedAttention):
+    """A layer with keys, values and states."""
+
+    def __init__(self, like: Any, room: int, position: Position) -> None:
+        FixedAttention.__init__(self, like, room, position)
+        FixedState.__init__(self, like, room, position)
+
+    def load(self, layer: Any) -> None:
+        FixedAttention.load(self, layer)
+        FixedState.load(self, layer)
+
+    def show(self, layer: Any) -> None:
+        FixedAttention.show(self, layer)
+        FixedState.show(self, layer)
+
+    def shows(self, layer: Any) -> bool:
+        return FixedAttention.shows(self, layer)
+
+    def agrees(self, layer: Any) -> bool:
+        return FixedAttention.agrees(self, layer)
+
+    def part(self, layer: Any) -> None:
+        FixedAttention.part(self, layer)
+        FixedState.part(self, layer)
+
+
 # The layer that keeps nothing; transformers 5.17 has none.
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
 
@@ -230,6 +258,10 @@ KINDS: dict[type, type[Fixed]] = {  # classes derived from these may store more
     Shown: FixedAttention,
     ShownWindow: FixedAttention,
     LinearAttentionLayer: FixedState,
+    LinearAttentionAndFullAttentionLayer: FixedBoth,
+    LinearAttentionAndSlidingWindowAttentionLayer: FixedBoth,
+    ShownBoth: FixedBoth,
+    ShownWindowBoth: FixedBoth,
     DummyLayer: FixedNothing,
 }
 

@@ -12,7 +12,12 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 class Place(Protocol):
@@ -81,6 +86,14 @@ class ShownWindow(Shown, DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.cumulative_length = value
 
 
+class ShownBoth(Shown, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """A layer that shows all tokens of a place, and has states of its own."""
+
+
+class ShownWindowBoth(ShownWindow, LinearAttentionAndSlidingWindowAttentionLayer):  # type: ignore[misc]
+    """A layer that shows the last tokens of a place, and has states of its own."""
+
+
 def show(layer: DynamicLayer, place: Place) -> None:
     """Have a growing layer show what lies in a place, from now on."""
     fields = layer.__dict__
@@ -90,7 +103,16 @@ def show(layer: DynamicLayer, place: Place) -> None:
     for name in ("keys", "values", "cumulative_length", "_rooms"):
         fields.pop(name, None)
     fields |= {"_place": place, "_former": type(layer)}
-    layer.__class__ = ShownWindow if isinstance(layer, DynamicSlidingWindowLayer) else Shown
+    window, states = isinstance(layer, DynamicSlidingWindowLayer), hasattr(layer, "conv_states")
+    layer.__class__ = SHOWN[window, states]
+
+
+SHOWN = {  # whether a layer keeps a window, and states
+    (False, False): Shown,
+    (True, False): ShownWindow,
+    (False, True): ShownBoth,
+    (True, True): ShownWindowBoth,
+}
 
 
 def shows(layer: DynamicLayer, place: Place) -> bool:
