@@ -24,6 +24,7 @@ from moepress.hf.captured import PROOFS, CapturedSteps
 from moepress.hf.cuda_graph import Graph, numbers_made_there
 from moepress.hf.late_stops import late_stops
 from moepress.original.remote_code import tokenizer_of
+from moepress.serve.stepping import Stepper
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
 
@@ -140,6 +141,30 @@ def test_experts_beside_the_card_are_left_alone(folder: Path, card: Card) -> Non
     model = load_model(folder, "cuda", gpu_memory=230_000)
     with CapturedSteps(model, capture=recorder(card)):
         assert "forward" not in vars(model)
+
+
+def test_a_server_captures_a_sequence_that_is_alone(folder: Path, card: Card) -> None:
+    """It goes on among others, and again alone; logits are those without graphs."""
+    model = load_model(folder, "cuda")
+    found = []
+    for capture in (recorder(card), None):
+        stepper = Stepper(model)
+        assert "forward" not in vars(model)
+        devices = () if capture is None else ("cuda",)
+        stepper.steps = CapturedSteps(model, capture=capture or recorder(card), devices=devices)
+        one, two = stepper.new(), stepper.new()
+        stepper.prefill(one, range(5, 17))
+        logits = [stepper.decode([one], [7 + number]) for number in range(PROOFS + 3)]
+        stepper.prefill(two, range(30, 40))  # while the other is shown
+        logits += [stepper.decode([one, two], [9, 3]) for _ in range(2)]
+        assert "forward" not in vars(model)
+        logits += [stepper.decode([two], [9 + number]) for number in range(4)]
+        logits += [stepper.decode([one], [9 + number]) for number in range(3)]
+        if capture is not None:
+            assert (stepper.steps.refused, stepper.steps.replayed) == (None, 3 + 3 + 2)
+        stepper.decode([one, two], [1, 1])
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.card
