@@ -7,7 +7,8 @@
 transformers' `generate` stays as it is, with its cache of growing length. A prompt is computed as
 ever. For a call with one token the prompt's cache is copied to a `FixedCache` (fixed_cache.py), and
 the forward pass on that is captured (cuda_graph.py). From then on a call copies its token and its
-position to the card, replays, and lets the growing cache show what was written.
+position to the card, replays, and lets the growing cache show what was written (shown_layers.py).
+That a text has ended `generate` learns one step late (late_stops.py).
 
 Which models can do that is found by trying: the first steps are also computed the plain way, whose
 results are returned, and compared. A model whose cache, capture or numbers do not allow it is
