@@ -192,6 +192,15 @@ def _set_data(func: Any, x: Tensor, value: Tensor) -> None:
         x.inner, x.share = value.inner, value.share  # type: ignore[attr-defined]
 
 
+def _set_item(func: Any, x: Tensor, index: Any, value: Any) -> None:
+    """`x[mask] = number` fills in place on CUDA, where torch keeps the number on the CPU."""
+    mask = isinstance(index, CardTensor) and index.dtype is torch.bool and index.shape == x.shape
+    if isinstance(x, CardTensor) and mask and isinstance(value, bool | int | float):
+        x.masked_fill_(index, value)
+    else:
+        func(x, index, value)
+
+
 def _pin(func: Any, x: Tensor, *args: Any) -> Tensor:
     if isinstance(x, CardTensor):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors")
@@ -211,6 +220,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.untyped_storage: _inside("untyped_storage"),
     Tensor.storage_offset: _inside("storage_offset"),
     Tensor.data.__set__: _set_data,
+    Tensor.__setitem__: _set_item,
     Tensor.pin_memory: _pin,
     Tensor.is_pinned: lambda func, x, *args: not isinstance(x, CardTensor) and tensors.is_pinned(x),
     Tensor.get_device: lambda func, x: 0 if isinstance(x, CardTensor) else -1,

@@ -176,6 +176,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Card]
     for name, value in ACCELERATOR.items():
         monkeypatch.setattr(torch.accelerator, name, value)
     monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(launching, "_driver", lambda: None)
     monkeypatch.setattr(launching.compiler, "architecture", lambda capability: "sm_90")

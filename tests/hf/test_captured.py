@@ -32,10 +32,11 @@ from tests.hf.tape import tape
 
 TOKENS = 40
 IDS = (torch.arange(12)[None] * 7) % 300 + 5
-# With sliding windows, chunks, latent attention, states of linear attention; windows are 16 tokens.
+# With sliding windows, chunks, latent attention, states of linear attention, and states beside
+# attention in one layer; windows are 16 tokens.
 ATTENTIONS = (
     "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "llama4_text", "qwen3_next",
-    "qwen3_vl_moe", "lfm2_moe", "jamba",
+    "qwen3_vl_moe", "lfm2_moe", "jamba", "zaya", "inkling_text",
 )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def cache_of(output: Any) -> DynamicCache:
     return next(value for value in output.values() if isinstance(value, DynamicCache))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_next"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "gpt_oss", "zaya"])
 def test_other_calls_between_steps(family: str) -> None:
     """Three tokens at once, in the steps that are compared and after them."""
     model = make_model(family)

@@ -7,7 +7,8 @@
 transformers' `generate` stays as it is, with its cache of growing length. A prompt is computed as
 ever. For a call with one token the prompt's cache is copied to a `FixedCache` (fixed_cache.py), and
 the forward pass on that is captured (cuda_graph.py). From then on a call copies its token and its
-position to the card, replays, and lets the growing cache show what was written.
+position to the card, replays, and lets the growing cache show what was written (shown_layers.py).
+That a text has ended `generate` learns one step late (late_stops.py).
 
 Which models can do that is found by trying: the first steps are also computed the plain way, whose
 results are returned, and compared. A model whose cache, capture or numbers do not allow it is
@@ -22,6 +23,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -31,8 +33,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from moepress.errors import InputError
-from moepress.hf.cuda_graph import Graph, cuda_graph
+from moepress.hf.cuda_graph import Graph, cuda_graph, numbers_made_there
 from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, tokens_in
+from moepress.hf.late_stops import late_stops
 from moepress.kernels.divided import DividedExperts
 from moepress.original.composite import decoder
 from moepress.prune import ACTIVE, Pruned
@@ -86,6 +89,7 @@ class CapturedSteps:
         self._padded: weakref.ref[DynamicCache] | None = None  # the last text with padding
         self._plain: Any = None  # the model's own forward, while it is replaced
         self._thread = 0
+        self._late: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> CapturedSteps:
         if _suits(self.model, self._devices):
@@ -99,10 +103,14 @@ class CapturedSteps:
                 return self._forward(args, kwargs)
 
             self.model.forward = forward
+            # Not where each step is computed as ever: a text would end with a whole one too many.
+            self._late = late_stops(self.model.device.type, lambda: self.refused is None)
+            self._late.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._plain is not None:
+            self._late.__exit__(None, None, None)
             del self.model.forward
             self._plain = None
 
@@ -135,6 +143,8 @@ class CapturedSteps:
         """Whether a call's text is without padding. Asks the card once for each text."""
         if self._text is not None and self._text.goes_on(call):
             return True
+        if not begun(call.cache):
+            return False
         if self._padded is not None and self._padded() is call.cache:
             return False
         whole = call.mask is None or bool((call.mask == 1).all())
@@ -149,17 +159,21 @@ class CapturedSteps:
         are not known.
         """
         step, text, self._text = self._step, self._text, None
-        tokens = tokens_in(call.cache)
-        if step is None or not step.fits(call, tokens):
-            self._step = step = None  # frees its memory, but for what the cache shows
-            room = tokens + max(self._room, tokens // 4)
-            step = _Step(self._plain, call, -(-room // STEP) * STEP, self._capture)
-            self._step, text = step, _Text(call, step.proofs)
-        elif text is None or not text.goes_on(call) or not step.cache.shows(call.cache):
-            step.cache.load(call.cache)
-            text = _Text(call, max(1, step.proofs))
+        if step is None or text is None or not (text.goes_on(call) and step.goes_on(call)):
+            step, text = self._loaded(call)
         text.count(call)
         return step, text
+
+    def _loaded(self, call: _Call) -> tuple[_Step, _Text]:
+        """The step, or a new one if it does not fit, and a call's text, whose cache is copied."""
+        tokens = tokens_in(call.cache)
+        if self._step is not None and self._step.fits(call, tokens):
+            self._step.cache.load(call.cache)
+            return self._step, _Text(call, max(1, self._step.proofs))
+        self._step = None  # frees its memory, but for what the cache shows
+        room = tokens + max(self._room, tokens // 4)
+        self._step = _Step(self._plain, call, -(-room // STEP) * STEP, self._capture)
+        return self._step, _Text(call, self._step.proofs)
 
     def _compared(self, step: _Step, text: _Text, call: _Call, kwargs: dict[str, Any]) -> Any:
         """Compute a step both ways, and return what the plain way gives."""
@@ -220,7 +234,7 @@ class _Call:
         ):
             return None
         cache = given.pop(names[0])
-        if type(cache) is not DynamicCache or cache.offloading or not begun(cache):
+        if type(cache) is not DynamicCache or cache.offloading:
             return None
         if not given.keys() <= PASSED_ON:
             return None
@@ -288,7 +302,9 @@ class _Step:
         made: list[Any] = []
 
         def work() -> Tensor:
-            made[:] = [forward(**inputs)]
+            with numbers_made_there():
+                made[:] = [forward(**inputs)]
+            self.cache.position.move_on()
             logits: Tensor = made[0].logits
             return logits
 
@@ -300,6 +316,12 @@ class _Step:
     def fits(self, call: _Call, tokens: int) -> bool:
         """Whether a step after so many tokens is a replay of this one."""
         return self.form == call.form and tokens < self.cache.room and self.cache.alike(call.cache)
+
+    def goes_on(self, call: _Call) -> bool:
+        """Whether a step of the text that is loaded is a replay of this one."""
+        cache = self.cache
+        room_left = cache.position.tokens < cache.room
+        return self.form == call.form and room_left and cache.shows(call.cache)
 
     def run(self, call: _Call) -> Tensor:
         """Logits [1, 1, V] of a call; overwritten by the next."""

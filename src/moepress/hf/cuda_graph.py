@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,28 @@ def _capture_nothing(device: torch.device) -> None:
         numbers.zero_()
     finally:
         graph.capture_end()
+
+
+class numbers_made_there(TorchFunctionMode):  # noqa: N801  # a context manager
+    """Inside the `with` statement, `torch.tensor(number, device=card)` fills memory on the card.
+
+    torch copies the number from the host, and waits. transformers before 5.24 makes masks of
+    "eager" attention with it, gpt-oss's for one.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and len(args) == 1
+            and isinstance(args[0], bool | int | float)
+            and given.get("device") is not None
+            and given.keys() <= {"device", "dtype"}
+        ):
+            return torch.full((), args[0], **given)
+        return func(*args, **given)
 
 
 @contextmanager

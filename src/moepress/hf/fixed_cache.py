@@ -1,8 +1,8 @@
 """A cache whose tensors keep their sizes and addresses, for CUDA graphs, filled from a growing one.
 
 transformers' `generate` keeps its cache of growing length. A captured step works on a `FixedCache`
-that was filled from it, and after every step the growing cache shows the first tokens of the fixed
-tensors. So it is always whole: any other call can go on with it.
+that was filled from it, and after the step the growing cache shows the first tokens of the fixed
+tensors (shown_layers.py). So it is always whole: any other call can go on with it.
 
 A layer that looks at a window of the last tokens keeps all tokens here, and hands out those of the
 window, wherever it is then. Not all models' masks would hide the tokens before it.
@@ -21,11 +21,15 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
 )
 
+from moepress.hf import shown_layers
 from moepress.hf.growing_cache import GrowingLayer
+from moepress.hf.shown_layers import Shown, ShownBoth, ShownWindow, ShownWindowBoth
 from moepress.kernels import cache_write
 
 
@@ -33,18 +37,59 @@ class UnfitError(Exception):
     """A cache of a kind that cannot be fixed."""
 
 
+class Position:
+    """Where a step writes, for all layers of a cache: one number, on the host and on the device.
+
+    Attributes:
+        tokens: tokens before the step's.
+        here: the same number [1] int64, on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens = 0
+        self.here = torch.zeros(1, dtype=torch.int64, device=device)
+        self._first: dict[int, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
+
+    def move_to(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.here.fill_(tokens)
+
+    def move_on(self) -> None:
+        """At the end of a step, on the device."""
+        self._first.clear()
+        self._seen.clear()
+        self.here.add_(1)
+
+    # Layers of one window take the same tensors: they are made once in a step.
+
+    def first(self, window: int) -> Tensor:
+        """The first token [] that a step sees in a window of so many, itself included."""
+        if window not in self._first:
+            self._first[window] = (self.here.view(()) - window + 1).clamp(min=0)
+        return self._first[window]
+
+    def seen(self, window: int) -> Tensor:
+        """The tokens [window] of a window."""
+        if window not in self._seen:
+            places = torch.arange(window, device=self.here.device)
+            self._seen[window] = places + self.first(window)
+        return self._seen[window]
+
+
 class FixedAttention(StaticLayer):  # type: ignore[misc]  # transformers is untyped
     """Keys and values [1, heads, room, D] of one layer.
 
-    Attributes:
-        length: tokens in it. `cumulative_length` is the same number on the device, which `update`
-            reads and advances.
+    `cumulative_length` [] is the number of tokens on the device, as in the base class. Unlike there
+    it is that of all layers, and advances at the end of a step.
     """
 
-    def __init__(self, like: DynamicLayer, room: int) -> None:
+    def __init__(self, like: DynamicLayer, room: int, position: Position) -> None:
         super().__init__(max_cache_len=room)
         if not like.is_initialized or getattr(like, "record_past", False) or like.keys.dim() != 4:
             raise UnfitError("a layer without keys, or one that keeps more than its window")
+        if like.get_seq_length() != position.tokens:
+            raise UnfitError("layers with other numbers of tokens than others")
         self.is_sliding = like.is_sliding
         self.window = min(room, getattr(like, "sliding_window", room))
         self.device, self.dtype = like.keys.device, like.keys.dtype
@@ -54,85 +99,69 @@ class FixedAttention(StaticLayer):  # type: ignore[misc]  # transformers is unty
             )
             for held in (like.keys, like.values)
         )
-        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.position = position
+        self.cumulative_length = position.here.view(())
         self.is_initialized = True
-        self.length = 0
-        self.shown: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return self.position.tokens
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write a token, and return those that it may see, and behind them room for others."""
+        cache_write(self.keys, self.values, key_states, value_states, self.position.here)
         if self.window == self.max_cache_len:
-            return self._written(key_states, value_states)
-        seen = torch.arange(self.window, device=self.device) + self._before()
-        keys, values = self._written(key_states, value_states)
-        return keys.index_select(2, seen), values.index_select(2, seen)
-
-    def _written(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values after `update` of the base class, by one kernel in place of five."""
-        dtypes = key_states.dtype, value_states.dtype
-        if key_states.shape[-2] == 1 and dtypes == (self.keys.dtype, self.values.dtype):
-            cache_write(self.keys, self.values, key_states, value_states, self.cumulative_length)
             return self.keys, self.values
-        result: tuple[Tensor, Tensor] = super().update(key_states, value_states)
-        return result
+        seen = self.position.seen(self.window)
+        return self.keys.index_select(2, seen), self.values.index_select(2, seen)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Tensor | int]:
         whole = self.window == self.max_cache_len
-        return self.window, 0 if whole else self._before()
-
-    def _before(self) -> Tensor:
-        """The position of the first token that the next one may see, on the device."""
-        return (self.cumulative_length - self.window + 1).clamp(min=0)
+        return self.window, 0 if whole else self.position.first(self.window)
 
     def load(self, layer: DynamicLayer) -> None:
         """Copy a growing layer's tokens, of a window the last ones."""
-        self.length = layer.get_seq_length()
-        self.shown = None
+        self.part(layer)
         first = self.length - layer.keys.shape[-2]
         for own, held in ((self.keys, layer.keys), (self.values, layer.values)):
             own[..., :first, :].zero_()  # numbers of another text, if not finite, would spread
             own[..., first : self.length, :].copy_(held)
             own[..., self.length :, :].zero_()
-        self.cumulative_length.fill_(self.length)
 
     def show(self, layer: DynamicLayer) -> None:
         """Have a growing layer hold what is here, without a copy."""
-        first = 0
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            first = max(0, self.length - layer.sliding_window + 1)
-            layer.cumulative_length = self.length
-        self.shown = (
-            self.keys[..., first : self.length, :],
-            self.values[..., first : self.length, :],
-        )
-        layer.keys, layer.values = self.shown
+        shown_layers.show(layer, self)
 
     def shows(self, layer: DynamicLayer) -> bool:
-        """Whether nothing else has changed the layer since `show` or, without it, `load`."""
-        mine = self.shown is None or (layer.keys is self.shown[0] and layer.values is self.shown[1])
-        return mine and bool(layer.get_seq_length() == self.length)
+        """Whether nothing else has changed the layer since `show`."""
+        return shown_layers.shows(layer, self)
+
+    def agrees(self, layer: DynamicLayer) -> bool:
+        """Whether a layer that holds tokens of its own has as many."""
+        return bool(layer.get_seq_length() == self.length)
 
     def part(self, layer: DynamicLayer) -> None:
         """Have a layer that shows what is here hold a copy."""
-        if self.shown is not None and layer.keys is self.shown[0]:
-            layer.keys = layer.keys.clone()
-        if self.shown is not None and layer.values is self.shown[1]:
-            layer.values = layer.values.clone()
-
-    def advance(self) -> None:
-        self.length += 1
+        if self.shows(layer):
+            shown_layers.release(layer)
 
 
 class FixedState(LinearAttentionLayer):  # type: ignore[misc]
-    """The states of a layer of linear attention, which transformers updates in place."""
+    """The states of a layer of linear attention, which transformers updates in place.
 
-    def __init__(self, like: LinearAttentionLayer, room: int) -> None:
+    A layer without any stays so: transformers 5.17 has this kind for those that keep nothing.
+    """
+
+    def __init__(self, like: LinearAttentionLayer, room: int, position: Position) -> None:
         super().__init__(number_of_states=like.number_of_states)
-        if not all(like.has_previous_state.values()) or like.record_past:
-            raise UnfitError("a layer without states, or one that keeps past ones")
-        self.device, self.dtype = like.device, like.dtype
+        known = set(like.has_previous_state.values())
+        if like.record_past or len(known) > 1:
+            raise UnfitError("a layer with some of its states, or one that keeps past ones")
+        if known == {True}:
+            self.device, self.dtype = like.device, like.dtype
         for name in ABOUT_STATES:
             setattr(self, name, dict(getattr(like, name)))
         for name in STATES:
@@ -157,6 +186,9 @@ class FixedState(LinearAttentionLayer):  # type: ignore[misc]
     def shows(self, layer: LinearAttentionLayer) -> bool:
         return True  # states are written in place, wherever they are
 
+    def agrees(self, layer: LinearAttentionLayer) -> bool:
+        return True
+
     def part(self, layer: LinearAttentionLayer) -> None:
         for name in STATES:
             held = getattr(layer, name)
@@ -164,7 +196,31 @@ class FixedState(LinearAttentionLayer):  # type: ignore[misc]
                 if own is not None and held[index] is own:
                     held[index] = own.clone()
 
-    def advance(self) -> None: ...
+
+class FixedBoth(FixedState, FixedAttention):
+    """A layer with keys, values and states."""
+
+    def __init__(self, like: Any, room: int, position: Position) -> None:
+        FixedAttention.__init__(self, like, room, position)
+        FixedState.__init__(self, like, room, position)
+
+    def load(self, layer: Any) -> None:
+        FixedAttention.load(self, layer)
+        FixedState.load(self, layer)
+
+    def show(self, layer: Any) -> None:
+        FixedAttention.show(self, layer)
+        FixedState.show(self, layer)
+
+    def shows(self, layer: Any) -> bool:
+        return FixedAttention.shows(self, layer)
+
+    def agrees(self, layer: Any) -> bool:
+        return FixedAttention.agrees(self, layer)
+
+    def part(self, layer: Any) -> None:
+        FixedAttention.part(self, layer)
+        FixedState.part(self, layer)
 
 
 # The layer that keeps nothing; transformers 5.17 has none.
@@ -174,14 +230,16 @@ DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
 class FixedNothing(DummyLayer):  # type: ignore[misc]
     """A layer that keeps nothing."""
 
-    def __init__(self, like: Any, room: int) -> None:
+    def __init__(self, like: Any, room: int, position: Position) -> None:
         super().__init__()
 
     def load(self, layer: Any) -> None: ...
     def show(self, layer: Any) -> None: ...
     def part(self, layer: Any) -> None: ...
-    def advance(self) -> None: ...
     def shows(self, layer: Any) -> bool:
+        return True
+
+    def agrees(self, layer: Any) -> bool:
         return True
 
 
@@ -197,7 +255,13 @@ KINDS: dict[type, type[Fixed]] = {  # classes derived from these may store more
     DynamicLayer: FixedAttention,
     GrowingLayer: FixedAttention,
     DynamicSlidingWindowLayer: FixedAttention,
+    Shown: FixedAttention,
+    ShownWindow: FixedAttention,
     LinearAttentionLayer: FixedState,
+    LinearAttentionAndFullAttentionLayer: FixedBoth,
+    LinearAttentionAndSlidingWindowAttentionLayer: FixedBoth,
+    ShownBoth: FixedBoth,
+    ShownWindowBoth: FixedBoth,
     DummyLayer: FixedNothing,
 }
 
@@ -219,7 +283,9 @@ class FixedCache(Cache):  # type: ignore[misc]
             raise UnfitError(f"its cache has layers of the kinds {unknown}")
         # Tensors of inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            layers = [KINDS[type(layer)](layer, room) for layer in like.layers]
+            self.position = Position(_device(like))
+            self.position.move_to(tokens_in(like))
+            layers = [KINDS[type(layer)](layer, room, self.position) for layer in like.layers]
         super().__init__(layers=layers)
         self.room = room
         self._shown_by: weakref.ref[DynamicCache] | None = None
@@ -233,28 +299,46 @@ class FixedCache(Cache):  # type: ignore[misc]
 
     def load(self, cache: DynamicCache) -> None:
         """Copy what a growing cache holds. One that showed what was here gets a copy of that."""
-        before = None if self._shown_by is None else self._shown_by()
-        if before is not None and before is not cache:
+        before = self._shows()
+        if before is not None:
             for own, layer in zip(self.layers, before.layers, strict=True):
                 own.part(layer)
         self._shown_by = None
+        self.position.move_to(tokens_in(cache))
         for own, layer in zip(self.layers, cache.layers, strict=True):
             own.load(layer)
 
     def show(self, cache: DynamicCache) -> None:
-        """Have a growing cache, the one that was loaded, hold what is here, without a copy."""
+        """Have a growing cache, the one that was loaded, hold what is here, without a copy.
+
+        It stays so: `advance` shows it a token more.
+        """
+        if self._shows() is cache:
+            return
         self._shown_by = weakref.ref(cache)
         for own, layer in zip(self.layers, cache.layers, strict=True):
             own.show(layer)
 
     def shows(self, cache: DynamicCache) -> bool:
         """Whether nothing else has changed the cache since `show` or `load`."""
-        return all(o.shows(layer) for o, layer in zip(self.layers, cache.layers, strict=True))
+        shown = self._shows() is cache
+        return len(cache.layers) == len(self.layers) and all(
+            own.shows(layer) if shown else own.agrees(layer)
+            for own, layer in zip(self.layers, cache.layers, strict=True)
+        )
+
+    def _shows(self) -> DynamicCache | None:
+        return None if self._shown_by is None else self._shown_by()
 
     def advance(self) -> None:
         """Count a token that a step has written."""
-        for layer in self.layers:
-            layer.advance()
+        self.position.tokens += 1
+
+
+def _device(cache: DynamicCache) -> torch.device:
+    """The device of a cache that holds something."""
+    known = (getattr(layer, "device", None) for layer in cache.layers)
+    return next((device for device in known if device is not None), torch.device("cpu"))
 
 
 def tokens_in(cache: DynamicCache) -> int:

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 
 from moepress.hf.fixed_cache import ABOUT_STATES, STATES, DummyLayer
 from moepress.hf.growing_cache import GrowingLayer
+from moepress.hf.shown_layers import Shown, ShownWindow
 
 
 class Rows(Cache):  # type: ignore[misc]  # transformers is untyped
@@ -108,6 +109,8 @@ KINDS: dict[type, Any] = {
     DynamicLayer: _FullRows,
     GrowingLayer: _FullRows,
     DynamicSlidingWindowLayer: _SlidingRows,
+    Shown: _FullRows,
+    ShownWindow: _SlidingRows,
     LinearAttentionLayer: _LinearRows,
     DummyLayer: lambda own, longest: DummyLayer(),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from moepress.hf.captured import CapturedSteps
 from moepress.serve.rows import Rows, can_batch, nbytes
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Stepper:
     """Computes logits. It finds out by trial what the model's cache allows.
 
     Attributes:
+        steps: replays the steps of a sequence that is computed alone, on a card.
         batches: sequences of different lengths can be computed together.
         chunks: a prompt can be computed in parts.
         token_bytes: memory of a token in the cache; least_bytes: of any sequence beside that.
@@ -53,7 +56,10 @@ class Stepper:
         self.device = model.device
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.batches = self.chunks = True
+        self.steps = CapturedSteps(model)
+        self._alone: int | None = None  # the thread in which steps are captured, if they are now
         self._try()
+        self._capture(False)
 
     def new(self) -> State:
         if not self.model._supports_default_dynamic_cache():
@@ -105,6 +111,7 @@ class Stepper:
             states: changed.
             ids: the tokens.
         """
+        self._capture(len(states) == 1)
         groups = grouped([state.length for state in states], self.batches)
         made = [
             self._decode_together([states[row] for row in rows], [ids[row] for row in rows])
@@ -112,6 +119,18 @@ class Stepper:
         ]
         order = torch.tensor([row for rows in groups for row in rows])
         return torch.cat(made)[order.argsort()]
+
+    def _capture(self, alone: bool) -> None:
+        """Have steps of this thread captured while a sequence is alone, and only then.
+
+        Sequences that take turns would be copied to the graph's cache for every token.
+        """
+        thread = threading.get_ident() if alone else None
+        if thread != self._alone:
+            self.steps.__exit__()
+            if alone:
+                self.steps.__enter__()
+            self._alone = thread
 
     def _decode_together(self, states: Sequence[State], ids: Sequence[int]) -> Tensor:
         tokens = torch.tensor([[token] for token in ids], device=self.device)
