@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,33 @@ def test_a_capture_that_fails(mixtral: Any, fault: str, caplog: pytest.LogCaptur
         assert torch.equal(written(mixtral), expected)
         assert torch.equal(written(mixtral), expected)
     assert steps.refused is not None and steps.replayed == 0
-    assert len(caplog.messages) == 1 and "not captured" in caplog.messages[0]
+    *others, last = caplog.messages
+    assert "not captured" in last
+    wrong = fault in ("wrong", "later")  # is tried without fused kernels, too
+    assert len(others) == wrong and all("without fused kernels" in other for other in others)
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong"])
+def test_a_fusion_that_fails(mixtral: Any, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Steps are captured without it."""
+
+    @contextmanager
+    def fusion(model: Any, devices: Sequence[str]) -> Iterator[None]:
+        if fault == "raises":
+            raise RuntimeError("no such kernel")
+        model.model.norm.forward = torch.zeros_like
+        try:
+            yield
+        finally:
+            del model.model.norm.forward
+
+    expected = written(mixtral)
+    steps = captured(mixtral, fusion=fusion)
+    with steps:
+        for _ in range(2):
+            assert torch.equal(written(mixtral), expected)
+    assert (steps.refused, steps.fused) == (None, False) and steps.replayed > TOKENS
+    assert len(caplog.messages) == 1 and "without fused kernels" in caplog.messages[0]
 
 
 def test_packed_and_pruned_models(packed: Path) -> None:

@@ -10,10 +10,12 @@ the forward pass on that is captured (cuda_graph.py). From then on a call copies
 position to the card, replays, and lets the growing cache show what was written (shown_layers.py).
 That a text has ended `generate` learns one step late (late_stops.py).
 
+While a step is captured, small functions of the model are computed by kernels of ours (fused.py).
+
 Which models can do that is found by trying: the first steps are also computed the plain way, whose
 results are returned, and compared. A model whose cache, capture or numbers do not allow it is
 computed as without this file, from the same cache, and one message says why. Every further text is
-compared for one step: a model may have changed in a way that `_state_of` does not see. Then it is
+compared for one step: a model may have changed in a way that `state_of` does not see. Then it is
 captured again.
 """
 
@@ -32,13 +34,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from moepress.errors import InputError
+from moepress.hf.capturable import state_of, suits
 from moepress.hf.cuda_graph import Graph, cuda_graph, numbers_made_there
 from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, tokens_in
+from moepress.hf.fused import Fusion, fused
 from moepress.hf.late_stops import late_stops
-from moepress.kernels.divided import DividedExperts
-from moepress.original.composite import decoder
-from moepress.prune import ACTIVE, Pruned
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,11 @@ class CapturedSteps:
         capture: takes the work and its device; tests capture without a card.
         devices: types of devices on which steps are captured.
         room: see ROOM.
+        fusion: entered while a step is captured, with the model and `devices`.
 
     Attributes:
         replayed: steps that were computed by a replay alone.
+        fused: whether steps are captured inside of `fusion`: until one fails or is not right so.
         refused: why steps are not captured; None: they are, or nothing was tried.
     """
 
@@ -76,13 +78,16 @@ class CapturedSteps:
         capture: Capture = cuda_graph,
         devices: Sequence[str] = ("cuda",),
         room: int = ROOM,
+        fusion: Fusion = fused,
     ) -> None:
         self.model = model
         self.replayed = 0
+        self.fused = True
         self.refused: str | None = None
         self._capture = capture
         self._devices = devices
         self._room = room
+        self._fusion = fusion
         self._state: Any = None  # of the model, with which the graph was captured
         self._step: _Step | None = None
         self._text: _Text | None = None
@@ -92,10 +97,11 @@ class CapturedSteps:
         self._late: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> CapturedSteps:
-        if _suits(self.model, self._devices):
-            state = _state_of(self.model)
+        if suits(self.model, self._devices):
+            state = state_of(self.model)
             if state != self._state:
                 self._state, self._step, self._text, self.refused = state, None, None, None
+                self.fused = True
             self._plain, self._thread = self.model.forward, threading.get_ident()
 
             @wraps(self._plain)  # `generate` looks at its arguments
@@ -172,8 +178,23 @@ class CapturedSteps:
             return self._step, _Text(call, max(1, self._step.proofs))
         self._step = None  # frees its memory, but for what the cache shows
         room = tokens + max(self._room, tokens // 4)
-        self._step = _Step(self._plain, call, -(-room // STEP) * STEP, self._capture)
+        self._step = self._new_step(call, -(-room // STEP) * STEP)
         return self._step, _Text(call, self._step.proofs)
+
+    def _new_step(self, call: _Call, room: int) -> _Step:
+        """A captured step, with fused kernels if it can be captured so."""
+        if not self.fused:
+            return _Step(self._plain, call, room, self._capture)
+        try:
+            with self._fusion(self.model, self._devices):
+                return _Step(self._plain, call, room, self._capture)
+        except UnfitError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        step = _Step(self._plain, call, room, self._capture)
+        self._unfuse(reason)
+        return step
 
     def _compared(self, step: _Step, text: _Text, call: _Call, kwargs: dict[str, Any]) -> Any:
         """Compute a step both ways, and return what the plain way gives."""
@@ -181,10 +202,12 @@ class CapturedSteps:
         out = self._plain(**kwargs)
         error = _distance(got, out.logits)
         if not error < CLOSE:
-            if not step.proofs:  # it was right before: the model has changed
-                self._step = None
-                return out
-            self._refuse(f"its logits differ by {error:.2g} of their spread")
+            self._step = None
+            reason = f"its logits differ by {error:.2g} of their spread"
+            if step.proofs and self.fused:
+                self._unfuse(reason)
+            elif step.proofs:  # else it was right before: the model has changed
+                self._refuse(reason)
             return out
         step.cache.advance()
         text.proofs -= 1
@@ -195,10 +218,16 @@ class CapturedSteps:
         return out
 
     def _refuse(self, reason: str, expected: bool = False) -> None:
-        self.refused, self._step, self._text = reason, None, None
-        level = logging.INFO if expected else logging.WARNING
+        self._step = self._text = None
         name = type(self.model).__name__
+        self.refused = reason
+        level = logging.INFO if expected else logging.WARNING
         logger.log(level, "Steps of %s are not captured as a CUDA graph: %s", name, reason)
+
+    def _unfuse(self, reason: str) -> None:
+        self.fused = False
+        name = type(self.model).__name__
+        logger.warning("Steps of %s are captured without fused kernels: %s", name, reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,44 +362,6 @@ class _Step:
     def output(self, logits: Tensor, cache: DynamicCache) -> Any:
         """What the model returns."""
         return self._kind(logits=logits, **dict.fromkeys(self._names, cache))
-
-
-def _suits(model: Any, devices: Sequence[str]) -> bool:
-    """Whether a model is whole on one device of those, and nothing reads what it computes."""
-    device = model.device
-    pruned = _pruned(model)
-    return (
-        device.type in devices
-        and "forward" not in vars(model)  # accelerate's
-        and not model.training
-        and not model.config.is_encoder_decoder
-        and not (pruned is not None and pruned.counts)
-        and all(parameter.device == device for parameter in model.parameters())
-        and not any(
-            isinstance(module, DividedExperts)
-            or hasattr(module, "_hf_hook")
-            or getattr(module, "stored", None) is not None
-            for module in model.modules()
-        )
-    )
-
-
-def _state_of(model: Any) -> Any:
-    """What a graph has taken from a model: addresses of weights, precision, pruning."""
-    return (
-        _pruned(model),
-        tuple(parameter.data_ptr() for parameter in model.parameters()),
-        tuple(getattr(module, "activation_bits", None) for module in model.modules()),
-    )
-
-
-def _pruned(model: Any) -> Pruned | None:
-    """The pruning in force on a model."""
-    try:
-        found: Pruned | None = getattr(decoder(model), ACTIVE, None)
-    except InputError:  # its layers are not where those of other models are: nothing prunes them
-        return None
-    return found
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,49 @@
+"""Which models' steps can be captured, and what a graph takes from a model (captured.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moepress.errors import InputError
+from moepress.kernels.divided import DividedExperts
+from moepress.original.composite import decoder
+from moepress.prune import ACTIVE, Pruned
+
+
+def suits(model: Any, devices: Sequence[str]) -> bool:
+    """Whether a model is whole on one device of those, and nothing reads what it computes."""
+    device = model.device
+    pruned = _pruned(model)
+    return (
+        device.type in devices
+        and "forward" not in vars(model)  # accelerate's
+        and not model.training
+        and not model.config.is_encoder_decoder
+        and not (pruned is not None and pruned.counts)
+        and all(parameter.device == device for parameter in model.parameters())
+        and not any(
+            isinstance(module, DividedExperts)
+            or hasattr(module, "_hf_hook")
+            or getattr(module, "stored", None) is not None
+            for module in model.modules()
+        )
+    )
+
+
+def state_of(model: Any) -> Any:
+    """What a graph has taken from a model: addresses of weights, precision, pruning."""
+    return (
+        _pruned(model),
+        tuple(parameter.data_ptr() for parameter in model.parameters()),
+        tuple(getattr(module, "activation_bits", None) for module in model.modules()),
+    )
+
+
+def _pruned(model: Any) -> Pruned | None:
+    """The pruning in force on a model."""
+    try:
+        found: Pruned | None = getattr(decoder(model), ACTIVE, None)
+    except InputError:  # its layers are not where those of other models are: nothing prunes them
+        return None
+    return found
