@@ -18,8 +18,9 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec
-from moepress.kernels import cpu, cuda, reference
+from moepress.kernels import cpu, cuda, reference, router
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.router import Formula
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ Drop = Callable[  # index, weights, thresholds, renormalise, keep, num_experts
 Attention = Callable[  # q, k, v, mask, scale
     [Tensor, Tensor, Tensor, Tensor | None, float], Tensor
 ]
+Route = Callable[  # hidden, weight, bias, correction, top_k, formula
+    [Tensor, Tensor, Tensor | None, Tensor | None, int, Formula], tuple[Tensor, Tensor, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Backend:
     embedding: Embedding
     drop: Drop = reference.drop
     attention: Attention = reference.attention
+    route: Route = router.route
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -162,5 +167,6 @@ register_backend(
         embedding=cuda.embedding,
         drop=cuda.drop,
         attention=cuda.attention,
+        route=cuda.route,
     )
 )

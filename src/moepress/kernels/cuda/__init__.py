@@ -21,6 +21,7 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     embedding.cu, drop.cu    rows of a packed table; online pruning
     attention.py             attention of few tokens: attention.cu, attention_plain.cu (float32),
                              attention_merge.cu
+    router.py                routers of few tokens: route.cu (choice.cuh)
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """
 
@@ -45,9 +46,10 @@ from moepress.kernels.cuda.gates import (
 )
 from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
+from moepress.kernels.cuda.router import route
 from moepress.kernels.experts_call import ExpertsCall
 
-__all__ = ["ACTIVATIONS", "attention", "drop", "embedding", "experts", "linear", "missing"]
+__all__ = ["ACTIVATIONS", "attention", "drop", "embedding", "experts", "linear", "missing", "route"]
 
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
 MOST_TOKENS = 1 << 15  # of a call; grids have at most 65535 blocks in some directions

@@ -7,11 +7,11 @@
 // Beside the names below, kernels may use CUDA's own: threadIdx, blockIdx, blockDim, gridDim,
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync,
 // __reduce_add_sync, __reduce_max_sync, __byte_perm, __funnelshift_l and _r, __dp4a, __popc, __clz,
-// __ffs, __umulhi, __ldg, __ldcg, atomicAdd on int, __float_as_uint and the like, uint2, uint4, float2,
-// float4, int2, int4 and their make_ functions, and on pairs of 16-bit integers __vadd2, __vaddus2,
-// __vsub2, __vsubus2, __vsubss2, __vaddss2, __vminu2, __vmins2, __vmaxu2, __vmaxs2, __vcmpeq2,
-// __vcmpltu2, __vcmpgtu2, __vcmpleu2, __viaddmin_u16x2, __viaddmin_s16x2, __vimin3_u16x2,
-// __vimin3_s16x2, __vibmin_u16x2.
+// __ffs, __umulhi, __ldg, __ldcg, __threadfence, atomicAdd on int, __float_as_uint and the like,
+// functions of floats such as expf, uint2, uint4, float2, float4, int2, int4 and their make_
+// functions, and on pairs of 16-bit integers __vadd2, __vaddus2, __vsub2, __vsubus2, __vsubss2,
+// __vaddss2, __vminu2, __vmins2, __vmaxu2, __vmaxs2, __vcmpeq2, __vcmpltu2, __vcmpgtu2, __vcmpleu2,
+// __viaddmin_u16x2, __viaddmin_s16x2, __vimin3_u16x2, __vimin3_s16x2, __vibmin_u16x2.
 #pragma once
 
 #ifndef __CUDACC__

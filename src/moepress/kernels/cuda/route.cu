@@ -1,0 +1,197 @@
+// The router of a layer for few tokens: logits, and the choice of experts (choice.cuh), in one launch.
+//
+//   logits = x W^T + bias      in float32, rounded: some experts and tokens a block
+//   choice                     by the block that has finished last: a warp for each token
+//
+// Limit: the time of three trips to memory, one after another: x, the counter of the blocks, logits.
+// So weights, which no kernel before this one writes, are loaded before it may begin, and a router
+// that one block can read (Mixtral's) has only that block, and no counter.
+#include "choice.cuh"
+
+namespace moepress {
+namespace {
+
+// Blocks that have finished, for launches that may run at the same time: router.py gives each another
+// one. 0 between launches.
+constexpr int kCounters = 1 << 14;
+__device__ int counters[kCounters];
+
+// 8 neighbouring numbers as they are in memory; `rest`: of float32.
+struct Eight {
+    uint4 first, rest;
+};
+
+// Numbers that no kernel before this one writes; zeros and no read, unless `given`.
+DEVICE Eight load_weights(const void* p, int64_t i, int64_t dtype, bool given) {
+    const bool wide = dtype == kFloat32;
+    const auto* at = static_cast<const unsigned char*>(p) + (wide ? 4 : 2) * i;
+    return {load_stream_16_or_zero(at, given), load_stream_16_or_zero(at + 16, given && wide)};
+}
+
+DEVICE Eight load_inputs(const void* p, int64_t i, int64_t dtype) {
+    const bool wide = dtype == kFloat32;
+    const auto* at = reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(p) +
+                                                    (wide ? 4 : 2) * i);
+    return {at[0], wide ? at[1] : make_uint4(0, 0, 0, 0)};
+}
+
+DEVICE void unpack(const Eight& v, int64_t dtype, float (&x)[8]) {
+    const uint32_t first[4] = {v.first.x, v.first.y, v.first.z, v.first.w};
+    const uint32_t rest[4] = {v.rest.x, v.rest.y, v.rest.z, v.rest.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (dtype == kFloat32) {
+            x[i] = __uint_as_float(first[i]), x[4 + i] = __uint_as_float(rest[i]);
+        } else if (dtype == kFloat16) {
+            x[2 * i] = half_to_float(uint16_t(first[i]));
+            x[2 * i + 1] = half_to_float(uint16_t(first[i] >> 16));
+        } else {
+            x[2 * i] = __uint_as_float(first[i] << 16);
+            x[2 * i + 1] = __uint_as_float(first[i] & 0xFFFF0000u);
+        }
+    }
+}
+
+struct Products {
+    const void* x;  // [tokens][cols]
+    int64_t x_dtype;
+    const void* weight;  // [experts][cols]
+    int64_t weight_dtype;
+    const void* bias;  // [experts]; null: none
+    int64_t bias_dtype;
+    int64_t cols;           // a multiple of 8
+    int64_t product_dtype;  // to which logits are rounded
+};
+
+// Logits of `rows` experts and `of_block` tokens for each `warps` warps. Every thread has columns
+// 8 i .. 8 i + 7 of all, for each `32 warps`-th i. Calls begin().
+template <int warps, int rows, int of_block, int ahead>
+DEVICE void make_logits(const Products& call, const Choice& choice) {
+    constexpr int kThreads = 32 * warps, kSums = rows * of_block;
+    __shared__ float parts[32 * kSums];  // [warps of the block][rows][of_block]
+    const int units = int(call.cols / 8), thread = int(threadIdx.x) % kThreads;
+    const int teams = int(blockDim.x) / kThreads, team = int(threadIdx.x) / kThreads;
+    const int64_t expert = (int64_t(blockIdx.x) * teams + team) * rows;
+    const int64_t token = int64_t(blockIdx.y) * of_block;
+
+    Eight w[ahead][rows];
+    const auto load = [&](int first) {
+#pragma unroll
+        for (int a = 0; a < ahead; ++a)
+#pragma unroll
+            for (int r = 0; r < rows; ++r) {
+                const int64_t row = min(expert + r, choice.experts - 1);
+                const int unit = first + a * kThreads;
+                w[a][r] = load_weights(call.weight, row * call.cols + 8 * unit, call.weight_dtype,
+                                       unit < units);
+            }
+    };
+    load(thread);
+    ::begin();
+    float sum[rows][of_block] = {};
+    for (int first = thread; first < units; first += ahead * kThreads) {
+#pragma unroll
+        for (int a = 0; a < ahead; ++a) {
+            const int unit = first + a * kThreads;
+            if (unit >= units) continue;
+            Eight x[of_block];
+#pragma unroll
+            for (int t = 0; t < of_block; ++t) {
+                const int64_t row = min(token + t, choice.tokens - 1);
+                x[t] = load_inputs(call.x, row * call.cols + 8 * unit, call.x_dtype);
+            }
+            float weights[rows][8];
+#pragma unroll
+            for (int r = 0; r < rows; ++r) unpack(w[a][r], call.weight_dtype, weights[r]);
+#pragma unroll
+            for (int t = 0; t < of_block; ++t) {
+                float inputs[8];
+                unpack(x[t], call.x_dtype, inputs);
+#pragma unroll
+                for (int r = 0; r < rows; ++r)
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) sum[r][t] = fmaf(inputs[i], weights[r][i], sum[r][t]);
+            }
+        }
+        if (first + ahead * kThreads < units) load(first + ahead * kThreads);
+    }
+#pragma unroll
+    for (int r = 0; r < rows; ++r)
+#pragma unroll
+        for (int t = 0; t < of_block; ++t) {
+            const float whole = sum_of_warp(sum[r][t]);
+            if (lane_id() == 0) parts[warp_id() * kSums + r * of_block + t] = whole;
+        }
+    __syncthreads();
+    // At most 32 sums: the first warp writes all, and is_last needs to wait for no other.
+    const int i = int(threadIdx.x), of = i / kSums, t = i % of_block;
+    const int64_t e = (int64_t(blockIdx.x) * teams + of) * rows + i / of_block % rows;
+    if (i < teams * kSums && e < choice.experts && token + t < choice.tokens) {
+        float logit = 0;
+#pragma unroll
+        for (int s = 0; s < warps; ++s) logit += parts[(of * warps + s) * kSums + i % kSums];
+        if (call.bias != nullptr) logit += load_number(call.bias, e, call.bias_dtype);
+        store_number(choice.logits, (token + t) * choice.experts + e, choice.logits_dtype,
+                     rounded(logit, call.product_dtype));
+    }
+}
+
+// Whether this block is the last of the launch to come here. All logits are then in memory.
+DEVICE bool is_last(int64_t counter) {
+    __shared__ int last;
+    const int blocks = int(gridDim.x * gridDim.y);
+    if (warp_id() == 0) {
+        __threadfence();  // what lanes wrote, before the count
+        __syncwarp();
+        if (lane_id() == 0) {
+            last = blocks == 1 || atomicAdd(counters + counter, 1) == blocks - 1;
+            if (blocks > 1 && last) counters[counter] = 0;
+            __threadfence();
+        }
+    }
+    __syncthreads();
+    return last != 0;
+}
+
+template <int warps, int rows, int of_block, int ahead>
+DEVICE void route(const Products& products, const Choice& choice, int64_t counter) {
+    make_logits<warps, rows, of_block, ahead>(products, choice);
+    if (!is_last(counter)) return;
+    const int count = int(choice.experts), all = int(blockDim.x) / 32;
+    float* const score = shared_memory<float>() + 2 * count * warp_id();
+    auto* const key = reinterpret_cast<uint32_t*>(score + count);
+    for (int64_t token = warp_id(); token < choice.tokens; token += all)
+        choose(choice, token, score, key);
+}
+
+}  // namespace
+}  // namespace moepress
+
+// Args: as of the structs above, in another order. `counter`: below kCounters.
+//
+// resident: blocks of a multiprocessor, by their registers. Dynamic shared memory: 8 bytes an expert for each warp that chooses: at most `tokens`.
+#define MOEPRESS_ROUTE(name, threads, resident, warps, rows, of_block, ahead)                    \
+    extern "C" __global__ void __launch_bounds__(threads, resident) name(                        \
+        const void* x, int64_t x_dtype, const void* weight, int64_t weight_dtype,                \
+        const void* bias, int64_t bias_dtype, const void* correction, int64_t correction_dtype,  \
+        int64_t tokens, int64_t experts, int64_t cols, int64_t k, int64_t score, int64_t groups, \
+        int64_t kept, int64_t group_best, int64_t normalise, float epsilon, float scale,         \
+        int64_t product_dtype, int64_t score_dtype, int64_t choice_dtype, void* logits,          \
+        int64_t logits_dtype, void* weights, int64_t weights_dtype, int64_t* index,              \
+        int64_t counter) {                                                                       \
+        const moepress::Products products = {x,    x_dtype,    weight, weight_dtype,             \
+                                             bias, bias_dtype, cols,   product_dtype};           \
+        const moepress::Choice choice = {                                                        \
+            correction, correction_dtype, tokens,      experts,      k,       score,             \
+            groups,     kept,             group_best,  normalise,    epsilon, scale,             \
+            score_dtype, choice_dtype,    logits,      logits_dtype, weights, weights_dtype,     \
+            index};                                                                              \
+        moepress::route<warps, rows, of_block, ahead>(products, choice, counter);                \
+    }
+
+// One token: 8 experts of a small router a block, or one expert. Grid: (experts / 8 or 1).
+MOEPRESS_ROUTE(moepress_route_small, 1024, 1, 4, 1, 1, 4)
+MOEPRESS_ROUTE(moepress_route_one, 256, 4, 8, 1, 1, 4)
+// 4 tokens a block, and one expert or 4. Grid: (experts / 1 or 4, tokens / 4).
+MOEPRESS_ROUTE(moepress_route_few, 256, 2, 8, 1, 4, 2)
+MOEPRESS_ROUTE(moepress_route_tile, 256, 1, 8, 4, 4, 1)
