@@ -9,6 +9,7 @@ lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
 
     checks     every op against the oracle; CUDA graphs
     attention  attention of decoded tokens beside transformers' and torch's; logits of a model
+    route      routers of few tokens beside torch's kernels; routers of transformers
     captured   captured steps of `generate`: failed captures, tokens per second with Mixtral-8x7B's
                shape, the tokens of tiny models (these need what moepress's tests need)
     ops        the MoE op of Mixtral-8x7B with few tokens, beside copy bandwidth; its kernels
@@ -57,6 +58,7 @@ from on_gpu.report import short, table
 PARTS = {  # name: share of the time
     "checks": 0.3,
     "attention": 0.06,
+    "route": 0.04,
     "captured": 0.25,  # before `model`, which has all later Mixtrals of its process compiled
     "divided": 0.06,
     "ops": 0.1,
@@ -74,8 +76,8 @@ OPTIONAL = ("families", "compress")  # run only when named
 SHARED = ("checks", "families")  # their cases are divided over workers: nothing is timed
 TABLED = ("start", *PARTS)
 CHECKED = (
-    "start", "checks", "attention", "captured", "divided", "kl", "search", "compile", "sanitize",
-    "families",
+    "start", "checks", "attention", "route", "captured", "divided", "kl", "search", "compile",
+    "sanitize", "families",
 )  # fmt: skip
 EMULATED = 10  # times as long may a case take in the emulator
 START = 150  # seconds for compiling all kernels, at most

@@ -58,8 +58,9 @@ LARGE: dict[str, tuple[float, ...]] = {  # widths of experts of Mixtral-8x7B's s
 
 def cases(card: Card) -> Iterator[Case]:
     """First what no card has run so far."""
-    from on_gpu import attention, blocks, grouped
+    from on_gpu import attention, blocks, grouped, route
 
+    yield from route.check_cases(card)
     yield from attention.check_cases(card)
     families = [(family, bits) for family, widths in CODE_BITS.items() for bits in widths]
     families.sort(key=lambda one: one[1] not in HALF_WIDTHS)  # these first

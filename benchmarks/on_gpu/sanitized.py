@@ -13,7 +13,7 @@ from moepress.format.codec import CODE_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import trellis
 from moepress.kernels.cuda import rotation
 from moepress.rounding.methods import viterbi
-from on_gpu import attention, checks, grouped
+from on_gpu import attention, checks, grouped, route
 from on_gpu import search as search_checks
 from on_gpu.card import Card
 from on_gpu.random_codes import random_packed
@@ -112,5 +112,6 @@ GROUPS: dict[str, Callable[[Card], Any]] = {
     "search": search,
     "rotation": rotations,
     "attention": attention.check_attention,
+    "route": route.check_route,
     "drawn": search_checks.check_drawn,
 }

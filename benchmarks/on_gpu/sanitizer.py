@@ -32,6 +32,7 @@ GROUPS = (  # of sanitized.py, which imports torch; slowest first
     "embedding",
     "rotation",
     "attention",
+    "route",
     "drawn",
 )
 FOUND = 9  # exit code where the tool reports something

@@ -83,6 +83,7 @@ def check(
         assert found.is_contiguous()
     step = torch.finfo(formula.product_dtype).eps
     torch.testing.assert_close(logits.float(), expected[0].float(), rtol=step, atol=3e-6)
+    assert torch.equal(logits.to(formula.product_dtype), logits)
 
     # The rest from the logits that were found: a rounding of them may change the choice.
     scores = router.scores_of(logits, formula)
@@ -143,8 +144,9 @@ def test_of_equal_ones_the_first_is_chosen() -> None:
     wide[0, [97, 65, 33, 1]] = 1
     found = route(*whole_logits(wide), None, None, 6, Formula("chosen"))
     assert found[2].tolist() == [[1, 33, 65, 97, 0, 2]]
-    negative = torch.tensor([[-0.0, 0.0, -1.0, 0.0, -0.0, -2.0, -3.0, -4.0]])
-    found = route(*whole_logits(negative), None, None, 6, Formula("chosen"))
+    zeros = torch.tensor([[-1e-9, 1e-9, -1.0, 1e-9, -1e-9, -2.0, -3.0, -4.0]])
+    rounded = Formula("chosen", product_dtype=F16)  # to zeros, two of them negative
+    found = route(*whole_logits(zeros), None, None, 6, rounded)
     assert found[2].tolist() == [[0, 1, 3, 4, 2, 5]]
 
 
@@ -168,15 +170,27 @@ def test_a_correction_changes_the_choice_alone() -> None:
     torch.testing.assert_close(weights, 2 * torch.sigmoid(torch.tensor([[0.0, 3.0]])))
 
 
+def test_epsilon() -> None:
+    """It counts where scores are small, and a sum of zeros gives zeros."""
+    logits = torch.tensor([[-3.0, -4, -5, -6, -7, -8, -9, -10], [-200.0] * 8])
+    formula = Formula("sigmoid", True, 0.1)
+    _, weights, _ = route(*whole_logits(logits), None, None, 2, formula)
+    scores = torch.sigmoid(logits[:, :2])
+    torch.testing.assert_close(weights, scores / (scores.sum(1, keepdim=True) + 0.1))
+    assert not weights[1].any()
+
+
 def test_odd_logits() -> None:
     """Infinite ones, and NaN, which torch sorts before all."""
     logits = torch.tensor([[1.0, torch.inf, -torch.inf, 2, 0, 0, 0, 0]])
     found = route(*whole_logits(logits.nan_to_num(0, 0, 0)), logits[0], None, 3, Formula("chosen"))
     assert found[2].tolist() == [[1, 3, 0]]
-    logits[0, 6] = torch.nan
-    found = route(*whole_logits(logits.nan_to_num(0, 0, 0)), logits[0], None, 3, Formula("chosen"))
-    assert found[2].tolist() == [[6, 1, 3]]
-    assert found[1].isnan().all()
+    for nan in (torch.nan, -torch.nan):
+        logits[0, 6] = nan
+        given = *whole_logits(logits.nan_to_num(0, 0, 0)), logits[0], None, 3, Formula("chosen")
+        found = route(*given)
+        assert found[2].tolist() == [[6, 1, 3]] == router.route(*given)[2].tolist()
+        assert found[1].isnan().all()
 
 
 def test_launches_leave_their_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,9 +115,8 @@ DEVICE void keep_best_groups(const Choice& call, uint32_t* key) {
         if (lane == int(group)) own = 0;
     }
     __syncwarp();
-    const uint32_t nothing = key_of(__uint_as_float(0xFF800000));
     for (int e = lane; e < int(call.experts); e += 32)
-        if (!(kept >> e / size & 1)) key[e] = nothing;
+        if (!(kept >> e / size & 1)) key[e] = 0;
     __syncwarp();
 }
 
