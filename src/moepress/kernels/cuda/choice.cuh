@@ -145,18 +145,21 @@ DEVICE int take_best(const Choice& call, uint32_t* key) {
     return mine;
 }
 
-// One token, by a warp. score, key: [experts] in shared memory.
-DEVICE void choose(const Choice& call, int64_t token, float* score, uint32_t* key) {
+// One token, by a warp. score, key: [experts] in shared memory. here: whether its logits are in score.
+DEVICE void choose(const Choice& call, int64_t token, float* score, uint32_t* key, bool here) {
     const int count = int(call.experts), lane = lane_id(), k = int(call.k);
+    const bool corrected = call.correction != nullptr;
 #pragma unroll 4
-    for (int e = lane; e < count; e += 32)
-        score[e] = load_late(call.logits, token * count + e, call.logits_dtype);
+    for (int e = lane; e < count; e += 32) {  // loads of both are under way together
+        if (!here) score[e] = load_late(call.logits, token * count + e, call.logits_dtype);
+        if (corrected)
+            key[e] = __float_as_uint(load_number(call.correction, e, call.correction_dtype));
+    }
+    __syncwarp();
     make_scores(call, score);
     for (int e = lane; e < count; e += 32) {
         float x = score[e];
-        if (call.correction != nullptr)
-            x = rounded(x + load_number(call.correction, e, call.correction_dtype),
-                        call.choice_dtype);
+        if (corrected) x = rounded(x + __uint_as_float(key[e]), call.choice_dtype);
         key[e] = key_of(x);
     }
     __syncwarp();

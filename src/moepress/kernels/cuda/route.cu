@@ -63,16 +63,21 @@ struct Products {
     int64_t product_dtype;  // to which logits are rounded
 };
 
+DEVICE bool one_block() { return gridDim.x * gridDim.y == 1; }
+
 // Logits of `rows` experts and `of_block` tokens for each `warps` warps. Every thread has columns
 // 8 i .. 8 i + 7 of all, for each `32 warps`-th i. Calls begin().
+//
+// score: [experts] in shared memory, which gets those of the first token where there is one block.
 template <int warps, int rows, int of_block, int ahead>
-DEVICE void make_logits(const Products& call, const Choice& choice) {
+DEVICE void make_logits(const Products& call, const Choice& choice, float* score) {
     constexpr int kThreads = 32 * warps, kSums = rows * of_block;
     __shared__ float parts[32 * kSums];  // [warps of the block][rows][of_block]
     const int units = int(call.cols / 8), thread = int(threadIdx.x) % kThreads;
     const int teams = int(blockDim.x) / kThreads, team = int(threadIdx.x) / kThreads;
-    const int64_t expert = (int64_t(blockIdx.x) * teams + team) * rows;
-    const int64_t token = int64_t(blockIdx.y) * of_block;
+    const int experts = int(choice.experts), tokens = int(choice.tokens);
+    const int expert = (int(blockIdx.x) * teams + team) * rows;
+    const int token = int(blockIdx.y) * of_block;
 
     Eight w[ahead][rows];
     const auto load = [&](int first) {
@@ -80,13 +85,19 @@ DEVICE void make_logits(const Products& call, const Choice& choice) {
         for (int a = 0; a < ahead; ++a)
 #pragma unroll
             for (int r = 0; r < rows; ++r) {
-                const int64_t row = min(expert + r, choice.experts - 1);
+                const int64_t row = min(expert + r, experts - 1);
                 const int unit = first + a * kThreads;
                 w[a][r] = load_weights(call.weight, row * call.cols + 8 * unit, call.weight_dtype,
                                        unit < units);
             }
     };
     load(thread);
+    // At most 32 sums: the first warp writes all, and is_last needs to wait for no other.
+    const int i = int(threadIdx.x), of = i / kSums, t = i % of_block;
+    const int e = (int(blockIdx.x) * teams + of) * rows + i / of_block % rows;
+    const bool writes = i < teams * kSums && e < experts && token + t < tokens;
+    float logit = 0, bias = 0;
+    if (writes && call.bias != nullptr) bias = load_number(call.bias, e, call.bias_dtype);
     ::begin();
     float sum[rows][of_block] = {};
     for (int first = thread; first < units; first += ahead * kThreads) {
@@ -97,7 +108,7 @@ DEVICE void make_logits(const Products& call, const Choice& choice) {
             Eight x[of_block];
 #pragma unroll
             for (int t = 0; t < of_block; ++t) {
-                const int64_t row = min(token + t, choice.tokens - 1);
+                const int64_t row = min(token + t, tokens - 1);
                 x[t] = load_inputs(call.x, row * call.cols + 8 * unit, call.x_dtype);
             }
             float weights[rows][8];
@@ -123,30 +134,26 @@ DEVICE void make_logits(const Products& call, const Choice& choice) {
             if (lane_id() == 0) parts[warp_id() * kSums + r * of_block + t] = whole;
         }
     __syncthreads();
-    // At most 32 sums: the first warp writes all, and is_last needs to wait for no other.
-    const int i = int(threadIdx.x), of = i / kSums, t = i % of_block;
-    const int64_t e = (int64_t(blockIdx.x) * teams + of) * rows + i / of_block % rows;
-    if (i < teams * kSums && e < choice.experts && token + t < choice.tokens) {
-        float logit = 0;
+    if (writes) {
 #pragma unroll
         for (int s = 0; s < warps; ++s) logit += parts[(of * warps + s) * kSums + i % kSums];
-        if (call.bias != nullptr) logit += load_number(call.bias, e, call.bias_dtype);
-        store_number(choice.logits, (token + t) * choice.experts + e, choice.logits_dtype,
-                     rounded(logit, call.product_dtype));
+        logit = rounded(rounded(logit + bias, call.product_dtype), choice.logits_dtype);
+        const int64_t at = int64_t(token + t) * experts + e;
+        store_number(choice.logits, at, choice.logits_dtype, logit);
+        if (one_block() && token + t == 0) score[e] = logit;
     }
 }
 
 // Whether this block is the last of the launch to come here. All logits are then in memory.
 DEVICE bool is_last(int64_t counter) {
     __shared__ int last;
-    const int blocks = int(gridDim.x * gridDim.y);
     if (warp_id() == 0) {
         __threadfence();  // what lanes wrote, before the count
         __syncwarp();
         if (lane_id() == 0) {
-            last = blocks == 1 || atomicAdd(counters + counter, 1) == blocks - 1;
-            if (blocks > 1 && last) counters[counter] = 0;
+            last = atomicAdd(counters + counter, 1) == int(gridDim.x * gridDim.y) - 1;
             __threadfence();
+            if (last) counters[counter] = 0;
         }
     }
     __syncthreads();
@@ -155,13 +162,16 @@ DEVICE bool is_last(int64_t counter) {
 
 template <int warps, int rows, int of_block, int ahead>
 DEVICE void route(const Products& products, const Choice& choice, int64_t counter) {
-    make_logits<warps, rows, of_block, ahead>(products, choice);
-    if (!is_last(counter)) return;
     const int count = int(choice.experts), all = int(blockDim.x) / 32;
     float* const score = shared_memory<float>() + 2 * count * warp_id();
     auto* const key = reinterpret_cast<uint32_t*>(score + count);
+    make_logits<warps, rows, of_block, ahead>(products, choice, score);
+    if (one_block())
+        __syncthreads();  // tokens beyond the first are read from memory
+    else if (!is_last(counter))
+        return;
     for (int64_t token = warp_id(); token < choice.tokens; token += all)
-        choose(choice, token, score, key);
+        choose(choice, token, score, key, one_block() && token == 0);
 }
 
 }  // namespace
@@ -191,7 +201,7 @@ DEVICE void route(const Products& products, const Choice& choice, int64_t counte
 
 // One token: 8 experts of a small router a block, or one expert. Grid: (experts / 8 or 1).
 MOEPRESS_ROUTE(moepress_route_small, 1024, 1, 4, 1, 1, 4)
-MOEPRESS_ROUTE(moepress_route_one, 256, 4, 8, 1, 1, 4)
+MOEPRESS_ROUTE(moepress_route_one, 256, 3, 8, 1, 1, 4)
 // 4 tokens a block, and one expert or 4. Grid: (experts / 1 or 4, tokens / 4).
 MOEPRESS_ROUTE(moepress_route_few, 256, 2, 8, 1, 4, 2)
 MOEPRESS_ROUTE(moepress_route_tile, 256, 1, 8, 4, 4, 1)
