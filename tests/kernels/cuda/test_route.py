@@ -221,10 +221,11 @@ def test_misplaced_and_strided_inputs() -> None:
 
 
 def test_kernels_by_size() -> None:
-    assert kernel_of(1, 8, 4096, 132) == ("small", (1, 1, 1), 1024)
-    assert kernel_of(1, 128, 2048, 132) == ("one", (128, 1, 1), 256)
-    assert kernel_of(4, 8, 4096, 132) == ("few", (8, 1, 1), 256)
-    assert kernel_of(16, 256, 7168, 132) == ("tile", (64, 4, 1), 256)
+    assert kernel_of(1, 8, 4096, True, 132) == ("small", (1, 1, 1), 1024)
+    assert kernel_of(1, 8, 4096, False, 132) == ("one", (8, 1, 1), 256)
+    assert kernel_of(1, 128, 2048, True, 132) == ("one", (128, 1, 1), 256)
+    assert kernel_of(4, 8, 4096, True, 132) == ("few", (8, 1, 1), 256)
+    assert kernel_of(16, 256, 7168, True, 132) == ("tile", (64, 4, 1), 256)
 
 
 def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:

@@ -34,11 +34,20 @@ DEVICE float rounded(float x, int64_t dtype) {
                              : bfloat_to_float(float_to_bfloat(x));
 }
 
-// A number of another block of this launch: past L1.
-DEVICE float load_late(const void* p, int64_t i, int64_t dtype) {
-    if (dtype == kFloat32) return __ldcg(static_cast<const float*>(p) + i);
-    const uint16_t bits = __ldcg(static_cast<const uint16_t*>(p) + i);
-    return dtype == kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+// n numbers past L1, such as those of another block of this launch, all loads under way together.
+template <int n, class At>
+DEVICE void load_apart(const void* p, int64_t dtype, const At& at, float (&x)[n]) {
+    if (dtype == kFloat32) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) x[i] = __ldcg(static_cast<const float*>(p) + at(i));
+        return;
+    }
+    uint16_t bits[n];
+#pragma unroll
+    for (int i = 0; i < n; ++i) bits[i] = __ldcg(static_cast<const uint16_t*>(p) + at(i));
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+        x[i] = dtype == kFloat16 ? half_to_float(bits[i]) : bfloat_to_float(bits[i]);
 }
 
 // Integers in the order of numbers, -0 as 0, NaN above all as torch sorts; 0 stands for no number.
@@ -145,21 +154,28 @@ DEVICE int take_best(const Choice& call, uint32_t* key) {
     return mine;
 }
 
-// One token, by a warp. score, key: [experts] in shared memory. here: whether its logits are in score.
-DEVICE void choose(const Choice& call, int64_t token, float* score, uint32_t* key, bool here) {
+// One token, by a warp. All in shared memory:
+//
+//   correction: [experts]; not read where there is none
+//   score, key: [experts], of this warp
+//   here: whether the token's logits are in score
+DEVICE void choose(const Choice& call, int64_t token, const float* correction, float* score,
+                   uint32_t* key, bool here) {
+    constexpr int kAtOnce = 8;
     const int count = int(call.experts), lane = lane_id(), k = int(call.k);
-    const bool corrected = call.correction != nullptr;
-#pragma unroll 4
-    for (int e = lane; e < count; e += 32) {  // loads of both are under way together
-        if (!here) score[e] = load_late(call.logits, token * count + e, call.logits_dtype);
-        if (corrected)
-            key[e] = __float_as_uint(load_number(call.correction, e, call.correction_dtype));
+    for (int first = lane; !here && first - lane < count; first += 32 * kAtOnce) {
+        float x[kAtOnce];
+        const auto at = [&](int i) { return token * count + min(first + 32 * i, count - 1); };
+        load_apart(call.logits, call.logits_dtype, at, x);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            if (first + 32 * i < count) score[first + 32 * i] = x[i];
     }
     __syncwarp();
     make_scores(call, score);
     for (int e = lane; e < count; e += 32) {
         float x = score[e];
-        if (corrected) x = rounded(x + __uint_as_float(key[e]), call.choice_dtype);
+        if (call.correction != nullptr) x = rounded(x + correction[e], call.choice_dtype);
         key[e] = key_of(x);
     }
     __syncwarp();

@@ -93,6 +93,18 @@ DEVICE uint4 load_stream_16(const void* p) {
                  : "l"(p));
     return v;
 }
+// Zeros and no read, unless `given`; through L1.
+DEVICE uint4 load_16_or_zero(const void* p, bool given) {
+    uint4 v;
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %5, 0; "
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+        "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(p), "r"(int(given))
+        : "memory");
+    return v;
+}
 // Zeros and no read, unless `given`.
 DEVICE uint4 load_stream_16_or_zero(const void* p, bool given) {
     uint4 v;

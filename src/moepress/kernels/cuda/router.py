@@ -72,12 +72,13 @@ def route(
     if not tokens:
         return logits, weights, index
     launcher = launcher_for(hidden.device)
-    name, grid, threads = kernel_of(tokens, experts, cols, launcher.multiprocessors)
+    narrow = torch.float32 not in (hidden.dtype, weight.dtype)
+    name, grid, threads = kernel_of(tokens, experts, cols, narrow, launcher.multiprocessors)
     launcher.launch(
         f"moepress_route_{name}",
         grid,
         threads,
-        8 * experts * min(tokens, threads // 32),
+        4 * experts * (1 + 2 * min(tokens, threads // 32)),
         (
             *_read(hidden),
             *_read(weight),
@@ -109,11 +110,15 @@ def route(
 
 
 def kernel_of(
-    tokens: int, experts: int, cols: int, multiprocessors: int
+    tokens: int, experts: int, cols: int, narrow: bool, multiprocessors: int
 ) -> tuple[str, tuple[int, int, int], int]:
-    """The kernel that takes a call: its name, grid and threads of a block."""
+    """The kernel that takes a call: its name, grid and threads of a block.
+
+    Args:
+        narrow: whether hidden states and weight have 16 bits.
+    """
     if tokens == 1:
-        if experts * cols <= SMALL:
+        if narrow and experts * cols <= SMALL:
             return "small", (-(-experts // 8), 1, 1), 1024
         return "one", (experts, 1, 1), 256
     some, tiles = -(-tokens // 4), -(-experts // 4)
