@@ -1,18 +1,18 @@
-// The router of a layer for few tokens: logits, and the choice of experts (choice.cuh), in one launch.
+// A router of few tokens in one launch: logits, and the choice of experts (choice.cuh).
 //
 //   logits = x W^T + bias      in float32, rounded: some experts and tokens a block
 //   choice                     by the block that has finished last: a warp for each token
 //
-// Limit: the time of three trips to memory, one after another: x, the counter of the blocks, logits.
-// So weights, which no kernel before this one writes, are loaded before it may begin, and a router
-// that one block can read (Mixtral's) has only that block, and no counter.
+// Limit: the time of four trips to memory, one after another: x, logits, the counter of the blocks,
+// logits again. So what no kernel before this one writes is loaded before it may begin, and a router
+// that one block can read (Mixtral's) has only that block, whose logits stay on its multiprocessor.
 #include "choice.cuh"
 
 namespace moepress {
 namespace {
 
-// Blocks that have finished, for launches that may run at the same time: router.py gives each another
-// one. 0 between launches.
+// How many blocks have finished, 0 between launches. Those that may run at the same time have
+// different ones (router.py).
 constexpr int kCounters = 1 << 14;
 constexpr int kMostExperts = 1024;
 __device__ int counters[kCounters];
@@ -95,8 +95,8 @@ DEVICE void make_logits(const Products& call, const Choice& choice, float* corre
             for (int r = 0; r < rows; ++r) {
                 const int64_t row = min(expert + r, experts - 1);
                 const int unit = first + a * kThreads;
-                w[a][r] = load_weights<narrow>(call.weight, row * call.cols + 8 * unit, call.weight_dtype,
-                                       unit < units);
+                w[a][r] = load_weights<narrow>(call.weight, row * call.cols + 8 * unit,
+                                               call.weight_dtype, unit < units);
             }
     };
     load(thread);
@@ -137,7 +137,8 @@ DEVICE void make_logits(const Products& call, const Choice& choice, float* corre
 #pragma unroll
                 for (int r = 0; r < rows; ++r)
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) sum[r][t] = fmaf(inputs[i], weights[r][i], sum[r][t]);
+                    for (int i = 0; i < 8; ++i)
+                        sum[r][t] = fmaf(inputs[i], weights[r][i], sum[r][t]);
             }
         }
         if (first + ahead * kThreads < units) load(first + ahead * kThreads);
@@ -197,10 +198,10 @@ DEVICE void route(const Products& products, const Choice& choice, int64_t counte
 }  // namespace
 }  // namespace moepress
 
-// Args: as of the structs above, in another order. `counter`: below kCounters.
+// Args: those of the structs above, in another order. `counter`: below kCounters.
 //
-// resident: blocks of a multiprocessor, by their registers. Dynamic shared memory: 4 bytes an expert,
-// and 8 more for each warp that chooses, at most `tokens`.
+// Dynamic shared memory: 4 bytes an expert, and 8 more for each warp that chooses, at most `tokens`.
+// resident: blocks that the registers of a multiprocessor shall have room for.
 #define MOEPRESS_ROUTE(name, threads, resident, warps, rows, of_block, ahead, narrow)            \
     extern "C" __global__ void __launch_bounds__(threads, resident) name(                        \
         const void* x, int64_t x_dtype, const void* weight, int64_t weight_dtype,                \
@@ -220,7 +221,7 @@ DEVICE void route(const Products& products, const Choice& choice, int64_t counte
         moepress::route<threads, warps, rows, of_block, ahead, narrow>(products, choice, counter); \
     }
 
-// One token: 8 experts of a small router in 16 bits a block, or one expert. Grid: (experts / 8 or 1).
+// One token: 8 experts a block of a small router in 16 bits; one expert. Grid: (experts / 8 or 1).
 MOEPRESS_ROUTE(moepress_route_small, 1024, 1, 4, 1, 1, 4, true)
 MOEPRESS_ROUTE(moepress_route_one, 256, 2, 8, 1, 1, 4, false)
 // 4 tokens a block, and one expert or 4. Grid: (experts / 1 or 4, tokens / 4).
