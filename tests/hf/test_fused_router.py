@@ -198,6 +198,12 @@ class RouterOfAll(Router):
         return logits, weights / weights.sum(), index
 
 
+class RouterOfNoExpert(Router):
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, index = super().forward(hidden)
+        return logits, weights, index + 7
+
+
 class RouterWithMore(Router):
     def __init__(self) -> None:
         super().__init__()
@@ -240,8 +246,9 @@ def test_unknown_routers_are_left_alone() -> None:
     ]
     for change in changes:
         assert not fused(Router(change))
-    for other in (GateOfOtherOrder(), RouterOfAll(), RouterWithMore(), Mixer()):
-        assert not fused(other)
+    others = GateOfOtherOrder, RouterOfAll, RouterOfNoExpert, RouterWithMore, Mixer
+    for kind in others:
+        assert not fused(kind())
     hooked = InnerRouter()
     hooked.projection.register_forward_hook(lambda module, args, out: out)
     assert not fused(hooked)

@@ -131,8 +131,11 @@ def _are_outputs(outputs: Any, tokens: int) -> bool:
     if not all(isinstance(x, Tensor) and x.dim() == 2 and len(x) == tokens for x in outputs):
         return False
     logits, weights, index = outputs
-    real = logits.is_floating_point() and weights.is_floating_point()
-    return bool(real and index.dtype == torch.int64 and index.shape == weights.shape)
+    if not logits.is_floating_point() or not weights.is_floating_point():
+        return False
+    if index.dtype != torch.int64 or index.shape != weights.shape or not index.numel():
+        return False
+    return 0 <= int(index.min()) and int(index.max()) < logits.shape[1]
 
 
 def _candidates(module: nn.Module, expected: Outputs, dtype: torch.dtype) -> Iterator[Formula]:

@@ -1,7 +1,7 @@
 // The choice of a token's experts from its logits, by a warp: scores, groups, the best k, weights.
 //
-// As kernels/router.py computes it, with the same roundings: models that score in 16 bits have equal
-// scores often, and which of them is chosen depends on how they are rounded.
+// As kernels/router.py computes it, with the same roundings: models that score in 16 bits have
+// equal scores often, and which of them is chosen depends on how they are rounded.
 #pragma once
 
 #include "numbers.h"

@@ -4,8 +4,8 @@
 //   choice                     by the block that has finished last: a warp for each token
 //
 // Limit: the time of four trips to memory, one after another: x, logits, the counter of the blocks,
-// logits again. So what no kernel before this one writes is loaded before it may begin, and a router
-// that one block can read (Mixtral's) has only that block, whose logits stay on its multiprocessor.
+// logits again. So what no kernel before this one writes is loaded before it may begin, and a
+// router that one block can read (Mixtral's) has only that block, where its logits stay.
 #include "choice.cuh"
 
 namespace moepress {
@@ -200,7 +200,7 @@ DEVICE void route(const Products& products, const Choice& choice, int64_t counte
 
 // Args: those of the structs above, in another order. `counter`: below kCounters.
 //
-// Dynamic shared memory: 4 bytes an expert, and 8 more for each warp that chooses, at most `tokens`.
+// Dynamic shared memory: 4 bytes an expert, 8 more for each warp that chooses, at most `tokens`.
 // resident: blocks that the registers of a multiprocessor shall have room for.
 #define MOEPRESS_ROUTE(name, threads, resident, warps, rows, of_block, ahead, narrow)            \
     extern "C" __global__ void __launch_bounds__(threads, resident) name(                        \
