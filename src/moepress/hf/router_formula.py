@@ -135,7 +135,7 @@ def _are_outputs(outputs: Any, tokens: int) -> bool:
         return False
     if index.dtype != torch.int64 or index.shape != weights.shape or not index.numel():
         return False
-    return 0 <= int(index.min()) and int(index.max()) < logits.shape[1]
+    return int(index.min()) >= 0 and int(index.max()) < logits.shape[1]
 
 
 def _candidates(module: nn.Module, expected: Outputs, dtype: torch.dtype) -> Iterator[Formula]:
