@@ -10,6 +10,7 @@ lines of JSON, to FOLDER/gpu.jsonl; the table is in FOLDER/gpu.md too.
     checks     every op against the oracle; CUDA graphs
     attention  attention of decoded tokens beside transformers' and torch's; logits of a model
     small      norms, rotary embedding and cache of a token beside transformers'; logits of a model
+    route      routers of few tokens beside torch's kernels; routers of transformers
     captured   captured steps of `generate`: failed captures, tokens per second with Mixtral-8x7B's
                shape, the tokens of tiny models (these need what moepress's tests need)
     ops        the MoE op of Mixtral-8x7B with few tokens, beside copy bandwidth; its kernels
@@ -59,6 +60,7 @@ PARTS = {  # name: share of the time
     "checks": 0.3,
     "attention": 0.06,
     "small": 0.04,
+    "route": 0.04,
     "captured": 0.25,  # before `model`, which has all later Mixtrals of its process compiled
     "divided": 0.06,
     "ops": 0.1,
@@ -76,8 +78,8 @@ OPTIONAL = ("families", "compress")  # run only when named
 SHARED = ("checks", "families")  # their cases are divided over workers: nothing is timed
 TABLED = ("start", *PARTS)
 CHECKED = (
-    "start", "checks", "attention", "small", "captured", "divided", "kl", "search", "compile",
-    "sanitize", "families",
+    "start", "checks", "attention", "route", "small", "captured", "divided", "kl", "search",
+    "compile", "sanitize", "families",
 )  # fmt: skip
 EMULATED = 10  # times as long may a case take in the emulator
 START = 150  # seconds for compiling all kernels, at most

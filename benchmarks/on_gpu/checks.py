@@ -63,8 +63,9 @@ LARGE: dict[str, tuple[float, ...]] = {  # widths of experts of Mixtral-8x7B's s
 
 def cases(card: Card) -> Iterator[Case]:
     """First what no card has run so far."""
-    from on_gpu import attention, blocks, grouped, small
+    from on_gpu import attention, blocks, grouped, route, small
 
+    yield from route.check_cases(card)
     yield from small.check_cases(card)
     yield from attention.check_cases(card)
     yield Case("linears", partial(check_linears, card), 90)

@@ -13,7 +13,7 @@ from moepress.format.codec import CODE_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import trellis
 from moepress.kernels.cuda import rotation
 from moepress.rounding.methods import viterbi
-from on_gpu import attention, checks, grouped, small
+from on_gpu import attention, checks, grouped, route, small
 from on_gpu import search as search_checks
 from on_gpu.card import Card
 from on_gpu.random_codes import random_packed
@@ -117,6 +117,7 @@ GROUPS: dict[str, Callable[[Card], Any]] = {
     "search": search,
     "rotation": rotations,
     "attention": attention.check_attention,
+    "route": route.check_route,
     "small": small_ops,
     "drawn": search_checks.check_drawn,
 }

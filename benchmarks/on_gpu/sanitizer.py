@@ -32,6 +32,7 @@ GROUPS = (  # of sanitized.py, which imports torch; slowest first
     "embedding",
     "rotation",
     "attention",
+    "route",
     "small",
     "drawn",
 )

@@ -15,7 +15,7 @@ from transformers import StaticCache
 import moepress
 from moepress.chat import Conversation
 from moepress.compress import compress
-from moepress.hf import card_attention, load_model
+from moepress.hf import card_attention, fused_router, load_model
 from moepress.kernels.divided import DividedExperts
 from moepress.original.remote_code import tokenizer_of
 from moepress.serve.stepping import Stepper
@@ -87,6 +87,27 @@ def test_attention_of_a_step_is_ours(
     assert len(calls) == 3 * model.config.num_hidden_layers
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_routers_of_a_step_are_ours(
+    folder: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel chooses as the model's routers do, and nothing waits for it."""
+    model = load_model(folder, "cuda")
+    calls: list[Tensor] = []
+    plain = fused_router.routed
+
+    def counted(hidden: Tensor, *rest: Any) -> Any:
+        calls.append(hidden)
+        return plain(hidden, *rest)
+
+    monkeypatch.setattr(fused_router, "routed", counted)
+    expected = steps(model, card)
+    assert not calls
+    with fused_router.fused_routers(model):
+        found = steps(model, card)
+    assert len(calls) == 3 * model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.card

@@ -15,9 +15,10 @@ from torch import nn
 from moepress.hf.fused_linears import fused_linears
 from moepress.hf.fused_norms import fused_norms
 from moepress.hf.fused_rotary import fused_rotary
+from moepress.hf.fused_router import fused_routers
 
 Fusion = Callable[[nn.Module, Sequence[str]], AbstractContextManager[None]]
-FUSIONS: tuple[Fusion, ...] = (fused_linears, fused_norms, fused_rotary)
+FUSIONS: tuple[Fusion, ...] = (fused_linears, fused_norms, fused_rotary, fused_routers)
 
 
 @contextmanager

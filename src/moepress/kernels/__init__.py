@@ -10,6 +10,7 @@ stores.py        experts on disk, for the op (cpu/expert_store.py reads them)
 gate.py          what lies between the two products of an expert
 checks.py        checks of tensor arguments
 reference.py     the backend in plain PyTorch: the definition of correct
+router.py        of it, what a router computes
 scalar.py        bytes of scalar codes
 trellis.py       trellis codes: values, paths, bytes, rotation
 cpu/             the backend in C++ for CPUs
@@ -29,7 +30,7 @@ from moepress.kernels.backends import (
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.gradients import register_gradients
-from moepress.kernels.ops import attention, drop, embedding, experts, linear, linears
+from moepress.kernels.ops import attention, drop, embedding, experts, linear, linears, route
 from moepress.kernels.small_ops import cache_write, rms_norm, rotary
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "register_backend",
     "rms_norm",
     "rotary",
+    "route",
     "status",
 ]
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec
-from moepress.kernels import cpu, cuda, reference, small_reference
+from moepress.kernels import cpu, cuda, reference, router, small_reference
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.matrix import PackedMatrix
+from moepress.kernels.router import Formula
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ Rotary = Callable[  # q, k, cos, sin, style, wide
 CacheWrite = Callable[  # keys, values, key, value, position
     [Tensor, Tensor, Tensor, Tensor, Tensor], None
 ]
+Route = Callable[  # hidden, weight, bias, correction, top_k, formula
+    [Tensor, Tensor, Tensor | None, Tensor | None, int, Formula], tuple[Tensor, Tensor, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Backend:
     rms_norm: RmsNorm = small_reference.rms_norm
     rotary: Rotary = small_reference.rotary
     cache_write: CacheWrite = small_reference.cache_write
+    route: Route = router.route
 
     def made_for(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -181,5 +186,6 @@ register_backend(
         rms_norm=cuda.rms_norm,
         rotary=cuda.rotary,
         cache_write=cuda.cache_write,
+        route=cuda.route,
     )
 )

@@ -41,8 +41,8 @@ def prepare(model: nn.Module) -> None:
 def kernels_of(module: nn.Module) -> set[str]:
     """The kernels that a packed module launches; empty for any other.
 
-    Without those of `cuda/grouped.py`, which prompts below 256 tokens do not need, of attention and
-    of pruning.
+    Without those of `cuda/grouped.py`, which prompts below 256 tokens do not need, of attention, of
+    routers and of pruning.
     """
     if isinstance(module, PackedEmbedding):
         return {"moepress_embedding"}

@@ -843,6 +843,9 @@ T emulated_load(const void* p) {
 inline uint32_t load_stream_4(const void* p) { return emulated_load<uint32_t>(p); }
 inline uint2 load_stream_8(const void* p) { return emulated_load<uint2>(p); }
 inline uint4 load_stream_16(const void* p) { return emulated_load<uint4>(p); }
+inline uint4 load_16_or_zero(const void* p, bool given) {
+    return given ? load_stream_16(p) : make_uint4(0, 0, 0, 0);
+}
 inline uint4 load_stream_16_or_zero(const void* p, bool given) {
     return given ? load_stream_16(p) : make_uint4(0, 0, 0, 0);
 }

@@ -23,6 +23,7 @@ depend on the other tokens of a call beyond the choice of a kernel, which is mad
     attention.py             attention of few tokens: attention.cu, attention_plain.cu (float32),
                              attention_merge.cu
     small.py                 small operations of decoding: rms_norm.cu, rotary.cu, cache_write.cu
+    router.py                routers of few tokens: route.cu (choice.cuh)
     device.h                 what kernels need beyond plain C++; tests/kernels/cuda emulates it
 """
 
@@ -48,6 +49,7 @@ from moepress.kernels.cuda.gates import (
 )
 from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
+from moepress.kernels.cuda.router import route
 from moepress.kernels.cuda.small import cache_write, rms_norm, rotary
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.matrix import PackedMatrix
@@ -64,6 +66,7 @@ __all__ = [
     "missing",
     "rms_norm",
     "rotary",
+    "route",
 ]
 
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code

@@ -7,11 +7,11 @@
 // Beside the names below, kernels may use CUDA's own: threadIdx, blockIdx, blockDim, gridDim,
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync,
 // __reduce_add_sync, __reduce_max_sync, __byte_perm, __funnelshift_l and _r, __dp4a, __popc, __clz,
-// __ffs, __umulhi, __ldg, __ldcg, atomicAdd on int, __float_as_uint and the like, uint2, uint4, float2,
-// float4, int2, int4 and their make_ functions, and on pairs of 16-bit integers __vadd2, __vaddus2,
-// __vsub2, __vsubus2, __vsubss2, __vaddss2, __vminu2, __vmins2, __vmaxu2, __vmaxs2, __vcmpeq2,
-// __vcmpltu2, __vcmpgtu2, __vcmpleu2, __viaddmin_u16x2, __viaddmin_s16x2, __vimin3_u16x2,
-// __vimin3_s16x2, __vibmin_u16x2.
+// __ffs, __umulhi, __ldg, __ldcg, __threadfence, atomicAdd on int, __float_as_uint and the like,
+// functions of floats such as expf, uint2, uint4, float2, float4, int2, int4 and their make_
+// functions, and on pairs of 16-bit integers __vadd2, __vaddus2, __vsub2, __vsubus2, __vsubss2,
+// __vaddss2, __vminu2, __vmins2, __vmaxu2, __vmaxs2, __vcmpeq2, __vcmpltu2, __vcmpgtu2, __vcmpleu2,
+// __viaddmin_u16x2, __viaddmin_s16x2, __vimin3_u16x2, __vimin3_s16x2, __vibmin_u16x2.
 #pragma once
 
 #ifndef __CUDACC__
@@ -91,6 +91,18 @@ DEVICE uint4 load_stream_16(const void* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
+    return v;
+}
+// Zeros and no read, unless `given`; through L1.
+DEVICE uint4 load_16_or_zero(const void* p, bool given) {
+    uint4 v;
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %5, 0; "
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+        "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(p), "r"(int(given))
+        : "memory");
     return v;
 }
 // Zeros and no read, unless `given`.
