@@ -27,6 +27,7 @@ from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
+from moepress.sending import sent
 
 
 def rounded_weights(
@@ -124,21 +125,43 @@ def measure(
         [D, 3, B] float64: the same errors for each text, weighted by the tokens' sensitivities.
     """
     hidden, exact = _originals(expert, seen, output)
-    errors, costs = [], []
+    squares = []  # by width; a card is waited for once
     for candidate in offered:
-        error = torch.zeros(len(ROUNDED), dtype=torch.float64)
-        cost = torch.zeros(texts.count, len(ROUNDED), dtype=torch.float64)
-        for chunk in chunks(expert.tokens):
-            token = expert.tokens[chunk]
-            for row, squared in enumerate(_errors(seen, candidate, chunk, hidden, exact)):
-                error[row] += squared.sum()
-                if expert.routed.sensitivity is not None:
-                    squared *= expert.routed.sensitivity[token]
-                cost[:, row] += texts.sums(squared, token)
-        errors.append(error)
-        costs.append(cost)
+        squares.append(_squares(seen, candidate, hidden, exact))
         del candidate  # before the next one is made
+    sums = [_sums(expert, squared.cpu(), texts) for squared in squares]
+    errors, costs = zip(*sums, strict=True)
     return torch.stack(errors, -1), torch.stack(costs, -1)
+
+
+def _squares(
+    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, exact: Tensor
+) -> Tensor:
+    """Squared errors [3, T_e] float64 of the outputs with each of ROUNDED."""
+    tokens, device = expert.tokens, expert.weights.down.device
+    squares = torch.empty(len(ROUNDED), len(tokens), dtype=torch.float64, device=device)
+    for chunk in chunks(tokens):
+        for row, squared in enumerate(_errors(expert, candidate, chunk, hidden, exact)):
+            squares[row, chunk] = squared
+    return squares
+
+
+def _sums(expert: RoutedExpert, squares: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Squared errors [3] and costs [D, 3] of an expert at one width.
+
+    Args:
+        squares: [3, T_e] float64 squared errors of its tokens, on the CPU.
+    """
+    error = torch.zeros(len(ROUNDED), dtype=torch.float64)
+    cost = torch.zeros(texts.count, len(ROUNDED), dtype=torch.float64)
+    for chunk in chunks(expert.tokens):
+        token = expert.tokens[chunk]
+        for row, squared in enumerate(squares[:, chunk]):
+            error[row] += squared.sum()
+            if expert.routed.sensitivity is not None:
+                squared = squared * expert.routed.sensitivity[token]
+            cost[:, row] += texts.sums(squared, token)
+    return error, cost
 
 
 def _originals(
@@ -166,7 +189,7 @@ def _originals(
         output.add(expert, chunk, y)
         if seen is not expert:
             y = expert_output(seen.module, seen.weights.down, inside, outer, seen.weights.down_bias)
-        hidden[chunk], exact[chunk] = inside, y.float() * expert.gate[chunk, None].to(device)
+        hidden[chunk], exact[chunk] = inside, y.float() * sent(expert.gate[chunk, None], device)
     return hidden, exact
 
 
@@ -179,11 +202,11 @@ def _errors(
 ) -> Iterator[Tensor]:
     """Squared errors [t] float64 of the outputs for a chunk of tokens, with each of ROUNDED."""
     device = expert.weights.down.device
-    right = exact[chunk].to(device)
-    gate = expert.gate[chunk, None].to(device)
-    for y in _outputs(expert, candidate, hidden[chunk].to(device), chunk):
+    right = sent(exact[chunk], device)
+    gate = sent(expert.gate[chunk, None], device)
+    for y in _outputs(expert, candidate, sent(hidden[chunk], device), chunk):
         error = right if y is None else y.float() * gate - right
-        yield error.square().sum(1).double().cpu()
+        yield error.square().sum(1).double()
 
 
 def _outputs(

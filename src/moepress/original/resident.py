@@ -106,7 +106,7 @@ class ResidentExperts:
         """`output`, which autograd can differentiate.
 
         Args:
-            norms: gets the squared norms [t] float32 of the gradient at each output, on the CPU.
+            norms: gets the squared norms [t] float32 of the gradient at each output.
         """
 
         def forward(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, at_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, index = ctx.saved_tensors
-        ctx.norms.append(at_output.float().square().sum(1).cpu())
+        ctx.norms.append(at_output.float().square().sum(1))
         at_hidden, at_weight = ctx.experts.gradients(hidden, index, weight, at_output)
         return at_hidden.to(hidden.dtype), at_weight.to(weight.dtype), None, None, None
 

@@ -24,6 +24,7 @@ from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import slices
 from moepress.rounding.tokens import hessian_tokens
+from moepress.sending import rows_sent
 
 # From the expert's inputs [T, H] to the inputs [T, K] of one of its matrices.
 ToMatrixInputs = Callable[[Tensor], Tensor]
@@ -218,7 +219,8 @@ def _gathered(
     inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight, len(tokens))
 
     def of_matrix(to_inputs: ToMatrixInputs, states: Tensor, some: Tensor) -> Tensor:
-        x, scale = states[some].to(device), routed.input_scale(expert.number, some)
+        x = rows_sent(states, some, device)
+        scale = routed.input_scale(expert.number, some)
         x = x if scale is None else x * scale.to(x)
         return widened(to_inputs(x), weight.shape[1])
 
@@ -226,7 +228,7 @@ def _gathered(
         some = tokens[chunk]
         x = of_matrix(now, routed.hidden, some)
         before = None if routed.original is None else of_matrix(original, routed.original, some)
-        inputs.add(x, before, weights[chunk].to(device))
+        inputs.add(x, before, weights[chunk])
     return inputs
 
 
