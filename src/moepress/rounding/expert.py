@@ -81,19 +81,28 @@ def experts_at_once(
     gate_up, down = (rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
     hidden, inner = experts.gate_up_shape[1], experts.down_shape[1]
     size = source.compute_dtype.itemsize * (gate_up + down)
-    # Original weights, the branches of gate and up, and the rounded weights. Beside these, of the
-    # matrix at work two copies in float32, and at each width two more and one of bytes; for its
-    # inputs a Hessian's factor, the feedback made of it, and a correction.
+    # Original weights, the branches of gate and up, and the rounded weights.
     of_each = size + widths * gate_up + (0 if kept else widths * size)
-    of_gate_up = (8 + 8 * widths) * gate_up + 12 * hidden * hidden
-    of_down = (8 + 9 * widths) * down + 12 * inner * inner
-    passing = 12 * gate_up + 8 * inner * inner  # what is used for one matrix after the other
-    free = free_memory(source.device) - passing - (experts.experts * size if kept else 0)
+    # Beside these, of a matrix at work its corrected weights, and at each width two copies in
+    # float32 and one of bytes; of its inputs a Hessian's factor, the feedback made of it, and a
+    # correction, [K, K] or [N, K].
+    of_gate_up = (4 + 8 * widths) * gate_up + 12 * hidden * hidden
+    of_down = (8 + 9 * widths) * down + 8 * inner * inner
+    gathered = 8 * down + 4 * inner * inner  # of a matrix whose search has not begun
+    # What is used for one matrix after the other: while inputs are gathered, a Hessian, a copy and
+    # chunks of inputs; later, weights or a factor before they have their final place.
+    gathering = 12 * gate_up + 8 * inner * inner
+    searching = 12 * gate_up
+    searching_down = max(8 * inner * inner, 12 * down)
+    free = free_memory(source.device) - (experts.experts * size if kept else 0)
+    free /= 1.1
 
     def downs(together: int) -> int:
-        return int((free / 1.1 - together * of_each) / of_down)
+        rest = free - together * of_each
+        return int(min((rest - searching_down) / of_down, (rest - gathering) / gathered))
 
-    together = max(1, int(free / (1.1 * (of_each + of_gate_up))))
+    most = min(free - gathering, free - searching) / (of_each + of_gate_up)
+    together = max(1, int(most))
     while together > 1 and downs(together) < 1:
         together -= 1
     together = _equal(experts.experts, together)
