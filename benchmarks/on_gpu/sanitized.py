@@ -113,4 +113,5 @@ GROUPS: dict[str, Callable[[Card], Any]] = {
     "rotation": rotations,
     "attention": attention.check_attention,
     "drawn": search_checks.check_drawn,
+    "values": search_checks.check_values,
 }

@@ -29,6 +29,7 @@ from torch import Tensor
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import cpu, trellis
+from moepress.kernels.cuda import values
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
 from moepress.memory import free_memory
@@ -207,5 +208,7 @@ def rotated_rows(weight: Tensor) -> Tensor:
 
 def path_values(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix`, compiled where that is possible."""
+    if available(branches.device):
+        return values.code_matrix(branches, bits)
     compiled = branches.device.type == "cpu" and cpu.missing() is None
     return (cpu.trellis_values if compiled else code_matrix)(branches, bits)
