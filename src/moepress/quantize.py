@@ -37,6 +37,7 @@ from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.kernels.prepare import prepare_rounding
 from moepress.original.batches import empty
 from moepress.original.companions import companions
 from moepress.original.experts import ExpertWeights, Routed
@@ -120,6 +121,7 @@ def quantize_tensors(
     packed = tensors.specs(plan.linear_bits)
     ranks.agreed(lambda: _write_outside_layers(source, plan, packed, out))
     if todo:
+        prepare_rounding(source.device)
         _quantize_layers(source, plan, packed, ids, journal, out)
     ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
     return out

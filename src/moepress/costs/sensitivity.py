@@ -92,7 +92,7 @@ def measure_sensitivity(
     todo = ranks.agreed(lambda: _unfinished(folder, identity, loop, count))
     if not todo:
         return Sensitivity(folder)
-    walk = Walk(source, ids)
+    walk = Walk(source, ids, ahead=True)
     ranks.agreed(lambda: check_space(folder, walk, todo[-1]))
     with Progress("sensitivity", total=count + len(todo)) as progress:
         states = KeptStates(folder, source.device, count)
@@ -113,6 +113,8 @@ def measure_sensitivity(
             own = {name: walk.once.own(value) for name, value in read.items()}
             gradient = Gradient.of(own, walk.states_like())
         _backward(walk, gradient, states, writer, folder, todo, progress)
+    if source.device.type == "cuda":
+        torch.cuda.empty_cache()  # of streams that only read experts
     return Sensitivity(folder)
 
 

@@ -53,7 +53,7 @@ from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.loops import loop_of
 from moepress.original.passes import enter_loop, leave_loop
 from moepress.original.record import Record
-from moepress.original.resident import ExpertsForward, ResidentExperts, resident_experts
+from moepress.original.resident import ComingExperts, ExpertsForward, ResidentExperts
 from moepress.original.sequences import Sequences
 from moepress.original.source import Source
 from moepress.original.token_sums import TokenSums
@@ -71,13 +71,18 @@ class Walk(Sequences):
         source: the model.
         ids: [S of all ranks, L] int64 token ids.
         share: of a card's free memory, that the states may take; else they are on the host.
+        ahead: read the experts of the next layer while those of a layer run, where a card has room.
     """
 
-    def __init__(self, source: Source, ids: Tensor, share: float = SHARE_IN_ORDER) -> None:
+    def __init__(
+        self, source: Source, ids: Tensor, share: float = SHARE_IN_ORDER, ahead: bool = False
+    ) -> None:
         self.source = source
         self._share = share
         loop = loop_of(source.text_config, len(source.layers))
         super().__init__(ids, here(source.device), loop, batch_tokens(source.device))
+        self._ahead = ahead and loop.passes == 1
+        self._coming = ComingExperts()
         self._calls: list[list[Call]] = []  # [batch][call]
         # [passes * S, L, H] input of the next layer; of several residual streams [.., L, ...]
         self.states = self._begin()
@@ -319,7 +324,10 @@ class Walk(Sequences):
         """The routed experts of a layer, read to the card; None: one of them at a time is read."""
         if self.ranks.count > 1:
             return None
-        return resident_experts(self.source, layer, self.experts_module(layer))
+        found = self._coming.take(self.source, layer, self.experts_module(layer))
+        if self._ahead and found is not None:
+            self._coming.begin(self.source, self.source.upcoming.following)
+        return found
 
     @torch.inference_mode()
     def _pass_with(self, layer: int, resident: ResidentExperts) -> Routed:

@@ -94,8 +94,7 @@ def experts_at_once(
     gathering = 12 * gate_up + 8 * inner * inner
     searching = 12 * gate_up
     searching_down = max(8 * inner * inner, 12 * down)
-    free = free_memory(source.device) - (experts.experts * size if kept else 0)
-    free /= 1.1
+    free = (free_memory(source.device) - (experts.experts * size if kept else 0)) / 1.1
 
     def downs(together: int) -> int:
         rest = free - together * of_each

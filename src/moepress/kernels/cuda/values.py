@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moepress.format.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB
-from moepress.kernels.cuda.launch import launcher_for
+from moepress.kernels.cuda.launch import Argument, launcher_for
 from moepress.kernels.trellis import (
     BYTES_SUMMED,
     CENTERS,
@@ -31,6 +31,6 @@ def code_matrix(branches: Tensor, bits: float) -> Tensor:
         summed = (1 << 8 * BYTES_SUMMED[each]) - 1
         codes += [width, MULTIPLIERS[each], summed, CENTERS[each]]
     grid = -(-columns // (TILE_COLUMNS * THREADS)), ROWS_PER_BLOCK, rows // ROWS_PER_SLAB
-    args = [branches, rows, columns, *codes, out]
+    args: list[Argument] = [branches, rows, columns, *codes, out]
     launcher_for(branches.device).launch("moepress_values", grid, THREADS, 0, args)
     return out

@@ -106,8 +106,8 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     step = 1
     device = matrices[0].weight.device
     if available(device):
-        # Beside the arguments: two copies in float32, two of bytes, and V of each factor; and of one
-        # matrix at a time three more copies, and of one factor another V.
+        # Beside the arguments: two copies in float32, two of bytes, and V of each factor; and of
+        # one matrix at a time three more copies, and of one factor another V.
         count, columns = matrices[0].weight.numel(), matrices[0].weight.shape[1]
         factors = len({id(one.factor) for one in matrices})
         shared = 12 * count + 4 * (factors + 1) * columns**2
@@ -159,9 +159,7 @@ def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
     return rows.square().mean(1).sqrt() * (start / deviation(codec.bits))
 
 
-def _searched(
-    rows: _Rotated, matrices: Sequence[Unrounded]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _searched(rows: _Rotated, matrices: Sequence[Unrounded]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Codes [M, K, 64 S] uint8 of M matrices, columns first, what feedback has left, and scales.
 
     What is left is r = E V, [M, K, 64 S] float32, in units of the scale of each row, [N] float32.
