@@ -215,6 +215,8 @@ def quantize_layer(
     source, recipe = walk.source, plan.recipe
     names = source.names(source.layer_paths[layer])
     progress.update(layer=layer, note="attention and dense linears")
+    if original is not None:
+        original.expect(layer)
     linears = {name: source.module(name) for name in names if name in packed}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
     inputs = []

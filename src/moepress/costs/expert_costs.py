@@ -29,10 +29,15 @@ from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
 from moepress.sending import sent
 
+# The weights at every offered width; None: left out. The other is what gives them, from the inputs
+# [T_e, I] of the original `down`.
+Offers = Iterable[ExpertWeights | None]
+Offered = Callable[[Tensor], Offers]
+
 
 def rounded_weights(
     experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[float]
-) -> Iterator[tuple[RoutedExpert, Iterator[ExpertWeights | None]]]:
+) -> Iterator[tuple[RoutedExpert, Offered]]:
     """Each expert as its costs see it, and that at every offered width, dequantized.
 
     It is a sketch of the expert (sketch.py) where errors are drawn. None stands for width 0, which
@@ -45,18 +50,22 @@ def rounded_weights(
     if rounding.draws:
         for expert in experts:
             seen = sketched(expert, rounding.tokens.seed)
-            yield seen, chain(left_out, _noisy(expert, seen, rounding, widths))
+            yield seen, partial(_offered, left_out, partial(_noisy, expert, seen, rounding, widths))
         return
     same = [widths] * len(experts)
     gate_ups = round_gate_ups(experts, rounding, same)
     originals = [expert.weights.gate_up for expert in experts]
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
-        yield expert, chain(left_out, _dequantized(matrices, expert.weights))
+        yield expert, partial(_offered, left_out, partial(_dequantized, matrices, expert.weights))
+
+
+def _offered(left_out: Offers, others: Offered, hidden: Tensor) -> Offers:
+    return chain(left_out, others(hidden))
 
 
 def _dequantized(
-    matrices: Sequence[Sequence[Matrix]], like: ExpertWeights
+    matrices: Sequence[Sequence[Matrix]], like: ExpertWeights, _: Tensor
 ) -> Iterator[ExpertWeights]:
     """Rounded weights, from gate_up and down at every width."""
     for gate_up, down in zip(*matrices, strict=True):
@@ -64,12 +73,17 @@ def _dequantized(
 
 
 def _noisy(
-    expert: RoutedExpert, seen: RoutedExpert, rounding: Rounding, widths: Sequence[float]
+    expert: RoutedExpert,
+    seen: RoutedExpert,
+    rounding: Rounding,
+    widths: Sequence[float],
+    hidden: Tensor,
 ) -> Iterator[ExpertWeights]:
     """The sketch of an expert with drawn errors at every width, in the dtype of its weights.
 
     Args:
         seen: the sketch, or the expert.
+        hidden: [T_e, I or 1] inputs of the original down.
     """
     weights, seed = expert.weights, rounding.tokens.seed
 
@@ -81,7 +95,7 @@ def _noisy(
         yield from noisy_weights(weight, widths, factor, noise, rows)
 
     of_gate_up = partial(gate_up_inputs, expert, rounding)
-    of_down = partial(down_inputs, expert, weights.gate_up, rounding)
+    of_down = partial(down_inputs, expert, weights.gate_up, rounding, hidden)
     gate_ups = noisy(weights.gate_up, len(weights.gate_up), ROUNDED[0], of_gate_up)
     downs = noisy(seen.weights.down, len(weights.down), ROUNDED[1], of_down)
     for _ in widths:  # no name holds the weights of a width while those of the next are made
@@ -108,7 +122,7 @@ def _name(layer: int, number: int, projection: str) -> str:
 def measure(
     expert: RoutedExpert,
     seen: RoutedExpert,
-    offered: Iterable[ExpertWeights | None],
+    offered: Offered,
     texts: Texts,
     output: TokenSums,
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +131,7 @@ def measure(
     Args:
         expert: with its original weights.
         seen: the same as its costs see it: a sketch (sketch.py), or `expert` itself.
-        offered: `seen` at each width, one in memory at a time; None: left out.
+        offered: gives `seen` at each width, one in memory at a time; None: left out.
         output: gets the expert's exact output.
 
     Returns:
@@ -126,7 +140,7 @@ def measure(
     """
     hidden, exact = _originals(expert, seen, output)
     squares = []  # by width; a card is waited for once
-    for candidate in offered:
+    for candidate in offered(hidden):
         squares.append(_squares(seen, candidate, hidden, exact))
         del candidate  # before the next one is made
     sums = [_sums(expert, squared.cpu(), texts) for squared in squares]

@@ -320,6 +320,12 @@ class Walk(Sequences):
         self.advance(layer, self.experts_output(layer, routed))
         return routed
 
+    def expect(self, layer: int) -> None:
+        """Begin to read the experts of the layer at work to the card, for `pass_layer` to take."""
+        if self.ranks.count == 1 and layer in self.source.experts:
+            self.source.upcoming.experts(layer, range(self.source.experts[layer].experts))
+            self._coming.begin(self.source, layer)
+
     def resident(self, layer: int) -> ResidentExperts | None:
         """The routed experts of a layer, read to the card; None: one of them at a time is read."""
         if self.ranks.count > 1:

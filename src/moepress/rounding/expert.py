@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moepress.blocks.layout import widened
@@ -24,7 +25,7 @@ from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import slices
 from moepress.rounding.tokens import hessian_tokens
-from moepress.sending import rows_sent
+from moepress.sending import rows_sent, sent
 
 # From the expert's inputs [T, H] to the inputs [T, K] of one of its matrices.
 ToMatrixInputs = Callable[[Tensor], Tensor]
@@ -192,12 +193,18 @@ def gate_up_inputs(expert: RoutedExpert, rounding: Rounding) -> Inputs:
     return _gathered(expert.weights.gate_up, expert, rounding, _unchanged, _unchanged)
 
 
-def down_inputs(expert: RoutedExpert, gate_up: Tensor, rounding: Rounding) -> Inputs:
-    """Statistics of the inputs of `down`, which weights `gate_up` [R, H] make."""
+def down_inputs(
+    expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, known: Tensor | None = None
+) -> Inputs:
+    """Statistics of the inputs of `down`, which weights `gate_up` [R, H] make.
+
+    Args:
+        known: [T_e, I] these inputs for the expert's own tokens; None: not known.
+    """
     bias = expert.weights.gate_up_bias
     now = partial(expert_hidden, expert.module, gate_up, bias=bias)
     original = partial(expert_hidden, expert.module, expert.weights.gate_up, bias=bias)
-    return _gathered(expert.weights.down, expert, rounding, now, original)
+    return _gathered(expert.weights.down, expert, rounding, now, original, known)
 
 
 def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:
@@ -213,15 +220,19 @@ def _gathered(
     rounding: Rounding,
     now: ToMatrixInputs,
     original: ToMatrixInputs,
+    known: Tensor | None = None,
 ) -> Inputs:
     """Statistics of a matrix's inputs on the tokens of the expert's Hessian.
 
     Args:
         now: gives the matrix's inputs from the expert's inputs once earlier layers are rounded.
         original: gives the matrix's inputs from the expert's inputs in the original model.
+        known: [T_e, K] what `now` gives for the expert's own tokens; None: not known.
     """
     routed = expert.routed
     tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
+    if not torch.equal(tokens, expert.tokens):  # others too, or each once for several neurons
+        known = None
     device = weight.device
     corrects = routed.original is not None
     inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight, len(tokens))
@@ -234,7 +245,7 @@ def _gathered(
 
     for chunk in chunks(tokens):
         some = tokens[chunk]
-        x = of_matrix(now, routed.hidden, some)
+        x = of_matrix(now, routed.hidden, some) if known is None else sent(known[chunk], device)
         before = None if routed.original is None else of_matrix(original, routed.original, some)
         inputs.add(x, before, weights[chunk])
     return inputs
