@@ -20,19 +20,20 @@ from moepress.score import score
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
 
-LAYERS, WIDTHS = 2, 3  # of the model; measured for an expert
+LAYERS = 2
 FOR_CHUNKS = (
     "costs/expert_costs", "costs/sketch", "original/token_sums", "original/walk", "original/record",
     "rounding/correction", "rounding/expert", "rounding/kept_tokens", "rounding/summed_tokens",
 )  # fmt: skip
 
 
-def waits_by_file(card: Card) -> Counter[str]:
+def by_file(seen: Counter[str]) -> Counter[str]:
+    """What a card has counted since the last call, by file of moepress."""
     found: Counter[str] = Counter()
-    for why, count in card.waits.items():
+    for why, count in seen.items():
         if place := re.search(r"moepress/([\w/]+)\.py:\d+$", why):
             found[place[1]] += count
-    card.waits.clear()
+    seen.clear()
     return found
 
 
@@ -48,16 +49,19 @@ def test_chunks_of_tokens_are_not_waited_for(
     recipe = small_recipe(text_file, "default", bits=2.5, sequences=4, sequence_length=16)
     source = Source(model_folder(), "cuda")
     scores = score(source, recipe, work=tmp_path / "work")
-    while_scored = waits_by_file(card)
+    while_scored = by_file(card.waits)
     quantize(source, allocate(scores, recipe), tmp_path / "out")
-    while_rounded = waits_by_file(card)
+    while_rounded = by_file(card.waits)
 
     seen = int((scores.tokens > 0).sum())
     assert while_scored["rounding/hessian"] > 0 and while_rounded["rounding/hessian"] > 0
     # A walk is waited for at the end of a layer: forward, once more to score, and two to round; the
     # recorded choices are two tensors.
-    expected = Counter({"costs/expert_costs": WIDTHS * seen})
+    expected = Counter({"costs/expert_costs": seen})
     expected |= {"original/walk": 4 * LAYERS, "original/record": 4 * LAYERS}
     assert {name: while_scored[name] for name in FOR_CHUNKS if while_scored[name]} == expected
     del expected["costs/expert_costs"]
     assert {name: while_rounded[name] for name in FOR_CHUNKS if while_rounded[name]} == expected
+    sent = by_file(card.uploads)
+    assert sent["sending"] > 20 * seen
+    assert not sent.keys() & {name for name in FOR_CHUNKS if name != "original/walk"}

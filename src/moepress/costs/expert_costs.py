@@ -143,7 +143,7 @@ def measure(
     for candidate in offered(hidden):
         squares.append(_squares(seen, candidate, hidden, exact))
         del candidate  # before the next one is made
-    sums = [_sums(expert, squared.cpu(), texts) for squared in squares]
+    sums = [_sums(expert, squared, texts) for squared in torch.stack(squares).cpu()]
     errors, costs = zip(*sums, strict=True)
     return torch.stack(errors, -1), torch.stack(costs, -1)
 

@@ -128,7 +128,7 @@ def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     for number, (weight, codec, factor) in enumerate(matrices):
         found = branches[number].T.contiguous()
         left = residual[number, :, : len(weight)].contiguous()
-        scale = best_scale(rows.of(weight), scales[number], left, factor)
+        scale = best_scale(rows.again(weight), scales[number], left, factor)
         results.append(TrellisMatrix(found, scale.bfloat16(), codec))
     return results
 
@@ -145,6 +145,9 @@ class _Rotated:
         if id(weight) not in self._kept:
             self._kept[id(weight)] = rotated_rows(weight)
         return self._kept[id(weight)]
+
+    def again(self, weight: Tensor) -> Tensor:
+        return rotate(weight.float()) if weight.is_cuda else self._kept[id(weight)]
 
 
 def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
