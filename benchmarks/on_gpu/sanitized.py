@@ -120,4 +120,5 @@ GROUPS: dict[str, Callable[[Card], Any]] = {
     "route": route.check_route,
     "small": small_ops,
     "drawn": search_checks.check_drawn,
+    "values": search_checks.check_values,
 }

@@ -35,6 +35,7 @@ GROUPS = (  # of sanitized.py, which imports torch; slowest first
     "route",
     "small",
     "drawn",
+    "values",
 )
 FOUND = 9  # exit code where the tool reports something
 SECONDS = 150  # of one process, at most

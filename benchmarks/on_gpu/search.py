@@ -14,8 +14,8 @@ import torch
 
 import mixtral_shape
 from moepress.format.codec import HALF_WIDTHS, TRELLIS_BITS
-from moepress.kernels.cuda import drawn
-from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
+from moepress.kernels.cuda import drawn, values
+from moepress.kernels.trellis import TILE_COLUMNS, branch_bits, code_matrix, deviation
 from moepress.rounding import noise
 from moepress.rounding.methods import viterbi
 from on_gpu.card import Card
@@ -34,6 +34,7 @@ def cases(card: Card) -> Iterator[Case]:
         yield Case(f"{bits} bits against the oracle", partial(check_search, card, bits), 60)
     yield Case("several matrices", partial(check_together, card), 60)
     yield Case("drawn errors", partial(check_drawn, card), 60)
+    yield Case("values of codes", partial(check_values, card), 60)
     yield Case("rates", partial(rates, card), 60)
 
 
@@ -96,6 +97,22 @@ def check_drawn(card: Card) -> list[Row]:
     if not worst < 1e-5:
         raise CheckError(f"numbers differ by {worst:.3g}")
     return [{"differ_by": worst}]
+
+
+def check_values(card: Card) -> list[Row]:
+    """Values of branches at all widths, bit for bit."""
+    for bits in sorted(TRELLIS_BITS):
+        for rows, columns in ((64, 8), (192, 40), (1024, 4096)):
+            low, high = branch_bits(bits)
+            shape = rows, columns // 4, 2
+            steps = [
+                torch.randint(1 << width, shape, device=card.device, dtype=torch.uint8)
+                for width in (low, high)
+            ]
+            branches = torch.stack(steps, 2).view(rows, columns)
+            if not torch.equal(values.code_matrix(branches, bits), code_matrix(branches, bits)):
+                raise CheckError(f"{bits} bits, {rows} x {columns}: values differ")
+    return [{"widths": len(TRELLIS_BITS)}]
 
 
 def rates(card: Card) -> list[Row]:

@@ -37,6 +37,7 @@ from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import Journal
 from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.kernels.prepare import prepare_rounding
 from moepress.original.batches import empty
 from moepress.original.companions import companions
 from moepress.original.experts import ExpertWeights, Routed
@@ -120,6 +121,7 @@ def quantize_tensors(
     packed = tensors.specs(plan.linear_bits)
     ranks.agreed(lambda: _write_outside_layers(source, plan, packed, out))
     if todo:
+        prepare_rounding(source.device)
         _quantize_layers(source, plan, packed, ids, journal, out)
     ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
     return out
@@ -213,6 +215,8 @@ def quantize_layer(
     source, recipe = walk.source, plan.recipe
     names = source.names(source.layer_paths[layer])
     progress.update(layer=layer, note="attention and dense linears")
+    if original is not None:
+        original.expect(layer)
     linears = {name: source.module(name) for name in names if name in packed}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
     inputs = []
@@ -220,6 +224,7 @@ def quantize_layer(
         inputs = linear_inputs(walk, layer, linears, rounding.family, original)
     passed = original.pass_layer(layer) if original is not None else None
     tensors = quantize_linears(walk, linears, packed, rounding, inputs)
+    del inputs  # large: a card needs the room
     for name in names:
         if name not in tensors:
             value = source.as_packed(layer, name, source.current(name))

@@ -43,6 +43,7 @@ from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measur
 from moepress.costs.texts import Texts
 from moepress.format.checkpoint import temporary_folder
 from moepress.format.journal import Journal
+from moepress.kernels.prepare import prepare_rounding
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.progress import Progress
@@ -141,6 +142,7 @@ def score_tensors(
         folder, identity(source, recipe, ids), len(source.layers), device=source.device
     )
     if journal.todo:
+        prepare_rounding(source.device)
         sensitivity = _sensitivity(source, recipe, ids, folder / SENSITIVITY)
         walk = Walk(source, ids)
         with Progress("score", total=len(source.layers)) as progress:

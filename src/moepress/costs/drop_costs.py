@@ -34,6 +34,7 @@ from moepress.original.batches import chunks, empty
 from moepress.original.experts import Routed, RoutedExpert, expert_forward
 from moepress.ranks import ALONE, Ranks
 from moepress.reading.documents import Array, Document
+from moepress.sending import sent
 
 SAMPLE = 4096  # tokens of a layer; the standard error of a median is 0.8 % of the tokens
 BINS = 32  # bins of equally many tokens, by rising ratio
@@ -193,8 +194,9 @@ class DropMeter:
             x = expert.inputs(chunk)
             y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
             y = y.float().to(self._outputs.device)
-            gate = expert.gate[chunk, None].to(y.device)
-            self._outputs[token[chunk], place[chunk]] = y * gate
+            device = y.device
+            gate = sent(expert.gate[chunk, None], device)
+            self._outputs[sent(token[chunk], device), sent(place[chunk], device)] = y * gate
 
     @torch.inference_mode()
     def result(self, energy: float) -> dict[str, Tensor]:

@@ -27,11 +27,17 @@ from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
+from moepress.sending import sent
+
+# The weights at every offered width; None: left out. The other is what gives them, from the inputs
+# [T_e, I] of the original `down`.
+Offers = Iterable[ExpertWeights | None]
+Offered = Callable[[Tensor], Offers]
 
 
 def rounded_weights(
     experts: Sequence[RoutedExpert], rounding: Rounding, expert_bits: Sequence[float]
-) -> Iterator[tuple[RoutedExpert, Iterator[ExpertWeights | None]]]:
+) -> Iterator[tuple[RoutedExpert, Offered]]:
     """Each expert as its costs see it, and that at every offered width, dequantized.
 
     It is a sketch of the expert (sketch.py) where errors are drawn. None stands for width 0, which
@@ -44,18 +50,22 @@ def rounded_weights(
     if rounding.draws:
         for expert in experts:
             seen = sketched(expert, rounding.tokens.seed)
-            yield seen, chain(left_out, _noisy(expert, seen, rounding, widths))
+            yield seen, partial(_offered, left_out, partial(_noisy, expert, seen, rounding, widths))
         return
     same = [widths] * len(experts)
     gate_ups = round_gate_ups(experts, rounding, same)
     originals = [expert.weights.gate_up for expert in experts]
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
-        yield expert, chain(left_out, _dequantized(matrices, expert.weights))
+        yield expert, partial(_offered, left_out, partial(_dequantized, matrices, expert.weights))
+
+
+def _offered(left_out: Offers, others: Offered, hidden: Tensor) -> Offers:
+    return chain(left_out, others(hidden))
 
 
 def _dequantized(
-    matrices: Sequence[Sequence[Matrix]], like: ExpertWeights
+    matrices: Sequence[Sequence[Matrix]], like: ExpertWeights, _: Tensor
 ) -> Iterator[ExpertWeights]:
     """Rounded weights, from gate_up and down at every width."""
     for gate_up, down in zip(*matrices, strict=True):
@@ -63,12 +73,17 @@ def _dequantized(
 
 
 def _noisy(
-    expert: RoutedExpert, seen: RoutedExpert, rounding: Rounding, widths: Sequence[float]
+    expert: RoutedExpert,
+    seen: RoutedExpert,
+    rounding: Rounding,
+    widths: Sequence[float],
+    hidden: Tensor,
 ) -> Iterator[ExpertWeights]:
     """The sketch of an expert with drawn errors at every width, in the dtype of its weights.
 
     Args:
         seen: the sketch, or the expert.
+        hidden: [T_e, I or 1] inputs of the original down.
     """
     weights, seed = expert.weights, rounding.tokens.seed
 
@@ -80,7 +95,7 @@ def _noisy(
         yield from noisy_weights(weight, widths, factor, noise, rows)
 
     of_gate_up = partial(gate_up_inputs, expert, rounding)
-    of_down = partial(down_inputs, expert, weights.gate_up, rounding)
+    of_down = partial(down_inputs, expert, weights.gate_up, rounding, hidden)
     gate_ups = noisy(weights.gate_up, len(weights.gate_up), ROUNDED[0], of_gate_up)
     downs = noisy(seen.weights.down, len(weights.down), ROUNDED[1], of_down)
     for _ in widths:  # no name holds the weights of a width while those of the next are made
@@ -107,7 +122,7 @@ def _name(layer: int, number: int, projection: str) -> str:
 def measure(
     expert: RoutedExpert,
     seen: RoutedExpert,
-    offered: Iterable[ExpertWeights | None],
+    offered: Offered,
     texts: Texts,
     output: TokenSums,
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +131,7 @@ def measure(
     Args:
         expert: with its original weights.
         seen: the same as its costs see it: a sketch (sketch.py), or `expert` itself.
-        offered: `seen` at each width, one in memory at a time; None: left out.
+        offered: gives `seen` at each width, one in memory at a time; None: left out.
         output: gets the expert's exact output.
 
     Returns:
@@ -124,21 +139,43 @@ def measure(
         [D, 3, B] float64: the same errors for each text, weighted by the tokens' sensitivities.
     """
     hidden, exact = _originals(expert, seen, output)
-    errors, costs = [], []
-    for candidate in offered:
-        error = torch.zeros(len(ROUNDED), dtype=torch.float64)
-        cost = torch.zeros(texts.count, len(ROUNDED), dtype=torch.float64)
-        for chunk in chunks(expert.tokens):
-            token = expert.tokens[chunk]
-            for row, squared in enumerate(_errors(seen, candidate, chunk, hidden, exact)):
-                error[row] += squared.sum()
-                if expert.routed.sensitivity is not None:
-                    squared *= expert.routed.sensitivity[token]
-                cost[:, row] += texts.sums(squared, token)
-        errors.append(error)
-        costs.append(cost)
+    squares = []  # by width; a card is waited for once
+    for candidate in offered(hidden):
+        squares.append(_squares(seen, candidate, hidden, exact))
         del candidate  # before the next one is made
+    sums = [_sums(expert, squared, texts) for squared in torch.stack(squares).cpu()]
+    errors, costs = zip(*sums, strict=True)
     return torch.stack(errors, -1), torch.stack(costs, -1)
+
+
+def _squares(
+    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, exact: Tensor
+) -> Tensor:
+    """Squared errors [3, T_e] float64 of the outputs with each of ROUNDED."""
+    tokens, device = expert.tokens, expert.weights.down.device
+    squares = torch.empty(len(ROUNDED), len(tokens), dtype=torch.float64, device=device)
+    for chunk in chunks(tokens):
+        for row, squared in enumerate(_errors(expert, candidate, chunk, hidden, exact)):
+            squares[row, chunk] = squared
+    return squares
+
+
+def _sums(expert: RoutedExpert, squares: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Squared errors [3] and costs [D, 3] of an expert at one width.
+
+    Args:
+        squares: [3, T_e] float64 squared errors of its tokens, on the CPU.
+    """
+    error = torch.zeros(len(ROUNDED), dtype=torch.float64)
+    cost = torch.zeros(texts.count, len(ROUNDED), dtype=torch.float64)
+    for chunk in chunks(expert.tokens):
+        token = expert.tokens[chunk]
+        for row, squared in enumerate(squares[:, chunk]):
+            error[row] += squared.sum()
+            if expert.routed.sensitivity is not None:
+                squared = squared * expert.routed.sensitivity[token]
+            cost[:, row] += texts.sums(squared, token)
+    return error, cost
 
 
 def _originals(
@@ -166,7 +203,7 @@ def _originals(
         output.add(expert, chunk, y)
         if seen is not expert:
             y = expert_output(seen.module, seen.weights.down, inside, outer, seen.weights.down_bias)
-        hidden[chunk], exact[chunk] = inside, y.float() * expert.gate[chunk, None].to(device)
+        hidden[chunk], exact[chunk] = inside, y.float() * sent(expert.gate[chunk, None], device)
     return hidden, exact
 
 
@@ -179,11 +216,11 @@ def _errors(
 ) -> Iterator[Tensor]:
     """Squared errors [t] float64 of the outputs for a chunk of tokens, with each of ROUNDED."""
     device = expert.weights.down.device
-    right = exact[chunk].to(device)
-    gate = expert.gate[chunk, None].to(device)
-    for y in _outputs(expert, candidate, hidden[chunk].to(device), chunk):
+    right = sent(exact[chunk], device)
+    gate = sent(expert.gate[chunk, None], device)
+    for y in _outputs(expert, candidate, sent(hidden[chunk], device), chunk):
         error = right if y is None else y.float() * gate - right
-        yield error.square().sum(1).double().cpu()
+        yield error.square().sum(1).double()
 
 
 def _outputs(

@@ -16,15 +16,17 @@ and sum_t s_t |e_t|^2 is the predicted KL in nats per token. Scores weight error
 weighted by s gain nothing (docs/log.md#gradient-hessians), and keeping g itself predicts no better
 (docs/log.md#gradient-costs).
 
-The forward walk stores the states before every layer on disk. The backward walk
-(original/backward.py) reads them, one layer at a time. A stopped run continues at the first
-unfinished layer of either.
+The forward walk keeps the states before every layer (kept_states.py). The backward walk
+(original/backward.py) takes them up again, one layer at a time. A stopped run continues at the
+first unfinished layer of either. A card is faster than a disk: there the gradient is written once a
+minute, and a stopped run repeats the layers since.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +35,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moepress.costs.kept_states import KeptStates, states_file
 from moepress.draws import drawn_tokens, gumbel_noise
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import Writer
-from moepress.format.journal import check_identity
+from moepress.format.journal import STATES_EVERY, check_identity
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.backward import BackwardWalk, Gradient, as_leaves, outputs_as_leaves
 from moepress.original.batches import position_chunks
@@ -89,23 +92,42 @@ def measure_sensitivity(
     todo = ranks.agreed(lambda: _unfinished(folder, identity, loop, count))
     if not todo:
         return Sensitivity(folder)
-    walk = Walk(source, ids)
+    walk = Walk(source, ids, ahead=True)
     ranks.agreed(lambda: check_space(folder, walk, todo[-1]))
     with Progress("sensitivity", total=count + len(todo)) as progress:
+        states = KeptStates(folder, source.device, count)
+        writer = Writer(source.device, save_unfinished)
+        gradient: Gradient | None = None
         if ranks.agreed(lambda: not _gradient(folder, todo[-1] + 1).is_file()):
-            _forward(walk, folder, progress)
-            gradient = walk.once.on_first(head_gradient(walk, seed).tensors())
-            ranks.agreed(lambda: save_unfinished(_gradient(folder, count), gradient))
+            _forward(walk, states, count, progress)
+            gradient = head_gradient(walk, seed)  # while the last states are being written
+            stored = walk.once.on_first(gradient.tensors())
+            ranks.agreed(lambda: writer.save({_gradient(folder, count): stored}))
         else:
-            progress.skip(count)
-        _backward(walk, folder, todo, progress)
+            _forward(walk, states, todo[-1], progress)
+            progress.skip(count - todo[-1])
+        ranks.agreed(states.finish)
+        if gradient is None or ranks.count > 1:
+            ranks.agreed(writer.finish)
+            read = load_unfinished(_gradient(folder, todo[-1] + 1))
+            own = {name: walk.once.own(value) for name, value in read.items()}
+            gradient = Gradient.of(own, walk.states_like())
+        _backward(walk, gradient, states, writer, folder, todo, progress)
+    if source.device.type == "cuda":
+        torch.cuda.empty_cache()  # of streams that only read experts
     return Sensitivity(folder)
 
 
 def _unfinished(folder: Path, identity: Mapping[str, str], loop: Loop, count: int) -> list[int]:
-    """The layers without a result; what only finished ones needed is deleted."""
+    """The layers to do: those without a result, and all up to the nearest gradient on disk.
+
+    What only finished ones needed is deleted.
+    """
     check_identity(folder / "identity.json", identity)
     todo = loop.whole([n for n in range(count) if not result_file(folder, n).is_file()])
+    if todo:
+        after = range(todo[-1] + 1, count + 1)
+        todo = list(range(next((n for n in after if _gradient(folder, n).is_file()), count)))
     _clear_after(folder, todo[-1] if todo else -1, count)
     return todo
 
@@ -120,10 +142,10 @@ def _clear_after(folder: Path, last: int, count: int) -> None:
         count: number of layers.
     """
     for layer in range(last + 2, count + 1):
-        _states(folder, layer).unlink(missing_ok=True)
+        states_file(folder, layer).unlink(missing_ok=True)
         _gradient(folder, layer).unlink(missing_ok=True)
     if last < 0:
-        for path in (_states(folder, 0), _gradient(folder, 0)):
+        for path in (states_file(folder, 0), _gradient(folder, 0)):
             path.unlink(missing_ok=True)
 
 
@@ -135,7 +157,7 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
     """
     missing = 1  # the gradient before a layer is written while the one after it still exists
     if not _gradient(folder, last + 1).is_file():
-        states = (n for n in range(last + 2) if not _states(folder, n).is_file())
+        states = (n for n in range(last + 2) if not states_file(folder, n).is_file())
         missing += 1 + sum(walk.loop.runs(layer) for layer in states)
     need = missing * walk.tokens * math.prod(walk.states.shape[2:]) * walk.states.itemsize
     free = shutil.disk_usage(folder).free
@@ -147,30 +169,31 @@ def check_space(folder: Path, walk: Walk, last: int) -> None:
         )
 
 
-def _forward(walk: Walk, folder: Path, progress: Progress) -> None:
-    """Write the states before every layer; leave the walk after the last one."""
+def _forward(walk: Walk, states: KeptStates, stop: int, progress: Progress) -> None:
+    """Keep the states before every layer up to `stop`.
+
+    If `stop` is the number of layers, these are the states after the last one, and the walk is left
+    there.
+    """
     source = walk.source
-    writer = Writer(source.device, save_unfinished)
     at = 0  # the layer whose input the walk's states are
-    layers = range(len(source.layers))
-    done = walk.ranks.agreed(lambda: [_states(folder, layer + 1).is_file() for layer in layers])
-    for layer in layers:
+    done = walk.ranks.agreed(lambda: [states.on_disk(layer) for layer in range(stop + 1)])
+    if not done[0]:
+        states.keep(0, walk.tensors())
+    for layer in range(stop):
         progress.update(layer=layer, note="forward")
-        if done[layer]:
+        if done[layer + 1]:
             progress.skip(1)
             continue
-        if layer == 0:
-            writer.save({_states(folder, 0): walk.tensors()})
-        elif at != layer:
-            walk.restore(load_unfinished(_states(folder, layer)))
+        if at != layer:
+            walk.restore(states.tensors(layer))
         with source.layer_loaded(layer):
             walk.pass_layer(layer)
         at = layer + 1
-        writer.save({_states(folder, at): walk.tensors()})
+        states.keep(at, walk.tensors())
         progress.advance()
-    walk.ranks.agreed(writer.finish)
-    if at != len(source.layers):
-        walk.restore(load_unfinished(_states(folder, len(source.layers))))
+    if stop == len(source.layers) and at != stop:
+        walk.restore(states.tensors(stop))
 
 
 def head_gradient(walk: Walk, seed: int) -> Gradient:
@@ -205,37 +228,62 @@ def head_gradient(walk: Walk, seed: int) -> Gradient:
     return gradient
 
 
-def _backward(walk: Walk, folder: Path, todo: list[int], progress: Progress) -> None:
-    """Bring the gradient back through the layers of `todo`, and store their sensitivities."""
+def _backward(
+    walk: Walk,
+    gradient: Gradient,
+    states: KeptStates,
+    writer: Writer,
+    folder: Path,
+    todo: list[int],
+    progress: Progress,
+) -> None:
+    """Bring the gradient back through the layers of `todo`, and store their sensitivities.
+
+    Args:
+        gradient: at what comes out of the last of these layers.
+        states: that the forward walk has kept.
+        writer: of gradients and results.
+    """
     source = walk.source
-    first = todo[-1]  # layers are finished from the last one down
-    stored = load_unfinished(_gradient(folder, first + 1))
-    own = {name: walk.once.own(value) for name, value in stored.items()}
-    gradient = Gradient.of(own, walk.states_like())
     walk_back = BackwardWalk(walk, gradient)
-    writer = Writer(source.device, save_unfinished)
+    every = STATES_EVERY if source.device.type == "cuda" else 0.0
+    due = time.monotonic() + every  # when the next gradient is written
+    needed: list[int] = []  # layers that a stopped run would repeat
     for layers in reversed(walk.loop.groups(todo)):
         found: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
         for number in passes_back(gradient, walk.loop.runs(layers[0])):
             for layer in reversed(layers):
                 progress.update(layer=layer, note="backward")
-                walk.restore(load_unfinished(_states(folder, layer)))
+                walk.restore(states.tensors(layer))
+                if len(layers) == 1:
+                    states.expect(layer - 1)
                 one = walk_back.on(walk.of_pass(number))
                 with source.layer_loaded(layer, following=layer - 1):
                     found[layer].append(_of_layer(one, layer))
         files: dict[Path, dict[str, Tensor]] = {}
-        if layers[0] > 0:
-            files[_gradient(folder, layers[0])] = walk.once.on_first(gradient.tensors())
+        for layer in layers:
+            states.let_go(layer)
+        needed += layers
+        forget: list[int] = []
+        if walk.ranks.agreed(partial(_has_come, due)) or layers[0] == 0:
+            due = time.monotonic() + every
+            needed, forget = [], needed
+            if layers[0] > 0:
+                files[_gradient(folder, layers[0])] = walk.once.on_first(gradient.tensors())
         for layer, passes in found.items():
             result = _of_all_passes(walk, passes)
             if layer == 0:
                 norms = embedding_norms(walk_back)
                 result[EMBEDDING] = norms / (2 * walk.tokens * source.hidden)
             files[result_file(folder, layer)] = walk.division.on_first(result)
-        writer.save(files, partial(_forget, folder, layers))
+        writer.save(files, partial(_forget, folder, states, forget))
         for _ in layers:
             progress.advance()
-    walk.ranks.agreed(lambda: _finish(writer, folder))
+    walk.ranks.agreed(lambda: _finish(writer, states))
+
+
+def _has_come(due: float) -> bool:
+    return time.monotonic() >= due
 
 
 def _of_all_passes(walk: Walk, passes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -264,10 +312,10 @@ def _of_all_tokens(walk: Walk, norms: Mapping[str, Tensor]) -> Mapping[str, Tens
     return {name: norm for name, norm in norms.items() if name in everywhere}
 
 
-def _finish(writer: Writer, folder: Path) -> None:
+def _finish(writer: Writer, states: KeptStates) -> None:
     """Wait for the last result, and delete what only it needed."""
     writer.finish()
-    _states(folder, 0).unlink(missing_ok=True)
+    states.forget(0)
 
 
 def _of_layer(walk_back: BackwardWalk, layer: int) -> dict[str, Tensor]:
@@ -284,11 +332,11 @@ def _of_layer(walk_back: BackwardWalk, layer: int) -> dict[str, Tensor]:
     return found
 
 
-def _forget(folder: Path, layers: list[int]) -> None:
+def _forget(folder: Path, states: KeptStates, layers: list[int]) -> None:
     """Delete the states and the gradients after layers."""
     for layer in layers:
         _gradient(folder, layer + 1).unlink(missing_ok=True)
-        _states(folder, layer + 1).unlink(missing_ok=True)
+        states.forget(layer + 1)
 
 
 def embedding_norms(walk_back: BackwardWalk) -> Tensor:
@@ -319,10 +367,6 @@ def embedding_norms(walk_back: BackwardWalk) -> Tensor:
             (found,) = torch.autograd.grad(outputs, leaves, at_outputs)
             norms.append(found.float().square().sum(-1).flatten().cpu())
     return torch.cat([torch.empty(0), *norms])
-
-
-def _states(folder: Path, layer: int) -> Path:
-    return folder / f"states-{layer:04d}.safetensors"
 
 
 def _gradient(folder: Path, layer: int) -> Path:

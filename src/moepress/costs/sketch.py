@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moepress.blocks.form import is_normed
 from moepress.original.experts import RoutedExpert
+from moepress.sending import sent
 
 ROWS = 1024  # m; a power of 4, so that 1 / sqrt(m) is exact
 
@@ -46,7 +47,8 @@ def sketched(expert: RoutedExpert, seed: int) -> RoutedExpert:
     rows, hidden = sketch_rows(expert), len(down)
     if rows == hidden:
         return expert
-    mixing = _signs(rows, hidden, seed, expert.layer).to(down) * rows**-0.5
+    signs = sent(_signs(rows, hidden, seed, expert.layer), down.device)
+    mixing = signs.to(down.dtype) * rows**-0.5
     sums = None if bias is None else mixing @ bias
     weights = expert.weights._replace(down=mixing @ down, down_bias=sums)
     return replace(expert, weights=weights)

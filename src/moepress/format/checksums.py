@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -142,14 +141,14 @@ def verify(folder: Path, files: Iterable[Path]) -> int:
 
 def _digests(files: Iterable[Path]) -> dict[str, tuple[Entry, str]]:
     """Every tensor of some files, and the SHA-256 of its bytes, by name."""
-    found: dict[str, tuple[Entry, str]] = {}
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        for path in files:
-            tensors = read_header(path).tensors
-            digests = pool.map(partial(_digest, path), tensors.values())
-            pairs = zip(tensors.values(), digests, strict=True)
-            found |= dict(zip(tensors, pairs, strict=True))
-    return found
+    tensors = [(path, read_header(path).tensors) for path in files]
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run, and one file has few
+        begun = {
+            name: (entry, pool.submit(_digest, path, entry))
+            for path, of_file in tensors
+            for name, entry in of_file.items()
+        }
+        return {name: (entry, digest.result()) for name, (entry, digest) in begun.items()}
 
 
 def _digest(path: Path, entry: Entry) -> str:

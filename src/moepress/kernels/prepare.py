@@ -5,16 +5,24 @@ Without this they would be compiled one after another, when the model first runs
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import nn
 
 from moepress.kernels.backends import backend_for
 from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for
 from moepress.kernels.cuda.products import FEW, MANY
+from moepress.kernels.cuda.search import available
 from moepress.kernels.cuda.small import KERNELS
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 
 PLANES = {8: 1, 16: 2}  # activation bits to bytes of a code
+# Of each program one kernel, that rounding or drawing errors launches.
+ROUNDING = (
+    "moepress_rotation", "moepress_drawn_errors", "moepress_viterbi_search", "moepress_values",
+)  # fmt: skip
+_pool = ThreadPoolExecutor(1, "moepress-compile")
 
 
 def prepare(model: nn.Module) -> None:
@@ -36,6 +44,15 @@ def prepare(model: nn.Module) -> None:
             kernels |= set(KERNELS)
         if kernels and device.type in LAUNCHERS and backend_for(device).name == "cuda":
             launcher_for(device).prepare(kernels)
+
+
+def prepare_rounding(device: torch.device) -> None:
+    """Begin to compile the kernels with which weights are rounded, if they run on the device.
+
+    What fails is told when a kernel is launched.
+    """
+    if available(device):
+        _pool.submit(launcher_for(device).prepare, ROUNDING)
 
 
 def kernels_of(module: nn.Module) -> set[str]:

@@ -43,6 +43,7 @@ from moepress.original.carried import Carried
 from moepress.original.experts import Routed, expert_gradients
 from moepress.original.resident import ExpertsForward
 from moepress.original.walk import Walk
+from moepress.sending import rows_sent
 
 GRADIENT = "gradient"  # name of the gradient at the states, in files
 EMBEDDED = "embedded"  # first part of the names of arguments that depend on the embedding
@@ -152,10 +153,10 @@ class BackwardWalk:
         if layer not in self.walk.source.experts:
             return None, self._to_input(layer, None, None, linears)
         if (resident := self.walk.resident(layer)) is not None:
-            of_batches = [torch.empty(0)]
+            of_batches: list[Tensor] = []
             give = resident.differentiable(of_batches)
             found = self._to_input(layer, None, None, linears, give)
-            return torch.cat(of_batches), found
+            return on_host(of_batches), found
         routed = self.walk.route(layer)
         output = self.walk.experts_output(layer, routed)
         at_output = self._at_experts_output(layer, output)
@@ -197,7 +198,7 @@ class BackwardWalk:
                 token, place = expert.tokens[chunk], expert.places[chunk]
                 with differentiating(layer):
                     found, along = expert_gradients(
-                        expert, chunk, at_output[token].to(device).float()
+                        expert, chunk, rows_sent(at_output, token, device).float()
                     )
                 at_hidden.add(expert, chunk, found)
                 at_weight[token, place] = along.cpu()
@@ -236,7 +237,7 @@ class BackwardWalk:
                 self.gradient.states[run.batch] = found
                 before.add_carried(run.batch, run.carried, at_carried)
         self.gradient.carried = before.carried
-        return {name: torch.cat(found) for name, found in norms.items() if found}
+        return {name: on_host(found) for name, found in norms.items() if found}
 
     def _runs(
         self,
@@ -288,6 +289,11 @@ class BackwardWalk:
                     at_outs.append(at_value[batch].to(after[name]))
             y, h, w = seen or (None, None, None)
             yield _Run(batch, tokens, x, outs, at_outs, y, h, w, carried | given)
+
+
+def on_host(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [t] in a row, on the CPU. A card is waited for once, not at each of them."""
+    return torch.cat([torch.empty(0), *(part.cpu() for part in parts)])
 
 
 def _gradients(
@@ -379,7 +385,7 @@ def output_norms(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Te
     """Inside the `with` statement, collect squared norms of the gradients at linears' outputs.
 
     Returns:
-        By name, one tensor [tokens of the call] float32 for each call of the linear.
+        By name, one tensor [tokens of the call] float32 for each call of the linear, on its device.
     """
     norms: dict[str, list[Tensor]] = {name: [] for name in linears}
 
@@ -390,7 +396,7 @@ def output_norms(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Te
             norms[name].append(torch.zeros(rows))
 
             def keep(gradient: Tensor) -> None:
-                norms[name][call] = gradient.float().square().sum(-1).flatten().cpu()
+                norms[name][call] = gradient.float().square().sum(-1).flatten()
 
             if out.requires_grad:
                 out.register_hook(keep)  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from moepress.blocks.form import apply_gate, finish
 from moepress.blocks.layout import widened
+from moepress.sending import rows_sent, sent
 
 
 class ExpertWeights(NamedTuple):
@@ -150,7 +151,7 @@ class RoutedExpert:
     def inputs(self, chunk: slice) -> Tensor:
         """[t, H] inputs of the expert for a chunk of `tokens`, on the device of the weights."""
         tokens = self.tokens[chunk]
-        x = self.routed.hidden[tokens].to(self.weights.down.device)
+        x = rows_sent(self.routed.hidden, tokens, self.weights.down.device)
         scale = self.routed.input_scale(self.number, tokens)
         return x if scale is None else x * scale.to(x)
 
@@ -159,7 +160,7 @@ class RoutedExpert:
         if self.routed.neuron is None:
             return None
         chosen = self.routed.neuron[self.tokens[chunk], self.places[chunk]]
-        return chosen.to(self.weights.down.device)
+        return sent(chosen, self.weights.down.device)
 
     @property
     def inner(self) -> int:
@@ -240,7 +241,7 @@ def expert_gradients(
     with torch.enable_grad():
         x = expert.inputs(chunk).requires_grad_()
         y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
-    gate = expert.gate[chunk, None].to(at_output.device)
+    gate = sent(expert.gate[chunk, None], at_output.device)
     (found,) = torch.autograd.grad(y, x, (at_output * gate).to(y))
     scale = expert.routed.input_scale(expert.number, token)
     if scale is None:

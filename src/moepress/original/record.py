@@ -26,15 +26,15 @@ class Record:
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor) -> None:
         self.hidden[self.done : self.done + len(x)] = x
         self.done += len(x)
-        self._index.append(index.to("cpu"))
-        self._weight.append(weight.to("cpu", torch.float32))
+        self._index.append(index)
+        self._weight.append(weight)
 
     def routed(self, form: Form, division: Division) -> Routed:
         """What was recorded, with what other ranks have recorded."""
         division.spread(self.hidden)
         index, weight = (
-            division.everywhere(torch.cat(own) if own else None)
-            for own in (self._index, self._weight)
+            division.everywhere(torch.cat(own).to("cpu", dtype=dtype) if own else None)
+            for own, dtype in ((self._index, None), (self._weight, torch.float32))
         )
         experts, neuron = form.split(index)
         return Routed(self.hidden, experts, weight, scales_input=form.scales_input, neuron=neuron)

@@ -9,6 +9,7 @@ the dtype of the weights, and summed in float32 in the order of the experts' num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ from moepress.original.source import Source
 SHARE = (
     0.4  # of a card's free memory, that the experts of a layer may take; the rest is for a batch
 )
+
+# The same, while the experts of another layer run.
+SHARE_AHEAD = 0.2
 
 # What stands in place of the experts module: (inputs [t, H], index [t, k], weights [t, k]) to
 # outputs [t, H].
@@ -106,7 +110,7 @@ class ResidentExperts:
         """`output`, which autograd can differentiate.
 
         Args:
-            norms: gets the squared norms [t] float32 of the gradient at each output, on the CPU.
+            norms: gets the squared norms [t] float32 of the gradient at each output.
         """
 
         def forward(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, at_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, index = ctx.saved_tensors
-        ctx.norms.append(at_output.float().square().sum(1).cpu())
+        ctx.norms.append(at_output.float().square().sum(1))
         at_hidden, at_weight = ctx.experts.gradients(hidden, index, weight, at_output)
         return at_hidden.to(hidden.dtype), at_weight.to(weight.dtype), None, None, None
 
@@ -161,10 +165,41 @@ def resident_experts(source: Source, layer: int, module: Any) -> ResidentExperts
     return ResidentExperts(layer, module, experts.form, list(read))
 
 
-def have_room(source: Source, layer: int) -> bool:
-    """Whether all experts of a layer have room in the memory of the card, if there is one."""
+class ComingExperts:
+    """Reads the experts of the layer that a walk comes to next, while a layer runs."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "moepress-next-experts")
+        self._begun: dict[int, Future[list[ExpertWeights]]] = {}
+
+    def begin(self, source: Source, layer: int | None) -> None:
+        """Begin to read a layer's experts to the card, if it has much room for them."""
+        if layer is None or layer not in source.experts:
+            return
+        if not have_room(source, layer, SHARE_AHEAD):
+            return
+        numbers = range(source.experts[layer].experts)
+        read = source.experts_to_card
+        self._begun[layer] = self._pool.submit(lambda: list(read(layer, numbers)))
+
+    def take(self, source: Source, layer: int, module: Any) -> ResidentExperts | None:
+        """What `resident_experts` returns, perhaps read already."""
+        begun = self._begun.pop(layer, None)
+        if begun is None:
+            return resident_experts(source, layer, module)
+        read = begun.result()
+        source.upcoming.experts(layer, ())  # begins with the files of the next layer
+        return ResidentExperts(layer, module, source.experts[layer].form, read)
+
+
+def have_room(source: Source, layer: int, share: float = SHARE) -> bool:
+    """Whether all experts of a layer have room in the memory of the card, if there is one.
+
+    Args:
+        share: of the free memory, that they may take.
+    """
     on_card = source.device.type == "cuda"
-    return on_card and experts_bytes(source, layer) <= SHARE * free_memory(source.device)
+    return on_card and experts_bytes(source, layer) <= share * free_memory(source.device)
 
 
 def experts_bytes(source: Source, layer: int) -> int:

@@ -292,7 +292,11 @@ class Source:
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
-        yield from self._readers.in_turn(partial(self.expert, layer), numbers)
+        yield from self.experts_to_card(layer, numbers)
+
+    def experts_to_card(self, layer: int, numbers: Sequence[int]) -> Iterator[ExpertWeights]:
+        """`experts_in_turn` for a card, of files that are being read already."""
+        return self._readers.in_turn(partial(self.expert, layer), numbers)
 
     @cached_property
     def _readers(self) -> CardReaders:

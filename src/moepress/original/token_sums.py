@@ -16,6 +16,7 @@ from torch import Tensor
 from moepress.original.batches import chunks, empty
 from moepress.original.division import Division
 from moepress.original.experts import Routed, RoutedExpert, expert_forward
+from moepress.sending import sent
 
 
 class TokenSums:
@@ -128,5 +129,5 @@ class TokenSums:
         """Add rows [t, H] to the sums of `tokens` [t], which are at `shift` + token."""
         rows = rows.float().to(self._sums.device)
         if self._weighted:
-            rows = rows * self._routed.weight[tokens, places, None].to(rows)
-        self._sums.index_add_(0, (tokens + shift).to(rows.device), rows)
+            rows = rows * sent(self._routed.weight[tokens, places, None], rows.device)
+        self._sums.index_add_(0, sent(tokens + shift, rows.device), rows)

@@ -47,6 +47,11 @@ class Upcoming:
         following = [] if self._next is None else self._layer(self._next)
         self._begin([*self._experts(layer, numbers), *following], self._text(layer))
 
+    @property
+    def following(self) -> int | None:
+        """The layer that is needed after the one at work; None: not known."""
+        return self._next
+
     def wait_for(self, key: Key) -> None:
         """Return when a tensor of the files is read, if it is among those that were begun.
 

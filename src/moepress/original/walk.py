@@ -53,12 +53,13 @@ from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.loops import loop_of
 from moepress.original.passes import enter_loop, leave_loop
 from moepress.original.record import Record
-from moepress.original.resident import ExpertsForward, ResidentExperts, resident_experts
+from moepress.original.resident import ComingExperts, ExpertsForward, ResidentExperts
 from moepress.original.sequences import Sequences
 from moepress.original.source import Source
 from moepress.original.token_sums import TokenSums
 from moepress.progress import Progress
 from moepress.ranks import here
+from moepress.sending import sent
 
 STATES = "states"  # name of the states of a walk in files
 
@@ -70,13 +71,18 @@ class Walk(Sequences):
         source: the model.
         ids: [S of all ranks, L] int64 token ids.
         share: of a card's free memory, that the states may take; else they are on the host.
+        ahead: read the experts of the next layer while those of a layer run, where a card has room.
     """
 
-    def __init__(self, source: Source, ids: Tensor, share: float = SHARE_IN_ORDER) -> None:
+    def __init__(
+        self, source: Source, ids: Tensor, share: float = SHARE_IN_ORDER, ahead: bool = False
+    ) -> None:
         self.source = source
         self._share = share
         loop = loop_of(source.text_config, len(source.layers))
         super().__init__(ids, here(source.device), loop, batch_tokens(source.device))
+        self._ahead = ahead and loop.passes == 1
+        self._coming = ComingExperts()
         self._calls: list[list[Call]] = []  # [batch][call]
         # [passes * S, L, H] input of the next layer; of several residual streams [.., L, ...]
         self.states = self._begin()
@@ -222,23 +228,26 @@ class Walk(Sequences):
 
     def _advance(self, layer: int, give: ExpertsForward | None) -> float:
         """`advance`, with what stands in place of the experts; None: the layer has none."""
-        energies = []
+        energies, finite = [], []
         experts = self.experts_module(layer) if give is not None else None
+        aside = self.states.is_cuda or self.states.is_pinned()  # copies need not be waited for
         after = Gathered(self.carried, len(self.states), self.source.device)
         with replaced_forward(experts, give):
             for number, batch in enumerate(self.batches):
                 given = self.carried_of(batch)
                 out, handed_on = self.run(layer, number, self.states_of(batch), given)
                 after.add(batch, given, handed_on)
-                if not torch.isfinite(out).all():
-                    raise NumericalError(
-                        f"Layer {layer} gives NaN or infinite states on the calibration text. "
-                        "Expected finite numbers: a float16 model may overflow; try a bfloat16 one."
-                    )
-                energies.append(out.float().square().sum().item())
-                self.states[batch] = out
+                finite.append(torch.isfinite(out).all())
+                energies.append(out.float().square().sum())
+                self.states[batch].copy_(out, non_blocking=aside)
         self.carried = after.values
-        energy = self.division.total(energies) / len(self.passes)
+        if not all(finite):  # a card is waited for here, once
+            raise NumericalError(
+                f"Layer {layer} gives NaN or infinite states on the calibration text. Expected "
+                "finite numbers: a float16 model may overflow; try a bfloat16 one."
+            )
+        sums = [energy.item() for energy in energies]
+        energy = self.division.total(sums) / len(self.passes)
         if self.loop.passes > 1 and layer + 1 == self.loop.start:
             enter_loop(self)
         elif self.loop.passes > 1 and layer + 1 == self.loop.stop:
@@ -311,11 +320,20 @@ class Walk(Sequences):
         self.advance(layer, self.experts_output(layer, routed))
         return routed
 
+    def expect(self, layer: int) -> None:
+        """Begin to read the experts of the layer at work to the card, for `pass_layer` to take."""
+        if self.ranks.count == 1 and layer in self.source.experts:
+            self.source.upcoming.experts(layer, range(self.source.experts[layer].experts))
+            self._coming.begin(self.source, layer)
+
     def resident(self, layer: int) -> ResidentExperts | None:
         """The routed experts of a layer, read to the card; None: one of them at a time is read."""
         if self.ranks.count > 1:
             return None
-        return resident_experts(self.source, layer, self.experts_module(layer))
+        found = self._coming.take(self.source, layer, self.experts_module(layer))
+        if self._ahead and found is not None:
+            self._coming.begin(self.source, self.source.upcoming.following)
+        return found
 
     @torch.inference_mode()
     def _pass_with(self, layer: int, resident: ResidentExperts) -> Routed:
@@ -380,11 +398,11 @@ class Walk(Sequences):
             return lambda _: known.get(number)
 
         with replaced_forwards(self.source.layers, give):
-            given = {"input_ids": self.ids[batch].to(self.source.device)}
+            given = {"input_ids": sent(self.ids[batch], self.source.device)}
             if BEFORE_LAYERS in known:  # the model uses them again after the last layer
                 given = {"inputs_embeds": known[BEFORE_LAYERS]}
             if positions is not None:
-                given["logits_to_keep"] = positions.to(self.source.device)
+                given["logits_to_keep"] = sent(positions, self.source.device)
             logits: Tensor = self.source.language_model(**given, use_cache=False).logits
         return logits
 
@@ -415,11 +433,11 @@ class Walk(Sequences):
 
     def states_of(self, batch: slice) -> Tensor:
         """The states of a batch, on the device."""
-        return self.states[batch].to(self.source.device)
+        return sent(self.states[batch], self.source.device)
 
     def carried_of(self, batch: slice) -> Carried:
         """The carried values of a batch, on the device."""
-        return {name: v[batch].to(self.source.device) for name, v in self.carried.items()}
+        return {name: sent(v[batch], self.source.device) for name, v in self.carried.items()}
 
     def experts_module(self, layer: int) -> nn.Module:
         """The skeleton's experts module of a layer."""

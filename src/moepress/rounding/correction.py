@@ -42,6 +42,7 @@ from torch import Tensor
 
 from moepress.rounding.factor import DenseFactor, Factor, column_slices
 from moepress.rounding.hessian import TOKENS_PER_CHUNK, Hessian, tensor_cores
+from moepress.sending import sent
 
 
 def sums_moved(rows: int, cols: int) -> bool:
@@ -87,7 +88,7 @@ class Correction:
             chunk = slice(start, start + TOKENS_PER_CHUNK)
             now = x[chunk].detach().to(self._sum)
             difference = original[chunk].detach().to(self._sum) - now
-            difference *= weight[chunk].to(difference)[:, None]
+            difference *= sent(weight[chunk], difference.device).float()[:, None]
             with tensor_cores(now.device):
                 difference = difference.to(dtype)
                 if self._weight is not None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moepress.blocks.layout import widened
@@ -24,6 +25,7 @@ from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import slices
 from moepress.rounding.tokens import hessian_tokens
+from moepress.sending import rows_sent, sent
 
 # From the expert's inputs [T, H] to the inputs [T, K] of one of its matrices.
 ToMatrixInputs = Callable[[Tensor], Tensor]
@@ -80,19 +82,27 @@ def experts_at_once(
     gate_up, down = (rows * cols for rows, cols in (experts.gate_up_shape, experts.down_shape))
     hidden, inner = experts.gate_up_shape[1], experts.down_shape[1]
     size = source.compute_dtype.itemsize * (gate_up + down)
-    # Original weights, the branches of gate and up, and the rounded weights. Beside these, of the
-    # matrix at work two copies in float32, and at each width two more and one of bytes; for its
-    # inputs a Hessian's factor, the feedback made of it, and a correction.
+    # Original weights, the branches of gate and up, and the rounded weights.
     of_each = size + widths * gate_up + (0 if kept else widths * size)
-    of_gate_up = (8 + 8 * widths) * gate_up + 12 * hidden * hidden
-    of_down = (8 + 9 * widths) * down + 12 * inner * inner
-    passing = 12 * gate_up + 8 * inner * inner  # what is used for one matrix after the other
-    free = free_memory(source.device) - passing - (experts.experts * size if kept else 0)
+    # Beside these, of a matrix at work its corrected weights, and at each width two copies in
+    # float32 and one of bytes; of its inputs a Hessian's factor, the feedback made of it, and a
+    # correction, [K, K] or [N, K].
+    of_gate_up = (4 + 8 * widths) * gate_up + 12 * hidden * hidden
+    of_down = (8 + 9 * widths) * down + 8 * inner * inner
+    gathered = 8 * down + 4 * inner * inner  # of a matrix whose search has not begun
+    # What is used for one matrix after the other: while inputs are gathered, a Hessian, a copy and
+    # chunks of inputs; later, weights or a factor before they have their final place.
+    gathering = 12 * gate_up + 8 * inner * inner
+    searching = 12 * gate_up
+    searching_down = max(8 * inner * inner, 12 * down)
+    free = (free_memory(source.device) - (experts.experts * size if kept else 0)) / 1.1
 
     def downs(together: int) -> int:
-        return int((free / 1.1 - together * of_each) / of_down)
+        rest = free - together * of_each
+        return int(min((rest - searching_down) / of_down, (rest - gathering) / gathered))
 
-    together = max(1, int(free / (1.1 * (of_each + of_gate_up))))
+    most = min(free - gathering, free - searching) / (of_each + of_gate_up)
+    together = max(1, int(most))
     while together > 1 and downs(together) < 1:
         together -= 1
     together = _equal(experts.experts, together)
@@ -183,12 +193,18 @@ def gate_up_inputs(expert: RoutedExpert, rounding: Rounding) -> Inputs:
     return _gathered(expert.weights.gate_up, expert, rounding, _unchanged, _unchanged)
 
 
-def down_inputs(expert: RoutedExpert, gate_up: Tensor, rounding: Rounding) -> Inputs:
-    """Statistics of the inputs of `down`, which weights `gate_up` [R, H] make."""
+def down_inputs(
+    expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, known: Tensor | None = None
+) -> Inputs:
+    """Statistics of the inputs of `down`, which weights `gate_up` [R, H] make.
+
+    Args:
+        known: [T_e, I] these inputs for the expert's own tokens; None: not known.
+    """
     bias = expert.weights.gate_up_bias
     now = partial(expert_hidden, expert.module, gate_up, bias=bias)
     original = partial(expert_hidden, expert.module, expert.weights.gate_up, bias=bias)
-    return _gathered(expert.weights.down, expert, rounding, now, original)
+    return _gathered(expert.weights.down, expert, rounding, now, original, known)
 
 
 def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:
@@ -204,29 +220,34 @@ def _gathered(
     rounding: Rounding,
     now: ToMatrixInputs,
     original: ToMatrixInputs,
+    known: Tensor | None = None,
 ) -> Inputs:
     """Statistics of a matrix's inputs on the tokens of the expert's Hessian.
 
     Args:
         now: gives the matrix's inputs from the expert's inputs once earlier layers are rounded.
         original: gives the matrix's inputs from the expert's inputs in the original model.
+        known: [T_e, K] what `now` gives for the expert's own tokens; None: not known.
     """
     routed = expert.routed
     tokens, weights = hessian_tokens(routed, expert.layer, expert.number, rounding.tokens)
+    if not torch.equal(tokens, expert.tokens):  # others too, or each once for several neurons
+        known = None
     device = weight.device
     corrects = routed.original is not None
     inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight, len(tokens))
 
     def of_matrix(to_inputs: ToMatrixInputs, states: Tensor, some: Tensor) -> Tensor:
-        x, scale = states[some].to(device), routed.input_scale(expert.number, some)
+        x = rows_sent(states, some, device)
+        scale = routed.input_scale(expert.number, some)
         x = x if scale is None else x * scale.to(x)
         return widened(to_inputs(x), weight.shape[1])
 
     for chunk in chunks(tokens):
         some = tokens[chunk]
-        x = of_matrix(now, routed.hidden, some)
+        x = of_matrix(now, routed.hidden, some) if known is None else sent(known[chunk], device)
         before = None if routed.original is None else of_matrix(original, routed.original, some)
-        inputs.add(x, before, weights[chunk].to(device))
+        inputs.add(x, before, weights[chunk])
     return inputs
 
 

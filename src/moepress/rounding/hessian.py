@@ -30,6 +30,7 @@ from torch import Tensor
 
 from moepress.errors import NumericalError
 from moepress.rounding.factor import DenseFactor, column_slices
+from moepress.sending import sent
 
 TOKENS_PER_CHUNK = 4096  # bounds the float32 copy of the inputs
 DAMPING_RETRIES = 4  # each with ten times the damping of the one before
@@ -102,7 +103,7 @@ class Hessian:
         for start in range(0, len(x), TOKENS_PER_CHUNK):
             chunk = x[start : start + TOKENS_PER_CHUNK].detach().to(upper.device, torch.float32)
             if weight is not None:
-                root = weight[start : start + TOKENS_PER_CHUNK].to(chunk).sqrt()
+                root = sent(weight[start : start + TOKENS_PER_CHUNK], chunk.device).float().sqrt()
                 chunk = chunk * root[:, None]
             with tensor_cores(upper.device):
                 for own in column_slices(self.features) if slices is None else slices:

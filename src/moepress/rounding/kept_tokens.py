@@ -25,6 +25,7 @@ from moepress.rounding.hessian import (
     tensor_cores,
 )
 from moepress.rounding.token_factor import factor_of_tokens, few
+from moepress.sending import sent
 
 
 def keeps(tokens: int, columns: int) -> bool:
@@ -67,7 +68,8 @@ class KeptTokens:
             raise RuntimeError(f"Got {here.stop} tokens, expected at most {len(self._x)}.")
         self._added = here.stop
         self._weights.add(len(x), weight)
-        root = (self._x.new_ones(len(x)) if weight is None else weight.to(self._x)).sqrt()[:, None]
+        weight = torch.ones(len(x)) if weight is None else weight
+        root = sent(weight, self._x.device).float().sqrt()[:, None]
         torch.mul(x.detach().float(), root, out=self._x[here])
         if self._difference is not None and original is not None:
             difference = torch.sub(original.detach().float(), x.detach().float())

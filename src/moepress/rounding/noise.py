@@ -38,6 +38,7 @@ from moepress.rounding.methods.trellis import START, rotated_rows
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate_back
 from moepress.rounding.sweep import COLUMNS_IN_16_BITS, Feedback, Visit, in_16_bits, sweep
+from moepress.sending import sent
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
 DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
@@ -154,7 +155,7 @@ def _drawn_for_widths(
         return
     buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
     residual = torch.empty_like(buffer)
-    given = target, buffer, residual, torch.tensor(errors, device=target.device), noise
+    given = target, buffer, residual, sent(torch.tensor(errors), target.device), noise
     by_kernels = drawn.takes(target) and available(target.device)
     visit = (drawn.drawing if by_kernels else _drawing)(*given)
     with tensor_cores(target.device):

@@ -138,7 +138,7 @@ def test_a_whole_compression(
         text_file, "default", bits=2.0, expert_bits=(2,), linear_bits=(8,), sensitivity="none"
     )
     emulated = compress(model_folder(), tmp_path / "emulated", recipe)
-    assert set(LAUNCHES) == {"moepress_viterbi_search", "moepress_rotation"}
+    assert set(LAUNCHES) == {"moepress_viterbi_search", "moepress_rotation", "moepress_values"}
     monkeypatch.delitem(LAUNCHERS, "cpu")
     available.cache_clear()
     usual = compress(model_folder(), tmp_path / "usual", recipe)

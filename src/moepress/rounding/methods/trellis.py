@@ -29,6 +29,7 @@ from torch import Tensor
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import ROWS_PER_SLAB, Codec
 from moepress.kernels import cpu, trellis
+from moepress.kernels.cuda import values
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, code_matrix, deviation
 from moepress.memory import free_memory
@@ -105,10 +106,11 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     step = 1
     device = matrices[0].weight.device
     if available(device):
-        # Beside the arguments: three copies in float32, two of bytes, and V of each factor.
+        # Beside the arguments: two copies in float32, two of bytes, and V of each factor; and of
+        # one matrix at a time three more copies, and of one factor another V.
         count, columns = matrices[0].weight.numel(), matrices[0].weight.shape[1]
-        weights, factors = (len({id(one[part]) for one in matrices}) for part in (0, 2))
-        shared = 12 * count + 4 * weights * count + 4 * factors * columns**2
+        factors = len({id(one.factor) for one in matrices})
+        shared = 12 * count + 4 * (factors + 1) * columns**2
         room = free_memory(device) - 1.1 * shared
         step = min(max(1, int(room // (10 * count))), len(matrices))
         step = -(-len(matrices) // -(-len(matrices) // step))  # groups of equal size
@@ -120,23 +122,32 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
 
 
 def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
-    rotated: dict[int, Tensor] = {}  # by weight
-    for weight, *_ in matrices:
-        if id(weight) not in rotated:
-            rotated[id(weight)] = rotated_rows(weight)
-    rows = [rotated[id(weight)] for weight, *_ in matrices]
-    scales = [
-        first_scale(some, one.codec, one.factor is not None)
-        for some, one in zip(rows, matrices, strict=True)
-    ]
-    branches, residual = _searched(rows, scales, matrices)
+    rows = _Rotated()
+    branches, residual, scales = _searched(rows, matrices)
     results = []
-    for number, (_, codec, factor) in enumerate(matrices):
+    for number, (weight, codec, factor) in enumerate(matrices):
         found = branches[number].T.contiguous()
-        left = residual[number, :, : len(rows[number])]
-        scale = best_scale(rows[number], scales[number], left.contiguous(), factor)
+        left = residual[number, :, : len(weight)].contiguous()
+        scale = best_scale(rows.again(weight), scales[number], left, factor)
         results.append(TrellisMatrix(found, scale.bfloat16(), codec))
     return results
+
+
+class _Rotated:
+    """Rotated weights, `rotated_rows`. A card rotates them again rather than keep them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}  # by weight
+
+    def of(self, weight: Tensor) -> Tensor:
+        if weight.is_cuda:
+            return rotated_rows(weight)
+        if id(weight) not in self._kept:
+            self._kept[id(weight)] = rotated_rows(weight)
+        return self._kept[id(weight)]
+
+    def again(self, weight: Tensor) -> Tensor:
+        return rotate(weight.float()) if weight.is_cuda else self._kept[id(weight)]
 
 
 def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
@@ -151,22 +162,21 @@ def first_scale(rows: Tensor, codec: Codec, with_feedback: bool) -> Tensor:
     return rows.square().mean(1).sqrt() * (start / deviation(codec.bits))
 
 
-def _searched(
-    rows: Sequence[Tensor], scales: Sequence[Tensor], matrices: Sequence[Unrounded]
-) -> tuple[Tensor, Tensor]:
-    """Codes [M, K, 64 S] uint8 of M matrices, columns first, and what feedback has left.
+def _searched(rows: _Rotated, matrices: Sequence[Unrounded]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Codes [M, K, 64 S] uint8 of M matrices, columns first, what feedback has left, and scales.
 
-    What is left is r = E V, [M, K, 64 S] float32, in units of the scale.
-
-    Args:
-        rows: of each matrix [N, K] float32, rotated weights.
-        scales: of each matrix [N] float32, of the search.
+    What is left is r = E V, [M, K, 64 S] float32, in units of the scale of each row, [N] float32.
     """
-    length, columns = rows[0].shape
-    shape = (len(rows), columns, length + -length % ROWS_PER_SLAB)
-    target = rows[0].new_zeros(shape)  # in units of `code_values`; then what is left
-    for number, (some, scale) in enumerate(zip(rows, scales, strict=True)):
-        torch.mul(some.T, inverse(scale), out=target[number, :, :length])
+    length, columns = matrices[0].weight.shape
+    shape = (len(matrices), columns, length + -length % ROWS_PER_SLAB)
+    # in units of `code_values`; then what is left
+    target = torch.zeros(shape, device=matrices[0].weight.device)
+    scales = []
+    for number, (weight, codec, factor) in enumerate(matrices):
+        some = rows.of(weight)
+        scales.append(first_scale(some, codec, factor is not None))
+        torch.mul(some.T, inverse(scales[-1]), out=target[number, :, :length])
+        del some  # before the next ones are made
     branches = torch.empty(shape, dtype=torch.uint8, device=target.device)
     buffer = torch.zeros_like(target)  # feedback until a column block is rounded, then its errors
     bits = [one.codec.bits for one in matrices]
@@ -182,7 +192,7 @@ def _searched(
                 feedback[id(factor)] = factor.by_block()
             pairs.append((buffer[number], feedback[id(factor)]))
     sweep_together(pairs, 0, columns, TILE_COLUMNS, round_block)
-    return branches, target
+    return branches, target, scales
 
 
 def rotated_rows(weight: Tensor) -> Tensor:
@@ -199,5 +209,7 @@ def rotated_rows(weight: Tensor) -> Tensor:
 
 def path_values(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix`, compiled where that is possible."""
+    if available(branches.device):
+        return values.code_matrix(branches, bits)
     compiled = branches.device.type == "cpu" and cpu.missing() is None
     return (cpu.trellis_values if compiled else code_matrix)(branches, bits)

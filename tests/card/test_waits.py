@@ -1,0 +1,67 @@
+"""Where the host waits for a card while experts are scored and rounded: once an expert, or a layer.
+
+A wait for each chunk of tokens would let the card stand still in between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moepress.allocate import allocate
+from moepress.original import batches
+from moepress.original.source import Source
+from moepress.quantize import quantize
+from moepress.score import score
+from tests.card.tensors import Card
+from tests.conftest import small_recipe
+
+LAYERS = 2
+FOR_CHUNKS = (
+    "costs/expert_costs", "costs/sketch", "original/token_sums", "original/walk", "original/record",
+    "rounding/correction", "rounding/expert", "rounding/kept_tokens", "rounding/summed_tokens",
+)  # fmt: skip
+
+
+def by_file(seen: Counter[str]) -> Counter[str]:
+    """What a card has counted since the last call, by file of moepress."""
+    found: Counter[str] = Counter()
+    for why, count in seen.items():
+        if place := re.search(r"moepress/([\w/]+)\.py:\d+$", why):
+            found[place[1]] += count
+    seen.clear()
+    return found
+
+
+@pytest.mark.card
+def test_chunks_of_tokens_are_not_waited_for(
+    model_folder: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    card: Card,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 16)  # so that experts have several chunks
+    recipe = small_recipe(text_file, "default", bits=2.5, sequences=4, sequence_length=16)
+    source = Source(model_folder(), "cuda")
+    scores = score(source, recipe, work=tmp_path / "work")
+    while_scored = by_file(card.waits)
+    quantize(source, allocate(scores, recipe), tmp_path / "out")
+    while_rounded = by_file(card.waits)
+
+    seen = int((scores.tokens > 0).sum())
+    assert while_scored["rounding/hessian"] > 0 and while_rounded["rounding/hessian"] > 0
+    # A walk is waited for at the end of a layer: forward, once more to score, and two to round; the
+    # recorded choices are two tensors.
+    expected = Counter({"costs/expert_costs": seen})
+    expected |= {"original/walk": 4 * LAYERS, "original/record": 4 * LAYERS}
+    assert {name: while_scored[name] for name in FOR_CHUNKS if while_scored[name]} == expected
+    del expected["costs/expert_costs"]
+    assert {name: while_rounded[name] for name in FOR_CHUNKS if while_rounded[name]} == expected
+    sent = by_file(card.uploads)
+    assert sent["sending"] > 20 * seen
+    assert not sent.keys() & {name for name in FOR_CHUNKS if name != "original/walk"}
