@@ -38,7 +38,7 @@ from moepress.prune import prune
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
 from on_gpu.families import is_here, tokenizer
-from on_gpu.model import LAYERS, PROMPT, Decoder, packed_model
+from on_gpu.model import LAYERS, PROMPT, FusedDecoder, packed_model
 
 FAMILIES = (  # with sliding windows, chunks, latent attention, states of linear attention
     "mixtral", "gpt_oss", "qwen3_next", "deepseek_v3", "gemma4_text", "qwen3_moe", "llama4_text",
@@ -204,7 +204,7 @@ def speeds(card: Card) -> list[Row]:
     if steps.refused or not steps.replayed:
         raise CheckError(f"{steps.replayed} steps were replayed; refused: {steps.refused}")
     with torch.inference_mode():
-        bare = Decoder(card, model).seconds()
+        bare = FusedDecoder(card, model).seconds()
     whole = {"plain": plain, "captured, first text": first, "captured": later}
     each = {way: (total - prompt) / (new - 1) for way, total in whole.items()}
     rows: list[Row] = [

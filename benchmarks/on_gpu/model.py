@@ -1,11 +1,11 @@
 """Decode with a model of Mixtral-8x7B's shape: packed at 2.5 bits, and transformers in bfloat16.
 
 Weights are random and made on the card. The forward pass of one token is captured as a CUDA graph,
-with a static cache, for both models alike: token, position and cache are read and advanced on the
-card, so a replay is one step of greedy decoding. What transformers computes in many small kernels
-(norms, rotary embedding, router) is compiled into one each, for both models alike. Attention of
-one token is moepress's in the packed model, as when a folder is loaded, and transformers' in the
-other.
+with a cache of fixed size, for both models alike: token, position and cache are read and advanced
+on the card, so a replay is one step of greedy decoding. What transformers computes in many small
+kernels (norms, rotary embedding, router) is compiled into one each in the bfloat16 model. The
+packed one is captured as `moepress.hf.captured` does it: with kernels of ours for these, for
+attention and for the cache.
 
 bfloat16 has 93 GB: where that does not fit, both models are also measured with the first 4 and 8
 layers, and the time of 32 is extrapolated: t(8) + 24 (t(8) - t(4)) / 4.
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 
 from moepress.format.codec import PackedSpec
 from moepress.hf.card_attention import attend_on_card
+from moepress.hf.fixed_cache import FixedCache
+from moepress.hf.fused import fused
 from moepress.hf.packing import pack_modules
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from on_gpu.card import Card
@@ -166,8 +169,9 @@ def routed(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return weights / weights.sum(-1, keepdim=True), index
 
 
-def use_compiled_parts() -> str:
-    """Compile the small functions of the model class. Returns what was done."""
+@contextmanager
+def compiled_parts() -> Iterator[str]:
+    """While it is entered, small functions of the model class are compiled. Gives what was done."""
     from transformers.models.mixtral import modeling_mixtral as mixtral
 
     try:
@@ -178,7 +182,8 @@ def use_compiled_parts() -> str:
         x = torch.ones(1, 1, 64, device=device, dtype=torch.bfloat16)
         norm(x, x[0, 0], 1e-5)
     except Exception as error:  # the rest of the benchmark goes without
-        return f"no: {type(error).__name__}: {str(error)[:200]}"
+        yield f"no: {type(error).__name__}: {str(error)[:200]}"
+        return
 
     # Prompts take the plain functions: other shapes would be compiled anew.
     def norm_forward(self: Any, x: Tensor) -> Tensor:
@@ -193,34 +198,42 @@ def use_compiled_parts() -> str:
     def turned(q: Tensor, k: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
         return (turn if q.shape[-2] == 1 else rotary)(q, k, *given, **named)
 
-    mixtral.MixtralRMSNorm.forward = norm_forward
-    mixtral.MixtralTopKRouter.forward = router_forward
-    mixtral.apply_rotary_pos_emb = turned
-    return "yes"
+    with (
+        patch.object(mixtral.MixtralRMSNorm, "forward", norm_forward),
+        patch.object(mixtral.MixtralTopKRouter, "forward", router_forward),
+        patch.object(mixtral, "apply_rotary_pos_emb", turned),
+    ):
+        yield "yes"
 
 
 # Decoding
 
 
 class Decoder:
-    """One step of greedy decoding, captured."""
+    """One step of greedy decoding, captured, with the static cache of transformers."""
 
     def __init__(self, card: Card, model: Any) -> None:
-        from transformers import StaticCache
-
         self.card, self.model = card, model
-        self.cache = StaticCache(config=model.config, max_cache_len=CACHE)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=card.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=card.device)
-        self.places = torch.arange(CACHE, device=card.device)
         ids = torch.arange(PROMPT, device=card.device)[None] + 3
-        logits = self._forward(ids, torch.arange(PROMPT, device=card.device))
+        logits = self._prompt(ids, torch.arange(PROMPT, device=card.device))
         self.finite = bool(logits.isfinite().all())
-        self._restart(logits)
-        self.replay, _ = card.captured(self._step)
-
-    def _restart(self, logits: Tensor) -> None:
         self.token.copy_(logits[:, -1:].argmax(-1))
+        self._restart()
+        self.replay = self._captured()
+
+    def _prompt(self, ids: Tensor, positions: Tensor) -> Tensor:
+        from transformers import StaticCache
+
+        self.cache = StaticCache(config=self.model.config, max_cache_len=CACHE)
+        self.places = torch.arange(CACHE, device=self.card.device)
+        return self._forward(ids, positions)
+
+    def _captured(self) -> Callable[[], None]:
+        return self.card.captured(self._step)[0]
+
+    def _restart(self) -> None:
         self.position.fill_(PROMPT)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(PROMPT)
@@ -243,9 +256,7 @@ class Decoder:
         """Median time of a step over several runs of `STEPS` tokens."""
         times = []
         for _ in range(2 if self.card.tiny else 5):
-            self.position.fill_(PROMPT)
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(PROMPT)
+            self._restart()
             self.card.synchronize()
             started = time.perf_counter()
             for _ in range(4 if self.card.tiny else STEPS):
@@ -255,9 +266,44 @@ class Decoder:
         return sorted(times)[len(times) // 2]
 
 
+class FusedDecoder(Decoder):
+    """The same as captured steps compute it: their cache, and small functions by our kernels."""
+
+    def _prompt(self, ids: Tensor, positions: Tensor) -> Tensor:
+        from transformers import DynamicCache
+
+        growing = DynamicCache(config=self.model.config)
+        logits: Tensor = self.model(
+            input_ids=ids, past_key_values=growing, use_cache=True, logits_to_keep=1
+        ).logits
+        self.cache = FixedCache(growing, CACHE)
+        self.cache.load(growing)
+        return logits
+
+    def _captured(self) -> Callable[[], None]:
+        with fused(self.model, (self.card.device.type,)):
+            return super()._captured()
+
+    def _restart(self) -> None:
+        self.position.fill_(PROMPT)
+        self.cache.position.move_to(PROMPT)
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=ids, position_ids=positions[None], past_key_values=self.cache,
+            use_cache=True, logits_to_keep=1,
+        ).logits  # fmt: skip
+        self.cache.position.move_on()
+        return logits
+
+
 @torch.inference_mode()
 def decoded(
-    card: Card, model: Any, layers: int, rows: list[Row] | None = None
+    card: Card,
+    model: Any,
+    layers: int,
+    kind: type[Decoder] = Decoder,
+    rows: list[Row] | None = None,
 ) -> tuple[float, bool]:
     """Seconds per token with the first `layers` layers, and whether logits are finite.
 
@@ -267,7 +313,7 @@ def decoded(
     before = model.config.num_hidden_layers
     model.config.num_hidden_layers = layers
     try:
-        decoder = Decoder(card, model)
+        decoder = kind(card, model)
         if rows is not None:
             rows += card.profiled(decoder.replay)
         return decoder.seconds(), decoder.finite
@@ -287,13 +333,12 @@ def gigabytes(model: Any) -> float:
 
 
 def packed_decode(card: Card, mix: str) -> list[Row]:
-    fused = use_compiled_parts() if card.is_cuda else "no"
     layers = 2 if card.tiny else LAYERS
     started = time.perf_counter()
     model = packed_model(card, mix, layers)
     card.synchronize()
     made = time.perf_counter() - started
-    rows = measured(card, model, mix, depths(layers), fused)
+    rows = measured(card, model, mix, depths(layers), "fused", FusedDecoder)
     tokens = 40 if card.tiny else 512
     rows[0] |= {"made_s": made, "gb": gigabytes(model)}
     rows.append({"model": mix, "prefill_tokens": tokens,
@@ -305,21 +350,34 @@ def depths(layers: int) -> tuple[int, ...]:
     return (layers, 8, 4) if layers >= 8 else (layers, 1)
 
 
-def measured(card: Card, model: Any, name: str, numbers: tuple[int, ...], fused: str) -> list[Row]:
+def measured(
+    card: Card,
+    model: Any,
+    name: str,
+    numbers: tuple[int, ...],
+    small: str,
+    kind: type[Decoder] = Decoder,
+) -> list[Row]:
+    """Args: small: what was done about small kernels."""
     rows: list[Row] = []
     profiled: list[Row] = []
     for number in numbers:
-        seconds, finite = decoded(card, model, number, profiled if number == numbers[0] else None)
+        kernels = profiled if number == numbers[0] else None
+        seconds, finite = decoded(card, model, number, kind, kernels)
         if not finite:
             raise CheckError(f"{name}: logits of {number} layers are not finite")
         rows.append({"model": name, "layers": number, "ms_per_token": 1e3 * seconds,
-                     "tokens_per_s": 1 / seconds, "small_kernels_compiled": fused})  # fmt: skip
+                     "tokens_per_s": 1 / seconds, "small_kernels": small})  # fmt: skip
     return rows + profiled
 
 
 def bfloat16_decode(card: Card) -> list[Row]:
     """The fastest of transformers' implementations of experts that a graph can capture."""
-    fused = use_compiled_parts() if card.is_cuda else "no"
+    with compiled_parts() if card.is_cuda else nullcontext("no") as compiled:
+        return bfloat16_measured(card, f"compiled: {compiled}")
+
+
+def bfloat16_measured(card: Card, small: str) -> list[Row]:
     per_layer = 3.0e9
     layers = 2 if card.tiny else (LAYERS if card.memory > LAYERS * per_layer + 4e9 else 8)
     model = filled(card, on_meta(card, layers))
@@ -329,7 +387,7 @@ def bfloat16_decode(card: Card) -> list[Row]:
     for name in ("grouped_mm", "batched_mm"):
         try:
             model.set_experts_implementation(name)
-            found = measured(card, model, f"bfloat16 {name}", depths(layers), fused)
+            found = measured(card, model, f"bfloat16 {name}", depths(layers), small)
             times[name] = found[0]["ms_per_token"]
             rows += found
         except Exception as error:
