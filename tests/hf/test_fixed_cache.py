@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import MixtralConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicCache, StaticLayer
 
 from moepress import kernels
+from moepress.errors import InputError
 from moepress.hf import fixed_cache
 from moepress.hf.fixed_cache import FixedCache
 from moepress.kernels.cuda import launch
@@ -84,7 +85,7 @@ def test_tokens_are_written_as_by_transformers(
         sizes = layer.get_mask_sizes(1)
         token = states(1)
         found = fixed.update(*token, 0)
-        assert int(layer.cumulative_length) == PROMPT + step + 1
+        assert int(layer.cumulative_length) == PROMPT + step  # until the step ends
         for whole, one in zip((layer.keys, layer.values), token, strict=True):
             assert torch.equal(whole[:, :, PROMPT + step], one[:, :, 0])
         if window is None:
@@ -95,20 +96,18 @@ def test_tokens_are_written_as_by_transformers(
             for one, other in zip(found, growing.update(*token, 0), strict=True):
                 assert torch.equal(one, other)
             assert (sizes[0], int(sizes[1])) == (WINDOW, PROMPT + step + 1 - WINDOW)
+        fixed.position.move_on()
         fixed.advance()
     assert writes == [1] * (ROOM - PROMPT)
 
 
-def test_other_updates_are_those_of_the_base_class(writes: list[int]) -> None:
-    """Several tokens; another dtype, which transformers refuses."""
+def test_other_updates_are_refused() -> None:
+    """Several tokens; another dtype, which transformers refuses too."""
     growing = prompted(None)
     fixed: Any = FixedCache(growing, ROOM)
     fixed.load(growing)
-    three = states(3)
-    keys, _ = fixed.update(*three, 0)
-    assert torch.equal(keys[:, :, PROMPT : PROMPT + 3], three[0])
-    assert int(fixed.layers[0].cumulative_length) == PROMPT + 3
-    with pytest.raises(RuntimeError):
-        fixed.update(*states(1, torch.float32), 0)
-    assert not writes
-    assert isinstance(growing.layers[0], DynamicLayer)
+    before = fixed.layers[0].keys.clone()
+    for wrong in (states(3), states(1, torch.float32)):
+        with pytest.raises(InputError, match="a token"):
+            fixed.update(*wrong, 0)
+    assert torch.equal(fixed.layers[0].keys, before)

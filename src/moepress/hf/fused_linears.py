@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.kernels.cuda.several import MOST
 from moepress.kernels.modules import PackedLinear
+from moepress.kernels.prepare import joins
 
 MOST_TOKENS = 16  # of a call
 
@@ -48,8 +49,7 @@ def fused_linears(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Itera
 
 
 def _suits(linear: PackedLinear) -> bool:
-    plain = type(linear) is PackedLinear and "forward" not in vars(linear)
-    return plain and linear.bias is None and linear.codec.family == "trellis"
+    return "forward" not in vars(linear) and joins(linear)
 
 
 class _Passes:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moepress.kernels.backends import backend_for
+from moepress.kernels.cuda import several
 from moepress.kernels.cuda.launch import LAUNCHERS, launcher_for
 from moepress.kernels.cuda.products import FEW, MANY
 from moepress.kernels.cuda.search import available
@@ -34,14 +35,15 @@ def prepare(model: nn.Module) -> None:
         MoepressError: NVRTC refuses a source.
     """
     wanted: dict[torch.device, set[str]] = {}
+    decodes = hasattr(model, "generate")  # a whole model, of which steps can be captured
     for module in model.modules():
         parameter = next(module.parameters(), None)  # None: experts on disk
         if parameter is not None:
-            wanted.setdefault(parameter.device, set()).update(kernels_of(module))
-    decodes = hasattr(model, "generate")  # a whole model, of which steps can be captured
+            kernels = wanted.setdefault(parameter.device, set())
+            kernels |= kernels_of(module) | (fused_kernels_of(module) if decodes else set())
     for device, kernels in wanted.items():
         if kernels and decodes:
-            kernels |= set(KERNELS)
+            kernels |= {*KERNELS, "moepress_route_small"}
         if kernels and device.type in LAUNCHERS and backend_for(device).name == "cuda":
             launcher_for(device).prepare(kernels)
 
@@ -58,8 +60,8 @@ def prepare_rounding(device: torch.device) -> None:
 def kernels_of(module: nn.Module) -> set[str]:
     """The kernels that a packed module launches; empty for any other.
 
-    Without those of `cuda/grouped.py`, which prompts below 256 tokens do not need, of attention, of
-    routers and of pruning.
+    Without those of `cuda/grouped.py`, which prompts below 256 tokens do not need, of attention and
+    of pruning.
     """
     if isinstance(module, PackedEmbedding):
         return {"moepress_embedding"}
@@ -75,6 +77,18 @@ def kernels_of(module: nn.Module) -> set[str]:
         products = _products(module.gate_up.family, groups, module.activation_bits)
         return {"moepress_inputs", gate, "moepress_combine_experts"} | products
     return set()
+
+
+def fused_kernels_of(module: nn.Module) -> set[str]:
+    """Those that a packed module launches in captured steps (hf/fused.py) beside them."""
+    if not isinstance(module, PackedLinear) or not joins(module):
+        return set()
+    return {f"{several.KERNEL}_g{module.codec.group_size}_p{PLANES[module.activation_bits]}"}
+
+
+def joins(linear: PackedLinear) -> bool:
+    """Whether a linear can be one of the matrices of `moepress::linears`."""
+    return type(linear) is PackedLinear and linear.bias is None and linear.codec.family == "trellis"
 
 
 def _products(family: str, groups: set[int], activation_bits: int) -> set[str]:

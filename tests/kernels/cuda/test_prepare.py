@@ -71,11 +71,16 @@ def test_a_model_that_generates_may_be_captured(told: dict[str, set[str]]) -> No
     class Generating(nn.ModuleDict):
         def generate(self) -> None: ...
 
-    parts = {"linear": PackedLinear(64, 32, Codec(4, 32))}
+    parts = {
+        "linear": PackedLinear(64, 32, Codec(4, 64, "trellis")),
+        "biased": PackedLinear(64, 32, Codec(4, 32, "trellis"), bias=True),
+        "scalar": PackedLinear(64, 32, Codec(4, 32)),
+    }
     prepare(nn.ModuleDict(parts))
     alone = set(told["prepared"])
     prepare(Generating(parts))
-    assert told["prepared"] - alone == set(small.KERNELS)
+    of_all = {*small.KERNELS, "moepress_route_small"}
+    assert told["prepared"] - alone == {*of_all, "moepress_trellis_decode_several_g64_p1"}
     told["prepared"].clear()
     prepare(Generating({"linear": nn.Linear(4, 4)}))
     assert not told["prepared"]
