@@ -224,7 +224,6 @@ def quantize_layer(
         inputs = linear_inputs(walk, layer, linears, rounding.family, original)
     passed = original.pass_layer(layer) if original is not None else None
     tensors = quantize_linears(walk, linears, packed, rounding, inputs)
-    del inputs  # large: a card needs the room
     for name in names:
         if name not in tensors:
             value = source.as_packed(layer, name, source.current(name))

@@ -148,7 +148,11 @@ def _digests(files: Iterable[Path]) -> dict[str, tuple[Entry, str]]:
             for path, of_file in tensors
             for name, entry in of_file.items()
         }
-        return {name: (entry, digest.result()) for name, (entry, digest) in begun.items()}
+        try:
+            return {name: (entry, digest.result()) for name, (entry, digest) in begun.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else all are hashed first
+            raise
 
 
 def _digest(path: Path, entry: Entry) -> str:

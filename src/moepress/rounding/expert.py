@@ -17,6 +17,7 @@ from torch import Tensor
 from moepress.blocks.layout import widened
 from moepress.memory import free_memory
 from moepress.original.batches import chunks
+from moepress.original.card_readers import READERS
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
 from moepress.original.source import Source
 from moepress.rounding.factor import Factor
@@ -95,7 +96,9 @@ def experts_at_once(
     gathering = 12 * gate_up + 8 * inner * inner
     searching = 12 * gate_up
     searching_down = max(8 * inner * inner, 12 * down)
-    free = (free_memory(source.device) - (experts.experts * size if kept else 0)) / 1.1
+    # Experts that are read meanwhile, and rounded ones that stay.
+    others = (min(READERS, experts.experts) + (experts.experts if kept else 0)) * size
+    free = free_memory(source.device) / 1.1 - others
 
     def downs(together: int) -> int:
         rest = free - together * of_each

@@ -109,7 +109,9 @@ def noisy_weights(
     """
     rows = rotated_rows(weight)
     size = rows.square().mean(1).sqrt()  # [N]
-    target = torch.empty(rows.T.shape, device=rows.device)  # [K, N], every row of variance 1
+    target = torch.empty(
+        rows.T.shape, dtype=torch.float32, device=rows.device
+    )  # [K, N], every row of variance 1
     torch.mul(rows.T, inverse(size), out=target)
     count = len(rows) if rows_of_code is None else rows_of_code
     del rows

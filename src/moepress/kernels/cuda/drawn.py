@@ -33,7 +33,7 @@ def drawing(
     launcher = launcher_for(target.device)
     columns, widths = target.shape[1], len(errors)
     grid = -(-columns // COLUMNS), widths, 1
-    partial = torch.empty(widths, grid[0], device=target.device)
+    partial = torch.empty(widths, grid[0], dtype=torch.float32, device=target.device)
 
     def visit(start: int, stop: int) -> None:
         given = target, received, start, stop - start, widths, columns, partial

@@ -23,7 +23,7 @@ def code_matrix(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix` of kernels/trellis.py for branches [64 S, K] uint8 on a card: equal values."""
     branches = branches.contiguous()
     rows, columns = branches.shape
-    out = torch.empty(rows, columns, device=branches.device)
+    out = torch.empty(rows, columns, dtype=torch.float32, device=branches.device)
     if not out.numel():
         return out
     codes: list[int] = []

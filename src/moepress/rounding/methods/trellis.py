@@ -110,15 +110,28 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
         # one matrix at a time three more copies, and of one factor another V.
         count, columns = matrices[0].weight.numel(), matrices[0].weight.shape[1]
         factors = len({id(one.factor) for one in matrices})
-        shared = 12 * count + 4 * (factors + 1) * columns**2
+        # The codes of all stay.
+        shared = 12 * count + 4 * (factors + 1) * columns**2 + count * len(matrices)
         room = free_memory(device) - 1.1 * shared
         step = min(max(1, int(room // (10 * count))), len(matrices))
         step = -(-len(matrices) // -(-len(matrices) // step))  # groups of equal size
-    return [
-        matrix
-        for first in range(0, len(matrices), step)
-        for matrix in _quantize(matrices[first : first + step])
-    ]
+    results: list[TrellisMatrix] = []
+    while len(results) < len(matrices):
+        found = _quantize_if_room(matrices[len(results) :][:step], may_fail=step > 1)
+        results += found
+        if not found:  # free memory may lie in pieces; here what the error held is gone
+            step = -(-step // 2)
+    return results
+
+
+def _quantize_if_room(matrices: Sequence[Unrounded], may_fail: bool) -> list[TrellisMatrix]:
+    """Matrices rounded together; none where there is no memory for so many, if it may fail."""
+    try:
+        return _quantize(matrices)
+    except torch.OutOfMemoryError:
+        if not may_fail:
+            raise
+        return []
 
 
 def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
@@ -170,7 +183,7 @@ def _searched(rows: _Rotated, matrices: Sequence[Unrounded]) -> tuple[Tensor, Te
     length, columns = matrices[0].weight.shape
     shape = (len(matrices), columns, length + -length % ROWS_PER_SLAB)
     # in units of `code_values`; then what is left
-    target = torch.zeros(shape, device=matrices[0].weight.device)
+    target = torch.zeros(shape, dtype=torch.float32, device=matrices[0].weight.device)
     scales = []
     for number, (weight, codec, factor) in enumerate(matrices):
         some = rows.of(weight)
