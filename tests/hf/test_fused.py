@@ -176,6 +176,21 @@ class OtherEpsilon(Strange):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 10 * self.eps))
 
 
+class Either(nn.Module):
+    """Two norms of one class that compute other things, in one case of heads alone."""
+
+    def __init__(self, centered: bool, of_heads: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.eps = 1e-6
+        self.centered, self.of_heads = centered, of_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = (-2, -1) if self.of_heads and x.dim() == 4 else (-1,)
+        normed = x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + self.eps)
+        return normed * (1 + self.weight if self.centered else self.weight)
+
+
 def apply_rotary_pos_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -194,6 +209,18 @@ def test_what_is_not_known_is_left_alone() -> None:
     with fused(model):
         assert ["forward" in vars(module) for module in model] == [False] * 4 + [True]
         assert apply_rotary_pos_emb is before
+
+
+def test_norms_of_one_class_are_tried_one_by_one() -> None:
+    model = nn.ModuleList(
+        [Either(False), Either(True), Either(False), Either(False, of_heads=True)]
+    )
+    x = torch.randn(1, 2, 3, 64)
+    expected = [module(x) for module in model]
+    with torch.no_grad(), fused(model):
+        assert ["forward" in vars(module) for module in model] == [True, False, True, False]
+        for module, one in zip(model, expected, strict=True):
+            torch.testing.assert_close(module(x), one)
 
 
 def test_other_devices_are_left_alone() -> None:

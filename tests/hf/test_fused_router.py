@@ -204,6 +204,12 @@ class RouterOfNoExpert(Router):
         return logits, weights, index + 7
 
 
+class RouterOfSwappedWeights(Router):
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, index = super().forward(hidden)
+        return logits, weights.flip(-1), index
+
+
 class RouterWithMore(Router):
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +252,10 @@ def test_unknown_routers_are_left_alone() -> None:
     ]
     for change in changes:
         assert not fused(Router(change))
-    others = GateOfOtherOrder, RouterOfAll, RouterOfNoExpert, RouterWithMore, Mixer
+    others = (
+        GateOfOtherOrder, RouterOfAll, RouterOfNoExpert, RouterOfSwappedWeights, RouterWithMore,
+        Mixer,
+    )  # fmt: skip
     for kind in others:
         assert not fused(kind())
     hooked = InnerRouter()

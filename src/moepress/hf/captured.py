@@ -92,6 +92,7 @@ class CapturedSteps:
         self._step: _Step | None = None
         self._text: _Text | None = None
         self._padded: weakref.ref[DynamicCache] | None = None  # the last text with padding
+        self._unroomy: weakref.ref[DynamicCache] | None = None  # the last that had no room
         self._plain: Any = None  # the model's own forward, while it is replaced
         self._thread = 0
         self._late: AbstractContextManager[None] = nullcontext()
@@ -131,7 +132,10 @@ class CapturedSteps:
         ready: tuple[_Step, _Text] | None = None
         try:
             ready = self._ready(call)
-        except Exception as error:  # of memory, of the capture, of anything that a model does
+        except torch.OutOfMemoryError:  # others may take less when the next text comes
+            self._step, self._unroomy = None, weakref.ref(call.cache)
+            logger.info("Steps of this text are not captured: there is no memory for a graph")
+        except Exception as error:  # of the capture, of anything that a model does
             self._refuse(f"{type(error).__name__}: {error}", isinstance(error, UnfitError))
         if ready is None:  # here the error, which holds the memory of the capture, is gone
             return self._plain(**kwargs)
@@ -151,7 +155,7 @@ class CapturedSteps:
             return True
         if not begun(call.cache):
             return False
-        if self._padded is not None and self._padded() is call.cache:
+        if any(left is not None and left() is call.cache for left in (self._padded, self._unroomy)):
             return False
         whole = call.mask is None or bool((call.mask == 1).all())
         if not whole:
@@ -188,7 +192,7 @@ class CapturedSteps:
         try:
             with self._fusion(self.model, self._devices):
                 return _Step(self._plain, call, room, self._capture)
-        except UnfitError:
+        except (UnfitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from moepress import kernels
 from moepress.kernels.cuda.several import MOST
 from moepress.kernels.modules import PackedLinear
-from moepress.kernels.prepare import joins
 
 MOST_TOKENS = 16  # of a call
 
@@ -27,7 +26,8 @@ MOST_TOKENS = 16  # of a call
 def fused_linears(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Iterator[None]:
     """While it is entered, linears of a model that get the same few tokens are one op.
 
-    The first forward pass is as ever. Calls with gradients or many tokens are, too.
+    The first forward pass is as ever: until a linear is called again. So are calls with gradients
+    or many tokens. Nobody may change a tensor between the calls of two linears that get it.
 
     Args:
         model: of transformers, loaded.
@@ -36,7 +36,10 @@ def fused_linears(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Itera
     linears = [
         m
         for m in model.modules()
-        if isinstance(m, PackedLinear) and m.weight.device.type in devices and _suits(m)
+        if isinstance(m, PackedLinear)
+        and m.joins
+        and m.weight.device.type in devices
+        and "forward" not in vars(m)
     ]
     passes = _Passes()
     for linear in linears:
@@ -46,10 +49,6 @@ def fused_linears(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Itera
     finally:
         for linear in linears:
             del linear.forward
-
-
-def _suits(linear: PackedLinear) -> bool:
-    return "forward" not in vars(linear) and joins(linear)
 
 
 class _Passes:

@@ -45,7 +45,7 @@ def fused_norms(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Iterato
         model: of transformers, loaded.
         devices: types of devices on which modules are changed.
     """
-    known: dict[Any, Mapping[torch.dtype, Norm]] = {}
+    known: dict[Any, Mapping[torch.dtype, Norm]] = {}  # by kind; tried again for each module
     changed: list[nn.Module] = []
     try:
         for module in model.modules():
@@ -55,10 +55,10 @@ def fused_norms(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Iterato
             weight = _weight(module)
             of_weight = None if weight is None else (weight.dtype, weight.shape)
             kind = type(module), device, of_weight
-            if kind not in known:
-                known[kind] = norms_of(module, device, {dtype, torch.float32})
-            if known[kind]:
-                module.forward = _forward(module, module.forward, known[kind])
+            norms = norms_of(module, device, {dtype, torch.float32}, known.get(kind))
+            known.setdefault(kind, norms)
+            if norms:
+                module.forward = _forward(module, module.forward, norms)
                 changed.append(module)
         yield
     finally:
@@ -67,18 +67,35 @@ def fused_norms(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Iterato
 
 
 def norms_of(
-    module: nn.Module, device: torch.device, dtypes: set[torch.dtype]
+    module: nn.Module,
+    device: torch.device,
+    dtypes: set[torch.dtype],
+    known: Mapping[torch.dtype, Norm] | None = None,
 ) -> dict[torch.dtype, Norm]:
     """The norm that a module computes for inputs of each dtype; without those that none fits.
 
     The host waits for the device.
+
+    Args:
+        known: those of another module of its kind, to be tried alone; None: all are.
     """
-    found = {dtype: _norm_of(module, device, dtype) for dtype in dtypes}
-    return {dtype: norm for dtype, norm in found.items() if norm is not None}
+    every = [Norm(name, formula) for name in _epsilons(module) for formula in FORMULAS]
+    found = {}
+    for dtype in dtypes:
+        norms = every if known is None else [known[dtype]] if dtype in known else []
+        norm = _norm_of(module, device, dtype, norms)
+        if norm is not None:
+            found[dtype] = norm
+    return found
 
 
 @torch.no_grad()
-def _norm_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Norm | None:
+def _norm_of(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, norms: Sequence[Norm]
+) -> Norm | None:
+    """The norm of some that a module computes, of rows [R, D] and of heads [1, 1, R, D]."""
+    if not norms:
+        return None
     tried = copy.deepcopy(module)
     columns, weight = COLUMNS, _weight(module)
     if weight is not None:
@@ -89,13 +106,15 @@ def _norm_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Nor
     x = random_numbers((len(SCALES), columns), device, dtype)
     x = x * torch.tensor(SCALES, device=device, dtype=dtype)[:, None]
     try:
-        expected = tried.forward(x)
+        pairs = [(given, tried.forward(given)) for given in (x, x[None, None])]
     except Exception:  # it is no norm, or wants more than x
         return None
-    norms = [Norm(name, formula) for name in _epsilons(module) for formula in FORMULAS]
-    far = [disagreement(_run(tried, norm, x), expected, dtype) for norm in norms]
-    best = min(range(len(norms)), key=far.__getitem__, default=None)
-    return None if best is None or far[best] > FEW else norms[best]
+    far = [
+        max(disagreement(_run(tried, norm, given), expected, dtype) for given, expected in pairs)
+        for norm in norms
+    ]
+    best = min(range(len(norms)), key=far.__getitem__)
+    return None if far[best] > FEW else norms[best]
 
 
 def _forward(

@@ -71,6 +71,8 @@ def _suits(parts: RouterParts, devices: Sequence[str]) -> bool:
         and len(weight) <= MOST_EXPERTS
         and weight.shape[1] % 8 == 0
         and parts.top_k <= MOST_CHOSEN
+        and weight.is_contiguous()
+        and all(p is None or p.tensor().is_contiguous() for p in (parts.bias, parts.correction))
     )
 
 

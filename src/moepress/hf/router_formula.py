@@ -203,12 +203,20 @@ def _fit(found: Outputs, expected: Outputs, product_dtype: torch.dtype) -> tuple
     unequal = int((~same).sum())
     if unequal > UNEQUAL:
         return None
-    wanted = _falling(expected[1][:TRIED].float())[same]
-    error = (_falling(weights.float())[same] - wanted).abs() / wanted.clamp_min(1e-6)
-    far = float(error.max())
+    # Experts of equal logits may change places; each choice's weight stands beside its logit.
+    wanted = _paired(expected[1][:TRIED], wanted_logits)[same]
+    error = (_paired(weights, logits.gather(1, index))[same] - wanted).abs()
+    far = float((error / wanted.clamp_min(1e-6)).max())
     if not far <= CLOSE * torch.finfo(weights.dtype).eps + 1e-6:
         return None
     return unequal, far
+
+
+def _paired(weights: Tensor, logits: Tensor) -> Tensor:
+    """Weights in the order of falling logits; those of equal logits by falling weight."""
+    by_weight = weights.float().argsort(dim=-1, descending=True)
+    order = logits.gather(1, by_weight).argsort(dim=-1, descending=True, stable=True)
+    return weights.float().gather(1, by_weight).gather(1, order)
 
 
 def _falling(x: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ class PackedLinear(nn.Linear):
         self.weight = _packed(codec.nbytes(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
+    @property
+    def joins(self) -> bool:
+        """Whether it can be one of the matrices of `moepress::linears`."""
+        return type(self) is PackedLinear and self.bias is None and self.codec.family == "trellis"
+
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise InputError(

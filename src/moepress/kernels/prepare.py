@@ -39,8 +39,8 @@ def prepare(model: nn.Module) -> None:
     for module in model.modules():
         parameter = next(module.parameters(), None)  # None: experts on disk
         if parameter is not None:
-            kernels = wanted.setdefault(parameter.device, set())
-            kernels |= kernels_of(module) | (fused_kernels_of(module) if decodes else set())
+            found = wanted.setdefault(parameter.device, set())
+            found |= kernels_of(module) | (fused_kernels_of(module) if decodes else set())
     for device, kernels in wanted.items():
         if kernels and decodes:
             kernels |= {*KERNELS, "moepress_route_small"}
@@ -81,14 +81,9 @@ def kernels_of(module: nn.Module) -> set[str]:
 
 def fused_kernels_of(module: nn.Module) -> set[str]:
     """Those that a packed module launches in captured steps (hf/fused.py) beside them."""
-    if not isinstance(module, PackedLinear) or not joins(module):
+    if not isinstance(module, PackedLinear) or not module.joins:
         return set()
     return {f"{several.KERNEL}_g{module.codec.group_size}_p{PLANES[module.activation_bits]}"}
-
-
-def joins(linear: PackedLinear) -> bool:
-    """Whether a linear can be one of the matrices of `moepress::linears`."""
-    return type(linear) is PackedLinear and linear.bias is None and linear.codec.family == "trellis"
 
 
 def _products(family: str, groups: set[int], activation_bits: int) -> set[str]:

@@ -17,7 +17,7 @@ from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels import router
 from moepress.kernels.cuda import router as routing
-from moepress.kernels.cuda.router import kernel_of, route
+from moepress.kernels.cuda.router import kernel_of, route, takes
 from moepress.kernels.router import Formula
 from tests.kernels.cuda import emulate
 
@@ -211,13 +211,14 @@ def test_misplaced_and_strided_inputs() -> None:
     expected = route(hidden, weight, bias, correction, 4, formula)
     odd = torch.cat([weight.new_zeros(3), weight.flatten()])[3:].view(weight.shape)
     turned = hidden.T.contiguous().T
-    for found in (
-        route(turned, odd, bias, correction, 4, formula),
-        route(hidden, weight.T.contiguous().T, bias, correction[:, None].expand(16, 2)[:, 0], 4,
-              formula),
-    ):  # fmt: skip
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other)
+    strided = torch.stack([correction, correction], 1)[:, 0]
+    found = route(turned, weight, bias, strided, 4, formula)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    for other in (odd, weight.T.contiguous().T):  # a copy would be read before it is there
+        assert not takes(hidden, other, bias, correction, 4, formula)
+        assert torch.equal(route(hidden, other, bias, correction, 4, formula)[2], expected[2])
+    assert not takes(hidden, weight, torch.stack([bias, bias], 1)[:, 0], correction, 4, formula)
 
 
 def test_kernels_by_size() -> None:

@@ -109,10 +109,10 @@ DEVICE void make_logits(const Products& call, const Choice& choice, float* corre
     float early[kEach];
     const bool corrected = choice.correction != nullptr;
     const auto place = [&](int j) { return int(threadIdx.x) + j * threads; };
-    if (corrected)
+    ::begin();
+    if (corrected)  // not before: a model may hand over what the kernel before this one made
         load_apart(choice.correction, choice.correction_dtype,
                    [&](int j) { return min(place(j), experts - 1); }, early);
-    ::begin();
     float sum[rows][of_block] = {};
     for (int first = thread; first < units; first += ahead * kThreads) {
         Eight x[ahead][of_block];

@@ -51,6 +51,9 @@ def takes(
         and hidden.shape[1] % 8 == 0
         and top_k <= MOST_CHOSEN
         and formula.groups <= MOST_GROUPS
+        # Kernels read these before the kernel before them has ended: no copies of them.
+        and _is_aligned(weight)
+        and (bias is None or bias.is_contiguous())
     )
 
 
@@ -80,10 +83,10 @@ def route(
         threads,
         4 * experts * (1 + 2 * min(tokens, threads // 32)),
         (
-            *_read(hidden),
+            *_read(_aligned(hidden)),
             *_read(weight),
             *_read(bias),
-            *_read(correction),
+            *_read(None if correction is None else correction.contiguous()),
             tokens,
             experts,
             cols,
@@ -128,8 +131,14 @@ def kernel_of(
 
 
 def _read(x: Tensor | None) -> tuple[Argument, int]:
-    """An argument that kernels read by loads of 16 bytes, and its dtype."""
-    if x is None:
-        return None, 0
+    return (None, 0) if x is None else (x, DTYPES[x.dtype])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at an address for loads of 16 bytes."""
     x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone(), DTYPES[x.dtype]
+    return x if _is_aligned(x) else x.clone()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % 16 == 0

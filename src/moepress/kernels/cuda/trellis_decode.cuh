@@ -203,6 +203,8 @@ DEVICE void decode_some(const Call& call, const Work& work, int slabs_here) {
             call, work, work.matrix + (s ? s - 1 : slabs - 1) * slab_bytes,
             work.matrix + s * slab_bytes, chunks * part / parts, chunks * (part + 1) / parts, ring,
             sums);
+    else
+        wait_for_codes(call.late);
 
     // Sum over the ranges.
     __syncwarp();

@@ -14,7 +14,6 @@ struct Matrix {
 
 template <int group, int planes>
 DEVICE void decode_several(Call call, const Matrix (&matrix)[kMostMatrices], int slabs_here) {
-    wait_for_codes(!call.late);
     Work work;
     work.first = int(blockIdx.z) * (kTokens / planes);
     work.count = int(min(int64_t(kTokens / planes), call.positions - work.first));
