@@ -17,7 +17,6 @@ from transformers import DynamicCache
 from moepress.hf import fused_norms as norming
 from moepress.hf import fused_rotary as turning
 from moepress.hf.captured import PROOFS, CapturedSteps
-from moepress.hf.cuda_graph import Graph
 from moepress.hf.fused_norms import MOST_ROWS, Norm, fused_norms, norms_of
 from moepress.hf.fused_rotary import MOST_TOKENS, Form, forms_of, fused_rotary
 from tests.families.causal import CAUSAL
@@ -306,16 +305,10 @@ def test_calls_of_rotary_embeddings(calls: Counter[str]) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next", "gemma4_text"])
 @torch.inference_mode()
 def test_captured_steps(family: str, calls: Counter[str]) -> None:
-    """The context is needed for the capture alone."""
     model = make_model(family)
-
-    def capture(work: Any, device: torch.device) -> Graph:
-        with fused(model):
-            return tape(work, device)
-
     given = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(IDS, **given)
-    with CapturedSteps(model, capture=capture, devices=HERE) as steps:
+    with CapturedSteps(model, capture=tape, devices=HERE) as steps:
         found = model.generate(IDS, **given)
     assert torch.equal(found, expected)
     assert (steps.refused, steps.replayed) == (None, 12 - 1 - PROOFS)

@@ -1,8 +1,9 @@
 """The small functions of a model by our kernels, while a step of one token is captured.
 
 transformers writes a norm, a rotary embedding, a router as several operations of torch. For one
-token each takes longer to launch than to compute. A captured step proves itself against the plain
-way (captured.py), so that is where they are replaced, and nowhere else.
+token each takes longer to launch than to compute. What a function computes is found by trying it
+on random inputs; one of which that is not known stays. Captured steps are compared with the plain
+way too (captured.py), so that is where functions are replaced, and nowhere else.
 """
 
 from __future__ import annotations

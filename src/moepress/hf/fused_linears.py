@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from moepress import kernels
+from moepress.hf.trying import MOST_TOKENS
 from moepress.kernels.cuda.several import MOST
 from moepress.kernels.modules import PackedLinear
-
-MOST_TOKENS = 16  # of a call
 
 
 @contextmanager

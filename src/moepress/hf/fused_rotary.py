@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepress.hf.trying import FEW, disagreement, followed, random_numbers
+from moepress.hf.trying import FEW, MOST_TOKENS, disagreement, followed, random_numbers
 from moepress.kernels import rotary
 from moepress.kernels.small_reference import STYLES
 
 PREFIX = "apply_rotary"  # of the functions' names
-MOST_TOKENS = 16
 PAIR, SINGLE = ("q", "k", "cos", "sin"), ("x", "cos", "sin")  # first parameters of a function
 OTHERS = ("unsqueeze_dim", "position_ids")
 SIZES = {"whole": (16, 16), "half": (16, 8), "part": (24, 8)}  # numbers of a head, columns: tried

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from moepress.hf.router_formula import Way, find_way, routed
 from moepress.hf.router_parts import RouterParts, parts_of
+from moepress.hf.trying import MOST_TOKENS
 from moepress.kernels import backend_for
 from moepress.kernels.cuda.router import MOST_CHOSEN, MOST_EXPERTS
 from moepress.kernels.router import FLOATS
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = 16  # of a call
 CARD = "cuda"  # type of device
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 FEW = 0.02
 CLOSE = 1e-5  # relative
 
+MOST_TOKENS = 16  # of a call that a kernel in the place of a function takes
+
 
 def random_numbers(
     shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0

@@ -28,12 +28,6 @@ struct Choice {
     int64_t* index;  // [tokens][k]
 };
 
-DEVICE float rounded(float x, int64_t dtype) {
-    if (dtype == kFloat32) return x;
-    return dtype == kFloat16 ? half_to_float(float_to_half(x))
-                             : bfloat_to_float(float_to_bfloat(x));
-}
-
 // n numbers past L1, such as those of another block of this launch, all loads under way together.
 template <int n, class At>
 DEVICE void load_apart(const void* p, int64_t dtype, const At& at, float (&x)[n]) {
@@ -89,14 +83,14 @@ DEVICE void make_scores(const Choice& call, float* score) {
         most = greatest_of_warp(most);
         for (int e = lane; e < count; e += 32) sum += score[e] = expf(score[e] - most);
         sum = sum_of_warp(sum);
-        for (int e = lane; e < count; e += 32) score[e] = rounded(score[e] / sum, call.score_dtype);
+        for (int e = lane; e < count; e += 32) score[e] = rounded_to(call.score_dtype, score[e] / sum);
     } else if (call.score == kSigmoid) {
         for (int e = lane; e < count; e += 32)
-            score[e] = rounded(sigmoid(score[e]), call.score_dtype);
+            score[e] = rounded_to(call.score_dtype, sigmoid(score[e]));
     } else if (call.score == kSqrtSoftplus) {
         for (int e = lane; e < count; e += 32) {
             const float x = score[e], plus = x > 20.0f ? x : log1pf(expf(x));
-            score[e] = rounded(sqrtf(rounded(plus, call.score_dtype)), call.score_dtype);
+            score[e] = rounded_to(call.score_dtype, sqrtf(rounded_to(call.score_dtype, plus)));
         }
     }
 }
@@ -114,7 +108,7 @@ DEVICE void keep_best_groups(const Choice& call, uint32_t* key) {
             first = fmaxf(first, x);
             at = at + 1 == size ? 0 : at + 1;
         }
-        own = key_of(call.group_best == 2 && size > 1 ? rounded(first + second, call.choice_dtype)
+        own = key_of(call.group_best == 2 && size > 1 ? rounded_to(call.choice_dtype, first + second)
                                                       : first);
     }
     uint32_t kept = 0;
@@ -175,7 +169,7 @@ DEVICE void choose(const Choice& call, int64_t token, const float* correction, f
     make_scores(call, score);
     for (int e = lane; e < count; e += 32) {
         float x = score[e];
-        if (call.correction != nullptr) x = rounded(x + correction[e], call.choice_dtype);
+        if (call.correction != nullptr) x = rounded_to(call.choice_dtype, x + correction[e]);
         key[e] = key_of(x);
     }
     __syncwarp();
@@ -188,13 +182,13 @@ DEVICE void choose(const Choice& call, int64_t token, const float* correction, f
     if (call.score == kChosen) {
         const float most = __shfl_sync(~0u, weight, 0);
         const float p = given ? expf(weight - most) : 0.0f;
-        weight = rounded(p / sum_of_warp(p), call.score_dtype);
+        weight = rounded_to(call.score_dtype, p / sum_of_warp(p));
     }
     if (call.normalise) {
-        const float sum = rounded(sum_of_warp(weight), call.score_dtype);
-        weight = rounded(weight / rounded(sum + call.epsilon, call.score_dtype), call.score_dtype);
+        const float sum = rounded_to(call.score_dtype, sum_of_warp(weight));
+        weight = rounded_to(call.score_dtype, weight / rounded_to(call.score_dtype, sum + call.epsilon));
     }
-    if (call.scale != 1.0f) weight = rounded(weight * call.scale, call.score_dtype);
+    if (call.scale != 1.0f) weight = rounded_to(call.score_dtype, weight * call.scale);
     if (given) {
         store_number(call.weights, token * k + lane, call.weights_dtype, weight);
         call.index[token * k + lane] = mine;

@@ -157,7 +157,7 @@ DEVICE void make_logits(const Products& call, const Choice& choice, float* corre
     if (writes) {
 #pragma unroll
         for (int s = 0; s < warps; ++s) logit += parts[(of * warps + s) * kSums + i % kSums];
-        logit = rounded(rounded(logit + bias, call.product_dtype), choice.logits_dtype);
+        logit = rounded_to(choice.logits_dtype, rounded_to(call.product_dtype, logit + bias));
         const int64_t at = int64_t(token + t) * experts + e;
         store_number(choice.logits, at, choice.logits_dtype, logit);
         if (one_block() && token + t == 0) score[e] = logit;
