@@ -5,6 +5,7 @@ There are no graphs here: a replay calls the work again. tests/hf/test_captured.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import moepress
 from moepress.chat import Conversation
 from moepress.compress import compress
 from moepress.hf import load_model
-from moepress.hf.captured import PROOFS, CapturedSteps
+from moepress.hf.captured import PROOFS, ROOM, STEP, CapturedSteps
 from moepress.hf.cuda_graph import Graph, numbers_made_there
 from moepress.hf.fused_norms import fused_norms
 from moepress.hf.fused_rotary import fused_rotary
@@ -28,7 +29,7 @@ from moepress.hf.late_stops import late_stops
 from moepress.kernels.cuda import launch as launching
 from moepress.kernels.cuda import small
 from moepress.original.remote_code import tokenizer_of
-from moepress.serve.stepping import Stepper
+from moepress.serve.stepping import BESIDE, Stepper
 from tests.card.runtime import MULTIPROCESSORS
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
@@ -196,6 +197,32 @@ def test_a_server_captures_a_sequence_that_is_alone(folder: Path, card: Card) ->
         stepper.decode([one, two], [1, 1])
         found.append(torch.cat(logits))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_memory_beside_the_caches_of_a_server(folder: Path, card: Card) -> None:
+    """A captured step keeps its cache when others join. It is bounded by the budget of caches."""
+    model = load_model(folder, "cuda")
+    stepper = Stepper(model)
+    step = stepper.least_bytes + (12 + ROOM + STEP) * stepper.token_bytes
+    held = {}
+    for share in (0.0, 1.0):
+        stepper.steps = CapturedSteps(model, capture=recorder(card))
+        stepper.keep_within(int(share * BESIDE * step))
+        for text in (12, 40):
+            one, two = stepper.new(), stepper.new()
+            stepper.prefill(one, range(5, 5 + text))
+            stepper.decode([one], [7])
+            alone = "forward" in vars(model)
+            stepper.prefill(two, range(5, 17))
+            stepper.decode([one, two], [7, 8])
+            gc.collect()
+            held[share, text] = alone, card.allocated
+            del one, two
+    (none, least), (one, more) = held[0.0, 12], held[1.0, 12]
+    assert (none, one) == (False, True)
+    assert 0.8 * step < more - least < 1.1 * step  # what the graph computes comes on top
+    assert not held[1.0, 40][0]  # its step would take more
+    assert held[1.0, 40][1] - held[0.0, 40][1] == more - least
 
 
 @pytest.mark.card

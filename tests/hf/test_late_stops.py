@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,6 +56,35 @@ def test_other_threads_and_errors() -> None:
         thread.join()
         raise KeyError
     assert found == [False] and not late()
+
+
+def test_requests_end_in_any_order() -> None:
+    wanted = {"first": False, "second": True}
+    questions = [lambda: wanted["first"], lambda: wanted["second"]]
+    first, second = (late_stops("cuda", question) for question in questions)
+    alive = [weakref.ref(question) for question in questions]
+    first.__enter__()
+    second.__enter__()
+    assert late()
+    first.__exit__(None, None, None)
+    assert late()  # for the second
+    wanted["first"] = True
+    second.__exit__(None, None, None)
+    assert not late()
+    del first, second, questions
+    gc.collect()
+    assert [question() for question in alive] == [None, None]  # nor the model that they may hold
+
+
+def test_a_request_that_another_thread_ends() -> None:
+    with ThreadPoolExecutor(1) as other:
+        request = late_stops("cuda", yes)
+        other.submit(request.__enter__).result()
+        with late_stops("cuda", yes):
+            assert other.submit(late).result()
+            request.__exit__(None, None, None)
+            assert late() and not other.submit(late).result()
+    assert not late()
 
 
 def test_a_release_that_asks_otherwise_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,9 @@ reads what the step before has copied to the host, while the next step runs, and
 token too many (`DeferredStopCheck`). Inside of `late_stops` it does so for other devices too.
 
 A cache that the caller keeps would have a token too many: for those nothing changes.
+
+The function of transformers that decides this is replaced at the first use, for good. Where nobody
+asks for late stops, ours passes its arguments and its answer through.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.generation import utils
@@ -24,21 +28,39 @@ ASKED = {"device", "cache_is_returned", "is_assistant"}  # parameters that decid
 _local = threading.local()
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A request for late stops."""
+
+    device_type: str
+    wanted: Callable[[], bool]
+
+
+def _requests() -> list[_Asked]:
+    """Those of this thread; the last one counts."""
+    if not hasattr(_local, "requests"):
+        _local.requests = []
+    found: list[_Asked] = _local.requests
+    return found
+
+
 @contextmanager
 def late_stops(device_type: str, wanted: Callable[[], bool]) -> Iterator[None]:
     """Inside the `with` statement, texts end a step late, for calls of this thread.
+
+    Requests may end in any order, and in another thread: each takes back its own.
 
     Args:
         device_type: of the tokens, such as "cuda".
         wanted: whether they shall, asked after each prompt.
     """
     _wrap()
-    before = getattr(_local, "asked", None)
-    _local.asked = device_type, wanted
+    requests, asked = _requests(), _Asked(device_type, wanted)
+    requests.append(asked)
     try:
         yield
     finally:
-        _local.asked = before
+        requests.remove(asked)
 
 
 def _wrap() -> None:
@@ -52,14 +74,14 @@ def _wrap() -> None:
     def is_supported(*args: Any, **kwargs: Any) -> bool:
         supported = bool(plain(*args, **kwargs))
         given = signature.bind(*args, **kwargs).arguments
-        asked = getattr(_local, "asked", None)
-        if supported or asked is None or not given.keys() >= ASKED:
+        requests = _requests()
+        if supported or not requests or not given.keys() >= ASKED:
             return supported
-        device_type, wanted = asked
+        asked = requests[-1]
         kept = given["cache_is_returned"] or given["is_assistant"]
         # A CPU has no events, and nothing waits for it.
-        here = given["device"].type == device_type != "cpu"
-        return here and not kept and wanted()
+        here = given["device"].type == asked.device_type != "cpu"
+        return here and not kept and asked.wanted()
 
     setattr(is_supported, MARK, True)
     check.is_supported = staticmethod(is_supported)

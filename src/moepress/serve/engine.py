@@ -54,6 +54,7 @@ class Engine:
         self.ends = frozenset(ends)
         self.limits = limits
         self.cache = cache
+        stepper.keep_within(cache)
         self.generated = 0  # tokens, since the start
         self.prefilled = 0
         self._inbox: deque[Job] = deque()
@@ -107,8 +108,11 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                self._turn()
+            try:
+                while not self._stopping:
+                    self._turn()
+            finally:
+                self.stepper.close()
         except Exception:  # a fault of this module: /health reports that the thread has ended
             logger.exception("the engine failed")
         for answer in self._all():

@@ -11,13 +11,14 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-from moepress.hf.captured import CapturedSteps
+from moepress.hf.captured import ROOM, STEP, CapturedSteps
 from moepress.serve.rows import Rows, can_batch, nbytes
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ CHUNK = 256  # tokens of a prompt computed at a time: between two chunks the oth
 SMALL = 8192  # tokens of a group of sequences, with padding, that need not be divided
 PROBE = (33, 17)  # tokens of the two sequences that `Stepper` tries at its start
 CLOSE = 0.03  # of the logits' spread, for other orders of sums: bfloat16 was seen to take 0.008
+BESIDE = 8  # a captured step's own cache takes at most this part of the caches' budget: 1 / 8
 _OWN_CACHE = {"cache", "past_key_values"} & set(
     inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
@@ -45,7 +47,8 @@ class Stepper:
     """Computes logits. It finds out by trial what the model's cache allows.
 
     Attributes:
-        steps: replays the steps of a sequence that is computed alone, on a card.
+        steps: replays the steps of a sequence that is computed alone, on a card. Meanwhile the
+            model's forward is another: `close` puts it back.
         batches: sequences of different lengths can be computed together.
         chunks: a prompt can be computed in parts.
         token_bytes: memory of a token in the cache; least_bytes: of any sequence beside that.
@@ -58,8 +61,29 @@ class Stepper:
         self.batches = self.chunks = True
         self.steps = CapturedSteps(model)
         self._alone: int | None = None  # the thread in which steps are captured, if they are now
-        self._try()
+        self._most = inf  # bytes of the cache of captured steps
+        try:
+            self._try()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was. A later `decode` goes on, and captures again."""
         self._capture(False)
+
+    def keep_within(self, budget: int) -> None:
+        """Bound the memory of captured steps.
+
+        Their cache is none of a sequence's: it is kept when others join, and for later ones.
+
+        Args:
+            budget: bytes that the caches of all sequences may take. A sequence whose step would
+                have a cache of more than 1 / `BESIDE` of it is computed without captured steps.
+        """
+        self.close()
+        self._most = budget / BESIDE
+        if self._beside(1) > self._most:
+            self.steps = CapturedSteps(self.model)  # frees what the trial has captured
 
     def new(self) -> State:
         if not self.model._supports_default_dynamic_cache():
@@ -83,6 +107,8 @@ class Stepper:
             inputs: what a processor made of images beside the ids of the whole prompt; None: text.
             all_logits: return those after each of the tokens, [len(ids), V].
         """
+        # A part of one token looks like a step: the sequence that is in the graph would make way.
+        self._capture(False)
         tokens = torch.tensor([list(ids)], device=self.device)
         mask = torch.ones((1, state.length + len(ids)), dtype=torch.long, device=self.device)
         given = {name: value.to(self.device) for name, value in (inputs or {}).items()}
@@ -111,7 +137,7 @@ class Stepper:
             states: changed.
             ids: the tokens.
         """
-        self._capture(len(states) == 1)
+        self._capture(len(states) == 1 and self._beside(states[0].length) <= self._most)
         groups = grouped([state.length for state in states], self.batches)
         made = [
             self._decode_together([states[row] for row in rows], [ids[row] for row in rows])
@@ -120,6 +146,11 @@ class Stepper:
         order = torch.tensor([row for rows in groups for row in rows])
         return torch.cat(made)[order.argsort()]
 
+    def _beside(self, tokens: int) -> int:
+        """Most bytes of the cache of a step that is captured after so many tokens."""
+        room = tokens + max(ROOM, tokens // 4) + STEP
+        return self.least_bytes + room * self.token_bytes
+
     def _capture(self, alone: bool) -> None:
         """Have steps of this thread captured while a sequence is alone, and only then.
 
@@ -127,6 +158,7 @@ class Stepper:
         """
         thread = threading.get_ident() if alone else None
         if thread != self._alone:
+            self._alone = None
             self.steps.__exit__()
             if alone:
                 self.steps.__enter__()
