@@ -30,6 +30,7 @@ SPILLS = {  # bytes that a kernel may spill, all loads and stores of its program
     # A few, once a thread.
     "moepress_combine_experts": 16,
     "moepress_drop": 44,
+    "moepress_cache_write": 16,
     "moepress_dequantize_trellis": 8,
     "moepress_gated_any": 16,
     "moepress_attention_bf16_g128_p1": 16,
