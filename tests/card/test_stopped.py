@@ -7,14 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from moepress.costs import kept_states
 from moepress.costs.kept_states import KeptStates
-from moepress.costs.sensitivity import measure_sensitivity
+from moepress.costs.sensitivity import check_space, measure_sensitivity
+from moepress.errors import CheckpointError
+from moepress.original import batches
+from moepress.original.resident import ComingExperts
 from moepress.original.source import Source
+from moepress.original.walk import Walk
 from tests.card.tensors import Card
 from tests.families.models import make_model, save_model
 from tests.original.test_walk import some_ids
@@ -106,3 +112,75 @@ def test_states_that_have_no_room_are_files(
     monkeypatch.setattr(kept_states, "SHARE_HELD", 0.0)
     assert run("no room", 1e9) == whole
     assert kept == list(range(LAYERS + 1))
+
+
+def test_experts_of_layers_that_are_skipped_are_not_read(
+    run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run goes past layers whose states are a file."""
+    begun: list[int] = []
+    taken: list[int] = []
+    begin, take = ComingExperts.begin, ComingExperts.take
+
+    def begins(coming: ComingExperts, source: Source, layer: int | None) -> None:
+        begin(coming, source, layer)
+        if coming._begun is not None:
+            begun.append(coming._begun.layer)
+
+    def takes(coming: ComingExperts, source: Source, layer: int, module: Any) -> Any:
+        if coming._begun is not None:
+            taken.append(layer)
+        return take(coming, source, layer, module)
+
+    run("stopped", 2.0, dies_at=3)
+    monkeypatch.setattr(ComingExperts, "begin", begins)
+    monkeypatch.setattr(ComingExperts, "take", takes)
+    run("stopped", 2.0)
+    assert begun == taken == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("left", ["nothing", "a gradient"])
+def test_the_disk_must_have_room_for_states_that_memory_held(
+    left: str,
+    run: Callable[..., dict[str, bytes]],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "stopped").mkdir()
+    need = LAYERS + 1 + 2  # the states before and after every layer, and two gradients
+    if left == "a gradient":
+        files = run("stopped", 1e9, dies_at=3)
+        assert files.keys() - {"identity.json"} == {
+            f"gradient-{LAYERS:04d}.safetensors",
+            f"sensitivity-{LAYERS - 1:04d}.safetensors",
+        }
+        need -= 2
+    walk = Walk(Source(folder, "cuda"), some_ids(2, 8))
+    one = walk.states.nbytes
+    free = [need * one]
+    monkeypatch.setattr(sensitivity.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    check_space(tmp_path / "stopped", walk, LAYERS - 1)
+    free[0] -= 1
+    with pytest.raises(CheckpointError, match=f"need about {need * one:,} bytes more .should mem"):
+        check_space(tmp_path / "stopped", walk, LAYERS - 1)
+
+
+def test_states_that_cannot_be_pinned_are_not_copied(
+    tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_file(file: Any, size: int) -> None:
+        raise AssertionError("a temporary file")
+
+    monkeypatch.setattr(batches, "IN_MEMORY", 1024)
+    monkeypatch.setattr(batches, "_reserve", no_file)
+    states = KeptStates(tmp_path, torch.device("cuda", 0), 4)
+    held = torch.arange(512, dtype=torch.float32)
+    states.keep(1, {"states": held.cuda()})
+    for memory, pinned in ((17 * 1024, False), (1 << 30, True)):
+        monkeypatch.setattr(batches, "free_host_memory", lambda m=memory: m)
+        states.expect(1)
+        found = states.tensors(1)["states"]
+        assert torch.equal(found, held)
+        assert found.is_pinned() == pinned
+    assert not list(tmp_path.iterdir())

@@ -55,8 +55,16 @@ def test_outputs_and_errors_are_those_of_the_dense_product(loaded: Loaded, tmp_p
     texts = Texts.of(some_ids(), [1.0])
     sums = walk.token_sums(expert.routed, [0])
     ((seen, offered),) = rounded_weights([expert], rounding, recipe.expert_bits)
-    candidates = [one for one in offered(torch.empty(0)) if one is not None]
-    errors, _ = measure(expert, seen, lambda _: candidates, texts, sums)
+    candidates: list[ExpertWeights] = []
+
+    def kept(hidden: Tensor) -> Iterator[ExpertWeights]:
+        assert hidden.shape == (len(expert.tokens), 1)
+        for candidate in offered(hidden):
+            assert candidate is not None
+            candidates.append(candidate)
+            yield candidate
+
+    errors, _ = measure(expert, seen, kept, texts, sums)
     exact = dense(expert, expert.weights)
     torch.testing.assert_close(sums.result(), exact, rtol=1e-4, atol=1e-5 * exact.std().item())
     for option, candidate in enumerate(candidates):

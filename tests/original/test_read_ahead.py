@@ -135,6 +135,35 @@ def test_the_next_layer_is_read_during_this_one(
     until(lambda: not threads())  # all that was begun is read, and then nothing is left
 
 
+def test_who_waits_while_a_walk_goes_on_waits_for_what_is_read_then(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread may read the experts of a layer while the walk comes to that layer."""
+    source = Source(model_folder())
+    key = source.upcoming._layer(1)[-1].key
+    gate = threading.Event()
+    read = ReadAhead._read_place
+
+    def slow(ahead: ReadAhead, place: Place) -> None:
+        gate.wait()
+        read(ahead, place)
+
+    monkeypatch.setattr(ReadAhead, "_read_place", slow)
+    source.upcoming.experts(1, range(source.experts[1].experts))
+    first = source.upcoming._reading
+    waiting = threading.Thread(target=source.upcoming.wait_for, args=(key,))
+    waiting.start()
+    until(lambda: first._used > 0)  # it waits
+    source.upcoming.layer(1, 2)
+    second = source.upcoming._reading
+    until(lambda: second._used > 0 or not waiting.is_alive())
+    assert waiting.is_alive() and second._read == 0
+    gate.set()
+    waiting.join()
+    assert second._read == len(second._needs) > 0
+    until(lambda: not threads())
+
+
 # How much is read
 
 

@@ -129,6 +129,16 @@ def test_experts_stay_on_disk_without_a_card_or_room(
     assert walk.resident(0) is None
 
 
+def test_without_a_card_no_experts_are_begun(tmp_path: Path) -> None:
+    source = Source(save_model(make_model("mixtral"), tmp_path / "model"))
+    walk = Walk(source, IDS)
+    with source.layer_loaded(0):
+        reading = source.upcoming._reading
+        walk.expect(0)
+        assert source.upcoming._reading is reading
+        assert walk._coming._begun is None
+
+
 @pytest.mark.parametrize("left_out", [False, True])
 def test_rounded_experts_that_run_together(
     left_out: bool, tmp_path: Path, text_file: Path, tokenizer_folder: Path,

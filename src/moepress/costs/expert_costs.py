@@ -29,9 +29,10 @@ from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
 from moepress.sending import sent
 
-# The weights at every offered width; None: left out. The other is what gives them, from the inputs
-# [T_e, I] of the original `down`.
+# The weights of an expert at every offered width; None: it is left out.
 Offers = Iterable[ExpertWeights | None]
+# Gives them, for the inputs of the original `down` on the expert's tokens: [T_e, I], or [T_e, 1]
+# where each token uses one neuron.
 Offered = Callable[[Tensor], Offers]
 
 
@@ -83,7 +84,7 @@ def _noisy(
 
     Args:
         seen: the sketch, or the expert.
-        hidden: [T_e, I or 1] inputs of the original down.
+        hidden: inputs of the original down, see `Offered`.
     """
     weights, seed = expert.weights, rounding.tokens.seed
 

@@ -19,7 +19,7 @@ from moepress.format.checkpoint import Writer
 from moepress.format.journal import STATES_EVERY
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.memory import free_host_memory
-from moepress.original.batches import empty
+from moepress.original.batches import pinned_empty
 from moepress.ranks import here
 
 SHARE_HELD = 0.125  # of the machine's free memory, that the states of one layer may take
@@ -114,11 +114,11 @@ class KeptStates:
         path = states_file(self._folder, layer)
         return self._held[path] if path in self._held else load_unfinished(path)
 
-    @torch.inference_mode(False)
     def _for_card(self, layer: int) -> Mapping[str, Tensor]:
-        found = self._found(layer)
-        # No share of the card's memory: it has no room for the states of two layers.
-        return {
-            name: empty(tuple(value.shape), value.dtype, self._device, 0).copy_(value)
-            for name, value in found.items()
-        }
+        return {name: _pinned(value) for name, value in self._found(layer).items()}
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in memory that a card reads fast; the tensor itself, where there is too little."""
+    copy = pinned_empty(tuple(tensor.shape), tensor.dtype)
+    return tensor if copy is None else copy.copy_(tensor)

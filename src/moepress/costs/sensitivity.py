@@ -75,8 +75,9 @@ def measure_sensitivity(
 
     Args:
         ids: [S, L] calibration sequences.
-        folder: where states, gradients and results are kept. For each layer it takes the bytes of
-            the states of a walk; the backward walk deletes them as it goes.
+        folder: where states, gradients and results are kept. On a CPU it takes, for each layer, the
+            bytes of the states of a walk; the backward walk deletes them as it goes. With a card
+            memory takes those that it has room for, and about one a minute is a file too.
         identity: what the result depends on.
         seed: of the next tokens drawn from the model's predictions.
 
@@ -152,20 +153,28 @@ def _clear_after(folder: Path, last: int, count: int) -> None:
 def check_space(folder: Path, walk: Walk, last: int) -> None:
     """Raise CheckpointError if the disk cannot hold the states of the walk.
 
+    With a card they are files where memory is short, and nobody knows now whether it will be: the
+    disk must have room for all of them.
+
     Args:
         last: the last layer that the backward walk has not finished.
     """
+    stop = last + 1
     missing = 1  # the gradient before a layer is written while the one after it still exists
     if not _gradient(folder, last + 1).is_file():
-        states = (n for n in range(last + 2) if not states_file(folder, n).is_file())
-        missing += 1 + sum(walk.loop.runs(layer) for layer in states)
+        stop, missing = last + 2, 2  # that one, from the states after the last layer
+    # A run on a card that was stopped on its way back left few states on disk.
+    states = (n for n in range(stop) if not states_file(folder, n).is_file())
+    missing += sum(walk.loop.runs(layer) for layer in states)
     need = missing * walk.tokens * math.prod(walk.states.shape[2:]) * walk.states.itemsize
     free = shutil.disk_usage(folder).free
     if free < need:
+        on_card = walk.source.device.type == "cuda"
+        perhaps = " (should memory be too short for them)" if on_card else ""
         raise CheckpointError(
             f"No space left for {folder}: the states of all layers, kept for the backward walk, "
-            f"need about {need:,} bytes more, {free:,} are free. Free some and run the same "
-            "command again, give fewer --sequences, or use the recipe 'fast'."
+            f"need about {need:,} bytes more{perhaps}, {free:,} are free. Free some and run the "
+            "same command again, give fewer --sequences, or use the recipe 'fast'."
         )
 
 
@@ -187,7 +196,8 @@ def _forward(walk: Walk, states: KeptStates, stop: int, progress: Progress) -> N
             continue
         if at != layer:
             walk.restore(states.tensors(layer))
-        with source.layer_loaded(layer):
+        following = next((n for n in range(layer + 1, stop) if not done[n + 1]), stop)
+        with source.layer_loaded(layer, following):
             walk.pass_layer(layer)
         at = layer + 1
         states.keep(at, walk.tensors())

@@ -76,15 +76,23 @@ def empty(
     if device is not None and device.type == "cuda":
         if size <= share * free_memory(device):
             return torch.empty(shape, dtype=dtype, device=device)
-        pinned = 1 << max(0, size - 1).bit_length()  # torch takes powers of two
-        if pinned <= SHARE_PINNED * free_host_memory():
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        if (pinned := pinned_empty(shape, dtype)) is not None:
+            return pinned
     if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="moepress-") as file:
         _reserve(file, size)
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)  # the file has no name any more; it lives as long as the mapping
+
+
+def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """An uninitialised tensor in memory that a card reads fast; None: there is too little of it."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    taken = 1 << max(0, size - 1).bit_length()  # torch takes powers of two
+    if taken > SHARE_PINNED * free_host_memory():
+        return None
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def _reserve(file: Any, size: int) -> None:

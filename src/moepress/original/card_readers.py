@@ -21,7 +21,6 @@ class CardReaders:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         # Streams are kept, because freed memory is only used again on its stream.
         self._streams = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -31,7 +30,10 @@ class CardReaders:
     def in_turn(
         self, expert: Callable[[int], ExpertWeights], numbers: Iterable[int]
     ) -> Iterator[ExpertWeights]:
-        """`expert` of each of `numbers`; the next ones are read while one is in use."""
+        """`expert` of each of `numbers`; the next ones are read while one is in use.
+
+        They are made on other streams than they are used on: see `in_use`.
+        """
 
         def read(number: int, stream: torch.cuda.Stream) -> ExpertWeights:
             with torch.cuda.stream(stream):
@@ -44,13 +46,18 @@ class CardReaders:
             for place, number in enumerate(numbers):
                 ahead.append(pool.submit(read, number, self._streams[place % READERS]))
                 if len(ahead) > READERS:
-                    yield self._in_use(ahead.popleft().result())
+                    yield ahead.popleft().result()
             while ahead:
-                yield self._in_use(ahead.popleft().result())
+                yield ahead.popleft().result()
 
-    def _in_use(self, weights: ExpertWeights) -> ExpertWeights:
-        """Weights that were made on another stream: their memory is kept until this one is done."""
-        for value in weights:
-            if value is not None:
-                value.record_stream(torch.cuda.current_stream(self._device))
-        return weights
+
+def in_use(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """Weights of `CardReaders`, whose memory is kept until the current stream is done with them.
+
+    To be called in the thread that uses them: each thread has a current stream of its own.
+    """
+    stream = torch.cuda.current_stream(device)
+    for value in weights:
+        if value is not None:
+            value.record_stream(stream)
+    return weights

@@ -9,8 +9,9 @@ the dtype of the weights, and summed in float32 in the order of the experts' num
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moepress.blocks.form import Form
 from moepress.errors import MoepressError
 from moepress.memory import free_memory
 from moepress.original.batches import chunks
+from moepress.original.card_readers import in_use
 from moepress.original.experts import (
     ExpertWeights,
     Routed,
@@ -165,31 +167,66 @@ def resident_experts(source: Source, layer: int, module: Any) -> ResidentExperts
     return ResidentExperts(layer, module, experts.form, list(read))
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The experts of a layer, while they are read."""
+
+    layer: int
+    read: Future[list[ExpertWeights] | None]
+    unwanted: Event
+
+
 class ComingExperts:
-    """Reads the experts of the layer that a walk comes to next, while a layer runs."""
+    """Reads the experts of the layer that a walk comes to next, while a layer runs.
+
+    At most one layer is on the card that way: a walk may skip the layer that was begun.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "moepress-next-experts")
-        self._begun: dict[int, Future[list[ExpertWeights]]] = {}
+        self._begun: _Begun | None = None
 
     def begin(self, source: Source, layer: int | None) -> None:
         """Begin to read a layer's experts to the card, if it has much room for them."""
+        self._let_go()
         if layer is None or layer not in source.experts:
             return
-        if not have_room(source, layer, SHARE_AHEAD):
-            return
-        numbers = range(source.experts[layer].experts)
-        read = source.experts_to_card
-        self._begun[layer] = self._pool.submit(lambda: list(read(layer, numbers)))
+        if have_room(source, layer, SHARE_AHEAD):
+            unwanted = Event()
+            self._begun = _Begun(layer, self._pool.submit(_read, source, layer, unwanted), unwanted)
 
     def take(self, source: Source, layer: int, module: Any) -> ResidentExperts | None:
         """What `resident_experts` returns, perhaps read already."""
-        begun = self._begun.pop(layer, None)
-        if begun is None:
+        if self._begun is None or self._begun.layer != layer:
+            self._let_go()
             return resident_experts(source, layer, module)
-        read = begun.result()
+        begun, self._begun = self._begun, None
+        read = begun.read.result()
+        if read is None:  # what ran meanwhile took the room
+            return resident_experts(source, layer, module)
         source.upcoming.experts(layer, ())  # begins with the files of the next layer
-        return ResidentExperts(layer, module, source.experts[layer].form, read)
+        weights = [in_use(one, source.device) for one in read]
+        return ResidentExperts(layer, module, source.experts[layer].form, weights)
+
+    def _let_go(self) -> None:
+        """Free the memory of what was begun."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.unwanted.set()
+            wait([begun.read])  # until then it takes room on the card
+
+
+def _read(source: Source, layer: int, unwanted: Event) -> list[ExpertWeights] | None:
+    """All experts of a layer, read to the card; None: they are unwanted, or the card was full."""
+    found: list[ExpertWeights] = []
+    try:
+        for weights in source.experts_to_card(layer, range(source.experts[layer].experts)):
+            if unwanted.is_set():
+                return None
+            found.append(weights)
+    except torch.OutOfMemoryError:
+        return None
+    return found
 
 
 def have_room(source: Source, layer: int, share: float = SHARE) -> bool:

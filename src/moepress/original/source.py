@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moepress.format.codec import GROUP_SIZES, fitting_group_size
 from moepress.original.architectures import Bias, Experts, decoder_layers, find_experts, linear_role
-from moepress.original.card_readers import CardReaders
+from moepress.original.card_readers import CardReaders, in_use
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
@@ -292,10 +292,10 @@ class Source:
         if self.device.type != "cuda":
             yield from (self.expert(layer, number) for number in numbers)
             return
-        yield from self.experts_to_card(layer, numbers)
+        yield from map(partial(in_use, device=self.device), self.experts_to_card(layer, numbers))
 
     def experts_to_card(self, layer: int, numbers: Sequence[int]) -> Iterator[ExpertWeights]:
-        """`experts_in_turn` for a card, of files that are being read already."""
+        """`experts_in_turn` for a card, of files that are being read already; `in_use` is left."""
         return self._readers.in_turn(partial(self.expert, layer), numbers)
 
     @cached_property

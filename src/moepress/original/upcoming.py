@@ -55,15 +55,21 @@ class Upcoming:
     def wait_for(self, key: Key) -> None:
         """Return when a tensor of the files is read, if it is among those that were begun.
 
+        Another thread may begin with others meanwhile: then it counts whether it is among these.
+
         Raises:
             CheckpointError: its file cannot be read.
         """
-        self._reading.wait_for(key)
+        reading = None
+        while reading is not self._reading:  # it ends when another takes its place
+            reading = self._reading
+            reading.wait_for(key)
 
     def _begin(self, needs: list[Need], what: str) -> None:
-        self._stop()
+        stop = self._stop
         self._reading = ReadAhead(needs, what)
         self._stop = weakref.finalize(self, self._reading.stop)  # or its thread would outlive us
+        stop()  # now, so that whoever waits finds what took its place
 
     def _layer(self, layer: int) -> list[Need]:
         """A decoder layer, then its routed experts; nothing if there is no such layer."""

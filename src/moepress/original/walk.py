@@ -322,8 +322,7 @@ class Walk(Sequences):
 
     def expect(self, layer: int) -> None:
         """Begin to read the experts of the layer at work to the card, for `pass_layer` to take."""
-        if self.ranks.count == 1 and layer in self.source.experts:
-            self.source.upcoming.experts(layer, range(self.source.experts[layer].experts))
+        if self.ranks.count == 1:
             self._coming.begin(self.source, layer)
 
     def resident(self, layer: int) -> ResidentExperts | None:

@@ -10,7 +10,8 @@ from moepress.workload.task import Task
 def sensitivity(task: Task) -> int:
     """The states before every layer and after the last, and two gradients (sensitivity.py).
 
-    Sensitivities take the place of states on the way back.
+    Sensitivities take the place of states on the way back. Where a card computes this is an upper
+    bound: states that have room in memory are files only once a minute (kept_states.py).
     """
     return task.tokens * sum(task.between) + 2 * task.states
 

@@ -62,7 +62,12 @@ def sampling(task: Task) -> int:
 
 
 def sensitivity(task: Task) -> int:
-    """The forward and the backward walk."""
+    """The forward and the backward walk.
+
+    Without the states that wait for the backward walk in the machine's memory where a card computes
+    (costs/kept_states.py): up to those of all layers, but only from memory that is free then, of
+    which seven times the states of a layer stay free.
+    """
     task = task.at_most
     walk = _states(task, copies=2) + _routed(task, copies=1)
     gradient = _states(task, copies=1)
