@@ -103,7 +103,7 @@ DEVICE Work work_of(int size, const int32_t* panel, const uint8_t* packed, int64
         wait_for_codes(!late);                                                                     \
         if (planes != PLANES || group != GROUP) trap();                                            \
         const Call call = {q,    scale,     sum,          pair,   out,    rows,                    \
-                           positions, int(choices), int(n), int(n),  int(k), int(splits), late};            \
+                           positions, int(choices), int(n), int(n), int(k), int(splits), late};    \
         const Work work =                                                                          \
             work_of((SIZE) / PLANES, panel, packed, packed_bytes, table, bits, call);              \
         if (!work.count) return wait_for_codes(late);                                              \

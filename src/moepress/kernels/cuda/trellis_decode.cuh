@@ -1,9 +1,9 @@
 // Products of trellis matrices with few tokens. See trellis_code.cuh for the fragments.
 //
-// A warp takes a slab and a range of its columns, 32 columns (a unit) at a time, which come to it through
-// shared memory (trellis_feed.cuh). One mma multiplies 16 rows and 2 columns of four tiles with up to 8
-// tokens, or with the two planes of 4. The exact sum of a group is scaled and added to sums in float32. The
-// warps of a block share the columns of a slab, and add up their sums in shared memory.
+// A warp takes a slab and a range of its columns, 32 columns (a unit) at a time, which come to it
+// through shared memory (trellis_feed.cuh). One mma multiplies 16 rows and 2 columns of four tiles with
+// up to 8 tokens, or with the two planes of 4. The exact sum of a group is scaled and added to sums in
+// float32. The warps of a block share the columns of a slab, and add up their sums in shared memory.
 //
 // At 2 bits, 8192 weights (4 units of a warp, one group of 128 columns) and up to four tokens take about
 // 760 instructions of a warp (compute capability 9.0, CUDA 13.5). A quarter of a multiprocessor issues

@@ -6,8 +6,8 @@
 //
 // The words of a stage lie as lanes read them: 8 bytes of lane 4 r + j are at
 //     (unit * words + word) * 256 + r / 4 * 128 + j * 32 + r % 4 * 8,
-// so 16 lanes read 128 bytes that follow each other, and lane l of copy i writes bytes 512 i + 16 l. Then come
-// the codes, [unit][row][32], and scales and sums of the tokens.
+// so 16 lanes read 128 bytes that follow each other, and lane l of copy i writes bytes 512 i + 16 l.
+// Then come the codes, [unit][row][32], and scales and sums of the tokens.
 #pragma once
 
 #include "trellis_call.cuh"
