@@ -16,6 +16,7 @@ from moepress.costs.texts import Texts
 from moepress.original.experts import ExpertWeights, RoutedExpert
 from moepress.original.source import Source
 from moepress.original.walk import Walk
+from moepress.recipe import Recipe
 from moepress.rounding.expert import round_experts
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.options import Rounding
@@ -107,3 +108,20 @@ def test_the_second_table_is_rounded_to_nearest(loaded: Loaded, tmp_path: Path) 
     x = expert.routed.hidden
     squared = [((w.dequantize() - tables[0]) @ x.T).square().sum() for w in (first, nearest[0])]
     assert squared[0] < squared[1]
+
+
+@torch.inference_mode()
+def test_drawn_costs_are_near_those_of_the_search(tmp_path: Path) -> None:
+    folder = save_model(make_model("doge"), tmp_path / "doge")
+    source, ids, widths = Source(folder), some_ids(40, 32), (2, 3, 4)
+    walk = Walk(source, ids)
+    recipe = Recipe.load("default", bits=2.5)
+    found = []
+    with source.layer_loaded(0):
+        expert = walk.expert(0, 0, walk.route(0))
+        for how in ("noise", "gptq"):
+            rounding = Rounding.of_experts(recipe, how)
+            ((seen, offered),) = rounded_weights([expert], rounding, widths)
+            sums = walk.token_sums(expert.routed, [0])
+            found.append(measure(expert, seen, offered, Texts.of(ids, [1.0]), sums)[0])
+    assert (found[0] / found[1] - 1).abs().max() < 0.3

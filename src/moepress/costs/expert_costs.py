@@ -97,10 +97,23 @@ def _noisy(
 
     of_gate_up = partial(gate_up_inputs, expert, rounding)
     of_down = partial(down_inputs, expert, weights.gate_up, rounding, hidden)
+    if expert.routed.neuron is not None:
+        of_down = partial(_unrelated_inputs, weights.down, rounding)
     gate_ups = noisy(weights.gate_up, len(weights.gate_up), ROUNDED[0], of_gate_up)
     downs = noisy(seen.weights.down, len(weights.down), ROUNDED[1], of_down)
     for _ in widths:  # no name holds the weights of a width while those of the next are made
         yield seen.weights._replace(gate_up=next(gate_ups), down=next(downs))
+
+
+def _unrelated_inputs(table: Tensor, rounding: Rounding) -> Inputs:
+    """Inputs whose Hessian is the identity, for a table with a row for each neuron.
+
+    It is rounded without feedback (`round_downs`), so its drawn errors have none either.
+    """
+    columns = table.shape[1]
+    inputs = Inputs(columns, table.device, rounding.family, False, tokens=columns)
+    inputs.add(torch.eye(columns, device=table.device), None)
+    return inputs
 
 
 def draw_experts_ahead(numbers: Sequence[int], like: RoutedExpert, rounding: Rounding) -> None:
