@@ -87,13 +87,13 @@ def written(model: Any, ids: Tensor, tokens: int, **options: Any) -> Tensor:
 def distances() -> Iterator[list[float]]:
     """How far logits are from those of the plain way, wherever steps are compared meanwhile."""
     found: list[float] = []
-    plain = captured._distance
+    plain = captured.distance
 
     def kept(got: Tensor, expected: Tensor) -> float:
         found.append(plain(got, expected))
         return found[-1]
 
-    with patch.object(captured, "_distance", kept):
+    with patch.object(captured, "distance", kept):
         yield found
 
 
@@ -241,7 +241,7 @@ class Seen(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
     def differs(self, other: Seen, count: int | None = None) -> float:
         """How far the first `count` logits are from another's: the most for a token."""
         pairs = list(zip(self.logits, other.logits, strict=True))[:count]
-        return max(captured._distance(one, another) for one, another in pairs)
+        return max(captured.distance(one, another) for one, another in pairs)
 
 
 def check_family(card: Card, family: str) -> list[Row]:

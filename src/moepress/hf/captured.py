@@ -204,7 +204,7 @@ class CapturedSteps:
         """Compute a step both ways, and return what the plain way gives."""
         got = step.run(call).clone()
         out = self._plain(**kwargs)
-        error = _distance(got, out.logits)
+        error = distance(got, out.logits)
         if not error < CLOSE:
             self._step = None
             reason = f"its logits differ by {error:.2g} of their spread"
@@ -368,7 +368,8 @@ class _Step:
         return self._kind(logits=logits, **dict.fromkeys(self._names, cache))
 
 
-def _distance(got: Tensor, expected: Tensor) -> float:
+def distance(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| over the spread of expected logits [.., V]."""
     got, expected = got.float(), expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     return float((got - expected).norm() / spread)

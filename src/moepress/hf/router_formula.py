@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moepress.errors import InputError
 from moepress.hf.router_parts import RouterParts
+from moepress.hf.trying import random_numbers
 from moepress.kernels import route
 from moepress.kernels.router import SCORES, Formula
 
@@ -70,7 +71,7 @@ def find_way(
     hidden = tried_states(parts.weight, dtype)
     correction = None
     if parts.corrected:
-        correction = 0.1 * torch.randn(len(parts.weight), generator=_generator()).to(hidden.device)
+        correction = 0.1 * random_numbers((len(parts.weight),), hidden.device, torch.float32)
     dims, expected = _plain_outputs(module, hidden, correction)
     if expected is None:
         return None
@@ -98,14 +99,9 @@ def tried_states(weight: Tensor, dtype: torch.dtype) -> Tensor:
     states = wide.new_zeros(TRIED + DENSE, cols)
     rows = torch.arange(TRIED, device=weight.device)
     states[rows, columns] = torch.exp2((spread / deviation).log2().round())
-    dense = torch.randn(DENSE, cols, generator=_generator()).to(weight.device)
+    dense = random_numbers((DENSE, cols), weight.device, torch.float32)
     states[TRIED:] = dense * (2 / (wide.std() * cols**0.5).clamp_min(1e-4))
     return states.to(dtype)
-
-
-def _generator() -> torch.Generator:
-    """Of the CPU, so that all devices try the same."""
-    return torch.Generator().manual_seed(0)
 
 
 def _plain_outputs(

@@ -19,7 +19,7 @@ MOST_TOKENS = 16  # of a call that a kernel in the place of a function takes
 def random_numbers(
     shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> Tensor:
-    """Normal numbers that do not touch the states of torch's generators."""
+    """Normal numbers, the same on all devices, that do not touch torch's generators."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator).to(device, dtype)
 

@@ -30,8 +30,8 @@ from moepress.kernels.backends import (
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.gradients import register_gradients
-from moepress.kernels.ops import attention, drop, embedding, experts, linear, linears, route
-from moepress.kernels.small_ops import cache_write, rms_norm, rotary
+from moepress.kernels.ops import attention, drop, embedding, experts, linear, linears
+from moepress.kernels.small_ops import cache_write, rms_norm, rotary, route
 
 __all__ = [
     "BACKENDS",

@@ -6,7 +6,6 @@
     moepress::embedding  rows of a packed table
     moepress::drop       remove choices of small routing weight
     moepress::attention  few queries over many keys, with groups of queries that share keys
-    moepress::route      a router: logits, and which experts a token gets
 
 torch.compile, torch.export and CUDA graphs see each op as one node with a known result shape,
 whichever backend runs it (backends.py). torch.library reads the schema of an op from the
@@ -23,14 +22,12 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.format.codec import Codec, width_of
-from moepress.kernels import router
 from moepress.kernels.backends import backend_for
 from moepress.kernels.checks import check_bytes, check_one_device
 from moepress.kernels.experts_call import ExpertsCall, check_experts_call
 from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.op import op
 from moepress.kernels.reference import check_activation_bits
-from moepress.kernels.router import Formula
 
 
 @op("moepress::linear")
@@ -339,87 +336,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 def _(q: Tensor, *_: object, **__: object) -> Tensor:
     batches, heads, tokens, size = q.shape
     return q.new_empty(batches, tokens, heads, size)
-
-
-@op("moepress::route")
-def route(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    correction: Tensor | None,
-    top_k: int,
-    score: str,
-    normalise: bool,
-    epsilon: float,
-    scale: float,
-    groups: int,
-    kept_groups: int,
-    group_best: int,
-    product_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    score_dtype: torch.dtype,
-    weights_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A router: which experts each token gets, and with what weights.
-
-    Args:
-        hidden: [T, H], any float dtype.
-        weight: [E, H], any float dtype.
-        bias: [E] of the logits, or None.
-        correction: [E] that is added to scores for the choice alone, or None.
-        top_k: k.
-        score and all that follow: the fields of `Formula`, described there.
-
-    Returns:
-        logits [T, E], weights [T, k], and indices [T, k] int64 in the order of the choice: the
-        greatest first, of equal ones the one of the lower index.
-
-    Raises:
-        InputError: a shape or device does not fit, or there is no such formula.
-    """
-    formula = Formula(
-        score,
-        normalise,
-        epsilon,
-        scale,
-        groups,
-        kept_groups,
-        group_best,
-        product_dtype,
-        logits_dtype,
-        score_dtype,
-        weights_dtype,
-    )
-    router.check(hidden, weight, bias, correction, top_k, formula)
-    check_one_device(hidden, weight=weight, bias=bias, correction=correction)
-    return backend_for(hidden.device).route(hidden, weight, bias, correction, top_k, formula)
-
-
-@route.op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    correction: Tensor | None,
-    top_k: int,
-    score: str,
-    normalise: bool,
-    epsilon: float,
-    scale: float,
-    groups: int,
-    kept_groups: int,
-    group_best: int,
-    product_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    score_dtype: torch.dtype,
-    weights_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = len(hidden)
-    return (
-        hidden.new_empty(tokens, len(weight), dtype=logits_dtype),
-        hidden.new_empty(tokens, top_k, dtype=weights_dtype),
-        hidden.new_empty(tokens, top_k, dtype=torch.int64),
-    )
 
 
 @lru_cache(maxsize=64)

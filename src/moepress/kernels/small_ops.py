@@ -3,19 +3,24 @@
     moepress::rms_norm     root mean square norm of a row
     moepress::rotary       rotary embedding of queries and keys
     moepress::cache_write  one token into a cache, at a position that the device knows
+    moepress::route        a router: logits, and which experts a token gets
 
 As those of ops.py, they take flat arguments, and the fakes compute result shapes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moepress.errors import InputError
+from moepress.kernels import router
 from moepress.kernels.backends import backend_for
 from moepress.kernels.checks import check_one_device
 from moepress.kernels.op import op
+from moepress.kernels.router import Formula
 from moepress.kernels.small_reference import FORMULAS, STYLES
 
 
@@ -145,3 +150,75 @@ def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, positi
 
 @cache_write.op.register_fake
 def _(*_: object, **__: object) -> None: ...
+
+
+@op("moepress::route")
+def route(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    top_k: int,
+    score: str,
+    normalise: bool,
+    epsilon: float,
+    scale: float,
+    groups: int,
+    kept_groups: int,
+    group_best: int,
+    product_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    score_dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A router: which experts each token gets, and with what weights.
+
+    Args:
+        hidden: [T, H], any float dtype.
+        weight: [E, H], any float dtype.
+        bias: [E] of the logits, or None.
+        correction: [E] that is added to scores for the choice alone, or None.
+        top_k: k.
+        score and all that follow: the fields of `Formula`, described there.
+
+    Returns:
+        logits [T, E], weights [T, k], and indices [T, k] int64 in the order of the choice: the
+        greatest first, of equal ones the one of the lower index.
+
+    Raises:
+        InputError: a shape or device does not fit, or there is no such formula.
+    """
+    formula = Formula(
+        score,
+        normalise,
+        epsilon,
+        scale,
+        groups,
+        kept_groups,
+        group_best,
+        product_dtype,
+        logits_dtype,
+        score_dtype,
+        weights_dtype,
+    )
+    router.check(hidden, weight, bias, correction, top_k, formula)
+    check_one_device(hidden, weight=weight, bias=bias, correction=correction)
+    return backend_for(hidden.device).route(hidden, weight, bias, correction, top_k, formula)
+
+
+@route.op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    top_k: int,
+    *fields: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, formula = len(hidden), Formula(*fields, **named)
+    return (
+        hidden.new_empty(tokens, len(weight), dtype=formula.logits_dtype),
+        hidden.new_empty(tokens, top_k, dtype=formula.weights_dtype),
+        hidden.new_empty(tokens, top_k, dtype=torch.int64),
+    )

@@ -47,7 +47,7 @@ from moepress.kernels.cuda.gates import (
     gate_arguments,
     plain_activation,
 )
-from moepress.kernels.cuda.launch import DTYPES, Launcher, launcher_for, missing
+from moepress.kernels.cuda.launch import DTYPES, Launcher, aligned, launcher_for, missing
 from moepress.kernels.cuda.products import Product, product
 from moepress.kernels.cuda.router import route
 from moepress.kernels.cuda.small import cache_write, rms_norm, rotary
@@ -85,7 +85,7 @@ def linear(
     """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
     if x.dtype not in DTYPES:
         return reference.linear(x, packed, bias, out_features, codec)
-    rows, packed = _aligned(x.reshape(-1, x.shape[-1])), _aligned(packed)
+    rows, packed = aligned(x.reshape(-1, x.shape[-1])), aligned(packed)
     bias = None if bias is None else _number(bias.contiguous())
     y = x.new_empty(len(rows), out_features)
     step = max(1, min(MOST_TOKENS, MOST_NUMBERS // max(1, out_features)))
@@ -100,11 +100,11 @@ def linear(
 
 def linears(x: Tensor, matrices: Sequence[PackedMatrix], activation_bits: int) -> Tensor:
     """The op `moepress::linears`: [.., sum of rows], as `linear` for each matrix."""
-    rows = _aligned(x.reshape(-1, x.shape[-1]))
+    rows = aligned(x.reshape(-1, x.shape[-1]))
     if x.dtype not in DTYPES or not several.takes(len(rows), matrices):
         each = [linear(x, m.weight, None, m.rows, m.codec, activation_bits) for m in matrices]
         return torch.cat(each, -1)
-    given = [replace(m, weight=_aligned(m.weight)) for m in matrices]
+    given = [replace(m, weight=aligned(m.weight)) for m in matrices]
     y = x.new_empty(len(rows), sum(m.rows for m in matrices))
     several.products(rows, given, PLANES[activation_bits], y)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -121,11 +121,11 @@ def experts(call: ExpertsCall) -> Tensor:
         return torch.zeros_like(hidden)
     given = replace(
         call,
-        hidden=_aligned(hidden),
+        hidden=aligned(hidden),
         top_k_index=call.top_k_index.long().contiguous(),
         top_k_weights=_number(call.top_k_weights.contiguous()),
-        gate_up=_aligned(call.gate_up),
-        down=_aligned(call.down),
+        gate_up=aligned(call.gate_up),
+        down=aligned(call.down),
         gate_up_table=call.gate_up_table.contiguous(),
         down_table=call.down_table.contiguous(),
         gate_up_bias=_bias(call.gate_up_bias),
@@ -166,7 +166,7 @@ def embedding(
             (
                 ids.long().contiguous(),
                 ids.numel(),
-                _aligned(packed),
+                aligned(packed),
                 rows,
                 cols,
                 codec.number,
@@ -363,15 +363,9 @@ def _multiply(
     )
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at an address for loads of 16 bytes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def _bias(x: Tensor | None) -> Tensor | None:
     """x in a dtype and at an address that kernels read."""
-    return None if x is None else _aligned(_number(x))
+    return None if x is None else aligned(_number(x))
 
 
 def _number(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moepress.kernels import reference
-from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for
+from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for, strided
 
 THREADS = 128
 TILE = 64  # positions
@@ -70,9 +70,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         THREADS,
         kernel.shared,
         (
-            *_strided(q),
-            *_strided(k),
-            *_strided(v),
+            *strided(q),
+            *strided(k),
+            *strided(v),
             *_mask(mask, (batches, query_heads, tokens, positions)),
             *shape,
             float(scale),
@@ -128,10 +128,6 @@ def _readable(x: Tensor) -> Tensor:
     if strides[3] == 1 and not any(s % numbers for s in strides[:3]) and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _strided(x: Tensor) -> tuple[Argument, ...]:
-    return x, *x.stride()[:3]
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Argument, ...]:

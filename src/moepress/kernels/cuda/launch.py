@@ -70,6 +70,22 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether x is contiguous and at an address for loads of 16 bytes."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy that `is_aligned`."""
+    x = x.contiguous()
+    return x if is_aligned(x) else x.clone()
+
+
+def strided(x: Tensor) -> tuple[Argument, ...]:
+    """A kernel's arguments for x [a, b, c, d]: it and its strides but the last, which is 1."""
+    return x, *x.stride()[:3]
+
+
 def source_of(kernel: str) -> str:
     """The name of the .cu file of a kernel, which follows `moepress_` in the kernel's name."""
     return max((s for s in SOURCES if kernel.startswith(f"moepress_{s}")), key=len)

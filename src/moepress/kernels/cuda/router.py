@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moepress.kernels import router
-from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for
+from moepress.kernels.cuda.launch import DTYPES, Argument, aligned, is_aligned, launcher_for
 from moepress.kernels.router import SCORES, Formula
 
 MOST_TOKENS = 128
@@ -52,7 +52,7 @@ def takes(
         and top_k <= MOST_CHOSEN
         and formula.groups <= MOST_GROUPS
         # Kernels read these before the kernel before them has ended: no copies of them.
-        and _is_aligned(weight)
+        and is_aligned(weight)
         and (bias is None or bias.is_contiguous())
     )
 
@@ -83,7 +83,7 @@ def route(
         threads,
         4 * experts * (1 + 2 * min(tokens, threads // 32)),
         (
-            *_read(_aligned(hidden)),
+            *_read(aligned(hidden)),
             *_read(weight),
             *_read(bias),
             *_read(None if correction is None else correction.contiguous()),
@@ -132,13 +132,3 @@ def kernel_of(
 
 def _read(x: Tensor | None) -> tuple[Argument, int]:
     return (None, 0) if x is None else (x, DTYPES[x.dtype])
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at an address for loads of 16 bytes."""
-    x = x.contiguous()
-    return x if _is_aligned(x) else x.clone()
-
-
-def _is_aligned(x: Tensor) -> bool:
-    return x.is_contiguous() and x.data_ptr() % 16 == 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moepress.kernels import small_reference as reference
-from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for
+from moepress.kernels.cuda.launch import DTYPES, Argument, launcher_for, strided
 from moepress.kernels.small_reference import FORMULAS, STYLES
 
 KERNELS = ("moepress_rms_norm", "moepress_rotary", "moepress_cache_write")
@@ -86,9 +86,9 @@ def rotary(
             min(ROTARY_THREADS, -(-(size - rotated // 2) // 32) * 32),
             0,
             (
-                *_strided(_dense(q)),
+                *strided(_dense(q)),
                 heads,
-                *_strided(_dense(k)),
+                *strided(_dense(k)),
                 DTYPES[q.dtype],
                 cos,
                 sin,
@@ -101,8 +101,8 @@ def rotary(
                 int(way.neighbours_out),
                 int(way.of_pairs),
                 int(wide),
-                *_strided(out[0]),
-                *_strided(out[1]),
+                *strided(out[0]),
+                *strided(out[1]),
             ),
         )
     for found, written in zip(y, out, strict=True):
@@ -144,10 +144,6 @@ def cache_write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, positi
 def _dense(x: Tensor) -> Tensor:
     """x, or a copy whose numbers of a head follow each other."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _strided(x: Tensor) -> tuple[Argument, ...]:
-    return x, *x.stride()[:3]
 
 
 def _divides(unit: int, x: Tensor) -> bool:
