@@ -23,7 +23,8 @@ from moepress import prune
 from moepress.chat import Conversation
 from moepress.compress import compress
 from moepress.hf import load_model
-from moepress.hf.captured import PROOFS, CapturedSteps
+from moepress.hf.captured import PROOFS, Capture, CapturedSteps
+from moepress.hf.cpu_graph import cpu_graph
 from moepress.hf.cuda_graph import Graph
 from moepress.kernels.modules import set_activation_bits
 from moepress.original.remote_code import tokenizer_of
@@ -70,11 +71,12 @@ def written(model: Any, ids: Tensor = IDS, tokens: int = TOKENS, **options: Any)
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **given)
 
 
-def test_every_kind_of_attention_is_captured() -> None:
+@pytest.mark.parametrize("capture", [tape, cpu_graph])
+def test_every_kind_of_attention_is_captured(capture: Capture) -> None:
     for family in ATTENTIONS:
         model = make_model(family)
         expected = written(model)
-        steps = captured(model)
+        steps = captured(model, capture=capture)
         with steps:
             assert torch.equal(written(model), expected), family
             assert (steps.refused, steps.replayed) == (None, TOKENS - 1 - PROOFS), family
@@ -278,7 +280,7 @@ def test_calls_of_other_kinds(mixtral: Any) -> None:
 
 
 def test_models_that_are_left_alone(mixtral: Any, packed: Path) -> None:
-    with CapturedSteps(mixtral):  # on a CPU
+    with CapturedSteps(mixtral, devices=("cuda",)):
         assert "forward" not in vars(mixtral)
     counted = load_model(packed)
     with prune(counted, 0.3, count=True) as pruned:

@@ -23,6 +23,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import quantization_config
 from moepress.format.codec import PackedSpec
 from moepress.hf import load_model
+from moepress.hf.captured import PROOFS, CapturedSteps
 from moepress.kernels import cpu
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning, parse_strength, prune
@@ -301,6 +302,30 @@ def test_a_folder_that_breaks(folder: Callable[..., Path], tmp_path: Path) -> No
         load_model(tmp_path, memory=memory)
     file.write_bytes((intact / file.name).read_bytes())
     assert_equal(run(model), expected)
+
+
+def test_captured_steps_read_experts(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """`generate` repeats the calls that read; an expert that cannot be read is an error."""
+    intact = folder()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((intact / name).read_bytes())
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    expected = in_memory(intact).generate(IDS[1:2], **options)
+    model = load_model(tmp_path, memory=budgets(intact)[0])
+    assert torch.equal(model.generate(IDS[1:2], **options), expected)
+    before = statistics(model)
+    assert before is not None
+    with CapturedSteps(model) as steps:
+        assert torch.equal(model.generate(IDS[1:2], **options), expected)
+        os.truncate(tmp_path / "model.safetensors", 2000)
+        replayed = steps.replayed
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            for step in range(100):  # until an expert is needed that is not in memory
+                ids = (IDS[1:2] + step) % 384
+                model.generate(ids, **options)
+    after = statistics(model)
+    assert after is not None and after.since(before).counts.reads > 0
+    assert replayed == 40 - 1 - PROOFS
 
 
 def test_memory_that_does_not_do(

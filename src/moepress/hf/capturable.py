@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from moepress.errors import InputError
+from moepress.kernels import backend_for
 from moepress.kernels.divided import DividedExperts
 from moepress.original.composite import decoder
 from moepress.prune import ACTIVE, Pruned
@@ -17,6 +20,7 @@ def suits(model: Any, devices: Sequence[str]) -> bool:
     pruned = _pruned(model)
     return (
         device.type in devices
+        and backend_for(device).name == device.type  # not the reference, which unpacks weights
         and "forward" not in vars(model)  # accelerate's
         and not model.training
         and not model.config.is_encoder_decoder
@@ -25,16 +29,17 @@ def suits(model: Any, devices: Sequence[str]) -> bool:
         and not any(
             isinstance(module, DividedExperts)
             or hasattr(module, "_hf_hook")
-            or getattr(module, "stored", None) is not None
+            or (device.type != "cpu" and getattr(module, "stored", None) is not None)
             for module in model.modules()
         )
     )
 
 
 def state_of(model: Any) -> Any:
-    """What a graph has taken from a model: addresses of weights, precision, pruning."""
+    """What a graph has taken from a model: addresses of weights, precision, pruning, threads."""
     return (
         _pruned(model),
+        torch.get_num_threads(),
         tuple(parameter.data_ptr() for parameter in model.parameters()),
         tuple(getattr(module, "activation_bits", None) for module in model.modules()),
     )

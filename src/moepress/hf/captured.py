@@ -1,4 +1,4 @@
-"""Decode on a card by replaying a captured step: Python launches one graph in place of kernels.
+"""Decode by replaying a captured step: what Python decided for it is not decided again.
 
     steps = CapturedSteps(model)
     with steps:                        # the forward of the model is replaced meanwhile
@@ -6,17 +6,18 @@
 
 transformers' `generate` stays as it is, with its cache of growing length. A prompt is computed as
 ever. For a call with one token the prompt's cache is copied to a `FixedCache` (fixed_cache.py), and
-the forward pass on that is captured (cuda_graph.py). From then on a call copies its token and its
-position to the card, replays, and lets the growing cache show what was written (shown_layers.py).
-That a text has ended `generate` learns one step late (late_stops.py).
+the forward pass on that is captured: on a card as a CUDA graph (cuda_graph.py), on a CPU as a list
+of calls (cpu_graph.py). From then on a call copies its token and its position, replays, and lets
+the growing cache show what was written (shown_layers.py). On a card `generate` learns one step late
+that a text has ended (late_stops.py).
 
 While a step is captured, small functions of the model are computed by kernels of ours (fused.py).
 
-Which models can do that is found by trying: the first steps are also computed the plain way, whose
-results are returned, and compared. A model whose cache, capture or numbers do not allow it is
-computed as without this file, from the same cache, and one message says why. Every further text is
-compared for one step: a model may have changed in a way that `state_of` does not see. Then it is
-captured again.
+Which models can do that is found by trying: the first steps are also computed the plain way, and
+compared. A model whose cache, capture or numbers do not allow it is computed as without this file,
+from the same cache, and one message says why. Every further text is compared for one step: a model
+may have changed in a way that `state_of` does not see. Then it is captured again. Results are those
+of the captured step, compared or not: so a text does not depend on which steps were.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -35,10 +36,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from moepress.hf.capturable import state_of, suits
+from moepress.hf.cpu_graph import cpu_graph
 from moepress.hf.cuda_graph import Graph, cuda_graph, numbers_made_there
-from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, tokens_in
+from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, bytes_of, tokens_in
 from moepress.hf.fused import Fusion, fused
 from moepress.hf.late_stops import late_stops
+from moepress.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ PASSED_ON = {"use_cache", "return_dict", "logits_to_keep"}  # options of a step 
 UNUSED = {"tokenizer"}  # `generate` passes it on to models, which do not use it
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Graph]
+CAPTURES: Mapping[str, Capture] = {"cuda": cuda_graph, "cpu": cpu_graph}  # by type of device
 
 
 class CapturedSteps:
@@ -60,7 +64,7 @@ class CapturedSteps:
 
     Args:
         model: of transformers, loaded.
-        capture: takes the work and its device; tests capture without a card.
+        capture: takes the work and its device; None: that of CAPTURES. Tests have others.
         devices: types of devices on which steps are captured.
         room: see ROOM.
         fusion: entered while a step is captured, with the model and `devices`.
@@ -75,16 +79,16 @@ class CapturedSteps:
         self,
         model: Any,
         *,
-        capture: Capture = cuda_graph,
-        devices: Sequence[str] = ("cuda",),
+        capture: Capture | None = None,
+        devices: Sequence[str] = tuple(CAPTURES),
         room: int = ROOM,
         fusion: Fusion = fused,
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # who keeps steps need not keep the model
         self.replayed = 0
         self.fused = True
         self.refused: str | None = None
-        self._capture = capture
+        self._capture = capture or _capture
         self._devices = devices
         self._room = room
         self._fusion = fusion
@@ -96,6 +100,11 @@ class CapturedSteps:
         self._plain: Any = None  # the model's own forward, while it is replaced
         self._thread = 0
         self._late: AbstractContextManager[None] = nullcontext()
+
+    @property
+    def model(self) -> Any:
+        """The model, which must be alive."""
+        return self._model()
 
     def __enter__(self) -> CapturedSteps:
         if suits(self.model, self._devices):
@@ -122,6 +131,8 @@ class CapturedSteps:
             self._plain = None
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return self._plain(*args, **kwargs)
         call = None
         if self.refused is None and not args and threading.get_ident() == self._thread:
             call = _Call.of(kwargs)
@@ -182,7 +193,11 @@ class CapturedSteps:
             return self._step, _Text(call, max(1, self._step.proofs))
         self._step = None  # frees its memory, but for what the cache shows
         room = tokens + max(self._room, tokens // 4)
-        self._step = self._new_step(call, -(-room // STEP) * STEP)
+        room = -(-room // STEP) * STEP
+        device = call.ids.device
+        if device.type == "cpu" and bytes_of(call.cache, room) > free_memory(device) // 2:
+            raise torch.OutOfMemoryError  # a CPU has none that could be waited for
+        self._step = self._new_step(call, room)
         return self._step, _Text(call, self._step.proofs)
 
     def _new_step(self, call: _Call, room: int) -> _Step:
@@ -201,7 +216,7 @@ class CapturedSteps:
         return step
 
     def _compared(self, step: _Step, text: _Text, call: _Call, kwargs: dict[str, Any]) -> Any:
-        """Compute a step both ways, and return what the plain way gives."""
+        """Compute a step both ways."""
         got = step.run(call).clone()
         out = self._plain(**kwargs)
         error = distance(got, out.logits)
@@ -219,14 +234,14 @@ class CapturedSteps:
         if not text.proofs:
             step.cache.show(call.cache)
         self._text = text
-        return out
+        return step.output(got, call.cache)
 
     def _refuse(self, reason: str, expected: bool = False) -> None:
         self._step = self._text = None
         name = type(self.model).__name__
         self.refused = reason
         level = logging.INFO if expected else logging.WARNING
-        logger.log(level, "Steps of %s are not captured as a CUDA graph: %s", name, reason)
+        logger.log(level, "Steps of %s are not captured: %s", name, reason)
 
     def _unfuse(self, reason: str) -> None:
         self.fused = False
@@ -366,6 +381,10 @@ class _Step:
     def output(self, logits: Tensor, cache: DynamicCache) -> Any:
         """What the model returns."""
         return self._kind(logits=logits, **dict.fromkeys(self._names, cache))
+
+
+def _capture(work: Callable[[], Tensor], device: torch.device) -> Graph:
+    return CAPTURES[device.type](work, device)
 
 
 def distance(got: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A cache whose tensors keep their sizes and addresses, for CUDA graphs, filled from a growing one.
+"""A cache whose tensors keep sizes and addresses, for captured steps, filled from a growing one.
 
 transformers' `generate` keeps its cache of growing length. A captured step works on a `FixedCache`
 that was filled from it, and after the step the growing cache shows the first tokens of the fixed
@@ -345,6 +345,17 @@ def tokens_in(cache: DynamicCache) -> int:
     """Tokens in a growing cache; 0 where no layer keeps tokens."""
     attention = [la for la in cache.layers if isinstance(la, DynamicLayer) and la.is_initialized]
     return max((int(layer.get_seq_length()) for layer in attention), default=0)
+
+
+def bytes_of(cache: DynamicCache, room: int) -> int:
+    """Bytes of the keys and values that a fixed cache like a growing one has."""
+    held = [
+        x
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer) and layer.is_initialized
+        for x in (layer.keys, layer.values)
+    ]
+    return sum(room * x[..., :1, :].numel() * x.element_size() for x in held)
 
 
 def begun(cache: DynamicCache) -> bool:

@@ -2,7 +2,8 @@
 
 Queries, keys and values are three products of the same hidden states, gate and up of a shared
 expert two. One by one, each rounds the input anew, and a small matrix fills a part of the card.
-Which linears belong together is seen in the first forward pass: those that get the same tensor.
+CPUs gain nothing. Which linears belong together is seen in the first forward pass: those that get
+the same tensor.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def fused_linears(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Itera
         if isinstance(m, PackedLinear)
         and m.joins
         and m.weight.device.type in devices
+        and kernels.backend_for(m.weight.device).linears is not None  # else it gains nothing
         and "forward" not in vars(m)
     ]
     passes = _Passes()

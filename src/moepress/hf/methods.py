@@ -1,17 +1,19 @@
-"""What programs ask of a model, answered for packed ones: saving, counting, resizing.
+"""What programs ask of a model, answered for packed ones: saving, counting, resizing, generating.
 
-transformers computes these from the shapes of parameters, which are bytes here, and has no hook
-for them. So three methods of `PreTrainedModel` are wrapped; other models never notice.
+transformers computes the first three from the shapes of parameters, which are bytes here, and has
+no hook for any. So methods of `PreTrainedModel` and `generate` are wrapped; other models never
+notice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import QUANT_METHOD
+from moepress.hf.captured_generate import with_captured_steps
 from moepress.hf.saving import save_with_ours
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 
@@ -23,19 +25,20 @@ Method = Callable[..., Any]
 
 def answer_for_packed() -> None:
     """Wrap the methods. Safe to repeat."""
-    from transformers import PreTrainedModel
+    from transformers import GenerationMixin, PreTrainedModel
 
-    answers: dict[str, Callable[[Method], Method]] = {
-        "save_pretrained": save_with_ours,
-        "num_parameters": _counted,
-        "resize_token_embeddings": _resized,
-    }
-    for name, answer in answers.items():
-        method = getattr(PreTrainedModel, name)
+    answers: Sequence[tuple[type, str, Callable[[Method], Method]]] = (
+        (PreTrainedModel, "save_pretrained", save_with_ours),
+        (PreTrainedModel, "num_parameters", _counted),
+        (PreTrainedModel, "resize_token_embeddings", _resized),
+        (GenerationMixin, "generate", with_captured_steps),
+    )
+    for owner, name, answer in answers:
+        method = getattr(owner, name)
         if not hasattr(method, WRAPPED):
             wrapped = _for_packed(method, answer(method))
             setattr(wrapped, WRAPPED, True)
-            setattr(PreTrainedModel, name, wrapped)
+            setattr(owner, name, wrapped)
 
 
 def _for_packed(method: Method, answer: Method) -> Method:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 PLAIN = (Tensor, nn.Parameter)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+OPS: dict[str, Op[Any, Any]] = {}  # all of them, by name
 
 
 class Op(Generic[P, R]):
@@ -32,6 +35,7 @@ class Op(Generic[P, R]):
     def __init__(self, name: str, body: Callable[P, R], mutates: Sequence[str] = ()) -> None:
         self.body = body
         self.op = torch.library.custom_op(name, body, mutates_args=tuple(mutates))
+        OPS[name] = self
         update_wrapper(self, body)
 
     def __call__(self, *args: P.args, **named: P.kwargs) -> R:

@@ -47,7 +47,7 @@ called through C. ctypes releases the interpreter lock while it runs.
 
 from __future__ import annotations
 
-from ctypes import Structure, addressof, c_float, c_int32, c_void_p
+from ctypes import Structure, byref, c_float, c_int32, c_void_p
 from functools import lru_cache
 
 import torch
@@ -183,7 +183,8 @@ def experts(call: ExpertsCall) -> Tensor:
     gate = _gate(call.gate)
     biases, _kept = _biases(call.gate_up_bias, call.down_bias)
     out = torch.empty_like(x)
-    result = interface.result(
+    store = OPEN[call.store] if call.store else None
+    interface.call(
         "moepress_trellis_experts" if call.family == "trellis" else "moepress_scalar_experts",
         x.data_ptr(),
         *x.shape,
@@ -200,18 +201,16 @@ def experts(call: ExpertsCall) -> Tensor:
         call.down_group,
         len(gate_up_table),
         call.intermediate_size,
-        addressof(gate),
-        addressof(biases),
+        byref(gate),
+        byref(biases),
         call.store or None,
         call.store_layer,
         call.activation_bits,
         torch.get_num_threads(),
         x.dtype == torch.bfloat16,
         out.data_ptr(),
+        failures={} if store is None else {interface.READ_FAILED: store.failure},
     )
-    if result == interface.READ_FAILED:
-        raise OPEN[call.store].failure()
-    interface.check("moepress_experts", result)
     return out if out.dtype == hidden.dtype else out.to(hidden.dtype)
 
 

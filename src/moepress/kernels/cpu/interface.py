@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import CDLL, c_char_p, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,26 +63,61 @@ SIGNATURES = {
     "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
 }  # fmt: skip
 
+Repeat = Callable[[], None]
+Failures = Mapping[int, Callable[[], Exception]]
+_NONE: Failures = {}
+_local = threading.local()  # .record: what a thread's calls are given to
 
-def call(name: str, *arguments: int | None) -> None:
+
+def call(name: str, *arguments: Any, failures: Failures = _NONE) -> None:
     """Call a function of the library.
+
+    Args:
+        name: of moepress.h.
+        arguments: numbers, addresses, structures by `byref`.
+        failures: errors in place of InputError, by the number that the function returns.
 
     Raises:
         InputError: it refuses its arguments.
     """
-    check(name, result(name, *arguments))
-
-
-def result(name: str, *arguments: int | None) -> int:
-    """Call a function of the library; the number that it returns, see RESULTS."""
-    code: int = getattr(library(), name)(*arguments)
-    return code
-
-
-def check(name: str, code: int) -> None:
-    """Raise InputError if a function of the library refused its arguments."""
+    function = getattr(library(), name)
+    code: int = function(*arguments)
     if code:
-        raise InputError(f"{name}: {RESULTS.get(code, f'error {code}')}.")
+        raise _failure(name, code, failures)
+    record: Callable[[Repeat], object] | None = getattr(_local, "record", None)
+    if record is not None:
+        record(_repeat(name, function, arguments, failures))
+
+
+@contextmanager
+def recorded(record: Callable[[Repeat], object]) -> Iterator[None]:
+    """While it is entered, `record` gets a function for each call of this thread: it calls again.
+
+    With the same addresses: what is there must live as long as the function.
+    """
+    before = getattr(_local, "record", None)
+    _local.record = record
+    try:
+        yield
+    finally:
+        _local.record = before
+
+
+def _repeat(
+    name: str, function: Callable[..., int], arguments: Sequence[Any], failures: Failures
+) -> Repeat:
+    def repeat() -> None:
+        code = function(*arguments)
+        if code:
+            raise _failure(name, code, failures)
+
+    return repeat
+
+
+def _failure(name: str, code: int, failures: Failures) -> Exception:
+    if code in failures:
+        return failures[code]()
+    return InputError(f"{name}: {RESULTS.get(code, f'error {code}')}.")
 
 
 @lru_cache(maxsize=1)
