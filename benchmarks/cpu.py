@@ -3,11 +3,13 @@
     python benchmarks/cpu.py kernels                 # bytes per second of the MoE op, by codec
     python benchmarks/cpu.py search                  # weights per second of the trellis search
     python benchmarks/cpu.py models FOLDER           # decode and prefill beside llama.cpp
+    python benchmarks/cpu.py models FOLDER --shape Qwen3-30B-A3B --layers 16
     python benchmarks/cpu.py bfloat16 FOLDER         # decode beside transformers' own bfloat16
     python benchmarks/cpu.py whole FOLDER            # 32 layers: seconds to the first token
 
 `models` and `bfloat16` write models of Mixtral-8x7B's shape with 4 layers and random weights into
-FOLDER (10 and 14 GB), or use those that are there; `whole` writes 16 GB. `models` needs gguf and
+FOLDER (10 and 14 GB), or use those that are there; `whole` writes 16 GB. 16 layers of
+Qwen3-30B-A3B's shape take 24 GB. `models` needs gguf and
 llama-cpp-python, which pip compiles. Each contender runs in a process of its own, and they take
 turns, so that other load on the machine affects all alike. Figures are medians over the rounds;
 ratios compare figures of the same run.
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -319,17 +321,21 @@ def llama_tasks(path: Path) -> Callable[[str, int], float]:
     return run
 
 
-def models(folder: Path, rounds: int) -> None:
+def models(folder: Path, rounds: int, shape: Shape, layers: int, only: Collection[str]) -> None:
     contenders = {}
     for name, (family, bits) in OURS.items():
+        if name not in only:
+            continue
         path = folder / name
         if not path.exists():
-            random_models.packed(path, LAYERS, bits, family)
+            random_models.packed(path, layers, bits, family, shape=shape)
         contenders[name] = Contender("transformers", path)
     for name in THEIRS:
+        if name not in only:
+            continue
         path = folder / f"{name}.gguf"
         if not path.exists():
-            random_models.write_gguf(path, name, LAYERS)
+            random_models.write_gguf(path, name, layers, shape=shape)
         contenders[name] = Contender("llama.cpp", path)
     compete(contenders, {"decode": 64, "prefill": 512}, rounds)
 
@@ -415,6 +421,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES, default="Mixtral-8x7B", help="of `models`")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of `models`")
+    parser.add_argument("--only", nargs="*", help="contenders of `models`; all without it")
     given = parser.parse_args()
     if given.what in ("kernels", "search"):
         {"kernels": kernels, "search": search}[given.what](given.rounds)
@@ -422,5 +431,8 @@ if __name__ == "__main__":
         worker(given.arguments[0], Path(given.arguments[1]))
     elif given.what in ("whole", "generate"):
         {"whole": whole, "generate": generate}[given.what](Path(given.arguments[0]))
+    elif given.what == "models":
+        shape, only = SHAPES[given.shape], given.only or (*OURS, *THEIRS)
+        models(Path(given.arguments[0]), given.rounds, shape, given.layers, only)
     else:
-        {"models": models, "bfloat16": bfloat16}[given.what](Path(given.arguments[0]), given.rounds)
+        bfloat16(Path(given.arguments[0]), given.rounds)
