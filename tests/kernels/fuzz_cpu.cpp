@@ -268,6 +268,77 @@ void trellis_search() {
            "trellis rotation: wrong result");
 }
 
+// Heads or rows of numbers in a buffer of exactly the size that their strides reach.
+struct Strided {
+    int64_t outer, inner, size, step, far;  // rows, and their distances
+    Buffer<uint8_t> bytes;
+
+    Strided(int64_t outer, int64_t inner, int64_t size, int32_t numbers)
+        : outer(outer), inner(inner), size(size), step(size + pick(0, 3)),
+          far(inner * step + pick(0, 3)), bytes(0) {
+        const bool any = outer > 0 && inner > 0 && size > 0;
+        const int64_t reach = any ? (outer - 1) * far + (inner - 1) * step + size : 0;
+        bytes = numbers == kFloat32 ? random_numbers(reach, 0) : random_bytes(2 * reach);
+    }
+    void* get() { return bytes.get(); }
+};
+
+void rms_norm() {
+    const int32_t numbers = int(pick(0, 2)), of_weight = int(pick(0, 2)), formula = int(pick(0, 2));
+    const int64_t size = pick(0, 20) ? pick(0, 200) : pick(2000, 4200);
+    Strided x(pick(0, 3), pick(0, 40), size, numbers), weight(1, 1, size, of_weight);
+    const bool weighted = pick(0, 3) > 0;
+    const bool floats = numbers == kFloat32 || (weighted && formula == 0 && numbers != of_weight);
+    Buffer<uint8_t> y(x.outer * x.inner * size * (floats ? 4 : 2));
+    const int32_t result = moepress_rms_norm(
+        x.get(), numbers, x.outer, x.far, x.inner, x.step, size, weighted ? weight.get() : nullptr,
+        of_weight, 1e-5f, formula, int(pick(1, 3)), y.get());
+    expect(result == kOk, "rms_norm: wrong result");
+}
+
+void rotary() {
+    const int32_t numbers = int(pick(0, 2)), turn = int(pick(0, 15));
+    const int32_t of_angles = turn & kWide ? int(pick(0, 2)) : numbers;
+    const int64_t batches = pick(0, 2), tokens = pick(0, 3), q_heads = pick(0, 5);
+    const int64_t k_heads = pick(0, 5), size = pick(0, 20) ? pick(0, 150) : pick(500, 700);
+    const int64_t rotated = pick(0, size / 2) * 2;
+    const int64_t columns = turn & kOfPairs ? rotated / 2 : rotated;
+    // A head's tokens follow each other, or a token's heads.
+    const auto heads = [&](int64_t count) {
+        return Strided(batches, tokens * count, size, numbers);
+    };
+    Strided q = heads(q_heads), k = heads(k_heads), q_out = heads(q_heads), k_out = heads(k_heads);
+    const bool heads_first = pick(0, 1) != 0;
+    const auto head = [&](const Strided& x) { return heads_first ? tokens * x.step : x.step; };
+    const auto token = [&](const Strided& x, int64_t count) {
+        return heads_first ? x.step : count * x.step;
+    };
+    Strided cos(batches, tokens, columns, of_angles), sin = Strided(1, 1, 0, of_angles);
+    sin.bytes = random_bytes(cos.bytes.size);
+    const int32_t result = moepress_rotary(
+        q.get(), q.far, head(q), token(q, q_heads), q_heads, k.get(), k.far, head(k),
+        token(k, k_heads), k_heads, numbers, cos.get(), sin.get(), cos.far, cos.step, of_angles,
+        batches, tokens, size, rotated, turn, int(pick(1, 3)), q_out.get(), q_out.far, head(q_out),
+        token(q_out, q_heads), k_out.get(), k_out.far, head(k_out), token(k_out, k_heads));
+    expect(result == kOk, "rotary: wrong result");
+}
+
+void cache_write() {
+    const int64_t batches = pick(0, 2), heads = pick(0, 3), room = pick(0, 4);
+    const auto held = [&](int64_t size) { return Strided(batches, heads * room, size, kFloat32); };
+    const auto one = [&](int64_t size) { return Strided(batches, heads, size, kFloat32); };
+    Strided keys = held(pick(0, 20)), values = held(pick(0, 20));
+    Strided key = one(keys.size), value = one(values.size);
+    Buffer<int64_t> position(1);
+    *position.get() = perhaps(pick(-1, room));
+    const int32_t result = moepress_cache_write(
+        keys.get(), keys.far, room * keys.step, keys.step, key.get(), key.far, key.step, key.size,
+        4, values.get(), values.far, room * values.step, values.step, value.get(), value.far,
+        value.step, value.size, 4, batches, heads, room, position.get());
+    const bool inside = *position.get() >= 0 && *position.get() < room;
+    expect(result == (inside ? kOk : kBadPosition), "cache_write: wrong result");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -281,6 +352,9 @@ int main(int, char** arguments) {
             scalar_embedding();
             scalar_experts();
             drop();
+            rms_norm();
+            rotary();
+            cache_write();
             trellis_linear();
             trellis_experts();
             if (done % 50 == 0) trellis_search();

@@ -169,6 +169,9 @@ register_backend(
         experts=cpu.experts,
         embedding=cpu.embedding,
         drop=cpu.drop,
+        rms_norm=cpu.rms_norm,
+        rotary=cpu.rotary,
+        cache_write=cpu.cache_write,
     )
 )
 register_backend(

@@ -22,7 +22,7 @@ from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels import cpu
 from moepress.kernels.cpu import interface
 from moepress.rounding.methods import viterbi
-from tests.kernels import test_cpu, test_gate_cpu, test_trellis_cpu
+from tests.kernels import test_cpu, test_gate_cpu, test_small_cpu, test_trellis_cpu
 from tests.kernels.arm import run
 from tests.kernels.arm.emulated import EmulatedLibrary, emulated_library
 from tests.kernels.gates import GATES, gated_call
@@ -86,7 +86,7 @@ def kernel_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
     }
 
 
-for module in (test_cpu, test_trellis_cpu, test_gate_cpu):
+for module in (test_cpu, test_trellis_cpu, test_gate_cpu, test_small_cpu):
     globals().update(kernel_tests(module))
 
 

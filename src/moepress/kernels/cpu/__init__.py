@@ -29,6 +29,7 @@ From the C interface (moepress.h) down:
       *_activations.h         rounding and rotating activations; rounding.h: what they share
       activation_functions.h  gelu, silu and others; limits and softcaps of gates
       viterbi*.h              one step of the search for trellis codes (viterbi.cpp)
+      floats.h                vectors of floats
     lanes_*.h                 registers of 16 rows: AVX-512 with VNNI, with or without VBMI2; AVX2,
                               with or without VNNI; NEON with dot products, with or without i8mm;
                               portable vectors
@@ -37,6 +38,8 @@ From the C interface (moepress.h) down:
                               have
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
+    small.cpp                 small operations of decoding (small.h), called by small.py; their
+                              kernels: rms_norm.h, rotary.h; number_kinds.h: numbers that they take
     threads.h                 torch's OpenMP team, or a pool of our own
     store.h                   experts on disk: which are in memory, which are read
                               (expert_store.py opens one)
@@ -57,6 +60,9 @@ from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.cpu import interface
+from moepress.kernels.cpu.small import cache_write as cache_write
+from moepress.kernels.cpu.small import rms_norm as rms_norm
+from moepress.kernels.cpu.small import rotary as rotary
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.stores import OPEN

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from ctypes import CDLL, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import CDLL, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from moepress.errors import InputError, MoepressError
 
-INTERFACE = 11  # version of moepress.h
+INTERFACE = 12  # version of moepress.h
 
 READ_FAILED = 8
 RESULTS = {
@@ -30,6 +30,7 @@ RESULTS = {
     READ_FAILED: "an expert cannot be read",
     9: "this process is a copy (fork) of the one that opened the model: open it here",
     10: "this system cannot keep experts on disk",
+    11: "a token is written outside of the room of a cache",
 }
 
 SIGNATURES = {
@@ -61,6 +62,20 @@ SIGNATURES = {
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
+    "moepress_rms_norm": (
+        c_void_p, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_float,
+        c_int32, c_int32, c_void_p,
+    ),
+    "moepress_rotary": (
+        c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64,
+        c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int64, c_int64, c_int64, c_int64,
+        c_int32, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64,
+    ),
+    "moepress_cache_write": (
+        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32,
+        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int32,
+        c_int64, c_int64, c_int64, c_void_p,
+    ),
 }  # fmt: skip
 
 Repeat = Callable[[], None]

@@ -105,6 +105,13 @@ using ViterbiBest = int (*)(const uint16_t* best, int16_t target);
 using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* target, int steps, int end,
                               uint16_t* states);
 
+// ---- Small operations of decoding (small.h) ---------------------------------------------------
+
+struct NormCall;
+struct RotaryCall;
+using NormRows = void (*)(const NormCall& call, int64_t first, int64_t last);
+using TurnTokens = void (*)(const RotaryCall& call, int64_t first, int64_t last);
+
 // ---- The table -------------------------------------------------------------------------------
 
 struct Isa {
@@ -123,6 +130,9 @@ struct Isa {
     ViterbiBest viterbi_best[kWidthsEnd];
     ViterbiTrace viterbi_trace[kWidthsEnd];
     SubtractLeast subtract_least;
+
+    NormRows norm_rows;      // rows first .. last - 1
+    TurnTokens turn_tokens;  // tokens first .. last - 1 of all batches, one after another
 };
 
 // One for each instruction set; null where the compiler does not have it. The files of another

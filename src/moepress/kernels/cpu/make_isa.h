@@ -17,6 +17,8 @@
 
 #include "activation_functions.h"
 #include "isa.h"
+#include "rms_norm.h"
+#include "rotary.h"
 #include "scalar_activations.h"
 #include "scalar_product.h"
 #include "trellis_activations.h"
@@ -68,6 +70,8 @@ constexpr Isa make_isa(const char* name) {
     isa.trellis_rotate_back = trellis_rotate<true>;
     isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;
+    isa.norm_rows = norm_rows;
+    isa.turn_tokens = turn_tokens;
     return isa;
 }
 

@@ -25,6 +25,7 @@ enum Result : int32_t {  // in words: RESULTS in __init__.py
     kReadFailed,  // an expert could not be read from its file: moepress_store_failure says why
     kForked,      // the store belongs to another process, of which this one is a copy
     kNoStore,     // this system has no expert store
+    kBadPosition,  // of a token, outside of the room of a cache
 };
 
 // The version of this interface; __init__.py refuses another.
@@ -130,6 +131,46 @@ MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, in
                                    int64_t k, int64_t experts, const float* thresholds,
                                    int32_t renormalise, const uint8_t* keep, int64_t* ranked,
                                    float* kept, uint8_t* dropped);
+
+// ---- Small operations of decoding (small.cpp) ---------------------------------------------------
+
+// What they compute, and what they round when: kernels/small_reference.py. Strides are in numbers,
+// and the numbers of a row follow each other. Results do not lie in the inputs. kBadShape: also if
+// there are no such numbers, formula or way to turn.
+
+enum MoepressNumbers { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// y [outer][rows][size] = the root mean square norm of rows of x, which begin outer_stride and
+// row_stride apart. weight [size], or null. `formula`: its place in FORMULAS. y has the numbers of
+// x; for the formula "rounded" and a weight of others, floats. Sums have a fixed order.
+MOEPRESS_API int32_t moepress_rms_norm(const void* x, int32_t x_numbers, int64_t outer,
+                                       int64_t outer_stride, int64_t rows, int64_t row_stride,
+                                       int64_t size, const void* weight, int32_t weight_numbers,
+                                       float epsilon, int32_t formula, int32_t threads, void* y);
+
+// A sum of what holds: the fields of `Style`, and `wide`.
+enum MoepressTurn { kNeighboursIn = 1, kNeighboursOut = 2, kOfPairs = 4, kWide = 8 };
+
+// Turn the first `rotated` of the `size` numbers of each head of q [batches][q_heads][tokens] and
+// k [batches][k_heads][tokens]; the others are copied. cos, sin [batches][tokens][rotated, or with
+// kOfPairs rotated / 2] have one pair of strides, and without kWide the numbers of q and k.
+MOEPRESS_API int32_t moepress_rotary(
+    const void* q, int64_t q_batch, int64_t q_head, int64_t q_token, int64_t q_heads,
+    const void* k, int64_t k_batch, int64_t k_head, int64_t k_token, int64_t k_heads,
+    int32_t numbers, const void* cos, const void* sin, int64_t angle_batch, int64_t angle_token,
+    int32_t angle_numbers, int64_t batches, int64_t tokens, int64_t size, int64_t rotated,
+    int32_t turn, int32_t threads, void* q_out, int64_t q_out_batch, int64_t q_out_head,
+    int64_t q_out_token, void* k_out, int64_t k_out_batch, int64_t k_out_head,
+    int64_t k_out_token);
+
+// keys [batches][heads][room][size], at *position of the room, = key [batches][heads][size], and
+// likewise values. Numbers are of any kind, of 1, 2, 4, 8 or 16 bytes.
+MOEPRESS_API int32_t moepress_cache_write(
+    void* keys, int64_t keys_batch, int64_t keys_head, int64_t keys_position, const void* key,
+    int64_t key_batch, int64_t key_head, int64_t key_size, int32_t key_bytes, void* values,
+    int64_t values_batch, int64_t values_head, int64_t values_position, const void* value,
+    int64_t value_batch, int64_t value_head, int64_t value_size, int32_t value_bytes,
+    int64_t batches, int64_t heads, int64_t room, const int64_t* position);
 
 // ---- Experts on disk (store.h) ------------------------------------------------------------------
 

@@ -6,21 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "floats.h"
 #include "isa.h"
 #include "rounding.h"
 
 namespace moepress {
 namespace {
-
-// Vectors of as many floats as every CPU of the instruction set has.
-#if defined(__AVX2__)
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-#else
-typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
-#endif
-constexpr int kFloats = sizeof(Floats) / sizeof(float);
 
 // Each float in the place of the one `half` places away: place i has that of place i xor half.
 template <int half>

@@ -1,0 +1,114 @@
+// The kinds of numbers of small operations (MoepressNumbers): floats from them, and floats rounded
+// to them, to the nearest, halves to even. A NaN stays one. Written so that the compiler vectorises
+// loops with them. Internal linkage: each instruction set compiles its own copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "moepress.h"
+
+namespace moepress {
+namespace {
+
+// A kind has
+//     Raw       a number in memory
+//     wide      it as a float
+//     narrow    a float rounded to it
+//     rounded   the same, as a float
+
+struct Float32 {
+    using Raw = float;
+    static float wide(float x) { return x; }
+    static float narrow(float x) { return x; }
+    static float rounded(float x) { return x; }
+};
+
+struct FloatBits {
+    static constexpr int32_t kMagnitude = 0x7FFFFFFF, kInfinity = 0x7F800000;
+
+    static float of(int32_t bits) {
+        float x;
+        std::memcpy(&x, &bits, 4);
+        return x;
+    }
+    static int32_t in(float x) {
+        int32_t bits;
+        std::memcpy(&bits, &x, 4);
+        return bits;
+    }
+};
+
+// The upper half of a float.
+struct Bfloat16 {
+    using Raw = uint16_t;
+    static float wide(uint16_t x) { return FloatBits::of(int32_t(uint32_t(x) << 16)); }
+    static uint16_t narrow(float x) { return uint16_t(upper(x)); }
+    static float rounded(float x) { return FloatBits::of(int32_t(upper(x) << 16)); }
+
+  private:
+    static uint32_t upper(float x) {
+        const uint32_t bits = uint32_t(FloatBits::in(x));
+        const bool nan = (int32_t(bits) & FloatBits::kMagnitude) > FloatBits::kInfinity;
+        return nan ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    }
+};
+
+// A sign, 5 bits of exponent, 10 of fraction.
+class Float16 {
+  public:
+    using Raw = uint16_t;
+
+    static float wide(uint16_t x) {
+        const int32_t magnitude = x & 0x7FFF, sign = int32_t(uint32_t(x & 0x8000) << 16);
+        int32_t bits = (magnitude << 13) + kBias;
+        bits = magnitude >= 0x7C00 ? magnitude << 13 | FloatBits::kInfinity : bits;
+        bits = magnitude < 0x400 ? FloatBits::in(float(magnitude) * 0x1p-24f) : bits;
+        return FloatBits::of(bits | sign);
+    }
+
+    static uint16_t narrow(float x) {
+        const int32_t bits = FloatBits::in(x), magnitude = bits & FloatBits::kMagnitude;
+        int32_t code = (magnitude - kBias + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+        // The last place of a float from .5 to 1 is 2^-24, as that of a subnormal number.
+        const int32_t half = FloatBits::in(0.5f);
+        code = magnitude < kNormal ? FloatBits::in(FloatBits::of(magnitude) + 0.5f) - half : code;
+        code = magnitude >= kTooGreat ? 0x7C00 : code;
+        code = magnitude > FloatBits::kInfinity ? 0x7E00 : code;
+        return uint16_t(uint32_t(code) | (uint32_t(bits) >> 16 & 0x8000));
+    }
+
+    // x + 2^13 2^e - 2^13 2^e, with e the exponent of x or of the least normal number: the last
+    // place of the sum is that of the result.
+    static float rounded(float x) {
+        const int32_t bits = FloatBits::in(x), magnitude = bits & FloatBits::kMagnitude;
+        const int32_t exponent = magnitude & FloatBits::kInfinity;
+        const int32_t least = exponent < kNormal ? kNormal : exponent;
+        const float power = FloatBits::of(int32_t(uint32_t(least) + (13 << 23)));
+        int32_t result = FloatBits::in(FloatBits::of(magnitude) + power - power);
+        result = magnitude >= kTooGreat ? FloatBits::kInfinity : result;
+        result = magnitude > FloatBits::kInfinity ? magnitude : result;
+        return FloatBits::of(result | (bits & ~FloatBits::kMagnitude));
+    }
+
+  private:
+    static constexpr int32_t kBias = (127 - 15) << 23;    // what the exponents differ by
+    static constexpr int32_t kNormal = (127 - 14) << 23;  // 2^-14, the least normal number
+    static constexpr int32_t kTooGreat = 0x477FF000;      // 65520: from there on infinity
+};
+
+// run(a kind): Float32, Bfloat16 or Float16.
+template <class Run>
+void with_kind(int32_t numbers, Run run) {
+    if (numbers == kBfloat16) return run(Bfloat16());
+    if (numbers == kFloat16) return run(Float16());
+    run(Float32());
+}
+
+template <class Kind>
+void widen_numbers(const typename Kind::Raw* __restrict from, int64_t n, float* __restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = Kind::wide(from[i]);
+}
+
+}  // namespace
+}  // namespace moepress
