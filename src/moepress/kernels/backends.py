@@ -19,6 +19,7 @@ from torch import Tensor
 from moepress.errors import InputError
 from moepress.format.codec import Codec
 from moepress.kernels import cpu, cuda, reference, router, small_reference
+from moepress.kernels.cpu import route as cpu_route
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.router import Formula
@@ -169,6 +170,7 @@ register_backend(
         experts=cpu.experts,
         embedding=cpu.embedding,
         drop=cpu.drop,
+        route=cpu_route.route,
     )
 )
 register_backend(

@@ -37,6 +37,8 @@ From the C interface (moepress.h) down:
                               have
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
+    route.cpp                 routers (route.py): logits, by route_product.h of an instruction set,
+                              and the choice of experts, route_choice.h; route_numbers.h
     threads.h                 torch's OpenMP team, or a pool of our own
     store.h                   experts on disk: which are in memory, which are read
                               (expert_store.py opens one)

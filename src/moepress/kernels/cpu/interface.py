@@ -12,7 +12,7 @@ import torch
 
 from moepress.errors import InputError, MoepressError
 
-INTERFACE = 11  # version of moepress.h
+INTERFACE = 12  # version of moepress.h
 
 READ_FAILED = 8
 RESULTS = {
@@ -57,10 +57,14 @@ SIGNATURES = {
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
+    "moepress_route": (
+        c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_void_p, c_int32,
+        c_void_p, c_int32, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p,
+    ),
 }  # fmt: skip
 
 
-def call(name: str, *arguments: int | None) -> None:
+def call(name: str, *arguments: object) -> None:
     """Call a function of the library.
 
     Raises:
@@ -69,7 +73,7 @@ def call(name: str, *arguments: int | None) -> None:
     check(name, result(name, *arguments))
 
 
-def result(name: str, *arguments: int | None) -> int:
+def result(name: str, *arguments: object) -> int:
     """Call a function of the library; the number that it returns, see RESULTS."""
     code: int = getattr(library(), name)(*arguments)
     return code

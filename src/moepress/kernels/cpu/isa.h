@@ -105,6 +105,12 @@ using ViterbiBest = int (*)(const uint16_t* best, int16_t target);
 using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* target, int steps, int end,
                               uint16_t* states);
 
+// ---- Routers (route.cpp) ---------------------------------------------------------------------
+
+// A row of a router's weight [cols] times a token x [cols], behind which are zeros up to a multiple
+// of 64.
+using RouteProduct = float (*)(const uint8_t* row, int64_t cols, const float* x);
+
 // ---- The table -------------------------------------------------------------------------------
 
 struct Isa {
@@ -123,6 +129,8 @@ struct Isa {
     ViterbiBest viterbi_best[kWidthsEnd];
     ViterbiTrace viterbi_trace[kWidthsEnd];
     SubtractLeast subtract_least;
+
+    RouteProduct route_product[3];  // by MoepressNumbers of the weight
 };
 
 // One for each instruction set; null where the compiler does not have it. The files of another

@@ -17,6 +17,7 @@
 
 #include "activation_functions.h"
 #include "isa.h"
+#include "route_product.h"
 #include "scalar_activations.h"
 #include "scalar_product.h"
 #include "trellis_activations.h"
@@ -68,6 +69,9 @@ constexpr Isa make_isa(const char* name) {
     isa.trellis_rotate_back = trellis_rotate<true>;
     isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;
+    isa.route_product[kFloat32] = route_product<Lanes, kFloat32>;
+    isa.route_product[kBfloat16] = route_product<Lanes, kBfloat16>;
+    isa.route_product[kFloat16] = route_product<Lanes, kFloat16>;
     return isa;
 }
 
