@@ -339,6 +339,40 @@ void cache_write() {
     expect(result == (inside ? kOk : kBadPosition), "cache_write: wrong result");
 }
 
+// Buffers of their exact sizes; numbers of choices, groups and kinds that may be wrong.
+void route() {
+    const int64_t tokens = pick(0, 4), cols = pick(0, 150), size = pick(1, 20);
+    const int64_t experts = size * pick(1, 4), kept = pick(1, experts / size);
+    const auto kind = [] { return int32_t(one_of({kFloat32, kBfloat16, kFloat16})); };
+    const auto numbers = [](int64_t n, int32_t given) { return random_numbers(n, given != kFloat32); };
+    MoepressFormula formula{};
+    formula.score = int32_t(perhaps(pick(0, 3)));
+    formula.normalise = int32_t(pick(0, 1));
+    formula.group_best = int32_t(perhaps(pick(1, 2)));
+    for (int32_t* field : {&formula.product, &formula.logits, &formula.scores, &formula.weights})
+        *field = kind();
+    formula.epsilon = one_of({0.0f, 1e-20f, NAN});
+    formula.scale = one_of({1.0f, 2.5f, INFINITY});
+    formula.groups = perhaps(experts / size);
+    formula.kept_groups = perhaps(kept);
+    const int64_t k = perhaps(pick(1, size * kept)), room = k < 0 ? 0 : std::min(k, experts);
+    const int32_t kinds[4] = {kind(), kind(), kind(), kind()};
+    Buffer<uint8_t> hidden = numbers(tokens * cols, kinds[0]);
+    Buffer<uint8_t> weight = numbers(experts * cols, kinds[1]);
+    Buffer<uint8_t> bias = numbers(experts, kinds[2]), correction = numbers(experts, kinds[3]);
+    Buffer<uint8_t> logits(tokens * experts * (formula.logits == kFloat32 ? 4 : 2));
+    Buffer<uint8_t> weights(tokens * room * (formula.weights == kFloat32 ? 4 : 2));
+    Buffer<int64_t> index(tokens * room);
+    const int32_t result = moepress_route(
+        hidden.get(), kinds[0], tokens, cols, weight.get(), pick(0, 9) ? kinds[1] : 3,
+        experts, pick(0, 1) ? bias.get() : nullptr, kinds[2],
+        pick(0, 1) ? correction.get() : nullptr, kinds[3], k, &formula, int(pick(0, 3)),
+        logits.get(), weights.get(), index.get());
+    expect(result == kOk || result == kBadShape, "route: wrong result");
+    for (int64_t i = 0; result == kOk && i < index.size; ++i)
+        expect(index.at[size_t(i)] >= 0 && index.at[size_t(i)] < experts, "route: no such expert");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -355,6 +389,7 @@ int main(int, char** arguments) {
             rms_norm();
             rotary();
             cache_write();
+            route();
             trellis_linear();
             trellis_experts();
             if (done % 50 == 0) trellis_search();

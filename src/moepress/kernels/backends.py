@@ -19,6 +19,7 @@ from torch import Tensor
 from moepress.errors import InputError
 from moepress.format.codec import Codec
 from moepress.kernels import cpu, cuda, reference, router, small_reference
+from moepress.kernels.cpu import route as cpu_route
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.router import Formula
@@ -172,6 +173,7 @@ register_backend(
         rms_norm=cpu.rms_norm,
         rotary=cpu.rotary,
         cache_write=cpu.cache_write,
+        route=cpu_route.route,
     )
 )
 register_backend(

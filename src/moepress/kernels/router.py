@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from moepress.errors import InputError
 
 # "chosen": the softmax of the chosen logits alone; experts are chosen by their logits. The order is
-# that of the enum in cuda/choice.cuh.
+# that of the enums in cuda/choice.cuh and cpu/route_choice.h.
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "chosen")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,6 +58,8 @@ class Formula:
 
     def choice_dtype(self, correction: Tensor | None) -> torch.dtype:
         """That of scores with the correction, as PyTorch promotes."""
+        if self.score == "chosen":  # logits, as floats
+            return torch.float32
         if correction is None:
             return self.score_dtype
         return torch.promote_types(self.score_dtype, correction.dtype)

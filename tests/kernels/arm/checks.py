@@ -22,7 +22,13 @@ from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels import cpu
 from moepress.kernels.cpu import interface
 from moepress.rounding.methods import viterbi
-from tests.kernels import test_cpu, test_gate_cpu, test_small_cpu, test_trellis_cpu
+from tests.kernels import (
+    test_cpu,
+    test_gate_cpu,
+    test_route_cpu,
+    test_small_cpu,
+    test_trellis_cpu,
+)
 from tests.kernels.arm import run
 from tests.kernels.arm.emulated import EmulatedLibrary, emulated_library
 from tests.kernels.gates import GATES, gated_call
@@ -86,7 +92,7 @@ def kernel_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
     }
 
 
-for module in (test_cpu, test_trellis_cpu, test_gate_cpu, test_small_cpu):
+for module in (test_cpu, test_trellis_cpu, test_gate_cpu, test_small_cpu, test_route_cpu):
     globals().update(kernel_tests(module))
 
 
@@ -172,6 +178,14 @@ def test_gates_and_biases(same: Same, family: str) -> None:
     for gate in GATES.values():
         call = gated_call(gate, family, biases=(True, True))
         assert gate.activation == "gelu" or same(lambda call=call: cpu.experts(call))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "chosen"])
+def test_routers(same: Same, score: str) -> None:
+    """sqrtsoftplus calls the C library, as does what is tried with far logits."""
+    for dtype in test_route_cpu.FLOATS:
+        for i in range(3):
+            assert same(lambda i=i, dtype=dtype: test_route_cpu.large_call(score, dtype, 3)[i])
 
 
 def test_dropped_choices(same: Same) -> None:

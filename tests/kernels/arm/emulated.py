@@ -101,7 +101,10 @@ class EmulatedLibrary:
             return struct.pack("<Bq", 0, value)
         if not value:
             return struct.pack("<BQQ", 1, 0, 0)
-        assert isinstance(value, int)
+        if not isinstance(value, int):  # of ctypes.byref
+            structure: ctypes.Structure = value._obj  # type: ignore[attr-defined]
+            value = ctypes.addressof(structure)
+            self._addresses.structures[value] = structure
         if value in self._addresses.structures:
             return self._packed_structure(value, memory)
         size = self._addresses.sizes[value]

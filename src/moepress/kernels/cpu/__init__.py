@@ -40,6 +40,8 @@ From the C interface (moepress.h) down:
     drop.cpp                  online pruning: which choices of a token are dropped
     small.cpp                 small operations of decoding (small.h), called by small.py; their
                               kernels: rms_norm.h, rotary.h; number_kinds.h: numbers that they take
+    route.cpp                 routers (route.py): logits, by route_product.h of an instruction set,
+                              and the choice of experts, route_choice.h; route_numbers.h
     threads.h                 torch's OpenMP team, or a pool of our own
     store.h                   experts on disk: which are in memory, which are read
                               (expert_store.py opens one)

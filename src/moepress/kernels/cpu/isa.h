@@ -112,6 +112,12 @@ struct RotaryCall;
 using NormRows = void (*)(const NormCall& call, int64_t first, int64_t last);
 using TurnTokens = void (*)(const RotaryCall& call, int64_t first, int64_t last);
 
+// ---- Routers (route.cpp) ---------------------------------------------------------------------
+
+// A row of a router's weight [cols] times a token x [cols], behind which are zeros up to a multiple
+// of 64.
+using RouteProduct = float (*)(const uint8_t* row, int64_t cols, const float* x);
+
 // ---- The table -------------------------------------------------------------------------------
 
 struct Isa {
@@ -133,6 +139,7 @@ struct Isa {
 
     NormRows norm_rows;      // rows first .. last - 1
     TurnTokens turn_tokens;  // tokens first .. last - 1 of all batches, one after another
+    RouteProduct route_product[3];  // by MoepressNumbers of the weight
 };
 
 // One for each instruction set; null where the compiler does not have it. The files of another

@@ -19,6 +19,7 @@
 #include "isa.h"
 #include "rms_norm.h"
 #include "rotary.h"
+#include "route_product.h"
 #include "scalar_activations.h"
 #include "scalar_product.h"
 #include "trellis_activations.h"
@@ -72,6 +73,9 @@ constexpr Isa make_isa(const char* name) {
     isa.subtract_least = subtract_least;
     isa.norm_rows = norm_rows;
     isa.turn_tokens = turn_tokens;
+    isa.route_product[kFloat32] = route_product<Lanes, kFloat32>;
+    isa.route_product[kBfloat16] = route_product<Lanes, kBfloat16>;
+    isa.route_product[kFloat16] = route_product<Lanes, kFloat16>;
     return isa;
 }
 

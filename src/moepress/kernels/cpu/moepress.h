@@ -172,6 +172,29 @@ MOEPRESS_API int32_t moepress_cache_write(
     int64_t value_batch, int64_t value_head, int64_t value_size, int32_t value_bytes,
     int64_t batches, int64_t heads, int64_t room, const int64_t* position);
 
+// ---- Routers (route.cpp) ------------------------------------------------------------------------
+
+// How a router gets from logits to weights: Formula of kernels/router.py says what the fields mean.
+struct MoepressFormula {
+    int32_t score;                             // by its place in SCORES
+    int32_t normalise;                         // 0 or 1
+    int32_t group_best;                        // 1 or 2
+    int32_t product, logits, scores, weights;  // MoepressNumbers
+    float epsilon, scale;
+    int64_t groups, kept_groups;
+};
+
+// logits [tokens][experts] of hidden [tokens][cols] and weight [experts][cols]; the `weights`
+// [tokens][k] and `index` [tokens][k] of the experts that each token chooses. `bias` and
+// `correction` [experts] may be null. *_numbers: MoepressNumbers of an input; those of logits and
+// weights are in the formula. Same bits with any number of threads and any instruction set.
+MOEPRESS_API int32_t moepress_route(const void* hidden, int32_t hidden_numbers, int64_t tokens,
+                                    int64_t cols, const void* weight, int32_t weight_numbers,
+                                    int64_t experts, const void* bias, int32_t bias_numbers,
+                                    const void* correction, int32_t correction_numbers, int64_t k,
+                                    const MoepressFormula* formula, int32_t threads, void* logits,
+                                    void* weights, int64_t* index);
+
 // ---- Experts on disk (store.h) ------------------------------------------------------------------
 
 // The bytes of a matrix in a file, and their place in the region of a store: both have the same
