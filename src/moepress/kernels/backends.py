@@ -169,6 +169,7 @@ register_backend(
         experts=cpu.experts,
         embedding=cpu.embedding,
         drop=cpu.drop,
+        attention=cpu.attention,
     )
 )
 register_backend(

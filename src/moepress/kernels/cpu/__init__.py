@@ -35,6 +35,10 @@ From the C interface (moepress.h) down:
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
     dispatch.cpp              which instruction set runs on this CPU; arm_features.h: what ARM CPUs
                               have
+    attention.cpp             attention of few queries: chunks of positions, threads
+      attention_mask.h        which positions a mask shows
+      attention_chunk.h       some queries over a chunk, and chunks together (attention.h)
+      vectors*.h              registers of floats, for attention; half.h: numbers of 16 bits
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     threads.h                 torch's OpenMP team, or a pool of our own
@@ -57,6 +61,7 @@ from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.cpu import interface
+from moepress.kernels.cpu.attention import attention as attention
 from moepress.kernels.experts_call import ExpertsCall
 from moepress.kernels.gate import Gate
 from moepress.kernels.stores import OPEN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import CDLL, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import CDLL, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from moepress.errors import InputError, MoepressError
 
-INTERFACE = 11  # version of moepress.h
+INTERFACE = 12  # version of moepress.h
 
 READ_FAILED = 8
 RESULTS = {
@@ -57,10 +57,15 @@ SIGNATURES = {
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
+    "moepress_attention": (
+        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
+        c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
+        c_int64, c_int64, c_int64, c_int64, c_float, c_int32, c_int32, c_void_p,
+    ),
 }  # fmt: skip
 
 
-def call(name: str, *arguments: int | None) -> None:
+def call(name: str, *arguments: float | None) -> None:
     """Call a function of the library.
 
     Raises:
@@ -69,7 +74,7 @@ def call(name: str, *arguments: int | None) -> None:
     check(name, result(name, *arguments))
 
 
-def result(name: str, *arguments: int | None) -> int:
+def result(name: str, *arguments: float | None) -> int:
     """Call a function of the library; the number that it returns, see RESULTS."""
     code: int = getattr(library(), name)(*arguments)
     return code

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "attention.h"
 #include "moepress.h"
 #include "trellis_code.h"
 
@@ -123,6 +124,9 @@ struct Isa {
     ViterbiBest viterbi_best[kWidthsEnd];
     ViterbiTrace viterbi_trace[kWidthsEnd];
     SubtractLeast subtract_least;
+
+    Attend attend;  // attention.h
+    AttentionMerge merge_attention;
 };
 
 // One for each instruction set; null where the compiler does not have it. The files of another

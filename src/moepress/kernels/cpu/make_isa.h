@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "activation_functions.h"
+#include "attention_chunk.h"
 #include "isa.h"
 #include "scalar_activations.h"
 #include "scalar_product.h"
@@ -68,6 +69,8 @@ constexpr Isa make_isa(const char* name) {
     isa.trellis_rotate_back = trellis_rotate<true>;
     isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;
+    isa.attend = attend;
+    isa.merge_attention = merge_attention;
     return isa;
 }
 
