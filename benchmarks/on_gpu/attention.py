@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from moepress import kernels
-from moepress.hf import card_attention
+from moepress.hf import own_attention
 from moepress.kernels import reference
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
@@ -78,9 +78,9 @@ def check_model(card: Card) -> list[Row]:
     model = small_model(card)
     plain = decoded_logits(card, model)
     # Without a card the type of its device is another, and the op is the reference.
-    with patch.object(card_attention, "CARD", card.device.type):
-        card_attention.attend_on_card(model)
-        with patch.object(card_attention, "attention", wraps=kernels.attention) as op:
+    with patch.object(own_attention, "CARD", card.device.type):
+        own_attention.attend_on_card(model)
+        with patch.object(own_attention, "attention", wraps=kernels.attention) as op:
             found = decoded_logits(card, model)
     error = float((found - plain).norm() / plain.norm())
     row: Row = {"calls": op.call_count, "error": error}

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moepress.format.codec import PackedSpec
-from moepress.hf.card_attention import attend_on_card
 from moepress.hf.fixed_cache import FixedCache
 from moepress.hf.fused import fused
+from moepress.hf.own_attention import attend_on_card
 from moepress.hf.packing import pack_modules
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
 from on_gpu.card import Card

@@ -15,7 +15,7 @@ from transformers import StaticCache
 import moepress
 from moepress.chat import Conversation
 from moepress.compress import compress
-from moepress.hf import card_attention, fused_router, load_model
+from moepress.hf import fused_router, load_model, own_attention
 from moepress.kernels.divided import DividedExperts
 from moepress.original.remote_code import tokenizer_of
 from moepress.serve.stepping import Stepper
@@ -72,17 +72,17 @@ def test_attention_of_a_step_is_ours(
     """The kernel gives what PyTorch's attention gives, in the same model on the card."""
     model = load_model(folder, "cuda")
     calls: list[Tensor] = []
-    plain = card_attention.attention
+    plain = own_attention.attention
 
     def counted(q: Tensor, *rest: Any) -> Tensor:
         calls.append(q)
         return plain(q, *rest)
 
-    monkeypatch.setattr(card_attention, "attention", counted)
+    monkeypatch.setattr(own_attention, "attention", counted)
     found = steps(model, card)
     assert len(calls) == 3 * model.config.num_hidden_layers
     for module in model.modules():
-        setattr(module, card_attention.MARK, False)
+        setattr(module, own_attention.MARK, False)
     expected = steps(model, card)
     assert len(calls) == 3 * model.config.num_hidden_layers
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -373,6 +373,48 @@ void route() {
         expect(index.at[size_t(i)] >= 0 && index.at[size_t(i)] < experts, "route: no such expert");
 }
 
+// Attention with masks of all kinds. In a third of the calls the mask is that of all queries, and
+// keys and values are only there from its first to its last visible position.
+void attention() {
+    const int32_t numbers = int32_t(pick(0, 2)), kind = int32_t(pick(0, 3));
+    const int64_t width = numbers ? 2 : 4, mask_width = kind == 3 ? 1 : kind ? 2 : 4;
+    const int64_t batches = pick(1, 2), heads = pick(1, 3), query_heads = heads * pick(1, 9);
+    const int64_t tokens = pick(1, 3), positions = pick(0, 3) ? pick(0, 60) : pick(200, 600);
+    const int64_t size = pick(0, 9) ? pick(1, 80) : one_of<int64_t>({128, 256, 511, 512});
+    Buffer<uint8_t> q = random_bytes(batches * query_heads * tokens * size * width);
+    Buffer<uint8_t> y(q.size);
+    const int64_t full[4] = {batches, query_heads, tokens, positions};
+    int64_t strides[4], all = 1;
+    const bool shared = pick(0, 2) == 0 && positions > 0;
+    for (int i = 3; i >= 0; --i) {
+        const bool broadcast = shared ? i < 3 : pick(0, 1);
+        strides[i] = broadcast ? 0 : all;
+        all *= broadcast ? 1 : full[i];
+    }
+    Buffer<uint8_t> mask = random_bytes(all * mask_width);
+    int64_t first = 0, end = positions;
+    if (shared) {  // 0xFF80 hides as bfloat16, 0xFC00 as float16, 0xFF800000 as float
+        first = pick(0, positions - 1);
+        end = pick(first + 1, positions);
+        const uint8_t hides[4][4] = {{0, 0, 0x80, 0xFF}, {0x80, 0xFF}, {0, 0xFC}, {0}};
+        for (int64_t i = 0; i < positions; ++i) {
+            uint8_t* at = mask.get() + i * mask_width;
+            if (i < first || i >= end) std::memcpy(at, hides[kind], size_t(mask_width));
+            if (i == first || i == end - 1) std::memset(at, 1, size_t(mask_width));
+        }
+    }
+    const int64_t row = size * width, there = end - first;
+    Buffer<uint8_t> k = random_bytes(batches * heads * there * row);
+    Buffer<uint8_t> v = random_bytes(batches * heads * there * row);
+    const int32_t result = moepress_attention(
+        q.get(), query_heads * tokens * size, tokens * size, size, k.get() - first * row,
+        heads * there * size, there * size, size, v.get() - first * row, heads * there * size,
+        there * size, size, shared || pick(0, 3) ? mask.get() : nullptr, kind, strides[0],
+        strides[1], strides[2], strides[3], batches, query_heads, heads, tokens, positions, size,
+        0.1f, numbers, int(pick(1, 3)), y.get());
+    expect(result == kOk, "attention: wrong result");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -390,6 +432,7 @@ int main(int, char** arguments) {
             rotary();
             cache_write();
             route();
+            attention();
             trellis_linear();
             trellis_experts();
             if (done % 50 == 0) trellis_search();

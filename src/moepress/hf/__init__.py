@@ -34,13 +34,13 @@ from moepress.hf.agreement import (
     places_of,
     stored_tensors,
 )
-from moepress.hf.card_attention import attend_on_card
 from moepress.hf.devices import device_types, keep_experts_on_cpu, only_device
 from moepress.hf.files import check_written, read_ahead
 from moepress.hf.grouped_attention import group_queries
 from moepress.hf.growing_cache import grow_in_place
 from moepress.hf.mend import mend
 from moepress.hf.methods import answer_for_packed
+from moepress.hf.own_attention import attend_on_card
 from moepress.hf.packing import pack_modules, with_tied
 from moepress.hf.places import names_only, places_in
 from moepress.hf.saving import remember_pruning

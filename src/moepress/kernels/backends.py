@@ -174,6 +174,7 @@ register_backend(
         rotary=cpu.rotary,
         cache_write=cpu.cache_write,
         route=cpu_route.route,
+        attention=cpu.attention,
     )
 )
 register_backend(

@@ -36,6 +36,10 @@ From the C interface (moepress.h) down:
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
     dispatch.cpp              which instruction set runs on this CPU; arm_features.h: what ARM CPUs
                               have
+    attention.cpp             attention of few queries: chunks of positions, threads
+      attention_mask.h        which positions a mask shows
+      attention_chunk.h       some queries over a chunk, and chunks together (attention.h)
+      vectors*.h              registers of floats, for attention; half.h: numbers of 16 bits
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     small.cpp                 small operations of decoding (small.h), called by small.py; their
@@ -62,6 +66,7 @@ from moepress.errors import InputError, MoepressError
 from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.cpu import interface
+from moepress.kernels.cpu.attention import attention as attention
 from moepress.kernels.cpu.small import cache_write as cache_write
 from moepress.kernels.cpu.small import rms_norm as rms_norm
 from moepress.kernels.cpu.small import rotary as rotary

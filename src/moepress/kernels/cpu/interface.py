@@ -80,6 +80,11 @@ SIGNATURES = {
         c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_int64, c_void_p, c_int32,
         c_void_p, c_int32, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p,
     ),
+    "moepress_attention": (
+        c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64,
+        c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
+        c_int64, c_int64, c_int64, c_int64, c_float, c_int32, c_int32, c_void_p,
+    ),
 }  # fmt: skip
 
 Repeat = Callable[[], None]

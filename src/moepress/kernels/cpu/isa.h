@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "attention.h"
 #include "moepress.h"
 #include "trellis_code.h"
 
@@ -140,6 +141,8 @@ struct Isa {
     NormRows norm_rows;      // rows first .. last - 1
     TurnTokens turn_tokens;  // tokens first .. last - 1 of all batches, one after another
     RouteProduct route_product[3];  // by MoepressNumbers of the weight
+    Attend attend;  // attention.h
+    AttentionMerge merge_attention;
 };
 
 // One for each instruction set; null where the compiler does not have it. The files of another

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "activation_functions.h"
+#include "attention_chunk.h"
 #include "isa.h"
 #include "rms_norm.h"
 #include "rotary.h"
@@ -76,6 +77,8 @@ constexpr Isa make_isa(const char* name) {
     isa.route_product[kFloat32] = route_product<Lanes, kFloat32>;
     isa.route_product[kBfloat16] = route_product<Lanes, kBfloat16>;
     isa.route_product[kFloat16] = route_product<Lanes, kFloat16>;
+    isa.attend = attend;
+    isa.merge_attention = merge_attention;
     return isa;
 }
 

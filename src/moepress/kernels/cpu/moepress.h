@@ -28,6 +28,9 @@ enum Result : int32_t {  // in words: RESULTS in __init__.py
     kBadPosition,  // of a token, outside of the room of a cache
 };
 
+// Kinds of numbers.
+enum MoepressNumbers { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
 // The version of this interface; __init__.py refuses another.
 MOEPRESS_API int32_t moepress_interface();
 
@@ -138,8 +141,6 @@ MOEPRESS_API int32_t moepress_drop(const int64_t* index, const float* weight, in
 // and the numbers of a row follow each other. Results do not lie in the inputs. kBadShape: also if
 // there are no such numbers, formula or way to turn.
 
-enum MoepressNumbers { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
 // y [outer][rows][size] = the root mean square norm of rows of x, which begin outer_stride and
 // row_stride apart. weight [size], or null. `formula`: its place in FORMULAS. y has the numbers of
 // x; for the formula "rounded" and a weight of others, floats. Sums have a fixed order.
@@ -194,6 +195,25 @@ MOEPRESS_API int32_t moepress_route(const void* hidden, int32_t hidden_numbers, 
                                     const void* correction, int32_t correction_numbers, int64_t k,
                                     const MoepressFormula* formula, int32_t threads, void* logits,
                                     void* weights, int64_t* index);
+
+// ---- Attention (attention.cpp) ------------------------------------------------------------------
+
+constexpr int32_t kMoepressBool = 3;  // of a mask: bytes; 0 hides, others show
+
+// y [batches][tokens][query_heads][size] = softmax(q k^T scale + mask) v, for few queries.
+// q [batches][query_heads][tokens][size]; k, v [batches][heads][positions][size]; query head h has
+// those of head h / (query_heads / heads). Strides are in numbers; those of `size` are 1. `numbers`
+// are those of q, k, v and y. The mask [batches][query_heads][tokens][positions] is null, or of
+// `mask_numbers`: bool, or floats that are added to the scores, of which -inf hides. Its strides may
+// be 0. What is hidden adds nothing, whatever it is; what is hidden from all queries is not read. A
+// query that sees nothing gets zeros. size is at most 512. kBadShape: also if numbers are unknown.
+MOEPRESS_API int32_t moepress_attention(
+    const void* q, int64_t q_batch, int64_t q_head, int64_t q_token, const void* k,
+    int64_t k_batch, int64_t k_head, int64_t k_position, const void* v, int64_t v_batch,
+    int64_t v_head, int64_t v_position, const void* mask, int32_t mask_numbers,
+    int64_t mask_batch, int64_t mask_head, int64_t mask_token, int64_t mask_position,
+    int64_t batches, int64_t query_heads, int64_t heads, int64_t tokens, int64_t positions,
+    int64_t size, float scale, int32_t numbers, int32_t threads, void* y);
 
 // ---- Experts on disk (store.h) ------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, StaticCache
 
-from moepress.hf import card_attention
-from moepress.hf.card_attention import attend_on_card
+from moepress.hf import own_attention
+from moepress.hf.own_attention import attend_on_card
 from tests.conftest import make_model
 
 IDS = torch.arange(40).view(2, 20) + 3
@@ -26,16 +26,16 @@ class Calls(list[tuple[int, ...]]):
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     """The calls of the op, where a CPU counts as a card."""
     seen = Calls()
-    plain = card_attention.attention
+    plain = own_attention.attention
 
     def counted(q: Tensor, *rest: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             seen.append(tuple(q.shape))
         return plain(q, *rest)
 
-    monkeypatch.setattr(card_attention, "attention", counted)
-    monkeypatch.setattr(card_attention, "CARD", "cpu")
-    monkeypatch.setattr(card_attention, "_agreed", {})
+    monkeypatch.setattr(own_attention, "attention", counted)
+    monkeypatch.setattr(own_attention, "CARD", "cpu")
+    monkeypatch.setattr(own_attention, "_agreed", {})
     before = AttentionInterface._global_mapping["sdpa"]
     yield seen
     AttentionInterface.register("sdpa", before)
@@ -72,8 +72,8 @@ def test_a_kernel_that_differs_is_left_alone(
     """The first call of a kind is computed both ways; its result is PyTorch's."""
     model = make_model("mixtral")
     expected = steps(model, "growing")
-    right = card_attention.attention
-    monkeypatch.setattr(card_attention, "attention", lambda *given: right(*given) * 1.1)
+    right = own_attention.attention
+    monkeypatch.setattr(own_attention, "attention", lambda *given: right(*given) * 1.1)
     assert torch.equal(steps(ours(model), "growing"), expected)
     assert len(calls) == 1
     assert caplog.text.count("Attention of one token differs by 0.1 between") == 1
@@ -179,7 +179,7 @@ def as_before(module: nn.Module, *args: Any, **named: Any) -> Tensor:
 def test_towers_are_not_causal(calls: Calls) -> None:
     module = Attention(causal=False)
     attend_on_card(module)
-    assert not hasattr(module, card_attention.MARK)
+    assert not hasattr(module, own_attention.MARK)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -1,15 +1,16 @@
-"""Attention of one token on a card: our kernel in the place of PyTorch's.
+"""Attention of one token: our kernel in the place of PyTorch's.
 
 For one token and a mask, transformers' "sdpa" copies keys and values, once for each query head that
 shares them, before it calls PyTorch (releases before `pack_gqa`, and compiled models). The op
 `moepress::attention` reads them once, where the cache has them.
 
 The function that transformers calls by the name "sdpa" is wrapped. It does what it did, but for
-modules that `attend_on_card` marked and for calls that the op takes: so configs keep the name
-"sdpa", masks are made as ever, and nothing changes for models that moepress did not load.
+marked modules and for calls that the op takes: so configs keep the name "sdpa", masks are made as
+ever, and nothing changes for models that moepress did not load. Modules on cards are marked when a
+model is loaded (`attend_on_card`), those on CPUs while a step is captured (fused_attention.py).
 
-The first call of each kind in a process is computed both ways. Where the results are not close, one
-warning says so, and calls of that kind stay transformers'.
+On a card the first call of each kind in a process is computed both ways. Where the results are not
+close, one warning says so, and calls of that kind stay transformers'.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from moepress.kernels import attention, backend_for
-from moepress.kernels.cuda.attention import takes
+from moepress.kernels.cpu.attention import takes as cpu_takes
+from moepress.kernels.cuda.attention import takes as card_takes
 
 NAME = "sdpa"
-CARD = "cuda"  # type of device
-MARK = "_moepress_attends"
+CARD, CPU = "cuda", "cpu"  # types of devices, and names of their backends
+MARK = "_moepress_attends"  # attribute of marked modules: the type of device of their tensors
 HANDED_ON = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
 CHANGING = ("softcap", "s_aux", "output_attentions")  # beside what the function itself names
 
@@ -47,25 +49,40 @@ def attend_on_card(model: nn.Module) -> None:
     Only calls of one token change, without gradients, dropout, and arguments that the kernel does
     not know. Safe to repeat.
     """
-    modules = [module for module in model.modules() if _on_card(module)]
+    mark(causal_attention(model, (CARD,)))
+
+
+def causal_attention(model: nn.Module, devices: Sequence[str]) -> list[nn.Module]:
+    """The causal attention modules of a model on devices of some types that have a kernel."""
+    return [module for module in model.modules() if _device_type(module) in devices]
+
+
+def mark(modules: Iterable[nn.Module]) -> None:
+    """Have modules, some of `causal_attention`, decode with our kernel."""
     for module in modules:
-        setattr(module, MARK, True)
-    if modules:
+        setattr(module, MARK, _device_type(module))
         _wrap()
 
 
-def _on_card(module: nn.Module) -> bool:
-    """Whether a module is causal attention on a card for which there are kernels."""
+def unmark(modules: Iterable[nn.Module]) -> None:
+    """Have marked modules decode as before."""
+    for module in modules:
+        delattr(module, MARK)
+
+
+def marked(module: nn.Module) -> bool:
+    return bool(getattr(module, MARK, None))
+
+
+def _device_type(module: nn.Module) -> str | None:
+    """The type of the device of causal attention, if it has a kernel of its own."""
     config = getattr(module, "config", None)
-    if not hasattr(config, "_attn_implementation") or not hasattr(module, "is_causal"):
-        return False
+    if not hasattr(config, "_attn_implementation") or not getattr(module, "is_causal", False):
+        return None
     device = next((p.device for p in module.parameters()), None)
-    return (
-        bool(module.is_causal)
-        and device is not None
-        and device.type == CARD
-        and backend_for(device).name == CARD
-    )
+    if device is None or device.type not in (CARD, CPU) or backend_for(device).name != device.type:
+        return None
+    return device.type
 
 
 def _wrap() -> None:
@@ -98,7 +115,7 @@ def wrapped(plain: Attend) -> Attend:
     ) -> tuple[Tensor, Tensor | None]:
         # For one token is_causal changes nothing: it sees all keys that the mask shows.
         ours = (
-            getattr(module, MARK, False)
+            marked(module)
             and not dropout
             and not any(_given(kwargs.get(name)) for name in others)
             and _fit(module, query, key, value, attention_mask)
@@ -111,6 +128,8 @@ def wrapped(plain: Attend) -> Attend:
             return as_before()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         by_kernel = partial(attention, query, key, value, attention_mask, scale)
+        if query.device.type != CARD:  # captured steps are compared as a whole
+            return by_kernel(), None
         kind = _kind(query, key, attention_mask)
         if kind not in _agreed and _can_compare(query):
             expected = as_before()
@@ -168,16 +187,18 @@ def _fit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
     if (key.shape[0], key.shape[1] * groups, key.shape[3]) != (batches, heads, size):
         return False
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if any(x.device.type != CARD for x in tensors):
+    here = query.device
+    if here.type != getattr(module, MARK) or any(x.device.type != here.type for x in tensors):
         return False
     if mask is not None and (
         mask.dim() != 4
         or mask.shape[0] not in (1, batches)
         or mask.shape[1] not in (1, heads)
         or mask.shape[2] != 1
-        or mask.shape[3] != key.shape[2]
+        or mask.shape[3] not in (1, key.shape[2])
     ):
         return False
+    takes = card_takes if here.type == CARD else cpu_takes
     return takes(query, key, value, mask) and not _followed(tensors)
 
 
@@ -185,6 +206,6 @@ def _followed(tensors: tuple[Tensor, ...]) -> bool:
     """Whether gradients, autocast or function transforms want to see PyTorch's own op."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
-    if torch.is_autocast_enabled(CARD):
+    if torch.is_autocast_enabled(tensors[0].device.type):
         return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
