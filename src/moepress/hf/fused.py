@@ -13,13 +13,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
 
+from moepress.hf.fused_attention import fused_attention
 from moepress.hf.fused_linears import fused_linears
 from moepress.hf.fused_norms import fused_norms
 from moepress.hf.fused_rotary import fused_rotary
 from moepress.hf.fused_router import fused_routers
 
 Fusion = Callable[[nn.Module, Sequence[str]], AbstractContextManager[None]]
-FUSIONS: tuple[Fusion, ...] = (fused_linears, fused_norms, fused_rotary, fused_routers)
+FUSIONS: tuple[Fusion, ...] = (
+    fused_attention, fused_linears, fused_norms, fused_rotary, fused_routers,
+)  # fmt: skip
 
 
 @contextmanager
