@@ -65,10 +65,13 @@ def check_logits(
         info = torch.finfo(dtype)
         far = far + info.eps / 2 * (exact.abs() + far) + info.smallest_normal * info.eps
     assert ((logits.double() - exact).abs() <= far).all()
+    if formula.logits_dtype == SINGLE:
+        assert torch.equal(logits, logits.to(formula.product_dtype).float())
 
 
 def check_choice(found: Outputs, correction: Tensor | None, formula: Formula) -> float:
-    """Compare with the choice from the very logits; the share of indices that are the same.
+    """Compare with the choice from the very logits; the share of indices that are the same, or
+    of weights, where scores have 16 bits.
 
     Exponentials differ in their last places: of two scores that are equal but for that, either
     may come first.
@@ -92,7 +95,10 @@ def check_choice(found: Outputs, correction: Tensor | None, formula: Formula) ->
     rtol = 4 * max(info.eps, torch.finfo(formula.score_dtype).eps)
     atol = formula.scale * info.smallest_normal
     torch.testing.assert_close(weights.double(), wanted.double(), rtol=rtol, atol=atol)
-    return float((index == order).double().mean())
+    same = index == order
+    if formula.score_dtype != SINGLE:
+        same &= weights == wanted
+    return float(same.double().mean())
 
 
 def check(

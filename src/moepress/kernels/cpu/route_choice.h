@@ -164,7 +164,9 @@ inline void make_weights(const MoepressFormula& formula, float* x, int64_t k) {
     }
     if (formula.normalise) {
         const float sum = rounded_number(sum_of(x, k), numbers);
-        const float whole = rounded_number(sum + formula.epsilon, numbers);
+        // torch rounds the number that is added on CPUs, but not the scale below.
+        const float epsilon = rounded_number(formula.epsilon, numbers);
+        const float whole = rounded_number(sum + epsilon, numbers);
         for (int64_t r = 0; r < k; ++r) x[r] /= whole;
         round_numbers(x, k, numbers);
     }
