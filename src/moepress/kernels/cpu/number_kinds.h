@@ -1,6 +1,7 @@
 // The kinds of numbers of small operations (MoepressNumbers): floats from them, and floats rounded
-// to them, to the nearest, halves to even. A NaN stays one. Written so that the compiler vectorises
-// loops with them. Internal linkage: each instruction set compiles its own copy.
+// to them, to the nearest, halves to even. NaN stays NaN (Bfloat16::rounded: where it is one of 16
+// bits). Written so that the compiler vectorises loops with them. Internal linkage: each
+// instruction set compiles its own copy.
 #pragma once
 
 #include <cstdint>
