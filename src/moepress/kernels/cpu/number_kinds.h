@@ -1,6 +1,7 @@
 // The kinds of numbers of small operations (MoepressNumbers): floats from them, and floats rounded
-// to them, to the nearest, halves to even. A NaN stays one. Written so that the compiler vectorises
-// loops with them. Internal linkage: each instruction set compiles its own copy.
+// to them, to the nearest, halves to even. NaN stays NaN (Bfloat16::rounded: where it is one of 16
+// bits). Written so that the compiler vectorises loops with them. Internal linkage: each
+// instruction set compiles its own copy.
 #pragma once
 
 #include <cstdint>
@@ -43,14 +44,18 @@ struct FloatBits {
 struct Bfloat16 {
     using Raw = uint16_t;
     static float wide(uint16_t x) { return FloatBits::of(int32_t(uint32_t(x) << 16)); }
-    static uint16_t narrow(float x) { return uint16_t(upper(x)); }
-    static float rounded(float x) { return FloatBits::of(int32_t(upper(x) << 16)); }
+    static uint16_t narrow(float x) {
+        const bool nan = (FloatBits::in(x) & FloatBits::kMagnitude) > FloatBits::kInfinity;
+        return uint16_t(nan ? 0x7FC0 : raised(x) >> 16);
+    }
+    // A NaN stays one if its last 16 bits are 0, as they are where it comes from numbers of 16 bits.
+    static float rounded(float x) { return FloatBits::of(int32_t(raised(x) & 0xFFFF0000)); }
 
   private:
-    static uint32_t upper(float x) {
+    // Bits of which the upper half is the rounded number.
+    static uint32_t raised(float x) {
         const uint32_t bits = uint32_t(FloatBits::in(x));
-        const bool nan = (int32_t(bits) & FloatBits::kMagnitude) > FloatBits::kInfinity;
-        return nan ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        return bits + 0x7FFF + (bits >> 16 & 1);
     }
 };
 
