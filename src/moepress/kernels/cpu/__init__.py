@@ -39,13 +39,14 @@ From the C interface (moepress.h) down:
     attention.cpp             attention of few queries: chunks of positions, threads
       attention_mask.h        which positions a mask shows
       attention_chunk.h       some queries over a chunk, and chunks together (attention.h)
-      vectors*.h              registers of floats, for attention; half.h: numbers of 16 bits
+      vectors*.h              registers of floats, for attention
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     small.cpp                 small operations of decoding (small.h), called by small.py; their
-                              kernels: rms_norm.h, rotary.h; number_kinds.h: numbers that they take
+                              kernels: rms_norm.h, rotary.h
     route.cpp                 routers (route.py): logits, by route_product.h of an instruction set,
                               and the choice of experts, route_choice.h; route_numbers.h
+    number_kinds.h            float32, bfloat16 and float16, for the three above
     threads.h                 torch's OpenMP team, or a pool of our own
     store.h                   experts on disk: which are in memory, which are read
                               (expert_store.py opens one)

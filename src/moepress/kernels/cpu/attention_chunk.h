@@ -10,8 +10,8 @@
 #include <cstdint>
 
 #include "attention.h"
-#include "half.h"
 #include "moepress.h"
+#include "number_kinds.h"
 #include "vectors.h"
 
 namespace moepress {

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
 #include "moepress.h"
+#include "number_kinds.h"
 
 namespace moepress {
 namespace {

@@ -1,6 +1,7 @@
-// The kinds of numbers of small operations (MoepressNumbers): floats from them, and floats rounded
-// to them, to the nearest, halves to even. NaN stays NaN (Bfloat16::rounded: where it is one of 16
-// bits). Written so that the compiler vectorises loops with them. Internal linkage: each
+// The kinds of numbers (MoepressNumbers): floats from them, and floats rounded to them, to the
+// nearest, halves to even. NaN stays NaN (Bfloat16::rounded: where it is one of 16 bits). Written so
+// that the compiler vectorises loops with them. No step has denormal floats but where they are in
+// the input: they count as 0 where torch.set_flush_denormal is on. Internal linkage: each
 // instruction set compiles its own copy.
 #pragma once
 
@@ -42,6 +43,8 @@ struct FloatBits {
 
 // The upper half of a float.
 struct Bfloat16 {
+    uint16_t bits;
+
     using Raw = uint16_t;
     static float wide(uint16_t x) { return FloatBits::of(int32_t(uint32_t(x) << 16)); }
     static uint16_t narrow(float x) {
@@ -60,8 +63,9 @@ struct Bfloat16 {
 };
 
 // A sign, 5 bits of exponent, 10 of fraction.
-class Float16 {
-  public:
+struct Float16 {
+    uint16_t bits;
+
     using Raw = uint16_t;
 
     static float wide(uint16_t x) {
@@ -102,12 +106,20 @@ class Float16 {
     static constexpr int32_t kTooGreat = 0x477FF000;      // 65520: from there on infinity
 };
 
+// A number in memory as a float, and a float rounded to one.
+inline float wide(float x) { return x; }
+inline float wide(Bfloat16 x) { return Bfloat16::wide(x.bits); }
+inline float wide(Float16 x) { return Float16::wide(x.bits); }
+inline void narrow_to(float x, float& to) { to = x; }
+inline void narrow_to(float x, Bfloat16& to) { to.bits = Bfloat16::narrow(x); }
+inline void narrow_to(float x, Float16& to) { to.bits = Float16::narrow(x); }
+
 // run(a kind): Float32, Bfloat16 or Float16.
 template <class Run>
 void with_kind(int32_t numbers, Run run) {
-    if (numbers == kBfloat16) return run(Bfloat16());
-    if (numbers == kFloat16) return run(Float16());
-    run(Float32());
+    if (numbers == kBfloat16) return run(Bfloat16{});
+    if (numbers == kFloat16) return run(Float16{});
+    run(Float32{});
 }
 
 template <class Kind>

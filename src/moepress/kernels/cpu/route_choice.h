@@ -101,13 +101,13 @@ inline void make_scores(const MoepressFormula& formula, float* x, int64_t n) {
 
 // Integers in the order of numbers, -0 as 0, NaN above all as torch sorts.
 inline int32_t key_of(float x) {
-    const uint32_t bits = bits_of_float(x + 0.0f);
-    const uint32_t below = bits >> 31 ? 0x7FFFFFFF : 0;  // of negative numbers the greater is less
-    const int32_t key = int32_t(bits ^ below);
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FFFFFFF : key;
+    const int32_t bits = FloatBits::in(x + 0.0f);
+    const int32_t below = bits < 0 ? 0x7FFFFFFF : 0;  // of negative numbers the greater is less
+    const bool nan = (bits & FloatBits::kMagnitude) > FloatBits::kInfinity;
+    return nan ? 0x7FFFFFFF : bits ^ below;
 }
 inline float number_of(int32_t key) {
-    return float_of_bits(uint32_t(key) ^ (key < 0 ? 0x7FFFFFFF : 0));
+    return FloatBits::of(key ^ (key < 0 ? 0x7FFFFFFF : 0));
 }
 
 // index [k]: the places of the k greatest of the keys [n], by falling key, equal ones by their

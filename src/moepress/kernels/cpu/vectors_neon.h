@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "half.h"
+#include "number_kinds.h"
 #include "vectors_portable.h"
 
 namespace moepress {

@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half.h"
+#include "number_kinds.h"
 
 namespace moepress {
 namespace {
