@@ -22,7 +22,7 @@ from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels import cpu
 from moepress.kernels.cpu import interface
 from moepress.rounding.methods import viterbi
-from tests.kernels import test_cpu, test_gate_cpu, test_trellis_cpu
+from tests.kernels import test_attention_cpu, test_cpu, test_gate_cpu, test_trellis_cpu
 from tests.kernels.arm import run
 from tests.kernels.arm.emulated import EmulatedLibrary, emulated_library
 from tests.kernels.gates import GATES, gated_call
@@ -35,6 +35,7 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "neoverse-n1": ("neon_dotprod", "portable"),
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
+calls = test_attention_cpu.calls  # a fixture of its tests
 native_library = interface.library
 OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
     "test_a_forked_process_has_a_pool_of_its_own",
@@ -86,7 +87,7 @@ def kernel_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
     }
 
 
-for module in (test_cpu, test_trellis_cpu, test_gate_cpu):
+for module in (test_cpu, test_trellis_cpu, test_gate_cpu, test_attention_cpu):
     globals().update(kernel_tests(module))
 
 

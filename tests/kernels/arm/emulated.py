@@ -20,7 +20,7 @@ class Addresses:
     """What lies at the addresses that `moepress.kernels.cpu` passes to the library."""
 
     def __init__(self) -> None:
-        self.sizes: dict[int, int] = {}  # of tensors, in bytes
+        self.sizes: dict[int, int] = {}  # of tensors, in bytes, with what lies behind them
         self.structures: dict[int, ctypes.Structure] = {}
 
     @contextmanager
@@ -30,7 +30,10 @@ class Addresses:
 
         def of_tensor(tensor: torch.Tensor) -> int:
             at = data_ptr(tensor)
-            self.sizes[at] = tensor.nbytes
+            # A view has strides: it may reach to the end of its storage.
+            self.sizes[at] = tensor.untyped_storage().nbytes() - (
+                tensor.storage_offset() * tensor.element_size()
+            )
             return at
 
         def of_structure(structure: ctypes.Structure) -> int:
@@ -92,6 +95,8 @@ class EmulatedLibrary:
         """An argument as driver.cpp reads it. Appends memory that comes back with the result."""
         if isinstance(value, bytes):  # a text
             return struct.pack("<BQQ", 2, 0, len(value) + 1) + value + b"\0" + bytes(4)
+        if kind is ctypes.c_float:
+            return struct.pack("<Bf", 3, value)
         if kind is not ctypes.c_void_p:
             return struct.pack("<Bq", 0, value)
         if not value:
