@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepress import kernels
 from moepress.errors import InputError
-from moepress.kernels import backends, cpu, reference
+from moepress.kernels import cpu, reference
 from moepress.kernels.cpu import attention as kernel
 from moepress.kernels.cpu import interface
 from moepress.kernels.cpu.attention import MOST_SIZE, MOST_TOKENS, takes
@@ -108,10 +108,7 @@ def test_numbers_of_every_size(isa: str, dtype: torch.dtype) -> None:
         check(q, k, (v.float() * factor).to(dtype))
     check(q * 6, k * 6, v, scale=1.0)  # one key has nearly all the weight
     check(q * 0, k, v)  # all have the same
-    large = torch.full_like(v, 60000)
-    check(q, k, large)
-    zero = kernels.attention(q, k * 0, torch.full_like(v, -0.0), None, 1.0)
-    assert zero.eq(0).all()
+    check(q, k, torch.full_like(v, 60000))
 
 
 def test_float16_rounds_as_torch_does(isa: str) -> None:
@@ -216,12 +213,10 @@ def test_strided_masks(isa: str) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, INF, -INF])
 @pytest.mark.parametrize("kind", [torch.bool, *DTYPES])
 def test_hidden_positions_are_not_seen(isa: str, kind: torch.dtype, bad: float) -> None:
+    in_between = (0, 300), (400, 640), (777, 778), (900, 999)
     for positions, runs in (
-        (40, ((0, 7), (20, 21), (30, 40))),
-        (1000, ((0, 300), (400, 640), (777, 778), (900, 1000))),
-        (1000, ((0, 999),)),
-        (1000, ((1, 1000),)),
-    ):
+        (40, ((0, 7), (20, 21), (30, 40))), (999, in_between), (99, ((0, 98),)), (99, ((1, 99),)),
+    ):  # fmt: skip
         q, k, v = qkv(1, 2, 4, 1, positions, 64)
         shown = torch.ones(positions, dtype=torch.bool)
         for first, end in runs:
@@ -403,8 +398,3 @@ def test_one_tensor_and_one_call(isa: str, calls: list[str]) -> None:
     with Seen():
         kernel(q, k, v, mask, 1.0)
     assert ops == ["aten.empty.memory_format"] and calls == ["moepress_attention"]
-
-
-def test_the_backend_has_it() -> None:
-    attend: Callable[..., Tensor] = backends.BACKENDS["cpu"].attention
-    assert attend is kernel

@@ -23,6 +23,7 @@ from moepress.kernels import cpu
 from moepress.kernels.cpu import interface
 from moepress.rounding.methods import viterbi
 from tests.kernels import (
+    test_attention_cpu,
     test_cpu,
     test_gate_cpu,
     test_route_cpu,
@@ -41,6 +42,7 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "neoverse-n1": ("neon_dotprod", "portable"),
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
+calls = test_attention_cpu.calls  # a fixture of its tests
 native_library = interface.library
 OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
     "test_a_forked_process_has_a_pool_of_its_own",
@@ -92,7 +94,14 @@ def kernel_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
     }
 
 
-for module in (test_cpu, test_trellis_cpu, test_gate_cpu, test_small_cpu, test_route_cpu):
+for module in (
+    test_cpu,
+    test_trellis_cpu,
+    test_gate_cpu,
+    test_small_cpu,
+    test_route_cpu,
+    test_attention_cpu,
+):
     globals().update(kernel_tests(module))
 
 

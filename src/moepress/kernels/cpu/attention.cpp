@@ -1,6 +1,6 @@
 // Attention of few queries over many keys.
 //
-// Positions are cut into chunks of kAttentionChunk, counted from the first, whatever the mask shows.
+// Positions are cut into chunks of kAttentionChunk, from the first on, whatever the mask shows.
 // An item of work is a chunk of the keys and values of one head: all queries that share them, one
 // piece for each few rows. The thread that ends the last chunk of a head puts the parts of its
 // queries together, in the order of the chunks. So results depend neither on the number of threads
@@ -94,7 +94,8 @@ class Run {
                 const Positions some = mask_row(head, set).shown(call.positions);
                 shown_.push_back(some);
                 if (some.empty()) continue;
-                products_ += double(some.end - some.first) * double((order_.alike() + 4) * call.size);
+                const int64_t of_position = (order_.alike() + 4) * call.size;
+                products_ += double(some.end - some.first) * double(of_position);
                 all = {std::min(all.first, some.first), std::max(all.end, some.end)};
             }
         if (!all.empty()) {

@@ -25,8 +25,8 @@ struct AttentionPiece {
     int32_t* positions;
     int count;
     const float* bias;  // [count], added to scores; null: none
-    // The result for each row, with w = exp(score - max): the sum of w v, in place row * out_stride,
-    // D rounded up to a multiple of 16 numbers; max and the sum of w, in place row * sums_stride.
+    // The result for each row, with w = exp(score - max): the sum of w v, at row * out_stride, D
+    // rounded up to a multiple of 16 numbers; max and the sum of w, at row * sums_stride.
     float* out;
     int64_t out_stride;
     float* sums;  // [2]

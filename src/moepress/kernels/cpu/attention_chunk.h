@@ -82,7 +82,8 @@ struct Attention {
 
         void load_query(int r) {
             const int whole = piece.size / width, rest = piece.size % width;
-            const Number* from = r < rows ? static_cast<const Number*>(piece.q[first + r]) : nullptr;
+            const Number* from = nullptr;
+            if (r < rows) from = static_cast<const Number*>(piece.q[first + r]);
             const Float scale = V::splat(piece.scale);
             for (int i = 0; i < whole + (rest > 0); ++i) {
                 Float x = V::splat(0);

@@ -36,7 +36,9 @@ struct NeonVectors {
     }
 
     static Float totals(const Float* x) {
-        const auto pair = [&](int i) { return vpaddq_f32((float32x4_t)x[i], (float32x4_t)x[i + 1]); };
+        const auto pair = [&](int i) {
+            return vpaddq_f32((float32x4_t)x[i], (float32x4_t)x[i + 1]);
+        };
         return (Float)vpaddq_f32(pair(0), pair(2));
     }
 };

@@ -33,7 +33,8 @@ template <class Float, class Word>
 Float widened_halves(Word halves) {
     const Word size = (halves & 0x7FFF) << 13, sign = (halves & 0x8000) << 16;
     const Float scaled = (Float)size * 0x1p112f;  // exact, also where a number is denormal
-    const Word bits = scaled < Float{} + 65536.0f ? (Word)scaled : size | 0x7F800000;  // else inf or NaN
+    // Above the largest are infinity and NaN.
+    const Word bits = scaled < Float{} + 65536.0f ? (Word)scaled : size | 0x7F800000;
     return (Float)(bits | sign);
 }
 
