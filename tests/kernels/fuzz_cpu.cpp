@@ -296,6 +296,15 @@ void rms_norm() {
     expect(result == kOk, "rms_norm: wrong result");
 }
 
+void add() {
+    const int32_t numbers = int(pick(0, 2));
+    const int64_t n = pick(0, 300);
+    const auto drawn = [&] { return Strided(1, 1, n, numbers); };
+    Strided a = drawn(), b = drawn(), y = drawn();
+    expect(moepress_add(a.get(), b.get(), n, numbers, pick(0, 3) ? y.get() : a.get()) == kOk,
+           "add: wrong result");
+}
+
 void rotary() {
     const int32_t numbers = int(pick(0, 2)), turn = int(pick(0, 15));
     const int32_t of_angles = turn & kWide ? int(pick(0, 2)) : numbers;
@@ -429,6 +438,7 @@ int main(int, char** arguments) {
             scalar_experts();
             drop();
             rms_norm();
+            add();
             rotary();
             cache_write();
             route();

@@ -88,6 +88,7 @@ def test_other_dtypes_go_to_the_reference(called: list[str]) -> None:
 NAMES = {
     "moepress_rms_norm": "x x_numbers outer outer_stride rows row_stride size weight "
     "weight_numbers epsilon formula threads y",
+    "moepress_add": "x b n numbers y",
     "moepress_rotary": "q q_batch q_head q_token q_heads k k_batch k_head k_token k_heads numbers "
     "cos sin angle_batch angle_token angle_numbers batches tokens size rotated turn threads "
     "q_out q_out_batch q_out_head q_out_token k_out k_out_batch k_out_head k_out_token",
@@ -96,7 +97,7 @@ NAMES = {
     "value_head value_size value_bytes batches heads room position",
 }
 POINTERS = (
-    "x", "weight", "y", "q", "k", "cos", "sin", "q_out", "k_out", "keys", "key", "values", "value",
+    "x", "weight", "b", "y", "q", "k", "cos", "sin", "q_out", "k_out", "keys", "key", "values", "value",
     "position",
 )  # fmt: skip
 ZEROS = ("epsilon", "formula", "turn")
@@ -108,6 +109,7 @@ WRONG: dict[str, list[dict[str, int]]] = {
         {"threads": 0}, {"formula": 3}, {"formula": -1}, {"x_numbers": 3}, {"x_numbers": -1},
         {"weight_numbers": 3},
     ],
+    "moepress_add": [{"n": -1}, {"numbers": 3}, {"numbers": -1}],
     "moepress_rotary": [
         {"batches": -1}, {"tokens": -1}, {"size": -1}, {"q_heads": -1}, {"k_heads": -1},
         {"q_heads": GREAT, "tokens": GREAT}, {"rotated": -2}, {"rotated": 7}, {"rotated": 10},
@@ -134,6 +136,7 @@ def test_what_the_c_functions_refuse(name: str) -> None:
     memory = {key: torch.zeros(8) for key in names if key in POINTERS}
     arguments = {n: memory[n].data_ptr() if n in memory else right(n) for n in names}
     bad_shape = next(code for code, text in interface.RESULTS.items() if "a size" in text)
+    function = getattr(interface.library(), name)
     for changed in WRONG[name]:
-        assert interface.result(name, *(arguments | changed).values()) == bad_shape, changed
-    assert interface.result(name, *arguments.values()) == 0
+        assert function(*(arguments | changed).values()) == bad_shape, changed
+    assert function(*arguments.values()) == 0

@@ -162,6 +162,39 @@ def test_rows_that_are_not_finite(isa: str) -> None:
             assert torch.equal(found[::3].isfinite(), torch.ones(2, 40, dtype=torch.bool))
 
 
+# Sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_those_of_torch(isa: str, dtype: torch.dtype, called: list[str]) -> None:
+    torch.manual_seed(0)
+    exact = torch.finfo(dtype)
+    odd = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, exact.max, -exact.max, exact.tiny, 1e-7]
+    for size in (1, 7, 2048, 2049):
+        a = torch.randn(1, size).mul_(torch.logspace(-3, 3, size)).to(dtype)
+        b = torch.randn(1, size).to(dtype)
+        out = torch.empty_like(a)
+        assert cpu.add_into(a, b, out)
+        assert torch.equal(out, a + b)
+    pairs = torch.cartesian_prod(*[torch.tensor(odd, dtype=dtype)] * 2).T.contiguous()
+    out = torch.empty_like(pairs[0])
+    assert cpu.add_into(pairs[0], pairs[1], out)
+    assert torch.equal(out.nan_to_num(7), (pairs[0] + pairs[1]).nan_to_num(7))
+    assert cpu.add_into(pairs[0], pairs[1], pairs[0])  # in place
+    assert torch.equal(out.nan_to_num(7), pairs[0].nan_to_num(7))
+    assert called == ["moepress_add"] * 6
+
+
+def test_sums_that_are_left_to_torch() -> None:
+    x = torch.zeros(4, 4)
+    for a, b in (
+        (x, x[0]), (x, x.T), (x.T, x), (x, x.bfloat16()), (x.double(), x.double()),
+        (x.long(), x.long()), (torch.zeros(1 << 17), torch.zeros(1 << 17)),
+    ):  # fmt: skip
+        assert not cpu.add_into(a, b, torch.empty_like(a))
+    assert not cpu.add_into(x, x, torch.empty(4, 8)[:, ::2])
+
+
 # Rotary embeddings
 
 HEADS = {  # batches, heads of queries, heads of keys, tokens, size, columns

@@ -40,7 +40,7 @@ def state_of(model: Any) -> Any:
     return (
         _pruned(model),
         torch.get_num_threads(),
-        tuple(parameter.data_ptr() for parameter in model.parameters()),
+        tuple(held.data_ptr() for held in (*model.parameters(), *model.buffers())),
         tuple(getattr(module, "activation_bits", None) for module in model.modules()),
     )
 

@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moepress.hf.cuda_graph import Graph
 from moepress.hf.fixed_cache import UnfitError
+from moepress.kernels import cpu
 from moepress.kernels.cpu.interface import Repeat, recorded
 from moepress.kernels.op import OPS
 
 MOST_BYTES = 512 << 20  # of what a step computes: more would be unpacked weights, say
 READS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -87,7 +89,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         args, named, outs = tree_map_only(Tensor, _alias, (args, named, outs))
         if func._schema.is_mutable:
             self.calls.append(_again(func, args, named))
-        elif not _are_views(outs, _tensors((args, named))):
+        elif not _are_views(outs, _tensors((args, named))) and not _added(func, args, named, outs):
             self.calls.append(_into(func, args, named, outs))
         return out
 
@@ -133,10 +135,22 @@ def _again(func: OpOverload, args: Sequence[Any], named: Mapping[str, Any]) -> R
     return repeat
 
 
+def _added(
+    func: OpOverload, args: Sequence[Any], named: Mapping[str, Any], outs: Sequence[Tensor]
+) -> bool:
+    """Whether an operation is a sum that the library can compute, which is done and so recorded."""
+    if func is not torch.ops.aten.add.Tensor or named or len(args) != 2:
+        return False
+    a, b = args
+    return isinstance(b, Tensor) and cpu.add_into(a, b, outs[0])
+
+
 def _into(
     func: OpOverload, args: Sequence[Any], named: Mapping[str, Any], outs: Sequence[Tensor]
 ) -> Repeat:
     """An operation whose results go to where they were."""
+    if func in COPIES:
+        return _again(torch.ops.aten.copy_.default, (outs[0], args[0]), {})
     variant = _out_variant(func)
     if variant is not None and len(variant[1]) == len(outs):
         return _again(variant[0], args, {**named, **dict(zip(variant[1], outs, strict=True))})

@@ -43,7 +43,7 @@ From the C interface (moepress.h) down:
     expert_tables.h           which experts there are, found through their tables
     drop.cpp                  online pruning: which choices of a token are dropped
     small.cpp                 small operations of decoding (small.h), called by small.py; their
-                              kernels: rms_norm.h, rotary.h
+                              kernels: rms_norm.h, add.h, rotary.h
     route.cpp                 routers (route.py): logits, by route_product.h of an instruction set,
                               and the choice of experts, route_choice.h; route_numbers.h
     number_kinds.h            float32, bfloat16 and float16, for the three above
@@ -68,6 +68,7 @@ from moepress.format.codec import Codec, width_number
 from moepress.kernels import reference
 from moepress.kernels.cpu import interface
 from moepress.kernels.cpu.attention import attention as attention
+from moepress.kernels.cpu.small import add_into as add_into
 from moepress.kernels.cpu.small import cache_write as cache_write
 from moepress.kernels.cpu.small import rms_norm as rms_norm
 from moepress.kernels.cpu.small import rotary as rotary

@@ -66,6 +66,7 @@ SIGNATURES = {
         c_void_p, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_float,
         c_int32, c_int32, c_void_p,
     ),
+    "moepress_add": (c_void_p, c_void_p, c_int64, c_int32, c_void_p),
     "moepress_rotary": (
         c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64,
         c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int64, c_int64, c_int64, c_int64,

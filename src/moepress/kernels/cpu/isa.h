@@ -111,6 +111,7 @@ using ViterbiTrace = void (*)(const uint16_t* kept, const int16_t* target, int s
 struct NormCall;
 struct RotaryCall;
 using NormRows = void (*)(const NormCall& call, int64_t first, int64_t last);
+using Add = void (*)(const void* a, const void* b, int64_t n, int32_t numbers, void* y);
 using TurnTokens = void (*)(const RotaryCall& call, int64_t first, int64_t last);
 
 // ---- Routers (route.cpp) ---------------------------------------------------------------------
@@ -139,6 +140,7 @@ struct Isa {
     SubtractLeast subtract_least;
 
     NormRows norm_rows;      // rows first .. last - 1
+    Add add;
     TurnTokens turn_tokens;  // tokens first .. last - 1 of all batches, one after another
     RouteProduct route_product[3];  // by MoepressNumbers of the weight
     Attend attend;  // attention.h

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "activation_functions.h"
+#include "add.h"
 #include "attention_chunk.h"
 #include "isa.h"
 #include "rms_norm.h"
@@ -73,6 +74,7 @@ constexpr Isa make_isa(const char* name) {
     isa.trellis_round = trellis_round<Lanes::sums_any_byte>;
     isa.subtract_least = subtract_least;
     isa.norm_rows = norm_rows;
+    isa.add = add;
     isa.turn_tokens = turn_tokens;
     isa.route_product[kFloat32] = route_product<Lanes, kFloat32>;
     isa.route_product[kBfloat16] = route_product<Lanes, kBfloat16>;

@@ -149,6 +149,10 @@ MOEPRESS_API int32_t moepress_rms_norm(const void* x, int32_t x_numbers, int64_t
                                        int64_t size, const void* weight, int32_t weight_numbers,
                                        float epsilon, int32_t formula, int32_t threads, void* y);
 
+// y [n] = a [n] + b [n], of one kind of numbers, rounded once. y may be a or b.
+MOEPRESS_API int32_t moepress_add(const void* a, const void* b, int64_t n, int32_t numbers,
+                                  void* y);
+
 // A sum of what holds: the fields of `Style`, and `wide`.
 enum MoepressTurn { kNeighboursIn = 1, kNeighboursOut = 2, kOfPairs = 4, kWide = 8 };
 

@@ -1,4 +1,4 @@
-// Small operations of decoding: norms, rotary embeddings, a token into a cache.
+// Small operations of decoding: norms, sums, rotary embeddings, a token into a cache.
 
 #include "small.h"
 
@@ -68,6 +68,12 @@ int32_t moepress_rms_norm(const void* x, int32_t x_numbers, int64_t outer, int64
     const NormRows norm_rows = isa_in_use()->norm_rows;
     share(threads, outer * rows, all,
           [&](int64_t first, int64_t last) { norm_rows(call, first, last); });
+    return kOk;
+}
+
+int32_t moepress_add(const void* a, const void* b, int64_t n, int32_t numbers, void* y) {
+    if (n < 0 || !moepress::is_kind(numbers)) return kBadShape;
+    moepress::isa_in_use()->add(a, b, n, numbers, y);
     return kOk;
 }
 

@@ -15,6 +15,7 @@ from moepress.kernels.small_reference import FORMULAS, STYLES, Style
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # MoepressNumbers
 WIDE = 8  # of MoepressTurn
+MOST_ADDED = 1 << 16  # numbers
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, formula: str) -> Tensor:
@@ -48,6 +49,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, formula: str) -> Tens
         y.data_ptr(),
     )
     return y
+
+
+def add_into(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """out = a + b, the same bits as torch's. False: these are tensors that it does not take.
+
+    It takes contiguous ones of one shape, dtype and device, with few numbers: for those torch takes
+    longer to start than to add.
+    """
+    numbers, few = NUMBERS.get(a.dtype), a.numel() <= MOST_ADDED
+    alike = all(
+        x.shape == a.shape and x.dtype == a.dtype and x.is_cpu and x.is_contiguous()
+        for x in (a, b, out)
+    )
+    if numbers is None or not few or not alike:
+        return False
+    interface.call("moepress_add", a.data_ptr(), b.data_ptr(), a.numel(), numbers, out.data_ptr())
+    return True
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int] | None:
