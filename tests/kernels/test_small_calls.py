@@ -97,8 +97,8 @@ NAMES = {
     "value_head value_size value_bytes batches heads room position",
 }
 POINTERS = (
-    "x", "weight", "b", "y", "q", "k", "cos", "sin", "q_out", "k_out", "keys", "key", "values", "value",
-    "position",
+    "x", "weight", "b", "y", "q", "k", "cos", "sin", "q_out", "k_out", "keys", "key", "values",
+    "value", "position",
 )  # fmt: skip
 ZEROS = ("epsilon", "formula", "turn")
 SIZES = {"size": 8, "key_size": 8, "value_size": 8, "rotated": 8, "key_bytes": 4, "value_bytes": 4}
