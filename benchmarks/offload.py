@@ -13,14 +13,15 @@ cache. It needs the right to make one (root). Systems take turns, and a line of 
     drive_share     of the drive's plain read speed, measured at the start
 
 The tokens are given, the same random ones for all: with random weights, a model's own tokens soon
-repeat, and with them the experts. How often a token's choice was the last token's too (`repeats`,
-printed for ours) is set to about that of trained routers: on held-out text it is .49 for the
-reference Mixtral and .47 for the Qwen3-MoE. Mixtral-8x7B's shape: routers of ours are skewed, their
-rows have norms from 1.3 down to 0.7 (`random_models.router`), .59; llama.cpp's weights are other
-random numbers of about the same spread, its choices, seen through an evaluation callback, repeat in
-.65 of the cases with a plain router, and in .73 with the skewed one, so it gets the plain one.
-Qwen3-30B-A3B's shape: plain routers, and embeddings times 20 (ours, .43) and 70 (llama.cpp, .43);
-with embeddings as they are it is .73 and .83.
+repeat, and with them the experts. Steps of ours are captured, as in `generate`. How often a token's
+choice was the last token's too (`repeats`, with --watch, which no captured step allows) is set to
+about that of trained routers: on held-out text it is .49 for the reference Mixtral and .47 for the
+Qwen3-MoE. Mixtral-8x7B's shape: routers of ours are skewed, their rows have norms from 1.3 down to
+0.7 (`random_models.router`), .59; llama.cpp's weights are other random numbers of about the same
+spread, its choices, seen through an evaluation callback, repeat in .65 of the cases with a plain
+router, and in .73 with the skewed one, so it gets the plain one. Qwen3-30B-A3B's shape: plain
+routers, and embeddings times 20 (ours, .43) and 70 (llama.cpp, .43); with embeddings as they are it
+is .73 and .83.
 """
 
 from __future__ import annotations
@@ -94,13 +95,17 @@ def given_tokens() -> Iterator[list[int]]:
         yield [draw.randrange(MIXTRAL.vocab)]
 
 
-def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], Callable[[], Any]]:
+def stepper(
+    system: str, path: Path, memory: int, watched: bool
+) -> tuple[Callable[[], None], Callable[[], Any]]:
     """A function that decodes one token, and one that tells what else there is to say."""
     if system == "llama.cpp":
         return llama_stepper(path), lambda: {}
     import torch
+    from transformers import DynamicCache
 
     from moepress.hf import load_model
+    from moepress.hf.captured import CapturedSteps
     from moepress.prune import parse_strength
     from moepress.store import statistics
 
@@ -116,19 +121,21 @@ def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], C
     from moepress.kernels.modules import PackedExperts
 
     for module in model.modules():
-        if isinstance(module, PackedExperts):
+        if watched and isinstance(module, PackedExperts):
             module.register_forward_pre_hook(watch)
-    tokens = given_tokens()
-    cache = None
+    tokens, cache = given_tokens(), DynamicCache(config=model.config)
+    steps = CapturedSteps(model, devices=() if watched else ("cpu",))
 
     @torch.inference_mode()
     def step() -> None:
-        nonlocal cache
         chosen.append([])
-        ids = torch.tensor([next(tokens)])
-        cache = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).past_key_values
+        ids, past = torch.tensor([next(tokens)]), cache.get_seq_length()
+        positions = torch.arange(past, past + ids.shape[1])[None]
+        with steps:
+            model(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
 
     def about() -> dict[str, Any]:
         pairs = [
@@ -139,7 +146,8 @@ def stepper(system: str, path: Path, memory: int) -> tuple[Callable[[], None], C
         ]
         found = statistics(model)
         return {
-            "repeats": sum(pairs) / max(len(pairs), 1),
+            **({"repeats": sum(pairs) / max(len(pairs), 1)} if watched else {}),
+            "replayed": steps.replayed,
             **({} if found is None else {"hit_rate": found.hit_rate}),
         }
 
@@ -173,11 +181,11 @@ def read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def child(system: str, path: Path, memory: int) -> None:
+def child(system: str, path: Path, memory: int, watched: bool) -> None:
     """Decode in this process, and print what was measured."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout too
-    step, about = stepper(system, path, memory)
+    step, about = stepper(system, path, memory, watched)
     ends = time.monotonic() + SECONDS
     for _ in range(WARM_TOKENS):
         step()
@@ -200,14 +208,14 @@ def child(system: str, path: Path, memory: int) -> None:
     print(json.dumps(result), file=answers, flush=True)
 
 
-def run(system: str, path: Path, limit: float, memory: int | None) -> dict[str, Any]:
+def run(system: str, path: Path, limit: float, memory: int | None, watched: bool) -> dict[str, Any]:
     """One system under one limit, in GB."""
     forget(path)
     with control_group(int(limit * 1e9)) as procs:
         command = [sys.executable, __file__, "child", system, str(path)]
         given = memory if memory is not None else int(limit * 1e9 - LEFT_FREE)
         done = subprocess.run(
-            [*command, "--memory", str(given)],
+            [*command, "--memory", str(given), *(["--watch"] if watched else [])],
             preexec_fn=lambda: procs.write_text(str(os.getpid()), encoding="utf-8"),
             env=cpu.default_threading(),
             capture_output=True,
@@ -228,9 +236,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--systems", nargs="+", default=["store", "mapped", "llama.cpp"])
     parser.add_argument("--memory", type=int, help="bytes for the store's weights")
+    parser.add_argument("--watch", action="store_true", help="count how often choices repeat")
     given = parser.parse_args()
     if given.folder == "child":
-        child(given.rest[0], Path(given.rest[1]), given.memory)
+        child(given.rest[0], Path(given.rest[1]), given.memory, given.watch)
         return
     folder, shape = Path(given.folder), SHAPES[given.shape]
     layers = given.layers or shape.layers
@@ -249,7 +258,7 @@ def main() -> None:
             drive = read_speed(max(paths["ours"].glob("*.safetensors"), key=os.path.getsize))
             for system in given.systems:
                 path = paths.get(system, paths["ours"])
-                found = run(system, path, limit, given.memory)
+                found = run(system, path, limit, given.memory, given.watch)
                 if "read_per_s" in found:
                     found["drive_share"] = found["read_per_s"] * 1e6 / drive
                 print(json.dumps({
