@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from moepress import kernels
 from moepress.format.codec import Codec
 from moepress.hf import fused_linears as fusing
 from moepress.hf.fused_linears import fused_linears
+from moepress.kernels.backends import register_backend
+from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.modules import PackedLinear
 from tests.rounding.test_trellis import random_packed
 
 HIDDEN = 64
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,27 @@ class Layer(nn.Module):
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def joining() -> Iterator[None]:
+    """The CPU's backend takes several matrices at once, as that of cards does."""
+    plain = kernels.backend_for(CPU)
+
+    def linears(x: Tensor, matrices: Sequence[PackedMatrix], activation_bits: int) -> Tensor:
+        each = [plain.linear(x, m.weight, None, m.rows, m.codec, activation_bits) for m in matrices]
+        return torch.cat(each, -1)
+
+    register_backend(replace(plain, linears=linears))
+    yield
+    register_backend(plain)
+
+
+def test_a_backend_that_takes_one_matrix_at_a_time_is_left_alone() -> None:
+    layer = Layer()
+    with fused_linears(layer, ("cpu",)):
+        assert "forward" not in vars(layer.q)
+
+
+@pytest.fixture
+def calls(joining: None, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The rows of the matrices of each call of the op."""
     seen: list[list[int]] = []
 

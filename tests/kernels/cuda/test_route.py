@@ -256,7 +256,8 @@ def test_the_op() -> None:
     formula = Formula("sigmoid", True, 1e-20, 2.0, 2, 1, weights_dtype=BF16)
     fields = tuple(asdict(formula).values())
     torch.library.opcheck(kernels.route.op, (hidden, weight, bias, correction, 2, *fields))
-    found = kernels.route(hidden, weight, bias, correction, 2, *fields)
+    with kernels.only("reference"):
+        found = kernels.route(hidden, weight, bias, correction, 2, *fields)
     expected = router.route(hidden, weight, bias, correction, 2, formula)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
