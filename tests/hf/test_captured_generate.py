@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from moepress.compress import compress
 from moepress.hf import captured, captured_generate
@@ -37,10 +38,9 @@ def packed(
     return compress(model_folder(), out, small_recipe(text_file, bits=2))
 
 
-def written(model: Any, **options: Any) -> Tensor:
+def written(model: Any, **options: Any) -> Any:
     given = {"do_sample": False, "eos_token_id": None, "max_new_tokens": TOKENS, **options}
-    out: Tensor = model.generate(IDS, attention_mask=torch.ones_like(IDS), **given)
-    return out
+    return model.generate(IDS, attention_mask=torch.ones_like(IDS), **given)
 
 
 def replayed(model: Any) -> int:
@@ -88,6 +88,63 @@ def test_copies_and_models_that_are_gone(packed: Path) -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_hooks_of_others_are_called(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    expected = written(model)
+    before, layer, seen = replayed(model), model.model.layers[0], []
+    handle = layer.register_forward_hook(lambda *_: seen.append(0))
+    assert torch.equal(written(model), expected)
+    assert replayed(model) == before and len(seen) == TOKENS
+    handle.remove()
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(0)):
+        written(model)
+    assert replayed(model) == before
+    assert torch.equal(written(model), expected) and replayed(model) > before
+
+
+def test_another_precision_is_captured_anew(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        written(model)
+    options = {"output_logits": True, "return_dict_in_generate": True}
+    found = torch.cat(written(model, **options)["logits"])
+    plain = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        expected = torch.cat(written(plain, **options)["logits"])
+    assert replayed(model) and not replayed(plain)
+    assert captured.distance(found, expected) < 1e-4
+
+
+def test_who_calls_and_copies_while_a_text_is_written(packed: Path) -> None:
+    """Another thread runs the model, keeps its forward, and copies it."""
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    expected, mask = written(model), torch.ones_like(IDS)
+    logits = model(IDS, attention_mask=mask).logits
+    kept: list[Any] = []
+
+    def other() -> None:
+        assert torch.equal(model(IDS, attention_mask=mask).logits, logits)
+        kept.extend((model.forward, copy.deepcopy(model)))
+
+    class Between(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            if not kept:
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+
+        def end(self) -> None: ...
+
+    assert torch.equal(written(model, streamer=Between()), expected)
+    forward, copied = kept
+    with torch.no_grad():
+        assert torch.equal(forward(IDS, attention_mask=mask).logits, logits)
+    for parameter in model.model.norm.parameters():
+        parameter.data.neg_()
+    assert torch.equal(written(copied), expected)
+    assert not torch.equal(written(model), expected)
 
 
 def test_a_text_that_would_take_too_much_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,12 +149,26 @@ def test_results_are_kept_while_the_graph_lives() -> None:
         lambda x: x if (x > 0).all() else -x,
         lambda x: x.unique(),
         lambda x: x if torch.equal(x, x) else -x,
+        lambda x: x * max(x.tolist()),
+        lambda x: x * float(x.numpy()[0]),
+        lambda x: x * float(np.asarray(x)[0]),
     ],
 )
 def test_numbers_read_from_tensors_are_refused(work: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(8)
     with pytest.raises(UnfitError, match="reads numbers"):
         cpu_graph(lambda: work(x), CPU)
+
+
+def test_arguments_are_kept_while_the_graph_lives() -> None:
+    """A weight whose address only the library has left."""
+    x, held = torch.randn(1, 64), [torch.randn(64)]
+    expected = kernels.rms_norm(x, held[0], 1e-5, "wide")
+    graph = cpu_graph(lambda: kernels.rms_norm(x, held[0], 1e-5, "wide"), CPU)
+    held[0] = torch.zeros(1)
+    others = [torch.full((64,), torch.nan) for _ in range(100)]
+    graph.replay()
+    assert torch.equal(graph.result, expected) and others[0].isnan().all()
 
 
 def test_more_numbers_than_a_step_should_compute_are_refused(

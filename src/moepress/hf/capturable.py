@@ -13,6 +13,12 @@ from moepress.kernels.divided import DividedExperts
 from moepress.original.composite import decoder
 from moepress.prune import ACTIVE, Pruned
 
+OURS = (
+    "moepress",
+    "transformers",
+)  # packages whose hooks compute, or act only where they are asked
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of torch
+
 
 def suits(model: Any, devices: Sequence[str]) -> bool:
     """Whether a model is whole on one device of those, and nothing reads what it computes."""
@@ -28,19 +34,37 @@ def suits(model: Any, devices: Sequence[str]) -> bool:
         and all(parameter.device == device for parameter in model.parameters())
         and not any(
             isinstance(module, DividedExperts)
+            or type(module).__module__.startswith("peft.")  # adapters: switched without a trace
             or hasattr(module, "_hf_hook")
             or (device.type != "cpu" and getattr(module, "stored", None) is not None)
             for module in model.modules()
         )
+        and not _hooked(model)
     )
 
 
+def _hooked(model: Any) -> bool:
+    """Whether somebody watches or changes what modules inside of a model compute."""
+    if any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS):
+        return True
+    hooks = (
+        hook
+        for module in model.modules()
+        if module is not model  # its own hooks are called, as ever
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    )
+    return any(not str(getattr(hook, "__module__", "")).startswith(OURS) for hook in hooks)
+
+
 def state_of(model: Any) -> Any:
-    """What a graph has taken from a model: addresses of weights, precision, pruning, threads."""
+    """What a graph has taken from a model: weights, precision, pruning, threads."""
+    kind = model.device.type
     return (
         _pruned(model),
         torch.get_num_threads(),
-        tuple(held.data_ptr() for held in (*model.parameters(), *model.buffers())),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        model.config._attn_implementation,
+        tuple((t.data_ptr(), t.dtype, t.shape) for t in (*model.parameters(), *model.buffers())),
         tuple(getattr(module, "activation_bits", None) for module in model.modules()),
     )
 

@@ -28,7 +28,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from moepress.hf.cuda_graph import Graph, cuda_graph, numbers_made_there
 from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, bytes_of, tokens_in
 from moepress.hf.fused import Fusion, fused
 from moepress.hf.late_stops import late_stops
+from moepress.hf.replaced_forward import Plain, ReplacedForward
 from moepress.memory import free_memory
 
 logger = logging.getLogger(__name__)
@@ -113,12 +113,7 @@ class CapturedSteps:
                 self._state, self._step, self._text, self.refused = state, None, None, None
                 self.fused = True
             self._plain, self._thread = self.model.forward, threading.get_ident()
-
-            @wraps(self._plain)  # `generate` looks at its arguments
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._forward(args, kwargs)
-
-            self.model.forward = forward
+            self.model.forward = ReplacedForward(self.model, self._forward)
             # Not where each step is computed as ever: a text would end with a whole one too many.
             self._late = late_stops(self.model.device.type, lambda: self.refused is None)
             self._late.__enter__()
@@ -130,12 +125,11 @@ class CapturedSteps:
             del self.model.forward
             self._plain = None
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return self._plain(*args, **kwargs)
-        call = None
-        if self.refused is None and not args and threading.get_ident() == self._thread:
-            call = _Call.of(kwargs)
+    def _forward(self, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = self._plain is not None and threading.get_ident() == self._thread
+        if not own or torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        call = _Call.of(kwargs) if self.refused is None and not args else None
         if call is None or not self._whole(call):
             if self._text is not None and self._text.is_in((*args, *kwargs.values())):
                 self._text = None  # its cache changes

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,6 +30,7 @@ from moepress.kernels.op import OPS
 
 MOST_BYTES = 512 << 20  # of what a step computes: more would be unpacked weights, say
 READS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+TAKERS = {"tolist", "numpy", "__array__", "__dlpack__"}  # of a tensor, past the recorder
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -40,7 +42,7 @@ def cpu_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
         UnfitError: it reads numbers out of tensors, or computes too many.
     """
     recorder = _Recorder()
-    with recorded(recorder.calls.append), recorder:
+    with recorded(recorder.calls.append), _numbers_stay(), recorder:
         result = work()
     calls, kept = tuple(recorder.calls), recorder.kept
 
@@ -52,12 +54,24 @@ def cpu_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
     return Graph(result, replay)
 
 
+class _numbers_stay(TorchFunctionMode):  # noqa: N801  # a context manager
+    """Inside the `with` statement, what takes numbers out of tensors unseen is refused."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in TAKERS:
+            raise UnfitError(f"it reads numbers out of tensors ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Sees every operation of torch.
 
     Attributes:
         calls: what a replay does.
-        kept: tensors whose addresses are in calls of the library.
+        kept: tensors whose addresses are in calls of the library: results, and arguments but for
+            packed bytes, which the model keeps and which may be the most of a machine's memory.
     """
 
     def __init__(self) -> None:
@@ -72,6 +86,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     ) -> Any:
         named = kwargs or {}
         if func._schema.name in OPS:
+            self._keep_given((args, named))
             with self:  # its body: the library's calls, and what is around them
                 return OPS[func._schema.name].body(*args, **named)
         with self:  # of inference mode, operations that consist of others
@@ -92,6 +107,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         elif not _are_views(outs, _tensors((args, named))) and not _added(func, args, named, outs):
             self.calls.append(_into(func, args, named, outs))
         return out
+
+    def _keep_given(self, arguments: Any) -> None:
+        given = _tensors(arguments)
+        self.kept.append([_alias(x) for x in given if x.dtype != torch.uint8])
 
     def _keep(self, outs: Sequence[Tensor]) -> None:
         self.kept.append(outs)

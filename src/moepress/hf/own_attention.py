@@ -188,7 +188,7 @@ def _fit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
         return False
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     here = query.device
-    if here.type != getattr(module, MARK) or any(x.device.type != here.type for x in tensors):
+    if here.type != getattr(module, MARK, None) or any(x.device.type != here.type for x in tensors):
         return False
     if mask is not None and (
         mask.dim() != 4

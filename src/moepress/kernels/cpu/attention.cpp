@@ -223,7 +223,7 @@ int32_t moepress_attention(const void* q, int64_t q_batch, int64_t q_head, int64
         if (n < 0 || n >= kMost) return kBadShape;
     if (size < 1 || size > kAttentionSize || threads < 1) return kBadShape;
     if (heads == 0 || query_heads % heads != 0) return kBadShape;
-    if (numbers < kFloat32 || numbers > kFloat16) return kBadShape;
+    if (!moepress::is_kind(numbers)) return kBadShape;
     if (mask_numbers < kFloat32 || mask_numbers > kMoepressBool) return kBadShape;
     if (batches * query_heads >= kMost || batches * query_heads * tokens >= kMost) return kBadShape;
     if (batches * query_heads * tokens == 0) return kOk;

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moepress.kernels import reference
 from moepress.kernels.cpu import interface
+from moepress.kernels.cpu.interface import NUMBERS
 
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # MoepressNumbers of moepress.h
 BOOL = 3  # kMoepressBool
 MOST_SIZE = 512  # kAttentionSize of attention.h
 MOST_TOKENS = 64  # more would be cheaper as products of matrices

@@ -18,6 +18,8 @@ from moepress.errors import InputError, MoepressError
 
 INTERFACE = 12  # version of moepress.h
 
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # MoepressNumbers
+
 READ_FAILED = 8
 RESULTS = {
     1: "no codec has those code bits, that group size and that row length",

@@ -114,6 +114,8 @@ inline void narrow_to(float x, float& to) { to = x; }
 inline void narrow_to(float x, Bfloat16& to) { to.bits = Bfloat16::narrow(x); }
 inline void narrow_to(float x, Float16& to) { to.bits = Float16::narrow(x); }
 
+inline bool is_kind(int32_t numbers) { return numbers >= kFloat32 && numbers <= kFloat16; }
+
 // run(a kind): Float32, Bfloat16 or Float16.
 template <class Run>
 void with_kind(int32_t numbers, Run run) {

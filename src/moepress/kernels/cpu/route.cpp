@@ -24,10 +24,8 @@ struct Numbers {
     const void* at;
     int32_t kind;
 
-    bool known() const { return at == nullptr || (kind >= kFloat32 && kind <= kFloat16); }
+    bool known() const { return at == nullptr || is_kind(kind); }
 };
-
-bool known(int32_t numbers) { return numbers >= kFloat32 && numbers <= kFloat16; }
 
 struct Router {
     Numbers hidden, weight, bias, correction;
@@ -47,10 +45,10 @@ struct Router {
         const MoepressFormula& f = formula;
         if (tokens < 0 || tokens > most || cols < 0 || cols > most) return false;
         if (experts < 1 || experts > most || threads < 1) return false;
-        if (!known(hidden.kind) || !known(weight.kind)) return false;
+        if (!is_kind(hidden.kind) || !is_kind(weight.kind)) return false;
         if (!bias.known() || !correction.known()) return false;
         for (const int32_t numbers : {f.product, f.logits, f.scores, f.weights})
-            if (!known(numbers)) return false;
+            if (!is_kind(numbers)) return false;
         if (f.score < 0 || f.score >= kScores) return false;
         if (f.score == kByChosen && correction.at != nullptr) return false;
         if (f.groups < 1 || f.groups > experts || experts % f.groups != 0) return false;

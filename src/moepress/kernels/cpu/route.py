@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moepress.kernels import router
 from moepress.kernels.cpu import interface
+from moepress.kernels.cpu.interface import NUMBERS
 from moepress.kernels.router import SCORES, Formula
 
 # MoepressNumbers of moepress.h.
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_TOKENS = 16  # of a step (hf/trying.py); longer prompts are left to the product of torch
 
 

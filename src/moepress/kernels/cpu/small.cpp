@@ -9,6 +9,7 @@
 
 #include "isa.h"
 #include "moepress.h"
+#include "number_kinds.h"
 #include "threads.h"
 
 namespace moepress {
@@ -22,10 +23,6 @@ int64_t product_of(std::initializer_list<int64_t> sizes) {
     for (const int64_t size : sizes)
         if (size < 0 || __builtin_mul_overflow(product, size, &product)) return -1;
     return product;
-}
-
-bool is_kind(int32_t numbers) {
-    return numbers == kFloat32 || numbers == kBfloat16 || numbers == kFloat16;
 }
 
 // work(first, last) for ranges of `items`, which have `numbers` together.
@@ -122,7 +119,8 @@ int32_t moepress_cache_write(void* keys, int64_t keys_batch, int64_t keys_head,
                     head * bytes, static_cast<const uint8_t*>(from), from_batch * bytes,
                     from_head * bytes, size * bytes};
     };
-    if (room < 0 || key_bytes < 1 || value_bytes < 1 || product_of({batches, heads, key_size, key_bytes}) < 0 ||
+    if (room < 0 || key_bytes < 1 || value_bytes < 1 ||
+        product_of({batches, heads, key_size, key_bytes}) < 0 ||
         product_of({batches, heads, value_size, value_bytes}) < 0)
         return kBadShape;
     if (*position < 0 || *position >= room) return kBadPosition;

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moepress.kernels import small_reference as reference
 from moepress.kernels.cpu import interface
+from moepress.kernels.cpu.interface import NUMBERS
 from moepress.kernels.small_reference import FORMULAS, STYLES, Style
 
-NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # MoepressNumbers
 WIDE = 8  # of MoepressTurn
 MOST_ADDED = 1 << 16  # numbers
 
