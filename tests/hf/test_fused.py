@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -316,17 +316,20 @@ def test_captured_steps(family: str, calls: Counter[str]) -> None:
     assert calls["rms_norm"] and calls["rotary"]
 
 
-def test_a_cache_that_grows_sees_the_same_keys(calls: Counter[str]) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["plain PyTorch", "kernels"])
+def test_a_cache_that_grows_sees_the_same_keys(calls: Counter[str], exact: bool) -> None:
+    """In plain PyTorch sums of norms have one order."""
     model = make_model("qwen3_moe")
     caches = []
     for inside in (False, True):
         cache = DynamicCache(config=model.config)
-        # In plain PyTorch, so that sums of norms have one order.
-        with torch.no_grad(), kernels.only("reference"):
+        with torch.no_grad(), kernels.only("reference") if exact else nullcontext():
             model(IDS, past_key_values=cache)
             with fused(model, HERE if inside else ()):
                 model(IDS[:, :2], past_key_values=cache)
         caches.append(cache)
     assert calls["rotary"] == model.config.num_hidden_layers
+    close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
-        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+        torch.testing.assert_close(one.keys, other.keys, **close)
+        torch.testing.assert_close(one.values, other.values, **close)
