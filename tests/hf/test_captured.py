@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from moepress import prune
 from moepress.chat import Conversation
-from moepress.compress import compress
 from moepress.hf import load_model
 from moepress.hf.captured import PROOFS, Capture, CapturedSteps
 from moepress.hf.cpu_graph import cpu_graph
 from moepress.hf.cuda_graph import Graph
 from moepress.kernels.modules import set_activation_bits
 from moepress.original.remote_code import tokenizer_of
-from tests.conftest import small_recipe
 from tests.families.models import make_model
 from tests.hf.tape import tape
 
@@ -51,14 +49,6 @@ def for_inference() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mixtral() -> Any:
     return make_model("mixtral", max_position_embeddings=512)
-
-
-@pytest.fixture(scope="module")
-def packed(
-    model_folder: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("captured") / "folder"
-    return compress(model_folder(), out, small_recipe(text_file, bits=2))
 
 
 def captured(model: Any, **options: Any) -> CapturedSteps:

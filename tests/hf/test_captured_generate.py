@@ -6,7 +6,6 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from moepress.compress import compress
 from moepress.hf import captured, captured_generate
 from moepress.hf.captured import PROOFS
 from moepress.kernels import cpu
-from tests.conftest import small_recipe
 from tests.families.models import make_model
 
 if cpu.missing() is not None:
@@ -28,14 +25,6 @@ if cpu.missing() is not None:
 
 TOKENS = 24
 IDS = (torch.arange(12)[None] * 7) % 300 + 5
-
-
-@pytest.fixture(scope="module")
-def packed(
-    model_folder: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("generate") / "folder"
-    return compress(model_folder(), out, small_recipe(text_file, bits=2))
 
 
 def written(model: Any, **options: Any) -> Any:

@@ -23,29 +23,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF = math.inf
 
 
-@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if MISSING:
-        pytest.skip(f"the library {MISSING}")
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(cpu.instruction_sets()[0])
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The functions of the library that were called."""
-    seen: list[str] = []
-    plain = interface.call
-
-    def counted(name: str, *arguments: Any) -> None:
-        seen.append(name)
-        plain(name, *arguments)
-
-    monkeypatch.setattr(interface, "call", counted)
-    return seen
-
-
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype)
@@ -83,21 +60,21 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12])
-def test_groups(isa: str, group: int, dtype: torch.dtype, calls: list[str]) -> None:
+def test_groups(isa: str, group: int, dtype: torch.dtype, called: list[str]) -> None:
     for positions in (1, 2, 15, 16, 17, 40, 255, 256, 257, 600):
         q, k, v = qkv(2, 2, group, 1, positions, 64, dtype)
         check(q, k, v)
         check(q, k, v, numbers(2, 1, 1, positions, seed=4) > -1)
-    assert set(calls) == {"moepress_attention"} and len(calls) == 20
+    assert set(called) == {"moepress_attention"} and len(called) == 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes_of_heads(isa: str, dtype: torch.dtype, calls: list[str]) -> None:
+def test_sizes_of_heads(isa: str, dtype: torch.dtype, called: list[str]) -> None:
     sizes = (1, 7, 8, 16, 20, 24, 64, 72, 80, 96, 100, 112, 128, 192, 256, 320, 511, 512)
     for size in sizes:
         for group in (1, 2, 4, 8):
             check(*qkv(1, 2, group, 1, 45, size, dtype), scale=size**-0.5)
-    assert len(calls) == 4 * len(sizes)
+    assert len(called) == 4 * len(sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,7 +132,7 @@ def test_far_scores_weigh_nothing(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_views(isa: str, dtype: torch.dtype, calls: list[str]) -> None:
+def test_views(isa: str, dtype: torch.dtype, called: list[str]) -> None:
     """As models make them: heads beside each other, and a cache with more room than tokens."""
     q = numbers(2, 1, 8, 64, dtype=dtype).transpose(1, 2)
     k, v = numbers(2, 2, 300, 2, 64, dtype=dtype).transpose(2, 3).unbind(0)
@@ -167,7 +144,7 @@ def test_views(isa: str, dtype: torch.dtype, calls: list[str]) -> None:
     check(q, k[:, :1].expand_as(k), v)
     check(q[..., ::2], k[..., ::2], v[..., 1::2])  # copied
     check(q.flip(3), k, v)
-    assert len(calls) == 6
+    assert len(called) == 6
 
 
 # Masks
@@ -311,19 +288,19 @@ def test_many_positions(isa: str, dtype: torch.dtype) -> None:
     check(q, k, v, mask, scale=128**-0.5)
 
 
-def test_many_tokens(isa: str, calls: list[str]) -> None:
+def test_many_tokens(isa: str, called: list[str]) -> None:
     for tokens in (2, 5, MOST_TOKENS):
         q, k, v = qkv(1, 2, 3, tokens, 300, 32)
         causal = torch.ones(tokens, 300, dtype=torch.bool).tril(300 - tokens)[None, None]
         check(q, k, v, causal)
         check(q, k, v)
-    assert len(calls) == 6
+    assert len(called) == 6
 
 
 # What the kernel does not take
 
 
-def test_other_calls_are_left_to_the_reference(isa: str, calls: list[str]) -> None:
+def test_other_calls_are_left_to_the_reference(isa: str, called: list[str]) -> None:
     for q, k, v, mask in (
         (*(x.double() for x in qkv(1, 2, 2, 1, 20, 32)), None),
         (*qkv(1, 2, 2, 1, 20, MOST_SIZE + 1), None),
@@ -333,7 +310,7 @@ def test_other_calls_are_left_to_the_reference(isa: str, calls: list[str]) -> No
         assert not takes(q, k, v, mask)
         found = kernels.attention(q, k, v, mask, 0.3)
         assert torch.equal(found, reference.attention(q, k, v, mask, 0.3))
-    assert not calls
+    assert not called
 
 
 def test_nothing_to_compute(isa: str) -> None:
@@ -382,7 +359,7 @@ def test_inputs_that_do_not_fit(isa: str) -> None:
         kernels.attention(q, k, v, torch.ones(1, 1, 1, 9, dtype=torch.bool), 1.0)
 
 
-def test_one_tensor_and_one_call(isa: str, calls: list[str]) -> None:
+def test_one_tensor_and_one_call(isa: str, called: list[str]) -> None:
     """Nothing else of torch runs: in a step of one token it would take longer than the kernel."""
 
     class Seen(TorchDispatchMode):
@@ -397,4 +374,4 @@ def test_one_tensor_and_one_call(isa: str, calls: list[str]) -> None:
     ops: list[str] = []
     with Seen():
         kernel(q, k, v, mask, 1.0)
-    assert ops == ["aten.empty.memory_format"] and calls == ["moepress_attention"]
+    assert ops == ["aten.empty.memory_format"] and called == ["moepress_attention"]

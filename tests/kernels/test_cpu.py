@@ -7,7 +7,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,6 @@ def test_the_library_exists_where_a_compiler_does() -> None:
     assert MISSING is None
     assert cpu.instruction_sets()[-1] == "portable"
     assert kernels.status()[0].backend == "cpu"
-
-
-@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if MISSING:
-        pytest.skip(f"the library {MISSING}")
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(cpu.instruction_sets()[0])
 
 
 # The arithmetic

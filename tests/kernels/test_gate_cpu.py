@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from tests.kernels.gates import GATES, gated_call
 
 MISSING = cpu.missing()
 FAMILIES = ["int", "trellis"]
-
-
-@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if MISSING:
-        pytest.skip(f"the library {MISSING}")
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(cpu.instruction_sets()[0])
 
 
 def check(call: ExpertsCall) -> Tensor:

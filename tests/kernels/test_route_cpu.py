@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
 from ctypes import byref
 from dataclasses import astuple, replace
 from typing import Any
@@ -28,13 +27,6 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"the library {MISSI
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 Outputs = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(cpu.instruction_sets()[0])
 
 
 def of_dtypes(formula: Formula, *dtypes: torch.dtype) -> Formula:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,19 +13,11 @@ from moepress.errors import InputError
 from moepress.kernels import cpu
 from moepress.kernels import small_reference as reference
 from moepress.kernels.small_reference import FORMULAS, STYLES
+from tests.kernels.heads import drawn_heads
 
 MISSING = cpu.missing()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-5
-
-
-@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if MISSING:
-        pytest.skip(f"the library {MISSING}")
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(cpu.instruction_sets()[0])
 
 
 # Norms
@@ -210,11 +202,7 @@ HEADS = {  # batches, heads of queries, heads of keys, tokens, size, columns
 
 
 def drawn(name: str, dtype: torch.dtype, angles: torch.dtype) -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    batches, queries, keys, tokens, size, columns = HEADS[name]
-    q, k = (torch.randn(batches, heads, tokens, size).to(dtype) for heads in (queries, keys))
-    cos, sin = torch.randn(2, batches, tokens, columns).to(angles)
-    return q, k, cos, sin
+    return drawn_heads(HEADS[name], dtype, angles)
 
 
 def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,15 +20,6 @@ from tests.rounding.test_trellis import codec_of, random_packed
 MISSING = cpu.missing()
 MANY_TOKENS = 8  # from so many on some kernels take weights as one byte each (trellis_bytes.h)
 SUMS_WORDS = {"avx2", "portable"}  # instruction sets that do not
-
-
-@pytest.fixture(params=["portable"] if MISSING else cpu.instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if MISSING:
-        pytest.skip(f"the library {MISSING}")
-    cpu.use(request.param)
-    yield request.param
-    cpu.use(cpu.instruction_sets()[0])
 
 
 def one_byte(isa: str, tokens: int, activation_bits: int) -> bool:

@@ -15,6 +15,7 @@ from moepress.kernels.cuda import launch
 from moepress.kernels.cuda.small import MOST_UNITS, cache_write, rms_norm, rotary
 from moepress.kernels.small_reference import FORMULAS, STYLES
 from tests.kernels.cuda import emulate
+from tests.kernels.heads import drawn_heads
 
 pytestmark = [emulate.needs_compiler, pytest.mark.usefixtures("emulated")]
 
@@ -112,11 +113,7 @@ HEADS = {  # batches, heads of queries, heads of keys, tokens, size, columns
 
 
 def drawn(name: str, dtype: torch.dtype, angles: torch.dtype) -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    batches, queries, keys, tokens, size, columns = HEADS[name]
-    q, k = (torch.randn(batches, heads, tokens, size).to(dtype) for heads in (queries, keys))
-    cos, sin = torch.randn(2, batches, tokens, columns).to(angles)
-    return q, k, cos, sin
+    return drawn_heads(HEADS[name], dtype, angles)
 
 
 def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
