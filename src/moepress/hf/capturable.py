@@ -13,10 +13,7 @@ from moepress.kernels.divided import DividedExperts
 from moepress.original.composite import decoder
 from moepress.prune import ACTIVE, Pruned
 
-OURS = (
-    "moepress",
-    "transformers",
-)  # packages whose hooks compute, or act only where they are asked
+OURS = ("moepress", "transformers")  # packages whose hooks compute, or act only where asked
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of torch
 
 

@@ -104,8 +104,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         args, named, outs = tree_map_only(Tensor, _alias, (args, named, outs))
         if func._schema.is_mutable:
             self.calls.append(_again(func, args, named))
-        elif not _are_views(outs, _tensors((args, named))) and not _added(func, args, named, outs):
-            self.calls.append(_into(func, args, named, outs))
+        elif not _are_views(outs, _tensors((args, named))):
+            if _added(func, args, named, outs):
+                self.kept.append(args)
+            else:
+                self.calls.append(_into(func, args, named, outs))
         return out
 
     def _keep_given(self, arguments: Any) -> None:
