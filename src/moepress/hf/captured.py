@@ -126,8 +126,7 @@ class CapturedSteps:
             self._plain = None
 
     def _forward(self, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = self._plain is not None and threading.get_ident() == self._thread
-        if not own or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._entered_here():
             return plain(*args, **kwargs)
         call = _Call.of(kwargs) if self.refused is None and not args else None
         if call is None or not self._whole(call):
@@ -153,6 +152,10 @@ class CapturedSteps:
         self.replayed += 1
         self._text = text
         return step.output(logits.clone(), call.cache)
+
+    def _entered_here(self) -> bool:
+        """Whether this thread is inside of the `with` statement."""
+        return self._plain is not None and threading.get_ident() == self._thread
 
     def _whole(self, call: _Call) -> bool:
         """Whether a call's text is without padding. Asks the card once for each text."""
