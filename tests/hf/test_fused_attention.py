@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
+from transformers.integrations import sdpa_attention
 
 from moepress.hf import own_attention
 from moepress.hf.captured import PROOFS, CapturedSteps
@@ -124,7 +125,8 @@ def test_a_growing_cache_and_the_mask_that_hides_nothing(calls: list[tuple[Tenso
         torch.testing.assert_close(one, found[0])
     layers = model.config.num_hidden_layers
     shapes = [None if mask is None else tuple(mask.shape) for _, _, _, mask, _ in calls]
-    assert shapes == [None] * layers + [(1, 1, 1, 1)] * layers
+    given = (1, 1, 1, 1) if hasattr(sdpa_attention, "pack_gqa") else None  # not in 5.17
+    assert shapes == [None] * layers + [given] * layers
 
 
 def test_other_devices_are_left_alone(calls: list[tuple[Tensor, ...]]) -> None:

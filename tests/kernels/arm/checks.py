@@ -42,7 +42,6 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "neoverse-n1": ("neon_dotprod", "portable"),
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
-calls = test_attention_cpu.calls  # a fixture of its tests
 native_library = interface.library
 OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
     "test_a_forked_process_has_a_pool_of_its_own",
