@@ -46,7 +46,7 @@ From the C interface (moepress.h) down:
                               kernels: rms_norm.h, add.h, rotary.h
     route.cpp                 routers (route.py): logits, by route_product.h of an instruction set,
                               and the choice of experts, route_choice.h; route_numbers.h
-    number_kinds.h            float32, bfloat16 and float16, for the three above
+    number_kinds.h            float32, bfloat16 and float16; numbers.h: inputs in bfloat16
     threads.h                 torch's OpenMP team, or a pool of our own
     store.h                   experts on disk: which are in memory, which are read
                               (expert_store.py opens one)

@@ -129,5 +129,10 @@ void widen_numbers(const typename Kind::Raw* __restrict from, int64_t n, float* 
     for (int64_t i = 0; i < n; ++i) to[i] = Kind::wide(from[i]);
 }
 
+template <class Kind>
+void narrow_numbers(const float* __restrict from, int64_t n, typename Kind::Raw* __restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = Kind::narrow(from[i]);
+}
+
 }  // namespace
 }  // namespace moepress

@@ -4,31 +4,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 
 #include "moepress.h"
+#include "number_kinds.h"
 #include "threads.h"
 
 namespace moepress {
-
-inline void widen(const uint16_t* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = uint32_t(from[i]) << 16;
-        std::memcpy(to + i, &bits, 4);
-    }
-}
-
-// Round to the nearest bfloat16, halves to even. A NaN stays one.
-inline void narrow(const float* from, int64_t n, uint16_t* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, 4);
-        const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-        const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-        to[i] = uint16_t(nan ? 0x7FC0 : rounded);
-    }
-}
 
 // run(x, y) with floats. With `bfloat16`, x [in] and y [out] are that; y is written if the result
 // is kOk.
@@ -45,12 +27,12 @@ Result in_floats(const void* x, int64_t in, void* y, int64_t out, bool bfloat16,
     };
     const std::unique_ptr<float[]> wide_x(new float[size_t(in)]), wide_y(new float[size_t(out)]);
     each_run(in, [&](int64_t first, int64_t n) {
-        widen(static_cast<const uint16_t*>(x) + first, n, wide_x.get() + first);
+        widen_numbers<Bfloat16>(static_cast<const uint16_t*>(x) + first, n, wide_x.get() + first);
     });
     const Result result = run(wide_x.get(), wide_y.get());
     if (result != kOk) return result;
     each_run(out, [&](int64_t first, int64_t n) {
-        narrow(wide_y.get() + first, n, static_cast<uint16_t*>(y) + first);
+        narrow_numbers<Bfloat16>(wide_y.get() + first, n, static_cast<uint16_t*>(y) + first);
     });
     return kOk;
 }

@@ -21,8 +21,8 @@ inline void widen_numbers(const void* from, int32_t numbers, int64_t n, float* t
 
 inline void narrow_numbers(const float* from, int64_t n, int32_t numbers, void* to) {
     with_kind(numbers, [&](auto kind) {
-        auto* raw = static_cast<typename decltype(kind)::Raw*>(to);
-        for (int64_t i = 0; i < n; ++i) raw[i] = kind.narrow(from[i]);
+        using Kind = decltype(kind);
+        narrow_numbers<Kind>(from, n, static_cast<typename Kind::Raw*>(to));
     });
 }
 
