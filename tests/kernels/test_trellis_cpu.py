@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -22,9 +23,13 @@ MANY_TOKENS = 8  # from so many on some kernels take weights as one byte each (t
 SUMS_WORDS = {"avx2", "portable"}  # instruction sets that do not
 
 
-def one_byte(isa: str, tokens: int, activation_bits: int) -> bool:
-    """Whether products of so many tokens take weights as one byte each."""
-    return isa not in SUMS_WORDS and tokens >= MANY_TOKENS and activation_bits == 8
+def values_of(isa: str, activation_bits: int, tokens: int) -> trellis.Values:
+    """The values that products of so many tokens take."""
+    if activation_bits == 16:
+        return "exact"
+    if tokens < MANY_TOKENS:
+        return "averages"
+    return "exact" if isa in SUMS_WORDS else "bytes"
 
 
 def product_in_integers(
@@ -34,7 +39,7 @@ def product_in_integers(
     codec: Codec,
     activation_bits: int,
     *,
-    one_byte: bool,
+    values: trellis.Values,
     fused: bool,
 ) -> Tensor:
     """The product [T, N] with its floats in the order of the kernels, to the last bit.
@@ -48,10 +53,10 @@ def product_in_integers(
     largest = groups.abs().amax(-1, keepdim=True)
     codes = torch.where(largest > 0, groups * (span / largest), 0).round().double()
     branches, scales = trellis.unpack(packed, rows, cols, codec)
-    values = trellis.code_matrix(branches, codec.bits, one_byte=one_byte)[:rows].double()
+    matrix = trellis.code_matrix(branches, codec.bits, values)[:rows].double()
     out = torch.zeros(len(x), rows)
     for g in range(cols // group):
-        sums = codes[:, g] @ values[:, g * group : (g + 1) * group].T  # exact: below 2^53
+        sums = codes[:, g] @ matrix[:, g * group : (g + 1) * group].T  # exact: below 2^53
         product = (largest[:, g] / span).double() * sums.float().double()
         out = ((product if fused else product.float()) + out).float()
     return out * scales.float()
@@ -113,14 +118,14 @@ def test_linear(
     packed = random_packed(rows, cols, codec)
     x, bias = (torch.randn(*s, generator=generator) for s in ((tokens, cols), (rows,)))
     y = cpu.linear(x, packed, bias, rows, codec, activation_bits)
-    bytes_ = one_byte(isa, tokens, activation_bits)
-    strips = trellis.strips(packed, rows, cols, codec, one_byte=bytes_)
+    values = values_of(isa, activation_bits, tokens)
+    strips = trellis.strips(packed, rows, cols, codec, values)
     rotated = torch.cat([w for _, w in strips])
     codes = reference.round_activations(trellis.rotate(x), group, activation_bits)
     exact = codes.double() @ rotated.double().T + bias.double()
     within_twice_plain(y, codes @ rotated.T + bias, exact)
     args = x, packed, bias, rows, codec, activation_bits
-    oracle = reference.linear(*args, rounded=True, one_byte=bytes_)
+    oracle = reference.linear(*args, rounded=True, values=values)
     torch.testing.assert_close(y, oracle, rtol=1e-5, atol=1e-5 * float(oracle.abs().max()))
 
 
@@ -133,8 +138,7 @@ def test_experts(
 ) -> None:
     call = experts_call(tokens, hidden, inner, group, activation, bits)
     y = cpu.experts(call)
-    from_tokens = MANY_TOKENS if one_byte(isa, tokens, bits) else None
-    oracle = reference.experts(call, rounded=True, one_byte_from=from_tokens)
+    oracle = reference.experts(call, rounded=True, values_of=partial(values_of, isa, bits))
     in_double = {"hidden": call.hidden.double(), "top_k_weights": call.top_k_weights.double()}
     exact = reference.experts(dataclasses.replace(call, **in_double))
     # Each of the two products rounds activations by up to half a code, of 2 * 16256 or 2 * 127 in
@@ -147,7 +151,7 @@ def test_experts(
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_token_depends_on_nothing_else(isa: str, bits: int) -> None:
-    """But, with 8 bits, on how many other tokens chose its experts: weights are then one byte."""
+    """But, with 8 bits, on how many other tokens chose its experts: values are then others."""
     call = experts_call(300, 64, 64, 32, bits=bits)
     together = cpu.experts(call)
     tokens = torch.tensor([0, 255, 256, 299])
@@ -155,7 +159,7 @@ def test_a_token_depends_on_nothing_else(isa: str, bits: int) -> None:
     others[tokens] = 0
     changed = dataclasses.replace(call, hidden=call.hidden - others * 2)
     assert torch.equal(cpu.experts(changed)[tokens], together[tokens])
-    for t in () if one_byte(isa, 300, bits) else tokens.tolist():
+    for t in () if bits == 8 else tokens.tolist():
         names = "hidden", "top_k_index", "top_k_weights"
         token = {name: getattr(call, name)[t : t + 1] for name in names}
         assert torch.equal(cpu.experts(dataclasses.replace(call, **token))[0], together[t])
@@ -176,16 +180,18 @@ def test_every_bit(isa: str, bits: float, activation_bits: int) -> None:
     x = torch.randn(37, cols, generator=torch.Generator().manual_seed(1))
     x[5:8] = 0
     x[5:8, 3::128] = 1  # rotation spreads a single number: all codes are the largest
+    kinds: tuple[trellis.Values, ...] = "exact", "averages", "bytes"
     oracle = {
-        many: product_in_integers(
-            x, packed, rows, codec, activation_bits, one_byte=many, fused=isa != "portable"
+        values: product_in_integers(
+            x, packed, rows, codec, activation_bits, values=values, fused=isa != "portable"
         )
-        for many in (False, True)
+        for values in kinds
     }
-    assert torch.equal(oracle[False], oracle[True]) == (bits in (2.5, 3))
+    assert torch.equal(oracle["exact"], oracle["bytes"]) == (bits in (2.5, 3))
+    assert torch.equal(oracle["exact"], oracle["averages"]) == (bits <= 2)
     for tokens in (1, 7, 8, 9, 15, 16, 22, 37):
         y = cpu.linear(x[:tokens], packed, None, rows, codec, activation_bits)
-        assert torch.equal(y, oracle[one_byte(isa, tokens, activation_bits)][:tokens])
+        assert torch.equal(y, oracle[values_of(isa, activation_bits, tokens)][:tokens])
 
 
 def test_opcheck() -> None:

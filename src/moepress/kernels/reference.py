@@ -66,7 +66,7 @@ def linear(
     activation_bits: int = 16,
     *,
     rounded: bool = False,
-    one_byte: bool = False,
+    values: trellis.Values = "exact",
 ) -> Tensor:
     """x W^T + bias with W packed: x [..., K] to [..., N], in the dtype of x.
 
@@ -75,15 +75,14 @@ def linear(
         rounded: round activations to `activation_bits` first (trellis codes: the rotated ones), as
             kernels that multiply integers do; tests use this as their oracle. Otherwise activations
             keep their dtype, which satisfies any `activation_bits`.
-        one_byte: take trellis values as one byte each (`trellis.byte_values`), as some CPU kernels
-            do with many tokens; the oracle of those.
+        values: of trellis codes; others than "exact" are the oracle of kernels that take those.
     """
     if codec.family == "trellis":
         x = trellis.rotate(x)
     if rounded:
         x = round_activations(x, codec.group_size, activation_bits)
     out = x.new_empty((*x.shape[:-1], out_features))
-    for start, weights in _strips(packed, out_features, x.shape[-1], codec, one_byte):
+    for start, weights in _strips(packed, out_features, x.shape[-1], codec, values):
         rows = slice(start, start + len(weights))
         out[..., rows] = F.linear(x, weights.to(x.dtype), None if bias is None else bias[rows])
     return out
@@ -99,11 +98,14 @@ def linear_transposed(y: Tensor, packed: Tensor, in_features: int, codec: Codec)
 
 
 def experts(
-    call: ExpertsCall, *, rounded: bool = False, one_byte_from: int | None = None
+    call: ExpertsCall,
+    *,
+    rounded: bool = False,
+    values_of: Callable[[int], trellis.Values] = lambda tokens: "exact",
 ) -> Tensor:
     """Routed experts, as the op `moepress::experts`; `rounded` as in `linear`.
 
-    `one_byte_from`: values as one byte each, as in `linear`, for experts with so many tokens.
+    `values_of`: the `values` of `linear` for an expert with so many tokens.
 
     Experts run one after another. Experts without a token are not unpacked, experts of 0 bits add
     nothing. Products are in the dtype of `hidden`, sums over k in float32 or wider.
@@ -126,8 +128,8 @@ def experts(
         )
         down, down_codec = _matrix(call.down, second, call.down_group, call.family, width, inner)
         token = slots // k
-        many = one_byte_from is not None and len(slots) >= one_byte_from
-        product = partial(linear, activation_bits=bits, rounded=rounded, one_byte=many)
+        values = values_of(len(slots))
+        product = partial(linear, activation_bits=bits, rounded=rounded, values=values)
         with held(call.store, call.store_layer, expert):
             bias = _of_expert(call.gate_up_bias, expert, hidden)
             x = product(hidden[token], gate_up, bias, rows, gate_up_codec)
@@ -259,11 +261,11 @@ def check_activation_bits(bits: int) -> None:
 
 
 def _strips(
-    packed: Tensor, rows: int, cols: int, codec: Codec, one_byte: bool = False
+    packed: Tensor, rows: int, cols: int, codec: Codec, values: trellis.Values = "exact"
 ) -> Iterator[tuple[int, Tensor]]:
     """Weights, some rows at a time: (first row, [n, K] float32). Trellis weights stay rotated."""
     if codec.family == "trellis":
-        return trellis.strips(packed, rows, cols, codec, one_byte=one_byte)
+        return trellis.strips(packed, rows, cols, codec, values)
     return scalar.strips(packed, rows, cols, codec)
 
 

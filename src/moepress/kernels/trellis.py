@@ -47,6 +47,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache, reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ from torch.nn import functional as F
 
 from moepress.errors import InputError
 from moepress.format.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB, Codec
+
+# The values of a code: as they are (`values_in_turn`), or as kernels take them in products with
+# activations of 8 bits, of few or of many tokens (`average_values`, `byte_values`).
+Values = Literal["exact", "averages", "bytes"]
 
 STATE_BITS = 12
 STATES = 1 << STATE_BITS
@@ -94,10 +99,13 @@ def deviation(bits: float) -> float:
 
 def code_values(bits: int) -> Tensor:
     """The value of every state at a whole width, [4096] int32."""
+    return (torch.stack(_product_bytes(bits)).sum(0) - CENTERS[bits]).int()
+
+
+def _product_bytes(bits: int) -> list[Tensor]:
+    """The bytes of state * multiplier that a value sums, from the lowest: [4096] int64 each."""
     product = torch.arange(STATES, dtype=torch.int64) * MULTIPLIERS[bits]
-    count = BYTES_SUMMED[bits]
-    total = sum((product >> (8 * i)) & 255 for i in range(count))
-    return (torch.as_tensor(total) - CENTERS[bits]).int()
+    return [product >> 8 * i & 255 for i in range(BYTES_SUMMED[bits])]
 
 
 def byte_values(bits: float) -> Tensor:
@@ -111,6 +119,25 @@ def byte_values(bits: float) -> Tensor:
     return torch.stack([_byte_values(each) for each in value_bits(bits)])
 
 
+def average_values(bits: float) -> Tensor:
+    """The values in even and in odd steps from averages of bytes, [2, 4096] float32.
+
+    CPU kernels take these in place of `values_in_turn` in products of few tokens
+    (kernels/cpu/trellis_product.h), so that one dot product takes the four bytes that a value above
+    2 bits sums. They differ by up to 1; the mean difference is 0. At 1 to 2 bits the values are the
+    same.
+    """
+    return torch.stack([_average_values(each) for each in value_bits(bits)])
+
+
+def _average_values(bits: int) -> Tensor:
+    if BYTES_SUMMED[bits] == 2:
+        return code_values(bits).float()
+    first, second, third, fourth = _product_bytes(bits)
+    total = ((first + third + 1) >> 1) + ((second + fourth + 1) >> 1)
+    return (2 * total - (CENTERS[bits] + 1)).float()
+
+
 def _byte_values(bits: int) -> Tensor:
     total = code_values(bits) + CENTERS[bits]
     if BYTES_SUMMED[bits] == 2:
@@ -121,9 +148,9 @@ def _byte_values(bits: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _values(bits: float, device: torch.device, one_byte: bool) -> Tensor:
-    values = byte_values(bits) if one_byte else values_in_turn(bits)
-    return values.to(device, torch.float32)
+def _table(bits: float, device: torch.device, values: Values) -> Tensor:
+    tables = {"exact": values_in_turn, "averages": average_values, "bytes": byte_values}
+    return tables[values](bits).to(device, torch.float32)
 
 
 def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
@@ -230,37 +257,34 @@ def states(branches: Tensor, bits: float) -> Tensor:
     return reduce(torch.bitwise_or, shifted) & (STATES - 1)
 
 
-def code_matrix(branches: Tensor, bits: float, *, one_byte: bool = False) -> Tensor:
-    """The values that branches [64 S, K] choose: [64 S, K] float32, as in `code_values`.
-
-    `one_byte`: as in `byte_values`.
-    """
+def code_matrix(branches: Tensor, bits: float, values: Values = "exact") -> Tensor:
+    """The values that branches [64 S, K] choose: [64 S, K] float32."""
     rows, cols = branches.shape
     step = max(1, WEIGHTS_AT_ONCE // (TILE_COLUMNS * rows)) * TILE_COLUMNS
     if cols <= step:
-        return _code_matrix(branches, bits, one_byte)
-    values = torch.empty(rows, cols, device=branches.device)
+        return _code_matrix(branches, bits, values)
+    matrix = torch.empty(rows, cols, device=branches.device)
     for first in range(0, cols, step):
         some = branches[:, first : first + step].contiguous()
-        values[:, first : first + step] = _code_matrix(some, bits, one_byte)
-    return values
+        matrix[:, first : first + step] = _code_matrix(some, bits, values)
+    return matrix
 
 
-def _code_matrix(branches: Tensor, bits: float, one_byte: bool) -> Tensor:
+def _code_matrix(branches: Tensor, bits: float, values: Values) -> Tensor:
     paths = to_paths(branches)
     runs = paths.permute(1, 2, 3, 0, 4)  # [tiles, 16, 2, slabs, STEPS]
     reached = torch.unflatten(states(runs.flatten(-2), bits), -1, (-1, 2))
-    values = _values(bits, branches.device, one_byte)
-    chosen = torch.stack([values[step][reached[..., step]] for step in (0, 1)], -1)
+    table = _table(bits, branches.device, values)
+    chosen = torch.stack([table[step][reached[..., step]] for step in (0, 1)], -1)
     return from_paths(chosen.view(runs.shape).permute(3, 0, 1, 2, 4))
 
 
 def strips(
-    packed: Tensor, rows: int, cols: int, codec: Codec, *, one_byte: bool = False
+    packed: Tensor, rows: int, cols: int, codec: Codec, values: Values = "exact"
 ) -> Iterator[tuple[int, Tensor]]:
     """Rotated weights W Q^T of a packed matrix, some rows at a time: (first row, [n, K] float32).
 
-    Each weight is scale * value, one float32 product. `one_byte`: values as in `byte_values`.
+    Each weight is scale * value, one float32 product.
     """
     codes, scales = split(packed, rows, cols, codec)
     step = max(1, STRIP_WEIGHTS // (ROWS_PER_SLAB * cols))
@@ -272,9 +296,9 @@ def strips(
         )
         start = first * ROWS_PER_SLAB
         branches = _branches(slabs, cols, codec)
-        values = code_matrix(branches, codec.bits, one_byte=one_byte)[ROWS_PER_SLAB:]
-        values = values[: rows - start]
-        yield start, values * scales[start : start + len(values), None].float()
+        some = code_matrix(branches, codec.bits, values)[ROWS_PER_SLAB:]
+        some = some[: rows - start]
+        yield start, some * scales[start : start + len(some), None].float()
 
 
 def rotate(x: Tensor) -> Tensor:

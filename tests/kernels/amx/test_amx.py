@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from moepress.format.codec import TRELLIS_BITS
 from moepress.kernels import cpu, reference
 from moepress.kernels.cpu import interface
-from tests.kernels.test_trellis_cpu import experts_call, product_in_integers
+from tests.kernels.test_trellis_cpu import experts_call, product_in_integers, values_of
 from tests.rounding.test_trellis import codec_of, random_packed
 
 HERE = Path(__file__).parent
@@ -81,14 +82,14 @@ def test_every_bit(emulated: str, bits: float, group: int, tokens: int) -> None:
     x[5] = 0
     x[5, 3::group] = 1  # rotation spreads a single number: all codes are the largest
     together = cpu.linear(x, packed, None, rows, codec, 8)
-    oracle = product_in_integers(x, packed, rows, codec, 8, one_byte=True, fused=False)
+    oracle = product_in_integers(x, packed, rows, codec, 8, values="bytes", fused=False)
     assert torch.equal(together, oracle)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_experts(emulated: str, bits: int) -> None:
     call = experts_call(40, 64, 96, 32, bits=bits)
-    many = 8 if bits == 8 else None
-    y, oracle = cpu.experts(call), reference.experts(call, rounded=True, one_byte_from=many)
+    values = partial(values_of, emulated, bits)
+    y, oracle = cpu.experts(call), reference.experts(call, rounded=True, values_of=values)
     far = {8: 1e-2, 16: 1e-4}[bits]  # a sum before the second rounding may tip single codes
     torch.testing.assert_close(y, oracle, rtol=1e-3, atol=far * float(oracle.abs().max()))

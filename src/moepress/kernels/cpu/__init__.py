@@ -5,10 +5,10 @@ the packed codes as they are: integer dot products, exact in 32 bits. The codes 
 For scalar matrices those of 15 bits are split into two of 8; for trellis matrices activations are
 rotated first. The oracle of this arithmetic is `reference.linear(..., rounded=True)`. A token's
 result depends neither on the other tokens of the call nor on the number of threads, with one
-exception. CPUs that multiply bytes, as all but avx2 and portable do, take trellis weights as one
-byte each where activations have 8 bits and 8 tokens or more meet in a matrix (trellis_bytes.h; in
-the oracle `one_byte`). At 2.5 and 3 bits this changes nothing, at other widths the last bits of
-weights. A call takes up to 256 tokens at a time.
+exception: the last bits of trellis weights, where activations have 8 bits. Up to 7 tokens in a
+matrix take them from averages (trellis_product.h). From 8 tokens on CPUs that multiply bytes, as
+all but avx2 and portable do, take them as one byte each (trellis_bytes.h); the others take them as
+they are. In the oracle these are `values`. A call takes up to 256 tokens at a time.
 
 From the C interface (moepress.h) down:
 

@@ -89,7 +89,7 @@ struct Avx2Lanes {
                 _mm256_or_si256(low.high, _mm256_slli_epi32(bit.high, 2))};
     }
 
-    static void prefetch(const uint8_t* at) {
+    [[gnu::always_inline]] static void prefetch(const uint8_t* at) {
         _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     }
 
@@ -147,6 +147,11 @@ struct Avx2Lanes {
         const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
         return {half_sums<four>(a.low, m), half_sums<four>(a.high, m)};
     }
+    // Of the same: the average of byte 0 and byte 2 plus that of byte 1 and byte 3, rounded up.
+    static Words average_sums(Words a, int multiplier) {
+        const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
+        return {half_average_sums(a.low, m), half_average_sums(a.high, m)};
+    }
     static Words splat_four(int32_t four) {
         return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
     }
@@ -166,6 +171,12 @@ struct Avx2Lanes {
         void negate() {
             low = -low;
             high = -high;
+        }
+        template <int by>  // 2
+        void multiply() {
+            static_assert(by == 2);
+            low += low;
+            high += high;
         }
         Float value(int32_t less) const {
             return {floats(low - uint32_t(less)), floats(high - uint32_t(less))};
@@ -187,6 +198,10 @@ struct Avx2Lanes {
         if constexpr (four)
             sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_mulhi_epu16(a, m), ones));
         return sum;
+    }
+    static __m256i half_average_sums(__m256i a, __m256i m) {
+        const __m256i pairs = _mm256_avg_epu8(_mm256_mullo_epi16(a, m), _mm256_mulhi_epu16(a, m));
+        return _mm256_maddubs_epi16(pairs, _mm256_set1_epi8(1));
     }
     static __m256 wide(const uint8_t* at) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));

@@ -53,7 +53,7 @@ struct Avx512Lanes {
         return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(4), 0xF8);  // a | (b & c)
     }
 
-    static void prefetch(const uint8_t* at) {
+    [[gnu::always_inline]] static void prefetch(const uint8_t* at) {
         _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     }
 
@@ -101,6 +101,10 @@ struct Avx512Lanes {
     static Words high_products(Words a, int multiplier) {
         return _mm512_mulhi_epu16(a, _mm512_set1_epi16(int16_t(multiplier)));
     }
+    // Of the same: the averages of byte 0 and byte 2, and of byte 1 and byte 3, rounded up.
+    static Words average_products(Words a, int multiplier) {
+        return _mm512_avg_epu8(low_products(a, multiplier), high_products(a, multiplier));
+    }
     // Of the same: the sum of the low two bytes, or of all four.
     template <bool four>
     static Words byte_sums(Words a, int multiplier) {
@@ -120,9 +124,9 @@ struct Avx512Lanes {
         void add_words(Words a, Words b) {
             sum = (Int)_mm512_dpwssd_epi32((__m512i)sum, a, b);
         }
-        template <int by>  // 3 or 4
+        template <int by>  // 2, 3 or 4
         void multiply() {
-            sum = by == 3 ? (sum << 1) + sum : sum << 2;
+            sum = by == 3 ? (sum << 1) + sum : sum << by / 2;
         }
         void negate() { sum = -sum; }
         Float value(int32_t less) const {

@@ -48,6 +48,10 @@ struct AvxVnniLanes : Avx2Lanes {
         const __m256i m = _mm256_set1_epi16(int16_t(multiplier));
         return {_mm256_mulhi_epu16(a.low, m), _mm256_mulhi_epu16(a.high, m)};
     }
+    static Words average_products(Words a, int multiplier) {
+        const Words low = low_products(a, multiplier), high = high_products(a, multiplier);
+        return {_mm256_avg_epu8(low.low, high.low), _mm256_avg_epu8(low.high, high.high)};
+    }
     static Words halves(Words a, Words b) {
         return {half_averages(a.low, b.low), half_averages(a.high, b.high)};
     }
@@ -55,10 +59,10 @@ struct AvxVnniLanes : Avx2Lanes {
         return {half_thirds(a.low, b.low), half_thirds(a.high, b.high)};
     }
     struct Pairs : Sums {
-        template <int by>  // 3 or 4
+        template <int by>  // 2, 3 or 4
         void multiply() {
-            low = by == 3 ? (low << 1) + low : low << 2;
-            high = by == 3 ? (high << 1) + high : high << 2;
+            low = by == 3 ? (low << 1) + low : low << by / 2;
+            high = by == 3 ? (high << 1) + high : high << by / 2;
         }
         void add_words(Words a, Words b) {
             low = (Int)_mm256_dpwssd_avx_epi32((__m256i)low, a.low, b.low);

@@ -116,7 +116,7 @@ struct NeonLanes {
         return low;
     }
 
-    static void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+    [[gnu::always_inline]] static void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
     static Float zero() { return splat(0); }
     static Float splat(float value) {
@@ -197,15 +197,19 @@ struct NeonLanes {
         for (uint16x8_t& part : a.part) part = vandq_u16(part, vdupq_n_u16(uint16_t(mask)));
         return a;
     }
-    // Of each word * multiplier, 32 bits: the low half, the high half. As `Bytes` stores bytes.
+    // Of each word * multiplier, 32 bits: the low half; the averages of its bytes and those of the
+    // high half, rounded up. As `Bytes` stores bytes.
     static Words low_products(Words a, int multiplier) {
 #pragma GCC unroll 4
         for (uint16x8_t& part : a.part) part = stored(low(part, multiplier));
         return a;
     }
-    static Words high_products(Words a, int multiplier) {
+    static Words average_products(Words a, int multiplier) {
 #pragma GCC unroll 4
-        for (uint16x8_t& part : a.part) part = stored(high(part, multiplier));
+        for (uint16x8_t& part : a.part)
+            part = stored(vreinterpretq_u16_u8(
+                vrhaddq_u8(vreinterpretq_u8_u16(low(part, multiplier)),
+                           vreinterpretq_u8_u16(high(part, multiplier)))));
         return a;
     }
     // Of the same: the sum of the low two bytes, or of all four.
@@ -258,6 +262,12 @@ struct NeonLanes {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i)
                 sum[i] = Bytes::dot(sum[i], vreinterpretq_u8_u16(a.part[i]), x);
+        }
+        template <int by>  // 2
+        void multiply() {
+            static_assert(by == 2);
+#pragma GCC unroll 4
+            for (int32x4_t& part : sum) part = vaddq_s32(part, part);
         }
         Float value(int32_t less) const {
             Float out;

@@ -29,11 +29,14 @@
 //     window          of each path, the 16 bits that end at bit `end` (trellis_product.h)
 //     shift_right, masked     per word
 //     byte_sums       per word, see `code_value` (trellis_code.h)
-//     low_products, high_products   if sums_any_byte: halves of the products that it sums
+//     low_products, average_products   if sums_any_byte: bytes of the products that it sums, or
+//                     averages of these bytes: `Form` (trellis_tile.h)
+//     average_sums    else: the sums of these averages
 //     Pairs           [16 rows] int32, a sum over pairs of columns
 //       add           words times the activations of their 2 columns, 2 int16 in an int32
 //       add_bytes     if sums_any_byte: bytes [16 rows][2 columns][2] times the activations of
 //                     their 2 columns, 4 int8 in an int32
+//       multiply      by 2; if sums_any_byte by 3 and 4 too
 //       value         (sum - less) as floats
 //
 // For many tokens (trellis_many.h):
@@ -50,12 +53,12 @@
 //     halves, thirds  of two registers of products, or of sums of bytes t: (byte0 + byte1 + 1) div 2,
 //                     or (10923 t + 2^14) div 2^15, which is t / 3, rounded; each a byte [16 rows][2
 //                     columns][2 registers]
-//     Pairs::multiply         by 3 or 4
 //
 //     Float           [16 rows] float
 //     zero, splat, load_floats, store, mul, mul_add, mul_sub
 //     bfloat16, bytes      16 numbers of that type as floats
-//     prefetch             into the second-level cache
+//     prefetch             into the second-level cache. Always inlined: GCC takes a function that
+//                          does no more for one without effects, and drops calls of it
 #pragma once
 
 #include <cstdint>
@@ -154,7 +157,7 @@ struct PortableLanes {
         return low;
     }
 
-    static void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+    [[gnu::always_inline]] static void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
     static Float zero() { return splat(0); }
     static Float splat(float value) {
@@ -225,15 +228,23 @@ struct PortableLanes {
         for (Word8& part : a.part) part &= uint16_t(mask);
         return a;
     }
-    // Of each word * multiplier, 32 bits: the low half, the high half.
+    // Of each word * multiplier, 32 bits: the low half.
     static Words low_products(Words a, int multiplier) {
         for (Word8& part : a.part) part *= uint16_t(multiplier);
         return a;
     }
-    static Words high_products(Words a, int multiplier) {
-        for (Word8& part : a.part)
-            for (int i = 0; i < 8; ++i)
-                part[i] = uint16_t(uint32_t(part[i]) * uint32_t(multiplier) >> 16);
+    // Of the same: the averages of byte 0 and byte 2, and of byte 1 and byte 3, rounded up.
+    static Words average_products(Words a, int multiplier) {
+        for (Word8& part : a.part) {
+            const Word8 low = part * uint16_t(multiplier), high = high_half(part, multiplier);
+            part = half((low & 255) | high << 8) | half(low >> 8 | (high & 0xFF00)) << 8;
+        }
+        return a;
+    }
+    // The sum of these two.
+    static Words average_sums(Words a, int multiplier) {
+        a = average_products(a, multiplier);
+        for (Word8& part : a.part) part = (part & 255) + (part >> 8);
         return a;
     }
     // Of the same: the sum of the low two bytes, or of all four.
@@ -243,9 +254,7 @@ struct PortableLanes {
             const Word8 low = part * uint16_t(multiplier);
             Word8 sum = (low & 255) + (low >> 8);
             if constexpr (four) {
-                Word8 high;
-                for (int i = 0; i < 8; ++i)
-                    high[i] = uint16_t(uint32_t(part[i]) * uint32_t(multiplier) >> 16);
+                const Word8 high = high_half(part, multiplier);
                 sum += (high & 255) + (high >> 8);
             }
             part = sum;
@@ -309,6 +318,10 @@ struct PortableLanes {
     }
 
   private:
+    static Word8 high_half(Word8 a, int multiplier) {
+        for (int i = 0; i < 8; ++i) a[i] = uint16_t(uint32_t(a[i]) * uint32_t(multiplier) >> 16);
+        return a;
+    }
     static Word8 half(Word8 a) { return ((a & 255) + (a >> 8) + 1) >> 1; }
     static Word8 third(Word8 a) {
         for (int i = 0; i < 8; ++i) a[i] = uint16_t((uint32_t(a[i]) * 10923 + (1 << 14)) >> 15);

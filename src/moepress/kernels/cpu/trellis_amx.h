@@ -151,7 +151,7 @@ void trellis_dot_amx(const uint8_t* above, const uint8_t* slab, int64_t cols, in
     static_assert(Lanes::sums_any_byte && Lanes::byte_offset == 0);
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
     if (x.count < kManyTokens)
-        return trellis_dot<Lanes, width, true, false>(above, slab, cols, group, x, scales, out);
+        return trellis_dot<Lanes, width, false, false>(above, slab, cols, group, x, scales, out);
     many_with_amx<Lanes, width>(above, slab, cols, group, x, out);
     scale_rows<Lanes>(scales, x.count, out);
 }

@@ -34,7 +34,8 @@ constexpr float byte_share(int width) { return sums_four_bytes(width) ? 1.0f : 0
 template <class Lanes, int width, class Take>
 MOEPRESS_INLINE void decode_bytes(const Tile<Lanes, width>& tile, Take take) {
     typename Lanes::Words step[kSteps];
-    decode_steps<Lanes, width, !sums_four_bytes(width)>(tile, step);
+    constexpr Form form = sums_four_bytes(width) ? Form::kSums : Form::kProducts;
+    decode_steps<Lanes, width, form>(tile, step);
 #pragma GCC unroll 8
     for (int i = 0; i < kSteps; i += 2)
         if constexpr (sums_four_bytes(width))

@@ -113,7 +113,7 @@ struct CrossedWords {
 
     static void decode(const Tile<Lanes, width>& tile, int t, Operands& out) {
         typename Lanes::Words step[kSteps];
-        decode_steps<Lanes, width, false>(tile, step);
+        decode_steps<Lanes, width, Form::kSums>(tile, step);
 #pragma GCC unroll 8
         for (int i = 0; i < kSteps; i += 2) {
             typename Lanes::Words* to = out.of(i / 4, 2 * t + i % 4 / 2);

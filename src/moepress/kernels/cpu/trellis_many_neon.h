@@ -51,7 +51,7 @@ struct OneByte<NeonLanes<Bytes>, width> {
         if constexpr (sums_four_bytes(width))
             decode_sums(tile, step);
         else
-            decode_steps<Lanes, width, true>(tile, step);
+            decode_steps<Lanes, width, Form::kProducts>(tile, step);
         for (int run = 0; run < 4; ++run)
 #pragma GCC unroll 4
             for (int v = 0; v < 4; ++v) {  // rows 16 run + 4 v on

@@ -9,14 +9,21 @@
 //
 // The difference in parentheses is an exact integer: sum(t q) is at most 751 * 16256 * 128 < 2^31.
 //
-// `bytes`: q has 8 bits, and the instruction set sums products of any bytes (lanes_portable.h,
-// sums_any_byte). Then the bytes of state * multiplier need not be added to t first: each is an
-// operand of a dot product of bytes, beside its q, which the panel holds once for each byte. In all
-// other cases t is an operand of a dot product of 16-bit numbers.
+// What t is to a dot product depends on the bits of q and on the instruction set (`Form`,
+// trellis_tile.h):
+//
+//     15 bits                           t, a 16-bit number
+//     8 bits, up to 2 bits of width     the two bytes that t sums, beside a q that the panel holds
+//                                       twice, where the instruction set sums products of any bytes
+//                                       (lanes_portable.h, sums_any_byte); else t
+//     8 bits, above                     averages of two bytes, two of them for t: one dot product,
+//                                       where all four bytes would take two. Bytes or, else, their
+//                                       sum. It changes a value by up to 1, the standard deviation
+//                                       of the values being 126: docs/log.md#trellis-averages
 //
 // trellis_tile.h decodes. A step is multiplied with the activations of its two columns, summed in 32
-// bits; panels of kManyTokens tokens and more are left to trellis_many.h. At 2 bits a step takes 4
-// instructions for each register with `bytes` (window, mask, product, dot product), 5 without: 32
+// bits; panels of kManyTokens tokens and more are left to trellis_many.h. With bytes a step takes 4
+// instructions for each register at 2 bits (window, mask, product, dot product) and 6 above: 32
 // weights in a register of 512 bits, 16 in one of 256 bits. Speed: docs/log.md#trellis-bytes.
 #pragma once
 
@@ -32,52 +39,59 @@
 namespace moepress {
 namespace {
 
-// One token: add the products of steps i to 15 of a tile to the sums of the four runs of 16 rows.
-// `x` are the codes of the tile's 8 columns.
-template <class Lanes, int width, bool bytes, int i = 0>
-MOEPRESS_INLINE void add_steps(const Tile<Lanes, width>& tile, const int16_t* x,
-                               typename Lanes::Pairs* sum) {
-    constexpr int multiplier = kMultiplier[value_bits(width, i)];
-    const typename Lanes::Words state = state_at<Lanes, width, i>(tile);
-    int32_t pair;
-    std::memcpy(&pair, x + 2 * (i % 4), 4);
-    if constexpr (bytes) {
-        sum[i / 4].add_bytes(Lanes::low_products(state, multiplier), pair);
-        if constexpr (sums_four_bytes(width))
-            sum[i / 4].add_bytes(Lanes::high_products(state, multiplier), pair);
-    } else {
-        sum[i / 4].add(Lanes::template byte_sums<sums_four_bytes(width)>(state, multiplier), pair);
-    }
-    if constexpr (i + 1 < kSteps) add_steps<Lanes, width, bytes, i + 1>(tile, x, sum);
+// The form of few tokens; `precise`: q has 15 bits.
+template <class Lanes, int width, bool precise>
+constexpr Form few_form() {
+    if (precise) return Form::kSums;
+    if (sums_four_bytes(width)) return Lanes::sums_any_byte ? Form::kAverages : Form::kAverageSums;
+    return Lanes::sums_any_byte ? Form::kProducts : Form::kSums;
 }
 
-// The center z of products with `count` bytes, or of t (0). Bytes may be stored less an offset.
-template <class Lanes>
-constexpr int center(int width, int count) {
-    return center_of(width) - count * Lanes::byte_offset;
+constexpr bool averages(Form form) { return form == Form::kAverages || form == Form::kAverageSums; }
+constexpr bool has_bytes(Form form) { return form == Form::kProducts || form == Form::kAverages; }
+
+// Add a step times the codes of its two columns.
+template <Form form, class Pairs, class Words>
+MOEPRESS_INLINE void add_step(const Words& step, int32_t pair, Pairs& sum) {
+    if constexpr (has_bytes(form))
+        sum.add_bytes(step, pair);
+    else
+        sum.add(step, pair);
+}
+
+// One token: add the products of steps i to 15 of a tile to the sums of the four runs of 16 rows.
+// `x` are the codes of the tile's 8 columns.
+template <class Lanes, int width, Form form, int i = 0>
+MOEPRESS_INLINE void add_steps(const Tile<Lanes, width>& tile, const int16_t* x,
+                               typename Lanes::Pairs* sum) {
+    int32_t pair;
+    std::memcpy(&pair, x + 2 * (i % 4), 4);
+    add_step<form>(step_at<Lanes, width, form, i>(tile), pair, sum[i / 4]);
+    if constexpr (i + 1 < kSteps) add_steps<Lanes, width, form, i + 1>(tile, x, sum);
+}
+
+// out [16] += a (sum of unit t q - center sum(q)). With averages the unit is 2, and z one more for
+// what they add in the mean; bytes may be stored less an offset.
+template <class Lanes, int width, Form form>
+MOEPRESS_INLINE void finish_few(typename Lanes::Pairs sum, float a, int32_t q, float* out) {
+    constexpr int unit = averages(form) ? 2 : 1;
+    constexpr int stored = has_bytes(form) ? 2 * unit * Lanes::byte_offset : 0;
+    if constexpr (unit == 2) sum.template multiply<2>();
+    finish_group<Lanes>(sum, a, (center_of(width) + (unit - 1) - stored) * q, out);
 }
 
 // A group of columns, times tokens p to count - 1 of a panel: `tokens` of them at a time, as long
 // as there are so many, then half as many. Several tokens and runs of 16 rows together, so that
 // each decoded register and each pair of activations is loaded for several products.
-template <class Lanes, int width, bool bytes, int tokens>
+template <class Lanes, int width, Form form, int tokens>
 void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, int64_t g,
                const TrellisPanel& x, int64_t p, float* out) {
-    // Above 2 bits, t is decoded, and codes that are there twice become 16-bit numbers again.
-    constexpr bool widen = bytes && sums_four_bytes(width);
     constexpr int runs = tokens < Lanes::tokens ? 4 : Lanes::runs;
-    constexpr int z = center<Lanes>(width, bytes && !widen ? 2 : 0);
     const int tiles = group / kTileColumns;
     for (; p + tokens <= x.count; p += tokens) {
         const int16_t* codes[tokens];
-        int16_t wide[tokens][kMaxGroup];
-        for (int q = 0; q < tokens; ++q) {
+        for (int q = 0; q < tokens; ++q)
             codes[q] = x.all.codes + x.places[p + q] * cols + g * group;
-            if constexpr (widen) {
-                for (int i = 0; i < group; ++i) wide[q][i] = int16_t(codes[q][i] >> 8);
-                codes[q] = wide[q];
-            }
-        }
         for (int run = 0; run < 4; run += runs) {
             typename Lanes::Pairs sum[tokens][runs];
             for (int t = 0; t < tiles; ++t)
@@ -89,23 +103,19 @@ void add_group(const typename Lanes::Words* decoded, int64_t cols, int group, in
                         int32_t pair;
                         std::memcpy(&pair, codes[q] + t * kTileColumns + 2 * c, 4);
 #pragma GCC unroll 4
-                        for (int r = 0; r < runs; ++r)
-                            if constexpr (bytes && !widen)
-                                sum[q][r].add_bytes(w[4 * r], pair);
-                            else
-                                sum[q][r].add(w[4 * r], pair);
+                        for (int r = 0; r < runs; ++r) add_step<form>(w[4 * r], pair, sum[q][r]);
                     }
                 }
             for (int q = 0; q < tokens; ++q) {
                 const int64_t at = x.places[p + q] * (cols / group) + g;
                 for (int r = 0; r < runs; ++r)
-                    finish_group<Lanes>(sum[q][r], x.all.scale[at], z * x.all.sum[at],
-                                        out + (p + q) * kSlabRows + 16 * (run + r));
+                    finish_few<Lanes, width, form>(sum[q][r], x.all.scale[at], x.all.sum[at],
+                                                   out + (p + q) * kSlabRows + 16 * (run + r));
             }
         }
     }
     if constexpr (tokens > 1)
-        add_group<Lanes, width, bytes, tokens / 2>(decoded, cols, group, g, x, p, out);
+        add_group<Lanes, width, form, tokens / 2>(decoded, cols, group, g, x, p, out);
 }
 
 // out [count][64] *= the scales of the rows.
@@ -122,16 +132,16 @@ void scale_rows(const uint8_t* scales, int64_t count, float* out) {
 
 constexpr int kWordsAhead = 8192;  // bytes to prefetch ahead, see kCodesAhead in scalar_product.h
 
-// `crossed`: see ManyKind.
-template <class Lanes, int width, bool bytes, bool crossed>
+// `precise`: codes have 15 bits, else 8. `crossed`: see ManyKind.
+template <class Lanes, int width, bool precise, bool crossed>
 void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int group,
                  const TrellisPanel& panel, const uint8_t* scales, float* out) {
     const TrellisPanel x = panel;  // a copy: stores to `out` might alias the reference
-    constexpr int z = center<Lanes>(width, bytes ? (sums_four_bytes(width) ? 4 : 2) : 0);
+    constexpr Form form = few_form<Lanes, width, precise>();
     const int tiles = group / kTileColumns;
     const int64_t groups = cols / group;
     for (int64_t i = 0; i < x.count * kSlabRows; ++i) out[i] = 0;
-    using Many = ManyKind<Lanes, width, bytes, crossed>;
+    using Many = ManyKind<Lanes, width, !precise && Lanes::sums_any_byte, crossed>;
     union Operands {
         typename Lanes::Words decoded[kMaxGroup / kTileColumns * kSteps];
         typename Many::Operands many;
@@ -151,12 +161,12 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
 #pragma GCC unroll 4
                     for (int j = 0; j < ahead; j += 64)
                         Lanes::prefetch(from + t * ahead + j + kWordsAhead);
-                    add_steps<Lanes, width, bytes>(tile, codes + t * kTileColumns, sum);
+                    add_steps<Lanes, width, form>(tile, codes + t * kTileColumns, sum);
                 });
             const int64_t at = x.places[0] * groups + g;
             for (int run = 0; run < 4; ++run)
-                finish_group<Lanes>(sum[run], x.all.scale[at], z * x.all.sum[at],
-                                    out + 16 * run);
+                finish_few<Lanes, width, form>(sum[run], x.all.scale[at], x.all.sum[at],
+                                               out + 16 * run);
             continue;
         }
         if constexpr (!std::is_same_v<Many, NoKind>) {
@@ -168,19 +178,20 @@ void trellis_dot(const uint8_t* above, const uint8_t* slab, int64_t cols, int gr
         each_tile<Lanes, width>(
             over, from, tiles,
             [&](const Tile<Lanes, width>& tile, int t) MOEPRESS_INLINE_LAMBDA {
-                decode_steps<Lanes, width, bytes && !sums_four_bytes(width)>(
-                    tile, decoded + t * kSteps);
+                decode_steps<Lanes, width, form>(tile, decoded + t * kSteps);
             });
-        add_group<Lanes, width, bytes, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
+        add_group<Lanes, width, form, Lanes::tokens>(decoded, cols, group, g, x, 0, out);
     }
     scale_rows<Lanes>(scales, x.count, out);
 }
 
 template <class Lanes, bool crossed = Lanes::crosses, int... width>
 constexpr void set_trellis_dots(Isa& isa, std::integer_sequence<int, width...>) {
-    ((isa.trellis_dot[0][width] = trellis_dot<Lanes, width, Lanes::sums_any_byte,
-                                              crossed && !Lanes::sums_any_byte>), ...);
-    ((isa.trellis_dot[1][width] = trellis_dot<Lanes, width, false, crossed>), ...);
+    ((isa.trellis_dot[0][width] =
+          trellis_dot<Lanes, width, false, crossed && !Lanes::sums_any_byte>), ...);
+    // The same function where neither form nor kind depends on the bits of the codes.
+    ((isa.trellis_dot[1][width] =
+          trellis_dot<Lanes, width, Lanes::sums_any_byte || sums_four_bytes(width), crossed>), ...);
 }
 
 }  // namespace

@@ -130,16 +130,36 @@ MOEPRESS_INLINE typename Lanes::Words state_at(const Tile<Lanes, width>& tile) {
     return state;
 }
 
-// Several tokens: decode steps i to 15 of a tile into out [16], as bytes of products or as t.
-template <class Lanes, int width, bool bytes, int i = 0>
-MOEPRESS_INLINE void decode_steps(const Tile<Lanes, width>& tile, typename Lanes::Words* out) {
+// What a step is decoded to: numbers of which each is multiplied with the code of its column.
+enum class Form {
+    kSums,         // t, the sum of bytes of state * multiplier, as a word
+    kProducts,     // up to 2 bits: the two bytes whose sum is t
+    kAverages,     // above 2 bits: two bytes, (byte0 + byte2 + 1) div 2 and (byte1 + byte3 + 1) div 2.
+                   // Twice their sum is t or up to 2 more, 1 in the mean
+    kAverageSums,  // the sum of these two, as a word
+};
+
+// Step i of a tile, 32 weights.
+template <class Lanes, int width, Form form, int i>
+MOEPRESS_INLINE typename Lanes::Words step_at(const Tile<Lanes, width>& tile) {
+    static_assert(form == Form::kSums || (form == Form::kProducts) != sums_four_bytes(width));
     const typename Lanes::Words state = state_at<Lanes, width, i>(tile);
     constexpr int multiplier = kMultiplier[value_bits(width, i)];
-    if constexpr (bytes)
-        out[i] = Lanes::low_products(state, multiplier);
+    if constexpr (form == Form::kProducts)
+        return Lanes::low_products(state, multiplier);
+    else if constexpr (form == Form::kAverages)
+        return Lanes::average_products(state, multiplier);
+    else if constexpr (form == Form::kAverageSums)
+        return Lanes::average_sums(state, multiplier);
     else
-        out[i] = Lanes::template byte_sums<sums_four_bytes(width)>(state, multiplier);
-    if constexpr (i + 1 < kSteps) decode_steps<Lanes, width, bytes, i + 1>(tile, out);
+        return Lanes::template byte_sums<sums_four_bytes(width)>(state, multiplier);
+}
+
+// Several tokens: decode steps i to 15 of a tile into out [16].
+template <class Lanes, int width, Form form, int i = 0>
+MOEPRESS_INLINE void decode_steps(const Tile<Lanes, width>& tile, typename Lanes::Words* out) {
+    out[i] = step_at<Lanes, width, form, i>(tile);
+    if constexpr (i + 1 < kSteps) decode_steps<Lanes, width, form, i + 1>(tile, out);
 }
 
 // out [16] += a (sum - correction); correction = z sum(q).
