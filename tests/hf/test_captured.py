@@ -6,6 +6,7 @@ tokens can be compared.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from moepress import prune
 from moepress.chat import Conversation
 from moepress.hf import load_model
-from moepress.hf.captured import PROOFS, Capture, CapturedSteps
+from moepress.hf.captured import FAR, PROOFS, Capture, CapturedSteps
 from moepress.hf.cpu_graph import cpu_graph
 from moepress.hf.cuda_graph import Graph
 from moepress.kernels.modules import set_activation_bits
@@ -313,6 +314,30 @@ def test_a_capture_that_fails(mixtral: Any, fault: str, caplog: pytest.LogCaptur
     assert len(others) == wrong and all("without fused kernels" in other for other in others)
 
 
+@pytest.mark.parametrize("far", [(0, 2), (1, TOKENS - 1)])
+def test_a_few_steps_that_are_far(mixtral: Any, far: Sequence[int]) -> None:
+    """As where an activation is rounded the other way: the graph is kept, results are plain."""
+    replays = itertools.count()
+
+    def capture(work: Any, device: torch.device) -> Graph:
+        graph = tape(work, device)
+
+        def replay() -> None:
+            graph.replay()
+            if next(replays) in far:
+                graph.result.copy_(graph.result.flip(-1))
+
+        return Graph(graph.result, replay)
+
+    expected = written(mixtral)
+    steps = captured(mixtral, capture=capture)
+    with steps:
+        for _ in range(2):
+            assert torch.equal(written(mixtral), expected)
+    assert (steps.refused, steps.fused) == (None, True) and len(far) < FAR
+    assert steps.replayed == 2 * (TOKENS - 1) - PROOFS - 1 - len(far)
+
+
 def test_a_text_for_which_there_is_no_memory(mixtral: Any) -> None:
     """It is computed as ever; the next one is captured."""
     full = [True]
@@ -388,7 +413,7 @@ def test_weights_that_move(mixtral: Any) -> None:
 
 
 def test_a_number_that_python_holds_changes() -> None:
-    """Nothing tells it: the first step of the next text does."""
+    """Nothing tells it: the first steps of the next text do."""
     model = make_model("mixtral")
     steps = captured(model)
     with steps:
@@ -398,7 +423,7 @@ def test_a_number_that_python_holds_changes() -> None:
     with steps:
         found = written(model)
     assert torch.equal(found, written(model)) and not torch.equal(found, before)
-    assert steps.refused is None and steps.replayed == 2 * (TOKENS - 1) - 2 * PROOFS - 1
+    assert steps.refused is None and steps.replayed == 2 * (TOKENS - 1) - 2 * PROOFS - FAR
 
 
 def test_chat_keeps_the_graph(packed: Path) -> None:

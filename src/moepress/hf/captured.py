@@ -17,7 +17,9 @@ Which models can do that is found by trying: the first steps are also computed t
 compared. A model whose cache, capture or numbers do not allow it is computed as without this file,
 from the same cache, and one message says why. Every further text is compared for one step: a model
 may have changed in a way that `state_of` does not see. Then it is captured again. Results are those
-of the captured step, compared or not: so a text does not depend on which steps were.
+of the captured step, compared or not: so a text does not depend on which steps were. A step that is
+far from the plain one gives the plain result. It need not be wrong: where an activation is rounded
+the other way, a router may choose another expert. So a few may be far (`FAR`).
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ logger = logging.getLogger(__name__)
 
 ROOM = 1024  # tokens beyond those of a prompt; a quarter of the prompt's, if that is more
 STEP = 256  # room is a multiple of it
-PROOFS = 3  # steps of a new graph that are compared with the plain way
+PROOFS = 3  # steps of a new graph that must be close to the plain way
 CLOSE = 0.1  # of the logits' spread: other sums choose other experts, and round otherwise
+FAR = 3  # steps that are not close, before so many are or one after another, that end a graph
 PASSED_ON = {"use_cache", "return_dict", "logits_to_keep"}  # options of a step that may be set
 UNUSED = {"tokenizer"}  # `generate` passes it on to models, which do not use it
 
@@ -218,6 +221,9 @@ class CapturedSteps:
         out = self._plain(**kwargs)
         error = distance(got, out.logits)
         if not error < CLOSE:
+            step.far += 1
+            if step.far < FAR:
+                return out  # the next step begins with the cache of this one
             self._step = None
             reason = f"its logits differ by {error:.2g} of their spread"
             if step.proofs and self.fused:
@@ -228,6 +234,8 @@ class CapturedSteps:
         step.cache.advance()
         text.proofs -= 1
         step.proofs = max(0, step.proofs - 1)
+        if not step.proofs:
+            step.far = 0
         if not text.proofs:
             step.cache.show(call.cache)
         self._text = text
@@ -329,12 +337,14 @@ class _Step:
 
     Attributes:
         proofs: steps that are still to be compared, whatever the text.
+        far: steps that were not close, since the graph was proved if it is.
     """
 
     def __init__(self, forward: Any, call: _Call, room: int, capture: Capture) -> None:
         self.cache = FixedCache(call.cache, room)
         self.form = call.form
         self.proofs = PROOFS
+        self.far = 0
         with torch.inference_mode(False), torch.no_grad():
             self._ids, self._positions = torch.clone(call.ids), torch.clone(call.positions)
         self.cache.load(call.cache)
