@@ -165,11 +165,11 @@ def test_a_model_is_as_before_when_its_engine_ends(
 def test_a_model_is_as_before_when_the_trial_is_interrupted(
     graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(got: Tensor, expected: Tensor) -> bool:
+    def interrupted(got: Tensor, expected: Tensor) -> float:
         assert replaced(net)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stepping, "_close", interrupted)
+    monkeypatch.setattr(stepping, "distance", interrupted)
     net = make_model("mixtral")
     with pytest.raises(KeyboardInterrupt):
         Stepper(net)

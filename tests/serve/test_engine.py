@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -62,6 +63,22 @@ def test_steps_of_a_batch_whose_members_join_and_leave(kind: str) -> None:
         for row, member, token in zip(logits, members, tokens, strict=True):
             texts[member].append(token)
             torch.testing.assert_close(row, whole(net, texts[member]), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("far", [2, 100])
+def test_trials_that_are_far(far: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to two pairs of texts may be: a model that is wrong is far with all."""
+    net = make_model("mixtral")
+    calls, stepped = itertools.count(), Stepper.decode
+
+    def decode(self: Stepper, states: list[stepping.State], ids: list[int]) -> torch.Tensor:
+        logits = stepped(self, states, ids)
+        return logits.flip(-1) if len(states) > 1 and next(calls) < far else logits
+
+    monkeypatch.setattr(Stepper, "decode", decode)
+    stepper = Stepper(net)
+    assert stepper.chunks and stepper.batches == (far == 2)
+    assert next(calls) == 3
 
 
 def test_a_long_text_is_not_computed_with_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
