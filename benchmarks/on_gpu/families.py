@@ -13,9 +13,9 @@ the original and both results on both devices. It holds if (names are those of t
 
 Medians, since a number between two activation codes or two experts with equal scores may go the
 other way for some token, and of tokens that are a sequence each, since attention would carry that
-to all later ones (`all_8`, `all_16`). CPU kernels take values of trellis codes as one byte each
-from 8 tokens on if activations have 8 bits: that is why logits of 8 bits on the CPU (`cpu_8`, for a
-text) are reported and not compared.
+to all later ones (`all_8`, `all_16`). If activations have 8 bits, CPU kernels round the last bits
+of trellis values (src/moepress/kernels/cpu/__init__.py): that is why logits of 8 bits on the CPU
+(`cpu_8`, for a text) are reported and not compared.
 
 Rounding is a sequence of choices: an error of 1e-7 makes some codes differ, and after them others,
 so equal bytes (`bytes`) are reported alone. Plans equal, the KL of results of the card was .83 to

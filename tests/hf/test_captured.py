@@ -26,6 +26,7 @@ from moepress.hf import load_model
 from moepress.hf.captured import FAR, PROOFS, Capture, CapturedSteps
 from moepress.hf.cpu_graph import cpu_graph
 from moepress.hf.cuda_graph import Graph
+from moepress.hf.fixed_cache import FixedCache
 from moepress.kernels.modules import set_activation_bits
 from moepress.original.remote_code import tokenizer_of
 from tests.families.models import make_model
@@ -336,6 +337,36 @@ def test_a_few_steps_that_are_far(mixtral: Any, far: Sequence[int]) -> None:
             assert torch.equal(written(mixtral), expected)
     assert (steps.refused, steps.fused) == (None, True) and len(far) < FAR
     assert steps.replayed == 2 * (TOKENS - 1) - PROOFS - 1 - len(far)
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_graph_that_is_right_only_at_first(mixtral: Any, before: int) -> None:
+    """For one step or two after a text was loaded: steps must be right one after another."""
+    since = [0]
+
+    def load(self: FixedCache, cache: Any) -> None:
+        loaded(self, cache)
+        since[0] = 0
+
+    def capture(work: Any, device: torch.device) -> Graph:
+        graph = tape(work, device)
+
+        def replay() -> None:
+            graph.replay()
+            since[0] += 1
+            if since[0] > before:
+                graph.result.copy_(graph.result.flip(-1))
+
+        return Graph(graph.result, replay)
+
+    loaded = FixedCache.load
+    expected = written(mixtral)
+    steps = captured(mixtral, capture=capture)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FixedCache, "load", load)
+        with steps:
+            assert torch.equal(written(mixtral), expected)
+    assert steps.refused is not None and steps.replayed == 0
 
 
 def test_a_text_for_which_there_is_no_memory(mixtral: Any) -> None:

@@ -220,26 +220,28 @@ class CapturedSteps:
         got = step.run(call).clone()
         out = self._plain(**kwargs)
         error = distance(got, out.logits)
-        if not error < CLOSE:
+        close = error < CLOSE
+        if not close:
             step.far += 1
-            if step.far < FAR:
-                return out  # the next step begins with the cache of this one
-            self._step = None
-            reason = f"its logits differ by {error:.2g} of their spread"
-            if step.proofs and self.fused:
-                self._unfuse(reason)
-            elif step.proofs:  # else it was right before: the model has changed
-                self._refuse(reason)
-            return out
+            if step.far == FAR:
+                self._step = None
+                reason = f"its logits differ by {error:.2g} of their spread"
+                if step.proofs and self.fused:
+                    self._unfuse(reason)
+                elif step.proofs:  # else it was right before: the model has changed
+                    self._refuse(reason)
+                return out
+        # Its own cache goes on, far or not: else steps would only be seen just after a copy.
         step.cache.advance()
-        text.proofs -= 1
-        step.proofs = max(0, step.proofs - 1)
-        if not step.proofs:
-            step.far = 0
-        if not text.proofs:
-            step.cache.show(call.cache)
+        if close:
+            text.proofs -= 1
+            step.proofs = max(0, step.proofs - 1)
+            if not step.proofs:
+                step.far = 0
+            if not text.proofs:
+                step.cache.show(call.cache)
         self._text = text
-        return step.output(got, call.cache)
+        return step.output(got, call.cache) if close else out
 
     def _refuse(self, reason: str, expected: bool = False) -> None:
         self._step = self._text = None

@@ -7,7 +7,7 @@
 //     max_width       most tokens of a scalar panel: their sums must fit the registers
 //     sums_any_byte   whether a Dot can sum any bytes without overflow: then codes of fewer bits
 //                     may stay where they are in their bytes (scalar_product.h, kInPlace)
-//     byte_offset     how much less than their value low_products and high_products store bytes;
+//     byte_offset     how much less than their value low_products and average_products store bytes;
 //                     0 except where only signed bytes can be multiplied
 //     sums            sums that one token should have, to hide the latency of an addition
 //     most_sums       sums that one token may have where codes stay where they are
@@ -36,7 +36,7 @@
 //       add           words times the activations of their 2 columns, 2 int16 in an int32
 //       add_bytes     if sums_any_byte: bytes [16 rows][2 columns][2] times the activations of
 //                     their 2 columns, 4 int8 in an int32
-//       multiply      by 2; if sums_any_byte by 3 and 4 too
+//       multiply      by 2; for many tokens, if sums_any_byte, by 3 and 4 too
 //       value         (sum - less) as floats
 //
 // For many tokens (trellis_many.h):

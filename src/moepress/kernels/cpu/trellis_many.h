@@ -11,8 +11,8 @@
 //     CrossedWords   of 16 bits, for any values and activations, by Winograd's identity
 //                    (t0 + q2) (t2 + q0) = t0 q0 + t2 q2 + t0 t2 + q0 q2. The sum of t0 t2
 //                    belongs to the row, that of q0 q2 to the token (isa.h, `crossed`). All is
-//                    modulo 2^32, which is exact, since the result is below 2^31. The integers are
-//                    those of trellis_product.h, so the floats are too.
+//                    modulo 2^32, which is exact, since the result is below 2^31. Its integers, and
+//                    so its floats, are those of trellis_product.h but for averages (there).
 //
 // Limits and speed: docs/log.md#trellis-many, #trellis-one-byte.
 #pragma once
