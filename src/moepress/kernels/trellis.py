@@ -124,8 +124,8 @@ def average_values(bits: float) -> Tensor:
 
     CPU kernels take these in place of `values_in_turn` in products of few tokens
     (kernels/cpu/trellis_product.h), so that one dot product takes the four bytes that a value above
-    2 bits sums. They differ by up to 1; the mean difference is 0. At 1 to 2 bits the values are the
-    same.
+    2 bits sums. They differ by up to 1, in the mean by less than .01. At 1 to 2 bits the values are
+    the same.
     """
     return torch.stack([_average_values(each) for each in value_bits(bits)])
 
