@@ -51,7 +51,8 @@ tests/families/test_serving.py: LLaVA, Qwen3-VL, GLM-4.5V, Llama 4 |
 
 Older versions, from 5.16 on, have fewer: 5.16 lacks 21 of these 85 model types, 5.17 lacks 18. Aria
 and Doge need 5.18: before it, Aria's experts have a form that moepress refuses, and transformers'
-own class of Doge fails on every call.
+own class of Doge fails on every call. Granite's routers are replaced in captured steps with later
+versions than 5.17 alone. 5.16 cannot open FP8 originals itself; they are compressed all the same.
 """
 
 

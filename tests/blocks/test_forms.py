@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,8 +109,11 @@ class _Experts(nn.Module):
         raise NotImplementedError
 
 
+# Some versions of transformers have no norms of experts.
+NORMS = "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
+NORM = {"has_post_expert_norm": True} if NORMS else {}
 Plain = use_experts_implementation(type("Plain", (_Experts,), {}))
-Normed = use_experts_implementation(has_post_expert_norm=True)(type("Normed", (_Experts,), {}))
+Normed = use_experts_implementation(**NORM)(type("Normed", (_Experts,), {}))
 MODULES = {
     "own activation": (Plain, "leaky_relu", False),
     "norm": (Normed, "silu", False),
@@ -124,6 +128,8 @@ MODULES = {
 @pytest.mark.usefixtures("reference_backend")
 def test_uncommon_experts_by_hand(name: str, family: str) -> None:
     kind, activation, scales_input = MODULES[name]
+    if kind is Normed and not NORMS:
+        pytest.skip("this transformers has no norms of experts")
     torch.manual_seed(0)
     config = SimpleNamespace(
         activation=activation, normed=kind is Normed, _experts_implementation="eager"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from moepress.hf.mend import mend
 from tests.families.causal import CAUSAL
 from tests.families.composites import AUDIO, COMPOSITES, ENCODER_SIZES, IMAGE, TEXT_ONLY, VIDEO
 from tests.families.sizes import DROP, SIZES, tiny_fields
+from tests.families.versions import why_not
 
 SHARD = "150KB"  # of a checkpoint: several files for each model
 SPREAD = 3.0  # times the standard deviation of transformers' initial weights
@@ -25,12 +27,15 @@ TOKENS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 def tiny_config(family: str, **changes: Any) -> Any:
     """The config of a family's tiny model.
 
+    Skips the test where this transformers has no such family that works.
+
     Args:
         family: model type, a key of `CAUSAL`, `COMPOSITES` or `TEXT_ONLY`.
         changes: fields of the (text) config to set otherwise.
     """
     from transformers import AutoConfig
 
+    _skip_without(family)
     defaults = AutoConfig.for_model(family).to_dict()
     if family not in COMPOSITES:
         fields = {**CAUSAL, **TEXT_ONLY}[family]
@@ -44,6 +49,12 @@ def tiny_config(family: str, **changes: Any) -> Any:
     }
     given = {n: v for n, v in fields.items() if n in defaults and v is not None} | dict(parts.own)
     return AutoConfig.for_model(family, **given)
+
+
+def _skip_without(family: str) -> None:
+    reason = why_not(family)
+    if reason:
+        pytest.skip(reason)
 
 
 def _encoder(
@@ -70,10 +81,14 @@ def _placeholders(defaults: Mapping[str, Any]) -> dict[str, int]:
 
 
 def model_class(family: str) -> Any:
-    """transformers' class of a family: the one that config.json on the hub names."""
+    """transformers' class of a family: the one that config.json on the hub names.
+
+    Skips the test where this transformers has none that works.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
 
+    _skip_without(family)
     maps = ["MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_MULTIMODAL_LM"]
     for name in maps[1:] if family in COMPOSITES else maps:
         found = getattr(modeling_auto, f"{name}_MAPPING_NAMES").get(family)

@@ -66,6 +66,13 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
+def gives_indices_first(model: nn.Module) -> bool:
+    """Whether they are Granite's of transformers 5.17: those are left alone."""
+    routers = [m for m in model.modules() if type(m).__name__ == "GraniteMoeTopKRouter"]
+    return any(not m(torch.randn(2, m.weight.shape[1]))[0].is_floating_point() for m in routers)
+
+
+@torch.no_grad()
 def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
     found: Tensor = model(ids).logits
     return found
@@ -82,7 +89,7 @@ def test_families(family: str, calls: list[int]) -> None:
     with fused_routers(model, CPU):
         found = [logits_of(model)]
         count = len(routers(model))
-        assert bool(count) == (family not in LEFT)
+        assert bool(count) == (family not in LEFT and not gives_indices_first(model))
         assert len(calls) >= count and set(calls) <= {IDS.numel()}
         found.append(logits_of(model, IDS.repeat(2, 1)))
         assert len(calls) <= 2 * count  # a loop of layers runs some of them twice
@@ -105,6 +112,9 @@ def test_sixteen_bits(family: str, dtype: torch.dtype) -> None:
     model = make_model(family).to(dtype)
     with fused_routers(model, CPU):
         modules = routers(model)
+    if gives_indices_first(make_model(family)):
+        assert not modules
+        return
     assert modules
     for module in modules:
         parts, way = trial(module, dtype)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, core_model_loading
 
 from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.inspect import inspect
@@ -26,6 +27,7 @@ from moepress.original.source import Source
 from tests import quantized_copies as copies
 from tests.conftest import KNOWN
 from tests.families.models import make_model, save_model
+from tests.families.versions import installed
 
 Folder = Callable[..., Path]
 KNOWN.setdefault(
@@ -170,12 +172,21 @@ def test_a_quantized_original_reads_as_its_dequantized_copy(
     assert first.fingerprint != second.fingerprint
 
 
+def opened_by_transformers(folder: Path) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    except AttributeError:
+        if installed() >= Version("5.17"):
+            raise
+        pytest.skip("transformers 5.16 itself fails on FP8")
+
+
 @pytest.mark.parametrize("kind", BY_TRANSFORMERS)
 def test_transformers_dequantizes_to_the_same(
     model_folder: Folder, tmp_path: Path, kind: str
 ) -> None:
     quantized, _ = copy_of(kind, model_folder, tmp_path)
-    state = AutoModelForCausalLM.from_pretrained(quantized).state_dict()
+    state = opened_by_transformers(quantized).state_dict()
     found = {name: value for name, value in tensors(Source(quantized)).items() if name in state}
     assert len(found) > 20
     same({name: state[name].to(value.dtype) for name, value in found.items()}, found)
@@ -265,7 +276,7 @@ def test_families_as_the_hub_has_them(
     found = tensors(source)
     same(found, tensors(Source(plain)))
     assert expert_codes(source) is not None
-    state = AutoModelForCausalLM.from_pretrained(quantized).state_dict()
+    state = opened_by_transformers(quantized).state_dict()
     theirs = {n: state[n].to(value.dtype) for n, value in found.items() if n in state}
     same({name: found[name] for name in theirs}, theirs)
 
@@ -300,8 +311,8 @@ def test_mxfp4_blocks_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path: P
 def test_experts_of_inkling_are_what_transformers_makes_of_them(
     tmp_path: Path, stored: str
 ) -> None:
-    from transformers.core_model_loading import Inkling2LoopDequantizeExperts
-
+    if not hasattr(core_model_loading, "Inkling2LoopDequantizeExperts"):
+        pytest.skip("this transformers cannot read them")
     generator = torch.Generator().manual_seed(0)
     parts = {"w": torch.randint(0, 256, (3, 8, 32), generator=generator, dtype=torch.uint8)}
     if stored == "NVFP4":
@@ -314,7 +325,7 @@ def test_experts_of_inkling_are_what_transformers_makes_of_them(
         parts["w_scale"] = exponents.to(torch.uint8)
     save_file(parts, tmp_path / "a.safetensors")
     names = [f"w{end}" for end in ("", "_scale", "_amax", "_outer_scale_denominator")]
-    theirs = Inkling2LoopDequantizeExperts().convert(parts, names, ["w"])["w"]
+    theirs = core_model_loading.Inkling2LoopDequantizeExperts().convert(parts, names, ["w"])["w"]
     checkpoint = Checkpoint.of([tmp_path / "a.safetensors"], Quantization("fp8"))
     cpu = torch.device("cpu")
     assert torch.equal(checkpoint.read("w", None, torch.bfloat16, cpu), theirs)

@@ -202,6 +202,11 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         check_sizes(config)
         return config
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Called before the model is built, by versions that do not call the one above."""
+        check_sizes(config)
+        return config
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called before a model is saved: its config gets the pruning in force."""
         remember_pruning(model)

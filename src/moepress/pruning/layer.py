@@ -19,8 +19,10 @@ from moepress.pruning.capture import capture_attention, current_record
 from moepress.pruning.importance import protected_tokens
 from moepress.pruning.rule import Pruning
 
-# An attribute of transformers' own experts: true makes them ignore choices of "no expert".
+# An attribute of transformers' own experts: true makes them ignore choices of "no expert". Older
+# versions have none: there the loop over experts fails on such choices, the others ignore them.
 IGNORES_NO_EXPERT = "_is_expert_parallel"
+LOOP = "eager"  # the implementation that is a loop
 
 _COUNTING = threading.Lock()  # several threads may run one model
 
@@ -133,6 +135,8 @@ class PrunedLayer:
                 self.tokens += len(hidden)
                 self.dropped += by_rank
                 self.protected += kept
+        if _fails_without_expert(experts):  # the first choice again, with weight 0
+            index = torch.where(index < self._experts.num_experts, index, index[:, :1])
         return hidden, index, weights
 
     def _drop_reads(
@@ -173,3 +177,9 @@ class PrunedLayer:
         if self._pruning.renormalise:
             kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
         return index.masked_fill(unread, none), kept, unread
+
+
+def _fails_without_expert(experts: nn.Module) -> bool:
+    config = getattr(experts, "config", None)
+    loop = getattr(config, "_experts_implementation", None) == LOOP
+    return loop and not hasattr(experts, IGNORES_NO_EXPERT)
