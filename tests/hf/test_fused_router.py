@@ -85,11 +85,12 @@ def test_families(family: str, calls: list[int]) -> None:
     model = make_model(family)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     expected = [logits_of(model, ids) for ids in (IDS, IDS.repeat(2, 1))]
+    left = family in LEFT or gives_indices_first(model)
     assert not calls
     with fused_routers(model, CPU):
         found = [logits_of(model)]
         count = len(routers(model))
-        assert bool(count) == (family not in LEFT and not gives_indices_first(model))
+        assert bool(count) == (not left)
         assert len(calls) >= count and set(calls) <= {IDS.numel()}
         found.append(logits_of(model, IDS.repeat(2, 1)))
         assert len(calls) <= 2 * count  # a loop of layers runs some of them twice
