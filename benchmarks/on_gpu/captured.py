@@ -31,7 +31,8 @@ from transformers import LogitsProcessor
 
 from moepress.compress import compress
 from moepress.hf import captured, load_model
-from moepress.hf.captured import Capture, CapturedSteps
+from moepress.hf.captured import CapturedSteps
+from moepress.hf.captured_step import Capture
 from moepress.hf.cuda_graph import _recorded, cuda_graph
 from moepress.kernels.modules import set_activation_bits
 from moepress.prune import prune

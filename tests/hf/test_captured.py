@@ -23,7 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 from moepress import prune
 from moepress.chat import Conversation
 from moepress.hf import load_model
-from moepress.hf.captured import FAR, PROOFS, Capture, CapturedSteps
+from moepress.hf.captured import FAR, PROOFS, CapturedSteps
+from moepress.hf.captured_step import Capture
 from moepress.hf.cpu_graph import cpu_graph
 from moepress.hf.cuda_graph import Graph
 from moepress.hf.fixed_cache import FixedCache

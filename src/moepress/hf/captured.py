@@ -29,17 +29,17 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from moepress.hf.capturable import state_of, suits
+from moepress.hf.captured_step import Call, Capture, Step, Text
 from moepress.hf.cpu_graph import cpu_graph
-from moepress.hf.cuda_graph import Graph, cuda_graph, numbers_made_there
-from moepress.hf.fixed_cache import FixedCache, UnfitError, begun, bytes_of, tokens_in
+from moepress.hf.cuda_graph import Graph, cuda_graph
+from moepress.hf.fixed_cache import UnfitError, begun, bytes_of, tokens_in
 from moepress.hf.fused import Fusion, fused
 from moepress.hf.late_stops import late_stops
 from moepress.hf.replaced_forward import Plain, ReplacedForward
@@ -52,10 +52,7 @@ STEP = 256  # room is a multiple of it
 PROOFS = 3  # steps of a new graph that must be close to the plain way
 CLOSE = 0.1  # of the logits' spread: other sums choose other experts, and round otherwise
 FAR = 3  # steps that are not close, before so many are or one after another, that end a graph
-PASSED_ON = {"use_cache", "return_dict", "logits_to_keep"}  # options of a step that may be set
-UNUSED = {"tokenizer"}  # `generate` passes it on to models, which do not use it
 
-Capture = Callable[[Callable[[], Tensor], torch.device], Graph]
 CAPTURES: Mapping[str, Capture] = {"cuda": cuda_graph, "cpu": cpu_graph}  # by type of device
 
 
@@ -96,8 +93,8 @@ class CapturedSteps:
         self._room = room
         self._fusion = fusion
         self._state: Any = None  # of the model, with which the graph was captured
-        self._step: _Step | None = None
-        self._text: _Text | None = None
+        self._step: Step | None = None
+        self._text: Text | None = None
         self._padded: weakref.ref[DynamicCache] | None = None  # the last text with padding
         self._unroomy: weakref.ref[DynamicCache] | None = None  # the last that had no room
         self._plain: Any = None  # the model's own forward, while it is replaced
@@ -131,12 +128,12 @@ class CapturedSteps:
     def _forward(self, plain: Plain, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or not self._entered_here():
             return plain(*args, **kwargs)
-        call = _Call.of(kwargs) if self.refused is None and not args else None
+        call = Call.of(kwargs) if self.refused is None and not args else None
         if call is None or not self._whole(call):
             if self._text is not None and self._text.is_in((*args, *kwargs.values())):
                 self._text = None  # its cache changes
             return self._plain(*args, **kwargs)
-        ready: tuple[_Step, _Text] | None = None
+        ready: tuple[Step, Text] | None = None
         try:
             ready = self._ready(call)
         except torch.OutOfMemoryError:  # others may take less when the next text comes
@@ -160,7 +157,7 @@ class CapturedSteps:
         """Whether this thread is inside of the `with` statement."""
         return self._plain is not None and threading.get_ident() == self._thread
 
-    def _whole(self, call: _Call) -> bool:
+    def _whole(self, call: Call) -> bool:
         """Whether a call's text is without padding. Asks the card once for each text."""
         if self._text is not None and self._text.goes_on(call):
             return True
@@ -173,7 +170,7 @@ class CapturedSteps:
             self._padded = weakref.ref(call.cache)
         return whole
 
-    def _ready(self, call: _Call) -> tuple[_Step, _Text]:
+    def _ready(self, call: Call) -> tuple[Step, Text]:
         """A step that can be replayed for a call, and the call's text, which is loaded.
 
         The text is forgotten until the step is done: if it is interrupted, the counters on the card
@@ -185,12 +182,12 @@ class CapturedSteps:
         text.count(call)
         return step, text
 
-    def _loaded(self, call: _Call) -> tuple[_Step, _Text]:
+    def _loaded(self, call: Call) -> tuple[Step, Text]:
         """The step, or a new one if it does not fit, and a call's text, whose cache is copied."""
         tokens = tokens_in(call.cache)
         if self._step is not None and self._step.fits(call, tokens):
             self._step.cache.load(call.cache)
-            return self._step, _Text(call, max(1, self._step.proofs))
+            return self._step, Text(call, max(1, self._step.proofs))
         self._step = None  # frees its memory, but for what the cache shows
         room = tokens + max(self._room, tokens // 4)
         room = -(-room // STEP) * STEP
@@ -198,24 +195,24 @@ class CapturedSteps:
         if device.type == "cpu" and bytes_of(call.cache, room) > free_memory(device) // 2:
             raise torch.OutOfMemoryError  # a CPU has none that could be waited for
         self._step = self._new_step(call, room)
-        return self._step, _Text(call, self._step.proofs)
+        return self._step, Text(call, self._step.proofs)
 
-    def _new_step(self, call: _Call, room: int) -> _Step:
+    def _new_step(self, call: Call, room: int) -> Step:
         """A captured step, with fused kernels if it can be captured so."""
         if not self.fused:
-            return _Step(self._plain, call, room, self._capture)
+            return Step(self._plain, call, room, PROOFS, self._capture)
         try:
             with self._fusion(self.model, self._devices):
-                return _Step(self._plain, call, room, self._capture)
+                return Step(self._plain, call, room, PROOFS, self._capture)
         except (UnfitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        step = _Step(self._plain, call, room, self._capture)
+        step = Step(self._plain, call, room, PROOFS, self._capture)
         self._unfuse(reason)
         return step
 
-    def _compared(self, step: _Step, text: _Text, call: _Call, kwargs: dict[str, Any]) -> Any:
+    def _compared(self, step: Step, text: Text, call: Call, kwargs: dict[str, Any]) -> Any:
         """Compute a step both ways."""
         got = step.run(call).clone()
         out = self._plain(**kwargs)
@@ -254,142 +251,6 @@ class CapturedSteps:
         self.fused = False
         name = type(self.model).__name__
         logger.warning("Steps of %s are captured without fused kernels: %s", name, reason)
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A call of a model with one token of one sequence."""
-
-    ids: Tensor  # [1, 1] int64
-    positions: Tensor  # [.., 1] int64
-    mask: Tensor | None  # [1, tokens with this one]
-    name: str  # of the argument that is the cache
-    cache: DynamicCache
-    options: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> _Call | None:
-        """The call with these arguments; None: it is of another kind."""
-        given = {
-            name: value
-            for name, value in kwargs.items()
-            if value is not None and value is not False and name not in UNUSED
-        }
-        ids, positions = given.pop("input_ids", None), given.pop("position_ids", None)
-        mask = given.pop("attention_mask", None)
-        names = [n for n, v in given.items() if isinstance(v, Cache)]
-        if (
-            torch.is_grad_enabled()
-            or len(names) != 1
-            or not isinstance(ids, Tensor)
-            or ids.shape != (1, 1)
-            or not isinstance(positions, Tensor)
-            or positions.shape[-1] != 1
-            or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
-        ):
-            return None
-        cache = given.pop(names[0])
-        if type(cache) is not DynamicCache or cache.offloading:
-            return None
-        if not given.keys() <= PASSED_ON:
-            return None
-        return cls(ids, positions, mask, names[0], cache, tuple(sorted(given.items())))
-
-    @property
-    def form(self) -> Any:
-        """What is constant in a graph."""
-        positions = self.positions
-        return self.name, self.options, positions.shape, positions.dtype, self.ids.dtype
-
-
-class _Text:
-    """The sequence that is in a step's cache.
-
-    Attributes:
-        proofs: steps that are still to be compared.
-    """
-
-    def __init__(self, call: _Call, proofs: int) -> None:
-        self.cache = weakref.ref(call.cache)
-        self.proofs = proofs
-        self._tokens: int | None = None
-
-    def goes_on(self, call: _Call) -> bool:
-        """Whether a call is the next of this text."""
-        masked = None if call.mask is None else call.mask.shape[-1] - 1
-        return self.cache() is call.cache and masked == self._tokens
-
-    def is_in(self, arguments: Sequence[Any]) -> bool:
-        """Whether the text's cache is among the arguments of a call."""
-        cache = self.cache()
-        return any(cache is argument for argument in arguments if argument is not None)
-
-    def count(self, call: _Call) -> None:
-        self._tokens = None if call.mask is None else call.mask.shape[-1]
-
-
-class _Step:
-    """A captured step, its cache and its inputs.
-
-    Args:
-        forward: of the model.
-        call: the first step; its cache is copied.
-        room: tokens of the cache.
-        capture: captures.
-
-    Attributes:
-        proofs: steps that are still to be compared, whatever the text.
-        far: steps that were not close, since the graph was proved if it is.
-    """
-
-    def __init__(self, forward: Any, call: _Call, room: int, capture: Capture) -> None:
-        self.cache = FixedCache(call.cache, room)
-        self.form = call.form
-        self.proofs = PROOFS
-        self.far = 0
-        with torch.inference_mode(False), torch.no_grad():
-            self._ids, self._positions = torch.clone(call.ids), torch.clone(call.positions)
-        self.cache.load(call.cache)
-        inputs = {
-            "input_ids": self._ids,
-            "position_ids": self._positions,
-            call.name: self.cache,
-            **dict(call.options),
-        }
-        made: list[Any] = []
-
-        def work() -> Tensor:
-            with numbers_made_there():
-                made[:] = [forward(**inputs)]
-            self.cache.position.move_on()
-            logits: Tensor = made[0].logits
-            return logits
-
-        self._graph = capture(work, call.ids.device)
-        self._kind = type(made[0])
-        self._names = [n for n, v in made[0].items() if v is self.cache]
-        self.cache.load(call.cache)  # the capture ran the step
-
-    def fits(self, call: _Call, tokens: int) -> bool:
-        """Whether a step after so many tokens is a replay of this one."""
-        return self.form == call.form and tokens < self.cache.room and self.cache.alike(call.cache)
-
-    def goes_on(self, call: _Call) -> bool:
-        """Whether a step of the text that is loaded is a replay of this one."""
-        cache = self.cache
-        room_left = cache.position.tokens < cache.room
-        return self.form == call.form and room_left and cache.shows(call.cache)
-
-    def run(self, call: _Call) -> Tensor:
-        """Logits [1, 1, V] of a call; overwritten by the next."""
-        self._ids.copy_(call.ids)
-        self._positions.copy_(call.positions)
-        self._graph.replay()
-        return self._graph.result
-
-    def output(self, logits: Tensor, cache: DynamicCache) -> Any:
-        """What the model returns."""
-        return self._kind(logits=logits, **dict.fromkeys(self._names, cache))
 
 
 def _capture(work: Callable[[], Tensor], device: torch.device) -> Graph:
