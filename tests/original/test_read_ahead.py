@@ -37,6 +37,7 @@ def threads() -> list[threading.Thread]:
 
 def until(true: Callable[[], bool]) -> None:
     """Wait for a thread to bring something about."""
+    gc.collect()  # threads of earlier tests end with their sources, which may be garbage in a cycle
     end = time.monotonic() + 20
     while not true():
         assert time.monotonic() < end
