@@ -51,7 +51,7 @@ ROOM = 1024  # tokens beyond those of a prompt; a quarter of the prompt's, if th
 STEP = 256  # room is a multiple of it
 PROOFS = 3  # steps of a new graph that must be close to the plain way
 CLOSE = 0.1  # of the logits' spread: other sums choose other experts, and round otherwise
-FAR = 3  # steps that are not close, before so many are or one after another, that end a graph
+FAR = 3  # steps that are not close end a graph: in all until it is proved, then in a row
 
 CAPTURES: Mapping[str, Capture] = {"cuda": cuda_graph, "cpu": cpu_graph}  # by type of device
 

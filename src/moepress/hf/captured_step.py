@@ -104,7 +104,7 @@ class Step:
 
     Attributes:
         proofs: steps that must still be close to the plain way, whatever the text.
-        far: steps that were not close, since the graph was proved if it is.
+        far: steps that were not close: in all until the graph is proved, then in a row.
     """
 
     def __init__(self, forward: Any, call: Call, room: int, proofs: int, capture: Capture) -> None:
