@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -84,9 +86,40 @@ def test_what_records_operations_sees_the_op(dispatched: Callable[..., bool]) ->
         assert dispatched(x)
     assert "moepress_tests.twice.default" in seen.names
     assert "moepress_tests.twice" in str(make_fx(lambda x: OP(x))(x).graph)
+    before_autograd = make_fx(lambda x: OP(x), pre_dispatch=True)(x)
+    assert "moepress_tests.twice" in str(before_autograd.graph)
     assert "moepress_tests::twice" in str(torch.jit.trace(lambda x: OP(x), x).graph)
     assert OP(x.to("meta")).is_meta
     assert torch.equal(torch.vmap(lambda x: OP(x))(x.view(3, 1)), 2 * x.view(3, 1))
+
+
+def test_modes_of_other_threads_change_nothing(dispatched: Callable[..., bool]) -> None:
+    """Nor do modes that overlap: the first ends while the second goes on."""
+    x = torch.randn(3)
+    entered, ends, ended = [Event(), Event()], Event(), Event()
+
+    def first() -> None:
+        with Seen():
+            entered[0].set()
+            ends.wait()
+        ended.set()
+
+    def second() -> bool:
+        with Seen():
+            entered[1].set()
+            ended.wait()
+            return dispatched(x)
+
+    here = []
+    with ThreadPoolExecutor(2) as pool:
+        for work, event in zip((first, second), entered, strict=True):
+            there = pool.submit(work)
+            event.wait()
+            here.append(dispatched(x))
+        ends.set()
+        assert there.result()
+    assert here == [False, False]
+    assert not dispatched(x)
 
 
 def test_what_an_op_changes_is_known() -> None:

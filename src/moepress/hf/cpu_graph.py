@@ -11,6 +11,7 @@ from memory by the calls. So work that reads a number out of a tensor is refused
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -33,6 +34,9 @@ READS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 TAKERS = {"tolist", "numpy", "__array__", "__dlpack__"}  # of a tensor, past the recorder
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# One thread records at a time: torch.compile takes modes that overlap in two threads for one that
+# never ends, and compiles nothing from then on.
+_recording = threading.RLock()
 
 
 def cpu_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
@@ -42,7 +46,7 @@ def cpu_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
         UnfitError: it reads numbers out of tensors, or computes too many.
     """
     recorder = _Recorder()
-    with recorded(recorder.calls.append), _numbers_stay(), recorder:
+    with _recording, recorded(recorder.calls.append), _numbers_stay(), recorder:
         result = work()
     calls, kept = tuple(recorder.calls), recorder.kept
 

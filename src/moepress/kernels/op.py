@@ -13,9 +13,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 PLAIN = (Tensor, nn.Parameter)
+PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,8 +55,20 @@ def _recorded() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
+        or _in_mode()
+    )
+
+
+def _in_mode() -> bool:
+    """Whether this thread is in a dispatch mode.
+
+    torch's `is_in_torch_dispatch_mode` has one flag for all threads, which two threads whose modes
+    overlap leave wrong: off in the mode of the second, or on for ever.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
     )
 
 
