@@ -21,7 +21,7 @@ import moepress
 from moepress.chat import Conversation
 from moepress.compress import compress
 from moepress.hf import load_model
-from moepress.hf.captured import PROOFS, ROOM, STEP, CapturedSteps
+from moepress.hf.captured import PROOFS, STEP, CapturedSteps, room_for
 from moepress.hf.cuda_graph import Graph, numbers_made_there
 from moepress.hf.fused_norms import fused_norms
 from moepress.hf.fused_rotary import fused_rotary
@@ -203,12 +203,12 @@ def test_memory_beside_the_caches_of_a_server(folder: Path, card: Card) -> None:
     """A captured step keeps its cache when others join. It is bounded by the budget of caches."""
     model = load_model(folder, "cuda")
     stepper = Stepper(model)
-    step = stepper.least_bytes + (12 + ROOM + STEP) * stepper.token_bytes
+    step = stepper.least_bytes + room_for(12) * stepper.token_bytes
     held = {}
     for share in (0.0, 1.0):
         stepper.steps = CapturedSteps(model, capture=recorder(card))
         stepper.keep_within(int(share * BESIDE * step))
-        for text in (12, 40):
+        for text in (12, STEP + 1):
             one, two = stepper.new(), stepper.new()
             stepper.prefill(one, range(5, 5 + text))
             stepper.decode([one], [7])
@@ -221,8 +221,8 @@ def test_memory_beside_the_caches_of_a_server(folder: Path, card: Card) -> None:
     (none, least), (one, more) = held[0.0, 12], held[1.0, 12]
     assert (none, one) == (False, True)
     assert 0.8 * step < more - least < 1.1 * step  # what the graph computes comes on top
-    assert not held[1.0, 40][0]  # its step would take more
-    assert held[1.0, 40][1] - held[0.0, 40][1] == more - least
+    assert not held[1.0, STEP + 1][0]  # its step would take more
+    assert held[1.0, STEP + 1][1] - held[0.0, STEP + 1][1] == more - least
 
 
 @pytest.mark.card

@@ -143,7 +143,7 @@ def test_a_text_that_would_take_too_much_memory(
     config = model.config
     head = config.hidden_size // config.num_attention_heads
     token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head
-    room = captured.ROOM + captured.STEP
+    room = captured.room_for(1)
     monkeypatch.setattr(captured, "free_memory", lambda device: 2 * room * token - 1)
     expected = written(model)
     assert not replayed(model)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from moepress.hf import late_stops
-from moepress.hf.captured import PROOFS, ROOM, STEP, CapturedSteps
+from moepress.hf.captured import PROOFS, ROOM, STEP, CapturedSteps, room_for
 from moepress.hf.cuda_graph import Graph
 from moepress.serve import stepping
 from moepress.serve.limits import Limits
-from moepress.serve.rows import nbytes
 from moepress.serve.stepping import BESIDE, Stepper
 from tests.conftest import make_model
 from tests.hf.tape import tape
@@ -59,8 +58,9 @@ def replaced(model: Any) -> bool:
 def test_the_cache_of_a_captured_step_takes_an_eighth_of_the_budget(graphs: list[Graph]) -> None:
     net = make_model("mixtral")
     stepper = Stepper(net)
-    last, text = 16, list(range(5, 17))
-    eighth = stepper.least_bytes + (last + ROOM + STEP) * stepper.token_bytes
+    last = STEP  # after one more token a step would get room for another STEP tokens
+    text = [5 + token % 32 for token in range(last - 4)]
+    eighth = stepper.least_bytes + room_for(last) * stepper.token_bytes
     stepper.keep_within(BESIDE * eighth)
     state = stepper.new()
     stepper.prefill(state, text)
@@ -70,9 +70,10 @@ def test_the_cache_of_a_captured_step_takes_an_eighth_of_the_budget(graphs: list
         logits = stepper.decode([state], [token])[0]
         found.append(replaced(net))
         torch.testing.assert_close(logits, whole(net, text)[-1], rtol=1e-3, atol=2e-3)
-    assert found == [True] * (last - 12 + 1) + [False] * 3
+    assert found == [True] * (4 + 1) + [False] * 3
     step = stepper.steps._step
-    assert step is not None and 0 < nbytes(step.cache) <= eighth
+    assert step is not None
+    assert sum(x.nbytes for la in step.cache.layers for x in (la.keys, la.values)) == eighth
     stepper.keep_within(BESIDE * ROOM * stepper.token_bytes)  # no step has room for so few tokens
     assert stepper.steps._step is None
     stepper.close()
@@ -82,7 +83,7 @@ def test_the_cache_of_a_captured_step_takes_an_eighth_of_the_budget(graphs: list
 def test_the_engine_names_its_budget(chat_folder: Path, graphs: list[Graph], share: float) -> None:
     """share: of the caches' budget, for the least cache of a step times `BESIDE`."""
     token = Stepper(make_model("mixtral")).token_bytes
-    here = serving(chat_folder, Limits(cache=int(share * BESIDE * (ROOM + STEP) * token)))
+    here = serving(chat_folder, Limits(cache=int(share * BESIDE * room_for(1) * token)))
     before = len(graphs)
     text = here.text(max_tokens=12)
     engine = here.served.engine

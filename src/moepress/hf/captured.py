@@ -189,8 +189,7 @@ class CapturedSteps:
             self._step.cache.load(call.cache)
             return self._step, Text(call, max(1, self._step.proofs))
         self._step = None  # frees its memory, but for what the cache shows
-        room = tokens + max(self._room, tokens // 4)
-        room = -(-room // STEP) * STEP
+        room = room_for(tokens, self._room)
         device = call.ids.device
         if device.type == "cpu" and bytes_of(call.cache, room) > free_memory(device) // 2:
             raise torch.OutOfMemoryError  # a CPU has none that could be waited for
@@ -251,6 +250,15 @@ class CapturedSteps:
         self.fused = False
         name = type(self.model).__name__
         logger.warning("Steps of %s are captured without fused kernels: %s", name, reason)
+
+
+def room_for(tokens: int, more: int = ROOM) -> int:
+    """Tokens that the cache of a step has room for if it is captured after so many.
+
+    Args:
+        more: see ROOM.
+    """
+    return -(-(tokens + max(more, tokens // 4)) // STEP) * STEP
 
 
 def _capture(work: Callable[[], Tensor], device: torch.device) -> Graph:

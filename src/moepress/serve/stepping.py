@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-from moepress.hf.captured import ROOM, STEP, CapturedSteps, distance
+from moepress.hf.captured import CapturedSteps, distance, room_for
 from moepress.serve.rows import Rows, can_batch, nbytes
 
 logger = logging.getLogger(__name__)
@@ -149,8 +149,7 @@ class Stepper:
 
     def _beside(self, tokens: int) -> int:
         """Most bytes of the cache of a step that is captured after so many tokens."""
-        room = tokens + max(ROOM, tokens // 4) + STEP
-        return self.least_bytes + room * self.token_bytes
+        return self.least_bytes + room_for(tokens) * self.token_bytes
 
     def _capture(self, alone: bool) -> None:
         """Have steps of this thread captured while a sequence is alone, and only then.
