@@ -6,6 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -291,6 +292,8 @@ def test_calls_of_rotary_embeddings(calls: Counter[str]) -> None:
         same(drawn(3, batches=2), True)
         same(drawn(3, heads=2), True, unsqueeze_dim=2)
         same(drawn(MOST_TOKENS + 1), False)
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(same, drawn(1), False).result()
         q, k, cos, sin = drawn(2)
         same([q.requires_grad_(), k, cos, sin], False)
         with torch.no_grad():

@@ -50,9 +50,9 @@ def fused_rotary(model: nn.Module, devices: Sequence[str] = ("cuda",)) -> Iterat
     """While it is entered, a model's `apply_rotary_pos_emb` calls `moepress::rotary`.
 
     The functions of the modules in which the model's classes are defined are replaced: other models
-    of these classes call them too, and get the same. For at most MOST_TOKENS tokens without
-    gradients, and where the function's form is known. All other calls are computed as ever. Another
-    thread that enters waits until this one has left.
+    of these classes call them too, and get the same, in this thread. For at most MOST_TOKENS tokens
+    without gradients, and where the function's form is known. All other calls are computed as ever.
+    Another thread that enters waits until this one has left.
 
     Args:
         model: of transformers, loaded.
@@ -146,12 +146,13 @@ def _form_of(
 
 
 def _turn(plain: Turn, forms: Mapping[Kind, Form], devices: Sequence[str]) -> Turn:
-    """A function in the place of transformers', which calls the op where it fits."""
-    tensors = _parameters(plain)
+    """A function in the place of transformers', which calls the op in this thread where it fits."""
+    tensors, thread = _parameters(plain), threading.get_ident()
 
     @wraps(plain)
     def turned(*args: Any, **kwargs: Any) -> Any:
-        call = _Call.of(tensors, args, kwargs)
+        ours = threading.get_ident() == thread
+        call = _Call.of(tensors, args, kwargs) if ours else None
         form = None if call is None else call.form(forms, devices)
         if call is None or form is None:
             return plain(*args, **kwargs)
