@@ -211,8 +211,12 @@ def test_several_threads_share_the_bytes_of_a_tensor(
     parts = sorted((place.start, place.stop) for place in mine)
     assert parts == [(0, 384), (384, 768), (768, 1000), (1000, 1384), (1384, 1768), (1768, 2000)]
     os.truncate(tmp_path / "file", 1500)  # another thread's part than the first
+    reading = ReadAhead(needs[:2], "file")
+    for part in parts[-2:]:  # the thread of either may be the first to see it
+        with pytest.raises(CheckpointError, match=r"file ends at byte 1,500"):
+            reading._read_place(Place(tmp_path / "file", *part))
     with pytest.raises(CheckpointError, match=r"file ends at byte 1,500"):
-        ReadAhead(needs[:2], "file").wait_for(("1", None))
+        reading.wait_for(("1", None))
     until(lambda: not threads())
 
 

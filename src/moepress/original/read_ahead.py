@@ -185,9 +185,10 @@ class ReadAhead:
             file.seek(place.start)
             while left and not self._stopped:
                 count = file.readinto(buffer[: min(left, PIECE)])
-                if not count:
+                if not count:  # it may end before this part begins
+                    end = min(place.stop - left, os.fstat(file.fileno()).st_size)
                     raise CheckpointError(
-                        f"{place.path} ends at byte {place.stop - left:,}. Expected "
+                        f"{place.path} ends at byte {end:,}. Expected "
                         f"{place.stop:,} bytes at least, as at the beginning: it was cut or "
                         "replaced meanwhile; fetch it again."
                     )
