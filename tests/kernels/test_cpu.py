@@ -365,7 +365,7 @@ def test_bfloat16_is_converted_as_torch_does() -> None:
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
 def test_every_header_compiles_on_its_own(tmp_path: Path) -> None:
     """The target `headers` of CMakeLists.txt: a header includes everything that it uses."""
-    for command in (("-S", str(SOURCES), "-B", "."), ("--build", ".", "--target", "headers")):
+    for command in (("-GNinja", "-S", str(SOURCES)), ("--build", ".", "--target", "headers")):
         done = subprocess.run(("cmake", *command), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -377,7 +377,7 @@ def test_no_byte_outside_is_touched(tmp_path: Path) -> None:
     run = lambda *command: subprocess.run(  # noqa: E731
         command, capture_output=True, text=True, timeout=600
     )
-    made = run("cmake", "-S", str(SOURCES), "-B", str(tmp_path), *options)
+    made = run("cmake", "-GNinja", "-S", str(SOURCES), "-B", str(tmp_path), *options)
     assert made.returncode == 0, made.stderr
     made = run("cmake", "--build", str(tmp_path), "-j", "2")
     assert made.returncode == 0, made.stdout + made.stderr

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -73,9 +74,13 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, SystemExit):
             raise
         except BrokenPipeError:  # a reader such as `head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise typer.Exit(1) from None
         except BaseException as error:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_output()
             text, code = described(error)
             if tells_error():
                 if _debug:
@@ -84,6 +89,12 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(code) from None
 
     return run
+
+
+def _drop_output() -> None:
+    """What stdout still holds goes nowhere: Python would try to write it again at its end."""
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _check_words(words: list[str]) -> None:

@@ -31,7 +31,7 @@ def emulator(model: str) -> tuple[str, ...]:
 
 def missing() -> list[str]:
     """The programs that are not installed."""
-    lacking = [name for name in (COMPILER, "cmake") if not shutil.which(name)]
+    lacking = [name for name in (COMPILER, "cmake", "ninja") if not shutil.which(name)]
     if not any(shutil.which(name) for name in EMULATORS):
         lacking.append(EMULATORS[0])
     return lacking
@@ -47,7 +47,8 @@ def build(folder: Path) -> None:
         "MOEPRESS_FUZZ": HERE.parent / "fuzz_cpu.cpp",
     }
     sources = ROOT / "src/moepress/kernels/cpu"
-    cmake = "cmake", "-S", sources, "-B", folder, *(f"-D{k}={v}" for k, v in options.items())
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    cmake = "cmake", "-GNinja", "-S", sources, "-B", folder, *defined
     subprocess.run(cmake, check=True, stdout=subprocess.DEVNULL)
     jobs = str(os.cpu_count() or 1)
     for target in ("all", "headers"):
