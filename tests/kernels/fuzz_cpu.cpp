@@ -262,6 +262,10 @@ void trellis_search() {
     expect(moepress_trellis_values(branches.get(), rows, 8, bits, int(pick(1, 3)), values.get()) ==
                kOk,
            "trellis values: wrong result");
+    const int64_t width = bits > 8 ? bits : 10 * bits, wide = bits > 8 ? 16 : 8;  // columns
+    Buffer<uint8_t> some = random_bytes(rows * wide), codes(rows * wide * width / 80);
+    expect(moepress_trellis_pack(some.get(), rows, wide, bits, int(pick(1, 3)), codes.get()) == kOk,
+           "trellis packing: wrong result");
     const int64_t cols = 32 * pick(1, 20), count = pick(1, 9);
     Buffer<float> x = random_floats(count * cols);
     expect(moepress_trellis_rotate(x.get(), count, cols, int(pick(0, 1)), int(pick(1, 3))) == kOk,

@@ -127,6 +127,23 @@ def test_unpack_gives_back_what_was_packed(bits: float, rows: int) -> None:
     assert all(torch.equal(there, here) for there, here in zip(parts, back, strict=True))
 
 
+@pytest.mark.skipif(cpu.missing() is not None, reason="needs the library")
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+@pytest.mark.parametrize("rows, cols", [(64, 32), (192, 96)])
+def test_compiled_packing_gives_the_same_bytes(bits: float, rows: int, cols: int) -> None:
+    branches, _ = random_branches(rows, cols, bits)
+    expected = trellis.pack_codes(branches, bits)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(cpu.trellis_pack(branches, bits), expected)
+    finally:
+        torch.set_num_threads(before)
+    of_columns = branches.T.contiguous().T  # strides of a transposed matrix
+    assert torch.equal(cpu.trellis_pack(of_columns, bits), expected)
+
+
 def test_bytes_that_do_not_fit_are_refused() -> None:
     branches, scales = random_branches(64, 32, 2)
     with pytest.raises(InputError, match="got 3"):

@@ -45,7 +45,7 @@ between lanes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, reduce
 from typing import Literal
 
@@ -59,6 +59,7 @@ from moepress.format.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB, Codec
 # The values of a code: as they are (`values_in_turn`), or as kernels take them in products with
 # activations of 8 bits, of few or of many tokens (`average_values`, `byte_values`).
 Values = Literal["exact", "averages", "bytes"]
+PackCodes = Callable[[Tensor, float], Tensor]  # as `pack_codes`
 
 STATE_BITS = 12
 STATES = 1 << STATE_BITS
@@ -153,12 +154,13 @@ def _table(bits: float, device: torch.device, values: Values) -> Tensor:
     return tables[values](bits).to(device, torch.float32)
 
 
-def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
+def pack(branches: Tensor, scales: Tensor, codec: Codec, packed: PackCodes | None = None) -> Tensor:
     """The bytes of a matrix of trellis codes.
 
     Args:
         branches: [64 S, K] uint8, each below 2**bits of its step; S = N / 64, rounded up.
         scales: [N] bfloat16.
+        packed: does what `pack_codes` does; None: that.
 
     Returns:
         [codec.nbytes(N, K)] uint8, on the device of `branches`.
@@ -178,9 +180,15 @@ def pack(branches: Tensor, scales: Tensor, codec: Codec) -> Tensor:
     for step, width in enumerate(branch_bits(codec.bits)):
         if branches.numel() and (largest := int(by_step[:, :, step].max())) >= 1 << width:
             raise InputError(f"{codec.name} has branches 0 to {(1 << width) - 1}, got {largest}.")
+    codes = (packed or pack_codes)(branches, codec.bits)
+    return torch.cat([codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
+
+
+def pack_codes(branches: Tensor, bits: float) -> Tensor:
+    """The bytes of whole slabs of branches [64 S, K]: [S * 64 * K * bits / 8] uint8."""
     step = max(1, WEIGHTS_AT_ONCE // (ROWS_PER_SLAB * branches.shape[1])) * ROWS_PER_SLAB
-    codes = [_pack(branches[i : i + step], codec.bits) for i in range(0, rows, step)]
-    return torch.cat([*codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
+    some = [_pack(branches[i : i + step], bits) for i in range(0, len(branches), step)]
+    return torch.cat([branches.new_empty(0), *some])
 
 
 def _pack(branches: Tensor, bits: float) -> Tensor:

@@ -355,6 +355,22 @@ def trellis_values(branches: Tensor, bits: float) -> Tensor:
     return values
 
 
+def trellis_pack(branches: Tensor, bits: float) -> Tensor:
+    """The stored bytes of branches [64 S, K], `trellis.pack_codes`: [rows * K * bits / 8] uint8."""
+    given = branches.contiguous()
+    codes = torch.empty(int(given.numel() * bits) // 8, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    interface.call(
+        "moepress_trellis_pack",
+        given.data_ptr(),
+        *given.shape,
+        width_number(bits),
+        threads,
+        codes.data_ptr(),
+    )
+    return codes
+
+
 def trellis_rotate(x: Tensor, back: bool) -> None:
     """`trellis.rotate`, or with `back` `trellis.rotate_back`, in place and with the same floats.
 

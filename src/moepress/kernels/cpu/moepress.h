@@ -119,6 +119,11 @@ MOEPRESS_API int32_t moepress_trellis_search(float* target, float* feedback, int
 MOEPRESS_API int32_t moepress_trellis_values(const uint8_t* branches, int64_t rows, int64_t cols,
                                              int32_t bits, int32_t threads, float* values);
 
+// codes: the stored bytes of whole slabs of `branches` [rows][cols] (kernels/trellis.py, pack_codes).
+// rows is a multiple of 64, cols of 8, at half widths of 16. trellis_pack.cpp.
+MOEPRESS_API int32_t moepress_trellis_pack(const uint8_t* branches, int64_t rows, int64_t cols,
+                                           int32_t bits, int32_t threads, uint8_t* codes);
+
 // x [rows][cols] <- x Q^T in place, or with `back` x Q (docs/format.md): floats equal to those of
 // `rotate` and `rotate_back` of kernels/trellis.py. cols is a multiple of 32. trellis.cpp.
 MOEPRESS_API int32_t moepress_trellis_rotate(float* x, int64_t rows, int64_t cols, int32_t back,

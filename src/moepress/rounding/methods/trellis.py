@@ -69,7 +69,8 @@ class TrellisMatrix:
 
     def pack(self) -> Tensor:
         """The stored bytes (docs/format.md)."""
-        return trellis.pack(self.branches, self.scales, self.codec)
+        packed = cpu.trellis_pack if _is_compiled_for(self.branches) else None
+        return trellis.pack(self.branches, self.scales, self.codec, packed)
 
 
 class Unrounded(NamedTuple):
@@ -224,5 +225,8 @@ def path_values(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix`, compiled where that is possible."""
     if available(branches.device):
         return values.code_matrix(branches, bits)
-    compiled = branches.device.type == "cpu" and cpu.missing() is None
-    return (cpu.trellis_values if compiled else code_matrix)(branches, bits)
+    return (cpu.trellis_values if _is_compiled_for(branches) else code_matrix)(branches, bits)
+
+
+def _is_compiled_for(branches: Tensor) -> bool:
+    return branches.device.type == "cpu" and cpu.missing() is None
