@@ -297,7 +297,8 @@ def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding
 def _stored(rows: int, cols: int, bits: float, rounding: Rounding) -> Work:
     """A rounded matrix packed and dequantized."""
     family = stored_family(bits, rounding.family)
-    packing = Work({"copy": 2 * bits * rows * cols, "read": int(rows * cols * bits / 8)})
+    passes = 1 if family == "trellis" else 2 * bits
+    packing = Work({"copy": passes * rows * cols, "read": int(rows * cols * bits / 8)})
     return packing + op.dequantize(rows, cols, bits, family)
 
 
