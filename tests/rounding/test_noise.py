@@ -16,7 +16,6 @@ from moepress.format.codec import TRELLIS_BITS, Codec
 from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.recipe import Recipe
 from moepress.rounding import methods
-from moepress.rounding import noise as noise_module
 from moepress.rounding import sweep as sweep_module
 from moepress.rounding.factor import DenseFactor, block_feedback
 from moepress.rounding.fit import within_blocks
@@ -116,8 +115,7 @@ def test_errors_cost_what_those_of_the_search_cost(rows: int) -> None:
 @pytest.mark.parametrize("columns", [16, 256])
 def test_feedback_in_16_bits_costs_the_same(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within .2 %; another draw changes these costs by 1 %."""
-    for module in (sweep_module, noise_module):
-        monkeypatch.setattr(module, "COLUMNS_IN_16_BITS", columns)
+    monkeypatch.setattr(sweep_module, "COLUMNS_IN_16_BITS", columns)
     weight, factor = weight_and_factor(96, 320)
     weight = weight.bfloat16()
     noise = draw(weight.shape, 0, "x")

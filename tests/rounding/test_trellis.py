@@ -34,8 +34,9 @@ from moepress.original.source import Source
 from moepress.recipe import Recipe
 from moepress.rounding.factor import block_feedback
 from moepress.rounding.hessian import Hessian
-from moepress.rounding.methods import quantize_matrix, viterbi
-from moepress.rounding.methods.trellis import path_values, quantize_trellis
+from moepress.rounding.inputs import Inputs
+from moepress.rounding.methods import Unrounded, quantize_matrix, viterbi
+from moepress.rounding.methods.trellis import path_values, quantize_together, quantize_trellis
 from tests.conftest import small_recipe
 from tests.rounding.test_methods import BFLOAT16_UNIT, UNIT, dense_hessian
 
@@ -364,6 +365,22 @@ def test_block_feedback_is_the_loss_by_blocks() -> None:
         inverse = torch.linalg.inv(r[block, block]).abs()
         bound = 8 * UNIT * v[block, block].abs() @ r[block, block].abs() @ inverse
         assert ((v[block, block] - torch.eye(8)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [30, 600])  # a factor of tokens, and a dense one
+def test_scales_of_narrow_products(tokens: int) -> None:
+    """Products of bfloat16 numbers change scales by a hundredth of a rounding, and no code."""
+    inputs = Inputs(128, "cpu", "trellis", False, tokens=tokens)
+    inputs.add(correlated(tokens, 128), None)
+    factor = inputs.factor(0.01)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(5))
+    given = [
+        Unrounded(weight, codec_of(2.5), factor, dtype) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    wide, narrow = (quantize_together([one])[0] for one in given)
+    assert torch.equal(wide.branches, narrow.branches)
+    torch.testing.assert_close(narrow.scales, wide.scales, rtol=2**-7, atol=0)  # one step
+    assert 0 <= (narrow.scales != wide.scales).sum() <= 4
 
 
 @pytest.mark.parametrize("bits", [1, 2])

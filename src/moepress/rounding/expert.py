@@ -24,7 +24,7 @@ from moepress.rounding.factor import Factor
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
-from moepress.rounding.sweep import slices
+from moepress.rounding.sweep import products_dtype, slices
 from moepress.rounding.tokens import hessian_tokens
 from moepress.sending import rows_sent, sent
 
@@ -135,7 +135,8 @@ def round_gate_ups(
     original model (`Routed.original`), the weights make up for a share of the difference between
     the expert's inputs now and these (correction.py).
     """
-    return _round([_gate_up_target(expert, rounding) for expert in experts], rounding, widths)
+    targets = [_gate_up_target(expert, rounding) for expert in experts]
+    return _round(targets, rounding, widths, products_dtype(experts[0].weights.gate_up))
 
 
 def round_down(
@@ -175,7 +176,7 @@ def round_downs(
         for expert, gate_up in zip(experts, gate_ups, strict=True)
     ]
     targets = [_target(*pair, rounding) for pair in zip(weights, inputs, strict=True)]
-    rounded = _round(targets, rounding, widths)
+    rounded = _round(targets, rounding, widths, products_dtype(weights[0]))
     return [
         [one.rescaled(matrix, weight, factor) for matrix in matrices]
         for one, matrices, weight, (_, factor) in zip(
@@ -267,12 +268,17 @@ def _round(
     targets: Sequence[tuple[Tensor, Factor | None]],
     rounding: Rounding,
     widths: Sequence[Sequence[float]],
+    products: torch.dtype = torch.float32,
 ) -> list[list[Matrix]]:
-    """Weights of one shape, each at each of its widths."""
+    """Weights of one shape, each at each of its widths.
+
+    Args:
+        products: see `Unrounded`.
+    """
     matrices = quantize_matrices(
         rounding.quantizer,
         [
-            Unrounded(weight, rounding.codec(bits, weight.shape[1]), factor)
+            Unrounded(weight, rounding.codec(bits, weight.shape[1]), factor, products)
             for (weight, factor), of_one in zip(targets, widths, strict=True)
             for bits in of_one
         ],

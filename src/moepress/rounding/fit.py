@@ -21,7 +21,13 @@ from moepress.rounding.factor import COLUMNS_PER_SLICE, Factor
 from moepress.rounding.hessian import tensor_cores
 
 
-def best_scale(rows: Tensor, scale: Tensor, residual: Tensor, factor: Factor | None) -> Tensor:
+def best_scale(
+    rows: Tensor,
+    scale: Tensor,
+    residual: Tensor,
+    factor: Factor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The best scale of each row for its codes, [N] float32.
 
     Args:
@@ -29,9 +35,13 @@ def best_scale(rows: Tensor, scale: Tensor, residual: Tensor, factor: Factor | N
         scale: [N] float32, of the codes so far; kept where it is 0 or all codes have the value 0.
         residual: [K, N] r, columns first, in units of `scale`. Without feedback it is E.
         factor: of the Hessian; None: all inputs alike, and no feedback.
+        dtype: float32 or bfloat16, of the factors of the product with R.
     """
     per_scale = inverse(scale)
-    slices = torch.split(rows.T, COLUMNS_PER_SLICE) if factor is None else factor.products(rows.T)
+    if factor is None:
+        slices: Iterable[Tensor] = torch.split(rows.T, COLUMNS_PER_SLICE)
+    else:
+        slices = factor.products(rows.T, dtype)
     weighted = (some * per_scale for some in slices)
     product, energy = _products(weighted, residual, factor)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)

@@ -37,7 +37,7 @@ from moepress.rounding.hessian import tensor_cores
 from moepress.rounding.methods.trellis import START, rotated_rows
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate_back
-from moepress.rounding.sweep import COLUMNS_IN_16_BITS, Feedback, Visit, in_16_bits, sweep
+from moepress.rounding.sweep import Feedback, Visit, products_dtype, sweep
 from moepress.sending import sent
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
@@ -115,8 +115,7 @@ def noisy_weights(
     torch.mul(rows.T, inverse(size), out=target)
     count = len(rows) if rows_of_code is None else rows_of_code
     del rows
-    narrow = in_16_bits(weight.dtype, weight.device) and len(target) > COLUMNS_IN_16_BITS
-    dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = products_dtype(weight)
     weighted = list(factor.products(target, dtype))
     feedback = factor.by_block(dtype)
     noise = noise.to(target.device, non_blocking=noise.is_pinned())

@@ -48,17 +48,23 @@ Feedback = Tensor | TokenFeedback
 
 
 def in_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether drawn errors, corrections and gains are of products of bfloat16 numbers.
+    """Whether drawn errors, corrections, gains and scales are of products of bfloat16 numbers.
 
     Weights are bfloat16 on CPUs that multiply such numbers faster (original/dtypes.py). It changes
     costs by .03 % at most, and another draw by .6 % (docs/log.md#rounding-on-a-cpu); of what a
-    correction gains it takes .002 % (docs/log.md#few-tokens). Feedback of real rounding stays in
-    float32.
+    correction gains it takes .002 % (docs/log.md#few-tokens); it changes scales by .01 % at most
+    (docs/log.md#cpu-profile). Feedback of real rounding stays in float32.
 
     Args:
         dtype: of the weights, or of the inputs.
     """
     return device.type == "cpu" and dtype == torch.bfloat16
+
+
+def products_dtype(weight: Tensor) -> torch.dtype:
+    """Of products with a factor of K columns for weights [N, K], where `in_16_bits` allows it."""
+    narrow = in_16_bits(weight.dtype, weight.device) and weight.shape[1] > COLUMNS_IN_16_BITS
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def sweep(

@@ -22,8 +22,8 @@ one of each is:
 
 Where the inputs of a matrix are those of one expert, `tokens` is their number: few tokens are kept
 in place of sums (rounding/kept_tokens.py), and fewer still make a factor of tokens
-(rounding/token_factor.py). `in_16_bits` says whether products of drawn errors, corrections and
-gains are in the dtype of the walk.
+(rounding/token_factor.py). `in_16_bits` says whether products of drawn errors, corrections, gains
+and scales are in the dtype of the walk.
 """
 
 from __future__ import annotations
@@ -273,7 +273,12 @@ def dequantize(rows: int, cols: int, bits: float, family: str) -> Work:
 
 
 def round_trellis(
-    rows: int, cols: int, bits: float, feedback: bool, tokens: int | None = None
+    rows: int,
+    cols: int,
+    bits: float,
+    feedback: bool,
+    tokens: int | None = None,
+    in_16_bits: bool = False,
 ) -> Work:
     """Round a matrix to trellis codes; with feedback its factor is at hand."""
     visits = cols // TILE_COLUMNS
@@ -281,14 +286,15 @@ def round_trellis(
     work += Work({"copy": PASSES_OF_ROUNDING * rows * cols, "call": visits * CALLS_OF_VISIT})
     if feedback:
         work += block_feedback(cols, tokens) + sweep(rows, cols, TILE_COLUMNS, tokens=tokens)
-        work += refit(rows, cols, tokens)
+        work += refit(rows, cols, tokens, in_16_bits and cols > COLUMNS_IN_16_BITS)
     return work
 
 
-def refit(rows: int, cols: int, tokens: int | None = None) -> Work:
+def refit(rows: int, cols: int, tokens: int | None = None, in_16_bits: bool = False) -> Work:
     """The best scale of each row, with a factor (`fit.best_scale`)."""
     blocks = product(rows, TILE_COLUMNS, cols, "float32")
-    return upper_product(rows, cols, tokens) + blocks + product(2, cols, rows, "float32")
+    weighted = Work({_dtype(in_16_bits): upper_product(rows, cols, tokens)["float32"]})
+    return weighted + blocks + product(2, cols, rows, "float32")
 
 
 def draw_errors(

@@ -182,14 +182,19 @@ def _offered(
 
 
 def _rounded(
-    rows: int, cols: int, bits: float, rounding: Rounding, tokens: int | None = None
+    rows: int,
+    cols: int,
+    bits: float,
+    rounding: Rounding,
+    tokens: int | None = None,
+    in_16_bits: bool = False,
 ) -> Work:
     """A matrix rounded to one width; widths of another family are rounded to nearest."""
     family = stored_family(bits, rounding.family)
     if family != rounding.family:
         return op.round_scalar(rows, cols, bits, rounding.group_size, feedback=False)
     if family == "trellis":
-        return op.round_trellis(rows, cols, bits, rounding.needs_hessian, tokens)
+        return op.round_trellis(rows, cols, bits, rounding.needs_hessian, tokens, in_16_bits)
     group = rounding.codec(bits, cols).group_size
     return op.round_scalar(rows, cols, bits, group, rounding.needs_hessian, tokens)
 
@@ -284,7 +289,7 @@ def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding
             works.append(op.factor(cols, tokens))
         if rounding.corrects:
             works.append(op.corrected(rows, cols, rotates, True, tokens, in_16_bits))
-        works.append(_rounded(rows, cols, bits, rounding, tokens))
+        works.append(_rounded(rows, cols, bits, rounding, tokens, in_16_bits))
         works.append(times(2, _stored(rows, cols, bits, rounding)))  # gate_up for down, both after
     if rounding.corrects:
         works.append(op.gain(*shape.down, rotates, tokens, in_16_bits))

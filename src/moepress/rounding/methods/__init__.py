@@ -103,7 +103,7 @@ def quantize_matrices(name: str, matrices: Sequence[Unrounded]) -> list[Matrix]:
     ]
     searched = iter(quantize_together(on_paths) if on_paths else [])
     return [
-        next(searched) if one.codec.family == "trellis" else _quantize_scalar(name, *one)
+        next(searched) if one.codec.family == "trellis" else _quantize_scalar(name, *one[:3])
         for one in matrices
     ]
 
@@ -118,7 +118,7 @@ def _quantize_scalar(
 
 
 def _check(name: str, matrix: Unrounded) -> None:
-    weight, codec, factor = matrix
+    weight, codec, factor = matrix[:3]
     if codec.family == "trellis" and name not in ("gptq", "rtn"):
         raise InputError(f"Quantizer '{name}' makes scalar codes only. Use gptq or rtn.")
     if name in WITHOUT_HESSIAN:

@@ -79,6 +79,7 @@ class Unrounded(NamedTuple):
     weight: Tensor  # [N, K], any float dtype; not changed
     codec: Codec  # of the trellis family
     factor: Factor | None  # of the Hessian of the *rotated* inputs; None: no feedback
+    products: torch.dtype = torch.float32  # of the products that fit the scales (sweep.py)
 
 
 def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> TrellisMatrix:
@@ -97,7 +98,7 @@ def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
         InputError: a weight is no matrix, shapes differ, or K is no multiple of a group size.
         NumericalError: a weight holds NaN or infinity.
     """
-    for weight, codec, _ in matrices:
+    for weight, codec, *_ in matrices:
         if weight.dim() != 2:
             raise InputError(f"weight must be [N, K], got {list(weight.shape)}.")
         codec.groups(weight.shape[1])  # raises InputError if the group size does not divide K
@@ -139,10 +140,10 @@ def _quantize(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     rows = _Rotated()
     branches, residual, scales = _searched(rows, matrices)
     results = []
-    for number, (weight, codec, factor) in enumerate(matrices):
+    for number, (weight, codec, factor, dtype) in enumerate(matrices):
         found = branches[number].T.contiguous()
         left = residual[number, :, : len(weight)].contiguous()
-        scale = best_scale(rows.again(weight), scales[number], left, factor)
+        scale = best_scale(rows.again(weight), scales[number], left, factor, dtype)
         results.append(TrellisMatrix(found, scale.bfloat16(), codec))
     return results
 
@@ -186,7 +187,7 @@ def _searched(rows: _Rotated, matrices: Sequence[Unrounded]) -> tuple[Tensor, Te
     # in units of `code_values`; then what is left
     target = torch.zeros(shape, dtype=torch.float32, device=matrices[0].weight.device)
     scales = []
-    for number, (weight, codec, factor) in enumerate(matrices):
+    for number, (weight, codec, factor, _) in enumerate(matrices):
         some = rows.of(weight)
         scales.append(first_scale(some, codec, factor is not None))
         torch.mul(some.T, inverse(scales[-1]), out=target[number, :, :length])
@@ -200,7 +201,7 @@ def _searched(rows: _Rotated, matrices: Sequence[Unrounded]) -> tuple[Tensor, Te
 
     feedback: dict[int, Feedback] = {}  # V by factor
     pairs = []
-    for number, (*_, factor) in enumerate(matrices):
+    for number, (_, _, factor, _) in enumerate(matrices):
         if factor is not None:
             if id(factor) not in feedback:
                 feedback[id(factor)] = factor.by_block()
