@@ -267,6 +267,16 @@ void trellis_search() {
     expect(moepress_trellis_pack(some.get(), rows, wide, bits, int(pick(1, 3)), codes.get()) == kOk,
            "trellis packing: wrong result");
     const int64_t cols = 32 * pick(1, 20), count = pick(1, 9);
+    const int64_t fitted = pick(1, 3) * pick(1, 400);  // rows: more than one thread's share
+    const int32_t narrow = int(pick(0, 1));
+    Buffer<uint8_t> weighted = random_numbers(16 * fitted, narrow);
+    Buffer<float> residual = random_floats(16 * fitted), per_scale = random_floats(fitted);
+    Buffer<float> blocks = random_floats(128), curvature = random_floats(16);
+    Buffer<float> product = random_floats(fitted), energy = random_floats(fitted);
+    expect(moepress_trellis_fit(weighted.get(), narrow, pick(0, 1) ? per_scale.get() : nullptr,
+                                residual.get(), blocks.get(), curvature.get(), 16, fitted,
+                                int(pick(1, 3)), product.get(), energy.get()) == kOk,
+           "trellis fit: wrong result");
     Buffer<float> x = random_floats(count * cols);
     expect(moepress_trellis_rotate(x.get(), count, cols, int(pick(0, 1)), int(pick(1, 3))) == kOk,
            "trellis rotation: wrong result");

@@ -32,6 +32,7 @@ from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu, reference, scalar, trellis
 from moepress.original.source import Source
 from moepress.recipe import Recipe
+from moepress.rounding import fit
 from moepress.rounding.factor import block_feedback
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
@@ -365,6 +366,27 @@ def test_block_feedback_is_the_loss_by_blocks() -> None:
         inverse = torch.linalg.inv(r[block, block]).abs()
         bound = 8 * UNIT * v[block, block].abs() @ r[block, block].abs() @ inverse
         assert ((v[block, block] - torch.eye(8)).abs() <= bound).all()
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="needs the library")
+@pytest.mark.parametrize("rows", [1, 513, 1030])  # a thread has 512 at a time
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_compiled_sums_of_the_fit(rows: int, dtype: torch.dtype, scaled: bool) -> None:
+    hessian = Hessian(96, "cpu")
+    hessian.add(correlated(200, 96))
+    factor = hessian.factor(0.01)
+    generator = torch.Generator().manual_seed(rows)
+    weighted = list(factor.products(torch.randn(96, rows, generator=generator), dtype))
+    residual = torch.randn(rows, 96, generator=generator).T  # not contiguous
+    per_scale = torch.rand(rows, generator=generator) if scaled else None
+    found = fit._sums(weighted, residual, factor, per_scale)
+    expected = fit.plain_sums(weighted, residual, factor, per_scale)
+    errors = fit.within_blocks(residual.contiguous(), factor.diagonal_blocks(8))
+    some = torch.cat(weighted).float() * (1.0 if per_scale is None else per_scale)
+    terms = factor.curvature @ (some.abs() * (some.abs() + errors.abs()))
+    assert ((found[0] - expected[0]).abs() <= 2e-6 * terms).all()
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("tokens", [30, 600])  # a factor of tokens, and a dense one

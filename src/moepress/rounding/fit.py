@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from moepress.kernels import cpu
 from moepress.kernels.trellis import TILE_COLUMNS
 from moepress.rounding.factor import COLUMNS_PER_SLICE, Factor
 from moepress.rounding.hessian import tensor_cores
@@ -42,8 +43,7 @@ def best_scale(
         slices: Iterable[Tensor] = torch.split(rows.T, COLUMNS_PER_SLICE)
     else:
         slices = factor.products(rows.T, dtype)
-    weighted = (some * per_scale for some in slices)
-    product, energy = _products(weighted, residual, factor)
+    product, energy = _sums(slices, residual, factor, per_scale)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)
 
 
@@ -55,27 +55,54 @@ def gain(weighted: Sequence[Tensor], residual: Tensor, factor: Factor) -> Tensor
         residual: [K, N] r = E V.
         factor: of the Hessian.
     """
-    product, energy = _products(weighted, residual, factor)
+    product, energy = _sums(weighted, residual, factor)
     return torch.where(energy > 0, product / energy, 1.0)
 
 
-def _products(
-    weighted: Iterable[Tensor], residual: Tensor, factor: Factor | None
-) -> tuple[Tensor, Tensor]:
-    """<w, c>_H and <c, c>_H of each row, both [N], summed over slices of columns.
+def _sums(
+    weighted: Iterable[Tensor],
+    residual: Tensor,
+    factor: Factor | None,
+    per_scale: Tensor | None = None,
+) -> Tensor:
+    """`plain_sums`, compiled where that is possible."""
+    if factor is None or residual.device.type != "cpu" or cpu.missing() is not None:
+        return plain_sums(weighted, residual, factor, per_scale)
+    sums = residual.new_zeros(2, residual.shape[1])
+    residual = residual.contiguous()
+    blocks = factor.diagonal_blocks(TILE_COLUMNS)
+    start = 0
+    for right in weighted:
+        here = slice(start, start + len(right))
+        start = here.stop
+        inside = blocks[here.start // TILE_COLUMNS : here.stop // TILE_COLUMNS]
+        cpu.trellis_fit(right, per_scale, residual[here], inside, factor.curvature[here], sums)
+    return sums
+
+
+def plain_sums(
+    weighted: Iterable[Tensor],
+    residual: Tensor,
+    factor: Factor | None,
+    per_scale: Tensor | None = None,
+) -> Tensor:
+    """<w, c>_H and <c, c>_H of each row, [2, N] float32, summed over slices of columns.
 
     Args:
-        weighted: R^T w [K, N], some rows at a time.
+        weighted: R^T w [K, N], float32 or bfloat16, some rows at a time.
         residual: [K, N] r = E V.
         factor: None: H = I.
+        per_scale: [N] float32, factors of w; None: 1.
     """
-    product, energy = residual.new_zeros(2, residual.shape[1])
+    product, energy = sums = residual.new_zeros(2, residual.shape[1])
     blocks = None if factor is None else factor.diagonal_blocks(TILE_COLUMNS)
     start = 0
     with tensor_cores(residual.device):
         for right in weighted:
             here = slice(start, start + len(right))
             start = here.stop
+            if per_scale is not None:
+                right = right * per_scale
             if factor is None or blocks is None:
                 errors, curvature = residual[here], residual.new_ones(len(right))
             else:
@@ -84,7 +111,7 @@ def _products(
             codes = right - errors
             product += curvature @ (right * codes)
             energy += curvature @ codes.square_()
-    return product, energy
+    return sums
 
 
 def within_blocks(residual: Tensor, blocks: Tensor) -> Tensor:

@@ -371,6 +371,40 @@ def trellis_pack(branches: Tensor, bits: float) -> Tensor:
     return codes
 
 
+def trellis_fit(
+    weighted: Tensor,
+    per_scale: Tensor | None,
+    residual: Tensor,
+    blocks: Tensor,
+    curvature: Tensor,
+    sums: Tensor,
+) -> None:
+    """Add what some columns give to `rounding.fit.plain_sums`.
+
+    Args:
+        weighted: [k, N] float32 or bfloat16, R^T w.
+        per_scale: [N] float32, factors of w; None: 1.
+        residual: [k, N] float32, contiguous.
+        blocks: [k / 8, 8, 8] float32, on the diagonal of R.
+        curvature: [k] float32.
+        sums: [2, N] float32, contiguous: <w, c>_H and <c, c>_H; changed.
+    """
+    weighted, blocks = weighted.contiguous(), blocks.contiguous()
+    interface.call(
+        "moepress_trellis_fit",
+        weighted.data_ptr(),
+        int(weighted.dtype == torch.bfloat16),
+        None if per_scale is None else per_scale.data_ptr(),
+        residual.data_ptr(),
+        blocks.data_ptr(),
+        curvature.data_ptr(),
+        *weighted.shape,
+        torch.get_num_threads(),
+        sums[0].data_ptr(),
+        sums[1].data_ptr(),
+    )
+
+
 def trellis_rotate(x: Tensor, back: bool) -> None:
     """`trellis.rotate`, or with `back` `trellis.rotate_back`, in place and with the same floats.
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "number_kinds.h"
+
 namespace moepress {
 
 struct Biases {
@@ -17,17 +19,10 @@ struct Biases {
     const float* copy(size_t expert, int64_t first, int64_t n, float* out) const {
         if (at == nullptr) return nullptr;
         const size_t place = size_t(rows) * expert + size_t(first);
-        const auto* bytes = static_cast<const uint8_t*>(at) + place * (bfloat16 ? 2 : 4);
-        if (!bfloat16) {
-            std::memcpy(out, bytes, size_t(n) * sizeof(float));
-            return out;
-        }
-        for (int64_t i = 0; i < n; ++i) {
-            uint16_t high;
-            std::memcpy(&high, bytes + 2 * i, 2);
-            const uint32_t bits = uint32_t(high) << 16;
-            std::memcpy(out + i, &bits, 4);
-        }
+        if (bfloat16)
+            widen_numbers<Bfloat16>(static_cast<const uint16_t*>(at) + place, n, out);
+        else
+            std::memcpy(out, static_cast<const float*>(at) + place, size_t(n) * sizeof(float));
         return out;
     }
 };

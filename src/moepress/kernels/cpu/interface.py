@@ -64,6 +64,10 @@ SIGNATURES = {
     "moepress_trellis_search": (c_void_p, c_void_p, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_values": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
     "moepress_trellis_pack": (c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p),
+    "moepress_trellis_fit": (
+        c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32,
+        c_void_p, c_void_p,
+    ),
     "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
     "moepress_rms_norm": (
         c_void_p, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_float,

@@ -124,6 +124,16 @@ MOEPRESS_API int32_t moepress_trellis_values(const uint8_t* branches, int64_t ro
 MOEPRESS_API int32_t moepress_trellis_pack(const uint8_t* branches, int64_t rows, int64_t cols,
                                            int32_t bits, int32_t threads, uint8_t* codes);
 
+// Adds to product and energy [rows] the sums over columns k of c_k w_k v_k and c_k v_k^2 for
+// v = w - E R (rounding/fit.py, plain_sums). `weighted` [cols][rows] float or bfloat16, times
+// per_scale [rows] or null, is w; residual [cols][rows]; blocks [cols / 8][8][8]; curvature [cols]
+// is c. cols is a multiple of 8. trellis_fit.cpp.
+MOEPRESS_API int32_t moepress_trellis_fit(const void* weighted, int32_t bfloat16,
+                                          const float* per_scale, const float* residual,
+                                          const float* blocks, const float* curvature, int64_t cols,
+                                          int64_t rows, int32_t threads, float* product,
+                                          float* energy);
+
 // x [rows][cols] <- x Q^T in place, or with `back` x Q (docs/format.md): floats equal to those of
 // `rotate` and `rotate_back` of kernels/trellis.py. cols is a multiple of 32. trellis.cpp.
 MOEPRESS_API int32_t moepress_trellis_rotate(float* x, int64_t rows, int64_t cols, int32_t back,
