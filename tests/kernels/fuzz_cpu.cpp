@@ -277,6 +277,12 @@ void trellis_search() {
                                 residual.get(), blocks.get(), curvature.get(), 16, fitted,
                                 int(pick(1, 3)), product.get(), energy.get()) == kOk,
            "trellis fit: wrong result");
+    Buffer<float> drawn = random_floats(cols * count), of_rows = random_floats(count);
+    Buffer<float> columns = random_floats(cols * count);
+    Buffer<uint8_t> made(cols * count * (narrow ? 2 : 4));
+    expect(moepress_trellis_rows(columns.get(), drawn.get(), of_rows.get(), cols, count, narrow,
+                                 int(pick(1, 3)), made.get()) == kOk,
+           "trellis rows: wrong result");
     Buffer<float> x = random_floats(count * cols);
     expect(moepress_trellis_rotate(x.get(), count, cols, int(pick(0, 1)), int(pick(1, 3))) == kOk,
            "trellis rotation: wrong result");

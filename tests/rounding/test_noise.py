@@ -13,9 +13,11 @@ from torch import Tensor
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import TRELLIS_BITS, Codec
+from moepress.kernels import cpu
 from moepress.kernels.trellis import TILE_COLUMNS, rotate
 from moepress.recipe import Recipe
 from moepress.rounding import methods
+from moepress.rounding import noise as noise_module
 from moepress.rounding import sweep as sweep_module
 from moepress.rounding.factor import DenseFactor, block_feedback
 from moepress.rounding.fit import within_blocks
@@ -110,6 +112,17 @@ def test_errors_cost_what_those_of_the_search_cost(rows: int) -> None:
         searched = quantize_matrix("gptq", weight, Codec(bits, 32, "trellis"), factor)
         costs = [output_cost(weight, w, factor, "trellis") for w in (found, searched.dequantize())]
         assert costs[0] == pytest.approx(costs[1], rel=0.1)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="needs the library")
+@pytest.mark.parametrize("rows, columns", [(1, 32), (50, 160), (33, 384)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_rows_are_the_same_numbers(rows: int, columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, drawn = (torch.randn(columns, rows, generator=generator) for _ in range(2))
+    scale = torch.rand(rows, generator=generator)
+    found = noise_module._scaled_rows(target, drawn, scale, dtype)
+    assert torch.equal(found, noise_module.plain_rows(target, drawn, scale, dtype))
 
 
 @pytest.mark.parametrize("columns", [16, 256])

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moepress.format.codec import ROWS_PER_SLAB
+from moepress.kernels import cpu
 from moepress.kernels.cuda import drawn
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
@@ -130,6 +131,13 @@ def noisy_weights(
 
 
 def _scaled_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`plain_rows`, compiled where that is possible."""
+    on_cpu = target.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    compiled = on_cpu and cpu.missing() is None
+    return (cpu.trellis_rows if compiled else plain_rows)(target, drawn, scale, dtype)
+
+
+def plain_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows scale * (target - drawn), rotated back, [N, K]; some rows at a time.
 
     Args:

@@ -27,8 +27,9 @@ from tests.rounding.test_trellis import codec_of, random_packed
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "src/moepress/kernels/cpu"  # an installed package has no sources
 UNITS = (
-    "scalar", "scalar_matrix", "trellis", "trellis_fit", "trellis_pack", "trellis_values",
-    "viterbi", "drop", "small", "route", "attention", "routing", "store", "threads", "dispatch",
+    "scalar", "scalar_matrix", "trellis", "trellis_fit", "trellis_pack", "trellis_rows",
+    "trellis_values", "viterbi", "drop", "small", "route", "attention", "routing", "store",
+    "threads", "dispatch",
 )  # fmt: skip
 COMPILER = shutil.which("g++") or shutil.which("c++")
 OPTIONS = (

@@ -405,6 +405,28 @@ def trellis_fit(
     )
 
 
+def trellis_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rounding.noise.plain_rows`, [N, K] with the same numbers.
+
+    Args:
+        target, drawn: [K, N] float32, contiguous; K a multiple of 32.
+        scale: [N] float32.
+        dtype: float32 or bfloat16.
+    """
+    rows = torch.empty(target.shape[::-1], dtype=dtype)
+    interface.call(
+        "moepress_trellis_rows",
+        target.data_ptr(),
+        drawn.data_ptr(),
+        scale.data_ptr(),
+        *target.shape,
+        int(dtype == torch.bfloat16),
+        torch.get_num_threads(),
+        rows.data_ptr(),
+    )
+    return rows
+
+
 def trellis_rotate(x: Tensor, back: bool) -> None:
     """`trellis.rotate`, or with `back` `trellis.rotate_back`, in place and with the same floats.
 

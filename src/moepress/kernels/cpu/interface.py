@@ -68,6 +68,9 @@ SIGNATURES = {
         c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32,
         c_void_p, c_void_p,
     ),
+    "moepress_trellis_rows": (
+        c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_void_p,
+    ),
     "moepress_trellis_rotate": (c_void_p, c_int64, c_int64, c_int32, c_int32),
     "moepress_rms_norm": (
         c_void_p, c_int32, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_float,

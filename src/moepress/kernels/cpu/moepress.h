@@ -134,6 +134,12 @@ MOEPRESS_API int32_t moepress_trellis_fit(const void* weighted, int32_t bfloat16
                                           int64_t rows, int32_t threads, float* product,
                                           float* energy);
 
+// out [rows][cols], float or bfloat16: scale [rows] * (target - drawn)^T Q, of target and drawn
+// [cols][rows] (rounding/noise.py, plain_rows). cols is a multiple of 32. trellis_rows.cpp.
+MOEPRESS_API int32_t moepress_trellis_rows(const float* target, const float* drawn,
+                                           const float* scale, int64_t cols, int64_t rows,
+                                           int32_t bfloat16, int32_t threads, void* out);
+
 // x [rows][cols] <- x Q^T in place, or with `back` x Q (docs/format.md): floats equal to those of
 // `rotate` and `rotate_back` of kernels/trellis.py. cols is a multiple of 32. trellis.cpp.
 MOEPRESS_API int32_t moepress_trellis_rotate(float* x, int64_t rows, int64_t cols, int32_t back,
