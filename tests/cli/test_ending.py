@@ -133,6 +133,25 @@ def test_a_reader_that_goes_away_and_a_full_output() -> None:
             assert len(done.stderr.splitlines()) == bool(says)
 
 
+@pytest.mark.parametrize("to", ["None", "open('/dev/null', 'w')"])
+def test_no_output_at_all(to: str) -> None:
+    """As after `>&-`; a closed file."""
+    code = (
+        "import sys, typer\n"
+        "from moepress.cli.ending import ended\n"
+        "from moepress.errors import InputError\n"
+        f"sys.stdout = {to}\n"
+        "sys.stdout and sys.stdout.close()\n"
+        "def fail():\n"
+        "    raise InputError('wrong')\n"
+        "app = typer.Typer()\n"
+        "app.command()(ended(fail))\n"
+        "app()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "moepress: wrong\n")
+
+
 def test_words_that_are_not_utf8_are_called_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

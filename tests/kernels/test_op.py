@@ -6,11 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepress.kernels.op import Op
@@ -111,12 +113,15 @@ def test_modes_of_other_threads_change_nothing(dispatched: Callable[..., bool]) 
             return dispatched(x)
 
     here = []
-    with ThreadPoolExecutor(2) as pool:
-        for work, event in zip((first, second), entered, strict=True):
-            there = pool.submit(work)
-            event.wait()
-            here.append(dispatched(x))
-        ends.set()
+    # torch's own flags are for all threads, and would stay on for the tests that follow
+    with patch.dict(vars(_python_dispatch)), ThreadPoolExecutor(2) as pool:
+        try:
+            for work, event in zip((first, second), entered, strict=True):
+                there = pool.submit(work)
+                event.wait()
+                here.append(dispatched(x))
+        finally:
+            ends.set()
         assert there.result()
     assert here == [False, False]
     assert not dispatched(x)

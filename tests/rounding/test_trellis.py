@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,14 +31,18 @@ from moepress.format.codec import (
 )
 from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu, reference, scalar, trellis
+from moepress.original.experts import ExpertWeights, Routed, RoutedExpert
 from moepress.original.source import Source
 from moepress.recipe import Recipe
-from moepress.rounding import fit
+from moepress.rounding import fit, sweep
+from moepress.rounding.expert import round_experts
 from moepress.rounding.factor import block_feedback
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Unrounded, quantize_matrix, viterbi
+from moepress.rounding.methods import trellis as trellis_rounding
 from moepress.rounding.methods.trellis import path_values, quantize_together, quantize_trellis
+from moepress.rounding.options import Rounding
 from tests.conftest import small_recipe
 from tests.rounding.test_methods import BFLOAT16_UNIT, UNIT, dense_hessian
 
@@ -402,7 +407,40 @@ def test_scales_of_narrow_products(tokens: int) -> None:
     wide, narrow = (quantize_together([one])[0] for one in given)
     assert torch.equal(wide.branches, narrow.branches)
     torch.testing.assert_close(narrow.scales, wide.scales, rtol=2**-7, atol=0)  # one step
-    assert 0 <= (narrow.scales != wide.scales).sum() <= 4
+    assert (narrow.scales != wide.scales).sum() <= 4
+    residual = torch.randn(128, 64, generator=torch.Generator().manual_seed(6)) * 0.2
+    scales = [
+        fit.best_scale(weight, torch.ones(64), residual, factor, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert not torch.equal(*scales)
+    torch.testing.assert_close(*scales, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_experts_are_fitted_with_products_in_the_dtype_of_weights(
+    model_folder: Callable[..., Path],
+    text_file: Path,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def best_scale(*args: Any) -> Tensor:
+        seen.append(args[-1])
+        return fit.best_scale(*args)
+
+    monkeypatch.setattr(trellis_rounding, "best_scale", best_scale)
+    monkeypatch.setattr(sweep, "COLUMNS_IN_16_BITS", 16)
+    source = Source(model_folder())
+    weights = ExpertWeights(*(x if x is None else x.to(dtype) for x in source.expert(0, 0)))
+    states = torch.randn(100, source.hidden).to(dtype)
+    routed = Routed(states, torch.zeros(100, 1, dtype=torch.int64), torch.ones(100, 1))
+    module = source.model.get_submodule(source.experts[0].path)
+    recipe = small_recipe(text_file, expert_codec="trellis", expert_bits=(2,))
+    expert = RoutedExpert(0, 0, module, weights, routed)
+    round_experts([expert], Rounding.of_experts(recipe, "gptq"), [(2, 2)])
+    assert seen == [dtype, dtype]
 
 
 @pytest.mark.parametrize("bits", [1, 2])

@@ -21,7 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -70,16 +70,15 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
             with _signals_raise(), in_job(command.__name__):
                 _check_words(sys.argv[1:])
                 command(*arguments, **options)
-                sys.stdout.flush()  # now, while an error can still be told
+                if sys.stdout is not None:  # `>&-` closes it
+                    sys.stdout.flush()  # now, while an error can still be told
         except (typer.Exit, typer.Abort, SystemExit):
             raise
         except BrokenPipeError:  # a reader such as `head` has read enough
             _drop_output()
             raise typer.Exit(1) from None
         except BaseException as error:
-            try:
-                sys.stdout.flush()
-            except OSError:
+            if isinstance(error, OSError) and error.errno in FULL:
                 _drop_output()
             text, code = described(error)
             if tells_error():
@@ -92,9 +91,14 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _drop_output() -> None:
-    """What stdout still holds goes nowhere: Python would try to write it again at its end."""
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    """What stdout holds and cannot write goes nowhere: Python would try it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere, suppress(OSError):  # a stdout without a file
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    except (AttributeError, ValueError):  # None, or closed
+        pass
 
 
 def _check_words(words: list[str]) -> None:

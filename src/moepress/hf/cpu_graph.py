@@ -34,8 +34,8 @@ READS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 TAKERS = {"tolist", "numpy", "__array__", "__dlpack__"}  # of a tensor, past the recorder
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# One thread records at a time: torch.compile takes modes that overlap in two threads for one that
-# never ends, and compiles nothing from then on.
+# One thread records at a time. torch has flags for all threads that say whether one is in a mode:
+# modes that overlap in two threads leave them on for good.
 _recording = threading.RLock()
 
 

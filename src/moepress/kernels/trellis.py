@@ -154,13 +154,15 @@ def _table(bits: float, device: torch.device, values: Values) -> Tensor:
     return tables[values](bits).to(device, torch.float32)
 
 
-def pack(branches: Tensor, scales: Tensor, codec: Codec, packed: PackCodes | None = None) -> Tensor:
+def pack(
+    branches: Tensor, scales: Tensor, codec: Codec, pack_with: PackCodes | None = None
+) -> Tensor:
     """The bytes of a matrix of trellis codes.
 
     Args:
         branches: [64 S, K] uint8, each below 2**bits of its step; S = N / 64, rounded up.
         scales: [N] bfloat16.
-        packed: does what `pack_codes` does; None: that.
+        pack_with: does what `pack_codes` does; None: that.
 
     Returns:
         [codec.nbytes(N, K)] uint8, on the device of `branches`.
@@ -180,7 +182,7 @@ def pack(branches: Tensor, scales: Tensor, codec: Codec, packed: PackCodes | Non
     for step, width in enumerate(branch_bits(codec.bits)):
         if branches.numel() and (largest := int(by_step[:, :, step].max())) >= 1 << width:
             raise InputError(f"{codec.name} has branches 0 to {(1 << width) - 1}, got {largest}.")
-    codes = (packed or pack_codes)(branches, codec.bits)
+    codes = (pack_with or pack_codes)(branches, codec.bits)
     return torch.cat([codes, F.pad(scales, (0, rows - len(scales))).view(torch.uint8)])
 
 

@@ -48,12 +48,13 @@ Feedback = Tensor | TokenFeedback
 
 
 def in_16_bits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether drawn errors, corrections, gains and scales are of products of bfloat16 numbers.
+    """Whether products for drawn errors, corrections and gains are of bfloat16 numbers.
 
-    Weights are bfloat16 on CPUs that multiply such numbers faster (original/dtypes.py). It changes
-    costs by .03 % at most, and another draw by .6 % (docs/log.md#rounding-on-a-cpu); of what a
-    correction gains it takes .002 % (docs/log.md#few-tokens); it changes scales by .01 % at most
-    (docs/log.md#cpu-profile). Feedback of real rounding stays in float32.
+    So are those for the scales of experts. Weights are bfloat16 on CPUs that multiply such numbers
+    faster (original/dtypes.py). It changes costs by .03 % at most, and another draw by .6 %
+    (docs/log.md#rounding-on-a-cpu); of what a correction gains it takes .002 %
+    (docs/log.md#few-tokens); it changes scales by .01 % at most (docs/log.md#cpu-profile). Feedback
+    of real rounding stays in float32.
 
     Args:
         dtype: of the weights, or of the inputs.

@@ -50,8 +50,8 @@ CALLS_OF_VISIT = 12  # to round eight columns
 CALLS_OF_DRAWN_VISIT = 16
 CALLS_OF_BLOCK_SOLVE = 5
 # Passes over a whole matrix besides products: every temporary is written once and read once.
-PASSES_OF_ROUNDING = 14  # scaling, padding, transposing; products of the fit
-PASSES_OF_DRAWING = 12
+PASSES_OF_ROUNDING = 9  # scaling, padding, transposing; the fit
+PASSES_OF_DRAWING = 6
 PASSES_OF_FACTOR = 6  # two flips, two divisions, the diagonal's checks
 
 

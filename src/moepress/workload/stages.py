@@ -302,7 +302,7 @@ def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding
 def _stored(rows: int, cols: int, bits: float, rounding: Rounding) -> Work:
     """A rounded matrix packed and dequantized."""
     family = stored_family(bits, rounding.family)
-    passes = 1 if family == "trellis" else 2 * bits
+    passes = 1 if family == "trellis" else 2 * bits  # compiled; a card hardly notices it
     packing = Work({"copy": passes * rows * cols, "read": int(rows * cols * bits / 8)})
     return packing + op.dequantize(rows, cols, bits, family)
 

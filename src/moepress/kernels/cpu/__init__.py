@@ -389,7 +389,7 @@ def trellis_fit(
         curvature: [k] float32.
         sums: [2, N] float32, contiguous: <w, c>_H and <c, c>_H; changed.
     """
-    weighted, blocks = weighted.contiguous(), blocks.contiguous()
+    weighted, residual, blocks = weighted.contiguous(), residual.contiguous(), blocks.contiguous()
     interface.call(
         "moepress_trellis_fit",
         weighted.data_ptr(),
@@ -413,6 +413,7 @@ def trellis_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtyp
         scale: [N] float32.
         dtype: float32 or bfloat16.
     """
+    target, drawn = target.contiguous(), drawn.contiguous()
     rows = torch.empty(target.shape[::-1], dtype=dtype)
     interface.call(
         "moepress_trellis_rows",

@@ -69,8 +69,8 @@ class TrellisMatrix:
 
     def pack(self) -> Tensor:
         """The stored bytes (docs/format.md)."""
-        packed = cpu.trellis_pack if _is_compiled_for(self.branches) else None
-        return trellis.pack(self.branches, self.scales, self.codec, packed)
+        pack_with = cpu.trellis_pack if _is_compiled_for(self.branches) else None
+        return trellis.pack(self.branches, self.scales, self.codec, pack_with)
 
 
 class Unrounded(NamedTuple):
