@@ -377,7 +377,9 @@ def test_block_feedback_is_the_loss_by_blocks() -> None:
 @pytest.mark.parametrize("rows", [1, 513, 1030])  # a thread has 512 at a time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_compiled_sums_of_the_fit(rows: int, dtype: torch.dtype, scaled: bool) -> None:
+def test_compiled_sums_of_the_fit(
+    rows: int, dtype: torch.dtype, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hessian = Hessian(96, "cpu")
     hessian.add(correlated(200, 96))
     factor = hessian.factor(0.01)
@@ -386,6 +388,9 @@ def test_compiled_sums_of_the_fit(rows: int, dtype: torch.dtype, scaled: bool) -
     residual = torch.randn(rows, 96, generator=generator).T  # not contiguous
     per_scale = torch.rand(rows, generator=generator) if scaled else None
     found = fit._sums(weighted, residual, factor, per_scale)
+    with monkeypatch.context() as plain:
+        plain.setattr(fit.cpu, "missing", lambda: "is left out")
+        assert torch.equal(fit._sums(weighted, residual, factor, per_scale), found)
     expected = fit.plain_sums(weighted, residual, factor, per_scale)
     errors = fit.within_blocks(residual.contiguous(), factor.diagonal_blocks(8))
     some = torch.cat(weighted).float() * (1.0 if per_scale is None else per_scale)

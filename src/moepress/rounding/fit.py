@@ -65,9 +65,10 @@ def _sums(
     factor: Factor | None,
     per_scale: Tensor | None = None,
 ) -> Tensor:
-    """`plain_sums`, compiled where that is possible."""
-    if factor is None or residual.device.type != "cpu" or cpu.missing() is not None:
+    """`plain_sums`; on a CPU in the order of the columns, compiled or not."""
+    if factor is None or residual.device.type != "cpu":
         return plain_sums(weighted, residual, factor, per_scale)
+    add = sums_in_order if cpu.missing() is not None else cpu.trellis_fit
     sums = residual.new_zeros(2, residual.shape[1])
     residual = residual.contiguous()
     blocks = factor.diagonal_blocks(TILE_COLUMNS)
@@ -76,8 +77,31 @@ def _sums(
         here = slice(start, start + len(right))
         start = here.stop
         inside = blocks[here.start // TILE_COLUMNS : here.stop // TILE_COLUMNS]
-        cpu.trellis_fit(right, per_scale, residual[here], inside, factor.curvature[here], sums)
+        add(right, per_scale, residual[here], inside, factor.curvature[here], sums)
     return sums
+
+
+def sums_in_order(
+    weighted: Tensor,
+    per_scale: Tensor | None,
+    residual: Tensor,
+    blocks: Tensor,
+    curvature: Tensor,
+    sums: Tensor,
+) -> None:
+    """What `cpu.trellis_fit` computes, with the same floats."""
+    w = weighted.float() if per_scale is None else weighted * per_scale
+    left = residual.view(-1, TILE_COLUMNS, residual.shape[1])
+    errors = torch.zeros_like(left)
+    for i in range(TILE_COLUMNS):  # R is upper triangular
+        errors[:, i:] += blocks[:, i, i:, None] * left[:, i, None]
+    codes = w - errors.view_as(w)
+    of_product, of_energy = (curvature[:, None] * x * codes for x in (w, codes))
+    added = torch.zeros_like(sums)
+    for k in range(len(w)):
+        added[0] += of_product[k]
+        added[1] += of_energy[k]
+    sums += added
 
 
 def plain_sums(

@@ -135,7 +135,7 @@ const Isa* isa_in_use() { return in_use().load(std::memory_order_relaxed); }
 
 }  // namespace moepress
 
-int32_t moepress_interface() { return 12; }
+int32_t moepress_interface() { return 13; }
 
 const char* moepress_instruction_sets() {
     static const std::string names = [] {

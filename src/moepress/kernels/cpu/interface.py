@@ -16,7 +16,7 @@ import torch
 
 from moepress.errors import InputError, MoepressError
 
-INTERFACE = 12  # version of moepress.h
+INTERFACE = 13  # version of moepress.h
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # MoepressNumbers
 
