@@ -11,7 +11,7 @@ one product with the triangular R is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -68,40 +68,8 @@ def _sums(
     """`plain_sums`; on a CPU in the order of the columns, compiled or not."""
     if factor is None or residual.device.type != "cpu":
         return plain_sums(weighted, residual, factor, per_scale)
-    add = sums_in_order if cpu.missing() is not None else cpu.trellis_fit
-    sums = residual.new_zeros(2, residual.shape[1])
-    residual = residual.contiguous()
-    blocks = factor.diagonal_blocks(TILE_COLUMNS)
-    start = 0
-    for right in weighted:
-        here = slice(start, start + len(right))
-        start = here.stop
-        inside = blocks[here.start // TILE_COLUMNS : here.stop // TILE_COLUMNS]
-        add(right, per_scale, residual[here], inside, factor.curvature[here], sums)
-    return sums
-
-
-def sums_in_order(
-    weighted: Tensor,
-    per_scale: Tensor | None,
-    residual: Tensor,
-    blocks: Tensor,
-    curvature: Tensor,
-    sums: Tensor,
-) -> None:
-    """What `cpu.trellis_fit` computes, with the same floats."""
-    w = weighted.float() if per_scale is None else weighted * per_scale
-    left = residual.view(-1, TILE_COLUMNS, residual.shape[1])
-    errors = torch.zeros_like(left)
-    for i in range(TILE_COLUMNS):  # R is upper triangular
-        errors[:, i:] += blocks[:, i, i:, None] * left[:, i, None]
-    codes = w - errors.view_as(w)
-    of_product, of_energy = (curvature[:, None] * x * codes for x in (w, codes))
-    added = torch.zeros_like(sums)
-    for k in range(len(w)):
-        added[0] += of_product[k]
-        added[1] += of_energy[k]
-    sums += added
+    add = add_in_order if cpu.missing() is not None else cpu.trellis_fit
+    return _summed(add, weighted, residual, factor, per_scale)
 
 
 def plain_sums(
@@ -118,24 +86,70 @@ def plain_sums(
         factor: None: H = I.
         per_scale: [N] float32, factors of w; None: 1.
     """
-    product, energy = sums = residual.new_zeros(2, residual.shape[1])
+    return _summed(add_products, weighted, residual, factor, per_scale)
+
+
+def _summed(
+    add: Callable[..., None],
+    weighted: Iterable[Tensor],
+    residual: Tensor,
+    factor: Factor | None,
+    per_scale: Tensor | None,
+) -> Tensor:
+    """`plain_sums`, by a function that adds some columns as `add_products` does."""
+    sums = residual.new_zeros(2, residual.shape[1])
+    residual = residual.contiguous()
     blocks = None if factor is None else factor.diagonal_blocks(TILE_COLUMNS)
     start = 0
     with tensor_cores(residual.device):
         for right in weighted:
             here = slice(start, start + len(right))
             start = here.stop
-            if per_scale is not None:
-                right = right * per_scale
             if factor is None or blocks is None:
-                errors, curvature = residual[here], residual.new_ones(len(right))
+                inside, curvature = None, residual.new_ones(len(right))
             else:
                 inside = blocks[here.start // TILE_COLUMNS : here.stop // TILE_COLUMNS]
-                errors, curvature = within_blocks(residual[here], inside), factor.curvature[here]
-            codes = right - errors
-            product += curvature @ (right * codes)
-            energy += curvature @ codes.square_()
+                curvature = factor.curvature[here]
+            add(right, per_scale, residual[here], inside, curvature, sums)
     return sums
+
+
+def add_products(
+    weighted: Tensor,
+    per_scale: Tensor | None,
+    residual: Tensor,
+    blocks: Tensor | None,
+    curvature: Tensor,
+    sums: Tensor,
+) -> None:
+    """What `cpu.trellis_fit` adds (its arguments are told there), by products; blocks None: I."""
+    w = weighted if per_scale is None else weighted * per_scale
+    codes = w - (residual if blocks is None else within_blocks(residual, blocks))
+    sums[0] += curvature @ (w * codes)
+    sums[1] += curvature @ codes.square_()
+
+
+def add_in_order(
+    weighted: Tensor,
+    per_scale: Tensor | None,
+    residual: Tensor,
+    blocks: Tensor,
+    curvature: Tensor,
+    sums: Tensor,
+) -> None:
+    """What `cpu.trellis_fit` adds, with the same floats."""
+    w = weighted.float() if per_scale is None else weighted * per_scale
+    left = residual.view(-1, TILE_COLUMNS, residual.shape[1])
+    errors = torch.zeros_like(left)
+    for i in range(TILE_COLUMNS):  # R is upper triangular
+        errors[:, i:] += blocks[:, i, i:, None] * left[:, i, None]
+    codes = w - errors.view_as(w)
+    of_product, of_energy = (curvature[:, None] * x * codes for x in (w, codes))
+    added = torch.zeros_like(sums)
+    for k in range(len(w)):
+        added[0] += of_product[k]
+        added[1] += of_energy[k]
+    sums += added
 
 
 def within_blocks(residual: Tensor, blocks: Tensor) -> Tensor:

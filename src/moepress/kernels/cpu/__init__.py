@@ -379,7 +379,7 @@ def trellis_fit(
     curvature: Tensor,
     sums: Tensor,
 ) -> None:
-    """Add what some columns give to `rounding.fit.plain_sums`, in the order of the columns.
+    """Add what some columns give to `rounding.fit.plain_sums`; the oracle is `add_in_order` there.
 
     Args:
         weighted: [k, N] float32 or bfloat16, R^T w.

@@ -125,7 +125,7 @@ MOEPRESS_API int32_t moepress_trellis_pack(const uint8_t* branches, int64_t rows
                                            int32_t bits, int32_t threads, uint8_t* codes);
 
 // Adds to product and energy [rows] the sums over columns k of c_k w_k v_k and c_k v_k^2 for
-// v = w - E R (rounding/fit.py, sums_in_order). `weighted` [cols][rows] float or bfloat16, times
+// v = w - E R (rounding/fit.py, add_in_order). `weighted` [cols][rows] float or bfloat16, times
 // per_scale [rows] or null, is w; residual [cols][rows]; blocks [cols / 8][8][8]; curvature [cols]
 // is c. cols is a multiple of 8. trellis_fit.cpp.
 MOEPRESS_API int32_t moepress_trellis_fit(const void* weighted, int32_t bfloat16,

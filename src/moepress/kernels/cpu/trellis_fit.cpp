@@ -1,5 +1,5 @@
 // Sums over the columns of a rounded matrix, from which the best scale of each row follows. The
-// definition and oracle is `sums_in_order` of rounding/fit.py. One pass: the matrices are read from
+// definition and oracle is `add_in_order` of rounding/fit.py. One pass: the matrices are read from
 // memory once, and nothing of their size is made.
 
 #include <algorithm>
