@@ -134,6 +134,8 @@ def test_calibrate_writes_what_inspect_reads(
         (["generate", "MODEL", "x", "--prune", "0.15"], "has no moepress_drop_costs"),
         (["generate", "MODEL", "x", "--prune", "some"], "Pruning 'some' is not understood"),
         (["prune", "MODEL", "0.15"], "not a folder made by moepress"),
+        (["serve", "MODEL", "--max-body", "0"], "change --max-body"),
+        (["serve", "MODEL", "--cache", "nan"], "--cache is nan"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

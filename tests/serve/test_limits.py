@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from moepress.cli import app as command_line
+from moepress.errors import InputError
 from moepress.serve import app as apps
 from moepress.serve import engine as engines
 from moepress.serve.guard import allowed_hosts
@@ -60,6 +65,21 @@ def until(holds: Any) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_bad_limit_names_the_option_that_sets_it() -> None:
+    command: Any = typer.main.get_command(command_line)
+    options = {name for param in command.commands["serve"].params for name in param.opts}
+    for field in fields(Limits):
+        with pytest.raises(InputError, match=f"^{field.name} is -1") as refused:
+            Limits(**{field.name: -1})
+        named = re.findall(r"--[a-z-]+", str(refused.value))
+        spellings = {f"--{prefix}{field.name.replace('_', '-')}" for prefix in ("", "max-")}
+        assert named == list(spellings & options)
+    for seconds in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=r"^deadline is "):
+            Limits(deadline=seconds)
+    assert Limits(queue=0, deadline=0.0).queue == 0
 
 
 def test_a_full_queue_says_429(own: Here, gate: Gate) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -301,8 +302,8 @@ def serve(
         concurrent=concurrent,
         queue=queue,
         deadline=deadline,
-        body=None if max_body is None else int(max_body * 1e6),
-        cache=None if cache is None else int(cache * 1e9),
+        body=_in_bytes("--max-body", max_body, 1e6),
+        cache=_in_bytes("--cache", cache, 1e9),
     )
     run(
         folder,
@@ -320,6 +321,19 @@ def serve(
         allowed_hosts=allowed_host or (),
         docs=docs,
     )
+
+
+def _in_bytes(option: str, size: float | None, unit: float) -> int | None:
+    """The value of an option in bytes; None: not given.
+
+    Raises:
+        InputError: it is infinite or NaN.
+    """
+    from moepress.errors import InputError
+
+    if size is not None and not isfinite(size):
+        raise InputError(f"{option} is {size}. Expected a finite number.")
+    return None if size is None else int(size * unit)
 
 
 def report(

@@ -7,13 +7,24 @@ from typing import Any
 
 from moepress.errors import InputError
 
+OPTIONS = {  # of `moepress serve`, by the field that they set; other fields have none
+    "max_tokens": "--max-tokens",
+    "context": "--context",
+    "concurrent": "--concurrent",
+    "queue": "--queue",
+    "deadline": "--deadline",
+    "body": "--max-body (in MB)",
+    "cache": "--cache (in GB)",
+}
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server. Each field that can be set on the command line is an option of `serve`.
+    """Limits of a server. `OPTIONS` names those that can be set on the command line.
 
     Raises:
-        InputError: a limit is below 1.
+        InputError: a whole number is below 1 (`queue`: below 0), seconds are below 0, infinite or
+            NaN.
     """
 
     max_tokens: int = 4096  # most new tokens of one answer
@@ -34,9 +45,9 @@ class Limits:
             value: Any = getattr(self, field.name)
             least = 0 if field.name == "queue" else 1 if isinstance(value, int) else 0.0
             if value is not None and not least <= value < float("inf"):
+                change = f": change {OPTIONS[field.name]}" if field.name in OPTIONS else ""
                 raise InputError(
-                    f"{field.name} is {value}. Expected a number of at least {least}: change "
-                    f"--{field.name.replace('_', '-')}."
+                    f"{field.name} is {value}. Expected a number of at least {least}{change}."
                 )
 
 
