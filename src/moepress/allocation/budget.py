@@ -37,7 +37,6 @@ class Budget:
 
     unit: str  # "bits", "bpw" or "size"
     asked: float  # the recipe's value, in `unit`
-    smallest: float  # possible value, in `unit`
     largest: float  # value that a plan can use up, in `unit`
     capacity: int  # left for the experts if open tensors are as small as possible; as `sizes`
     sizes: Ints  # [P, C] of each option: code bits under "bits", else stored bytes
@@ -76,7 +75,7 @@ class Budget:
                 f"size {scores.group_size} the smallest is {_up(smallest)} and the largest "
                 f"{_down(largest)}. Raise the budget, or offer smaller widths."
             )
-        return cls(unit, asked, smallest, largest, capacity, sizes, required, open_bytes)
+        return cls(unit, asked, largest, capacity, sizes, required, open_bytes)
 
     @property
     def in_bytes(self) -> bool:

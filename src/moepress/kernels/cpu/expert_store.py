@@ -75,15 +75,6 @@ class StoreCounts:
     seconds_waited: float  # calls waiting for reads
 
 
-class _Range(Structure):
-    _fields_ = (
-        ("fd", c_int64),
-        ("offset", c_int64),
-        ("bytes", c_int64),
-        ("place", c_int64),
-    )
-
-
 class _Counts(Structure):
     _fields_ = (
         *((name, c_int64) for name in list(StoreCounts.__annotations__)[:-1]),

@@ -7,7 +7,7 @@ compressed-tensors. Nothing is read but headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from moepress.errors import FileError
@@ -89,7 +89,6 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
 
 
 Found = tuple[str, Quantized] | None
-Finder = Callable[[str, Entry, Mapping[str, Entry], Quantization], Found]
 
 
 def _beside(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantization) -> Found:
