@@ -337,15 +337,14 @@ struct Nothing {
     static void run(Lane*, uint32_t) {}
 };
 
-template <int matrices>
 struct LoadMatrix {
     static void run(Lane* lanes, uint32_t) {
-        for (int m = 0; m < matrices; ++m)
+        for (int m = 0; m < 4; ++m)
             for (int i = 0; i < kLanes; ++i) {
                 const auto* row = static_cast<const uint32_t*>(
                     given<const void*>(lanes[m * 8 + i / 4]));
                 if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix of a misaligned row");
-                wanted<uint32_t[matrices]>(lanes[i])[m] = row[i % 4];
+                wanted<uint32_t[4]>(lanes[i])[m] = row[i % 4];
             }
     }
 };
@@ -374,7 +373,6 @@ struct Fragments {
 struct Mma8In : Fragments {
     int c[4];
 };
-template <class A>
 struct Mma8 {
     static void run(Lane* lanes, uint32_t) {
         int a[16][32], b[8][32];
@@ -383,7 +381,7 @@ struct Mma8 {
             const int g = i / 4, t = i % 4;
             for (int r = 0; r < 4; ++r)
                 for (int j = 0; j < 4; ++j)
-                    a[g + 8 * (r % 2)][16 * (r / 2) + 4 * t + j] = A(in.a[r] >> 8 * j);
+                    a[g + 8 * (r % 2)][16 * (r / 2) + 4 * t + j] = uint8_t(in.a[r] >> 8 * j);
             for (int r = 0; r < 2; ++r)
                 for (int j = 0; j < 4; ++j) b[g][16 * r + 4 * t + j] = int8_t(in.b[r] >> 8 * j);
         }
@@ -853,7 +851,6 @@ inline uint4 load_stream_16_or_zero(const void* p, bool given) {
 inline void cp_async_16(void* shared, const void* global) {
     emulator::copy_later(shared, global, 16);
 }
-inline void cp_async_8(void* shared, const void* global) { emulator::copy_later(shared, global, 8); }
 inline void cp_async_4(void* shared, const void* global) { emulator::copy_later(shared, global, 4); }
 inline uint32_t shared_address(const void* p) {
     return uint32_t(static_cast<const uint8_t*>(p) - emulator::state.shared);
@@ -875,10 +872,7 @@ void cp_async_wait() {
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-    emulator::collective<emulator::LoadMatrix<4>>(~0u, row, r);
-}
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-    emulator::collective<emulator::LoadMatrix<2>>(~0u, row, r);
+    emulator::collective<emulator::LoadMatrix>(~0u, row, r);
 }
 template <class Op, class In, class C>
 void emulated_mma(C (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -889,15 +883,12 @@ void emulated_mma(C (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::collective<Op>(~0u, in, d);
 }
 inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated_mma<emulator::Mma8<uint8_t>, emulator::Mma8In>(d, a, b);
+    emulated_mma<emulator::Mma8, emulator::Mma8In>(d, a, b);
 }
 inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      const int (&c)[4]) {
     for (int i = 0; i < 4; ++i) d[i] = c[i];
     mma_u8s8(d, a, b);
-}
-inline void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulated_mma<emulator::Mma8<int8_t>, emulator::Mma8In>(d, a, b);
 }
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulated_mma<emulator::Mma16<emulator::half_value>, emulator::Mma16In>(d, a, b);

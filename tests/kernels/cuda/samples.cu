@@ -26,9 +26,10 @@ extern "C" __global__ void __launch_bounds__(32)
     cp_async_commit();
     if (waits) cp_async_wait<0>();
     __syncwarp();
-    uint32_t fragment[4], column[2];
+    uint32_t fragment[4], columns[4];
     ldmatrix_x4(fragment, rows + 32 * (lane % 16) + 16 * (lane / 16));
-    ldmatrix_x2(column, rows + 512 + 32 * (lane % 8) + 16 * (lane / 8 % 2));
+    ldmatrix_x4(columns, rows + 512 + 32 * (lane % 8) + 16 * (lane / 8 % 2));  // b twice
+    const uint32_t column[2] = {columns[0], columns[1]};
     int sum[4] = {};
     mma_u8s8(sum, fragment, column);
     for (int r = 0; r < 4; ++r)

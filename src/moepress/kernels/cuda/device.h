@@ -135,11 +135,6 @@ DEVICE void cp_async_16(void* shared, const void* global) {
                  "l"(global)
                  : "memory");
 }
-DEVICE void cp_async_8(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)),
-                 "l"(global)
-                 : "memory");
-}
 DEVICE void cp_async_4(void* shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
                  "l"(global)
@@ -174,13 +169,6 @@ DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                  : "r"(shared_address(row))
                  : "memory");
 }
-// The same for two matrices; the addresses of lanes 16 to 31 are not used but must be valid.
-DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
 
 // d += A B: A [16, 32] bytes, B [32, 8] bytes. With g = lane / 4 and t = lane % 4:
 //   a[0], a[1]: columns 4t .. 4t + 3 of rows g, g + 8; a[2], a[3]: columns 16 more
@@ -201,13 +189,6 @@ DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
           "r"(c[2]), "r"(c[3]));
-}
-DEVICE void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // d += A B: A [16, 16], B [16, 8] of float16 (mma_f16) or bfloat16 (mma_bf16), two a register, the
