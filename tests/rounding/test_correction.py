@@ -16,7 +16,6 @@ from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding import factor as factor_module
 from moepress.rounding.correction import Correction
-from moepress.rounding.expert import round_down, round_gate_up
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.linear import linear_inputs
@@ -24,6 +23,7 @@ from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.options import Rounding
 from tests.conftest import FAMILIES, small_recipe
 from tests.original.test_walk import some_ids
+from tests.rounding.alone import round_down, round_gate_up
 
 Folder = Callable[..., Path]
 DAMPING = 0.01

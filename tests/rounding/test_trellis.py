@@ -41,9 +41,10 @@ from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Unrounded, quantize_matrix, viterbi
 from moepress.rounding.methods import trellis as trellis_rounding
-from moepress.rounding.methods.trellis import path_values, quantize_together, quantize_trellis
+from moepress.rounding.methods.trellis import path_values, quantize_together
 from moepress.rounding.options import Rounding
 from tests.conftest import small_recipe
+from tests.rounding.alone import quantize_trellis
 from tests.rounding.test_methods import BFLOAT16_UNIT, UNIT, dense_hessian
 
 # Mean squared error on Gaussian weights of variance 1 (docs/log.md#trellis-values).

@@ -118,14 +118,6 @@ def _equal(count: int, most: int) -> int:
     return -(-count // -(-count // most))
 
 
-def round_gate_up(
-    expert: RoutedExpert, rounding: Rounding, widths: Sequence[float]
-) -> list[Matrix]:
-    """`round_gate_ups` for one expert."""
-    (matrices,) = round_gate_ups([expert], rounding, [widths])
-    return matrices
-
-
 def round_gate_ups(
     experts: Sequence[RoutedExpert], rounding: Rounding, widths: Sequence[Sequence[float]]
 ) -> list[list[Matrix]]:
@@ -137,14 +129,6 @@ def round_gate_ups(
     """
     targets = [_gate_up_target(expert, rounding) for expert in experts]
     return _round(targets, rounding, widths, products_dtype(experts[0].weights.gate_up))
-
-
-def round_down(
-    expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, widths: Sequence[float]
-) -> list[Matrix]:
-    """`round_downs` for one expert."""
-    (matrices,) = round_downs([expert], [gate_up], rounding, [widths])
-    return matrices
 
 
 def round_downs(

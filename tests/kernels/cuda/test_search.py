@@ -20,10 +20,11 @@ from moepress.rounding.expert import AtOnce
 from moepress.rounding.factor import Factor
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.methods import viterbi
-from moepress.rounding.methods.trellis import Unrounded, quantize_together, quantize_trellis
+from moepress.rounding.methods.trellis import Unrounded, quantize_together
 from moepress.rounding.rotation import rotate, rotate_back
 from tests.conftest import small_recipe
 from tests.kernels.cuda.emulate import launch, needs_compiler
+from tests.rounding.alone import quantize_trellis
 
 pytestmark = needs_compiler
 LAUNCHES: list[str] = []

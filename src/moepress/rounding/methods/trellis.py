@@ -82,12 +82,6 @@ class Unrounded(NamedTuple):
     products: torch.dtype = torch.float32  # of the products that fit the scales (sweep.py)
 
 
-def quantize_trellis(weight: Tensor, codec: Codec, factor: Factor | None) -> TrellisMatrix:
-    """Round a weight matrix to trellis codes, see `quantize_together`."""
-    (matrix,) = quantize_together([Unrounded(weight, codec, factor)])
-    return matrix
-
-
 def quantize_together(matrices: Sequence[Unrounded]) -> list[TrellisMatrix]:
     """Round weight matrices of one shape to trellis codes.
 
