@@ -24,7 +24,9 @@ to stderr. Exit code 0: done, 1: the work failed, 2: the input was wrong, 128 + 
 n (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP). An error is one line; `--debug` shows its traceback too.
 
 To continue a stopped `compress`, `score`, `quantize` or `dequantize`, run the same command again.
-`moepress --install-completion` makes your shell complete commands and options.
+Where the work is finished, `compress` and `quantize` leave it as it is; `dequantize` refuses its
+folder, which is a plain model and bears no mark of moepress. `moepress --install-completion` makes
+your shell complete commands and options.
 
 Outputs are checked before any work. A command writes where nothing is, or where moepress wrote
 before: any other file, a link, a device, a folder of something else are refused and stay. A file is
@@ -62,8 +64,9 @@ def reference() -> str:
 
 def _command(name: str, command: Any) -> str:
     text, _, example = inspect.cleandoc(command.callback.__doc__).partition("Example: ")
-    names = " ".join(p.name.upper() for p in command.params if p.param_type_name == "argument")
-    usage = f"    moepress {name} {names} [OPTIONS]"
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    names = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
+    usage = " ".join(["    moepress", name, *names, "[OPTIONS]"])
     return _options(
         f"## moepress {name}\n\n{text.strip()}\n\n{usage}\n\nFor example:\n\n    {example.strip()}",
         command,

@@ -39,6 +39,12 @@ def test_the_cli_reference_names_every_command_and_option(generator: ModuleType)
     assert "None" not in page and "functools" not in page and "<" not in page.replace("<!--", "")
 
 
+def test_the_cli_reference_marks_arguments_that_may_be_left_out(generator: ModuleType) -> None:
+    page = generator.reference()
+    for usage in ("demo [OUT] [OPTIONS]", "doctor [FOLDER] [OPTIONS]", "report FOLDER [OPTIONS]"):
+        assert f"\n    moepress {usage}\n" in page
+
+
 def test_the_page_of_families_is_current() -> None:
     """It shows what the tests of the families expect, which `pytest -m families` checks."""
     written = (ROOT / "docs/families.md").read_text()

@@ -35,8 +35,13 @@ from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
+from moepress.reading.json import read_json
 from moepress.store.forecast import card_fits, forecast
 
+OTHERS = {  # JSON files of ours that are not described here, by their kind
+    "evaluation": "an evaluation, which `moepress report` shows",
+    "checksums": "checksums, which `moepress inspect FOLDER --verify` compares",
+}
 AVERAGES = ("average_bits", "expert_bits_per_weight", "bits_per_weight")  # that a plan has
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # dropped shares for which costs are shown
 
@@ -48,10 +53,10 @@ def inspect(
     gpu_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Describe a compressed folder, an original model, or a file of scores, plan or calibration.
+    """Describe a compressed folder, an original model, or one of the files named below.
 
     Args:
-        path: the folder or file.
+        path: the folder, or a file of scores, a calibration, costs of dropping experts, or a plan.
         verify: of a compressed folder, compare every byte of its tensors with their checksums.
         gpu_memory: of a compressed folder, say what a card with so many bytes for weights takes;
             None: what the cards of this machine take.
@@ -75,11 +80,29 @@ def inspect(
     if path.suffix == ".safetensors" and path.is_file():
         return _tensors(path)
     if path.suffix == ".json" and path.is_file():
+        _check_kind(path)
         return _plan(BitAllocation.load(path))
     raise InputError(
         f"Cannot inspect {path}. Expected a model folder, or a .safetensors or .json file made by "
         "moepress score, calibrate or allocate."
     )
+
+
+def _check_kind(path: Path) -> None:
+    """Raise InputError for a JSON file of ours that is no plan; it says what the file is.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    fields = read_json(path, "The file")
+    if not isinstance(fields, dict):
+        return
+    kind = fields.get("kind")
+    what = OTHERS.get(kind) if isinstance(kind, str) else None
+    if "kind" not in fields and "thresholds" in fields:
+        what = "thresholds of pruning, which commands take as --prune"
+    if what is not None:
+        raise InputError(f"{path} holds {what}. Expected a plan, as `moepress allocate` writes it.")
 
 
 def _tensors(path: Path) -> dict[str, Any]:

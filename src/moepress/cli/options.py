@@ -43,8 +43,8 @@ Memory = Annotated[
     str | None,
     typer.Option(
         help="Memory for weights, such as 12GB: experts that do not fit stay on disk, and are read "
-        "when they are needed. all: read everything and lock it; mapped: leave it to the system. "
-        "Default: mapped if the model fits, else most of the free memory.",
+        "when they are needed. all: read everything and lock it; mapped: leave it to the system; "
+        "fit, the default: mapped if the model fits, else most of the free memory.",
     ),
 ]
 GpuMemory = Annotated[

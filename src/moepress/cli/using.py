@@ -107,7 +107,10 @@ def evaluate(
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="Folder or file made by moepress, or an original model.")
+        Path,
+        typer.Argument(
+            help="Compressed folder, original model, or a file of scores, plan or calibration."
+        ),
     ],
     verify: Annotated[
         bool,
@@ -249,7 +252,11 @@ def chat(
 
 def serve(
     folder: Annotated[
-        str, typer.Argument(help="Compressed folder; also the model's name in requests.")
+        str,
+        typer.Argument(
+            help="Compressed folder, or an original that fits in memory; also the model's name in "
+            "requests."
+        ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all networks.")] = (
         "127.0.0.1"

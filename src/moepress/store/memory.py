@@ -42,7 +42,7 @@ def parse_memory(text: str | int | None) -> Memory | None:
     """The memory that a user asks for.
 
     Args:
-        text: bytes, a size such as "12GB" or "512MiB", "all", "mapped", or None.
+        text: bytes, a size such as "12GB" or "512MiB", "all", "mapped", "fit", or None.
 
     Raises:
         InputError: it is none of them.
@@ -51,7 +51,10 @@ def parse_memory(text: str | int | None) -> Memory | None:
         return None
     if isinstance(text, str) and text.strip().lower() in ("all", "mapped", "fit"):
         return text.strip().lower()  # type: ignore[return-value]  # mypy does not narrow
-    others = "'all' to read everything and lock it, or 'mapped' to leave it to the system"
+    others = (
+        "'all' to read everything and lock it, 'mapped' to leave it to the system, or 'fit' to do "
+        "so if the model fits"
+    )
     return _parse_bytes(text, "Memory", f"a size such as 12GB, {others}")
 
 

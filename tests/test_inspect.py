@@ -1,0 +1,52 @@
+"""What `inspect` says of files that it does not describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moepress.errors import InputError
+from moepress.evaluate import Evaluation
+from moepress.format.checkpoint import CHECKSUMS, save_json
+from moepress.format.checksums import write_checksums
+from moepress.inspect import inspect
+from moepress.pruning.rule import Pruning
+
+
+def evaluation(folder: Path) -> Path:
+    Evaluation("model", None, 256, 10, (), 1.0, {}, {}).save(folder / "evaluation.json")
+    return folder / "evaluation.json"
+
+
+def checksums(folder: Path) -> Path:
+    write_checksums(folder, [], {})
+    return folder / CHECKSUMS
+
+
+def thresholds(folder: Path) -> Path:
+    save_json(folder / "prune.json", Pruning({0: (0.0, 0.5)}, renormalise=True).to_json())
+    return folder / "prune.json"
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (evaluation, "holds an evaluation, which `moepress report` shows"),
+        (checksums, "holds checksums, which `moepress inspect FOLDER --verify` compares"),
+        (thresholds, "holds thresholds of pruning, which commands take as --prune"),
+    ],
+)
+def test_other_files_of_ours_are_named(
+    written: Callable[[Path], Path], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        inspect(written(tmp_path))
+
+
+@pytest.mark.parametrize("text", ['{"kind": ["plan"]}', '{"kind": "calibration"}', "[1]", "{}"])
+def test_other_json_is_no_plan(text: str, tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text(text)
+    with pytest.raises(InputError, match="is not a plan"):
+        inspect(tmp_path / "some.json")
