@@ -39,11 +39,11 @@ class Machine(NamedTuple):
 
 
 # Mixtral-8x7B's shape with random weights, `default` at 2.5 bits, attention and head at 4 bits:
-# name, layers, tokens/s, bytes per second of a plain read (results.md#default-speed, #h200-model;
-# 34 to 52 GB/s for the two cores).
+# name, layers, tokens/s, bytes per second of a plain read (results.md#averages-cpu, 2026-11-28;
+# #h200-third, 2026-11-27; 34 to 56 GB/s for the two cores, for the card as of #h200).
 CHECKS = (
-    ("two cores, AMD EPYC (Zen 4)", 4, 27.0, 43e9),
-    ("one H200", 32, 156.3, 4460e9),
+    ("two cores, AMD EPYC (Zen 4)", 4, 33.7, 45e9),
+    ("one H200", 32, 182.0, 4460e9),
 )
 MIXTRAL = {
     "experts": 8 * 3 * 4096 * 14336,
