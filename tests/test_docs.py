@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +45,30 @@ def test_the_cli_reference_marks_arguments_that_may_be_left_out(generator: Modul
     page = generator.reference()
     for usage in ("demo [OUT] [OPTIONS]", "doctor [FOLDER] [OPTIONS]", "report FOLDER [OPTIONS]"):
         assert f"\n    moepress {usage}\n" in page
+
+
+def described(name: str, text: str) -> bool:
+    """Whether a text names a file, or a pattern of it; X.cpp is described with X.h."""
+    named = set(re.findall(r"[\w*]+\.\w+", text))
+    both = {name, name.replace(".cpp", ".h")}
+    return any(fnmatch(one, pattern) for one in both for pattern in named)
+
+
+def test_every_file_of_the_kernels_is_described() -> None:
+    kernels = ROOT / "src/moepress/kernels"
+    cuda = (ROOT / "docs/cuda.md").read_text()
+    files = [path for path in (kernels / "cuda").iterdir() if path.is_file()]
+    assert len(files) > 40 and not [path for path in files if not described(path.name, cuda)]
+    cpu = ast.get_docstring(ast.parse((kernels / "cpu/__init__.py").read_text())) or ""
+    files = [
+        path
+        for path in (kernels / "cpu").iterdir()
+        if path.suffix in (".cpp", ".h", ".py") and path.name != "__init__.py"
+    ]
+    missing = [path for path in files if not described(path.name, cpu)]
+    # "avx512.cpp, ...": they make the table of an instruction set, or change another one.
+    tables = [path for path in missing if re.search(r"make_isa<|isa\.name = ", path.read_text())]
+    assert len(files) > 60 and missing == tables, sorted(set(missing) - set(tables))
 
 
 def test_the_page_of_families_is_current() -> None:

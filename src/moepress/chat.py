@@ -80,7 +80,7 @@ class Conversation:
         self.tokens = tokens
         self.temperature = temperature
         self.settings = chat_settings(model)
-        self.steps = CapturedSteps(model)  # on a card; kept from turn to turn
+        self.steps = CapturedSteps(model)  # kept from turn to turn
         self.reset()
 
     def reset(self) -> None:

@@ -27,8 +27,8 @@ def generate(
 ) -> str:
     """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
 
-    No other setting of the model's generation_config.json is followed. On a card, steps are
-    captured as a CUDA graph where the model allows it (hf/captured.py).
+    No other setting of the model's generation_config.json is followed. Steps are captured and
+    replayed where the model allows it (hf/captured.py).
 
     Args:
         folder: a folder made by moepress, or an original model that fits in memory (folder or hub

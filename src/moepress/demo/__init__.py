@@ -1,6 +1,6 @@
 """Compress, evaluate and run the small model that comes with moepress.
 
-`model/` is a trained Mixtral of 4 million weights (its README.md is the model card;
+`model/` is a trained Mixtral of 4.5 million weights (its README.md is the model card;
 `benchmarks/carried_model/train_model.py` trained it). The demo calibrates on some files of the
 Python standard library and evaluates on others (text/corpus.py). Every installation has them, so
 nothing is downloaded.

@@ -3,9 +3,10 @@
 transformers reads `quantization_config` from config.json, finds `MoePressQuantizer` by its method
 name, and builds the model's native class on the meta device. Before any weight is read, the
 quantizer replaces modules by packed ones (packing.py) and checks the files (files.py). After that,
-packed parameters are ordinary parameters: sharding, offloading and `save_pretrained` need no code
-here, and on the CPU the bytes stay memory-mapped. Where one card is too small, experts are left to
-the CPU (store/attach.py, devices.py).
+packed parameters are ordinary parameters, which transformers loads and places; on the CPU their
+bytes stay memory-mapped. Code of our own has what it does otherwise: experts that stay on disk, or
+on the CPU where a card is too small (store/attach.py, devices.py), copies by `save_pretrained`
+(saving.py), and questions about sizes (methods.py).
 
 Damaged folders are refused before weights are read: transformers would fill missing parameters
 with random numbers and continue with a warning.

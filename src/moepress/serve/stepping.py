@@ -48,8 +48,8 @@ class Stepper:
     """Computes logits. It finds out by trial what the model's cache allows.
 
     Attributes:
-        steps: replays the steps of a sequence that is computed alone, on a card. Meanwhile the
-            model's forward is another: `close` puts it back.
+        steps: replays the steps of a sequence that is computed alone. Meanwhile the model's
+            forward is another: `close` puts it back.
         batches: sequences of different lengths can be computed together.
         chunks: a prompt can be computed in parts.
         token_bytes: memory of a token in the cache; least_bytes: of any sequence beside that.

@@ -18,7 +18,8 @@ From the C interface (moepress.h) down:
     routing.h                 (token, expert) pairs sorted by expert and cut into panels of tokens
     codec.h                   what the driver needs from a codec: *_codec.h
     *_matrix.h                where a packed matrix keeps what (docs/format.md); scalar_format.h and
-                              trellis_code.h: sizes and constants
+                              trellis_code.h: sizes and constants; scalar_matrix.cpp: sizes, and
+                              single rows for embeddings
     isa.h                     the functions that an instruction set provides:
       scalar_product.h        16 rows of a scalar matrix times a panel; `codes_of` decodes them
       trellis_product.h       64 rows of a trellis matrix times a panel; trellis_many.h: with many
@@ -36,7 +37,8 @@ From the C interface (moepress.h) down:
     avx512.cpp, ...           one table of those functions for each instruction set (make_isa.h)
     dispatch.cpp              which instruction set runs on this CPU; arm_features.h: what ARM CPUs
                               have
-    attention.cpp             attention of few queries: chunks of positions, threads
+    attention.cpp             attention of few queries: chunks of positions, threads (attention.py
+                              calls it)
       attention_mask.h        which positions a mask shows
       attention_chunk.h       some queries over a chunk, and chunks together (attention.h)
       vectors*.h              registers of floats, for attention
@@ -48,8 +50,12 @@ From the C interface (moepress.h) down:
                               and the choice of experts, route_choice.h; route_numbers.h
     number_kinds.h            float32, bfloat16 and float16; numbers.h: inputs in bfloat16
     threads.h                 torch's OpenMP team, or a pool of our own
-    store.h                   experts on disk: which are in memory, which are read
-                              (expert_store.py opens one)
+    store.h                   experts on disk: which are in memory, which are read (store_state.h);
+                              store_interface.cpp: its C functions, called by expert_store.py;
+                              store_missing.cpp: systems without mmap
+    trellis_fit.cpp           for compression: sums for the best scales; trellis_pack.cpp: branches
+                              as stored bytes; trellis_values.cpp: the values of paths;
+                              trellis_rows.cpp: rows with drawn errors
 
 interface.py loads and calls the library. One build serves every Python and every torch, since it is
 called through C. ctypes releases the interpreter lock while it runs.
