@@ -87,6 +87,7 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
         asked.stops,
         _parser(asked, served),
         score=echo and logprobs is not None,
+        continues=isinstance(asked, Completion),
     )
     form = Form(
         chat=isinstance(asked, Chat),

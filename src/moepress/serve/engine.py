@@ -145,7 +145,12 @@ class Engine:
                 answer = Answer(
                     job,
                     index,
-                    Writer(self.tokenizer, wanted.stop, raw=parser is not None),
+                    Writer(
+                        self.tokenizer,
+                        wanted.stop,
+                        raw=parser is not None,
+                        after=prompt.ids if wanted.continues else (),
+                    ),
                     Sampler(wanted.settings, prompt.ids, index),
                     parser,
                 )

@@ -34,6 +34,7 @@ class Wanted:
     stop: tuple[str, ...] = ()
     parser: Callable[[str], Parser] | None = None  # from the prompt's text
     score: bool = False  # also the logprobs of the prompt's tokens
+    continues: bool = False  # the answer goes on with the prompt's text: it may begin with a space
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from moepress.pieces import Pieces
 
 
 class Writer:
@@ -18,44 +18,29 @@ class Writer:
         tokenizer: of transformers.
         stop: sequences that end the answer.
         raw: keep special tokens, for what parses the answer.
+        after: tokens whose text the answer continues; none for an answer that begins a text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), raw: bool = False) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        after: Sequence[int] = (),
+    ) -> None:
         self.stop = tuple(stop)
-        self.raw = raw
         self.stopped = False
-        self.ids: list[int] = []
+        self._pieces = Pieces(tokenizer, special=raw, after=after)
         self._seen = ""  # text so far, in full
         self._given = 0  # characters of it given out
-        self._fast: Any = getattr(tokenizer, "_tokenizer", None)  # None: written in Python
-        self._stream = DecodeStream([], skip_special_tokens=not raw)
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain."""
-        self.ids.append(token)
-        return self._more(self._step(token), last=False)
+        return self._more(self._pieces.add(token), last=False)
 
     def end(self) -> str:
         """The rest of the text, after the last token."""
-        whole = self._decoded()
-        more = whole[len(self._seen) :] if whole.startswith(self._seen) else ""
-        return self._more(more, last=True)
-
-    def _step(self, token: int) -> str:
-        if self._fast is not None:
-            return self._stream.step(self._fast, token) or ""
-        whole = self._decoded()
-        if whole.endswith("\ufffd") or not whole.startswith(self._seen):
-            return ""  # an incomplete character
-        return whole[len(self._seen) :]
-
-    def _decoded(self) -> str:
-        return str(
-            self.tokenizer.decode(
-                self.ids, skip_special_tokens=not self.raw, clean_up_tokenization_spaces=False
-            )
-        )
+        return self._more(self._pieces.end(), last=True)
 
     def _more(self, text: str, last: bool) -> str:
         if self.stopped:
