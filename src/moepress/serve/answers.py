@@ -26,9 +26,7 @@ class Whole:
     finish: str | None = None
 
     def add(self, event: Event) -> None:
-        self.message.text += event.message.text
-        self.message.reasoning += event.message.reasoning
-        self.message.calls += event.message.calls
+        self.message.add(event.message)
         self.choices += event.choices
         if event.finish:
             self.finish, self.scored = event.finish, event.scored

@@ -152,5 +152,7 @@ def _parser(asked: Request, served: Served) -> Callable[[str], Parser] | None:
     make = served.parser
     if make is None or not isinstance(asked, Chat):
         return None
-    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None
+    tools = None
+    if asked.tools and asked.tool_choice != "none":
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
     return lambda prefix: make(prefix, tools)

@@ -277,12 +277,9 @@ class Engine:
         if answer.parser is not None:
             message = answer.parser.feed(text)
             if finish:
-                rest = answer.parser.end()
-                message.text += rest.text
-                message.reasoning += rest.reasoning
-                message.calls += rest.calls
-                if answer.last in self.ends:  # a parser that does not know this token left it
-                    message.text = message.text.removesuffix(self.tokenizer.decode([answer.last]))
+                message.add(answer.parser.end(cut=finish == "length"))
+                if answer.last in self.ends:
+                    message = message.without_end(self.tokenizer.decode([answer.last]))
         scored = tuple(answer.scored) if finish and answer.job.wanted.score else None
         answer.job.tell(Event(answer.index, message, choices, finish, None, scored, answer.tokens))
 
