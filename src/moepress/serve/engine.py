@@ -3,8 +3,9 @@
 Each turn of its loop takes in new requests, drops those whose client has left or whose deadline
 has passed, computes at most `CHUNK` tokens of prompts, and then one token of every running answer.
 So a long prompt delays the others by one chunk at a time, and an answer that is no longer wanted
-costs at most one turn. Prompts take turns, and of a request's answers the first go first, so that
-nobody waits for all of a large request.
+costs at most one turn. Prompts take turns. A request's second answer waits as if it had come one
+request later, its third two, and so on: nobody waits for all of a large request, and no answer for
+more than a certain number of later ones.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Engine:
         self.prefilled = 0
         self._inbox: deque[Job] = deque()
         self._waiting: list[tuple[int, int, Answer]] = []  # a heap
-        self._arrivals = itertools.count()
+        self._arrivals = itertools.count()  # of requests
         self._prompts: deque[Answer] = deque()  # whose prompts are being computed
         self._running: list[Answer] = []
         self._wake = threading.Condition()
@@ -139,6 +140,7 @@ class Engine:
 
     def _take(self, job: Job) -> None:
         wanted = job.wanted
+        arrival = next(self._arrivals)
         for index, prompt in enumerate(job.prompts):
             try:
                 parser = None if wanted.parser is None else wanted.parser(prompt.text)
@@ -158,7 +160,7 @@ class Engine:
                 logger.exception("a request could not begin")
                 job.tell(Event(index, Message(), error=FAILED))
                 continue
-            heapq.heappush(self._waiting, (index, next(self._arrivals), answer))
+            heapq.heappush(self._waiting, (arrival + index, arrival, answer))
 
     def _sweep(self) -> None:
         """Drop the answers of those who left, and those that are late."""
