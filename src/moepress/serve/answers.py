@@ -43,6 +43,7 @@ class Form:
         prompts: of the request.
         logprobs: whether they are wanted.
         echo: whether the prompt begins the text of a completion.
+        include_usage: whether the last chunk of a stream has the usage, and the others none.
     """
 
     chat: bool
@@ -51,6 +52,7 @@ class Form:
     prompts: Sequence[Prompt]
     logprobs: bool
     echo: bool = False
+    include_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -106,7 +108,8 @@ class Form:
     def _chunk(self, index: int, content: Any, logprobs: Any, finish: str | None) -> Json:
         body = {"delta" if self.chat else "text": content}
         choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._head(stream=True), "choices": [choice]}
+        usage: Json = {"usage": None} if self.include_usage else {}
+        return {**self._head(stream=True), "choices": [choice], **usage}
 
     def _choice(self, index: int, answer: Whole) -> Json:
         message = answer.message

@@ -38,7 +38,6 @@ class Asked:
     n: int
     wanted: Wanted
     stream: bool
-    include_usage: bool
 
 
 def settings_of(asked: Request, defaults: Settings) -> Settings:
@@ -96,8 +95,9 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
         prompts=tuple(prompt for prompt in prompts for _ in range(n)),
         logprobs=logprobs is not None,
         echo=echo,
+        include_usage=bool(options and options.include_usage),
     )
-    return Asked(form, n, wanted, bool(asked.stream), bool(options and options.include_usage))
+    return Asked(form, n, wanted, bool(asked.stream))
 
 
 def _check_size(asked: Request, served: Served) -> None:
