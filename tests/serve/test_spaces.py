@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from moepress.pieces import UNKNOWN
 from moepress.serve.limits import Limits
+from moepress.serve.names import Names, places
 from moepress.serve.writing import Writer
 from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.conftest import Here, serving
@@ -107,3 +109,94 @@ def test_a_server_goes_on_after_such_bytes(llama: Here, monkeypatch: pytest.Monk
         engines.Sampler, "choose", lambda self, logits: Choice(next(script), -1.0, ())
     )
     assert llama.text("Hello", max_tokens=3) == "\n\ufffd the"
+
+
+def test_names(tokenizer_folder: Path) -> None:
+    names = Names(TOKENIZER)
+    found = [names.text(token) for token in ids("\u2581the", "the", "\u2581", "</s>", "<0x0A>")]
+    assert found == [" the", "the", " ", "</s>", "\n"]
+    (part,) = ids("<0xF0>")
+    assert names.raw(part) == b"\xf0" and names.text(part) == "bytes:\\xf0"
+    assert names.text(len(TOKENIZER)) == ""  # the model's table is longer
+    assert names.special(1) and not names.special(part)
+
+    of_bytes = AutoTokenizer.from_pretrained(tokenizer_folder)
+    names = Names(of_bytes)
+    text = "h\u00e9 \u2192 def f(x)\n\t\U0001f600"
+    tokens = of_bytes(text, add_special_tokens=False).input_ids
+    assert b"".join(map(names.raw, tokens)).decode() == text
+    whole = [names.raw(token) for token in range(len(of_bytes))]
+    assert len(set(whole)) == len(whole)  # nothing has another's name
+
+
+class Words:
+    """A tokenizer whose vocabulary says nothing about spaces and bytes."""
+
+    all_special_ids = (0,)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"<s>": 0, "a": 1}
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return ["<s>", "a"][token]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(f"{self.convert_ids_to_tokens(token)}." for token in tokens)
+
+
+def test_names_of_another_vocabulary() -> None:
+    names = Names(Words())
+    assert [names.text(token) for token in (1, 2)] == ["a.", ""]
+
+
+def test_places_in_a_prompt() -> None:
+    def found(text: str, *tokens: str) -> list[int]:
+        return places(Names(TOKENIZER), ids(*tokens), text)
+
+    hello = ("<s>", "\u2581Hello", "\u2581the", "<0xC3>", "<0xA9>", "x")
+    assert found("Hello the\u00e9x", *hello) == [0, 0, 5, 9, 9, 10]
+    assert found("<s> Hello the\u00e9x", *hello) == [0, 3, 9, 13, 13, 14]
+    assert found("HELLO x", "Hello", "\u2581", "x") == [0, 5, 6]  # as it was normalised
+
+
+SOME = ("\u2581the", "the", "\u2581world", "\u2581", "x", "<0xC3>", "<0xA9>", "<0x0A>")
+BIAS = {str(token): 100 for token in ids(*SOME)}
+
+
+def test_logprobs_are_of_the_text(llama: Here) -> None:
+    asked: dict[str, Any] = {"logit_bias": BIAS, "temperature": 9.0, "max_tokens": 24}
+    asked |= {"prompt": "Hello", "logprobs": 3}
+    for seed in range(4):
+        choice = llama.complete(seed=seed, **asked)["choices"][0]
+        found, text = choice["logprobs"], choice["text"]
+        assert len(found["tokens"]) == 24 and found["text_offset"][0] == 0
+        for at, token in zip(found["text_offset"], found["tokens"], strict=True):
+            if not text.startswith("\ufffd", at):  # with what is behind it, one piece
+                assert text.startswith("\u00e9" if "bytes:" in token else token, at)
+        assert all(len(top) == 3 for top in found["top_logprobs"])
+        parts = [part["logprobs"] for part in stream(llama, seed=seed, **asked)]
+        for name, values in found.items():
+            assert [x for part in parts if part for x in part[name]] == values
+        echoed = llama.complete(seed=seed, echo=True, **asked)["choices"][0]
+        offsets = echoed["logprobs"]["text_offset"]
+        assert echoed["text"] == "Hello" + text and echoed["logprobs"]["tokens"][0] == "<s>"
+        assert offsets == [0, 0, *(5 + at for at in found["text_offset"])]
+
+
+def test_logprobs_leave_out_what_the_text_does(llama: Here) -> None:
+    """The token that ends an answer, and a stop sequence."""
+    answer = llama.complete("Hello", logprobs=1, logit_bias=always("</s>"))
+    (ended,) = answer["choices"]
+    assert ended["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 1
+    assert ended["logprobs"]["tokens"] == ended["logprobs"]["text_offset"] == []
+    chat = llama.chat(logprobs=True, logit_bias=always("</s>"))["choices"][0]
+    assert chat["logprobs"]["content"] == []
+    asked: dict[str, Any] = {"prompt": "Hello", "logprobs": 0, "max_tokens": 9}
+    asked["logit_bias"] = always("\u2581world")
+    for stop, text, tokens in ((" world", "", 0), ("d wor", " worl", 1), ("d world", " worl", 1),
+                               (" world world world!", " world" * 9, 9)):  # fmt: skip
+        choice = llama.complete(stop=stop, **asked)["choices"][0]
+        assert choice["text"] == text and choice["logprobs"]["tokens"] == [" world"] * tokens
+        parts = stream(llama, stop=stop, **asked)
+        assert sum(len(part["logprobs"]["tokens"]) for part in parts if part["logprobs"]) == tokens
+        assert "".join(part["text"] for part in parts) == text

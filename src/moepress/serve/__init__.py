@@ -6,8 +6,9 @@
     engine.py     the thread that works   stepping.py  steps of the model; rows.py: their cache
     sampling.py   choice of tokens        writing.py   text and stop sequences
     parsing.py    reasoning, tool calls   calls.py     calls that cannot be read
-    answers.py    OpenAI's form           limits.py    what clients may ask for
-    model.py      a model made ready      metrics.py   for Prometheus
+    answers.py    OpenAI's form           names.py     tokens by name, for logprobs
+    model.py      a model made ready      limits.py    what clients may ask for
+    metrics.py    for Prometheus
 
 transformers has a server and continuous batching of its own. Why they are not used: docs/log.md.
 """

@@ -122,7 +122,7 @@ class Service:
                     yield event(form.first(index))
             async for news in self._events(job):
                 generated[news.index] = news.tokens
-                if form.logprobs or news.finish or _says(news):
+                if news.finish or _says(news) or (form.names and news.choices):
                     yield event(form.chunk(news, calls[news.index]))
                 calls[news.index] += len(news.message.calls)
             if form.include_usage:
@@ -164,7 +164,7 @@ class Service:
             if news.error:
                 job.done = True
                 raise RefusedError(None, news.error, status=STATUS.get(news.error, 500))
-            if first and news.choices:
+            if first and news.tokens:
                 first = False
                 self.metrics.first.observe(time.monotonic() - job.begun)
             if news.finish:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moepress.serve.answers import Form
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits
+from moepress.serve.names import Names
 from moepress.serve.parsing import Parser
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
@@ -28,6 +30,11 @@ class Served:
     prompts: Prompts
     defaults: Settings
     parser: Callable[[str, Any], Parser] | None  # from a prompt's text and tools
+
+    @cached_property
+    def names(self) -> Names:
+        """What tokens are called in logprobs."""
+        return Names(self.prompts.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,8 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
     form = Form(
         chat=isinstance(asked, Chat),
         model=served.name,
-        token=lambda token: str(served.prompts.tokenizer.decode([token])),
         prompts=tuple(prompt for prompt in prompts for _ in range(n)),
-        logprobs=logprobs is not None,
+        names=None if logprobs is None else served.names,
         echo=echo,
         include_usage=bool(options and options.include_usage),
     )

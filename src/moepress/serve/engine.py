@@ -24,7 +24,7 @@ from torch import Tensor
 from moepress.hf.growing_cache import room_beyond
 from moepress.serve.limits import Limits
 from moepress.serve.parsing import Message
-from moepress.serve.sampling import Choice, Sampler, described
+from moepress.serve.sampling import Sampler, described
 from moepress.serve.stepping import CHUNK, Stepper
 from moepress.serve.work import Answer, Event, Finish, Job
 from moepress.serve.writing import Writer
@@ -255,7 +255,7 @@ class Engine:
         """Add a token to an answer and tell the client. Returns whether the answer goes on."""
         wanted = answer.job.wanted
         if wanted.most == 0:
-            self._tell(answer, "", (), "length")
+            self._tell(answer, "", "length")
             return False
         choice = answer.sampler.choose(logits)
         answer.last = choice.token
@@ -263,18 +263,18 @@ class Engine:
         self.generated += 1
         ended = choice.token in self.ends
         writer = answer.writer
+        if not ended:
+            answer.untold.append(choice)
         # Parsers know the token that ends an answer; a reader need not see it.
         text = "" if ended and answer.parser is None else writer.add(choice.token)
         finish: Finish | None = None
         if ended or writer.stopped or answer.tokens >= wanted.most:
             text += writer.end()
             finish = "stop" if ended or writer.stopped else "length"
-        self._tell(answer, text, (choice,), finish)
+        self._tell(answer, text, finish)
         return finish is None
 
-    def _tell(
-        self, answer: Answer, text: str, choices: tuple[Choice, ...], finish: Finish | None
-    ) -> None:
+    def _tell(self, answer: Answer, text: str, finish: Finish | None) -> None:
         message = Message(text)
         if answer.parser is not None:
             message = answer.parser.feed(text)
@@ -283,7 +283,18 @@ class Engine:
                 if answer.last in self.ends:
                     message = message.without_end(self.tokenizer.decode([answer.last]))
         scored = tuple(answer.scored) if finish and answer.job.wanted.score else None
-        answer.job.tell(Event(answer.index, message, choices, finish, None, scored, answer.tokens))
+        choices, starts = answer.told()
+        answer.job.tell(
+            Event(
+                answer.index,
+                message,
+                choices,
+                starts,
+                finish,
+                scored=scored,
+                tokens=answer.tokens,
+            )
+        )
 
     def _fail(self, answer: Answer, why: str) -> None:
         answer.job.tell(Event(answer.index, Message(), error=why, tokens=answer.tokens))

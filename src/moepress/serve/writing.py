@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,20 +34,46 @@ class Writer:
         self._pieces = Pieces(tokenizer, special=raw, after=after)
         self._seen = ""  # text so far, in full
         self._given = 0  # characters of it given out
+        self._silent = 0  # tokens since the last that gave text
+        self._spans: deque[tuple[int, int]] = deque()  # in the text, of tokens not told yet
+        self._told: list[int] = []
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain."""
-        return self._more(self._pieces.add(token), last=False)
+        self._silent += 1
+        given = self._more(self._pieces.add(token), last=False)
+        while self._spans and self._spans[0][1] <= self._given:
+            self._told.append(self._spans.popleft()[0])
+        return given
 
     def end(self) -> str:
         """The rest of the text, after the last token."""
-        return self._more(self._pieces.end(), last=True)
+        given = self._more(self._pieces.end(), last=True)
+        self._told += [start for start, _ in self._spans if start < self._given]
+        if not self.stopped:
+            self._told += [len(self._seen)] * self._silent
+        self._spans.clear()
+        self._silent = 0
+        return given
+
+    def told(self) -> list[int]:
+        """Where tokens begin whose text has been given out since the last call, in the order of
+        `add`, in characters of the whole text.
+
+        Those of a stop sequence are never told. Tokens without text are, with the next that has.
+        """
+        told, self._told = self._told, []
+        return told
 
     def _more(self, text: str, last: bool) -> str:
         if self.stopped:
             return ""
         longest = max(map(len, self.stop), default=0)
         start = max(self._given, len(self._seen) - longest)  # earlier text was searched
+        if text:
+            span = len(self._seen), len(self._seen) + len(text)
+            self._spans.extend([span] * self._silent)
+            self._silent = 0
         self._seen += text
         found = [(at, one) for one in self.stop if (at := self._seen.find(one, start)) >= 0]
         if found:
