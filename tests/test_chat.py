@@ -16,6 +16,7 @@ from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.hf import load_model
 from tests.conftest import small_recipe
+from tests.llama_tokenizer import llama_tokenizer
 
 Folder = Callable[..., Path]
 TEMPLATE = (
@@ -82,6 +83,42 @@ def test_raw_continues_the_text(loaded: tuple[object, object]) -> None:
     assert first.text == greedy(loaded, "def f2(x):", 5)
     second = talk.say(" and", lambda piece: None)
     assert second.text == greedy(loaded, f"def f2(x):{first.text} and", 5)
+
+
+class Says:
+    """A model that says " world" after each text."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: object, token: int) -> None:
+        self.model = model
+        self.token = token
+        self.read: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+    def generate(self, *, input_ids: torch.Tensor, streamer: object, **_: object) -> None:
+        self.read.append(input_ids[0].tolist())
+        for tokens in (input_ids, torch.tensor([self.token]), torch.tensor([self.token])):
+            streamer.put(tokens)
+        streamer.end()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_spaces_between_words_stay(loaded: tuple[object, object], raw: bool) -> None:
+    """Tokenizers in the manner of SentencePiece leave out the space that a text begins with."""
+    tokenizer = llama_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    word = tokenizer.convert_tokens_to_ids("\u2581world")
+    model = Says(loaded[0], word)
+    talk = Conversation(model, tokenizer, raw=raw)
+    pieces: list[str] = []
+    reply = talk.say("Hello", pieces.append)
+    assert reply.text == "".join(pieces) == (" world world" if raw else "world world")
+    talk.say(" the", pieces.append)
+    if raw:  # as one text
+        assert model.read[1][:-1] == [*model.read[0], word, word]
 
 
 def test_an_answer_can_be_stopped(loaded: tuple[object, object]) -> None:

@@ -2,7 +2,7 @@
 
     $ moepress chat mixtral-2.5bit
     > Why is the sky blue?
-    ...                                  words appear as they are generated; Ctrl-C stops
+    ...                                  text appears as it is generated; Ctrl-C stops
     (42 tokens, 6.1 tokens/s)            on stderr
     > /reset                             forgets the conversation
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from moepress.errors import FileError, InputError
 from moepress.generation import chat_settings, following, left_aside
@@ -29,6 +29,7 @@ from moepress.hf import load_model, set_threads, text_model
 from moepress.hf.captured import CapturedSteps
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
+from moepress.pieces import Pieces
 from moepress.prune import Pruning, Strength
 from moepress.store.memory import Memory
 from moepress.store.statistics import statistics
@@ -98,7 +99,9 @@ class Conversation:
         """
         ids = self._ids(text)
         room = self._room(len(ids[0]))
-        streamer = _Pieces(self.tokenizer, write)
+        # Through a template an answer begins a text of its own.
+        after = ids[0].tolist() if self.raw else []
+        streamer = _Streamer(Pieces(self.tokenizer, after=after), write)
         stopped = False
         try:
             with torch.inference_mode(), following(self.model, self.settings), self.steps:
@@ -193,11 +196,11 @@ def check_options(
         raise InputError("A system message needs a chat template. Leave out --raw or --system.")
 
 
-class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Pass text to `write` as soon as its words are complete; count and time tokens."""
+class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Pass text to `write` as soon as its characters are complete; count and time tokens."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, pieces: Pieces, write: Callable[[str], None]) -> None:
+        self.pieces = pieces
         self.write = write
         self.text = ""
         self.tokens = -1  # the first `put` gets the prompt
@@ -210,13 +213,20 @@ class _Pieces(TextStreamer):  # type: ignore[misc]  # transformers is untyped
     def put(self, value: torch.Tensor) -> None:
         self.tokens += 1
         self.last = time.perf_counter()
+        if self.tokens == 0:
+            return
         if self.tokens == 1:
             self.first = self.last
-        super().put(value)
+        for token in value.flatten().tolist():
+            self._give(self.pieces.add(token))
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        self.write(text)
+    def end(self) -> None:
+        self._give(self.pieces.end())
+
+    def _give(self, text: str) -> None:
+        if text:
+            self.text += text
+            self.write(text)
 
 
 def chat(

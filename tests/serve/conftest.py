@@ -70,7 +70,10 @@ class Here:
             out = self.served.engine.stepper.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
             )
-        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        # Together: alone, tokens in the manner of SentencePiece lose the space before them.
+        read, whole = (str(tokenizer.decode(x, skip_special_tokens=True)) for x in (ids[0], out[0]))
+        assert whole.startswith(read)
+        return whole[len(read) :]
 
 
 def serving(folder: Path, limits: Limits, **options: Any) -> Here:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import math
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +19,11 @@ from torch import Tensor
 from moepress.serve import engine as engines
 from moepress.serve import stepping
 from moepress.serve.limits import Limits
+from moepress.serve.sampling import Settings
 from moepress.serve.stepping import Stepper
+from moepress.serve.work import Job, Prompt, Wanted
 from tests.conftest import FAMILIES, make_model
+from tests.llama_tokenizer import llama_tokenizer
 from tests.serve.conftest import Here, serving
 
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -178,6 +184,54 @@ def test_memory_of_caches_bounds_what_runs(chat_folder: Path) -> None:
     assert answers == [here.alone(f"def f{i}", 8) for i in range(4)]
     engine = here.served.engine
     assert engine.cache == 1 and engine.stop(30)
+
+
+class Still:
+    """A stepper that computes nothing: tests say when an answer is done."""
+
+    least_bytes = 0
+    token_bytes = 1
+
+    def keep_within(self, budget: int) -> None:
+        pass
+
+    def new(self) -> stepping.State:
+        return stepping.State(None)
+
+
+@pytest.fixture
+def queue() -> Iterator[Callable[[int], int]]:
+    """Ask for a number of answers, and then do one of those that wait: the number of its request.
+
+    The engine has no thread here, and room for one answer.
+    """
+    engine = engines.Engine(Still(), llama_tokenizer(), (), Limits(concurrent=1), 1000)  # type: ignore[arg-type]
+    loop = asyncio.new_event_loop()
+    jobs: list[Job] = []
+
+    def turn(answers: int) -> int:
+        if answers:
+            jobs.append(Job([Prompt((5,))] * answers, Wanted(Settings(), 1), loop, math.inf))
+            engine._take(jobs[-1])
+        engine._admit()
+        return jobs.index(engine._prompts.popleft().job)
+
+    yield turn
+    loop.close()
+
+
+def test_later_answers_of_a_request_come_too(queue: Callable[[int], int]) -> None:
+    """Though as many come as are done."""
+    done = [queue(3), *(queue(1) for _ in range(50))]
+    assert [at for at, number in enumerate(done) if number == 0] == [0, 1, 3]
+    assert [number for number in done if number] == list(range(1, 49))
+    larger = [queue(40), *(queue(1) for _ in range(2000))]
+    assert larger.count(51) == 40
+
+
+def test_nobody_waits_for_all_of_a_large_request(queue: Callable[[int], int]) -> None:
+    done = [queue(40), queue(1), queue(1), *(queue(0) for _ in range(39))]
+    assert done[:5] == [0, 0, 1, 0, 2] and done.count(0) == 40
 
 
 def test_stop_ends_all_answers(chat_folder: Path) -> None:

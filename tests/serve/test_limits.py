@@ -18,6 +18,7 @@ from moepress.cli import app as command_line
 from moepress.errors import InputError
 from moepress.serve import app as apps
 from moepress.serve import engine as engines
+from moepress.serve.answers import Form
 from moepress.serve.guard import allowed_hosts
 from moepress.serve.limits import Limits
 from tests.serve.conftest import Here, again, serving
@@ -128,6 +129,9 @@ def test_a_late_request_ends(own: Here, gate: Gate, monkeypatch: pytest.MonkeyPa
     gate.open.clear()
     answer = short.post("/v1/completions", json={"prompt": "x"})
     assert answer.status_code == 504 and "deadline" in answer.json()["error"]["message"]
+    streamed = short.post("/v1/completions", json={"prompt": "x", "stream": True})
+    assert "deadline" in streamed.text and "[DONE]" not in streamed.text
+    assert "moepress_clients_left_total 0.0" in short.get("/metrics").text  # the fault is ours
     gate.open.set()
     assert own.text()
     real = engines.time.monotonic
@@ -275,6 +279,24 @@ def test_a_client_that_reads_nothing_is_given_up(own: Here) -> None:
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     guard = Guard(app, None, None, patience=0.05)
     asyncio.run(asyncio.wait_for(guard(scope, None, send), WAIT))  # type: ignore[arg-type]
+
+
+def test_faults_of_the_server_are_no_clients_that_left(
+    own: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: Any) -> None:
+        raise RuntimeError("a fault of the form")
+
+    client = again(own)
+    body = {"prompt": "x", "stream": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Form, "chunk", fault)
+        client.post("/v1/completions", json=body)
+    with monkeypatch.context() as patch:
+        patch.setattr(own.served.engine, "trouble", lambda: "stopped")
+        patch.setattr(own.served.engine, "submit", lambda job: None)
+        assert '"server_error"' in client.post("/v1/completions", json=body).text
+    assert "moepress_clients_left_total 0.0" in client.get("/metrics").text
 
 
 def test_failures_of_the_model_are_told_without_details(

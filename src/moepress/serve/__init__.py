@@ -5,7 +5,8 @@
     asking.py     from a request to work  work.py      work for the engine, and its news
     engine.py     the thread that works   stepping.py  steps of the model; rows.py: their cache
     sampling.py   choice of tokens        writing.py   text and stop sequences
-    parsing.py    reasoning, tool calls   answers.py   OpenAI's form
+    parsing.py    reasoning, tool calls   calls.py     calls that cannot be read
+    answers.py    OpenAI's form           names.py     tokens by name, for logprobs
     model.py      a model made ready      limits.py    what clients may ask for
     metrics.py    for Prometheus
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moepress.serve.names import Names, places
 from moepress.serve.parsing import Message
 from moepress.serve.sampling import Choice
 from moepress.serve.work import Event, Prompt
@@ -22,14 +23,14 @@ class Whole:
 
     message: Message = field(default_factory=Message)
     choices: list[Choice] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # of the choices in the text
     scored: tuple[Choice, ...] | None = None
     finish: str | None = None
 
     def add(self, event: Event) -> None:
-        self.message.text += event.message.text
-        self.message.reasoning += event.message.reasoning
-        self.message.calls += event.message.calls
+        self.message.add(event.message)
         self.choices += event.choices
+        self.starts += event.starts
         if event.finish:
             self.finish, self.scored = event.finish, event.scored
 
@@ -41,18 +42,18 @@ class Form:
     Args:
         chat: for chat/completions, else for completions.
         model: name in the answer.
-        token: the text of a token id.
         prompts: of the request.
-        logprobs: whether they are wanted.
+        names: of tokens, for logprobs; None: they are not wanted.
         echo: whether the prompt begins the text of a completion.
+        include_usage: whether the last chunk of a stream has the usage, and the others none.
     """
 
     chat: bool
     model: str
-    token: Callable[[int], str]
     prompts: Sequence[Prompt]
-    logprobs: bool
+    names: Names | None = None
     echo: bool = False
+    include_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -73,7 +74,7 @@ class Form:
         Args:
             calls: calls of tools in earlier chunks of the answer.
         """
-        logprobs = self._logprobs(event.choices) if self.logprobs and event.choices else None
+        logprobs = self._logprobs(event.choices, event.starts) if event.choices else None
         if not self.chat:
             return self._chunk(event.index, event.message.text, logprobs, event.finish)
         message = event.message
@@ -108,11 +109,11 @@ class Form:
     def _chunk(self, index: int, content: Any, logprobs: Any, finish: str | None) -> Json:
         body = {"delta" if self.chat else "text": content}
         choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._head(stream=True), "choices": [choice]}
+        usage: Json = {"usage": None} if self.include_usage else {}
+        return {**self._head(stream=True), "choices": [choice], **usage}
 
     def _choice(self, index: int, answer: Whole) -> Json:
         message = answer.message
-        logprobs = self._logprobs(answer.choices) if self.logprobs else None
         if self.chat:
             made: Json = {"role": "assistant", "content": message.text or None, "refusal": None}
             if not message.calls:
@@ -122,20 +123,27 @@ class Form:
             if message.calls:
                 made["tool_calls"] = [_call(call) for call in message.calls]
             finish = _finish(answer.finish, len(message.calls))
+            logprobs = self._logprobs(answer.choices, answer.starts)
             return {"index": index, "message": made, "logprobs": logprobs, "finish_reason": finish}
-        text = message.text
+        text, choices, starts = message.text, answer.choices, answer.starts
         if self.echo:
             prompt = self.prompts[index]
             text = prompt.text + text
-            if logprobs is not None and answer.scored is not None:
-                logprobs = self._completion_logprobs(
-                    [*answer.scored, *answer.choices], prompt.ids[0]
-                )
+            if self.names is not None and answer.scored is not None:
+                choices = [Choice(prompt.ids[0]), *answer.scored, *choices]
+                starts = [
+                    *places(self.names, prompt.ids, prompt.text),
+                    *(len(prompt.text) + start for start in starts),
+                ]
+        logprobs = self._logprobs(choices, starts)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
 
-    def _logprobs(self, choices: Sequence[Choice]) -> Json:
+    def _logprobs(self, choices: Sequence[Choice], starts: Sequence[int]) -> Json | None:
+        """Of tokens and where they begin in the text; None: they are not wanted."""
+        if self.names is None:
+            return None
         if not self.chat:
-            return self._completion_logprobs(choices)
+            return _completion_logprobs(self.names, choices, starts)
         content = [
             {
                 **self._described(choice.token, choice.logprob),
@@ -146,25 +154,29 @@ class Form:
         return {"content": content, "refusal": None}
 
     def _described(self, token: int, logprob: float | None) -> Json:
-        text = self.token(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        assert self.names is not None
+        text, raw = self.names.text(token), self.names.raw(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
 
-    def _completion_logprobs(self, choices: Sequence[Choice], first: int | None = None) -> Json:
-        """The older form. `first`: the token before the first choice, of which nothing is known."""
-        tokens = [self.token(choice.token) for choice in choices]
-        values = [_finite(choice.logprob) for choice in choices]
-        top: list[Json | None] = [
-            {self.token(token): _finite(value) for token, value in choice.top} for choice in choices
-        ]
-        if first is not None:
-            tokens, values, top = [self.token(first), *tokens], [None, *values], [None, *top]
-        offsets, at = [], 0
-        for text in tokens:
-            offsets.append(at)
-            at += len(text)
-        return {
-            "tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets,
-        }  # fmt: skip
+
+def _completion_logprobs(names: Names, choices: Sequence[Choice], starts: Sequence[int]) -> Json:
+    """The older form. Of the first token of a prompt nothing is known."""
+    return {
+        "tokens": [names.text(choice.token) for choice in choices],
+        "token_logprobs": [_finite(choice.logprob) for choice in choices],
+        "top_logprobs": [
+            None if choice.logprob is None else _top(names, choice) for choice in choices
+        ],
+        "text_offset": list(starts),
+    }
+
+
+def _top(names: Names, choice: Choice) -> Json:
+    """The most probable tokens by name; of those with one name, the more probable."""
+    made: Json = {}
+    for token, value in choice.top:
+        made.setdefault(names.text(token), _finite(value))
+    return made
 
 
 def usage(prompts: Sequence[Prompt], n: int, generated: int) -> Json:

@@ -122,14 +122,17 @@ class Service:
                     yield event(form.first(index))
             async for news in self._events(job):
                 generated[news.index] = news.tokens
-                if form.logprobs or news.finish or _says(news):
+                if news.finish or _says(news) or (form.names and news.choices):
                     yield event(form.chunk(news, calls[news.index]))
                 calls[news.index] += len(news.message.calls)
-            if asked.include_usage:
+            if form.include_usage:
                 yield event(form.usage_chunk(usage(asked.form.prompts, asked.n, sum(generated))))
             yield event("[DONE]")
         except RefusedError as refused:
             yield event(error(refused.message, "server_error"))
+        except Exception:
+            job.done = True  # a fault of ours: the client has not left
+            raise
 
     def _release(self, job: Job) -> None:
         """After a stream, also one whose client has left."""
@@ -152,14 +155,16 @@ class Service:
                     news = await job.events.get()
             except TimeoutError:
                 if self.served.engine.trouble() == "stopped":
+                    job.done = True
                     raise RefusedError(None, FAILED, status=500) from None
                 if time.monotonic() > job.ends + GRACE:  # the engine is in one long step
+                    job.done = True
                     raise RefusedError(None, LATE, status=504) from None
                 continue
             if news.error:
                 job.done = True
                 raise RefusedError(None, news.error, status=STATUS.get(news.error, 500))
-            if first and news.choices:
+            if first and news.tokens:
                 first = False
                 self.metrics.first.observe(time.monotonic() - job.begun)
             if news.finish:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moepress.serve.answers import Form
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits
+from moepress.serve.names import Names
 from moepress.serve.parsing import Parser
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
@@ -29,6 +31,11 @@ class Served:
     defaults: Settings
     parser: Callable[[str, Any], Parser] | None  # from a prompt's text and tools
 
+    @cached_property
+    def names(self) -> Names:
+        """What tokens are called in logprobs."""
+        return Names(self.prompts.tokenizer)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -38,7 +45,6 @@ class Asked:
     n: int
     wanted: Wanted
     stream: bool
-    include_usage: bool
 
 
 def settings_of(asked: Request, defaults: Settings) -> Settings:
@@ -87,16 +93,17 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
         asked.stops,
         _parser(asked, served),
         score=echo and logprobs is not None,
+        continues=isinstance(asked, Completion),
     )
     form = Form(
         chat=isinstance(asked, Chat),
         model=served.name,
-        token=lambda token: str(served.prompts.tokenizer.decode([token])),
         prompts=tuple(prompt for prompt in prompts for _ in range(n)),
-        logprobs=logprobs is not None,
+        names=None if logprobs is None else served.names,
         echo=echo,
+        include_usage=bool(options and options.include_usage),
     )
-    return Asked(form, n, wanted, bool(asked.stream), bool(options and options.include_usage))
+    return Asked(form, n, wanted, bool(asked.stream))
 
 
 def _check_size(asked: Request, served: Served) -> None:
@@ -151,5 +158,7 @@ def _parser(asked: Request, served: Served) -> Callable[[str], Parser] | None:
     make = served.parser
     if make is None or not isinstance(asked, Chat):
         return None
-    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None
+    tools = None
+    if asked.tools and asked.tool_choice != "none":
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
     return lambda prefix: make(prefix, tools)

@@ -3,8 +3,9 @@
 Each turn of its loop takes in new requests, drops those whose client has left or whose deadline
 has passed, computes at most `CHUNK` tokens of prompts, and then one token of every running answer.
 So a long prompt delays the others by one chunk at a time, and an answer that is no longer wanted
-costs at most one turn. Prompts take turns, and of a request's answers the first go first, so that
-nobody waits for all of a large request.
+costs at most one turn. Prompts take turns. A request's second answer waits as if it had come one
+request later, its third two, and so on: nobody waits for all of a large request, and no answer for
+more than a certain number of later ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from moepress.hf.growing_cache import room_beyond
 from moepress.serve.limits import Limits
 from moepress.serve.parsing import Message
-from moepress.serve.sampling import Choice, Sampler, described
+from moepress.serve.sampling import Sampler, described
 from moepress.serve.stepping import CHUNK, Stepper
 from moepress.serve.work import Answer, Event, Finish, Job
 from moepress.serve.writing import Writer
@@ -59,7 +60,7 @@ class Engine:
         self.prefilled = 0
         self._inbox: deque[Job] = deque()
         self._waiting: list[tuple[int, int, Answer]] = []  # a heap
-        self._arrivals = itertools.count()
+        self._arrivals = itertools.count()  # of requests
         self._prompts: deque[Answer] = deque()  # whose prompts are being computed
         self._running: list[Answer] = []
         self._wake = threading.Condition()
@@ -139,13 +140,19 @@ class Engine:
 
     def _take(self, job: Job) -> None:
         wanted = job.wanted
+        arrival = next(self._arrivals)
         for index, prompt in enumerate(job.prompts):
             try:
                 parser = None if wanted.parser is None else wanted.parser(prompt.text)
                 answer = Answer(
                     job,
                     index,
-                    Writer(self.tokenizer, wanted.stop, raw=parser is not None),
+                    Writer(
+                        self.tokenizer,
+                        wanted.stop,
+                        raw=parser is not None,
+                        after=prompt.ids if wanted.continues else (),
+                    ),
                     Sampler(wanted.settings, prompt.ids, index),
                     parser,
                 )
@@ -153,7 +160,7 @@ class Engine:
                 logger.exception("a request could not begin")
                 job.tell(Event(index, Message(), error=FAILED))
                 continue
-            heapq.heappush(self._waiting, (index, next(self._arrivals), answer))
+            heapq.heappush(self._waiting, (arrival + index, arrival, answer))
 
     def _sweep(self) -> None:
         """Drop the answers of those who left, and those that are late."""
@@ -248,7 +255,7 @@ class Engine:
         """Add a token to an answer and tell the client. Returns whether the answer goes on."""
         wanted = answer.job.wanted
         if wanted.most == 0:
-            self._tell(answer, "", (), "length")
+            self._tell(answer, "", "length")
             return False
         choice = answer.sampler.choose(logits)
         answer.last = choice.token
@@ -256,30 +263,38 @@ class Engine:
         self.generated += 1
         ended = choice.token in self.ends
         writer = answer.writer
+        if not ended:
+            answer.untold.append(choice)
         # Parsers know the token that ends an answer; a reader need not see it.
         text = "" if ended and answer.parser is None else writer.add(choice.token)
         finish: Finish | None = None
         if ended or writer.stopped or answer.tokens >= wanted.most:
             text += writer.end()
             finish = "stop" if ended or writer.stopped else "length"
-        self._tell(answer, text, (choice,), finish)
+        self._tell(answer, text, finish)
         return finish is None
 
-    def _tell(
-        self, answer: Answer, text: str, choices: tuple[Choice, ...], finish: Finish | None
-    ) -> None:
+    def _tell(self, answer: Answer, text: str, finish: Finish | None) -> None:
         message = Message(text)
         if answer.parser is not None:
             message = answer.parser.feed(text)
             if finish:
-                rest = answer.parser.end()
-                message.text += rest.text
-                message.reasoning += rest.reasoning
-                message.calls += rest.calls
-                if answer.last in self.ends:  # a parser that does not know this token left it
-                    message.text = message.text.removesuffix(self.tokenizer.decode([answer.last]))
+                message.add(answer.parser.end(cut=finish == "length"))
+                if answer.last in self.ends:
+                    message = message.without_end(self.tokenizer.decode([answer.last]))
         scored = tuple(answer.scored) if finish and answer.job.wanted.score else None
-        answer.job.tell(Event(answer.index, message, choices, finish, None, scored, answer.tokens))
+        choices, starts = answer.told()
+        answer.job.tell(
+            Event(
+                answer.index,
+                message,
+                choices,
+                starts,
+                finish,
+                scored=scored,
+                tokens=answer.tokens,
+            )
+        )
 
     def _fail(self, answer: Answer, why: str) -> None:
         answer.job.tell(Event(answer.index, Message(), error=why, tokens=answer.tokens))

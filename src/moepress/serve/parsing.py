@@ -6,9 +6,11 @@ it for some model types. Of other models the answer is text only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what templates name the field
 
 
 @dataclass
@@ -19,6 +21,16 @@ class Message:
     reasoning: str = ""
     calls: list[dict[str, str]] = field(default_factory=list)  # {"name": , "arguments": JSON}
 
+    def add(self, other: Message) -> None:
+        self.text += other.text
+        self.reasoning += other.reasoning
+        self.calls += other.calls
+
+    def without_end(self, end: str) -> Message:
+        """The message without the text of a token that a parser did not know and left."""
+        text, reasoning = self.text.removesuffix(end), self.reasoning.removesuffix(end)
+        return Message(text, reasoning, self.calls)
+
 
 class Parser:
     """Parses one answer while it is written.
@@ -26,26 +38,25 @@ class Parser:
     Args:
         template: what `answer_template` returns.
         prefix: the prompt as text: it may end inside the answer's reasoning.
-        tools: as the request gives them.
+        tools: that the model may call, as the request gives them. None: what looks like a call is
+            text.
     """
 
     def __init__(self, template: Any, prefix: str, tools: Sequence[Any] | None) -> None:
-        from transformers.utils.chat_parsing import ResponseParser
+        from moepress.serve.calls import AnswerParser, without_calls
 
-        self._parser = ResponseParser(template, prefix=prefix, tools=tools)
-        self._first = list(self._parser.initial_events)
+        self._parser = AnswerParser(template if tools else without_calls(template), prefix, tools)
 
     def feed(self, text: str) -> Message:
-        events, self._first = self._first, []
-        return _message([*events, *(self._parser.feed(text) if text else [])])
+        return _message(self._parser.feed(text) if text else [])
 
-    def end(self) -> Message:
-        """The rest. What ends inside a call of a tool, because the answer was cut, is lost."""
-        try:
-            _, events = self._parser.finalize()
-        except (ValueError, RuntimeError):
-            events = []
-        return _message([*self._first, *events])
+    def end(self, cut: bool = True) -> Message:
+        """The rest.
+
+        Args:
+            cut: the model did not end the answer. If it is cut inside a call, the call is lost.
+        """
+        return _message(self._parser.rest(cut))
 
 
 def answer_template(processor: Any, model: Any) -> Any:
@@ -57,20 +68,13 @@ def answer_template(processor: Any, model: Any) -> Any:
     return get_response_template(processor, model)
 
 
-def _message(events: Sequence[Any]) -> Message:
+def _message(events: Iterable[Mapping[str, Any]]) -> Message:
     made = Message()
-    for item in _items(events):
-        if isinstance(item, str):
-            if type(item) is str:
-                made.text += item
-            else:
-                made.reasoning += item
-        else:
-            made.calls.append({"name": item.name, "arguments": item.arguments})
+    for event in events:
+        made.calls += event.get("calls", ())
+        if event["type"] == "region_chunk" and not event.get("dirty"):
+            if event["field"] in REASONING:
+                made.reasoning += event["text"]
+            elif event["field"] == "content":
+                made.text += event["text"]
     return made
-
-
-def _items(events: Sequence[Any]) -> Iterator[Any]:
-    from transformers.cli.serving.utils import response_events_to_chunks
-
-    yield from response_events_to_chunks(list(events))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class Wanted:
     stop: tuple[str, ...] = ()
     parser: Callable[[str], Parser] | None = None  # from the prompt's text
     score: bool = False  # also the logprobs of the prompt's tokens
+    continues: bool = False  # the answer goes on with the prompt's text: it may begin with a space
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Event:
 
     index: int  # of the answer
     message: Message
-    choices: tuple[Choice, ...] = ()  # tokens that the message ends with
+    choices: tuple[Choice, ...] = ()  # tokens whose text is certain now
+    starts: tuple[int, ...] = ()  # where they begin in the text, in characters
     finish: Finish | None = None  # set in the last event of an answer
     error: str | None = None  # the answer ends here: why
     scored: tuple[Choice, ...] | None = None  # of the prompt's tokens but the first
@@ -93,11 +96,17 @@ class Answer:
     state: State | None = None  # None: waiting
     last: int = 0  # token, of which the next step computes the logits
     tokens: int = 0  # generated so far
+    untold: deque[Choice] = field(default_factory=deque)  # its tokens whose text is not certain
     scored: list[Choice] = field(default_factory=list)
 
     @property
     def prompt(self) -> Prompt:
         return self.job.prompts[self.index]
+
+    def told(self) -> tuple[tuple[Choice, ...], tuple[int, ...]]:
+        """Tokens whose text became certain since the last call, and where they begin in it."""
+        starts = self.writer.told()[: len(self.untold)]  # a writer may know the one that ends
+        return tuple(self.untold.popleft() for _ in starts), tuple(starts)
 
     @property
     def room(self) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from moepress.pieces import Pieces
 
 
 class Writer:
@@ -18,50 +19,61 @@ class Writer:
         tokenizer: of transformers.
         stop: sequences that end the answer.
         raw: keep special tokens, for what parses the answer.
+        after: tokens whose text the answer continues; none for an answer that begins a text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), raw: bool = False) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        after: Sequence[int] = (),
+    ) -> None:
         self.stop = tuple(stop)
-        self.raw = raw
         self.stopped = False
-        self.ids: list[int] = []
+        self._pieces = Pieces(tokenizer, special=raw, after=after)
         self._seen = ""  # text so far, in full
         self._given = 0  # characters of it given out
-        self._fast: Any = getattr(tokenizer, "_tokenizer", None)  # None: written in Python
-        self._stream = DecodeStream([], skip_special_tokens=not raw)
+        self._silent = 0  # tokens since the last that gave text
+        self._spans: deque[tuple[int, int]] = deque()  # in the text, of tokens not told yet
+        self._told: list[int] = []
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain."""
-        self.ids.append(token)
-        return self._more(self._step(token), last=False)
+        self._silent += 1
+        given = self._more(self._pieces.add(token), last=False)
+        while self._spans and self._spans[0][1] <= self._given:
+            self._told.append(self._spans.popleft()[0])
+        return given
 
     def end(self) -> str:
         """The rest of the text, after the last token."""
-        whole = self._decoded()
-        more = whole[len(self._seen) :] if whole.startswith(self._seen) else ""
-        return self._more(more, last=True)
+        given = self._more(self._pieces.end(), last=True)
+        self._told += [start for start, _ in self._spans if start < self._given]
+        if not self.stopped:
+            self._told += [len(self._seen)] * self._silent
+        self._spans.clear()
+        self._silent = 0
+        return given
 
-    def _step(self, token: int) -> str:
-        if self._fast is not None:
-            return self._stream.step(self._fast, token) or ""
-        whole = self._decoded()
-        if whole.endswith("\ufffd") or not whole.startswith(self._seen):
-            return ""  # an incomplete character
-        return whole[len(self._seen) :]
+    def told(self) -> list[int]:
+        """Where tokens begin whose text has been given out since the last call, in the order of
+        `add`, in characters of the whole text.
 
-    def _decoded(self) -> str:
-        return str(
-            self.tokenizer.decode(
-                self.ids, skip_special_tokens=not self.raw, clean_up_tokenization_spaces=False
-            )
-        )
+        Those of a stop sequence are never told. Tokens without text are, with the next that has.
+        """
+        told, self._told = self._told, []
+        return told
 
     def _more(self, text: str, last: bool) -> str:
         if self.stopped:
             return ""
         longest = max(map(len, self.stop), default=0)
         start = max(self._given, len(self._seen) - longest)  # earlier text was searched
+        if text:
+            span = len(self._seen), len(self._seen) + len(text)
+            self._spans.extend([span] * self._silent)
+            self._silent = 0
         self._seen += text
         found = [(at, one) for one in self.stop if (at := self._seen.find(one, start)) >= 0]
         if found:
