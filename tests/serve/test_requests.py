@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import openai
@@ -150,6 +151,61 @@ def test_a_chat_goes_through_the_folders_template(here: Here) -> None:
     assert answer["object"] == "chat.completion"
 
 
+def test_answers_of_openais_library_can_be_sent_back(here: Here) -> None:
+    """`message.model_dump()` has every field that the library knows."""
+    from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
+
+    plain = [{"role": "assistant", "content": "hm"}, {"role": "user", "content": "def f2(x):"}]
+    expected = here.chat(messages=plain)["choices"]
+    annotations: Any
+    for annotations in (None, []):
+        for kind in (ChatCompletionMessage, ParsedChatCompletionMessage):
+            sent = kind(role="assistant", content="hm", annotations=annotations).model_dump()
+            assert {"refusal", "audio", "function_call", "tool_calls"} <= sent.keys()
+            assert here.chat(messages=[sent, plain[1]])["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    "field, value", [("audio", {"id": "x"}), ("function_call", {"name": "f", "arguments": "{}"}),
+    ("refusal", "no"), ("annotations", [{"type": "url_citation"}]), ("nonsense", None)],
+)  # fmt: skip
+def test_fields_of_messages_that_mean_something_are_refused(
+    here: Here, field: str, value: Any
+) -> None:
+    message = {"role": "assistant", "content": "x", field: value}
+    status, error = here.refused("/v1/chat/completions", messages=[message])
+    assert (status, error["param"]) == (400, "messages")
+    assert error["message"].startswith(f"messages.0.{field}: ")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("messages", [{}] * 100_000),
+        ("messages", [{"role": "user", "content": [{}] * 100_000}]),
+        ("messages", [{"role": "assistant", "tool_calls": [{}] * 100_000}]),
+        ("messages", [{str(n): 1 for n in range(50_000)}]),
+        ("tools", [{}] * 100_000),
+        ("stop", [3] * 100_000),
+        ("chat_template_kwargs", {str(n): [1] for n in range(50_000)}),
+        ("logit_bias", {f"x{n}": 1 for n in range(50_000)}),
+    ],
+)
+def test_many_wrong_values_are_refused_at_the_first(field: str, value: Any) -> None:
+    """pydantic's report of all takes a kilobyte for each."""
+    from moepress.serve.schema import Chat, RefusedError, parsed
+
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], field: value}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RefusedError) as error:
+            parsed(Chat, body)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body) + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert error.value.param == field and len(error.value.message) <= 500
+
+
 WRONG = [
     ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 2), ("seed", "x"),
     ("seed", 2**63), ("stream", "perhaps"), ("generation_config", "{}"), ("max_tokens", "many"),
@@ -167,7 +223,10 @@ ONLY = {
     ],
     "/v1/chat/completions": [
         ("messages", "x"), ("messages", []), ("messages", [{"content": "x"}]),
-        ("messages", [{"role": "user", "content": [{}]}]), ("max_completion_tokens", 1.5),
+        ("messages", [{"role": "user", "content": [{}]}]),
+        ("messages", [{"role": "user", "content": [
+            {"type": "text", "text": "x", "image_url": {"url": "data:image/png;base64,AA"}}]}]),
+        ("max_completion_tokens", 1.5),
         ("max_completion_tokens", 10**9), ("tools", {}),
         ("messages", [{"role": "villain", "content": "x"}]),
         ("messages", [{"role": "user", "content": [
