@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -68,6 +69,17 @@ def test_stop_is_not_repeated(here: Here) -> None:
     streamed = stream(here, max_tokens=40, stop=stop)
     assert "".join(choice["text"] for choice in streamed) == whole[:at]
     assert streamed[-1]["finish_reason"] == "stop"
+
+
+def test_stop_strings_of_the_folder_end_answers(here: Here) -> None:
+    text = here.text(max_tokens=40)
+    stops = replace(here.served.defaults, stop=(text[10:13],))
+    client = again(Here(replace(here.served, defaults=stops), here.client))
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text[: text.index(text[10:13])], "stop")
+    (choice,) = client.post("/v1/completions", json={**body, "stop": text[3]}).json()["choices"]
+    assert choice["text"] == text[: text.index(text[3])]
 
 
 def stream(here: Here, **fields: Any) -> list[dict[str, Any]]:

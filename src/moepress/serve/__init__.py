@@ -23,6 +23,7 @@ from types import FrameType
 
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import is_compressed, load_json
+from moepress.generation import left_aside
 from moepress.hf import load_model, no_progress_bars, set_threads
 from moepress.kernels.reference import check_activation_bits
 from moepress.original.remote_code import needs_code
@@ -85,6 +86,7 @@ def serve(
         from moepress.serve.app import build
         from moepress.serve.guard import allowed_hosts as hosts_of
         from moepress.serve.model import opened
+        from moepress.serve.sampling import FOLLOWED
     except ImportError as error:
         raise InputError(MISSING) from error
     limits = limits or Limits()
@@ -123,6 +125,9 @@ def serve(
     )
     gc.collect()
     gc.freeze()  # else each full collection walks the model's objects: seconds, if JSON is large
+    if ignored := left_aside(model, FOLLOWED):
+        note = f"(The server does not follow these settings of the model: {ignored}.)"
+        print(note, file=sys.stderr)
     served.engine.start()
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:

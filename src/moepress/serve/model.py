@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import ENDS, checked_settings
+from moepress.generation import STOPS, checked_settings
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -110,13 +110,23 @@ def vocabulary_of(model: Any) -> int:
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer, as `generate` has them, else the tokenizer's.
 
+    A stop string that is a special token is one of them: it is no part of the text.
+
     Raises:
-        FileError: generation_config.json names none.
+        FileError: a setting of generation_config.json is of a wrong type or out of range.
     """
-    found = checked_settings(model.generation_config, ENDS).get("eos_token_id")
+    own = checked_settings(model.generation_config, STOPS)
+    found = own.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id
-    return [found] if isinstance(found, int) else list(found or ())
+    stop = own.get("stop_strings", ())
+    texts = (stop,) if isinstance(stop, str) else stop
+    special = [
+        number
+        for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if token.special and token.content in texts
+    ]
+    return [*([found] if isinstance(found, int) else found or ()), *special]
 
 
 def cache_of(model: Any, limits: Limits) -> int:
