@@ -246,7 +246,8 @@ ONLY = {
         ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}), ("logprobs", 1), ("top_logprobs", 2),
         ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}), ("store", True),
-        ("chat_template_kwargs", {"x": [1]}), ("reasoning_effort", "high"), ("audio", {}),
+        ("chat_template_kwargs", {"x": [1]}), ("chat_template_kwargs", {"x": 1}),
+        ("reasoning_effort", "high"), ("audio", {}),
         ("functions", []), ("modalities", ["audio"]), ("web_search_options", {}),
         ("prediction", {"type": "content", "content": "x"}), ("parallel_tool_calls", False),
         ("service_tier", "priority"), ("metadata", {"a": "b"}), ("verbosity", "low"),
@@ -313,7 +314,7 @@ def test_other_models_are_not_found_and_not_looked_for(here: Here) -> None:
 
 
 def test_a_model_that_does_not_chat_says_so(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(here.served.prompts), "template", None)
+    monkeypatch.setitem(vars(here.served.prompts), "templates", {})
     status, error = here.refused("/v1/chat/completions")
     assert status == 400 and "no chat template" in error["message"]
 

@@ -1,7 +1,8 @@
 """An OpenAI-compatible HTTP server for one model, with continuous batching.
 
     app.py        endpoints               guard.py     who may ask: Host, key, content type
-    schema.py     fields of requests      prompts.py   chat template, tokens
+    schema.py     fields of requests      prompts.py   tokens of requests
+    template.py   of the folder's chats   images.py    of data URLs, within limits
     asking.py     from a request to work  work.py      work for the engine, and its news
     engine.py     the thread that works   stepping.py  steps of the model; rows.py: their cache
     sampling.py   choice of tokens        writing.py   text and stop sequences

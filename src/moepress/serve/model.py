@@ -20,6 +20,7 @@ from moepress.serve.sampling import Settings
 from moepress.serve.stepping import Stepper
 
 CACHE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
+IMAGE_SHARE = 0.2  # of the machine's memory that is free after loading, for images that wait
 UNLIMITED = 1 << 17  # context of a model whose config says nothing
 
 
@@ -52,7 +53,8 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
     tokenizer = getattr(processor, "tokenizer", processor)
     context = context_of(model, limits.context)
     template = answer_template(processor, model)
-    prompts = Prompts(processor, vocabulary_of(model), context, calls=_calls(template))
+    room = int(psutil.virtual_memory().available * IMAGE_SHARE)
+    prompts = Prompts(processor, vocabulary_of(model), context, _calls(template), room)
     if limits.body is None:
         limits = replace(limits, body=fitting_body(context, prompts.sees))
     stepper = Stepper(model)
