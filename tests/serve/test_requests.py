@@ -190,6 +190,18 @@ def test_fields_of_messages_that_mean_something_are_refused(
     assert error["message"].startswith(f"messages.0.{field}: ")
 
 
+def test_messages_are_limited() -> None:
+    """Templates may go over all others at each."""
+    from moepress.serve.schema import MOST_MESSAGES, Chat, RefusedError, parsed
+
+    def body(count: int) -> bytes:
+        return json.dumps({"messages": [{"role": "user", "content": "x"}] * count}).encode()
+
+    assert len(parsed(Chat, body(MOST_MESSAGES)).messages) == MOST_MESSAGES
+    with pytest.raises(RefusedError, match="at most 2048 items"):
+        parsed(Chat, body(MOST_MESSAGES + 1))
+
+
 @pytest.mark.parametrize(
     "field, value",
     [

@@ -36,6 +36,7 @@ OF_A_FIELD = "of a field"  # errors of `Strict`
 MOST_STOP = 16  # stop sequences; OpenAI allows 4
 MOST_BIAS = 1024  # entries of logit_bias
 MOST_VARIABLES = 64  # of a chat template
+MOST_MESSAGES = 2048  # gpt-oss' template goes over all later messages at each: 2 s for so many
 
 Number = Annotated[FiniteFloat, Field(strict=True)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
@@ -261,7 +262,7 @@ class Chat(Request):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
