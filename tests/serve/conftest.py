@@ -99,7 +99,8 @@ def chat_folder(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) 
 
     folder = tmp_path_factory.mktemp("here") / "model"
     shutil.copytree(model_folder(), folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    template = TEMPLATE + "{% if a is defined %}{{ a }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,12 @@ class Processor:
     seen: list[Any] = field(default_factory=list)
 
     def apply_chat_template(self, messages: Any, tokenize: bool, **options: Any) -> Any:
-        self.seen.append(messages)
-        return image_prompt(FAMILY) if tokenize else "def f1(x):"
+        assert not tokenize
+        return "def f1(x):"
+
+    def __call__(self, text: str, images: Any, return_tensors: str) -> Any:
+        self.seen.append((text, images))
+        return image_prompt(FAMILY)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +77,10 @@ def test_an_image_is_answered_as_generate_does(images: Here) -> None:
     )
     assert [choice["message"]["content"] for choice in answer["choices"]] == [expected] * 2
     assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
-    (part,) = [p for p in images.served.prompts.processor.seen[-1][0]["content"] if "image" in p]
-    assert part["image"].getpixel((1, 1)) == (200, 10, 10)
-    text = images.chat(max_tokens=4)  # of the same model, without an image
-    assert text["choices"][0]["message"]["content"] == images.alone("def f1(x):", 4)
+    text, [[image]] = images.served.prompts.processor.seen[-1]
+    assert text == "def f1(x):" and image.getpixel((1, 1)) == (200, 10, 10)
+    plain = images.chat(max_tokens=4)  # of the same model, without an image
+    assert plain["choices"][0]["message"]["content"] == images.alone("def f1(x):", 4)
 
 
 def test_nothing_is_fetched_and_no_file_is_read(images: Here, tmp_path: Path) -> None:
@@ -92,3 +97,20 @@ def test_requests_with_images_may_be_larger(images: Here) -> None:
     context = images.served.prompts.context
     assert images.served.limits.body == fitting_body(context, images=True)
     assert fitting_body(context, images=True) > fitting_body(context, images=False) + 10_000_000
+
+
+def test_images_of_requests_that_are_not_done_have_a_limit(images: Here) -> None:
+    room = images.served.prompts.room
+    end = time.monotonic() + 10
+    while room.taken:  # by requests of other tests, of which the engine's thread lets go
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    size = sum(value.nbytes for name, value in image_prompt(FAMILY).items() if name != "input_ids")
+    other = Processor(None)
+    room.take(room.most - size + 1, other)
+    body = {"messages": message(data_url())}
+    answer = images.client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 429 and "Retry-After" in answer.headers
+    assert images.chat(max_tokens=1)["choices"]  # without images
+    del other
+    assert images.chat(messages=message(data_url()), max_tokens=1)["choices"]

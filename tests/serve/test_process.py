@@ -220,9 +220,14 @@ def ended_by(stop: signal.Signals, process: subprocess.Popen[bytes], url: str, m
 def test_ctrl_c_ends_it_also_while_it_answers(chat_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(chat_folder, folder)
+    own = {"no_repeat_ngram_size": 3, "repetition_penalty": 1.0, "suppress_tokens": [7]}
+    save_json(folder / "generation_config.json", own)
     process, url, log = start(folder, ["--threads", "1", "--api-key", "secret"])
     ended_by(signal.SIGINT, process, url, str(folder))
-    assert "Traceback" not in log.read_text()
+    said = log.read_text()
+    assert "Traceback" not in said
+    ignored = "no_repeat_ngram_size = 3, suppress_tokens = [7]"
+    assert f"(The server does not follow these settings of the model: {ignored}.)" in said
 
 
 def test_sigterm_ends_it_also_while_it_answers(served: Served) -> None:

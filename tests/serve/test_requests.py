@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -67,6 +69,17 @@ def test_stop_is_not_repeated(here: Here) -> None:
     streamed = stream(here, max_tokens=40, stop=stop)
     assert "".join(choice["text"] for choice in streamed) == whole[:at]
     assert streamed[-1]["finish_reason"] == "stop"
+
+
+def test_stop_strings_of_the_folder_end_answers(here: Here) -> None:
+    text = here.text(max_tokens=40)
+    stops = replace(here.served.defaults, stop=(text[10:13],))
+    client = again(Here(replace(here.served, defaults=stops), here.client))
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text[: text.index(text[10:13])], "stop")
+    (choice,) = client.post("/v1/completions", json={**body, "stop": text[3]}).json()["choices"]
+    assert choice["text"] == text[: text.index(text[3])]
 
 
 def stream(here: Here, **fields: Any) -> list[dict[str, Any]]:
@@ -156,6 +169,73 @@ def test_a_chat_goes_through_the_folders_template(here: Here) -> None:
     assert answer["object"] == "chat.completion"
 
 
+def test_answers_of_openais_library_can_be_sent_back(here: Here) -> None:
+    """`message.model_dump()` has every field that the library knows."""
+    from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
+
+    plain = [{"role": "assistant", "content": "hm"}, {"role": "user", "content": "def f2(x):"}]
+    expected = here.chat(messages=plain)["choices"]
+    annotations: Any
+    for annotations in (None, []):
+        for kind in (ChatCompletionMessage, ParsedChatCompletionMessage):
+            sent = kind(role="assistant", content="hm", annotations=annotations).model_dump()
+            assert {"refusal", "audio", "function_call", "tool_calls"} <= sent.keys()
+            assert here.chat(messages=[sent, plain[1]])["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    "field, value", [("audio", {"id": "x"}), ("function_call", {"name": "f", "arguments": "{}"}),
+    ("refusal", "no"), ("annotations", [{"type": "url_citation"}]), ("nonsense", None)],
+)  # fmt: skip
+def test_fields_of_messages_that_mean_something_are_refused(
+    here: Here, field: str, value: Any
+) -> None:
+    message = {"role": "assistant", "content": "x", field: value}
+    status, error = here.refused("/v1/chat/completions", messages=[message])
+    assert (status, error["param"]) == (400, "messages")
+    assert error["message"].startswith(f"messages.0.{field}: ")
+
+
+def test_messages_are_limited() -> None:
+    """Templates may go over all others at each."""
+    from moepress.serve.schema import MOST_MESSAGES, Chat, RefusedError, parsed
+
+    def body(count: int) -> bytes:
+        return json.dumps({"messages": [{"role": "user", "content": "x"}] * count}).encode()
+
+    assert len(parsed(Chat, body(MOST_MESSAGES)).messages) == MOST_MESSAGES
+    with pytest.raises(RefusedError, match="at most 2048 items"):
+        parsed(Chat, body(MOST_MESSAGES + 1))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("messages", [{}] * 100_000),
+        ("messages", [{"role": "user", "content": [{}] * 100_000}]),
+        ("messages", [{"role": "assistant", "tool_calls": [{}] * 100_000}]),
+        ("messages", [{str(n): 1 for n in range(50_000)}]),
+        ("tools", [{}] * 100_000),
+        ("stop", [3] * 100_000),
+        ("chat_template_kwargs", {str(n): [1] for n in range(50_000)}),
+        ("logit_bias", {f"x{n}": 1 for n in range(50_000)}),
+    ],
+)
+def test_many_wrong_values_are_refused_at_the_first(field: str, value: Any) -> None:
+    """pydantic's report of all takes a kilobyte for each."""
+    from moepress.serve.schema import Chat, RefusedError, parsed
+
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], field: value}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RefusedError) as error:
+            parsed(Chat, body)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body) + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert error.value.param == field and len(error.value.message) <= 500
+
+
 WRONG = [
     ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 2), ("seed", "x"),
     ("seed", 2**63), ("stream", "perhaps"), ("generation_config", "{}"), ("max_tokens", "many"),
@@ -173,7 +253,10 @@ ONLY = {
     ],
     "/v1/chat/completions": [
         ("messages", "x"), ("messages", []), ("messages", [{"content": "x"}]),
-        ("messages", [{"role": "user", "content": [{}]}]), ("max_completion_tokens", 1.5),
+        ("messages", [{"role": "user", "content": [{}]}]),
+        ("messages", [{"role": "user", "content": [
+            {"type": "text", "text": "x", "image_url": {"url": "data:image/png;base64,AA"}}]}]),
+        ("max_completion_tokens", 1.5),
         ("max_completion_tokens", 10**9), ("tools", {}),
         ("messages", [{"role": "villain", "content": "x"}]),
         ("messages", [{"role": "user", "content": [
@@ -181,7 +264,8 @@ ONLY = {
         ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}), ("logprobs", 1), ("top_logprobs", 2),
         ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}), ("store", True),
-        ("chat_template_kwargs", {"x": [1]}), ("reasoning_effort", "high"), ("audio", {}),
+        ("chat_template_kwargs", {"x": [1]}), ("chat_template_kwargs", {"x": 1}),
+        ("reasoning_effort", "high"), ("audio", {}),
         ("functions", []), ("modalities", ["audio"]), ("web_search_options", {}),
         ("prediction", {"type": "content", "content": "x"}), ("parallel_tool_calls", False),
         ("service_tier", "priority"), ("metadata", {"a": "b"}), ("verbosity", "low"),
@@ -248,7 +332,7 @@ def test_other_models_are_not_found_and_not_looked_for(here: Here) -> None:
 
 
 def test_a_model_that_does_not_chat_says_so(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(here.served.prompts), "template", None)
+    monkeypatch.setitem(vars(here.served.prompts), "templates", {})
     status, error = here.refused("/v1/chat/completions")
     assert status == 400 and "no chat template" in error["message"]
 

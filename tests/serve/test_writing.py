@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
+from moepress.errors import FileError
 from moepress.serve.sampling import Sampler, Settings
+from moepress.serve.work import Wanted
 from moepress.serve.writing import Writer
 from tests.serve import conftest as conftest  # skips without the server's libraries
 
@@ -57,8 +61,38 @@ def test_defaults_of_the_folder() -> None:
     sampling = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, top_k=5)
     settings = Settings.of_folder(sampling)
     assert (settings.temperature, settings.top_p, settings.top_k) == (0.7, 0.9, 5)
+    assert Settings.of_folder(GenerationConfig(do_sample=True)).temperature == 1.0
     sampling.temperature = "warm"  # type: ignore[assignment]
-    assert Settings.of_folder(sampling).temperature == 1.0
+    with pytest.raises(FileError, match=r"temperature = 'warm'"):  # as a chat has it
+        Settings.of_folder(sampling)
+
+
+@pytest.mark.parametrize("nothing", ["temperature", "top_p"])
+def test_zero_is_the_most_probable_token(nothing: str) -> None:
+    settings = Settings.of_folder(GenerationConfig(do_sample=True, **{nothing: 0}))
+    logits = torch.tensor([1.0, 0.9, 1.1, 1.0])
+    assert {Sampler(settings, [0]).choose(logits).token for _ in range(50)} == {2}
+
+
+@pytest.mark.parametrize(
+    "own, stop", [("end", ("end",)), (["a", "", "b"], ("a", "b")), (None, ()), ("", ())]
+)
+def test_stop_strings_of_the_folder(own: Any, stop: tuple[str, ...]) -> None:
+    settings = Settings.of_folder(GenerationConfig(stop_strings=own))
+    assert settings.stop == stop
+    assert Wanted(settings, 3, ("mine",)).stop == ("mine", *stop)
+
+
+def test_stop_strings_that_are_special_tokens_end_answers(tokenizer_folder: Path) -> None:
+    """The text has none of them: what looks for strings in it would not see them."""
+    from moepress.serve.model import ends_of
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    config = GenerationConfig(eos_token_id=[7, 8], stop_strings=["<s>", "def"])
+    model = SimpleNamespace(generation_config=config)
+    assert ends_of(model, tokenizer) == [7, 8, tokenizer.bos_token_id]
+    model.generation_config = GenerationConfig()
+    assert ends_of(model, tokenizer) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -84,4 +118,5 @@ def test_penalties_count_what_was_generated() -> None:
     assert [present.choose(logits).token for _ in range(3)] == [0, 1, 0]
     repeated = Sampler(Settings(repetition_penalty=2.0), [0])  # counts the prompt, as in `generate`
     assert repeated.choose(logits).token == 1
+    assert repeated.choose(logits).token == 0  # both count now
     assert logits.tolist() == pytest.approx([1.0, 0.9, 0.0])

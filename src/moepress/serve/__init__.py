@@ -1,7 +1,8 @@
 """An OpenAI-compatible HTTP server for one model, with continuous batching.
 
     app.py        endpoints               guard.py     who may ask: Host, key, content type
-    schema.py     fields of requests      prompts.py   chat template, tokens
+    schema.py     fields of requests      prompts.py   tokens of requests
+    template.py   of the folder's chats   images.py    of data URLs, within limits
     asking.py     from a request to work  work.py      work for the engine, and its news
     engine.py     the thread that works   stepping.py  steps of the model; rows.py: their cache
     sampling.py   choice of tokens        writing.py   text and stop sequences
@@ -24,6 +25,7 @@ from types import FrameType
 
 from moepress.errors import InputError, MoepressError
 from moepress.format.checkpoint import is_compressed, load_json
+from moepress.generation import left_aside
 from moepress.hf import load_model, no_progress_bars, set_threads
 from moepress.kernels.reference import check_activation_bits
 from moepress.original.remote_code import needs_code
@@ -86,6 +88,7 @@ def serve(
         from moepress.serve.app import build
         from moepress.serve.guard import allowed_hosts as hosts_of
         from moepress.serve.model import opened
+        from moepress.serve.sampling import FOLLOWED
     except ImportError as error:
         raise InputError(MISSING) from error
     limits = limits or Limits()
@@ -124,6 +127,9 @@ def serve(
     )
     gc.collect()
     gc.freeze()  # else each full collection walks the model's objects: seconds, if JSON is large
+    if ignored := left_aside(model, FOLLOWED):
+        note = f"(The server does not follow these settings of the model: {ignored}.)"
+        print(note, file=sys.stderr)
     served.engine.start()
     print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import ENDS, checked_settings
+from moepress.generation import STOPS, checked_settings
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -20,6 +20,7 @@ from moepress.serve.sampling import Settings
 from moepress.serve.stepping import Stepper
 
 CACHE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
+IMAGE_SHARE = 0.2  # of the machine's memory that is free after loading, for images that wait
 UNLIMITED = 1 << 17  # context of a model whose config says nothing
 
 
@@ -52,7 +53,8 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
     tokenizer = getattr(processor, "tokenizer", processor)
     context = context_of(model, limits.context)
     template = answer_template(processor, model)
-    prompts = Prompts(processor, vocabulary_of(model), context, calls=_calls(template))
+    room = int(psutil.virtual_memory().available * IMAGE_SHARE)
+    prompts = Prompts(processor, vocabulary_of(model), context, _calls(template), room)
     if limits.body is None:
         limits = replace(limits, body=fitting_body(context, prompts.sees))
     stepper = Stepper(model)
@@ -110,13 +112,23 @@ def vocabulary_of(model: Any) -> int:
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer, as `generate` has them, else the tokenizer's.
 
+    A stop string that is a special token is one of them: it is no part of the text.
+
     Raises:
-        FileError: generation_config.json names none.
+        FileError: a setting of generation_config.json is of a wrong type or out of range.
     """
-    found = checked_settings(model.generation_config, ENDS).get("eos_token_id")
+    own = checked_settings(model.generation_config, STOPS)
+    found = own.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id
-    return [found] if isinstance(found, int) else list(found or ())
+    stop = own.get("stop_strings", ())
+    texts = (stop,) if isinstance(stop, str) else stop
+    special = [
+        number
+        for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if token.special and token.content in texts
+    ]
+    return [*([found] if isinstance(found, int) else found or ()), *special]
 
 
 def cache_of(model: Any, limits: Limits) -> int:

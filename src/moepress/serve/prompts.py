@@ -5,15 +5,15 @@ The chat template is that of the model's folder. A request sets variables of it 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from moepress.reading.json import parse_json
+from moepress.serve.images import Room, decoded
 from moepress.serve.schema import Chat, Completion, Message, Piece, RefusedError
+from moepress.serve.template import variables
 from moepress.serve.work import Prompt
 
 NO_TEMPLATE = (
@@ -23,8 +23,7 @@ NO_TEMPLATE = (
 NO_TOOLS = (
     "tools are not supported: the model's chat template or its answers have no place for them"
 )
-DATA = "data:image/"
-MOST_PIXELS = 64 << 20
+DEVELOPER = "developer"  # OpenAI's newer name for the system's role; most templates leave it out
 
 
 class Prompts:
@@ -35,25 +34,41 @@ class Prompts:
         vocabulary: tokens that the model knows.
         context: tokens of the longest prompt and answer.
         calls: whether calls of tools are found in the model's answers.
+        room: bytes for images of all requests, made ready for the model.
     """
 
-    def __init__(self, processor: Any, vocabulary: int, context: int, calls: bool) -> None:
+    def __init__(
+        self, processor: Any, vocabulary: int, context: int, calls: bool, room: int = 1 << 30
+    ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.vocabulary = vocabulary
         self.context = context
         self.calls = calls
+        self.room = Room(room)
 
     @cached_property
-    def template(self) -> str | None:
-        """The folder's chat template; None: there is none."""
+    def templates(self) -> Mapping[str, str]:
+        """The folder's chat templates by name; one without a name is "default"."""
         for owner in (self.processor, self.tokenizer):
             found = getattr(owner, "chat_template", None)
-            if isinstance(found, dict):
-                found = found.get("default")
             if found:
-                return str(found)
-        return None
+                named = found if isinstance(found, Mapping) else {"default": found}
+                return {str(name): str(text) for name, text in named.items()}
+        return {}
+
+    def template(self, tools: bool) -> str | None:
+        """The template of a conversation, chosen as transformers does; None: there is none."""
+        default = self.templates.get("default")
+        return self.templates.get("tool_use", default) if tools else default
+
+    @cached_property
+    def reserved(self) -> frozenset[str]:
+        """Names that no request may set in `chat_template_kwargs`, whatever the template reads."""
+        names = set(getattr(self.tokenizer, "special_tokens_map", ()))
+        for owner in {type(self.processor), type(self.tokenizer)}:
+            names |= set(inspect.signature(owner.apply_chat_template).parameters)
+        return frozenset(names)
 
     @cached_property
     def sees(self) -> bool:
@@ -84,52 +99,54 @@ class Prompts:
         Raises:
             RefusedError: the template, or the model, cannot take it.
         """
-        if self.template is None:
+        uses_tools = bool(asked.tools) and asked.tool_choice != "none"
+        template = self.template(uses_tools)
+        if template is None:
             raise RefusedError(None, NO_TEMPLATE)
-        tools = None
-        if asked.tools and asked.tool_choice != "none":
-            if not self.calls or "tools" not in self.template:
-                raise RefusedError("tools", NO_TOOLS)
-            tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+        if uses_tools and not (self.calls and "tools" in template):
+            raise RefusedError("tools", NO_TOOLS)
         self._check_length("messages", json_length(asked))
-        messages = [self._message(message) for message in asked.messages]
-        images = any(
-            isinstance(part, Mapping) and part.get("type") == "image"
-            for message in messages
-            for part in (message["content"] if isinstance(message["content"], list) else ())
-        )
-        variables = asked.chat_template_kwargs or {}
-        self._check_variables(variables)
+        chosen = asked.chat_template_kwargs or {}
+        self._check_variables(chosen, template)
+        images = self._images(asked)
+        following = iter(images)
+        messages = [self._message(message, template, following) for message in asked.messages]
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
         owner = self.processor if self.sees else self.tokenizer
         try:
             text = owner.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False, **variables
+                messages,
+                chat_template=template,
+                tools=tools if uses_tools else None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **chosen,
             )
-        except RefusedError:
-            raise
         except Exception as error:  # of the template's own: raise_exception, a missing field
             raise RefusedError(
                 "messages", f"the model's chat template refuses them: {error}"
             ) from error
         if not images:
             return self._of_text(text, "messages", special=False)
+        return self._of_text_and_images(text, images)
+
+    def _of_text_and_images(self, text: str, images: Sequence[Any]) -> Prompt:
+        """What the processor makes of them. It gets nothing else of a request."""
+        self._check_length("messages", len(text))
+        first = getattr(self.tokenizer, "bos_token", None)
+        begun = first is not None and text.startswith(first)
+        options = {"add_special_tokens": False} if begun else {}  # as transformers does
         try:
             made = dict(
-                owner.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    **variables,
-                )
+                self.processor(text=text, images=[list(images)], return_tensors="pt", **options)
             )
         except Exception as error:
             raise RefusedError("messages", f"an image cannot be read: {error}") from error
         ids = made.pop("input_ids")[0].tolist()
         made.pop("attention_mask", None)
-        return self._checked(Prompt(tuple(ids), made, text), "messages")
+        prompt = self._checked(Prompt(tuple(ids), made, text), "messages")
+        self.room.take(sum(getattr(value, "nbytes", 0) for value in made.values()), prompt)
+        return prompt
 
     def _of_text(self, text: str, param: str = "prompt", special: bool = True) -> Prompt:
         self._check_length(param, len(text))
@@ -157,41 +174,51 @@ class Prompts:
         if characters > self.most_characters:
             raise _too_long(param, f"{characters} characters", self.context)
 
-    def _check_variables(self, variables: Mapping[str, Any]) -> None:
-        """Refuse variables that are options of transformers, such as another template."""
-        taken: set[str] = {"messages", "conversation", "chat_template", "tokenize", "documents"}
-        for owner in {type(self.processor), type(self.tokenizer)}:
-            taken |= set(inspect.signature(owner.apply_chat_template).parameters)
-        for name in variables:
-            if name in taken or not name.isidentifier():
-                raise RefusedError(
-                    "chat_template_kwargs", "it has a name that is not for requests", name
-                )
+    def _check_variables(self, chosen: Mapping[str, Any], template: str) -> None:
+        """Refuse names that the template does not read.
 
-    def _message(self, message: Message) -> dict[str, Any]:
+        transformers takes any other as an option of its own: an image by its address or path, the
+        size of a buffer, another template.
+        """
+        read = variables(template, self.reserved) if chosen else frozenset()
+        for name in chosen:
+            if name not in read:
+                names = ", ".join(sorted(read)) or "no variables"
+                message = f"chat_template_kwargs: the model's chat template takes {names}"
+                raise RefusedError("chat_template_kwargs", message, name)
+
+    def _images(self, asked: Chat) -> list[Any]:
+        """The images of all messages, in turn."""
+        lists = (one.content for one in asked.messages if isinstance(one.content, list))
+        pieces = [piece for content in lists for piece in content]
+        if not self.sees and any(piece.type != "text" for piece in pieces):
+            raise RefusedError("messages", "this model reads no images: expected text only")
+        return decoded([piece.image_url.url for piece in pieces if piece.image_url is not None])
+
+    def _message(self, message: Message, template: str, images: Iterator[Any]) -> dict[str, Any]:
         """A message as templates expect it: arguments of calls as objects, text as one string."""
         made = message.model_dump(exclude_none=True)
+        if message.role == DEVELOPER and DEVELOPER not in template:
+            made["role"] = "system"
         for call in made.get("tool_calls", ()):
             try:
                 call["function"]["arguments"] = parse_json(call["function"]["arguments"])
             except ValueError as error:
                 raise RefusedError("messages", "arguments of a call: expected JSON") from error
         if isinstance(message.content, list):
-            made["content"] = self._content(message.content)
+            made["content"] = self._content(message.content, images)
         else:
             text = message.content or ""
             made["content"] = [{"type": "text", "text": text}] if self.sees else text
         return made
 
-    def _content(self, pieces: list[Piece]) -> Any:
+    def _content(self, pieces: list[Piece], images: Iterator[Any]) -> Any:
         if not self.sees:
-            if any(piece.type != "text" for piece in pieces):
-                raise RefusedError("messages", "this model reads no images: expected text only")
             return " ".join(piece.text or "" for piece in pieces)
         return [
             {"type": "text", "text": piece.text}
             if piece.image_url is None
-            else {"type": "image", "image": _image(piece.image_url.url)}
+            else {"type": "image", "image": next(images)}
             for piece in pieces
         ]
 
@@ -204,26 +231,6 @@ def json_length(asked: Chat) -> int:
         else sum(len(piece.text or "") for piece in message.content or ())
         for message in asked.messages
     )
-
-
-def _image(url: str) -> Any:
-    """The image in a data URL. Nothing is fetched for a client, and no file is read."""
-    from PIL import Image
-
-    head, _, data = url.partition(",")
-    if not head.startswith(DATA) or not head.endswith(";base64"):
-        raise RefusedError("messages", "image_url: expected data:image/TYPE;base64,DATA", url[:40])
-    try:
-        import io
-
-        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        if image.width * image.height > MOST_PIXELS:
-            raise RefusedError("messages", f"an image has more than {MOST_PIXELS} pixels")
-        return image.convert("RGB")
-    except (OSError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
-        raise RefusedError(
-            "messages", "image_url: the data are no image that can be read"
-        ) from error
 
 
 def _too_long(param: str, got: str, context: int) -> RefusedError:

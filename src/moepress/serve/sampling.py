@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +17,28 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from moepress.generation import STOPS, checked_settings
+
+# The settings of a folder that the server follows.
+FOLLOWED = (
+    *STOPS, "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+)  # fmt: skip
 SMALLEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow: the most probable token
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to choose tokens. The first five have the defaults of the model's folder."""
+    """How to choose tokens, and what ends an answer beside what the request says.
+
+    The first six have the defaults of the model's folder.
+    """
 
     temperature: float = 0.0  # 0: the most probable token
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()  # texts that end an answer
     frequency_penalty: float = 0.0  # subtracted for each time that a token was generated
     presence_penalty: float = 0.0  # subtracted if a token was generated
     bias: tuple[tuple[int, float], ...] = ()  # added to the logits of tokens
@@ -38,15 +47,20 @@ class Settings:
 
     @classmethod
     def of_folder(cls, config: Any) -> Settings:
-        """The defaults in a model's GenerationConfig. One that does not sample is greedy."""
-        samples = bool(getattr(config, "do_sample", False))
-        temperature = _number(config, "temperature", 1.0) if samples else 0.0
+        """The defaults in a model's GenerationConfig. One that does not sample is greedy.
+
+        Raises:
+            FileError: one of `FOLLOWED` is of a wrong type or out of range.
+        """
+        own = checked_settings(config, FOLLOWED)
+        stop = own.get("stop_strings", ())
         return cls(
-            temperature=temperature,
-            top_p=_number(config, "top_p", 1.0),
-            top_k=int(_number(config, "top_k", 0)),
-            min_p=_number(config, "min_p", 0.0),
-            repetition_penalty=_number(config, "repetition_penalty", 1.0),
+            temperature=float(own.get("temperature", 1.0)) if own.get("do_sample") else 0.0,
+            top_p=float(own.get("top_p", 1.0)),
+            top_k=own.get("top_k", 0),
+            min_p=float(own.get("min_p", 0.0)),
+            repetition_penalty=float(own.get("repetition_penalty", 1.0)),
+            stop=tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text),
         )
 
 
@@ -70,7 +84,8 @@ class Sampler:
 
     def __init__(self, settings: Settings, prompt: Sequence[int], number: int = 0) -> None:
         self.settings = settings
-        self.seen = list(prompt)
+        self.prompt = prompt
+        self.seen: Tensor | None = None  # [V] bool, in use; a list of each prompt is gigabytes
         self.counts: Counter[int] = Counter()
         self.random = torch.Generator()
         if settings.seed is None:
@@ -89,7 +104,8 @@ class Sampler:
             for warper in self.warpers:
                 row = warper(None, row)
             token = int(torch.multinomial(row[0].softmax(-1), 1, generator=self.random))
-        self.seen.append(token)
+        if self.seen is not None:
+            self.seen[token] = True
         self.counts[token] += 1
         if self.settings.logprobs is None:
             return Choice(token)
@@ -98,8 +114,11 @@ class Sampler:
     def _adjusted(self, logits: Tensor) -> Tensor:
         settings = self.settings
         if settings.repetition_penalty != 1.0:
+            if self.seen is None:
+                self.seen = torch.zeros(len(logits), dtype=torch.bool)
+                self.seen[torch.tensor(self.prompt, dtype=torch.long)] = True
             penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
-            logits = penalty(torch.tensor([self.seen]), logits[None].clone())[0]
+            logits = penalty(self.seen.nonzero().T, logits[None].clone())[0]
         change: Counter[int] = Counter()
         if settings.frequency_penalty or settings.presence_penalty:
             for token, count in self.counts.items():
@@ -132,13 +151,3 @@ def _warpers(settings: Settings) -> list[Any]:
     if settings.min_p:
         found.append(MinPLogitsWarper(settings.min_p))
     return found
-
-
-def _number(config: Any, name: str, default: float) -> float:
-    """A field of a GenerationConfig; the default where it is unset or no number in range."""
-    value = getattr(config, name, None)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return default
-    if value <= 0 or (name in ("top_p", "min_p") and value > 1):
-        return default
-    return float(value)

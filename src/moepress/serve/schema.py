@@ -1,16 +1,22 @@
 """The fields of OpenAI's requests: each is honoured, or refused by name.
 
 A field of the schema that asks for what this server does not do is refused unless its value is the
-one that changes nothing (`WITHOUT_EFFECT`). A field that is not in the schema is refused too.
+one that changes nothing (`WITHOUT_EFFECT`): clients send back messages with every field that
+OpenAI's library knows. A field that is not in the schema is refused too.
+
+Lists are refused at their first wrong item, and objects with names of the client's choice by their
+size first: pydantic's report of each wrong value takes hundreds of times the value's bytes.
 """
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -22,12 +28,15 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 MESSAGE_LENGTH = 500  # most characters of an error message, which quotes the invalid value
 QUOTED = 80  # most characters of a quoted value
-NO_SUCH_FIELD = "{}: there is no such field in the requests that this server answers"
+OF_A_FIELD = "of a field"  # errors of `Strict`
 MOST_STOP = 16  # stop sequences; OpenAI allows 4
 MOST_BIAS = 1024  # entries of logit_bias
+MOST_VARIABLES = 64  # of a chat template
+MOST_MESSAGES = 2048  # gpt-oss' template goes over all later messages at each: 2 s for so many
 
 Number = Annotated[FiniteFloat, Field(strict=True)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
@@ -36,12 +45,43 @@ Text = Annotated[StrictStr, Field(min_length=1)]
 Stop = Annotated[list[Annotated[Text, Field(max_length=1000)]], Field(max_length=MOST_STOP)]
 Scalar = StrictBool | StrictInt | FiniteFloat | Annotated[StrictStr, Field(max_length=1000)] | None
 
-
 T = TypeVar("T", bound="Request")
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Refuse an object with more entries before any of them is read."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"expected at most {most} entries, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Strict(BaseModel):
+    """An object. A field that is neither its own nor in `WITHOUT_EFFECT` is refused."""
+
     model_config = ConfigDict(extra="forbid")
+    # Fields of OpenAI's that this server does not honour: values beside null that change nothing.
+    WITHOUT_EFFECT: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_effect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name not in cls.WITHOUT_EFFECT:
+                raise _of_a_field(name, "there is no such field in this server's requests")
+            elif not any(_same(value, other) for other in (None, *cls.WITHOUT_EFFECT[name])):
+                raise _of_a_field(name, "not supported by this server", value)
+        return kept
 
 
 class StreamOptions(Strict):
@@ -59,8 +99,6 @@ class StreamOptions(Strict):
 class Request(Strict):
     """Fields that both endpoints have."""
 
-    WITHOUT_EFFECT: ClassVar[dict[str, tuple[Any, ...]]]
-
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -77,28 +115,12 @@ class Request(Strict):
                 Annotated[str, Field(pattern=r"^\d{1,9}$")],
                 Annotated[Number, Field(ge=-100, le=100)],
             ],
-            Field(max_length=MOST_BIAS),
+            _at_most(MOST_BIAS),
         ]
         | None
     ) = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     user: StrictStr | None = None  # names the client's user; nothing depends on it
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_effect(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = dict(data)
-        for name in kept:  # before pydantic makes a report of every one
-            if name not in cls.model_fields and name not in cls.WITHOUT_EFFECT:
-                raise RefusedError(name[:QUOTED], NO_SUCH_FIELD.format(name[:QUOTED]))
-        for name, values in cls.WITHOUT_EFFECT.items():
-            if name in kept and any(_same(kept[name], value) for value in (None, *values)):
-                del kept[name]
-            elif name in kept:
-                raise RefusedError(name, f"{name} is not supported by this server", kept[name])
-        return kept
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -164,12 +186,14 @@ class Piece(Strict):
 
     @model_validator(mode="after")
     def _has_its_field(self) -> Piece:
-        if getattr(self, self.type) is None:
-            raise ValueError(f"a part of type {self.type} needs the field {self.type}")
+        if getattr(self, self.type) is None or None not in (self.text, self.image_url):
+            raise ValueError(f"a part of type {self.type} needs the field {self.type} and no other")
         return self
 
 
 class Called(Strict):
+    WITHOUT_EFFECT = {"parsed_arguments": ()}
+
     name: StrictStr
     arguments: StrictStr
 
@@ -181,12 +205,21 @@ class Call(Strict):
 
 
 class Message(Strict):
+    """A message, also an answer as `message.model_dump()` of OpenAI's library gives it back."""
+
+    WITHOUT_EFFECT = {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "parsed": (),
+        "refusal": (),
+    }
+
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: StrictStr | list[Piece] | None = None
+    content: StrictStr | Items[Piece] | None = None
     name: StrictStr | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Items[Call] | None = None
     tool_call_id: StrictStr | None = None
-    refusal: None = None
     reasoning_content: StrictStr | None = None  # as this server's answers have it
 
 
@@ -229,14 +262,15 @@ class Chat(Request):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     response_format: Format | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    chat_template_kwargs: dict[str, Scalar] | None = None  # variables of the folder's template
+    # Variables of the folder's template.
+    chat_template_kwargs: Annotated[dict[str, Scalar], _at_most(MOST_VARIABLES)] | None = None
 
 
 class RefusedError(Exception):
@@ -304,16 +338,19 @@ def _check_together(asked: Request) -> None:
 def _first(found: ValidationError) -> RefusedError:
     """The first field that pydantic refuses, as OpenAI names it."""
     error = min(found.errors(include_url=False), key=lambda one: len(one["loc"]) == 0)
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, RefusedError):
-        return cause
     steps = [str(step) for step in error["loc"]]
-    name = steps[0] if steps else None
-    message = error["msg"]
-    if error["type"] == "extra_forbidden":
-        message = "there is no such field"
+    value = error["input"]
+    if error["type"] == OF_A_FIELD:  # pydantic has the object as the input
+        context = error["ctx"]
+        steps.append(context["name"])
+        value = context["value"]
+    steps = [ascii(step[:QUOTED])[1:-1] for step in steps]  # names are the client's
     where = ".".join(steps) or "body"
-    return RefusedError(name, f"{where}: {message}", error["input"])
+    return RefusedError(steps[0] if steps else None, f"{where}: {error['msg']}", value)
+
+
+def _of_a_field(name: str, message: str, value: Any = None) -> PydanticCustomError:
+    return PydanticCustomError(OF_A_FIELD, message, {"name": name, "value": value})
 
 
 def _quoted(value: Any) -> str:

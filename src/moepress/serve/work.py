@@ -32,10 +32,13 @@ class Wanted:
 
     settings: Settings
     most: int  # new tokens; 0 with `score`
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # the request's; those of `settings` come on top
     parser: Callable[[str], Parser] | None = None  # from the prompt's text
     score: bool = False  # also the logprobs of the prompt's tokens
     continues: bool = False  # the answer goes on with the prompt's text: it may begin with a space
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (*self.stop, *self.settings.stop))
 
 
 @dataclass(frozen=True)
