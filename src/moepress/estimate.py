@@ -217,8 +217,8 @@ def work_of(task: Task, plan: BitAllocation | None, request: Request) -> dict[st
     if SELF in dict(task.recipe.calib):
         found["sample"] = stages.sampling(task)
     if task.recipe.sensitivity != "none":
-        found["sensitivity"] = stages.sensitivity(task)
-    found["score"] = stages.score(task)
+        found["sensitivity"] = stages.sensitivity(task.scored)
+    found["score"] = stages.score(task.scored)
     if plan is not None:
         found["quantize"] = stages.quantize(task, widths_of(plan, request))
     return found
@@ -230,10 +230,14 @@ def _peaks(
     """Peak memory and peak disk of each stage."""
     most = {
         "sample": memory.sampling(task),
-        "sensitivity": memory.sensitivity(task),
-        "score": memory.score(task),
+        "sensitivity": memory.sensitivity(task.scored),
+        "score": memory.score(task.scored),
     }
-    disks = {"sample": 0, "sensitivity": disk.sensitivity(task), "score": disk.score(task)}
+    disks = {
+        "sample": 0,
+        "sensitivity": disk.sensitivity(task.scored),
+        "score": disk.score(task.scored),
+    }
     if plan is not None:
         folder = plan.folder_bytes
         most["quantize"] = memory.quantize(task, widths_of(plan, request), folder)

@@ -223,8 +223,9 @@ def _scores(scores: ExpertScores) -> dict[str, Any]:
         "layers": layers,
         "experts": experts,
         "widths": list(scores.bits),
-        "calibration_tokens": scores.total_tokens,
-        "tokens_per_expert": _spread(scores.tokens),
+        "calibration_tokens": scores.all_tokens,
+        "scored_tokens": scores.total_tokens,
+        "tokens_per_expert": _spread(scores.reached),
         "experts_never_chosen": int((scores.tokens == 0).sum()),
         "relative_error_by_bits": {
             str(bits): float(

@@ -48,7 +48,7 @@ from moepress.original.walk import Walk
 from moepress.outside import copied_shards, outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
-from moepress.rounding.expert import dequantized, experts_at_once, round_experts
+from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
 from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, output_held
@@ -262,17 +262,19 @@ def quantize_experts(
         progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
         widths = [widths_of[expert.number] for expert in originals]
         together = round_experts(originals, rounding, widths, room.downs)
-        for expert, matrices in zip(originals, together, strict=True):
+        for expert, found in zip(originals, together, strict=True):
+            matrices = found.gate_up, found.down
             for name, matrix in zip(experts.parameters, matrices, strict=True):
                 start, stop = places[name][expert.number : expert.number + 2]
                 tensors[name][start:stop] = packed_bytes(matrix)
-            rounded = expert.with_weights(dequantized(*matrices, expert.weights))
+            rounded = rounded_expert(expert, found)
             meter.add(rounded)
             if resident is None:
                 sums.add_output(rounded)
             else:
                 resident[expert.number] = rounded.weights
-        del originals, together, expert, matrices, matrix, rounded  # before the next are read
+        # before the next are read
+        del originals, together, expert, found, matrices, matrix, rounded
     for number, owner in sums.owners.items():
         for name, offsets in places.items():
             walk.ranks.give_first(tensors[name][offsets[number] : offsets[number + 1]], owner)

@@ -101,7 +101,9 @@ class Recipe:
     # measure: the quantizer whose error is epsilon. Or "noise": the error that gptq would leave in
     # trellis codes is drawn, without the search for the codes (rounding/noise.py), for experts
     # at three widths (costs/interpolation.py). The errors of scalar codes are those of gptq.
+    # score_tokens: on how many tokens of an expert, in the mean; 0: all (costs/scored.py).
     measure: MeasureName = "noise"
+    score_tokens: int = 4096
     cost: Cost = "error"
     over: Over = "mean"  # minimise the mean loss over all calibration text, or the worst text's
     scope: Scope = "model"  # one budget for the model, or the same for every layer
@@ -338,6 +340,7 @@ def parse_widths(text: str) -> tuple[float, ...]:
 # Least and most of numbers that work or memory grow with, or that a generator takes.
 RANGES = {
     "sequences": (1, 1 << 24), "sequence_length": (2, 1 << 24), "token_floor": (0, 1 << 48),
+    "score_tokens": (0, 1 << 48),
     "seed": (0, (1 << 32) - 1), "alpha": (-64, 64), "beta": (-64, 64), "gamma": (-64, 64),
 }  # fmt: skip
 
@@ -367,6 +370,7 @@ PAPER = dataclasses.replace(
     FAST,
     expert_bits=(1, 2, 3),
     measure="rtn",
+    score_tokens=0,
     cost="paper",
     scope="layer",
     per_projection=False,

@@ -38,6 +38,7 @@ from moepress.costs.embedding_and_head import score_embedding_and_head
 from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
 from moepress.costs.interpolation import Interpolation
 from moepress.costs.linear_costs import score_linears
+from moepress.costs.scored import scored_count, scored_sequences
 from moepress.costs.scores import EXPERT_ARRAYS, ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measure_sensitivity
 from moepress.costs.texts import Texts
@@ -52,6 +53,7 @@ from moepress.recipe import TABLE_BITS, Recipe
 from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
 from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
+from moepress.workload.shapes import ModelShape
 from moepress.writing.files import check_file, check_place
 from moepress.writing.held import check_work, discard
 
@@ -137,10 +139,10 @@ def score_tensors(
         ids: [S, L] calibration sequences.
     """
     here().agreed(lambda: keep_ids(folder, ids))
-    texts = Texts.of(ids, [weight for _, weight in recipe.calib])
-    journal = Journal(
-        folder, identity(source, recipe, ids), len(source.layers), device=source.device
-    )
+    made_of = identity(source, recipe, ids)
+    journal = Journal(folder, made_of, len(source.layers), device=source.device)
+    given = ids.numel()
+    ids, texts = _scored(source, recipe, ids)
     if journal.todo:
         prepare_rounding(source.device)
         sensitivity = _sensitivity(source, recipe, ids, folder / SENSITIVITY)
@@ -160,7 +162,17 @@ def score_tensors(
                     )
                 journal.commit(layer, result, walk.tensors)
                 progress.advance()
-    return here().agreed(lambda: _collect(source, recipe, tensors, ids, texts, journal))
+    return here().agreed(lambda: _collect(source, recipe, tensors, made_of, given, texts, journal))
+
+
+def _scored(source: Source, recipe: Recipe, ids: Tensor) -> tuple[Tensor, Texts]:
+    """The sequences that costs are measured on, and their texts (costs/scored.py)."""
+    weights = [weight for _, weight in recipe.calib]
+    used = ModelShape.of(source).used
+    sequences, length = ids.shape
+    count = scored_count(sequences, length, len(weights), used, recipe.score_tokens)
+    chosen = scored_sequences(sequences, weights, count)
+    return ids[chosen], Texts.of(ids, weights).some(chosen, length)
 
 
 def _sensitivity(source: Source, recipe: Recipe, ids: Tensor, folder: Path) -> Sensitivity | None:
@@ -258,11 +270,17 @@ def _collect(
     source: Source,
     recipe: Recipe,
     tensors: ModelTensors,
-    ids: Tensor,
+    made_of: dict[str, str],
+    given: int,
     texts: Texts,
     journal: Journal,
 ) -> ExpertScores:
-    """Combine the results of all layers."""
+    """Combine the results of all layers.
+
+    Args:
+        made_of: what the scores depend on.
+        given: number of calibration tokens, those included that costs are not measured on.
+    """
     rows = {layer: journal.result(layer) for layer in range(len(source.layers))}
     arrays = {
         name: np.stack([rows[layer][name].numpy() for layer in source.experts])
@@ -275,15 +293,16 @@ def _collect(
         tensors.widths,
         recipe.linear_bits,
     )
-    few = int((arrays["tokens"] < recipe.token_floor).sum())
+    text_tokens = texts.tokens().tolist()
+    scores = _assembled(source, recipe, tensors, arrays, text_tokens, given, made_of)
+    few = int((scores.reached < recipe.token_floor).sum())
     if few:
         logger.warning(
             "%d of %d experts saw fewer than %d calibration tokens, %d of them none: their scores "
             "say little. More or other text helps (`moepress inspect` shows the spread).",
-            few, arrays["tokens"].size, recipe.token_floor, int((arrays["tokens"] == 0).sum()),
+            few, scores.tokens.size, recipe.token_floor, int((scores.tokens == 0).sum()),
         )  # fmt: skip
-    provenance = identity(source, recipe, ids)
-    return _assembled(source, recipe, tensors, arrays, texts.tokens().tolist(), provenance)
+    return scores
 
 
 def _linear_costs(
@@ -326,7 +345,7 @@ def unmeasured(source: Source, recipe: Recipe, tensors: ModelTensors) -> ExpertS
         "output_energy": np.zeros(shape[0]),
         "residual_energy": np.zeros(shape[0]),
     }
-    return _assembled(source, recipe, tensors, arrays, [0] * len(recipe.calib), {})
+    return _assembled(source, recipe, tensors, arrays, [0] * len(recipe.calib), 0, {})
 
 
 def _assembled(
@@ -335,13 +354,15 @@ def _assembled(
     tensors: ModelTensors,
     arrays: Mapping[str, Any],
     text_tokens: Sequence[int],
+    given: int,
     provenance: dict[str, str],
 ) -> ExpertScores:
     """Scores of measured arrays and of the model's sizes, which the allocator needs.
 
     Args:
         arrays: fields of `ExpertScores` that are measured.
-        text_tokens: [D] number of tokens of each text.
+        text_tokens: [D] number of scored tokens of each text.
+        given: number of calibration tokens.
     """
     one = source.one_layer_of_experts
     linear_bytes = np.zeros((len(tensors.open), len(tensors.widths)), dtype=np.int64)
@@ -355,6 +376,7 @@ def _assembled(
         linear_bits=tensors.widths,
         linear_bytes=linear_bytes,
         total_tokens=sum(text_tokens),
+        calibration_tokens=given,
         text_tokens=tuple(text_tokens),
         gate_up_shape=one.form.shapes[0],
         down_shape=one.form.shapes[1],

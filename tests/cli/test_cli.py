@@ -161,11 +161,11 @@ def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -
     file.write_text('quantizer = "rtn"\nexpert_bits = [2, 3]\n')
     recipe = recipe_of(
         str(file), bpw=3.5, calib=[f"{text_file}=2"], sequences=7, sequence_length=64,
-        expert_bits="1,4", group_size=64, seed=5,
+        score_tokens=8, expert_bits="1,4", group_size=64, seed=5,
     )  # fmt: skip
     assert recipe == Recipe(
         bpw=3.5, calib=((str(text_file), 2.0),), sequences=7, sequence_length=64,
-        expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",
+        score_tokens=8, expert_bits=(1, 4), group_size=64, seed=5, quantizer="rtn",
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def test_the_second_table_is_rounded_to_nearest(loaded: Loaded, tmp_path: Path) 
     """Whatever the quantizer: its Hessian is diagonal."""
     _, expert = loaded
     rounding = Rounding.of_experts(small_recipe(tmp_path), "gptq")
-    ((first, second),) = round_experts([expert], rounding, [(2, 3)])
+    ((first, second, _),) = round_experts([expert], rounding, [(2, 3)])
     tables = expert.weights.gate_up, expert.weights.down
     nearest = [
         quantize_matrix("rtn", w, rounding.codec(bits, 64))

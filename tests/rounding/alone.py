@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moepress.format.codec import Codec
 from moepress.original.experts import RoutedExpert
-from moepress.rounding.expert import round_downs, round_gate_ups
+from moepress.rounding.expert import GateUp, round_downs, round_gate_ups
 from moepress.rounding.factor import Factor
 from moepress.rounding.methods import Matrix, Unrounded
 from moepress.rounding.methods.trellis import TrellisMatrix, quantize_together
@@ -33,5 +33,5 @@ def round_down(
     expert: RoutedExpert, gate_up: Tensor, rounding: Rounding, widths: Sequence[float]
 ) -> list[Matrix]:
     """`round_downs` for one expert."""
-    (matrices,) = round_downs([expert], [gate_up], rounding, [widths])
+    (matrices,) = round_downs([expert], [GateUp(gate_up)], rounding, [widths])
     return matrices

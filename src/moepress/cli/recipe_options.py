@@ -23,6 +23,7 @@ DEFAULTS = {
     "calib": "self",
     "sequences": "128",
     "sequence_length": "512",
+    "score_tokens": "4096; paper: 0",
     "expert_bits": "1,1.5,2,2.5,3,3.5,4; fast: 1,2,3,4; paper: 1,2,3",
     "expert_codec": "trellis; fast, paper: int",
     "over": "mean",
@@ -47,6 +48,14 @@ Length = Annotated[
         "--sequence-length",
         help="Tokens per sequence.",
         show_default=DEFAULTS["sequence_length"],
+    ),
+]
+ScoreTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--score-tokens",
+        help="Tokens of an expert, in the mean, that its costs are measured on; 0: all.",
+        show_default=DEFAULTS["score_tokens"],
     ),
 ]
 WIDTHS_HELP = "Widths offered to experts, such as 1,1.5,2; 0 leaves an expert out."
@@ -93,6 +102,7 @@ def recipe_of(
     calib: list[str] | None = None,
     sequences: int | None = None,
     sequence_length: int | None = None,
+    score_tokens: int | None = None,
     expert_bits: str | None = None,
     expert_codec: str | None = None,
     over: str | None = None,
@@ -110,6 +120,7 @@ def recipe_of(
         "calib": tuple(parse_text(text) for text in calib) if calib else None,
         "sequences": sequences,
         "sequence_length": sequence_length,
+        "score_tokens": score_tokens,
         "expert_bits": parse_widths(expert_bits) if expert_bits is not None else None,
         "expert_codec": expert_codec,
         "over": over,

@@ -17,7 +17,7 @@ from moepress.original.batches import chunks, empty
 from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden, expert_output
 from moepress.original.token_sums import TokenSums
 from moepress.rounding.expert import (
-    dequantized,
+    GateUp,
     down_inputs,
     gate_up_inputs,
     round_downs,
@@ -55,7 +55,7 @@ def rounded_weights(
         return
     same = [widths] * len(experts)
     gate_ups = round_gate_ups(experts, rounding, same)
-    originals = [expert.weights.gate_up for expert in experts]
+    originals = [GateUp(expert.weights.gate_up) for expert in experts]
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
         yield expert, partial(_offered, left_out, partial(_dequantized, matrices, expert.weights))
@@ -70,7 +70,9 @@ def _dequantized(
 ) -> Iterator[ExpertWeights]:
     """Rounded weights, from gate_up and down at every width."""
     for gate_up, down in zip(*matrices, strict=True):
-        yield dequantized(gate_up, down, like)
+        yield like._replace(
+            gate_up=gate_up.dequantize(like.gate_up.dtype), down=down.dequantize(like.down.dtype)
+        )
 
 
 def _noisy(

@@ -49,6 +49,7 @@ class ScoresFields(Document):
     linears: Array[str]
     linear_bits: Array[float]
     total_tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
+    calibration_tokens: Count = 0  # 0: of a version that scored all of them
     source_tokens: Array[Count]
     gate_up_shape: Pair[Size]
     down_shape: Pair[Size]
@@ -70,7 +71,7 @@ class ExpertScores:
 
     layers: tuple[int, ...]  # [L] index of each MoE layer in the model
     bits: tuple[float, ...]  # [B] widths measured, rising
-    tokens: npt.NDArray[np.int64]  # [L, E] calibration tokens routed to each expert
+    tokens: npt.NDArray[np.int64]  # [L, E] scored tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
     squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by ROUNDED
     cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; the sum over D is the total
@@ -80,8 +81,8 @@ class ExpertScores:
     linear_cost: npt.NDArray[np.float64]  # [D, M, W]; infinite where a width is not offered
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
-    total_tokens: int  # N, calibration tokens seen by every layer
-    text_tokens: tuple[int, ...]  # [D] number of tokens of each text
+    total_tokens: int  # N, scored tokens: those that costs are measured on (scored.py)
+    text_tokens: tuple[int, ...]  # [D] number of scored tokens of each text
     # Rows, columns of one expert's fused gate and up projection, and of down, without padding.
     gate_up_shape: tuple[int, int]
     down_shape: tuple[int, int]
@@ -91,6 +92,7 @@ class ExpertScores:
     group_size: int
     provenance: dict[str, str]  # model, text and recipe that the scores depend on
     recipe: dict[str, Any] = field(default_factory=dict)  # the recipe of the measurement
+    calibration_tokens: int = 0  # scored or not; 0: of a version that scored all of them
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
@@ -122,6 +124,16 @@ class ExpertScores:
                 f"expected {expected}; linears {self.linear_bytes.shape} and "
                 f"{self.linear_cost.shape}, expected {linears}."
             )
+
+    @property
+    def all_tokens(self) -> int:
+        """Number of calibration tokens, scored or not."""
+        return max(self.calibration_tokens, self.total_tokens)
+
+    @property
+    def reached(self) -> npt.NDArray[np.int64]:
+        """[L, E] about how many of all calibration tokens choose each expert."""
+        return self.tokens * self.all_tokens // max(self.total_tokens, 1)
 
     @property
     def frequency(self) -> npt.NDArray[np.float64]:

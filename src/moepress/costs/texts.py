@@ -25,6 +25,10 @@ class Texts:
         of_sequence = torch.arange(len(weights)).repeat_interleave(sequences)
         return cls(len(weights), of_sequence.repeat_interleave(ids.shape[1]))
 
+    def some(self, sequences: Tensor, length: int) -> Texts:
+        """The texts of some of the sequences, given by their numbers, of `length` tokens each."""
+        return Texts(self.count, self.of_token.view(-1, length)[sequences].flatten())
+
     def repeated(self, times: int) -> Texts:
         """The texts of the same tokens several times over, as in the passes of a loop."""
         return self if times == 1 else Texts(self.count, self.of_token.repeat(times))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from moepress.blocks.form import apply_gate, finish
 from moepress.blocks.layout import widened
+from moepress.original.batches import chunks, empty
 from moepress.sending import rows_sent, sent
 
 
@@ -127,6 +128,7 @@ class RoutedExpert:
     module: Any  # the skeleton's experts module, for its gate function and its norm
     weights: ExpertWeights  # original or rounded
     routed: Routed
+    hidden: Tensor | None = None  # [T_e, I] inputs of down that `weights` make; None: not kept
 
     @cached_property
     def _choices(self) -> tuple[Tensor, Tensor]:
@@ -167,9 +169,21 @@ class RoutedExpert:
         """Inner activations of a token: I, or 1 of a single neuron."""
         return self.weights.down.shape[1] if self.routed.neuron is None else 1
 
-    def with_weights(self, weights: ExpertWeights) -> RoutedExpert:
-        """The same expert with other weights, on the same tokens."""
-        return replace(self, weights=weights)
+    def output(self, chunk: slice) -> Tensor:
+        """[t, H] output for a chunk of `tokens`, not yet times the routing weights."""
+        weights, neurons = self.weights, self.neurons(chunk)
+        if self.hidden is None:
+            return expert_forward(self.module, weights, self.inputs(chunk), neurons)
+        size, inner = self.routed.hidden.shape[1], sent(self.hidden[chunk], weights.down.device)
+        return expert_output(self.module, weights.down, inner, size, weights.down_bias, neurons)
+
+    def with_weights(self, weights: ExpertWeights, hidden: Tensor | None = None) -> RoutedExpert:
+        """The same expert with other weights, on the same tokens.
+
+        Args:
+            hidden: inputs of down that they make, if they are kept.
+        """
+        return replace(self, weights=weights, hidden=hidden)
 
 
 def expert_hidden(
@@ -190,6 +204,17 @@ def expert_hidden(
     if neurons is not None:
         return apply_gate(module, (x.unsqueeze(1) @ gate_up[neurons].unsqueeze(2)).squeeze(2))
     return apply_gate(module, F.linear(widened(x, gate_up.shape[1]), gate_up, bias))
+
+
+def hidden_states(expert: RoutedExpert, gate_up: Tensor) -> Tensor:
+    """Inputs [T_e, I] of down that weights [R, H] make from the inputs of an expert's tokens."""
+    own, device = len(expert.tokens), gate_up.device
+    hidden = empty((own, expert.inner), expert.weights.down.dtype, device)
+    bias = expert.weights.gate_up_bias
+    for chunk in chunks(expert.tokens):
+        x, neurons = expert.inputs(chunk), expert.neurons(chunk)
+        hidden[chunk] = expert_hidden(expert.module, gate_up, x, bias, neurons)
+    return hidden
 
 
 def expert_output(

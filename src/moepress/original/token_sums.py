@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moepress.original.batches import chunks, empty
 from moepress.original.division import Division
-from moepress.original.experts import Routed, RoutedExpert, expert_forward
+from moepress.original.experts import Routed, RoutedExpert
 from moepress.sending import sent
 
 
@@ -78,9 +78,7 @@ class TokenSums:
     def add_output(self, expert: RoutedExpert) -> None:
         """Add the output of an expert on its tokens."""
         for chunk in chunks(expert.tokens):
-            x = expert.inputs(chunk)
-            y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
-            self.add(expert, chunk, y)
+            self.add(expert, chunk, expert.output(chunk))
 
     def result(self) -> Tensor:
         """The sums [T', H] float32 of this rank's tokens."""

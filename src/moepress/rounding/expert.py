@@ -6,7 +6,7 @@ weights: R = 2I, or I without a gate; H and I padded to multiples of 32. Biases 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from moepress.blocks.layout import widened
 from moepress.memory import free_memory
 from moepress.original.batches import chunks
 from moepress.original.card_readers import READERS
-from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
+from moepress.original.experts import RoutedExpert, expert_hidden, hidden_states
 from moepress.original.source import Source
 from moepress.rounding.factor import Factor
 from moepress.rounding.inputs import Inputs
@@ -39,12 +39,27 @@ class AtOnce(NamedTuple):
     downs: int  # down of so many of these
 
 
+class GateUp(NamedTuple):
+    """Weights of gate and up, and what they make."""
+
+    weight: Tensor  # [R, H]
+    hidden: Tensor | None = None  # [T_e, I] inputs of down for the expert's own tokens, if kept
+
+
+class Rounded(NamedTuple):
+    """The rounded projections of an expert."""
+
+    gate_up: Matrix
+    down: Matrix
+    made: GateUp | None = None  # of the rounded gate and up, if kept
+
+
 def round_experts(
     experts: Sequence[RoutedExpert],
     rounding: Rounding,
     widths: Sequence[Sequence[float]],
     downs: int | None = None,
-) -> list[tuple[Matrix, Matrix]]:
+) -> list[Rounded]:
     """Round gate and up of each expert to its first width, then down to its second.
 
     Down is rounded on the inputs that the rounded gate and up give it. Each expert is rounded as if
@@ -54,18 +69,41 @@ def round_experts(
         downs: how many down projections are rounded in one call; None: all.
     """
     gate_ups = round_gate_ups(experts, rounding, [of_one[:1] for of_one in widths])
-    results: list[tuple[Matrix, Matrix]] = []
+    results: list[Rounded] = []
     for some in slices(len(experts), downs or len(experts)):
-        weights = (
-            gate_up.dequantize(expert.weights.gate_up.dtype)
-            for expert, (gate_up,) in zip(experts[some], gate_ups[some], strict=True)
-        )
+        kept: list[GateUp] = []
         of_down = [of_one[1:] for of_one in widths[some]]
-        found = round_downs(experts[some], weights, rounding, of_down)
+        made = _made(experts[some], gate_ups[some], kept)
+        found = round_downs(experts[some], made, rounding, of_down)
         results += [
-            (gate_up, down) for (gate_up,), (down,) in zip(gate_ups[some], found, strict=True)
+            Rounded(gate_up, down, kept[i] if kept else None)
+            for i, ((gate_up,), (down,)) in enumerate(zip(gate_ups[some], found, strict=True))
         ]
     return results
+
+
+def _made(
+    experts: Sequence[RoutedExpert], gate_ups: Sequence[Sequence[Matrix]], kept: list[GateUp]
+) -> Iterator[GateUp]:
+    """What the rounded gate and up make, for each expert.
+
+    A CPU takes longer to make it again, when the rounded expert runs, than to keep it in `kept`.
+    """
+    for expert, (gate_up,) in zip(experts, gate_ups, strict=True):
+        weight = gate_up.dequantize(expert.weights.gate_up.dtype)
+        if weight.device.type != "cpu":
+            yield GateUp(weight)
+            continue
+        kept.append(GateUp(weight, hidden_states(expert, weight)))
+        yield kept[-1]
+
+
+def rounded_expert(expert: RoutedExpert, rounded: Rounded) -> RoutedExpert:
+    """An expert with its rounded projections as weights, in the dtype of the original ones."""
+    dtype, made = expert.weights.gate_up.dtype, rounded.made
+    gate_up = rounded.gate_up.dequantize(dtype) if made is None else made.weight
+    weights = expert.weights._replace(gate_up=gate_up, down=rounded.down.dequantize(dtype))
+    return expert.with_weights(weights, None if made is None else made.hidden)
 
 
 def experts_at_once(
@@ -133,7 +171,7 @@ def round_gate_ups(
 
 def round_downs(
     experts: Sequence[RoutedExpert],
-    gate_ups: Iterable[Tensor],
+    gate_ups: Iterable[GateUp],
     rounding: Rounding,
     widths: Sequence[Sequence[float]],
 ) -> list[list[Matrix]]:
@@ -144,8 +182,8 @@ def round_downs(
     multiplied by the one gain that brings the outputs nearest to the original ones (correction.py).
 
     Args:
-        gate_ups: of each expert [R, H] the weights that make the inputs of down: the original ones
-            to score one projection alone, the rounded ones to apply a plan.
+        gate_ups: of each expert the weights that make the inputs of down: the original ones to
+            score one projection alone, the rounded ones to apply a plan.
     """
     weights = [expert.weights.down for expert in experts]
     by_neuron = any(expert.routed.neuron is not None for expert in experts)
@@ -156,7 +194,7 @@ def round_downs(
     if not rounding.needs_hessian:
         return _round([(weight, None) for weight in weights], rounding, widths)
     inputs = [
-        down_inputs(expert, gate_up, rounding)
+        down_inputs(expert, gate_up.weight, rounding, gate_up.hidden)
         for expert, gate_up in zip(experts, gate_ups, strict=True)
     ]
     targets = [_target(*pair, rounding) for pair in zip(weights, inputs, strict=True)]
@@ -193,13 +231,6 @@ def down_inputs(
     now = partial(expert_hidden, expert.module, gate_up, bias=bias)
     original = partial(expert_hidden, expert.module, expert.weights.gate_up, bias=bias)
     return _gathered(expert.weights.down, expert, rounding, now, original, known)
-
-
-def dequantized(gate_up: Matrix, down: Matrix, like: ExpertWeights) -> ExpertWeights:
-    """Two rounded projections as weights, in the dtype of `like`."""
-    return like._replace(
-        gate_up=gate_up.dequantize(like.gate_up.dtype), down=down.dequantize(like.down.dtype)
-    )
 
 
 def _gathered(

@@ -134,7 +134,8 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
                 for size in (shape.gate_up, shape.down)
             )
             run = max(_expert_run(task), rounded)
-            most.append(held + meter + run + 2 * _expert(task))
+            hidden = shape.expert_tokens(task.tokens) * shape.inner * shape.compute_itemsize
+            most.append(held + meter + run + hidden + 2 * _expert(task))
     return max(most)
 
 

@@ -290,12 +290,17 @@ def _quantize_expert(task: Task, widths: tuple[float, float], rounding: Rounding
         if rounding.corrects:
             works.append(op.corrected(rows, cols, rotates, True, tokens, in_16_bits))
         works.append(_rounded(rows, cols, bits, rounding, tokens, in_16_bits))
-        works.append(times(2, _stored(rows, cols, bits, rounding)))  # gate_up for down, both after
+        works.append(_stored(rows, cols, bits, rounding))
     if rounding.corrects:
         works.append(op.gain(*shape.down, rotates, tokens, in_16_bits))
-    sampled = min(task.tokens, SAMPLE)
-    runs = (task.tokens, sampled)  # add_output, DropMeter
-    works.extend(expert_forward(task, shape.expert_tokens(count)) for count in runs)
+    own, sampled = shape.expert_tokens(task.tokens), min(task.tokens, SAMPLE)
+    if rounding.needs_hessian and shape.neurons is None:
+        # The output: of the inputs of down, which are there. (A card makes them again.)
+        works.append(op.product(own, shape.inner, shape.expert_hidden))
+        works.append(Work({"copy": 6 * own * shape.hidden}))
+    else:
+        works.append(expert_forward(task, own))
+    works.append(expert_forward(task, shape.expert_tokens(sampled)))  # DropMeter
     return total(works)
 
 

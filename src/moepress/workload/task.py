@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from moepress.costs.scored import scored_count
 from moepress.original.batches import BATCH_TOKENS
 from moepress.recipe import Recipe
 from moepress.workload.shapes import Layer, ModelShape
@@ -47,6 +48,13 @@ class Task:
         """Batches of a walk."""
         one_pass = -(-self.sequences // max(1, BATCH_TOKENS // self.length))
         return round(one_pass * self.runs)
+
+    @property
+    def scored(self) -> Task:
+        """The task with the sequences that costs are measured on."""
+        wanted, texts = self.recipe.score_tokens, len(self.recipe.calib)
+        count = scored_count(self.sequences, self.length, texts, self.shape.used, wanted)
+        return replace(self, sequences=count)
 
     def at(self, layer: Layer) -> Task:
         """The task with the tokens that go through a layer."""

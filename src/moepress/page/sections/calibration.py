@@ -21,11 +21,14 @@ def coverage(subject: Subject) -> Section:
     scores = subject.scores
     if scores is None:
         return no_scores()
-    floor, tokens = subject.plan.recipe.token_floor, scores.tokens
+    floor, tokens = subject.plan.recipe.token_floor, scores.reached
     few, never = int((tokens < floor).sum()), int((tokens == 0).sum())
+    total, scored = scores.all_tokens, scores.total_tokens
+    measured = "" if scored == total else f" Costs were measured on {scored:,} of them."
+    about = "" if scored == total else "about "
     text: tuple[str, ...] = (
-        f"{scores.total_tokens:,} calibration tokens. An expert was chosen by {tokens.min():,} to "
-        f"{tokens.max():,} of them, by {int(np.median(tokens)):,} in the median.",
+        f"{total:,} calibration tokens.{measured} An expert was chosen by {about}{tokens.min():,} "
+        f"to {tokens.max():,} of them, by {int(np.median(tokens)):,} in the median.",
     )
     if not few:
         return Section((*text, f"Every expert was chosen by at least {floor:,} tokens."))

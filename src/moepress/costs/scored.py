@@ -1,0 +1,50 @@
+"""The calibration sequences that costs are measured on.
+
+Rounding needs tokens for every input of a matrix, and gains from each more. A cost is one sum over
+the tokens of an expert: its noise falls with the root of their number, and what noise takes from a
+plan with its square. So costs are measured on some of the sequences only where experts see many
+tokens (docs/log.md#score-tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moepress.text.windows import divide
+
+# Tokens of one sequence are alike, so a few long ones would say too little.
+LEAST_SEQUENCES = 32
+
+
+def scored_count(sequences: int, length: int, texts: int, used: float, tokens: int) -> int:
+    """How many of the sequences costs are measured on.
+
+    Args:
+        sequences, length: S, L of the calibration set.
+        texts: D, each of which keeps a sequence at least.
+        used: share of a layer's experts that a token chooses, above 0.
+        tokens: `Recipe.score_tokens`: of an expert, in the mean; 0: all.
+    """
+    if not tokens:
+        return sequences
+    enough = -(-tokens // max(1, round(used * length)))
+    return min(sequences, max(enough, LEAST_SEQUENCES, texts))
+
+
+def scored_sequences(sequences: int, weights: Sequence[float], count: int) -> Tensor:
+    """The numbers of some sequences of each text, at equal distances: [count] int64, rising.
+
+    Args:
+        sequences: S, drawn in proportion to `weights`, text by text.
+        weights: [D] of the texts.
+        count: D to S.
+    """
+    chosen, start = [], 0
+    of_texts = divide(sequences, weights)
+    for share, kept in zip(of_texts, divide(count, of_texts), strict=True):
+        chosen += [start + share * i // kept for i in range(kept)]
+        start += share
+    return torch.tensor(chosen)
