@@ -101,7 +101,8 @@ class Recipe:
     # measure: the quantizer whose error is epsilon. Or "noise": the error that gptq would leave in
     # trellis codes is drawn, without the search for the codes (rounding/noise.py), for experts
     # at three widths (costs/interpolation.py). The errors of scalar codes are those of gptq.
-    # score_tokens: on how many tokens of an expert, in the mean; 0: all (costs/scored.py).
+    # score_tokens: with "noise", on how many tokens of an expert, in the mean; 0, and with other
+    # quantizers: all (costs/scored.py).
     measure: MeasureName = "noise"
     score_tokens: int = 4096
     cost: Cost = "error"
@@ -370,7 +371,6 @@ PAPER = dataclasses.replace(
     FAST,
     expert_bits=(1, 2, 3),
     measure="rtn",
-    score_tokens=0,
     cost="paper",
     scope="layer",
     per_projection=False,

@@ -38,7 +38,7 @@ from moepress.costs.embedding_and_head import score_embedding_and_head
 from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
 from moepress.costs.interpolation import Interpolation
 from moepress.costs.linear_costs import score_linears
-from moepress.costs.scored import scored_count, scored_sequences
+from moepress.costs.scored import scored_count, scored_sequences, wanted_tokens
 from moepress.costs.scores import EXPERT_ARRAYS, ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measure_sensitivity
 from moepress.costs.texts import Texts
@@ -170,7 +170,7 @@ def _scored(source: Source, recipe: Recipe, ids: Tensor) -> tuple[Tensor, Texts]
     weights = [weight for _, weight in recipe.calib]
     used = ModelShape.of(source).used
     sequences, length = ids.shape
-    count = scored_count(sequences, length, len(weights), used, recipe.score_tokens)
+    count = scored_count(sequences, length, len(weights), used, wanted_tokens(recipe))
     chosen = scored_sequences(sequences, weights, count)
     return ids[chosen], Texts.of(ids, weights).some(chosen, length)
 

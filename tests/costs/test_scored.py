@@ -100,10 +100,18 @@ def test_few_tokens_are_counted_over_the_whole_calibration_set(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(scored, "LEAST_SEQUENCES", 2)
-    recipe = small_recipe(text_file, measure="rtn", sequences=12, score_tokens=32)
+    recipe = small_recipe(text_file, "default", sequences=12, score_tokens=32)
     scores = score(model_folder(), recipe)
     floor = int(np.median(scores.tokens))
     few = int((scores.reached < floor).sum())
     assert 0 < few < (scores.tokens < floor).sum()
     score(model_folder(), recipe.with_changes(token_floor=floor))
     assert f"{few} of 8 experts saw fewer than {floor} calibration tokens" in caplog.text
+
+
+def test_errors_of_real_rounding_are_measured_on_all_tokens(
+    model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scored, "LEAST_SEQUENCES", 2)
+    recipe = small_recipe(text_file, "default", measure="gptq", score_tokens=1)
+    assert score(model_folder(), recipe).total_tokens == recipe.sequences * recipe.sequence_length

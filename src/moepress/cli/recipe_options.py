@@ -23,7 +23,7 @@ DEFAULTS = {
     "calib": "self",
     "sequences": "128",
     "sequence_length": "512",
-    "score_tokens": "4096; paper: 0",
+    "score_tokens": "4096",
     "expert_bits": "1,1.5,2,2.5,3,3.5,4; fast: 1,2,3,4; paper: 1,2,3",
     "expert_codec": "trellis; fast, paper: int",
     "over": "mean",
@@ -54,7 +54,8 @@ ScoreTokens = Annotated[
     int | None,
     typer.Option(
         "--score-tokens",
-        help="Tokens of an expert, in the mean, that its costs are measured on; 0: all.",
+        help="Tokens of an expert, in the mean, that its costs are measured on; 0, and recipes but "
+        "default: all.",
         show_default=DEFAULTS["score_tokens"],
     ),
 ]

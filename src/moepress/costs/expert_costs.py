@@ -23,6 +23,7 @@ from moepress.rounding.expert import (
     round_downs,
     round_gate_ups,
 )
+from moepress.rounding.held_out import held_out
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
@@ -93,9 +94,12 @@ def _noisy(
     def noisy(
         weight: Tensor, rows: int, projection: str, gathered: Callable[[], Inputs]
     ) -> Iterator[Tensor]:
-        factor = gathered().factor(rounding.damping)
+        inputs = gathered()
+        factor = inputs.factor(rounding.damping)
         noise = draw(weight.shape, seed, _name(expert.layer, expert.number, projection))
-        yield from noisy_weights(weight, widths, factor, noise, rows)
+        related = projection != ROUNDED[1] or expert.routed.neuron is None
+        larger = held_out(factor, inputs.tokens) if related else None
+        yield from noisy_weights(weight, widths, factor, noise, rows, larger)
 
     of_gate_up = partial(gate_up_inputs, expert, rounding)
     of_down = partial(down_inputs, expert, weights.gate_up, rounding, hidden)

@@ -17,6 +17,7 @@ from moepress.costs.texts import Texts
 from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
 from moepress.rounding.factor import Factor
+from moepress.rounding.held_out import held_out
 from moepress.rounding.linear import linear_inputs, output_cost, round_linear_to_all
 from moepress.rounding.noise import draw, draw_ahead, forget_draws, noisy_weights
 from moepress.rounding.options import Rounding
@@ -43,8 +44,11 @@ def score_linears(
         for name, module in modules.items():
             draw_ahead(module.weight.shape, rounding.tokens.seed, name)
     factors: dict[str, Factor] = {}
+    larger: dict[str, Tensor | None] = {}
     for names, inputs in linear_inputs(walk, layer, modules, rounding.family):
-        factors |= dict.fromkeys(names, inputs.factor(rounding.damping))
+        factor = inputs.factor(rounding.damping)
+        factors |= dict.fromkeys(names, factor)
+        larger |= dict.fromkeys(names, held_out(factor, inputs.tokens) if rounding.draws else None)
     costs = torch.zeros(len(modules), texts.count, len(widths), dtype=torch.float64)
     for row, name in enumerate(modules):
         s = sensitivity.get(name, torch.zeros(0)).double()
@@ -56,7 +60,7 @@ def score_linears(
             continue
         weight = walk.source.current(name)
         by_text = texts.sums(s) / len(texts.of_token)
-        offered = rounded_weights(name, weight, widths, factors[name], rounding)
+        offered = rounded_weights(name, weight, widths, factors[name], rounding, larger[name])
         for option, rounded in enumerate(offered):
             cost = output_cost(weight, rounded, factors[name], rounding.family)
             costs[row, :, option] = by_text * cost
@@ -66,7 +70,12 @@ def score_linears(
 
 
 def rounded_weights(
-    name: str, weight: Tensor, widths: Sequence[int], factor: Factor, rounding: Rounding
+    name: str,
+    weight: Tensor,
+    widths: Sequence[int],
+    factor: Factor,
+    rounding: Rounding,
+    larger: Tensor | None,
 ) -> Iterator[Tensor]:
     """The weight [N, K] at every width, in its own dtype.
 
@@ -74,11 +83,12 @@ def rounded_weights(
 
     Args:
         name: of the parameter.
+        larger: a number that drawn errors are multiplied by; None: 1.
     """
     codecs = [rounding.codec(bits, weight.shape[1]) for bits in widths]
     drawn = [codec.bits for codec in codecs if rounding.draws and codec.family == "trellis"]
     noise = draw(weight.shape, rounding.tokens.seed, name) if drawn else torch.zeros(0)
-    noisy = noisy_weights(weight, drawn, factor, noise)
+    noisy = noisy_weights(weight, drawn, factor, noise, larger=larger)
     rest = [codec for codec in codecs if codec.bits not in drawn]
     rounded = iter(round_linear_to_all(weight, rest, factor, rounding))
     for codec in codecs:

@@ -13,10 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moepress.recipe import Recipe
+from moepress.rounding.options import Rounding
 from moepress.text.windows import divide
 
 # Tokens of one sequence are alike, so a few long ones would say too little.
 LEAST_SEQUENCES = 32
+
+
+def wanted_tokens(recipe: Recipe) -> int:
+    """Scored tokens of an expert, in the mean; 0: all.
+
+    Errors of real rounding are too small on the tokens that it has fitted, and with few tokens all
+    the more. Only drawn errors make up for that (rounding/held_out.py).
+    """
+    return recipe.score_tokens if Rounding.of_experts(recipe, recipe.measure).draws else 0
 
 
 def scored_count(sequences: int, length: int, texts: int, used: float, tokens: int) -> int:
@@ -26,7 +37,7 @@ def scored_count(sequences: int, length: int, texts: int, used: float, tokens: i
         sequences, length: S, L of the calibration set.
         texts: D, each of which keeps a sequence at least.
         used: share of a layer's experts that a token chooses, above 0.
-        tokens: `Recipe.score_tokens`: of an expert, in the mean; 0: all.
+        tokens: as `wanted_tokens` gives them.
     """
     if not tokens:
         return sequences

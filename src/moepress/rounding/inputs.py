@@ -77,6 +77,11 @@ class Inputs:
         assert isinstance(self._statistics, SummedTokens)
         return self._statistics.rows(own)
 
+    @property
+    def tokens(self) -> float:
+        """Effective number of tokens (hessian.py `TokenWeights`)."""
+        return self._statistics.tokens
+
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
         """The weights [N, K] to round in place of `weight`, see `Correction.corrected`.
 
@@ -97,9 +102,8 @@ class Inputs:
             damping: least damping, in units of the mean of the diagonal. For trellis codes it is
                 raised where tokens are few, because error feedback would fit their noise.
         """
-        tokens = self._statistics.tokens
-        if self._rotates and tokens:
-            damping = max(damping, RIDGE * self._features / tokens)
+        if self._rotates and self.tokens:
+            damping = max(damping, RIDGE * self._features / self.tokens)
         return self._statistics.factor(damping)
 
     def rescaled(self, rounded: Matrix, weight: Tensor, factor: Factor) -> Matrix:
@@ -109,7 +113,7 @@ class Inputs:
             weight: [N, K] of the original model.
             factor: what `factor` returned.
         """
-        if not self._statistics.corrects or not self._statistics.tokens:
+        if not self._statistics.corrects or not self.tokens:
             return rounded
         rotated = self._rotated(weight.float()), self._rotated(rounded.dequantize())
         return rounded.scaled(self._statistics.gain(*rotated, factor, _products_dtype(weight)))

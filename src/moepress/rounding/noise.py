@@ -13,6 +13,8 @@ alone, r = sqrt(d v) z, predicts half of the cost of gate and up at 1 bit (docs/
 So the columns are visited as in rounding, with a draw in place of the search, and the scale of each
 row is fitted as in rounding. The same z serves every width of a matrix.
 
+The errors are made larger by what they are on tokens that the Hessian has not seen (held_out.py).
+
 The fit (fit.py) needs one product with the weights, which all widths share.
 """
 
@@ -95,6 +97,7 @@ def noisy_weights(
     factor: Factor,
     noise: Tensor,
     rows_of_code: int | None = None,
+    larger: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """A matrix with the error of trellis codes of each width, [N, K] in the dtype of `weight`.
 
@@ -104,6 +107,7 @@ def noisy_weights(
         noise: [K, N], what `draw` returned.
         rows_of_code: of the matrix that would be rounded, if `weight` has sums of its rows
             (costs/sketch.py); None: N.
+        larger: a number that the errors are multiplied by, see held_out.py; None: 1.
 
     Raises:
         NumericalError: the weight holds NaN or infinity.
@@ -124,10 +128,24 @@ def noisy_weights(
     for change, residual in _drawn_for_widths(target, feedback, errors, noise):
         scale = size * gain(weighted, residual, factor)
         del residual
+        if larger is not None:
+            scale = _enlarge(change, scale, size, larger)
         noisy = _scaled_rows(target, change, scale, weight.dtype)
         del change  # before the next errors are drawn
         yield noisy
         del noisy
+
+
+def _enlarge(drawn: Tensor, scale: Tensor, size: Tensor, larger: Tensor) -> Tensor:
+    """Multiply the errors of scale * (target - drawn), as a size * target; the new scale [N].
+
+    Args:
+        drawn: [K, N]; changed in place.
+        scale, size: [N].
+    """
+    new = torch.lerp(size, scale, larger).clamp_(min=1e-3 * size)
+    drawn *= larger * scale * inverse(new)
+    return new
 
 
 def _scaled_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,10 @@ class TokenFactor(Factor):
             result[run, run] = inner
         return result
 
+    def fitted(self) -> Tensor:
+        # Column k takes z_k z_k^T off G, whose trace is what is left, and y_k = z_k D_k^(-1/2).
+        return self.y.square().sum(0) * self.curvature
+
 
 def factor_of_tokens(x: Tensor, damping: float) -> TokenFactor:
     """LDL factorization of the damped Hessian x^T x, as `Hessian.factor` does it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from moepress.costs.scored import scored_count
+from moepress.costs.scored import scored_count, wanted_tokens
 from moepress.original.batches import BATCH_TOKENS
 from moepress.recipe import Recipe
 from moepress.workload.shapes import Layer, ModelShape
@@ -52,7 +52,7 @@ class Task:
     @property
     def scored(self) -> Task:
         """The task with the sequences that costs are measured on."""
-        wanted, texts = self.recipe.score_tokens, len(self.recipe.calib)
+        wanted, texts = wanted_tokens(self.recipe), len(self.recipe.calib)
         count = scored_count(self.sequences, self.length, texts, self.shape.used, wanted)
         return replace(self, sequences=count)
 
