@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import moepress
+from moepress.cli.tables import estimate_table
 from moepress.compress import compress
 from moepress.errors import BudgetError, CheckpointError, InputError
 from moepress.estimate import Estimate, duration, estimate, shares_left
@@ -85,7 +86,7 @@ def test_stages_add_up(found: Estimate) -> None:
     assert tuple(stage.name for stage in found.stages) == NAMES
     assert found.seconds == sum(stage.seconds for stage in found.stages) > 0
     assert found.memory_bytes == max(stage.memory_bytes for stage in found.stages)
-    assert found.tokens == 6 * 32
+    assert found.tokens == found.scored_tokens == 6 * 32
 
 
 def test_to_dict_and_line(found: Estimate) -> None:
@@ -93,6 +94,12 @@ def test_to_dict_and_line(found: Estimate) -> None:
     assert fields["kind"] == "estimate" and fields["folder_bytes"] == found.folder_bytes
     assert [stage["name"] for stage in fields["stages"]] == list(NAMES)
     assert all(f"{name} " in found.line() for name in (*NAMES, "peak memory", "disk"))
+
+
+def test_the_table_says_how_many_tokens_are_scored(found: Estimate) -> None:
+    assert "192 calibration tokens, 2 threads" in estimate_table(found.to_dict() | {"threads": 2})
+    some = found.to_dict() | {"scored_tokens": 96, "threads": 2}
+    assert "192 calibration tokens, costs measured on 96, 2 threads" in estimate_table(some)
 
 
 def test_without_a_budget_nothing_is_quantized(

@@ -229,7 +229,7 @@ def test_an_expert_that_costs_nothing_is_left_out_with_a_warning(
     with caplog.at_level(logging.WARNING):
         warn_of_left_out(scores, plan)
     assert plan.bits[1, 2].tolist() == [0, 0]
-    assert "are left out; 0 of them no calibration token chose" in caplog.text
+    assert "are left out; 0 of them no scored token chose" in caplog.text
 
 
 @pytest.mark.parametrize("cost", ["error", "paper"])

@@ -202,7 +202,7 @@ def warn_of_left_out(scores: ExpertScores, plan: BitAllocation) -> None:
     left_out = plan.bits[..., 0] == LEFT_OUT
     if left_out.any():
         logger.warning(
-            "%d of %d experts are left out; %d of them no calibration token chose: what they are "
+            "%d of %d experts are left out; %d of them no scored token chose: what they are "
             "for is unknown",
             left_out.sum(), left_out.size, (left_out & (scores.tokens == 0)).sum(),
         )  # fmt: skip

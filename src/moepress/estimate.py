@@ -66,6 +66,7 @@ class Estimate:
     stages: tuple[Stage, ...]
     folder_bytes: int | None  # of the compressed model; None: the recipe has no budget
     tokens: int  # of calibration
+    scored_tokens: int  # those of them that costs are measured on
     threads: int
     device: str
     free_memory_bytes: int
@@ -189,6 +190,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
         stages=tuple(rows),
         folder_bytes=None if plan is None else plan.folder_bytes,
         tokens=task.tokens,
+        scored_tokens=task.scored.tokens,
         threads=torch.get_num_threads(),
         device=str(request.source.device),
         free_memory_bytes=int(psutil.virtual_memory().available),

@@ -350,6 +350,8 @@ FIELDS_AFTER_SCORING = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
     "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction", "over",
 )  # fmt: skip
+# What the recipes in older plans and scores lack: they were made when all tokens were scored.
+SCORED_ALL = {"score_tokens": 0}
 LINEAR_ROLES = ("attention_bits", "shared_expert_bits", "dense_mlp_bits")
 
 # Without the two slow steps: the backward walk and the trellis search.

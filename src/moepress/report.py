@@ -220,7 +220,7 @@ def expert_values(subject: Subject) -> dict[str, Any]:
     ]
     if scores is not None:
         columns += [
-            ("tokens", scores.tokens.ravel().tolist()),
+            ("tokens", scores.reached.ravel().tolist()),
             ("frequency", _rounded(scores.frequency)),
             ("routing weight", _rounded(scores.mean_weight)),
             ("cost at these bits", _rounded(subject.paid)),

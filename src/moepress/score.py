@@ -141,8 +141,8 @@ def score_tensors(
     here().agreed(lambda: keep_ids(folder, ids))
     made_of = identity(source, recipe, ids)
     journal = Journal(folder, made_of, len(source.layers), device=source.device)
-    given = ids.numel()
-    ids, texts = _scored(source, recipe, ids)
+    whole = Texts.of(ids, [weight for _, weight in recipe.calib])
+    ids, texts = _scored(source, recipe, ids, whole)
     if journal.todo:
         prepare_rounding(source.device)
         sensitivity = _sensitivity(source, recipe, ids, folder / SENSITIVITY)
@@ -162,17 +162,17 @@ def score_tensors(
                     )
                 journal.commit(layer, result, walk.tensors)
                 progress.advance()
-    return here().agreed(lambda: _collect(source, recipe, tensors, made_of, given, texts, journal))
+    return here().agreed(lambda: _collect(source, recipe, tensors, made_of, texts, whole, journal))
 
 
-def _scored(source: Source, recipe: Recipe, ids: Tensor) -> tuple[Tensor, Texts]:
+def _scored(source: Source, recipe: Recipe, ids: Tensor, texts: Texts) -> tuple[Tensor, Texts]:
     """The sequences that costs are measured on, and their texts (costs/scored.py)."""
     weights = [weight for _, weight in recipe.calib]
     used = ModelShape.of(source).used
     sequences, length = ids.shape
     count = scored_count(sequences, length, len(weights), used, wanted_tokens(recipe))
     chosen = scored_sequences(sequences, weights, count)
-    return ids[chosen], Texts.of(ids, weights).some(chosen, length)
+    return ids[chosen], texts.some(chosen, length)
 
 
 def _sensitivity(source: Source, recipe: Recipe, ids: Tensor, folder: Path) -> Sensitivity | None:
@@ -271,15 +271,16 @@ def _collect(
     recipe: Recipe,
     tensors: ModelTensors,
     made_of: dict[str, str],
-    given: int,
     texts: Texts,
+    whole: Texts,
     journal: Journal,
 ) -> ExpertScores:
     """Combine the results of all layers.
 
     Args:
         made_of: what the scores depend on.
-        given: number of calibration tokens, those included that costs are not measured on.
+        texts: of the scored tokens.
+        whole: of all calibration tokens. Costs count in its proportion of texts.
     """
     rows = {layer: journal.result(layer) for layer in range(len(source.layers))}
     arrays = {
@@ -293,14 +294,18 @@ def _collect(
         tensors.widths,
         recipe.linear_bits,
     )
-    text_tokens = texts.tokens().tolist()
-    scores = _assembled(source, recipe, tensors, arrays, text_tokens, given, made_of)
+    shares = texts.shares_of(whole).numpy()
+    arrays["cost"] = arrays["cost"] * shares[:, None, None, None, None]
+    arrays["linear_cost"] = arrays["linear_cost"] * shares[:, None, None]
+    scored, text_tokens = len(texts.of_token), whole.tokens().tolist()
+    scores = _assembled(source, recipe, tensors, arrays, scored, text_tokens, made_of)
     few = int((scores.reached < recipe.token_floor).sum())
     if few:
         logger.warning(
-            "%d of %d experts saw fewer than %d calibration tokens, %d of them none: their scores "
-            "say little. More or other text helps (`moepress inspect` shows the spread).",
+            "%d of %d experts saw fewer than %d calibration tokens, %d of them none%s: their "
+            "scores say little. More or other text helps (`moepress inspect` shows the spread).",
             few, scores.tokens.size, recipe.token_floor, int((scores.tokens == 0).sum()),
+            "" if len(whole.of_token) == scored else f" of the {scored:,} that are scored",
         )  # fmt: skip
     return scores
 
@@ -345,7 +350,7 @@ def unmeasured(source: Source, recipe: Recipe, tensors: ModelTensors) -> ExpertS
         "output_energy": np.zeros(shape[0]),
         "residual_energy": np.zeros(shape[0]),
     }
-    return _assembled(source, recipe, tensors, arrays, [0] * len(recipe.calib), 0, {})
+    return _assembled(source, recipe, tensors, arrays, 0, [0] * len(recipe.calib), {})
 
 
 def _assembled(
@@ -353,16 +358,16 @@ def _assembled(
     recipe: Recipe,
     tensors: ModelTensors,
     arrays: Mapping[str, Any],
+    scored: int,
     text_tokens: Sequence[int],
-    given: int,
     provenance: dict[str, str],
 ) -> ExpertScores:
     """Scores of measured arrays and of the model's sizes, which the allocator needs.
 
     Args:
         arrays: fields of `ExpertScores` that are measured.
-        text_tokens: [D] number of scored tokens of each text.
-        given: number of calibration tokens.
+        scored: number of tokens that costs are measured on.
+        text_tokens: [D] number of tokens of each text.
     """
     one = source.one_layer_of_experts
     linear_bytes = np.zeros((len(tensors.open), len(tensors.widths)), dtype=np.int64)
@@ -375,8 +380,7 @@ def _assembled(
         linears=tuple(tensors.open),
         linear_bits=tensors.widths,
         linear_bytes=linear_bytes,
-        total_tokens=sum(text_tokens),
-        calibration_tokens=given,
+        total_tokens=scored,
         text_tokens=tuple(text_tokens),
         gate_up_shape=one.form.shapes[0],
         down_shape=one.form.shapes[1],

@@ -14,10 +14,12 @@ import torch
 from moepress.calibrate import calibrate
 from moepress.compress import compress
 from moepress.costs import drop_costs
-from moepress.costs.drop_costs import DropCosts
+from moepress.costs.drop_costs import DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
+from moepress.original.experts import hidden_states
 from moepress.original.source import Source
+from moepress.original.walk import Walk
 from moepress.pruning.rule import Pruning
 from moepress.pruning.thresholds import cheapest, cheapest_reads, dropped_share, medians, quantile
 from moepress.work import calibration_ids
@@ -95,6 +97,26 @@ def test_a_sample_of_the_tokens_is_taken(
     assert np.array_equal(part.cost, again.cost) and not np.array_equal(part.cost, whole.cost)
     assert not np.array_equal(part.cost, other.cost)
     assert part.cost.sum() == pytest.approx(whole.cost.sum(), rel=0.5)
+
+
+@torch.inference_mode()
+def test_what_an_expert_keeps_for_its_tokens_is_not_used_for_the_sample(
+    model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(model_folder())
+    walk = Walk(source, calibration_ids(source, small_recipe(text_file)))
+    monkeypatch.setattr(drop_costs, "SAMPLE", 64)
+    with source.layer_loaded(0):
+        routed = walk.route(0)
+        meters = [DropMeter(routed, 4, seed=0) for _ in range(2)]
+        for number in range(4):
+            expert = walk.expert(0, number, routed)
+            hidden = hidden_states(expert, expert.weights.gate_up)
+            meters[0].add(expert)
+            meters[1].add(expert.with_weights(expert.weights, hidden))
+    without, kept = (meter.result(1.0) for meter in meters)
+    assert without.keys() == kept.keys() and without["cost"].any()
+    assert all(torch.equal(without[name], kept[name]) for name in without)
 
 
 def test_a_compressed_folder_carries_the_costs_of_its_own_weights(

@@ -95,7 +95,7 @@ def text_weights(scores: ExpertScores, recipe: Recipe, choices: Choices, budget:
     """[D] weight of the loss on each text: 1, or such that the worst text's loss is least."""
     if recipe.over == "mean" or recipe.cost != "error":
         return np.ones(len(scores.cost))
-    shares = np.array(scores.text_tokens) / scores.total_tokens  # cost / share: per token of a text
+    shares = np.array(scores.text_tokens) / scores.all_tokens  # cost / share: per token of a text
     costs = cost_by_option(choices.item, text_costs(scores, recipe))
     costs = costs / shares[:, None, None, None, None]
     sizes = np.broadcast_to(budget.sizes, costs.shape[1:])

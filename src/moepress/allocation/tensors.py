@@ -32,6 +32,9 @@ from moepress.recipe import FALLBACK_BITS, TABLE_BITS, UNQUANTIZED, Recipe
 
 logger = logging.getLogger(__name__)
 
+# Names of k in configs. DBRX has it in a config of its own for the experts.
+PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+
 
 @dataclass(frozen=True)
 class ModelTensors:
@@ -273,5 +276,7 @@ def file_bytes(source: Source, recipe: Recipe, tensors: ModelTensors) -> int:
 
 
 def experts_per_token(config: Any) -> int:
-    """k, experts per token, under the name that most families use; else the usual 8."""
-    return int(getattr(config, "num_experts_per_tok", None) or 8)
+    """k, experts per token, under one of the names that families use; else the usual 8."""
+    places = [config, getattr(config, "ffn_config", None)]
+    found = (getattr(place, name, None) for place in places for name in PER_TOKEN)
+    return next((int(k) for k in found if k), 8)

@@ -108,10 +108,12 @@ def estimate_table(result: Mapping[str, Any]) -> str:
         ]
         for row in [*result["stages"], {"name": "all", **result}]
     ]
+    scored = result["scored_tokens"]
+    measured = f", costs measured on {scored:,}" if scored < result["tokens"] else ""
     lines = [
         table(("stage", "time", "peak memory", "peak disk"), rows),
         "",
-        f"{result['tokens']:,} calibration tokens, {result['threads']} threads, "
+        f"{result['tokens']:,} calibration tokens{measured}, {result['threads']} threads, "
         f"device {result['device']}. Free: {size_text(result['free_memory_bytes'])} of memory, "
         f"{size_text(result['free_disk_bytes'])} of disk.",
     ]

@@ -31,7 +31,7 @@ from moepress.errors import CheckpointError, FileError
 from moepress.format.arrays import read_arrays, read_document
 from moepress.format.checkpoint import save_tensors
 from moepress.original.batches import chunks, empty
-from moepress.original.experts import Routed, RoutedExpert, expert_forward
+from moepress.original.experts import Routed, RoutedExpert
 from moepress.ranks import ALONE, Ranks
 from moepress.reading.documents import Array, Document
 from moepress.sending import sent
@@ -188,12 +188,10 @@ class DropMeter:
     @torch.inference_mode()
     def add(self, expert: RoutedExpert) -> None:
         """Run one expert on its tokens of the sample."""
-        expert = replace(expert, routed=self.sample)
+        expert = replace(expert, routed=self.sample, hidden=None)  # kept for other tokens
         token, place = expert.tokens, expert.places
         for chunk in chunks(token):
-            x = expert.inputs(chunk)
-            y = expert_forward(expert.module, expert.weights, x, expert.neurons(chunk))
-            y = y.float().to(self._outputs.device)
+            y = expert.output(chunk).float().to(self._outputs.device)
             device = y.device
             gate = sent(expert.gate[chunk, None], device)
             self._outputs[sent(token[chunk], device), sent(place[chunk], device)] = y * gate

@@ -8,6 +8,7 @@ tokens (docs/log.md#score-tokens).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ from moepress.text.windows import divide
 
 # Tokens of one sequence are alike, so a few long ones would say too little.
 LEAST_SEQUENCES = 32
+# In the mean. Each text keeps one at least, so texts of little weight may be scored on too many: a
+# quarter of all sequences, at most. Costs count by weight all the same (`Texts.shares_of`).
+SEQUENCES_OF_TEXT = 4
 
 
 def wanted_tokens(recipe: Recipe) -> int:
@@ -35,14 +39,14 @@ def scored_count(sequences: int, length: int, texts: int, used: float, tokens: i
 
     Args:
         sequences, length: S, L of the calibration set.
-        texts: D, each of which keeps a sequence at least.
+        texts: D.
         used: share of a layer's experts that a token chooses, above 0.
         tokens: as `wanted_tokens` gives them.
     """
     if not tokens:
         return sequences
-    enough = -(-tokens // max(1, round(used * length)))
-    return min(sequences, max(enough, LEAST_SEQUENCES, texts))
+    enough = math.ceil(tokens / (used * length))
+    return min(sequences, max(enough, LEAST_SEQUENCES, SEQUENCES_OF_TEXT * texts))
 
 
 def scored_sequences(sequences: int, weights: Sequence[float], count: int) -> Tensor:

@@ -16,7 +16,7 @@ from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.arrays import read_arrays, read_document
 from moepress.format.checkpoint import save_tensors
 from moepress.reading.documents import Array, Document, Pair
-from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
+from moepress.recipe import FIELDS_AFTER_SCORING, SCORED_ALL, Recipe
 
 EXPERT_ARRAYS = (
     "tokens", "routing_weight", "squared_error", "cost", "output_energy", "residual_energy",
@@ -36,6 +36,7 @@ DTYPES = {
     "linear_cost": "float64 or inf",
 }  # fmt: skip
 AGAIN = "Score again."
+MOST_TOKENS = 1 << 48  # of the sequences and lengths that recipes may have
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -48,9 +49,8 @@ class ScoresFields(Document):
     bits: Array[float]
     linears: Array[str]
     linear_bits: Array[float]
-    total_tokens: Annotated[int, Field(ge=1, lt=1 << 63)]
-    calibration_tokens: Count = 0  # 0: of a version that scored all of them
-    source_tokens: Array[Count]
+    total_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    source_tokens: Array[Annotated[int, Field(ge=0, le=MOST_TOKENS)]]
     gate_up_shape: Pair[Size]
     down_shape: Pair[Size]
     fixed_bytes: Count
@@ -74,7 +74,8 @@ class ExpertScores:
     tokens: npt.NDArray[np.int64]  # [L, E] scored tokens routed to each expert
     routing_weight: npt.NDArray[np.float64]  # [L, E] sum of routing weights
     squared_error: npt.NDArray[np.float64]  # [L, E, 3, B] epsilon^2, by ROUNDED
-    cost: npt.NDArray[np.float64]  # [D, L, E, 3, B] predicted loss; the sum over D is the total
+    # [D, L, E, 3, B] predicted loss, in proportion to text_tokens; the sum over D is the total
+    cost: npt.NDArray[np.float64]
     linears: tuple[str, ...]  # [M] parameter names of the open tensors
     linear_bits: tuple[int, ...]  # [W] widths measured, rising
     linear_bytes: npt.NDArray[np.int64]  # [M, W] stored; 0 where a width is not offered
@@ -82,7 +83,7 @@ class ExpertScores:
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
     residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
     total_tokens: int  # N, scored tokens: those that costs are measured on (scored.py)
-    text_tokens: tuple[int, ...]  # [D] number of scored tokens of each text
+    text_tokens: tuple[int, ...]  # [D] number of tokens of each text, scored or not
     # Rows, columns of one expert's fused gate and up projection, and of down, without padding.
     gate_up_shape: tuple[int, int]
     down_shape: tuple[int, int]
@@ -92,7 +93,6 @@ class ExpertScores:
     group_size: int
     provenance: dict[str, str]  # model, text and recipe that the scores depend on
     recipe: dict[str, Any] = field(default_factory=dict)  # the recipe of the measurement
-    calibration_tokens: int = 0  # scored or not; 0: of a version that scored all of them
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
@@ -128,12 +128,13 @@ class ExpertScores:
     @property
     def all_tokens(self) -> int:
         """Number of calibration tokens, scored or not."""
-        return max(self.calibration_tokens, self.total_tokens)
+        return max(sum(self.text_tokens), self.total_tokens)
 
     @property
     def reached(self) -> npt.NDArray[np.int64]:
         """[L, E] about how many of all calibration tokens choose each expert."""
-        return self.tokens * self.all_tokens // max(self.total_tokens, 1)
+        about = self.tokens.astype(np.float64) * self.all_tokens // max(self.total_tokens, 1)
+        return np.minimum(about, 2.0**62).astype(np.int64)  # damaged counts may be huge
 
     @property
     def frequency(self) -> npt.NDArray[np.float64]:
@@ -177,7 +178,8 @@ class ExpertScores:
         try:
             rest |= {name: rest.pop(stored) for name, stored in STORED_AS.items()}
             rest |= {name: tuple(rest[name]) for name in TUPLES}
-            Recipe.from_dict(rest.get("recipe", {}))
+            rest["recipe"] = SCORED_ALL | rest.get("recipe", {})
+            Recipe.from_dict(rest["recipe"])
             return cls(**{**rest, **arrays})
         except (InputError, CheckpointError) as error:
             raise FileError(f"{path} cannot be used: {error} {AGAIN}") from error

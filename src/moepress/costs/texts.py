@@ -29,6 +29,14 @@ class Texts:
         """The texts of some of the sequences, given by their numbers, of `length` tokens each."""
         return Texts(self.count, self.of_token.view(-1, length)[sequences].flatten())
 
+    def shares_of(self, whole: Texts) -> Tensor:
+        """[D] float64: the share of the tokens that each text has in `whole`, over that here.
+
+        Exactly 1 where both are the same.
+        """
+        here, there = self.tokens(), whole.tokens()
+        return (there * len(self.of_token)).double() / (here * len(whole.of_token)).double()
+
     def repeated(self, times: int) -> Texts:
         """The texts of the same tokens several times over, as in the passes of a loop."""
         return self if times == 1 else Texts(self.count, self.of_token.repeat(times))

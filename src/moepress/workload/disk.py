@@ -34,7 +34,12 @@ def quantize(task: Task, folder: int) -> int:
 
 
 def temporary(task: Task) -> int:
-    """Temporary files of arrays too large for memory: states, inputs and outputs of experts."""
-    tokens = task.at_most.tokens * task.shape.hidden
-    sizes = [task.states] * 3 + [task.shape.compute_itemsize * tokens] + [4 * tokens] * 3
+    """Temporary files of arrays too large for memory.
+
+    They are states, inputs and outputs of experts, and of one expert the inputs of down.
+    """
+    shape, most = task.shape, task.at_most.tokens
+    tokens, inner = most * shape.hidden, shape.expert_tokens(most) * shape.inner
+    sizes = [shape.compute_itemsize * number for number in (tokens, inner)]
+    sizes += [task.states] * 3 + [4 * tokens] * 3
     return sum(size for size in sizes if size > IN_MEMORY)

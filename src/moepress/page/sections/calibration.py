@@ -26,6 +26,7 @@ def coverage(subject: Subject) -> Section:
     total, scored = scores.all_tokens, scores.total_tokens
     measured = "" if scored == total else f" Costs were measured on {scored:,} of them."
     about = "" if scored == total else "about "
+    of_scored = "" if scored == total else " of the scored ones"
     text: tuple[str, ...] = (
         f"{total:,} calibration tokens.{measured} An expert was chosen by {about}{tokens.min():,} "
         f"to {tokens.max():,} of them, by {int(np.median(tokens)):,} in the median.",
@@ -34,9 +35,9 @@ def coverage(subject: Subject) -> Section:
         return Section((*text, f"Every expert was chosen by at least {floor:,} tokens."))
     warnings = (
         f"Experts chosen by fewer than {floor:,} calibration tokens: {few:,} of {tokens.size:,}, "
-        f"{never:,} of them by none. Their scores are unreliable, and their rounding, if any, also "
-        "used tokens of other experts. Calibrate on more text, or on text closer to the model's "
-        "use.",
+        f"{never:,} of them by none{of_scored}. Their scores are unreliable, and their rounding, "
+        "if any, also used tokens of other experts. Calibrate on more text, or on text closer to "
+        "the model's use.",
     )
     order = np.argsort(tokens, axis=None, kind="stable")[: min(few, LISTED)]
     places = [np.unravel_index(flat, tokens.shape) for flat in order]
@@ -66,7 +67,7 @@ def routing(subject: Subject) -> Section:
     phi = "\N{GREEK SMALL LETTER PHI}"
     return Section(
         (
-            f"Frequency ({phi}) is the share of calibration tokens that choose an expert. Routing "
+            f"Frequency ({phi}) is the share of scored tokens that choose an expert. Routing "
             "weight (w) is the weight that the router gives the expert, averaged over all tokens.",
         ),
         pictures=(
