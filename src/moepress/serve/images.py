@@ -109,9 +109,14 @@ def _opened(data: bytes) -> Any:
 
 
 def _converted(image: Any) -> Any:
+    """An image as RGB, turned as its camera says."""
+    from PIL import ImageOps
+
     try:
         with image:
-            return image.convert("RGB")
+            made = image.convert("RGB")
+            ImageOps.exif_transpose(made, in_place=True)  # as transformers does
+            return made
     except Exception as error:
         raise _unreadable() from error
 
