@@ -109,7 +109,8 @@ class Service:
             for task in (work, leaving):
                 task.cancel()
         counted = usage(asked.form.prompts, asked.n, sum(generated))
-        return JSONResponse(await asyncio.to_thread(asked.form.whole, answers, counted))
+        # In a thread: with logprobs, an answer is many megabytes of JSON.
+        return await asyncio.to_thread(lambda: JSONResponse(asked.form.whole(answers, counted)))
 
     async def _stream(self, asked: Asked, job: Job) -> AsyncIterator[str]:
         """The answer as server-sent events."""

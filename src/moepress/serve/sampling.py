@@ -28,7 +28,7 @@ SMALLEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow: the most pr
 
 @dataclass(frozen=True)
 class Settings:
-    """How to choose tokens, and what ends an answer beside what the request says.
+    """How to choose tokens, and which texts of the folder's end an answer.
 
     The first six have the defaults of the model's folder.
     """
