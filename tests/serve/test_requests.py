@@ -12,9 +12,9 @@ from typing import Any
 import openai
 import pytest
 import torch
-from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 
-from moepress.serve import asking
+from moepress.serve import app, asking
 from moepress.serve.stepping import Stepper
 from tests.serve.conftest import NAME, Here, again
 
@@ -205,17 +205,16 @@ def test_json_is_written_outside_the_event_loop(
 ) -> None:
     """Logprobs are many megabytes of it, and others wait for the loop."""
     threads: list[bool] = []
-    render = JSONResponse.render
 
-    def watched(self: JSONResponse, content: Any) -> bytes:
+    def watched(answer: Any, **options: Any) -> bytes:
         try:
             asyncio.get_running_loop()
             threads.append(False)
         except RuntimeError:
             threads.append(True)
-        return render(self, content)
+        return to_json(answer, **options)
 
-    monkeypatch.setattr(JSONResponse, "render", watched)
+    monkeypatch.setattr(app, "to_json", watched)
     here.complete()
     assert threads == [True]
 

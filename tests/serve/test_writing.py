@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from moepress.errors import FileError
 from moepress.pieces import MOST_WAITING, UNKNOWN, Pieces
 from moepress.serve.asking import understood
-from moepress.serve.sampling import Sampler, Settings
+from moepress.serve.sampling import Sampler, Settings, described
 from moepress.serve.schema import Completion
 from moepress.serve.writing import Writer
 from tests.serve.conftest import Here  # skips without the server's libraries
@@ -146,6 +147,19 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature: float) -> 
     share = torch.zeros(4).index_put((kept,), expected[kept] / expected[kept].sum())
     torch.testing.assert_close(counts / 4000, share, atol=0.03, rtol=0)
     assert counts[share == 0].sum() == 0
+
+
+def test_the_most_probable_tokens_take_little_memory() -> None:
+    """Answers keep them for all their tokens until they are sent."""
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    tracemalloc.start()
+    choices = [described(logits, 5, 20) for _ in range(200)]
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken / len(choices) < 20 * 40  # as tuples, 100 each
+    values, tokens = logits.log_softmax(-1).topk(20)
+    assert list(choices[0].top) == list(zip(tokens.tolist(), values.tolist(), strict=True))
+    assert choices[0].logprob == float(logits.log_softmax(-1)[5])
 
 
 def test_penalties_count_what_was_generated() -> None:

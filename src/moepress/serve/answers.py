@@ -162,14 +162,14 @@ class Form:
 
     def _described(self, token: int, logprob: float | None) -> Json:
         assert self.names is not None
-        text, raw = self.names.text(token), self.names.raw(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+        name = self.names(token)
+        return {"token": name.text, "logprob": _finite(logprob), "bytes": name.bytes}
 
 
 def _completion_logprobs(names: Names, choices: Sequence[Choice], starts: Sequence[int]) -> Json:
     """The older form. Of the first token of a prompt nothing is known."""
     return {
-        "tokens": [names.text(choice.token) for choice in choices],
+        "tokens": [names(choice.token).text for choice in choices],
         "token_logprobs": [_finite(choice.logprob) for choice in choices],
         "top_logprobs": [
             None if choice.logprob is None else _top(names, choice) for choice in choices
@@ -182,7 +182,7 @@ def _top(names: Names, choice: Choice) -> Json:
     """The most probable tokens by name; of those with one name, the more probable."""
     made: Json = {}
     for token, value in choice.top:
-        made.setdefault(names.text(token), _finite(value))
+        made.setdefault(names(token).text, _finite(value))
     return made
 
 
