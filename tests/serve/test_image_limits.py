@@ -63,6 +63,14 @@ def test_images_are_turned_as_transformers_does(turned: int) -> None:
     assert found.tobytes() == expected.tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"", b"x", b"MM\0*" + b"\xff" * 40, b"II*\0\x08\0\0\0\1\0\x12\1"])
+def test_damaged_exif_data_turn_nothing(exif: bytes) -> None:
+    data = saved(4, 2, "jpeg", "L", exif=b"Exif\0\0" + exif)
+    (found,) = decoded([url(data, "jpeg")])
+    assert found.size == (4, 2)
+
+
 @pytest.mark.parametrize("kind", ["eps", "bmp", "tiff", "ppm", "ico", "tga", "pcx", "jpeg2000"])
 def test_other_formats_are_not_opened(kind: str) -> None:
     data = saved(32, 32, kind, "RGB")

@@ -12,6 +12,7 @@ import io
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from moepress.serve.schema import RefusedError
@@ -115,10 +116,11 @@ def _converted(image: Any) -> Any:
     try:
         with image:
             made = image.convert("RGB")
-            ImageOps.exif_transpose(made, in_place=True)  # as transformers does
-            return made
     except Exception as error:
         raise _unreadable() from error
+    with suppress(Exception):  # damaged Exif data: PIL raises what it comes upon
+        ImageOps.exif_transpose(made, in_place=True)  # as transformers does
+    return made
 
 
 def _scans(data: bytes) -> int:
