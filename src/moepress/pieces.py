@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 UNKNOWN = "\ufffd"  # stands for bytes that are no character, or only a part of one
 CONTEXT = 16  # tokens before the text that are decoded with it
+MOST_WAITING = 16  # tokens that are decoded again with each that comes; a character has at most 4
 
 
 class Pieces:
@@ -16,7 +17,7 @@ class Pieces:
 
     Together the pieces are the text of all tokens. A later token can change how earlier ones are
     read: after `<0x0A>`, `<0xF0>` makes two bytes that are no character. What was given stays, and
-    the text goes on with U+FFFD.
+    the text goes on with U+FFFD. So it does after `MOST_WAITING` tokens that are no character.
 
     Args:
         tokenizer: of transformers.
@@ -37,7 +38,13 @@ class Pieces:
         """The text that one more token completes."""
         self._waiting.append(token)
         text = self._decode([*self._before, *self._waiting])
-        return "" if text.endswith(UNKNOWN) else self._beyond(text)
+        waits_long = len(self._waiting) > MOST_WAITING
+        if text.endswith(UNKNOWN) and not waits_long:
+            return ""
+        new = self._beyond(text)
+        if waits_long and not new:
+            self._waiting.pop()  # a special token, as those before it
+        return new
 
     def end(self) -> str:
         """The rest, after the last token: a character that is cut is U+FFFD."""

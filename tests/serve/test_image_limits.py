@@ -8,12 +8,15 @@ import zlib
 from typing import Any
 
 import pytest
+from transformers.image_utils import load_image
 
 from tests.serve.conftest import Here  # noqa: F401  # skips without the server's libraries
 
 Image = pytest.importorskip("PIL.Image")
 from moepress.serve.images import MOST_IMAGES, MOST_PIXELS, Room, decoded  # noqa: E402
 from moepress.serve.schema import RefusedError  # noqa: E402
+
+ORIENTATION = 0x0112  # of Exif
 
 
 def url(data: bytes, kind: str = "png") -> str:
@@ -42,6 +45,30 @@ def test_images_of_openais_formats_are_read(kind: str) -> None:
     assert (image.size, image.mode) == ((5, 7), "RGB") and max(
         map(max, image.get_flattened_data())
     ) < 9
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_images_are_turned_as_transformers_does(turned: int) -> None:
+    """A camera writes the picture as its sensor lies, and how it was held."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = turned
+    file = io.BytesIO()
+    image = Image.new("RGB", (32, 16))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    image.save(file, "jpeg", exif=exif)
+    data = url(file.getvalue(), "jpeg")
+    (found,) = decoded([data])
+    expected = load_image(data)
+    assert found.size == expected.size == ((32, 16) if turned < 5 else (16, 32))
+    assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"", b"x", b"MM\0*" + b"\xff" * 40, b"II*\0\x08\0\0\0\1\0\x12\1"])
+def test_damaged_exif_data_turn_nothing(exif: bytes) -> None:
+    data = saved(4, 2, "jpeg", "L", exif=b"Exif\0\0" + exif)
+    (found,) = decoded([url(data, "jpeg")])
+    assert found.size == (4, 2)
 
 
 @pytest.mark.parametrize("kind", ["eps", "bmp", "tiff", "ppm", "ico", "tga", "pcx", "jpeg2000"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import tracemalloc
@@ -11,7 +12,10 @@ from typing import Any
 import openai
 import pytest
 import torch
+from pydantic_core import to_json
 
+from moepress.serve import app, asking
+from moepress.serve.stepping import Stepper
 from tests.serve.conftest import NAME, Here, again
 
 PROMPT = "def f1(x):"
@@ -152,6 +156,67 @@ def test_logprobs_and_echo(here: Here) -> None:
         assert best["token"] == (raw.decode() if _is_text(raw) else part)
         assert math.exp(token["logprob"]) <= 1
     assert here.complete()["choices"][0]["logprobs"] is None
+
+
+def test_answers_to_a_prompt_share_its_logprobs(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 128 answers to a long prompt they would be gigabytes."""
+    scored: list[int] = []
+    prefill = Stepper.prefill
+
+    def counting(self: Stepper, state: Any, ids: Any, inputs: Any, *, all_logits: bool) -> Any:
+        scored.extend([len(ids)] * all_logits)
+        return prefill(self, state, ids, inputs, all_logits=all_logits)
+
+    monkeypatch.setattr(Stepper, "prefill", counting)
+    prompts = [PROMPT, PROMPT + " x", PROMPT]
+    asked: dict[str, Any] = {"echo": True, "logprobs": 2, "max_tokens": 3}
+    together = here.complete(prompts, n=2, **asked)["choices"]
+    lengths = [len(here.served.prompts.tokenizer(prompt).input_ids) for prompt in prompts]
+    assert sorted(scored) == sorted(lengths)
+    for index, choice in enumerate(together):
+        alone = here.complete(prompts[index // 2], **asked)["choices"][0]
+        assert choice["text"] == alone["text"]
+        for name, values in alone["logprobs"].items():
+            if name == "token_logprobs":
+                assert choice["logprobs"][name][1:] == pytest.approx(values[1:], abs=1e-3)
+            elif name != "top_logprobs":
+                assert choice["logprobs"][name] == values
+
+
+def test_logprobs_of_a_request_have_a_limit(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = len(here.served.prompts.tokenizer(PROMPT).input_ids)
+    asked: dict[str, Any] = {"prompt": PROMPT, "n": 2, "logprobs": 2, "max_tokens": 7}
+    for more, tokens in (({}, 14), ({"echo": True}, 14 + 2 * read)):
+        monkeypatch.setattr(asking, "MOST_LOGPROBS", 3 * tokens)
+        here.complete(**asked, **more)
+        monkeypatch.setattr(asking, "MOST_LOGPROBS", 3 * tokens - 1)
+        status, error = here.refused(**asked, **more)
+        assert (status, error["param"]) == (400, "logprobs")
+        assert error["message"].startswith(f"logprobs: expected at most {3 * tokens - 1} in all")
+    monkeypatch.setattr(asking, "MOST_LOGPROBS", 7)
+    here.complete(PROMPT, n=2)  # without logprobs, nothing is kept
+    assert here.refused("/v1/chat/completions", logprobs=True, max_tokens=8)[0] == 400
+
+
+def test_json_is_written_outside_the_event_loop(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logprobs are many megabytes of it, and others wait for the loop."""
+    threads: list[bool] = []
+
+    def watched(answer: Any, **options: Any) -> bytes:
+        try:
+            asyncio.get_running_loop()
+            threads.append(False)
+        except RuntimeError:
+            threads.append(True)
+        return to_json(answer, **options)
+
+    monkeypatch.setattr(app, "to_json", watched)
+    here.complete()
+    assert threads == [True]
 
 
 def _is_text(raw: bytes) -> bool:

@@ -119,6 +119,7 @@ def test_names(tokenizer_folder: Path) -> None:
     assert names.raw(part) == b"\xf0" and names.text(part) == "bytes:\\xf0"
     assert names.text(len(TOKENIZER)) == ""  # the model's table is longer
     assert names.special(1) and not names.special(part)
+    assert names(part) == ("bytes:\\xf0", [0xF0]) and names(part) is names(part)
 
     of_bytes = AutoTokenizer.from_pretrained(tokenizer_folder)
     names = Names(of_bytes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +16,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
 from moepress.errors import FileError
-from moepress.serve.sampling import Sampler, Settings
-from moepress.serve.work import Wanted
+from moepress.pieces import MOST_WAITING, UNKNOWN, Pieces
+from moepress.serve.asking import understood
+from moepress.serve.sampling import Sampler, Settings, described
+from moepress.serve.schema import Completion
 from moepress.serve.writing import Writer
-from tests.serve import conftest as conftest  # skips without the server's libraries
+from tests.serve.conftest import Here  # skips without the server's libraries
 
 
 class Letters:
@@ -55,6 +60,38 @@ def test_incomplete_characters_wait(tokenizer_folder: Path) -> None:
     assert first == [""] and cut.end() == "\ufffd"
 
 
+def test_long_stop_sequences_cost_little() -> None:
+    """They are searched for between all tokens of all answers."""
+    stop = ["x" * at + "y" + "z" * (999 - at) for at in range(16)]
+    writer = Writer(Letters(), stop)
+    began = time.thread_time()
+    text = "".join(writer.add(ord("x")) for _ in range(1000))
+    assert time.thread_time() - began < 0.5  # of 2 s if all that they begin with is compared
+    assert text + writer.end() == "x" * 1000
+
+
+class Silent:
+    """A tokenizer whose tokens are no characters. It counts how many it decodes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.decoded = 0
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        self.decoded += len(ids)
+        return "".join("x" if token == 1 else self.text for token in ids)
+
+
+@pytest.mark.parametrize("text", ["", UNKNOWN])
+def test_tokens_without_characters_cost_little(text: str) -> None:
+    """A model may write thousands of special tokens, or of bytes that are no character."""
+    tokenizer = Silent(text)
+    pieces = Pieces(tokenizer)
+    tokens = [1, *[0] * 1000, 1]
+    assert "".join(map(pieces.add, tokens)) + pieces.end() == "x" + text * 1000 + "x"
+    assert tokenizer.decoded < 4 * MOST_WAITING * len(tokens)
+
+
 def test_defaults_of_the_folder() -> None:
     greedy = GenerationConfig(temperature=0.7, do_sample=False)
     assert Settings.of_folder(greedy).temperature == 0
@@ -77,10 +114,12 @@ def test_zero_is_the_most_probable_token(nothing: str) -> None:
 @pytest.mark.parametrize(
     "own, stop", [("end", ("end",)), (["a", "", "b"], ("a", "b")), (None, ()), ("", ())]
 )
-def test_stop_strings_of_the_folder(own: Any, stop: tuple[str, ...]) -> None:
+def test_stop_strings_of_the_folder(here: Here, own: Any, stop: tuple[str, ...]) -> None:
     settings = Settings.of_folder(GenerationConfig(stop_strings=own))
     assert settings.stop == stop
-    assert Wanted(settings, 3, ("mine",)).stop == ("mine", *stop)
+    served = replace(here.served, defaults=settings)
+    body = b'{"prompt": "x", "stop": "mine"}'
+    assert understood(served, Completion, body).wanted.stop == ("mine", *stop)
 
 
 def test_stop_strings_that_are_special_tokens_end_answers(tokenizer_folder: Path) -> None:
@@ -108,6 +147,19 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature: float) -> 
     share = torch.zeros(4).index_put((kept,), expected[kept] / expected[kept].sum())
     torch.testing.assert_close(counts / 4000, share, atol=0.03, rtol=0)
     assert counts[share == 0].sum() == 0
+
+
+def test_the_most_probable_tokens_take_little_memory() -> None:
+    """Answers keep them for all their tokens until they are sent."""
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    tracemalloc.start()
+    choices = [described(logits, 5, 20) for _ in range(200)]
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken / len(choices) < 20 * 40  # as tuples, 100 each
+    values, tokens = logits.log_softmax(-1).topk(20)
+    assert list(choices[0].top) == list(zip(tokens.tolist(), values.tolist(), strict=True))
+    assert choices[0].logprob == float(logits.log_softmax(-1)[5])
 
 
 def test_penalties_count_what_was_generated() -> None:

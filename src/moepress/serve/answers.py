@@ -59,7 +59,12 @@ class Form:
 
     def whole(self, answers: Sequence[Whole], usage: Json) -> Json:
         """The answer to a request without `stream`."""
-        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        choices = []
+        read: Json | None = None
+        for index, answer in enumerate(answers):
+            if answer.scored is not None:  # for all answers to this prompt: they share it
+                read = self._read(self.prompts[index], answer.scored)
+            choices.append(self._choice(index, answer, read))
         return {**self._head(stream=False), "choices": choices, "usage": usage}
 
     def first(self, index: int) -> Json:
@@ -112,8 +117,20 @@ class Form:
         usage: Json = {"usage": None} if self.include_usage else {}
         return {**self._head(stream=True), "choices": [choice], **usage}
 
-    def _choice(self, index: int, answer: Whole) -> Json:
+    def _read(self, prompt: Prompt, scored: Sequence[Choice]) -> Json:
+        """Logprobs of a prompt's tokens."""
+        assert self.names is not None
+        starts = places(self.names, prompt.ids, prompt.text)
+        return _completion_logprobs(self.names, [Choice(prompt.ids[0]), *scored], starts)
+
+    def _choice(self, index: int, answer: Whole, read: Json | None) -> Json:
         message = answer.message
+        text, starts = message.text, answer.starts
+        if self.echo:
+            before = self.prompts[index].text
+            text = before + text
+            starts = [len(before) + start for start in starts]
+        logprobs = self._logprobs(answer.choices, starts)
         if self.chat:
             made: Json = {"role": "assistant", "content": message.text or None, "refusal": None}
             if not message.calls:
@@ -123,19 +140,9 @@ class Form:
             if message.calls:
                 made["tool_calls"] = [_call(call) for call in message.calls]
             finish = _finish(answer.finish, len(message.calls))
-            logprobs = self._logprobs(answer.choices, answer.starts)
             return {"index": index, "message": made, "logprobs": logprobs, "finish_reason": finish}
-        text, choices, starts = message.text, answer.choices, answer.starts
-        if self.echo:
-            prompt = self.prompts[index]
-            text = prompt.text + text
-            if self.names is not None and answer.scored is not None:
-                choices = [Choice(prompt.ids[0]), *answer.scored, *choices]
-                starts = [
-                    *places(self.names, prompt.ids, prompt.text),
-                    *(len(prompt.text) + start for start in starts),
-                ]
-        logprobs = self._logprobs(choices, starts)
+        if logprobs is not None and read is not None:
+            logprobs = {name: [*read[name], *values] for name, values in logprobs.items()}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
 
     def _logprobs(self, choices: Sequence[Choice], starts: Sequence[int]) -> Json | None:
@@ -155,14 +162,14 @@ class Form:
 
     def _described(self, token: int, logprob: float | None) -> Json:
         assert self.names is not None
-        text, raw = self.names.text(token), self.names.raw(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+        name = self.names(token)
+        return {"token": name.text, "logprob": _finite(logprob), "bytes": name.bytes}
 
 
 def _completion_logprobs(names: Names, choices: Sequence[Choice], starts: Sequence[int]) -> Json:
     """The older form. Of the first token of a prompt nothing is known."""
     return {
-        "tokens": [names.text(choice.token) for choice in choices],
+        "tokens": [names(choice.token).text for choice in choices],
         "token_logprobs": [_finite(choice.logprob) for choice in choices],
         "top_logprobs": [
             None if choice.logprob is None else _top(names, choice) for choice in choices
@@ -175,7 +182,7 @@ def _top(names: Names, choice: Choice) -> Json:
     """The most probable tokens by name; of those with one name, the more probable."""
     made: Json = {}
     for token, value in choice.top:
-        made.setdefault(names.text(token), _finite(value))
+        made.setdefault(names(token).text, _finite(value))
     return made
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as Http
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moepress.serve.answers import Whole, error, event, usage
+from moepress.serve.answers import Json, Whole, error, event, usage
 from moepress.serve.asking import Asked, Served, understood
 from moepress.serve.engine import FAILED, LATE, STOPPING
 from moepress.serve.guard import Guard
@@ -109,7 +110,8 @@ class Service:
             for task in (work, leaving):
                 task.cancel()
         counted = usage(asked.form.prompts, asked.n, sum(generated))
-        return JSONResponse(await asyncio.to_thread(asked.form.whole, answers, counted))
+        # In a thread: with logprobs, an answer is many megabytes of JSON.
+        return await asyncio.to_thread(lambda: _json(asked.form.whole(answers, counted)))
 
     async def _stream(self, asked: Asked, job: Job) -> AsyncIterator[str]:
         """The answer as server-sent events."""
@@ -172,6 +174,11 @@ class Service:
             yield news
         job.done = True
         self.metrics.whole.observe(time.monotonic() - job.begun)
+
+
+def _json(answer: Json) -> Response:
+    """By pydantic: Python's own takes four times as long, in which no other thread goes on."""
+    return Response(to_json(answer, inf_nan_mode="null"), media_type="application/json")
 
 
 def build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,10 @@ from moepress.serve.parsing import Parser
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
 from moepress.serve.schema import Chat, Completion, RefusedError, Request, parsed
-from moepress.serve.work import Wanted
+from moepress.serve.work import Prompt, Wanted
 
 COMPLETION_TOKENS = 16  # of a completion without max_tokens, as OpenAI has it
+MOST_LOGPROBS = 1 << 19  # of a request; each takes up to 400 bytes, and 1 us to write as JSON
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
     wanted = Wanted(
         replace(settings_of(asked, served.defaults), bias=asked.bias, logprobs=logprobs),
         _most(asked, max(len(prompt.ids) for prompt in prompts), served),
-        asked.stops,
+        (*asked.stops, *served.defaults.stop),
         _parser(asked, served),
         score=echo and logprobs is not None,
         continues=isinstance(asked, Completion),
     )
+    _check_logprobs(wanted, prompts, n)
     form = Form(
         chat=isinstance(asked, Chat),
         model=served.name,
@@ -152,6 +154,21 @@ def _logprobs(asked: Request) -> int | None:
         return (asked.top_logprobs or 0) if asked.logprobs else None
     assert isinstance(asked, Completion)
     return asked.logprobs
+
+
+def _check_logprobs(wanted: Wanted, prompts: Sequence[Prompt], n: int) -> None:
+    """Refuse more logprobs than `MOST_LOGPROBS`, if every answer has as many tokens as it may."""
+    if wanted.settings.logprobs is None:
+        return
+    read = sum(len(prompt.ids) for prompt in prompts) if wanted.score else 0
+    tokens = n * (read + len(prompts) * wanted.most)
+    most = tokens * (1 + wanted.settings.logprobs)
+    if most > MOST_LOGPROBS:
+        message = (
+            f"logprobs: expected at most {MOST_LOGPROBS} in all answers to a request, with those "
+            "of the most probable tokens: ask for fewer, or for fewer answers or tokens"
+        )
+        raise RefusedError("logprobs", message, most)
 
 
 def _parser(asked: Request, served: Served) -> Callable[[str], Parser] | None:

@@ -208,7 +208,7 @@ class Engine:
         whole = prompt.inputs is not None or not self.stepper.chunks
         ids = prompt.ids[state.length :] if whole else prompt.ids[state.length :][:most]
         start = state.length
-        score = answer.job.wanted.score
+        score = answer.scores
         logits = self.stepper.prefill(state, ids, prompt.inputs, all_logits=score)
         self.prefilled += len(ids)
         if score:
@@ -282,7 +282,7 @@ class Engine:
                 message.add(answer.parser.end(cut=finish == "length"))
                 if answer.last in self.ends:
                     message = message.without_end(self.tokenizer.decode([answer.last]))
-        scored = tuple(answer.scored) if finish and answer.job.wanted.score else None
+        scored = tuple(answer.scored) if finish and answer.scores else None
         choices, starts = answer.told()
         answer.job.tell(
             Event(

@@ -12,6 +12,7 @@ import io
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from moepress.serve.schema import RefusedError
@@ -109,11 +110,17 @@ def _opened(data: bytes) -> Any:
 
 
 def _converted(image: Any) -> Any:
+    """An image as RGB, turned as its camera says."""
+    from PIL import ImageOps
+
     try:
         with image:
-            return image.convert("RGB")
+            made = image.convert("RGB")
     except Exception as error:
         raise _unreadable() from error
+    with suppress(Exception):  # damaged Exif data: PIL raises what it comes upon
+        ImageOps.exif_transpose(made, in_place=True)  # as transformers does
+    return made
 
 
 def _scans(data: bytes) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte, where the other tokens are text
 SPACE = "\u2581"  # a space, in vocabularies in the manner of SentencePiece
@@ -22,6 +22,13 @@ LETTERS = {chr(byte): byte for byte in _AS_THEY_ARE} | {
 }
 
 
+class Name(NamedTuple):
+    """A token as text, and its UTF-8."""
+
+    text: str
+    bytes: list[int]
+
+
 class Names:
     """Names of the tokens of a tokenizer.
 
@@ -31,6 +38,7 @@ class Names:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._known: dict[int, Name] = {}  # answers have the same ones many times
         added = getattr(tokenizer, "added_tokens_decoder", {})
         marked = {token for token, about in added.items() if about.special}
         self._special = frozenset({*tokenizer.all_special_ids, *marked})
@@ -41,6 +49,13 @@ class Names:
     def special(self, token: int) -> bool:
         """Whether texts are written without the token."""
         return token in self._special
+
+    def __call__(self, token: int) -> Name:
+        """The name of a token. Each is made once: its parts must not be changed."""
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = Name(self.text(token), list(self.raw(token)))
+        return known
 
     def raw(self, token: int) -> bytes:
         """The UTF-8 of a token; of a part of a character, its part of that."""

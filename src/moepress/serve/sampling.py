@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ SMALLEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow: the most pr
 
 @dataclass(frozen=True)
 class Settings:
-    """How to choose tokens, and what ends an answer beside what the request says.
+    """How to choose tokens, and which texts of the folder's end an answer.
 
     The first six have the defaults of the model's folder.
     """
@@ -66,11 +67,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token, and if asked for its logarithmic probability and those of the most probable."""
+    """A token, and if asked for its logarithmic probability and those of the most probable.
+
+    Answers keep many: the most probable are two arrays, which take a tenth of as many tuples.
+    """
 
     token: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    tokens: Sequence[int] = ()  # the most probable ones
+    logprobs: Sequence[float] = ()
+
+    @property
+    def top(self) -> Iterator[tuple[int, float]]:
+        """The most probable tokens with their logprobs."""
+        return zip(self.tokens, self.logprobs, strict=True)
 
 
 class Sampler:
@@ -135,8 +145,12 @@ def described(logits: Tensor, token: int, most: int) -> Choice:
     """A token with its logprob and the `most` most probable tokens, from logits [V]."""
     logprobs = logits.float().log_softmax(-1)
     values, tokens = logprobs.topk(min(most, len(logprobs)))
-    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return Choice(token, float(logprobs[token]), top)
+    return Choice(
+        token,
+        float(logprobs[token]),
+        array("i", tokens.tolist()),
+        array("f", values.tolist()),
+    )
 
 
 def _warpers(settings: Settings) -> list[Any]:

@@ -32,13 +32,10 @@ class Wanted:
 
     settings: Settings
     most: int  # new tokens; 0 with `score`
-    stop: tuple[str, ...] = ()  # the request's; those of `settings` come on top
+    stop: tuple[str, ...] = ()  # texts that end an answer
     parser: Callable[[str], Parser] | None = None  # from the prompt's text
-    score: bool = False  # also the logprobs of the prompt's tokens
+    score: bool = False  # also the logprobs of the prompts' tokens
     continues: bool = False  # the answer goes on with the prompt's text: it may begin with a space
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (*self.stop, *self.settings.stop))
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Event:
     starts: tuple[int, ...] = ()  # where they begin in the text, in characters
     finish: Finish | None = None  # set in the last event of an answer
     error: str | None = None  # the answer ends here: why
-    scored: tuple[Choice, ...] | None = None  # of the prompt's tokens but the first
+    scored: tuple[Choice, ...] | None = None  # if `Answer.scores`: of the prompt but its first
     tokens: int = 0  # generated so far
 
 
@@ -59,7 +56,7 @@ class Job:
     """One request: its answers, and the way back to the client.
 
     Args:
-        prompts: one for each answer.
+        prompts: one for each answer; answers with the same prompt follow each other.
         wanted: of all answers.
         loop: in which `events` is read.
         ends: time (monotonic seconds) of the deadline.
@@ -105,6 +102,12 @@ class Answer:
     @property
     def prompt(self) -> Prompt:
         return self.job.prompts[self.index]
+
+    @property
+    def scores(self) -> bool:
+        """Whether it has the logprobs of its prompt: the first of all answers to that prompt."""
+        prompts, at = self.job.prompts, self.index
+        return self.job.wanted.score and (at == 0 or prompts[at] is not prompts[at - 1])
 
     def told(self) -> tuple[tuple[Choice, ...], tuple[int, ...]]:
         """Tokens whose text became certain since the last call, and where they begin in it."""

@@ -32,8 +32,8 @@ class Writer:
         self.stop = tuple(stop)
         self.stopped = False
         self._pieces = Pieces(tokenizer, special=raw, after=after)
-        self._seen = ""  # text so far, in full
-        self._given = 0  # characters of it given out
+        self._held = ""  # text that may begin a stop sequence
+        self._given = 0  # characters given out before it
         self._silent = 0  # tokens since the last that gave text
         self._spans: deque[tuple[int, int]] = deque()  # in the text, of tokens not told yet
         self._told: list[int] = []
@@ -51,7 +51,7 @@ class Writer:
         given = self._more(self._pieces.end(), last=True)
         self._told += [start for start, _ in self._spans if start < self._given]
         if not self.stopped:
-            self._told += [len(self._seen)] * self._silent
+            self._told += [self._given] * self._silent
         self._spans.clear()
         self._silent = 0
         return given
@@ -68,24 +68,26 @@ class Writer:
     def _more(self, text: str, last: bool) -> str:
         if self.stopped:
             return ""
-        longest = max(map(len, self.stop), default=0)
-        start = max(self._given, len(self._seen) - longest)  # earlier text was searched
         if text:
-            span = len(self._seen), len(self._seen) + len(text)
-            self._spans.extend([span] * self._silent)
+            start = self._given + len(self._held)
+            self._spans.extend([(start, start + len(text))] * self._silent)
             self._silent = 0
-        self._seen += text
-        found = [(at, one) for one in self.stop if (at := self._seen.find(one, start)) >= 0]
-        if found:
-            self.stopped = True
-            end = min(found)[0]
-        else:
-            end = len(self._seen) if last else len(self._seen) - _begun(self._seen, self.stop)
-        given, self._given = self._given, max(end, self._given)
-        return self._seen[given : self._given]
+        self._held += text
+        found = [at for one in self.stop if (at := self._held.find(one)) >= 0]
+        self.stopped = bool(found)
+        end = min(found) if found else len(self._held) if last else _certain(self._held, self.stop)
+        given, self._held = self._held[:end], self._held[end:]
+        self._given += end
+        return given
 
 
-def _begun(text: str, stop: Sequence[str]) -> int:
-    """The most characters at the end of a text with which a stop sequence begins."""
-    lengths = (n for one in stop for n in range(1, len(one)) if text.endswith(one[:n]))
-    return max(lengths, default=0)
+def _certain(text: str, stop: Sequence[str]) -> int:
+    """Characters of a text before the first with which a stop sequence may begin.
+
+    They are given out, and each was looked at once: an answer costs no more than its text is long.
+    """
+    for at in range(len(text)):
+        rest = text[at:]
+        if any(one.startswith(rest) for one in stop):
+            return at
+    return len(text)
