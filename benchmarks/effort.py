@@ -33,7 +33,7 @@ from sizes import GB, MORE, PUBLISHED, RAM, SHAPES, Model, Shape, describe, smal
 
 BITS = 2.5
 MIXTRAL = "Mixtral-8x7B-v0.1"
-MIXTRAL_HOURS = {"default": 50.0, "fast": 47.0}  # README, 128 x 512 tokens
+MIXTRAL_HOURS = {"default": 30.0, "fast": 47.0}  # README, 128 x 512 tokens
 TEXT = (("text.txt", 1.0),)  # not read
 
 
