@@ -78,14 +78,23 @@ def test_sequences_of_texts_in_their_proportion(
     assert ((kept == 1) | ((kept - whole * count / sequences).abs() < len(weights))).all()
 
 
+@pytest.fixture
+def other_text(text_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "other.txt"
+    path.write_text(text_file.read_text()[::-1])
+    return path
+
+
 def test_scores_of_some_sequences_are_those_of_a_set_with_no_others(
-    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Folder,
+    text_file: Path,
+    other_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scored, "LEAST_SEQUENCES", 2)
     monkeypatch.setattr(scored, "SEQUENCES_OF_TEXT", 1)
-    other = tmp_path / "other.txt"
-    other.write_text(text_file.read_text()[::-1])
-    texts = ((str(text_file), 1.0), (str(other), 2.0))
+    texts = ((str(text_file), 1.0), (str(other_text), 2.0))
     recipe = small_recipe(text_file, "default", calib=texts, sequences=12)
     source = Source(model_folder())
     ids = calibration_ids(source, recipe)
@@ -134,16 +143,14 @@ def test_errors_of_real_rounding_are_measured_on_all_tokens(
 
 
 def test_texts_count_as_before_though_each_keeps_a_sequence(
-    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Folder, text_file: Path, other_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """18 and 2 of 20 sequences; of 3 that are scored, 2 and 1."""
     monkeypatch.setattr(scored, "LEAST_SEQUENCES", 3)
     monkeypatch.setattr(scored, "SEQUENCES_OF_TEXT", 1)
-    other = tmp_path / "other.txt"
-    other.write_text(text_file.read_text()[::-1])
 
     def recipe_of(first: float, **changes: Any) -> Recipe:
-        texts = ((str(text_file), first), (str(other), 1.0))
+        texts = ((str(text_file), first), (str(other_text), 1.0))
         return small_recipe(text_file, "default", calib=texts, sequences=20, **changes)
 
     source = Source(model_folder())

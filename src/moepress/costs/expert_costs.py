@@ -18,10 +18,12 @@ from moepress.original.experts import ExpertWeights, RoutedExpert, expert_hidden
 from moepress.original.token_sums import TokenSums
 from moepress.rounding.expert import (
     GateUp,
+    Rounded,
     down_inputs,
     gate_up_inputs,
     round_downs,
     round_gate_ups,
+    rounded_expert,
 )
 from moepress.rounding.held_out import held_out
 from moepress.rounding.inputs import Inputs
@@ -59,7 +61,7 @@ def rounded_weights(
     originals = [GateUp(expert.weights.gate_up) for expert in experts]
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
-        yield expert, partial(_offered, left_out, partial(_dequantized, matrices, expert.weights))
+        yield expert, partial(_offered, left_out, partial(_dequantized, matrices, expert))
 
 
 def _offered(left_out: Offers, others: Offered, hidden: Tensor) -> Offers:
@@ -67,13 +69,11 @@ def _offered(left_out: Offers, others: Offered, hidden: Tensor) -> Offers:
 
 
 def _dequantized(
-    matrices: Sequence[Sequence[Matrix]], like: ExpertWeights, _: Tensor
+    matrices: Sequence[Sequence[Matrix]], expert: RoutedExpert, _: Tensor
 ) -> Iterator[ExpertWeights]:
     """Rounded weights, from gate_up and down at every width."""
     for gate_up, down in zip(*matrices, strict=True):
-        yield like._replace(
-            gate_up=gate_up.dequantize(like.gate_up.dtype), down=down.dequantize(like.down.dtype)
-        )
+        yield rounded_expert(expert, Rounded(gate_up, down)).weights
 
 
 def _noisy(

@@ -26,7 +26,6 @@ from moepress.original.experts import (
     ExpertWeights,
     Routed,
     RoutedExpert,
-    expert_forward,
     expert_gradients,
 )
 from moepress.original.source import Source
@@ -79,9 +78,8 @@ class ResidentExperts:
         routed = self.routed(hidden, index, weight)
         try:
             for expert, chunk in self._parts(routed):
-                x = expert.inputs(chunk)
-                y = expert_forward(self.module, expert.weights, x, expert.neurons(chunk))
-                sums.index_add_(0, expert.tokens[chunk], y.float() * expert.gate[chunk, None])
+                y = expert.output(chunk).float()
+                sums.index_add_(0, expert.tokens[chunk], y * expert.gate[chunk, None])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # the model's layer, which calls this, is not to blame

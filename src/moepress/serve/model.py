@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import STOPS, checked_settings
+from moepress.generation import ENDS, checked_settings
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -117,12 +117,10 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     Raises:
         FileError: a setting of generation_config.json is of a wrong type or out of range.
     """
-    own = checked_settings(model.generation_config, STOPS)
-    found = own.get("eos_token_id")
+    found = checked_settings(model.generation_config, ENDS).get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id
-    stop = own.get("stop_strings", ())
-    texts = (stop,) if isinstance(stop, str) else stop
+    texts = Settings.of_folder(model.generation_config).stop
     special = [
         number
         for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()

@@ -11,15 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte, where the other tokens are text
 SPACE = "\u2581"  # a space, in vocabularies in the manner of SentencePiece
 BYTES_SPACE = "\u0120"  # a space, in vocabularies of bytes
-_AS_THEY_ARE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_MOVED = [byte for byte in range(256) if byte not in _AS_THEY_ARE]
 # How vocabularies of bytes write them since GPT-2: letters that can be printed.
-LETTERS = {chr(byte): byte for byte in _AS_THEY_ARE} | {
-    chr(0x100 + at): byte for at, byte in enumerate(_MOVED)
-}
+LETTERS = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Name(NamedTuple):

@@ -24,9 +24,10 @@ def coverage(subject: Subject) -> Section:
     floor, tokens = subject.plan.recipe.token_floor, scores.reached
     few, never = int((tokens < floor).sum()), int((tokens == 0).sum())
     total, scored = scores.all_tokens, scores.total_tokens
-    measured = "" if scored == total else f" Costs were measured on {scored:,} of them."
-    about = "" if scored == total else "about "
-    of_scored = "" if scored == total else " of the scored ones"
+    measured = about = of_scored = ""
+    if scored < total:
+        measured = f" Costs were measured on {scored:,} of them."
+        about, of_scored = "about ", " of the scored ones"
     text: tuple[str, ...] = (
         f"{total:,} calibration tokens.{measured} An expert was chosen by {about}{tokens.min():,} "
         f"to {tokens.max():,} of them, by {int(np.median(tokens)):,} in the median.",
