@@ -2,7 +2,6 @@
 
 case.py          a named measurement, and what it finds
 card.py          the device: clocks, graphs, ceilings
-random_codes.py  packed matrices of random codes, made on the device
 compare.py       results beside those of an oracle
 start.py         whether kernels run here; all of them compiled
 checks.py        every op against the reference backend

@@ -13,10 +13,11 @@ from moepress import kernels
 from moepress.format.codec import CODE_BITS, Codec, PackedSpec
 from moepress.kernels import Gate
 from moepress.kernels.modules import PackedExperts, PackedLinear
+from moepress.kernels.random_codes import random_packed
+from moepress.self_test import TOLERANCE
 from on_gpu.card import Card
 from on_gpu.case import Case, Row
-from on_gpu.compare import TOLERANCE, Worst
-from on_gpu.random_codes import random_packed
+from on_gpu.compare import Worst
 
 WIDTHS = {"int": (2, 3, 2, 1, 0, 4), "trellis": (2, 2.5, 3, 1.5, 0, 4)}
 

@@ -26,10 +26,11 @@ from moepress.format.codec import (
     PackedSpec,
 )
 from moepress.kernels import ExpertsCall, Gate, reference
+from moepress.kernels.random_codes import random_packed
+from moepress.self_test import TOLERANCE
 from on_gpu.card import Card
 from on_gpu.case import Case, Row
-from on_gpu.compare import TOLERANCE, Worst
-from on_gpu.random_codes import random_packed
+from on_gpu.compare import Worst
 
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 300)
 SHAPES = (  # rows, columns, group size of a linear

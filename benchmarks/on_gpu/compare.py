@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moepress.self_test import ROUNDING, row_errors
 from on_gpu.case import CheckError, Row
-
-TOLERANCE = {8: 4e-3, 16: 3e-4}  # by activation bits, of a token; see checks.py
-HALF = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 class Worst:
@@ -30,12 +28,8 @@ class Worst:
         ours, exact = found.detach().cpu().double(), oracle.double()
         if ours.numel() == 0:
             return
-        allowed = tolerance + HALF[dtype]
-        rows = ours.reshape(-1, ours.shape[-1]), exact.reshape(-1, ours.shape[-1])
-        norms = rows[1].norm(dim=1)
-        # The few outputs of a short row may cancel out: then the error is one of a typical token.
-        norms = norms.clamp(min=float(norms.square().mean().sqrt()) * 0.3 + 1e-30)
-        errors = (rows[0] - rows[1]).norm(dim=1) / norms
+        allowed = tolerance + ROUNDING[dtype]
+        errors = row_errors(ours, exact)
         error = float((ours - exact).norm() / exact.norm().clamp(min=1e-30))
         worst = float(errors.nan_to_num(nan=9e9, posinf=9e9).max())
         if dtype == torch.float32:

@@ -21,9 +21,9 @@ from moepress.kernels.divided import DividedExperts, packed_experts, start_cross
 from moepress.kernels.expert_shards import keep_experts
 from moepress.kernels.gate import Gate
 from moepress.kernels.modules import PackedExperts
+from moepress.kernels.random_codes import fill_packed
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
-from on_gpu.random_codes import fill_packed
 
 SHAPE, TINY = (4096, 14336, 8, 2), (128, 256, 8, 2)  # hidden, intermediate, experts, chosen
 WIDTHS = (2, 3)  # in turn

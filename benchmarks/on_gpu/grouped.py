@@ -16,10 +16,10 @@ from moepress import kernels
 from moepress.format.codec import CODE_BITS, PackedSpec, width_number
 from moepress.kernels import ExpertsCall, reference
 from moepress.kernels.cuda import grouped, products
+from moepress.kernels.random_codes import random_packed
 from on_gpu import checks, ops
 from on_gpu.card import Card
 from on_gpu.case import Case, Row
-from on_gpu.random_codes import random_packed
 
 NEVER = 1 << 60
 TOKENS = (512, 1024, 2048, 4096)

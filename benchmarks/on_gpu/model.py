@@ -30,9 +30,9 @@ from moepress.hf.fused import fused
 from moepress.hf.own_attention import attend_on_card
 from moepress.hf.packing import pack_modules
 from moepress.kernels.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moepress.kernels.random_codes import fill_packed
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
-from on_gpu.random_codes import fill_packed
 
 LAYERS = 32
 CACHE = 512  # tokens

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from moepress import kernels
 from moepress.format.codec import Codec, PackedSpec
 from moepress.kernels import ExpertsCall
+from moepress.kernels.random_codes import random_packed
 from on_gpu.card import Card
 from on_gpu.case import Case, Row
-from on_gpu.random_codes import random_packed
 
 SHAPES = {  # hidden, intermediate, experts, chosen
     "Mixtral-8x7B": (4096, 14336, 8, 2),

@@ -12,11 +12,11 @@ from moepress import kernels
 from moepress.format.codec import CODE_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import trellis
 from moepress.kernels.cuda import rotation
+from moepress.kernels.random_codes import random_packed
 from moepress.rounding.methods import viterbi
 from on_gpu import attention, checks, grouped, route, small
 from on_gpu import search as search_checks
 from on_gpu.card import Card
-from on_gpu.random_codes import random_packed
 from on_gpu.search import targets
 
 ROWS, COLS = 70, 128

@@ -20,10 +20,11 @@ from moepress.hf import fused_rotary as turning
 from moepress.hf.trying import FEW, disagreement
 from moepress.kernels import small_reference as reference
 from moepress.kernels.small_reference import FORMULAS, STYLES
+from moepress.self_test import ROUNDING
 from on_gpu.attention import CLOSE, STEPS, decoded_logits, small_model
 from on_gpu.card import Card
 from on_gpu.case import Case, CheckError, Row
-from on_gpu.compare import HALF, Worst
+from on_gpu.compare import Worst
 
 NORMS = ((1, 4096), (16, 4096), (64, 128), (3, 13), (2, 9000), (1, 1101))  # rows, columns
 ROTARY = (  # batches, heads of queries, of keys, tokens, size of a head, columns
@@ -50,7 +51,7 @@ def cases(card: Card) -> Iterator[Case]:
 def check_norms(card: Card) -> list[Row]:
     """Errors: of a row."""
     worst, generator = Worst(), torch.Generator().manual_seed(0)
-    for (rows, columns), dtype in ((s, d) for s in NORMS for d in HALF):
+    for (rows, columns), dtype in ((s, d) for s in NORMS for d in ROUNDING):
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         weight = (1 + torch.randn(columns, generator=generator)).to(dtype)
         for formula, given in ((f, w) for f in FORMULAS for w in (weight, weight.float(), None)):
@@ -62,7 +63,7 @@ def check_norms(card: Card) -> list[Row]:
             label = f"norm {rows} x {columns} {dtype} {formula}"
             plain = reference.rms_norm(x, given, EPS, formula)
             if plain.dtype == dtype:
-                worst(label, found, exact, 1e-6 + HALF[dtype], dtype)
+                worst(label, found, exact, 1e-6 + ROUNDING[dtype], dtype)
             share = disagreement(
                 found.cpu(), plain, dtype
             )  # where roundings are not those of torch
@@ -72,7 +73,7 @@ def check_norms(card: Card) -> list[Row]:
 
 def check_rotary(card: Card) -> list[Row]:
     worst, generator = Worst(), torch.Generator().manual_seed(0)
-    for shape, dtype, style in ((s, d, n) for s in ROTARY for d in HALF for n in STYLES):
+    for shape, dtype, style in ((s, d, n) for s in ROTARY for d in ROUNDING for n in STYLES):
         batches, heads, shared, tokens, size, columns = shape
         if STYLES[style].doubled:
             columns = min(columns, size // 2)
@@ -93,7 +94,7 @@ def check_rotary(card: Card) -> list[Row]:
 
 def check_cache(card: Card) -> list[Row]:
     worst, generator = Worst(), torch.Generator().manual_seed(0)
-    for (batches, heads, room, *sizes), dtype in ((s, d) for s in CACHES for d in HALF):
+    for (batches, heads, room, *sizes), dtype in ((s, d) for s in CACHES for d in ROUNDING):
         held = [torch.randn(batches, heads, room, n, generator=generator).to(dtype) for n in sizes]
         there = [x.to(card.device) for x in held]
         for position in map(torch.tensor, (1, 2)):

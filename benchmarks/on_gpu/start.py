@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,10 +11,11 @@ import torch
 
 from moepress import kernels
 from moepress.format.codec import PackedSpec
-from moepress.kernels.cuda import compiler, launch
+from moepress.kernels.cuda import compiler
+from moepress.kernels.random_codes import random_packed
+from moepress.self_test import programs
 from on_gpu.card import Card
 from on_gpu.case import BACKEND, Case, CheckError, Row
-from on_gpu.random_codes import random_packed
 
 
 def cases(card: Card) -> Iterator[Case]:
@@ -40,17 +40,6 @@ def compile_programs(card: Card) -> list[Row]:
     found = programs()
     compiler.compile_all(found, torch.cuda.get_device_capability(card.device))
     return [{"programs": len(found), "seconds": time.perf_counter() - started}]
-
-
-def programs() -> list[compiler.Program]:
-    """Every variant that the end of a file lists; what takes longest to compile first."""
-    found: list[compiler.Program] = []
-    for source in sorted(launch.SOURCES, key=lambda name: not name.startswith("trellis")):
-        text = (compiler.HERE / f"{source}.cu").read_text()
-        variants = re.findall(r"^MOEPRESS_\w+\((\d+), (\d)\)$", text, re.MULTILINE)
-        names = [f"moepress_{source}_g{g}_p{p}" for g, p in variants] or [f"moepress_{source}"]
-        found += [(source, launch.defines_of(name)) for name in names]
-    return found
 
 
 def first_call(card: Card) -> list[Row]:

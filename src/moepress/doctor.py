@@ -62,7 +62,10 @@ class Report:
 
 
 def doctor(
-    folder: str | Path | None = None, memory: Memory = "fit", gpu_memory: int | None = None
+    folder: str | Path | None = None,
+    memory: Memory = "fit",
+    gpu_memory: int | None = None,
+    kernels: bool = False,
 ) -> Report:
     """Probe this machine. Never raises: a probe that raises is reported as failed.
 
@@ -72,8 +75,11 @@ def doctor(
         memory: for its weights, as of `store.memory.plan`.
         gpu_memory: bytes for weights of a card that may be elsewhere; None: those of the cards
             here.
+        kernels: compile all of them, and compare every op with the reference on each device.
     """
     probes = dict(PROBES)
+    if kernels:
+        probes["ops"] = _ops
     if folder is not None:
         probes["speed"] = partial(_speed, Path(folder), memory)
         probes["fits"] = partial(_fits, Path(folder), gpu_memory)
@@ -218,6 +224,24 @@ def _kernels() -> Iterable[Check]:
         yield Check(name, "ok", status.backend)
         for backend, reason in status.refused.items():
             yield Check(name, "missing", backend, reason)
+
+
+def _ops() -> Iterable[Check]:
+    """Compare every op of every device with the reference (self_test.py)."""
+    import torch
+
+    from moepress import kernels
+    from moepress.self_test import self_test
+
+    for status in kernels.status():
+        for tested in self_test(torch.device(status.device)):
+            name = f"{tested.name} on {status.device}"
+            if not tested.wrong:
+                found = f"{tested.compared} results agree with the reference"
+                yield Check(name, "ok", f"{found}, to {tested.error:.1e}")
+                continue
+            found = f"{len(tested.wrong)} of {tested.compared} results are wrong: {tested.wrong[0]}"
+            yield Check(name, "failed", found, "do not trust this device; please report this line")
 
 
 def _gates() -> Iterable[Check]:

@@ -37,6 +37,14 @@ def doctor(
     ] = None,
     memory: Memory = None,
     gpu_memory: GpuMemory = None,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Compile all kernels, and compare every op with plain PyTorch on each device. It "
+            "takes half a minute; for a new card, some minutes.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Report what runs on this machine, what does not, and why.
@@ -46,5 +54,5 @@ def doctor(
     from moepress.doctor import doctor as run
     from moepress.doctor import format_report
 
-    report = run(folder, memory_size(memory) or "fit", gpu_memory_size(gpu_memory))
+    report = run(folder, memory_size(memory) or "fit", gpu_memory_size(gpu_memory), kernels)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))
