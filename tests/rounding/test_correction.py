@@ -53,11 +53,13 @@ def test_corrected_is_a_ridge_regression(
     now, original, count = moved_inputs(tokens)
     w = random_weight()
     correction, hessian = Correction(32, "cpu"), Hessian(32, "cpu")
+    more_rows = torch.cat([w, w.flip(0)])  # than columns: M H^-1 is solved for
     for part in (slice(0, 15), slice(15, None)):
         each = count[part] if weighted else None
         correction.add(now[part], original[part], each)
         hessian.add(now[part], each)
     got = correction.corrected(w, hessian.copy(), DAMPING, strength)
+    got_more = correction.corrected(more_rows, hessian.copy(), DAMPING, strength)
 
     weight = (count if weighted else torch.ones_like(count)).double()
     root = weight.sqrt()[:, None]
@@ -69,6 +71,8 @@ def test_corrected_is_a_ridge_regression(
     system, goal = torch.cat([x, ridge]), torch.cat([lacking, torch.zeros(32, 24)])
     expected = wide + strength * torch.linalg.lstsq(system, goal).solution.T
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    both = torch.cat([expected, expected.flip(0)])
+    torch.testing.assert_close(got_more.double(), both, rtol=1e-4, atol=1e-4)
     alone = Correction(32, "cpu", w)  # sums W M, as for `down`
     for part in (slice(0, 15), slice(15, None)):
         alone.add(now[part], original[part], count[part] if weighted else None)
@@ -79,12 +83,14 @@ def test_corrected_is_a_ridge_regression(
     hessian.factor(DAMPING)  # a copy was used up, not this one
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_products_in_16_bits_change_little(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "alone"), [(24, False), (24, True), (40, False)])
+def test_products_in_16_bits_change_little(
+    rows: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One percent of the correction. Of the gain less: it is a mean of many roundings."""
     monkeypatch.setattr(factor_module, "COLUMNS_PER_SLICE", 12)
     now, original, count = moved_inputs()
-    w = random_weight()
+    w = random_weight(rows)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         correction, hessian = Correction(32, "cpu", w if alone else None), Hessian(32, "cpu")

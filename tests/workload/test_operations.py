@@ -114,7 +114,7 @@ def test_drawing() -> None:
     assert op.draw_errors(64, 128, 3)["float32"] == counted.flops
 
 
-@pytest.mark.parametrize("rows", [32, 40])
+@pytest.mark.parametrize("rows", [32, 40, 100])
 def test_correction(rows: int) -> None:
     x, original, weight = torch.randn(90, 64), torch.randn(90, 64), torch.randn(rows, 64)
     hessian = Hessian(64, "cpu")

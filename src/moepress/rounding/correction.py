@@ -16,10 +16,11 @@ noise with each of its K inputs. Therefore the damping of H is at least K / T of
 (ridge regression with signal and noise of equal size), and only a share of the correction is
 applied: W + strength * W M H^-1 (docs/log.md#correction).
 
-With H = R D R^T (hessian.py), two triangular solves give W M H^-1. If the inputs belong to a single
-matrix of few rows, N <= K / 2 (often `down`), W M itself is summed, from W (x_t - x'_t). That takes
-4 T N K operations in place of 2 T K^2 + 2 N K^2, and N K numbers in place of K^2. The gain, which
-needs W M again, has it. Few tokens are kept, and need neither M nor H (kept_tokens.py).
+With H = R D R^T (hessian.py), two triangular solves give W M H^-1: of W M, or of M alone where W
+has more rows than columns (gate and up). If the inputs belong to a single matrix of few rows,
+N <= K / 2 (often `down`), W M itself is summed, from W (x_t - x'_t). That takes 4 T N K operations
+in place of 2 T K^2 + 2 N K^2, and N K numbers in place of K^2. The gain, which needs W M again, has
+it. Few tokens are kept, and need neither M nor H (kept_tokens.py).
 
 Products of M, W and R may be of bfloat16 numbers (`dtype`): a part in 500 of a correction that is
 half noise (docs/log.md#few-tokens). H and its factor are float32.
@@ -48,6 +49,11 @@ from moepress.sending import sent
 def sums_moved(rows: int, cols: int) -> bool:
     """Whether W M is summed in place of M for a matrix W [rows, cols]."""
     return 2 * rows <= cols
+
+
+def solves_first(rows: int, cols: int) -> bool:
+    """Whether M H^-1 is solved for, and then multiplied by a matrix W [rows, cols]."""
+    return rows > cols
 
 
 class Correction:
@@ -124,8 +130,11 @@ class Correction:
         if not hessian.tokens:
             return w
         factor = hessian.factor(max(damping, weight.shape[1] / hessian.tokens))
-        solved = _solved(self._moved(w, dtype), factor, dtype)
-        return w.add(solved, alpha=strength)
+        if solves_first(*w.shape):
+            moved = _product(w, _solved(self._sum, factor, dtype), dtype)
+        else:
+            moved = _solved(self._moved(w, dtype), factor, dtype)
+        return w.add(moved, alpha=strength)
 
     def rows(self, own: slice) -> Tensor:
         """The rows of a slice of M, not copied."""
@@ -170,10 +179,13 @@ class Correction:
 
     def _moved(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         """W M, [N, K] float32."""
-        if self._weight is not None:
-            return self._sum
-        with tensor_cores(w.device):
-            return (w.to(dtype) @ self._sum.to(dtype)).float()
+        return self._sum if self._weight is not None else _product(w, self._sum, dtype)
+
+
+def _product(w: Tensor, square: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of [N, K] with [K, K], float32."""
+    with tensor_cores(w.device):
+        return (w.to(dtype) @ square.to(dtype)).float()
 
 
 def least_squares(product: float, energy: float) -> float:

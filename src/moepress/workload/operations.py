@@ -35,7 +35,7 @@ from functools import lru_cache
 
 from moepress.format.codec import ROWS_PER_SLAB
 from moepress.kernels.trellis import STEPS, TILE_COLUMNS, run_length
-from moepress.rounding.correction import sums_moved
+from moepress.rounding.correction import solves_first, sums_moved
 from moepress.rounding.factor import column_slices
 from moepress.rounding.kept_tokens import keeps
 from moepress.rounding.methods.viterbi import SEAM
@@ -159,7 +159,8 @@ def corrected(
         moved = times(2, product(rows, cols, tokens, dtype))
         return between + moved + rotations + Work({"copy": 5 * rows * cols})
     inside = _inside(column_slices(cols))
-    solves = Work({"float32": 2 * rows * inside}) + Work({dtype: 2 * rows * (cols**2 - inside)})
+    solved = cols if solves_first(rows, cols) else rows
+    solves = Work({"float32": 2 * solved * inside}) + Work({dtype: 2 * solved * (cols**2 - inside)})
     work = factor(cols) + _moved(rows, cols, alone, dtype) + solves
     return work + rotations + Work({"copy": 4 * rows * cols})
 
