@@ -35,9 +35,10 @@ from torch import Tensor
 from moepress.allocation.tensors import ModelTensors, file_bytes
 from moepress.checks import checked
 from moepress.costs.embedding_and_head import score_embedding_and_head
-from moepress.costs.expert_costs import draw_experts_ahead, measure, rounded_weights
+from moepress.costs.expert_costs import measure, rounded_weights
 from moepress.costs.interpolation import Interpolation
 from moepress.costs.linear_costs import score_linears
+from moepress.costs.noisy_expert import draw_experts_ahead
 from moepress.costs.scored import scored_count, scored_sequences, wanted_tokens
 from moepress.costs.scores import EXPERT_ARRAYS, ROUNDED, ExpertScores
 from moepress.costs.sensitivity import EXPERTS, SENSITIVITY, Sensitivity, measure_sensitivity

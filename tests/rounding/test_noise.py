@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepress.costs import expert_costs, linear_costs
+from moepress.costs import linear_costs, noisy_expert
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError, NumericalError
 from moepress.format.codec import TRELLIS_BITS, Codec
@@ -175,7 +175,7 @@ def test_costs_are_those_of_the_search(
 ) -> None:
     """On the tokens of the Hessians; on others they are larger (test_held_out.py)."""
     on_others = noise_scores
-    for module in (expert_costs, linear_costs):
+    for module in (noisy_expert, linear_costs):
         monkeypatch.setattr(module, "held_out", lambda factor, tokens: None)
     noise_scores = score(model_folder(), noise_recipe(text_file))
     assert (on_others.cost.sum(0)[:, :, 0] > noise_scores.cost.sum(0)[:, :, 0]).all()

@@ -9,8 +9,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from moepress.costs.noisy_expert import NoisyExpert, noisy_experts, noisy_neurons
 from moepress.costs.scores import ROUNDED
-from moepress.costs.sketch import sketch_rows, sketched
+from moepress.costs.sketch import sketched
 from moepress.costs.texts import Texts
 from moepress.format.codec import LEFT_OUT
 from moepress.original.batches import chunks, empty
@@ -19,21 +20,17 @@ from moepress.original.token_sums import TokenSums
 from moepress.rounding.expert import (
     GateUp,
     Rounded,
-    down_inputs,
-    gate_up_inputs,
     round_downs,
     round_gate_ups,
     rounded_expert,
 )
-from moepress.rounding.held_out import held_out
-from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import Matrix
-from moepress.rounding.noise import draw, draw_ahead, noisy_weights
 from moepress.rounding.options import Rounding
 from moepress.sending import sent
 
-# The weights of an expert at every offered width; None: it is left out.
-Offers = Iterable[ExpertWeights | None]
+Candidate = ExpertWeights | NoisyExpert
+# An expert at every offered width; None: it is left out.
+Offers = Iterable[Candidate | None]
 # Gives them, for the inputs of the original `down` on the expert's tokens: [T_e, I], or [T_e, 1]
 # where each token uses one neuron.
 Offered = Callable[[Tensor], Offers]
@@ -53,8 +50,7 @@ def rounded_weights(
     left_out = [None] * (LEFT_OUT in expert_bits)
     if rounding.draws:
         for expert in experts:
-            seen = sketched(expert, rounding.tokens.seed)
-            yield seen, partial(_offered, left_out, partial(_noisy, expert, seen, rounding, widths))
+            yield _seen_drawn(expert, rounding, widths, left_out)
         return
     same = [widths] * len(experts)
     gate_ups = round_gate_ups(experts, rounding, same)
@@ -62,6 +58,16 @@ def rounded_weights(
     downs = round_downs(experts, originals, rounding, same)
     for expert, *matrices in zip(experts, gate_ups, downs, strict=True):
         yield expert, partial(_offered, left_out, partial(_dequantized, matrices, expert))
+
+
+def _seen_drawn(
+    expert: RoutedExpert, rounding: Rounding, widths: Sequence[float], left_out: Offers
+) -> tuple[RoutedExpert, Offered]:
+    """An expert as its costs see it, and with drawn errors."""
+    if expert.routed.neuron is not None:
+        return expert, lambda _: chain(left_out, noisy_neurons(expert, rounding, widths))
+    seen = sketched(expert, rounding.tokens.seed)
+    return seen, partial(_offered, left_out, partial(noisy_experts, expert, seen, rounding, widths))
 
 
 def _offered(left_out: Offers, others: Offered, hidden: Tensor) -> Offers:
@@ -74,69 +80,6 @@ def _dequantized(
     """Rounded weights, from gate_up and down at every width."""
     for gate_up, down in zip(*matrices, strict=True):
         yield rounded_expert(expert, Rounded(gate_up, down)).weights
-
-
-def _noisy(
-    expert: RoutedExpert,
-    seen: RoutedExpert,
-    rounding: Rounding,
-    widths: Sequence[float],
-    hidden: Tensor,
-) -> Iterator[ExpertWeights]:
-    """The sketch of an expert with drawn errors at every width, in the dtype of its weights.
-
-    Args:
-        seen: the sketch, or the expert.
-        hidden: inputs of the original down, see `Offered`.
-    """
-    weights, seed = expert.weights, rounding.tokens.seed
-
-    def noisy(
-        weight: Tensor, rows: int, projection: str, gathered: Callable[[], Inputs]
-    ) -> Iterator[Tensor]:
-        inputs = gathered()
-        factor = inputs.factor(rounding.damping)
-        noise = draw(weight.shape, seed, _name(expert.layer, expert.number, projection))
-        related = projection != ROUNDED[1] or expert.routed.neuron is None
-        larger = held_out(factor, inputs.tokens) if related else None
-        yield from noisy_weights(weight, widths, factor, noise, rows, larger)
-
-    of_gate_up = partial(gate_up_inputs, expert, rounding)
-    of_down = partial(down_inputs, expert, weights.gate_up, rounding, hidden)
-    if expert.routed.neuron is not None:
-        of_down = partial(_unrelated_inputs, weights.down, rounding)
-    gate_ups = noisy(weights.gate_up, len(weights.gate_up), ROUNDED[0], of_gate_up)
-    downs = noisy(seen.weights.down, len(weights.down), ROUNDED[1], of_down)
-    for _ in widths:  # no name holds the weights of a width while those of the next are made
-        yield seen.weights._replace(gate_up=next(gate_ups), down=next(downs))
-
-
-def _unrelated_inputs(table: Tensor, rounding: Rounding) -> Inputs:
-    """Inputs whose Hessian is the identity, for a table with a row for each neuron.
-
-    It is rounded without feedback (`round_downs`), so its drawn errors have none either.
-    """
-    columns = table.shape[1]
-    inputs = Inputs(columns, table.device, rounding.family, False, tokens=columns)
-    inputs.add(torch.eye(columns, device=table.device), None)
-    return inputs
-
-
-def draw_experts_ahead(numbers: Sequence[int], like: RoutedExpert, rounding: Rounding) -> None:
-    """Begin to draw the errors of experts that will be scored soon.
-
-    Args:
-        like: an expert of the layer.
-    """
-    gate_up, down = like.weights.gate_up.shape, like.weights.down.shape
-    shapes = tuple(gate_up), (sketch_rows(like), down[1])
-    for number in numbers:
-        for shape, projection in zip(shapes, ROUNDED[:2], strict=True):
-            draw_ahead(shape, rounding.tokens.seed, _name(like.layer, number, projection))
-
-
-def _name(layer: int, number: int, projection: str) -> str:
-    return f"layer {layer}, expert {number}, {projection}"
 
 
 def measure(
@@ -169,7 +112,7 @@ def measure(
 
 
 def _squares(
-    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, exact: Tensor
+    expert: RoutedExpert, candidate: Candidate | None, hidden: Tensor, exact: Tensor
 ) -> Tensor:
     """Squared errors [3, T_e] float64 of the outputs with each of ROUNDED."""
     tokens, device = expert.tokens, expert.weights.down.device
@@ -229,7 +172,7 @@ def _originals(
 
 def _errors(
     expert: RoutedExpert,
-    candidate: ExpertWeights | None,
+    candidate: Candidate | None,
     chunk: slice,
     hidden: Tensor,
     exact: Tensor,
@@ -244,12 +187,12 @@ def _errors(
 
 
 def _outputs(
-    expert: RoutedExpert, candidate: ExpertWeights | None, hidden: Tensor, chunk: slice
+    expert: RoutedExpert, candidate: Candidate | None, hidden: Tensor, chunk: slice
 ) -> Iterator[Tensor | None]:
     """The expert's outputs with each of ROUNDED; None if the expert is left out.
 
     Args:
-        candidate: the rounded weights; None: left out.
+        candidate: the rounded expert; None: left out.
         hidden: [t, I or 1] inputs of down that the original gate and up give.
         chunk: of the expert's tokens.
     """
@@ -258,7 +201,10 @@ def _outputs(
         return
     module, original = expert.module, expert.weights
     x, neurons = expert.inputs(chunk), expert.neurons(chunk)
-    changed = expert_hidden(module, candidate.gate_up, x, original.gate_up_bias, neurons)
+    if isinstance(candidate, NoisyExpert):
+        changed = candidate.hidden(expert, x)
+    else:
+        changed = expert_hidden(module, candidate.gate_up, x, original.gate_up_bias, neurons)
     for inner, down in (
         (changed, original.down),
         (hidden, candidate.down),

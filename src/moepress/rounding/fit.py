@@ -43,7 +43,7 @@ def best_scale(
         slices: Iterable[Tensor] = torch.split(rows.T, COLUMNS_PER_SLICE)
     else:
         slices = factor.products(rows.T, dtype)
-    product, energy = _sums(slices, residual, factor, per_scale)
+    product, energy = fit_sums(slices, residual, factor, per_scale)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)
 
 
@@ -55,11 +55,11 @@ def gain(weighted: Sequence[Tensor], residual: Tensor, factor: Factor) -> Tensor
         residual: [K, N] r = E V.
         factor: of the Hessian.
     """
-    product, energy = _sums(weighted, residual, factor)
+    product, energy = fit_sums(weighted, residual, factor)
     return torch.where(energy > 0, product / energy, 1.0)
 
 
-def _sums(
+def fit_sums(
     weighted: Iterable[Tensor],
     residual: Tensor,
     factor: Factor | None,

@@ -23,7 +23,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from moepress.kernels.cuda import drawn
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
 from moepress.rounding.factor import Factor
-from moepress.rounding.fit import gain, inverse
+from moepress.rounding.fit import fit_sums, gain, inverse
 from moepress.rounding.hessian import tensor_cores
 from moepress.rounding.methods.trellis import START, rotated_rows
 from moepress.rounding.methods.viterbi import search
@@ -45,6 +46,7 @@ from moepress.sending import sent
 
 SAMPLE = 1 << 16  # Gaussian numbers on which the error of a code is measured: to about .6 %
 DRAWING_THREADS = 6  # a card takes as long for an expert as one thread for 100 million numbers
+LEAST_SCALE = 1e-3  # of a row's size
 LONGEST = 2048  # rows; the error of a code does not change any more with longer paths
 
 
@@ -112,28 +114,77 @@ def noisy_weights(
     Raises:
         NumericalError: the weight holds NaN or infinity.
     """
-    rows = rotated_rows(weight)
-    size = rows.square().mean(1).sqrt()  # [N]
-    target = torch.empty(
-        rows.T.shape, dtype=torch.float32, device=rows.device
-    )  # [K, N], every row of variance 1
-    torch.mul(rows.T, inverse(size), out=target)
-    count = len(rows) if rows_of_code is None else rows_of_code
-    del rows
-    dtype = products_dtype(weight)
-    weighted = list(factor.products(target, dtype))
-    feedback = factor.by_block(dtype)
-    noise = noise.to(target.device, non_blocking=noise.is_pinned())
-    errors = [code_error(bits, count, target.device) for bits in widths]
-    for change, residual in _drawn_for_widths(target, feedback, errors, noise):
-        scale = size * gain(weighted, residual, factor)
+    count = len(weight) if rows_of_code is None else rows_of_code
+    rows = drawn_rows(weight, factor, products_dtype(weight))
+    for _, (change, residual) in drawn_for_widths(rows, widths, count, noise):
+        scale = rows.size * rows.gain(residual)
         del residual
         if larger is not None:
-            scale = _enlarge(change, scale, size, larger)
-        noisy = _scaled_rows(target, change, scale, weight.dtype)
+            scale = _enlarge(change, scale, rows.size, larger)
+        noisy = _scaled_rows(rows.target, change, scale, weight.dtype)
         del change  # before the next errors are drawn
         yield noisy
         del noisy
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnRows:
+    """Rows of a matrix that get drawn errors.
+
+    Attributes:
+        target: [K, N] float32, rotated, every row of variance 1.
+        size: [N] float32, the root mean square of each row.
+        factor: of the Hessian of the rotated inputs.
+        feedback: V.
+        weighted: the products of target and factor.
+    """
+
+    target: Tensor
+    size: Tensor
+    factor: Factor
+    feedback: Feedback
+    weighted: Sequence[Tensor]
+
+    def gain(self, residual: Tensor) -> Tensor:
+        """[N], the scale that fits each row best, in units of its size; see `fit.gain`."""
+        return gain(self.weighted, residual, self.factor)
+
+    def mean_gain(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of `gain`, and by what share of its error each row's own is better: numbers."""
+        product, energy = fit_sums(self.weighted, residual, self.factor)
+        of_row = torch.where(energy > 0, product / energy, 1.0)
+        mean, own = of_row.mean(), self._energy
+        weight = self.size.square()
+        best = weight @ (own - of_row * product)
+        with_mean = weight @ (own - 2 * mean * product + mean.square() * energy)
+        return mean, torch.where(with_mean > 0, best / with_mean, 1.0).clamp(0, 1).sqrt()
+
+    @cached_property
+    def _energy(self) -> Tensor:
+        """<w, w>_H of each row [N]."""
+        start, total = 0, torch.zeros_like(self.size)
+        for part in self.weighted:
+            total += self.factor.curvature[start : start + len(part)] @ part.float().square()
+            start += len(part)
+        return total
+
+
+def drawn_rows(weight: Tensor, factor: Factor, dtype: torch.dtype) -> DrawnRows:
+    """What of weights [N, K] all widths share.
+
+    Args:
+        dtype: of large products (sweep.py).
+
+    Raises:
+        NumericalError: the weight holds NaN or infinity.
+    """
+    rows = rotated_rows(weight)
+    size = rows.square().mean(1).sqrt()
+    target = torch.empty(rows.T.shape, dtype=torch.float32, device=rows.device)
+    torch.mul(rows.T, inverse(size), out=target)
+    del rows
+    weighted = list(factor.products(target, dtype))
+    return DrawnRows(target, size, factor, factor.by_block(dtype), weighted)
 
 
 def _enlarge(drawn: Tensor, scale: Tensor, size: Tensor, larger: Tensor) -> Tensor:
@@ -143,7 +194,7 @@ def _enlarge(drawn: Tensor, scale: Tensor, size: Tensor, larger: Tensor) -> Tens
         drawn: [K, N]; changed in place.
         scale, size: [N].
     """
-    new = torch.lerp(size, scale, larger).clamp_(min=1e-3 * size)
+    new = torch.lerp(size, scale, larger).clamp_(min=LEAST_SCALE * size)
     drawn *= larger * scale * inverse(new)
     return new
 
@@ -172,13 +223,21 @@ def plain_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtype)
     return rows
 
 
-def _drawn_for_widths(
-    target: Tensor, feedback: Feedback, errors: Sequence[float], noise: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`drawn_errors` for each of `errors`; on a card all in one visit of the columns."""
+def drawn_for_widths(
+    rows: DrawnRows, widths: Sequence[float], count: int, noise: Tensor
+) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
+    """For each width the error d of its code, and `drawn_errors`; on a card all in one visit.
+
+    Args:
+        count: rows of the matrix that would be rounded.
+        noise: [K, N].
+    """
+    target, feedback = rows.target, rows.feedback
+    noise = noise.to(target.device, non_blocking=noise.is_pinned())
+    errors = [code_error(bits, count, target.device) for bits in widths]
     if target.device.type == "cpu":
         for error in errors:
-            yield drawn_errors(target, feedback, error, noise)
+            yield error, drawn_errors(target, feedback, error, noise)
         return
     buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
     residual = torch.empty_like(buffer)
@@ -187,7 +246,7 @@ def _drawn_for_widths(
     visit = (drawn.drawing if by_kernels else _drawing)(*given)
     with tensor_cores(target.device):
         sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
-    yield from zip(buffer.unbind(1), residual.unbind(1), strict=True)
+    yield from zip(errors, zip(buffer.unbind(1), residual.unbind(1), strict=True), strict=True)
 
 
 def _drawing(
