@@ -71,7 +71,7 @@ def report(
     """
     out = Path(folder) / REPORT if out is None else Path(out)
     subject = read_subject(folder, scores, evaluation, trust_remote_code)
-    check_file(out)
+    check_file(out, "a report")
     page = render(subject)
     write_atomically(out, partial(_write, page.encode()))
     return out
@@ -107,7 +107,7 @@ def plot(
     written = []
     for picture in (p for _, _, section in sections(subject) for p in section.pictures):
         path = Path(out) / f"{picture.name}.{form}"
-        check_file(path)
+        check_file(path, "a picture")
         content = picture.image(form)
         write_atomically(path, partial(_write, content))
         written.append(path)
