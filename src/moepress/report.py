@@ -33,7 +33,6 @@ from moepress.format.checkpoint import (
     PLAN,
     REPORT,
     SCORES,
-    is_compressed,
 )
 from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
@@ -125,8 +124,7 @@ def read_subject(
     Arguments and errors are those of `report`.
     """
     folder = Path(folder)
-    if not folder.is_dir() or not is_compressed(folder):
-        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
+    made = quantization_of(folder)
     plan = BitAllocation.load(folder / PLAN)
     given = _given(scores, folder / SCORES)
     measured = ExpertScores.load(given) if given is not None else None
@@ -134,7 +132,6 @@ def read_subject(
         check_scores(measured, plan, str(given))
     given = _given(evaluation, folder / EVALUATION)
     evaluated = load_evaluation(given) if given is not None else None
-    made = quantization_of(folder)
     if evaluated is not None:
         check_evaluation(evaluated, made.provenance, str(given))
     costs = folder / DROP_COSTS

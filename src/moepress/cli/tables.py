@@ -17,6 +17,7 @@ from moepress.estimate import duration, size_text
 from moepress.evaluation.tables import evaluation_tables
 
 MOST_ROWS = 40  # of a list inside a description
+LEAST = 0.01  # numbers below it are shown with three digits: costs and KL may be small
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -25,7 +26,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     The first column is left-aligned, the others right-aligned.
     """
     cells = [[_cell(value) for value in row] for row in rows]
-    return _drawn(columns, cells) if sys.stdout.isatty() else _plain(columns, cells)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: `>&-` closes it
+    return _drawn(columns, cells) if on_terminal else _plain(columns, cells)
 
 
 def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -179,4 +181,6 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) >= LEAST or not value else f"{value:.3g}"
