@@ -144,6 +144,14 @@ def test_what_cannot_be_used_is_refused_before_any_work(
         run_evaluate(model_folder(), [str(text_file)], length=32, limit=2, **options)
 
 
+def test_the_current_folder_has_a_name(
+    model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder())
+    result = run_evaluate(".", [str(text_file)], against=".", length=32, limit=1)
+    assert result.model == result.original == model_folder().name
+
+
 def test_a_text_of_more_tokens_than_quantiles_of_torch_take() -> None:
     kl = torch.arange((1 << 24) + 1, dtype=torch.float32)
     values = {"loss": torch.ones(3), "original_loss": torch.ones(3), "kl": kl, "changed": kl[:3]}

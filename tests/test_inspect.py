@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from moepress.allocate import allocate
 from moepress.errors import InputError
 from moepress.evaluate import Evaluation
 from moepress.format.checkpoint import CHECKSUMS, save_json
 from moepress.format.checksums import write_checksums
 from moepress.inspect import inspect
 from moepress.pruning.rule import Pruning
+from tests import synthetic
 
 
 def evaluation(folder: Path) -> Path:
@@ -50,3 +52,11 @@ def test_other_json_is_no_plan(text: str, tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text(text)
     with pytest.raises(InputError, match="is not a plan"):
         inspect(tmp_path / "some.json")
+
+
+def test_our_files_are_known_under_any_name(tmp_path: Path) -> None:
+    measured = synthetic.scores(2, 4)
+    measured.save(tmp_path / "scores")
+    allocate(measured).save(tmp_path / "plan.txt")
+    assert inspect(tmp_path / "scores")["kind"] == "scores"
+    assert inspect(tmp_path / "plan.txt")["kind"] == "plan"

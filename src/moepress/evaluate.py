@@ -213,8 +213,8 @@ def evaluate(
         rows = torch.tensor([text == name for text in tokens.texts])
         results.append(summary(name, {k: v[rows].flatten() for k, v in by_name.items()}))
     return Evaluation(
-        model=folder.name,
-        original=Path(against).name if against is not None else None,
+        model=folder.absolute().name,  # of "." too
+        original=Path(against).absolute().name if against is not None else None,
         length=length,
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
@@ -73,7 +74,7 @@ def proposal_table(result: Mapping[str, Any]) -> str:
     least = budgets[-1]["predicted_loss"]
     rows = [
         [
-            f"{row['bits']:.2f}",
+            f"{math.ceil(round(row['bits'] * 100, 6)) / 100:.2f}",  # up: the smallest is possible
             row["bits_per_weight"],
             row["folder_bytes"],
             row["predicted_loss"],
@@ -93,10 +94,15 @@ def proposal_table(result: Mapping[str, Any]) -> str:
             lines.append(f"{name}: not even the smallest fits. Offer smaller --expert-bits.")
         else:
             lines.append(
-                f"{name}: the best that fits is --bits {best['budget']:g}, "
+                f"{name}: the best that fits is --bits {_exact(best['budget'])}, "
                 f"{best['folder_bytes']:,} bytes. Add it to the same command."
             )
     return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _exact(number: float) -> str:
+    """A number with as many digits as it takes: the smallest budget must not be rounded down."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def estimate_table(result: Mapping[str, Any]) -> str:
