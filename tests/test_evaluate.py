@@ -175,6 +175,18 @@ def test_nan_is_an_error_and_no_figure(model_folder: Folder, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_tokens_that_a_model_never_predicts_add_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    p, q = torch.randn(2, 1, 4, 8, generator=generator)
+    without = evaluate_module.compare(ids, p[..., :7], q[..., :7])
+    p[..., 7] = q[..., 7] = -math.inf
+    masked = evaluate_module.compare(ids, p, q)
+    assert (without["kl"] > 0).all()
+    for name, values in without.items():
+        torch.testing.assert_close(masked[name], values)
+
+
 def test_a_damaged_evaluation_is_refused(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:

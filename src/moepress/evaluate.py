@@ -336,7 +336,8 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
         if other is not None:
             log_q = F.log_softmax(other[rows].float(), dim=-1)
             values["original_loss"] = F.nll_loss(log_q, target[rows], reduction="none")
-            values["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
+            terms = (log_q.exp() * (log_q - log_p)).masked_fill(log_q.isneginf(), 0)  # 0 log 0
+            values["kl"] = terms.sum(-1).clamp(min=0)
             values["changed"] = (log_p.argmax(-1) != log_q.argmax(-1)).float()
         for name, value in values.items():
             measured.setdefault(name, []).append(value.cpu())

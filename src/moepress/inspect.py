@@ -221,6 +221,7 @@ def _form(source: Source) -> dict[str, Any]:
 def _scores(scores: ExpertScores) -> dict[str, Any]:
     """Scores: what was measured, and how evenly experts are used."""
     layers, experts = scores.tokens.shape
+    energy = float(scores.output_energy.sum())  # 0: no expert has an output
     return {
         "kind": "scores",
         "layers": layers,
@@ -231,9 +232,9 @@ def _scores(scores: ExpertScores) -> dict[str, Any]:
         "tokens_per_expert": _spread(scores.reached),
         "experts_never_chosen": int((scores.tokens == 0).sum()),
         "relative_error_by_bits": {
-            str(bits): float(
-                scores.squared_error[:, :, BOTH, option].sum() / scores.output_energy.sum()
-            )
+            str(bits): float(scores.squared_error[:, :, BOTH, option].sum()) / energy
+            if energy
+            else None
             for option, bits in enumerate(scores.bits)
         },
         "provenance": dict(scores.provenance),
