@@ -27,6 +27,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    WORK,
     finish_folder,
     finished_config,
     quantization_config,
@@ -51,7 +52,7 @@ from moepress.ranks import here
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
-from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, output_held
+from moepress.work import check_output, claim, identity, keep_ids, kept_ids, output_held
 from moepress.writing.held import discard
 
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,

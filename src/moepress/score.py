@@ -125,7 +125,7 @@ def score_to_file(
 
 def _check_places(out: Path, work: Path) -> None:
     """Check that the scores and their unfinished work can be written."""
-    check_file(out)
+    check_file(out, "scores")
     check_work(work)
     check_place(work / "lock")
 

@@ -20,6 +20,7 @@ from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
 from moepress.format.checkpoint import (
     SCORES,
+    WORK,
     is_compressed,
 )
 from moepress.format.journal import compare_identity
@@ -37,7 +38,6 @@ from moepress.text.named import SELF
 from moepress.writing.files import check_place, sweep
 from moepress.writing.held import LOCK, check_work, discard, held
 
-WORK = ".moepress"  # the work folder inside the output
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
 
 
