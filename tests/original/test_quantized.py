@@ -250,6 +250,18 @@ def test_fp4_of_compressed_tensors(tmp_path: Path, kind: str) -> None:
     assert torch.equal(found, compressor.decompress(stored, scheme)["weight"])
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9])  # zero points of eight rows share a word
+def test_zero_points_of_few_rows(tmp_path: Path, rows: int) -> None:
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, expected = copies.packed_int(4, 32, symmetric=False)("a.weight", weight)
+    save_file(stored, tmp_path / "a.safetensors")
+    groups = [INT4 | {"symmetric": False}]
+    declared = copies.compressed_tensors_config("pack-quantized", groups)
+    checkpoint = Checkpoint.of([tmp_path / "a.safetensors"], parse_quantization(declared, tmp_path))
+    found = checkpoint.read("a.weight", None, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "writers", "changes"),
     [
@@ -279,6 +291,20 @@ def test_families_as_the_hub_has_them(
     state = opened_by_transformers(quantized).state_dict()
     theirs = {n: state[n].to(value.dtype) for n, value in found.items() if n in state}
     same({name: found[name] for name in theirs}, theirs)
+
+
+@pytest.mark.parametrize("inner", [64, 96])  # H is 64: one shape of scales is that of rows too
+def test_fused_experts_of_fbgemm(tmp_path: Path, inner: int) -> None:
+    """As transformers quantizes Llama 4 (FbgemmFp8Quantize); its own class runs on cards only."""
+    model = make_model("llama4_text", intermediate_size=inner).to(torch.bfloat16)
+    folder = save_model(model, tmp_path / "original")
+    writers = {
+        r"experts\.(gate_up|down)_proj$": copies.fp8_columns,
+        r"self_attn\.\w_proj\.weight$": copies.fp8_rows,
+    }
+    declared = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    quantized, plain = copies.quantized_copy(folder, tmp_path, writers, declared)
+    same(tensors(Source(quantized)), tensors(Source(plain)))
 
 
 def test_shards_may_part_codes_and_scales(model_folder: Folder, tmp_path: Path) -> None:
