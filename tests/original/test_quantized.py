@@ -307,6 +307,38 @@ def test_fused_experts_of_fbgemm(tmp_path: Path, inner: int) -> None:
     same(tensors(Source(quantized)), tensors(Source(plain)))
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "FP8", "int4"])
+def test_llama_4_with_experts_apart(tmp_path: Path, stored: str) -> None:
+    """As llm-compressor stores it: each matrix of an expert is a linear."""
+    fused = save_model(make_model("llama4_text").to(torch.bfloat16), tmp_path / "fused")
+    state = {k: v for file in fused.glob("*.safetensors") for k, v in load_file(file).items()}
+    apart: dict[str, Tensor] = {}
+    for key, value in state.items():
+        path, _, name = key.rpartition(".")
+        for expert, matrix in enumerate(value.mT if path.endswith(".experts") else ()):
+            names = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
+            for one, part in zip(names, matrix.chunk(len(names)), strict=True):
+                apart[f"{path}.{expert}.{one}.weight"] = part.contiguous()
+        if not path.endswith(".experts"):
+            apart[key] = value
+    folder = tmp_path / "apart"
+    shutil.copytree(fused, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    save_file(apart, folder / "model.safetensors", metadata={"format": "pt"})
+    if stored == "bfloat16":
+        same(tensors(Source(folder)), tensors(Source(fused)))
+        return
+    kind, args = ("float-quantized", FP8_ROWS) if stored == "FP8" else ("pack-quantized", INT4)
+    writer = copies.fp8_rows if stored == "FP8" else copies.packed_int(4, 32)
+    declared = copies.compressed_tensors_config(kind, [args])
+    quantized, plain = copies.quantized_copy(folder, tmp_path, {copies.EXPERT: writer}, declared)
+    found = tensors(Source(quantized))
+    same(found, tensors(Source(plain)))
+    whole = tensors(Source(fused))
+    assert found.keys() == whole.keys()
+    for name, value in found.items():
+        assert (value - whole[name]).norm() < 0.2 * whole[name].norm(), name
+
+
 def test_shards_may_part_codes_and_scales(model_folder: Folder, tmp_path: Path) -> None:
     quantized, plain = copy_of("fp8", model_folder, tmp_path, shard=7)
     assert len(list(quantized.glob("*.safetensors"))) > 5
