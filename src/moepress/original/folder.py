@@ -127,7 +127,7 @@ def find_weights(folder: Path) -> WeightFiles:
         if not single.exists():
             raise InputError(
                 f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors. "
-                + what_to_do(folder)
+                + (what_to_do(folder) or _other_weights(folder))
             )
         return WeightFiles((_checked(single),), {})
     assigned = _read_index(index)
@@ -141,6 +141,16 @@ def find_weights(folder: Path) -> WeightFiles:
     if missing:
         raise FileError(missing_files(folder, missing, INDEX))
     return WeightFiles(tuple(_checked(folder / name) for name in names), assigned)
+
+
+def _other_weights(folder: Path) -> str:
+    """What to do with weights in PyTorch's own files, if the folder has them."""
+    if not any(folder.glob("pytorch_model*.bin")):
+        return "Give the folder that has them."
+    return (
+        "It has pytorch_model*.bin, which may run code when they are opened. If you trust them, "
+        "open the folder with transformers and write it again with save_pretrained."
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
