@@ -23,10 +23,11 @@ from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
 from moepress.checks import check_alike
 from moepress.costs.drop_costs import DropCosts, DropMeter, drop_seed
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    SHARDS,
     finish_folder,
     finished_config,
     quantization_config,
@@ -35,7 +36,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
-from moepress.format.journal import Journal
+from moepress.format.journal import IDENTITY_FILE, Journal
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.kernels.prepare import prepare_rounding
 from moepress.original.batches import empty
@@ -48,6 +49,7 @@ from moepress.original.walk import Walk
 from moepress.outside import copied_shards, outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
+from moepress.reading.headers import read_header
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
@@ -114,6 +116,7 @@ def quantize_tensors(
     ranks.agreed(lambda: keep_ids(out / WORK, ids))
     layers = len(source.layers)
     folder = out / WORK / "quantize"
+    ranks.agreed(lambda: _check_shards(out, folder))
     journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
     todo = journal.todo
     states = ids.numel() * source.hidden
@@ -125,6 +128,28 @@ def quantize_tensors(
         _quantize_layers(source, plan, packed, ids, journal, out)
     ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
     return out
+
+
+def _check_shards(out: Path, folder: Path) -> None:
+    """Check the shards that a stopped run left; delete them if nothing says whose they are.
+
+    That is so where a user has deleted the work folder to start over: they may be of other work.
+
+    Raises:
+        FileError: one is cut or damaged.
+    """
+    known = (folder / IDENTITY_FILE).is_file()
+    for path in sorted(path for name in SHARDS for path in out.glob(name)):
+        if not known:
+            path.unlink()
+            continue
+        try:
+            read_header(path)
+        except FileError as error:
+            raise FileError(
+                f"{path}, which a stopped run has finished, is cut or damaged. Delete {folder} to "
+                "round all layers again."
+            ) from error
 
 
 def _write_outside_layers(

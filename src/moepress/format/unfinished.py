@@ -15,6 +15,8 @@ from moepress.errors import FileError
 from moepress.format.checkpoint import load_tensors, read_about, save_tensors
 from moepress.format.digest import tensors_digest
 
+AGAIN = "Delete the folder it is in, to do that work again."
+
 
 def save_unfinished(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with a checksum, atomically."""
@@ -27,10 +29,13 @@ def load_unfinished(path: Path) -> dict[str, Tensor]:
     Raises:
         FileError: it is missing, damaged or changed.
     """
-    tensors = load_tensors(path)
-    if read_about(path) != tensors_digest(tensors):
+    try:
+        tensors, digest = load_tensors(path), read_about(path)
+    except FileError as error:  # its advice is for files that can be copied again
+        raise FileError(f"{path} is missing, cut or damaged. {AGAIN}") from error
+    if digest != tensors_digest(tensors):
         raise FileError(
             f"{path} is not as it was written: its tensors have another checksum, or an older "
-            "moepress wrote it. Delete the folder it is in, to do that work again."
+            f"moepress wrote it. {AGAIN}"
         )
     return tensors
