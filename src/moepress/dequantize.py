@@ -22,6 +22,7 @@ from moepress.format.checkpoint import finish_folder, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.format.journal import IDENTITY_FILE, check_identity
 from moepress.format.quantization import packed_specs
+from moepress.format.unfinished import check_finished
 from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
@@ -68,7 +69,9 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
         check_identity(work / IDENTITY_FILE, {"config": _digest(folder / "config.json")}, out)
         with Progress("dequantize", total=len(files)) as progress:
             for path, to in zip(files, written, strict=True):
-                if not to.is_file():
+                if to.is_file():
+                    check_finished(to, delete=to)
+                else:
                     save_tensors(to, plain.tensors(path))
                 progress.advance()
         finish_folder(

@@ -23,7 +23,7 @@ from moepress.allocation.plan import BitAllocation
 from moepress.allocation.tensors import ModelTensors
 from moepress.checks import check_alike
 from moepress.costs.drop_costs import DropCosts, DropMeter, drop_seed
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
@@ -37,7 +37,7 @@ from moepress.format.checkpoint import (
 from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import IDENTITY_FILE, Journal
-from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.format.unfinished import check_finished, load_unfinished, save_unfinished
 from moepress.kernels.prepare import prepare_rounding
 from moepress.original.batches import empty
 from moepress.original.companions import companions
@@ -49,7 +49,6 @@ from moepress.original.walk import Walk
 from moepress.outside import copied_shards, outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
-from moepress.reading.headers import read_header
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
@@ -140,16 +139,10 @@ def _check_shards(out: Path, folder: Path) -> None:
     """
     known = (folder / IDENTITY_FILE).is_file()
     for path in sorted(path for name in SHARDS for path in out.glob(name)):
-        if not known:
+        if known:
+            check_finished(path, delete=folder)
+        else:
             path.unlink()
-            continue
-        try:
-            read_header(path)
-        except FileError as error:
-            raise FileError(
-                f"{path}, which a stopped run has finished, is cut or damaged. Delete {folder} to "
-                "round all layers again."
-            ) from error
 
 
 def _write_outside_layers(

@@ -14,6 +14,7 @@ from torch import Tensor
 from moepress.errors import FileError
 from moepress.format.checkpoint import load_tensors, read_about, save_tensors
 from moepress.format.digest import tensors_digest
+from moepress.reading.headers import read_header
 
 AGAIN = "Delete the folder it is in, to do that work again."
 
@@ -39,3 +40,21 @@ def load_unfinished(path: Path) -> dict[str, Tensor]:
             f"moepress wrote it. {AGAIN}"
         )
     return tensors
+
+
+def check_finished(path: Path, delete: Path) -> None:
+    """Check that a file of the output, which a stopped run has finished, is still whole.
+
+    Args:
+        delete: what the message says to delete.
+
+    Raises:
+        FileError: it is cut, or its header is damaged.
+    """
+    try:
+        read_header(path)
+    except FileError as error:
+        raise FileError(
+            f"{path}, which a stopped run has finished, is cut or damaged. Delete {delete} to do "
+            "that work again."
+        ) from error
