@@ -136,3 +136,13 @@ def test_what_a_message_of_a_cut_file_advises_works(
     else:
         delete_what_is_named(caught.value)
     assert digests(compress(model_folder(), out, recipe)) == right
+
+
+def test_a_finished_folder_that_lost_a_file_is_not_called_done(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(text_file, bits=2)
+    out = compress(model_folder(), tmp_path / "out", recipe)
+    (out / shard_name(1)).unlink()
+    with pytest.raises(FileError, match=shard_name(1)):
+        compress(model_folder(), out, recipe)

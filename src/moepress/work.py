@@ -18,12 +18,13 @@ from torch import Tensor
 
 from moepress.checks import check_shared
 from moepress.costs.scores import ExpertScores
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.format.checkpoint import CHECKSUMS, DROP_COSTS, PLAN, SCORES, SHARDS, is_compressed
 from moepress.format.journal import compare_identity
 from moepress.format.quantization import quantization_of
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.composite import language_model
+from moepress.original.folder import weight_files
 from moepress.original.remote_code import tokenizer_of
 from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
@@ -244,6 +245,7 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
     Raises:
         InputError: `out` holds finished work of another identity, or files that are not of
             moepress.
+        FileError: it holds this work, but a file of the tensors is missing or damaged.
     """
     if not (out.is_dir() and is_compressed(out)):
         check_output(out)
@@ -255,6 +257,13 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
             f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
             "Choose another output or delete that folder."
         )
+    try:
+        weight_files(out)
+    except FileError as error:
+        raise FileError(
+            f"{out} was finished, but is damaged since: copy it again, or delete it to make it "
+            f"again. {error}"
+        ) from error
     return True
 
 
