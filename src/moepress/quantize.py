@@ -27,6 +27,7 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    SHARDS,
     WORK,
     finish_folder,
     finished_config,
@@ -36,8 +37,8 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
-from moepress.format.journal import Journal
-from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.format.journal import IDENTITY_FILE, Journal
+from moepress.format.unfinished import check_finished, load_unfinished, save_unfinished
 from moepress.kernels.prepare import prepare_rounding
 from moepress.original.architectures import reads_experts
 from moepress.original.batches import empty
@@ -116,6 +117,7 @@ def quantize_tensors(
     ranks.agreed(lambda: keep_ids(out / WORK, ids))
     layers = len(source.layers)
     folder = out / WORK / "quantize"
+    ranks.agreed(lambda: _check_shards(out, folder))
     journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
     todo = journal.todo
     states = ids.numel() * source.hidden
@@ -127,6 +129,22 @@ def quantize_tensors(
         _quantize_layers(source, plan, packed, ids, journal, out)
     ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
     return out
+
+
+def _check_shards(out: Path, folder: Path) -> None:
+    """Check the shards that a stopped run left; delete them if nothing says whose they are.
+
+    That is so where a user has deleted the work folder to start over: they may be of other work.
+
+    Raises:
+        FileError: one is cut or damaged.
+    """
+    known = (folder / IDENTITY_FILE).is_file()
+    for path in sorted(path for name in SHARDS for path in out.glob(name)):
+        if known:
+            check_finished(path, delete=folder)
+        else:
+            path.unlink()
 
 
 def _write_outside_layers(

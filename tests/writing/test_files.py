@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,20 @@ def test_pages_and_pictures_are_known_by_their_marks(tmp_path: Path) -> None:
     page.write_text("<!doctype html>\n<title>moepress and others</title>", encoding="utf-8")
     assert content_of(page) is None
     assert content_of(tmp_path) is None  # a folder cannot be read as a file
+
+
+def test_two_that_write_one_file_at_once_each_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def second(to: Path) -> None:
+        to.write_bytes(b"second")
+
+    def first(to: Path) -> None:
+        to.write_bytes(b"first")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(write_atomically, path, second).result()
+        assert path.read_bytes() == b"second"
+
+    write_atomically(path, first)
+    assert path.read_bytes() == b"first"
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]

@@ -211,6 +211,10 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
+# What `shard_name` and `copied_name` give.
+SHARDS = ("model-rest.safetensors", "model-layer-*.safetensors", "model-copied-*.safetensors")
+
+
 def copied_name(number: int) -> str:
     """File name of a shard of a composite's tensors outside its language model."""
     return f"model-copied-{number:04d}.safetensors"

@@ -89,7 +89,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no regular file, so it is not replaced.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a killed run, or not ours
+        temporary.unlink(missing_ok=True)  # of a killed run with this number, or not ours
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -150,7 +150,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}{PARTIAL}")
+    """The unfinished file of this thread: two programs may write one file at the same time."""
+    return path.with_name(f".{path.name}.{threading.get_native_id()}{PARTIAL}")
 
 
 def _forget(path: Path) -> None:
