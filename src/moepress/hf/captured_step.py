@@ -53,7 +53,7 @@ class Call:
         ):
             return None
         cache = given.pop(names[0])
-        if type(cache) is not DynamicCache or cache.offloading:
+        if type(cache) is not DynamicCache or cache.offloading or _keeps_past(cache):
             return None
         if not given.keys() <= PASSED_ON:
             return None
@@ -64,6 +64,11 @@ class Call:
         """What is constant in a graph."""
         positions = self.positions
         return self.name, self.options, positions.shape, positions.dtype, self.ids.dtype
+
+
+def _keeps_past(cache: DynamicCache) -> bool:
+    """Whether layers keep more than they need, to be cropped: for prompt lookup or an assistant."""
+    return any(getattr(layer, "record_past", False) for layer in cache.layers)
 
 
 class Text:
