@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -444,14 +445,36 @@ def test_weights_that_move(mixtral: Any) -> None:
     assert torch.equal(found, written(other)) and steps.refused is None
 
 
-def test_a_number_that_python_holds_changes() -> None:
+@pytest.mark.parametrize(
+    "name", ["self_attn.scaling", "mlp.top_k", "self_attn.config.name_or_path"]
+)
+def test_a_setting_that_changes_is_captured_anew(name: str) -> None:
+    """However little it changes: the step would be close to the plain one."""
+    model = make_model("mixtral")
+    steps = captured(model)
+    with steps:
+        written(model)
+    for layer in model.model.layers:
+        owner, _, attribute = name.rpartition(".")
+        owner = attrgetter(owner)(layer)
+        changed = {"scaling": 0.98, "top_k": 1, "name_or_path": "x"}[attribute]
+        setattr(owner, attribute, changed)
+    step = steps._step
+    with steps:
+        found = written(model)
+    assert steps._step is not step and torch.equal(found, written(model))
+    assert steps.refused is None and steps.replayed == 2 * (TOKENS - 1 - PROOFS)
+
+
+def test_code_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing tells it: the first steps of the next text do."""
     model = make_model("mixtral")
     steps = captured(model)
     with steps:
         before = written(model)
-    for layer in model.model.layers:
-        layer.self_attn.scaling *= 8
+    norm = type(model.model.norm)
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: plain(self, x) + x)
     with steps:
         found = written(model)
     assert torch.equal(found, written(model)) and not torch.equal(found, before)

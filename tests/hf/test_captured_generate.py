@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ def test_hooks_of_others_are_called(packed: Path) -> None:
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(0)):
         written(model)
     assert replayed(model) == before
+    assert torch.equal(written(model), expected) and replayed(model) > before
+
+
+def test_forwards_that_others_have_replaced_are_called(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    expected = written(model)
+    before, layer, seen = replayed(model), model.model.layers[0], []
+    plain = layer.forward
+
+    @wraps(plain)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(0)
+        return plain(*args, **kwargs)
+
+    layer.forward = watched
+    assert torch.equal(written(model), expected)
+    assert replayed(model) == before and len(seen) == TOKENS
+    del layer.forward
     assert torch.equal(written(model), expected) and replayed(model) > before
 
 
