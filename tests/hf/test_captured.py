@@ -238,6 +238,25 @@ def test_other_calls_between_steps(family: str) -> None:
     assert steps.refused is None and steps.replayed == 4
 
 
+def test_a_mask_that_begins_to_hide_tokens(mixtral: Any) -> None:
+    """A caller may have the model forget a part of a text."""
+
+    def run() -> Tensor:
+        cache, found = DynamicCache(config=mixtral.config), []
+        for at in range(16):
+            mask = torch.ones(1, at + 1, dtype=torch.int64)
+            mask[:, 2:8] = at < 12
+            position = torch.tensor([[at]])
+            given = {"position_ids": position, "attention_mask": mask, "past_key_values": cache}
+            found.append(mixtral(input_ids=position * 5 + 7, **given).logits)
+        return torch.cat(found, 1)
+
+    expected = run()
+    with captured(mixtral) as steps:
+        assert torch.allclose(run(), expected, atol=1e-3)
+    assert steps.replayed > 0
+
+
 def written_whole(model: Any) -> Any:
     return written(model, tokens=2, return_dict_in_generate=True)
 
