@@ -31,6 +31,7 @@ from moepress.hf.cuda_graph import Graph
 from moepress.hf.fixed_cache import FixedCache
 from moepress.kernels.modules import set_activation_bits
 from moepress.original.remote_code import tokenizer_of
+from tests.families.images import image_prompt
 from tests.families.models import make_model
 from tests.hf.tape import tape
 
@@ -255,6 +256,17 @@ def test_a_mask_that_begins_to_hide_tokens(mixtral: Any) -> None:
     with captured(mixtral) as steps:
         assert torch.allclose(run(), expected, atol=1e-3)
     assert steps.replayed > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "gemma4"])
+def test_texts_about_images(family: str) -> None:
+    model, prompt = make_model(family), image_prompt(family)
+    given = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
+    expected = model.generate(**prompt, **given)
+    with captured(model) as steps:
+        for _ in range(2):
+            assert torch.equal(model.generate(**prompt, **given), expected)
+    assert steps.refused is None and steps.replayed == 2 * (12 - 1) - PROOFS - 1
 
 
 def written_whole(model: Any) -> Any:

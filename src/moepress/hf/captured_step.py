@@ -15,7 +15,9 @@ from moepress.hf.cuda_graph import Graph, numbers_made_there
 from moepress.hf.fixed_cache import FixedCache
 
 PASSED_ON = {"use_cache", "return_dict", "logits_to_keep"}  # options of a step that may be set
-UNUSED = {"tokenizer"}  # `generate` passes it on to models, which do not use it
+# `generate` passes them on to models, which do not use them: the kind of the token (image or text)
+# only says where it stands, and a call has that already.
+UNUSED = {"tokenizer", "mm_token_type_ids"}
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Graph]
 
