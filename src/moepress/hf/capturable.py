@@ -46,7 +46,11 @@ def _hooked(model: Any) -> bool:
     if any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS):
         return True
     replaced = (vars(module).get("forward") for module in model.modules())
-    if any(forward is not None and not _is_ours(type(forward)) for forward in replaced):
+    # functools.wraps gives anybody's function the module of what it replaces; a class has its own.
+    if any(
+        forward is not None and not _is_from(forward, OURS[:1]) and not _is_from(type(forward))
+        for forward in replaced
+    ):
         return True
     hooks = (
         hook
@@ -54,12 +58,12 @@ def _hooked(model: Any) -> bool:
         if module is not model  # its own hooks are called, as ever
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     )
-    return any(not _is_ours(hook) for hook in hooks)
+    return any(not _is_from(hook) for hook in hooks)
 
 
-def _is_ours(function: Any) -> bool:
-    """Whether a function, or a class of them, is of a package whose hooks may be captured."""
-    return str(getattr(function, "__module__", "")).startswith(OURS)
+def _is_from(function: Any, packages: tuple[str, ...] = OURS) -> bool:
+    """Whether a function, or a class of them, is defined in one of some packages."""
+    return str(getattr(function, "__module__", "")).startswith(packages)
 
 
 def state_of(model: Any) -> Any:
