@@ -28,10 +28,10 @@ Where the work is finished, `compress` and `quantize` leave it as it is; `dequan
 folder, which is a plain model and bears no mark of moepress. `moepress --install-completion` makes
 your shell complete commands and options.
 
-Outputs are checked before any work. A command writes where nothing is, or where moepress wrote
-before: any other file, a link, a device, a folder of something else are refused and stay. A file is
-written whole or not at all. One run writes an output at a time: a second one says which process
-holds it, and ends.
+Outputs are checked before any work. A command writes where nothing is, or where moepress wrote the
+same before: any other file, a plan where scores would go, a link, a device, a folder of something
+else are refused and stay. A file is written whole or not at all. One run writes an output at a
+time: a second one says which process holds it, and ends.
 
 ## Several processes, cards or machines
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from tests.families.causal import CAUSAL  # noqa: E402
 from tests.families.composites import COMPOSITES, TEXT_ONLY  # noqa: E402
 from tests.families.names import NAMES  # noqa: E402
-from tests.families.state import EXPECTED, FAMILIES, NOT_COMPRESSED  # noqa: E402
+from tests.families.state import EXPECTED, FAMILIES, NOT_COMPRESSED, TESTED_APART  # noqa: E402
 from tests.families.steps import NO_STATIC_CACHE, STEPS  # noqa: E402
 
 TARGET = Path(__file__).with_name("families.md")
@@ -65,6 +65,8 @@ def page() -> str:
         "\n## Models of text, images and sound\n",
         "The language model is compressed; all else is copied.\n",
         *_table(COMPOSITES),
+        "",
+        *(f"- {family}: {what}." for family, what in sorted(TESTED_APART.items())),
         "\n## Not compressed\n",
         *(f"- {family}: {why}." for family, why in sorted(NOT_COMPRESSED.items())),
         "- Encoders and encoder-decoders (nllb-moe, switch_transformers, openai_privacy_filter,",

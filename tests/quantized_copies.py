@@ -95,6 +95,17 @@ def fp8_experts(key: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {key: codes, f"{key}_scale_inv": scale}, (codes.float() * scale).to(weight.dtype)
 
 
+def fp8_columns(key: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """E4M3 of all experts in one tensor [E, K, N], as FBGEMM has them: a scale for each column.
+
+    Scales of gate_up are [E, 1, N], those of down [E, N, 1].
+    """
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    stored = scale.mT if "down_proj" in key else scale
+    return {key: codes, f"{key}_scale": stored}, (codes.float() * scale).to(weight.dtype)
+
+
 def nibbles(codes: Tensor) -> Tensor:
     """Codes [..., K] of four bits, two to a byte, the first in the low bits."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import moepress
 from moepress.compress import compress
-from moepress.errors import CheckpointError, InputError
+from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import load_json
 from tests.conftest import small_recipe
 
@@ -81,3 +82,21 @@ def test_a_bfloat16_model_becomes_bfloat16(
     files = plain.glob("*.safetensors")
     dtypes = {value.dtype for file in files for value in load_file(file).values()}
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_cut_file_of_a_stopped_run_is_refused_by_name(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = compress(model_folder(), tmp_path / "packed", small_recipe(text_file, bits=2))
+    right, out = moepress.dequantize(packed, tmp_path / "right"), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        module = importlib.import_module("moepress.dequantize")
+        patch.setattr(module, "finish_folder", lambda *_: 1 // 0)
+        moepress.dequantize(packed, out)
+    cut = out / "model-layer-0001.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(FileError, match=f"damaged. Delete {cut} to do that work again"):
+        moepress.dequantize(packed, out)
+    cut.unlink()
+    moepress.dequantize(packed, out)
+    assert cut.read_bytes() == (right / cut.name).read_bytes()

@@ -141,7 +141,11 @@ def test_what_compress_would_refuse_is_refused(
 
 
 def test_a_continued_run_has_less_left(
-    model_folder: Folder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, out = small_recipe(text_file, "fast", bits=2.5), tmp_path / "out"
     assert set(shares_left(out, 2).values()) == {1.0}
@@ -152,6 +156,14 @@ def test_a_continued_run_has_less_left(
     (out / ".moepress").mkdir()
     left = {stage.name: stage.left for stage in estimate(model_folder(), out, recipe).stages}
     assert left == {"score": 0, "quantize": 0.5}
+    expected = estimate(model_folder(), out, recipe)  # what is written already needs no more room
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    room = shutil.disk_usage(tmp_path)._replace(free=expected.disk_bytes - written)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    estimate(model_folder(), out, recipe)
+    room = room._replace(free=room.free - 1)
+    with pytest.raises(CheckpointError, match=f"No space left.*has written {written:,}"):
+        estimate(model_folder(), out, recipe)
     with pytest.raises(InputError, match="differ"):
         estimate(model_folder(), out, recipe, seed=7)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +109,56 @@ def test_no_text_is_refused(model_folder: Folder) -> None:
         run_evaluate(model_folder(), [])
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"against": "nowhere"}, "No model folder nowhere"),
+        ({"against": "empty"}, "config"),
+        ({"against": "other"}, "predicts 384 different tokens, and .* 512"),
+        ({"against": "truncated"}, "model.safetensors"),
+        ({"generations": -2}, "generations is -2"),
+        ({"tasks": ["piqa"], "task_limit": 0}, "task_limit is 0"),
+        ({"tasks": ["", ","]}, "No task is named"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_any_work(
+    options: dict[str, Any],
+    says: str,
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(evaluate_module, "_loaded", loads)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("other", "truncated"):
+        shutil.copytree(model_folder(), tmp_path / name)
+    config = json.loads(Path("other/config.json").read_text()) | {"vocab_size": 512}
+    Path("other/config.json").write_text(json.dumps(config))
+    os.truncate("truncated/model.safetensors", 4096)
+    with pytest.raises(InputError, match=says):
+        run_evaluate(model_folder(), [str(text_file)], length=32, limit=2, **options)
+
+
+def test_the_current_folder_has_a_name(
+    model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder())
+    result = run_evaluate(".", [str(text_file)], against=".", length=32, limit=1)
+    assert result.model == result.original == model_folder().name
+
+
+def test_a_text_of_more_tokens_than_quantiles_of_torch_take() -> None:
+    kl = torch.arange((1 << 24) + 1, dtype=torch.float32)
+    values = {"loss": torch.ones(3), "original_loss": torch.ones(3), "kl": kl, "changed": kl[:3]}
+    found = evaluate_module.summary("text", values)
+    assert found.kl_p99 == pytest.approx(0.99 * (1 << 24), rel=1e-6)
+
+
 def test_nan_is_an_error_and_no_figure(model_folder: Folder, tmp_path: Path) -> None:
     ids = torch.zeros(1, 4, dtype=torch.int64)
     good, bad = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
@@ -120,6 +173,18 @@ def test_nan_is_an_error_and_no_figure(model_folder: Folder, tmp_path: Path) -> 
     with pytest.raises(NumericalError, match="not written"):
         save_json(tmp_path / "x.json", {"kl": math.nan})
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_a_model_never_predicts_add_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    p, q = torch.randn(2, 1, 4, 8, generator=generator)
+    without = evaluate_module.compare(ids, p[..., :7], q[..., :7])
+    p[..., 7] = q[..., 7] = -math.inf
+    masked = evaluate_module.compare(ids, p, q)
+    assert (without["kl"] > 0).all()
+    for name, values in without.items():
+        torch.testing.assert_close(masked[name], values)
 
 
 def test_a_damaged_evaluation_is_refused(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moepress.allocate import allocate
 from moepress.errors import InputError
 from moepress.evaluate import Evaluation
 from moepress.format.checkpoint import CHECKSUMS, save_json
 from moepress.format.checksums import write_checksums
 from moepress.inspect import inspect
 from moepress.pruning.rule import Pruning
+from tests import synthetic
 
 
 def evaluation(folder: Path) -> Path:
@@ -50,3 +55,20 @@ def test_other_json_is_no_plan(text: str, tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text(text)
     with pytest.raises(InputError, match="is not a plan"):
         inspect(tmp_path / "some.json")
+
+
+def test_scores_of_experts_without_output_are_json(tmp_path: Path) -> None:
+    """There is nothing that an error could be relative to."""
+    zero = dataclasses.replace(synthetic.scores(2, 4), output_energy=np.zeros(2))
+    zero.save(tmp_path / "scores.safetensors")
+    found = inspect(tmp_path / "scores.safetensors")
+    assert set(found["relative_error_by_bits"].values()) == {None}
+    json.dumps(found, allow_nan=False)
+
+
+def test_our_files_are_known_under_any_name(tmp_path: Path) -> None:
+    measured = synthetic.scores(2, 4)
+    measured.save(tmp_path / "scores")
+    allocate(measured).save(tmp_path / "plan.txt")
+    assert inspect(tmp_path / "scores")["kind"] == "scores"
+    assert inspect(tmp_path / "plan.txt")["kind"] == "plan"

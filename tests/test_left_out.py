@@ -249,6 +249,28 @@ def test_an_expert_that_no_token_chose_is_not_the_first_to_go(cost: str, over: s
     assert gone
 
 
+@pytest.mark.parametrize("over", ["mean", "worst"])
+def test_an_expert_that_no_token_of_several_texts_chose_is_not_the_first_to_go(over: str) -> None:
+    """Each text has experts of its own, which cost nothing on the other text."""
+    scores = make_scores(3, experts=6, bits=WIDTHS)
+    cost = np.concatenate([scores.cost, scores.cost]) / 2
+    cost[0, :, :3] = cost[1, :, 3:] = 0
+    cost[:, 1, 2] = 0
+    scores = dataclasses.replace(
+        scores, cost=cost, text_tokens=(500, 500), linear_cost=np.zeros((2, 0, 0))
+    )
+    scores.tokens[1, 2] = 0
+    gone = 0
+    for bits in np.linspace(0.3, 3, 28):
+        recipe = scalar(
+            bits=float(bits), expert_bits=WIDTHS, over=over, calib=(("a", 1.0), ("b", 1.0))
+        )
+        left_out = allocate(scores, recipe).bits[1, :, 0] == 0
+        gone += int(left_out[2])
+        assert not left_out[2] or left_out.sum() > 1
+    assert gone
+
+
 @pytest.mark.parametrize("per_projection", [True, False])
 def test_columns_and_bits_undo_each_other(per_projection: bool) -> None:
     scores = make_scores(bits=WIDTHS)

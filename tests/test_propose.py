@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def test_the_best_fits_and_nothing_better_does() -> None:
     rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
     fits = [row[-2] for row in rows]  # the column of "middle"
     assert fits == sorted(fits, reverse=True) and {*fits} == {"yes", "no"}
+
+
+def test_the_bits_that_are_told_are_possible() -> None:
+    """The smallest average has no two decimals: 1 + 3 / 36 with 36 experts of 1, 2 and 3 bits."""
+    scores = synthetic.scores(2, 36)
+    recipe = Recipe.load("paper", sensitivity="none")
+    low = budget_range(scores, recipe).size[0]
+    told = proposal(scores, recipe, {"small": int(low / SHARE) + 2}).to_dict()
+    text = proposal_table(told)
+    (best,) = re.findall(r"the best that fits is --bits ([\d.]+),", text)
+    again = allocate(scores, recipe.with_changes(bits=float(best)))
+    assert again.folder_bytes == told["best_that_fits"]["small"]["folder_bytes"] == low
+    for row in [line for line in text.splitlines() if line[:1].isdigit()]:
+        allocate(scores, recipe.with_changes(bits=float(row.split()[0])))
+    assert text.splitlines()[1].split()[0] == "1.09"
 
 
 def test_scores_are_kept_for_compress_and_only_for_the_same_work(

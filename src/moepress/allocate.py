@@ -68,10 +68,16 @@ def allocate(
         MoepressError: HiGHS did not solve the program.
     """
     recipe = (recipe or Recipe.from_dict(scores.recipe)).with_changes(**changes)
+    plan = best_plan(scores, recipe)
+    Budget.of(scores, recipe, Choices.of(scores, recipe)).warn_of_excess()
+    return plan
+
+
+def best_plan(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
+    """`allocate` without the warning, which a `Request` gave."""
     check_inputs(scores, recipe)
     choices = Choices.of(scores, recipe)
     budget = Budget.of(scores, recipe, choices)
-    budget.warn_of_excess()
     weights = text_weights(scores, recipe, choices, budget)
     costs = objective(scores, recipe, weights)
     linears = choose_linears(scores, recipe, choices, budget, costs, weights)

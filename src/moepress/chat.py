@@ -12,6 +12,7 @@ to chat: with `raw` it continues what is typed instead.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -182,10 +183,10 @@ def check_options(
     tokenizer: Any, system: str | None, raw: bool, tokens: int, temperature: float | None
 ) -> None:
     """Raise InputError for options that `Conversation` refuses, before a model is loaded."""
-    if tokens < 1 or (temperature is not None and temperature < 0):
+    if tokens < 1 or (temperature is not None and not 0 <= temperature < math.inf):
         raise InputError(
             f"tokens is {tokens} and temperature {temperature}. Expected at least 1 token and a "
-            "temperature of 0 or above."
+            "finite temperature of 0 or above."
         )
     if not raw and not tokenizer.chat_template:
         raise InputError(

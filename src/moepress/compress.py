@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from moepress.allocate import allocate, warn_of_left_out
+from moepress.allocate import best_plan, warn_of_left_out
 from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ExpertScores
 from moepress.estimate import announce_estimate
-from moepress.format.checkpoint import SCORES
+from moepress.format.checkpoint import SCORES, WORK
 from moepress.format.journal import check_identity
 from moepress.original.source import Source
 from moepress.quantize import quantize_tensors
@@ -21,7 +21,6 @@ from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.score import score_tensors
 from moepress.work import (
-    WORK,
     check_output,
     claim,
     identity,
@@ -80,7 +79,7 @@ def _compress(request: Request, out: Path, folder: Path) -> Path:
     stored = ranks.agreed(lambda: stored_scores(out, made_of))
     ranks.agreed(lambda: _begin(folder, ids, work))
     scores = stored or score_and_store(source, recipe, tensors, ids, out)
-    plan = ranks.agreed(lambda: allocate(scores, recipe))
+    plan = ranks.agreed(lambda: best_plan(scores, recipe))
     warn_of_left_out(scores, plan)
     return quantize_tensors(source, plan, tensors, ids, out)
 

@@ -20,8 +20,9 @@ from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import finish_folder, save_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
-from moepress.format.journal import check_identity
+from moepress.format.journal import IDENTITY_FILE, check_identity
 from moepress.format.quantization import packed_specs
+from moepress.format.unfinished import check_finished
 from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
@@ -65,10 +66,12 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     written = [out / path.name for path in files]
     with held(out / WORK, lambda: _kept(out, written)) as work:
         sweep(out)
-        check_identity(work / "identity.json", {"config": _digest(folder / "config.json")})
+        check_identity(work / IDENTITY_FILE, {"config": _digest(folder / "config.json")}, out)
         with Progress("dequantize", total=len(files)) as progress:
             for path, to in zip(files, written, strict=True):
-                if not to.is_file():
+                if to.is_file():
+                    check_finished(to, delete=to)
+                else:
                     save_tensors(to, plain.tensors(path))
                 progress.advance()
         finish_folder(

@@ -19,12 +19,12 @@ import numpy as np
 import psutil
 import torch
 
-from moepress.allocate import allocate
+from moepress.allocate import best_plan
 from moepress.allocation.plan import BitAllocation
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
-from moepress.format.checkpoint import SCORES, is_compressed, shard_name
+from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
 from moepress.format.journal import layer_file
 from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
@@ -34,7 +34,7 @@ from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.text.named import SELF
-from moepress.work import TEXT, WORK, check_output, check_text, check_unfinished
+from moepress.work import TEXT, check_output, check_text, check_unfinished
 from moepress.workload import disk, memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import REREAD, Machine, measured, seconds
@@ -139,10 +139,12 @@ def estimate(
     if ids is not None:
         check_unfinished(out, request.source, request.recipe, ids)
     found = estimate_request(request, out)
-    if found.disk_bytes > found.free_disk_bytes:
+    here_already = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    if found.disk_bytes > found.free_disk_bytes + here_already:
         raise CheckpointError(
             f"No space left for {out}: the compressed model and the work files need about "
-            f"{found.disk_bytes:,} bytes, {found.free_disk_bytes:,} are free."
+            f"{found.disk_bytes:,} bytes; {found.free_disk_bytes:,} are free, and an earlier run "
+            f"has written {here_already:,}."
         )
     return found
 
@@ -259,7 +261,7 @@ def widths_of(plan: BitAllocation, request: Request) -> Widths:
 def assumed_plan(request: Request) -> BitAllocation:
     """A plan for costs that are assumed, because they are measured only later."""
     recipe = request.recipe.with_changes(over="mean")  # the same assumptions hold for all texts
-    return allocate(assumed_scores(request.sizes, request), recipe)
+    return best_plan(assumed_scores(request.sizes, request), recipe)
 
 
 def assumed_scores(sizes: ExpertScores, request: Request) -> ExpertScores:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from moepress.errors import InputError, NumericalError
 from moepress.evaluation.performance import Performance, forget_peak, measure_performance
 from moepress.evaluation.repetition import Repetition, measure_repetition, prompts_of
+from moepress.evaluation.request import check_comparable, check_options
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, save_json
 from moepress.format.quantization import quantization_of
@@ -160,17 +162,16 @@ def evaluate(
     if not texts:
         raise InputError("No text to evaluate on. Give at least one, such as a file.")
     folder = resolve(model)
-    if pruning is not None and not is_compressed(folder):
-        raise InputError(
-            f"{folder} is an original model: it is streamed, and not pruned. Expected a folder "
-            "made by moepress; mp.prune(model, ..., costs=...) prunes an original in memory."
-        )
-    given = memory is not None or gpu_memory is not None
-    if given and not is_compressed(folder):
-        raise InputError(
-            f"{folder} is an original model: its layers are read one by one. Expected a folder "
-            "made by moepress with memory."
-        )
+    check_options(
+        folder,
+        pruned=pruning is not None,
+        limited=memory is not None or gpu_memory is not None,
+        generations=generations,
+        task_limit=task_limit,
+    )
+    other = resolve(against) if against is not None else None
+    if other is not None:
+        check_comparable(folder, other, trust_remote_code)
     tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
@@ -198,8 +199,7 @@ def evaluate(
     pruned = count_dropped(loaded) if is_compressed(folder) else None
     predictions = _predictions(folder, loaded, tokens.ids, device, trust_remote_code)
     reference = None
-    if against is not None:
-        other = resolve(against)
+    if other is not None:
         original = _loaded(
             other, device, whole=prompts is not None, trust_remote_code=trust_remote_code
         )
@@ -213,8 +213,8 @@ def evaluate(
         rows = torch.tensor([text == name for text in tokens.texts])
         results.append(summary(name, {k: v[rows].flatten() for k, v in by_name.items()}))
     return Evaluation(
-        model=folder.name,
-        original=Path(against).name if against is not None else None,
+        model=folder.absolute().name,  # of "." too
+        original=Path(against).absolute().name if against is not None else None,
         length=length,
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),
@@ -336,7 +336,8 @@ def compare(ids: Tensor, logits: Tensor, original: Tensor | None) -> dict[str, T
         if other is not None:
             log_q = F.log_softmax(other[rows].float(), dim=-1)
             values["original_loss"] = F.nll_loss(log_q, target[rows], reduction="none")
-            values["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
+            terms = (log_q.exp() * (log_q - log_p)).masked_fill(log_q.isneginf(), 0)  # 0 log 0
+            values["kl"] = terms.sum(-1).clamp(min=0)
             values["changed"] = (log_p.argmax(-1) != log_q.argmax(-1)).float()
         for name, value in values.items():
             measured.setdefault(name, []).append(value.cpu())
@@ -364,7 +365,7 @@ def summary(text: str, values: Mapping[str, Tensor]) -> TextResult:
         result.perplexity,
         original_perplexity=_perplexity(values["original_loss"]),
         kl=values["kl"].double().mean().item(),
-        kl_p99=values["kl"].double().quantile(0.99).item(),
+        kl_p99=float(np.quantile(values["kl"].double().numpy(), 0.99)),
         changed_top=values["changed"].double().mean().item(),
     )
 

@@ -37,6 +37,7 @@ from moepress.original.usable import check_usable
 from moepress.pruning.thresholds import cheapest, medians
 from moepress.reading.json import read_json
 from moepress.store.forecast import card_fits, forecast
+from moepress.writing.ours import content_of
 
 OTHERS = {  # JSON files of ours that are not described here, by their kind
     "evaluation": "an evaluation, which `moepress report` shows",
@@ -77,11 +78,13 @@ def inspect(
             return _original(path, trust_remote_code)
         verified = {"verified_tensors": verify_bytes(path, weight_files(path))} if verify else {}
         return _folder(path, trust_remote_code) | _on_cards(path, gpu_memory) | verified
-    if path.suffix == ".safetensors" and path.is_file():
-        return _tensors(path)
-    if path.suffix == ".json" and path.is_file():
-        _check_kind(path)
-        return _plan(BitAllocation.load(path))
+    if path.is_file():
+        content = content_of(path)  # under any name
+        if content in ("scores", "a calibration") or path.suffix == ".safetensors":
+            return _tensors(path)
+        if content == "a plan" or path.suffix == ".json":
+            _check_kind(path)
+            return _plan(BitAllocation.load(path))
     raise InputError(
         f"Cannot inspect {path}. Expected a model folder, or a .safetensors or .json file made by "
         "moepress score, calibrate or allocate."
@@ -218,6 +221,7 @@ def _form(source: Source) -> dict[str, Any]:
 def _scores(scores: ExpertScores) -> dict[str, Any]:
     """Scores: what was measured, and how evenly experts are used."""
     layers, experts = scores.tokens.shape
+    energy = float(scores.output_energy.sum())  # 0: no expert has an output
     return {
         "kind": "scores",
         "layers": layers,
@@ -228,9 +232,9 @@ def _scores(scores: ExpertScores) -> dict[str, Any]:
         "tokens_per_expert": _spread(scores.reached),
         "experts_never_chosen": int((scores.tokens == 0).sum()),
         "relative_error_by_bits": {
-            str(bits): float(
-                scores.squared_error[:, :, BOTH, option].sum() / scores.output_energy.sum()
-            )
+            str(bits): float(scores.squared_error[:, :, BOTH, option].sum()) / energy
+            if energy
+            else None
             for option, bits in enumerate(scores.bits)
         },
         "provenance": dict(scores.provenance),

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Self
 from moepress.errors import InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
-    is_compressed,
     load_json,
     save_json,
 )
@@ -236,12 +235,10 @@ def set_pruning(
         InputError: the folder was not made by moepress, or as of `prune`.
     """
     folder = Path(folder)
-    if not is_compressed(folder):
-        raise InputError(f"{folder} is not a folder made by moepress. Expected one to prune.")
+    quantization_of(folder)  # raises if it is another folder, or damaged
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         _check_fits(pruning, stored_costs(folder))
-    quantization_of(folder)  # raises if it is damaged
     config = config_fields(folder)
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:

@@ -11,7 +11,7 @@ states of the original model, so that weights can make up for the errors of earl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,8 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import (
     DROP_COSTS,
     PLAN,
+    SHARDS,
+    WORK,
     finish_folder,
     finished_config,
     quantization_config,
@@ -35,9 +37,10 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
-from moepress.format.journal import Journal
-from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.format.journal import IDENTITY_FILE, Journal
+from moepress.format.unfinished import check_finished, load_unfinished, save_unfinished
 from moepress.kernels.prepare import prepare_rounding
+from moepress.original.architectures import reads_experts
 from moepress.original.batches import empty
 from moepress.original.companions import companions
 from moepress.original.experts import ExpertWeights, Routed
@@ -51,7 +54,7 @@ from moepress.ranks import here
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
-from moepress.work import WORK, check_output, claim, identity, keep_ids, kept_ids, output_held
+from moepress.work import check_output, claim, identity, keep_ids, kept_ids, output_held
 from moepress.writing.held import discard
 
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
@@ -114,6 +117,7 @@ def quantize_tensors(
     ranks.agreed(lambda: keep_ids(out / WORK, ids))
     layers = len(source.layers)
     folder = out / WORK / "quantize"
+    ranks.agreed(lambda: _check_shards(out, folder))
     journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
     todo = journal.todo
     states = ids.numel() * source.hidden
@@ -125,6 +129,22 @@ def quantize_tensors(
         _quantize_layers(source, plan, packed, ids, journal, out)
     ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
     return out
+
+
+def _check_shards(out: Path, folder: Path) -> None:
+    """Check the shards that a stopped run left; delete them if nothing says whose they are.
+
+    That is so where a user has deleted the work folder to start over: they may be of other work.
+
+    Raises:
+        FileError: one is cut or damaged.
+    """
+    known = (folder / IDENTITY_FILE).is_file()
+    for path in sorted(path for name in SHARDS for path in out.glob(name)):
+        if known:
+            check_finished(path, delete=folder)
+        else:
+            path.unlink()
 
 
 def _write_outside_layers(
@@ -218,6 +238,7 @@ def quantize_layer(
     if original is not None:
         original.expect(layer)
     linears = {name: source.module(name) for name in names if name in packed}
+    last = {name: linears.pop(name) for name in names if name in packed and reads_experts(name)}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
     inputs = []
     if rounding.needs_hessian:
@@ -225,21 +246,37 @@ def quantize_layer(
     passed = original.pass_layer(layer) if original is not None else None
     tensors = quantize_linears(walk, linears, packed, rounding, inputs)
     for name in names:
-        if name not in tensors:
+        if name not in tensors and name not in last:
             value = source.as_packed(layer, name, source.current(name))
             tensors[name] = value.to("cpu", source.stored_dtype(name))
     if layer not in source.experts:
         walk.advance(layer, None)
         return tensors, None
     routed = replace(walk.route(layer), original=None if passed is None else passed.hidden)
-    experts, drops = quantize_experts(walk, layer, plan, routed, progress)
+
+    def round_last(output: Tensor) -> None:
+        inputs = []
+        if rounding.needs_hessian:
+            inputs = linear_inputs(walk, layer, last, rounding.family, experts_output=output)
+        tensors.update(quantize_linears(walk, last, packed, rounding, inputs))
+
+    finish = round_last if last else None
+    experts, drops = quantize_experts(walk, layer, plan, routed, progress, finish)
     return tensors | experts, drops
 
 
 def quantize_experts(
-    walk: Walk, layer: int, plan: BitAllocation, routed: Routed, progress: Progress
+    walk: Walk,
+    layer: int,
+    plan: BitAllocation,
+    routed: Routed,
+    progress: Progress,
+    finish: Callable[[Tensor], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Round the routed experts of a layer, and bring the walk through the layer.
+
+    Args:
+        finish: called with the output [T, H] of the rounded experts before that; None: not needed.
 
     Returns:
         As `quantize_layer`.
@@ -254,7 +291,7 @@ def quantize_experts(
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     sums = walk.token_sums(routed, numbers)
     resident: list[ExpertWeights | None] | None = None  # the rounded ones, if they run together
-    if numbers and _run_together(walk, layer, routed):
+    if numbers and finish is None and _run_together(walk, layer, routed):
         resident = [None] * len(widths_of)
     room = experts_at_once(walk.source, layer, rounding, kept=resident is not None)
     read = walk.experts(layer, sums.own, routed)
@@ -279,7 +316,10 @@ def quantize_experts(
         for name, offsets in places.items():
             walk.ranks.give_first(tensors[name][offsets[number] : offsets[number + 1]], owner)
     if resident is None:
-        energy = walk.advance(layer, sums.result())
+        output = sums.result()
+        if finish is not None:
+            finish(output)
+        energy = walk.advance(layer, output)
     else:
         module = walk.experts_module(layer)
         energy = walk.advance_with(ResidentExperts(layer, module, experts.form, resident))

@@ -33,7 +33,6 @@ from moepress.format.checkpoint import (
     PLAN,
     REPORT,
     SCORES,
-    is_compressed,
 )
 from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
@@ -71,7 +70,7 @@ def report(
     """
     out = Path(folder) / REPORT if out is None else Path(out)
     subject = read_subject(folder, scores, evaluation, trust_remote_code)
-    check_file(out)
+    check_file(out, "a report")
     page = render(subject)
     write_atomically(out, partial(_write, page.encode()))
     return out
@@ -107,7 +106,7 @@ def plot(
     written = []
     for picture in (p for _, _, section in sections(subject) for p in section.pictures):
         path = Path(out) / f"{picture.name}.{form}"
-        check_file(path)
+        check_file(path, "a picture")
         content = picture.image(form)
         write_atomically(path, partial(_write, content))
         written.append(path)
@@ -125,8 +124,7 @@ def read_subject(
     Arguments and errors are those of `report`.
     """
     folder = Path(folder)
-    if not folder.is_dir() or not is_compressed(folder):
-        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
+    made = quantization_of(folder)
     plan = BitAllocation.load(folder / PLAN)
     given = _given(scores, folder / SCORES)
     measured = ExpertScores.load(given) if given is not None else None
@@ -134,7 +132,6 @@ def read_subject(
         check_scores(measured, plan, str(given))
     given = _given(evaluation, folder / EVALUATION)
     evaluated = load_evaluation(given) if given is not None else None
-    made = quantization_of(folder)
     if evaluated is not None:
         check_evaluation(evaluated, made.provenance, str(given))
     costs = folder / DROP_COSTS

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def score_to_file(
 
 def _check_places(out: Path, work: Path) -> None:
     """Check that the scores and their unfinished work can be written."""
-    check_file(out)
+    check_file(out, "scores")
     check_work(work)
     check_place(work / "lock")
 
@@ -204,7 +205,8 @@ def score_layer(
     of_layer = sensitivity.layer(layer) if sensitivity else {}
     texts = texts.repeated(len(walk.passes))
     progress.update(layer=layer, note="linears")
-    linear_cost = score_linears(
+    of_linears = partial(
+        score_linears,
         walk,
         layer,
         {name: module for name, module in source.packable[layer].items() if name in tensors.open},
@@ -213,6 +215,7 @@ def score_layer(
         of_layer,
         texts,
     )
+    linear_cost = of_linears()
     if layer not in source.experts:
         walk.advance(layer, None)
         return {"linear_cost": linear_cost}
@@ -244,6 +247,7 @@ def score_layer(
     walk.ranks.sum_up(errors)
     walk.ranks.sum_up(costs)
     output = sums.result()
+    linear_cost += of_linears(experts_output=output)
     of_batches = (output[walk.tokens_of(batch)] for batch in walk.batches)
     output_energy = walk.division.total([rows.square().sum().item() for rows in of_batches])
     residual_energy = walk.advance(layer, output)

@@ -11,21 +11,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import Tensor
 
 from moepress.checks import check_shared
 from moepress.costs.scores import ExpertScores
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.format.checkpoint import (
+    CHECKSUMS,
+    DROP_COSTS,
+    PLAN,
     SCORES,
+    SHARDS,
+    WORK,
     is_compressed,
 )
 from moepress.format.journal import compare_identity
 from moepress.format.quantization import quantization_of
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.composite import language_model
+from moepress.original.folder import weight_files
 from moepress.original.remote_code import tokenizer_of
 from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
@@ -34,11 +41,12 @@ from moepress.ranks import here
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
-from moepress.writing.files import check_place, sweep
+from moepress.writing.files import check_place, is_partial, sweep
 from moepress.writing.held import LOCK, check_work, discard, held
 
-WORK = ".moepress"  # the work folder inside the output
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
+# What an unfinished output holds beside its work folder.
+UNFINISHED = (SCORES, PLAN, DROP_COSTS, CHECKSUMS, *SHARDS)
 
 
 # What the work depends on
@@ -141,7 +149,7 @@ def check_output(out: Path) -> None:
             that is not ours.
     """
     if out.is_dir():
-        if any(out.iterdir()) and not ((out / WORK).is_dir() or is_compressed(out)):
+        if not ((out / WORK).is_dir() or is_compressed(out) or _is_left(out)):
             raise InputError(
                 f"{out} is not empty and was not made by moepress. Choose another output folder."
             )
@@ -187,6 +195,15 @@ def work_held(folder: Path, out: Path | None = None) -> Iterator[Path]:
                 sweep(out)
         check_shared(folder, LOCK)
         yield folder
+
+
+def _is_left(out: Path) -> bool:
+    """Whether a folder is empty, or what is left of an unfinished output without its work folder.
+
+    Messages tell users to delete the work folder, and what it took hours to score stays.
+    """
+    names = [path.name for path in out.iterdir()]
+    return all(is_partial(name) or any(fnmatch(name, one) for one in UNFINISHED) for name in names)
 
 
 def _is_finished(out: Path) -> bool:
@@ -235,6 +252,7 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
     Raises:
         InputError: `out` holds finished work of another identity, or files that are not of
             moepress.
+        FileError: it holds this work, but a file of the tensors is missing or damaged.
     """
     if not (out.is_dir() and is_compressed(out)):
         check_output(out)
@@ -246,6 +264,13 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
             f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
             "Choose another output or delete that folder."
         )
+    try:
+        weight_files(out)
+    except FileError as error:
+        raise FileError(
+            f"{out} was finished, but is damaged since: copy it again, or delete it to make it "
+            f"again. {error}"
+        ) from error
     return True
 
 
@@ -279,6 +304,6 @@ def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
     if differs:
         raise InputError(
             f"{path} holds scores that differ in: {', '.join(differs)}. Give the model, text and "
-            "options they were made with, choose another output, or delete that folder."
+            f"options they were made with, choose another output, or delete {out}."
         )
     return scores

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -134,6 +136,14 @@ def test_calibrate_writes_what_inspect_reads(
         (["generate", "MODEL", "x", "--prune", "0.15"], "has no moepress_drop_costs"),
         (["generate", "MODEL", "x", "--prune", "some"], "Pruning 'some' is not understood"),
         (["prune", "MODEL", "0.15"], "not a folder made by moepress"),
+        (["doctor", "MODEL"], "not a folder made by moepress"),
+        (["doctor", "nothing-here"], "not a folder made by moepress"),
+        (["demo", __file__], "is no folder"),
+        (["generate", "", "x"], "name of the model is empty"),
+        (["evaluate", "MODEL", "--text", ""], "name of a text is empty"),
+        (["compress", "MODEL", "out", "--calib", "a=9e307", "--calib", "b=9e307"], "to be added"),
+        (["chat", "MODEL", "--raw", "--temperature", "nan"], "finite temperature"),
+        (["chat", "MODEL", "--raw", "--threads", "100000"], "at most 1024"),
         (["serve", "MODEL", "--max-body", "0"], "change --max-body"),
         (["serve", "MODEL", "--cache", "nan"], "--cache is nan"),
     ],
@@ -154,6 +164,56 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(lines) == 1 and says in lines[0] and out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", ["generate OUT x", "evaluate OUT --text t", "report OUT", "prune OUT 0.1",
+                  "inspect OUT", "dequantize OUT other", "doctor OUT", "compress OUT other"]
+)  # fmt: skip
+@pytest.mark.parametrize("work", [".moepress", ".moepress-dequantize"])
+def test_an_unfinished_folder_is_called_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: str,
+    work: str,
+) -> None:
+    (tmp_path / "OUT" / work).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *arguments.split())
+    assert code == 2 and out == "" and "moepress: OUT is unfinished" in err
+    assert "Run the command that makes it once more" in err
+
+
+def test_a_budget_above_the_largest_is_told_once_in_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = ["compress", model_folder(), tmp_path / "out", "--bits", 9, "--recipe", "fast"]
+    with caplog.at_level(logging.WARNING):
+        code, _, err = run(monkeypatch, capsys, *arguments, "--calib", text_file, *SMALL)
+    assert code == 0 and "estimate: about" in err
+    assert caplog.text.count("bits 9 is above the largest possible") == 1
+
+
+def test_a_closed_stdout_and_small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [0.0, 0.000012345, 0.0012345, 0.012345, 1234.5, -0.0012345]
+    monkeypatch.setattr(sys, "stdout", None)
+    shown = table(("a",), [[number] for number in numbers]).splitlines()
+    assert [line.strip() for line in shown[1:]] == [
+        "0.0000", "1.23e-05", "0.00123", "0.0123", "1234.5000", "-0.00123",
+    ]  # fmt: skip
+
+
+def test_what_is_typed_and_is_no_utf8_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdin", typed)
+    cli._in_utf8()
+    assert sys.stdin.readline() == "a\ufffdb\n"
 
 
 def test_recipes_and_options_reach_the_recipe(text_file: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ TOKENS = 5 * 24
 OTHER_FORMS: dict[str, dict[str, Any]] = {
     "doge": {},
     "gpt_oss": {},
-    "nemotron_h": {},
+    "nemotron_h": {"moe_latent_size": 32},
     "llama4_text": {},
     "gemma4_text": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 384},
 }
@@ -74,9 +74,10 @@ def gradients_at(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 # granitemoe scales the outputs of the embedding and of the head. Of the others, gpt_oss has biases,
-# nemotron_h no gate, llama4 scales the inputs of experts by the routing weight, and gemma4 computes
-# an argument of each layer from the embedding. In doge tokens choose neurons, by logits of other
-# tokens of the batch too: the model must run with the same batches.
+# nemotron_h no gate, and a linear that reads the experts' output; llama4 scales the inputs of
+# experts by the routing weight, and gemma4 computes an argument of each layer from the embedding.
+# In doge tokens choose neurons, by logits of other tokens of the batch too: the model must run with
+# the same batches.
 @pytest.mark.parametrize(
     ("family", "batch_tokens", "logit_tokens"),
     [

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from moepress.hf.cuda_graph import Graph
 from moepress.hf.fixed_cache import FixedCache
 from moepress.kernels.modules import set_activation_bits
 from moepress.original.remote_code import tokenizer_of
+from tests.families.images import image_prompt
 from tests.families.models import make_model
 from tests.hf.tape import tape
 
@@ -235,6 +237,36 @@ def test_other_calls_between_steps(family: str) -> None:
     with captured(model) as steps:
         assert torch.allclose(run(), expected, atol=1e-3)
     assert steps.refused is None and steps.replayed == 4
+
+
+def test_a_mask_that_begins_to_hide_tokens(mixtral: Any) -> None:
+    """A caller may have the model forget a part of a text."""
+
+    def run() -> Tensor:
+        cache, found = DynamicCache(config=mixtral.config), []
+        for at in range(16):
+            mask = torch.ones(1, at + 1, dtype=torch.int64)
+            mask[:, 2:8] = at < 12
+            position = torch.tensor([[at]])
+            given = {"position_ids": position, "attention_mask": mask, "past_key_values": cache}
+            found.append(mixtral(input_ids=position * 5 + 7, **given).logits)
+        return torch.cat(found, 1)
+
+    expected = run()
+    with captured(mixtral) as steps:
+        assert torch.allclose(run(), expected, atol=1e-3)
+    assert steps.replayed > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "gemma4"])
+def test_texts_about_images(family: str) -> None:
+    model, prompt = make_model(family), image_prompt(family)
+    given = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12}
+    expected = model.generate(**prompt, **given)
+    with captured(model) as steps:
+        for _ in range(2):
+            assert torch.equal(model.generate(**prompt, **given), expected)
+    assert steps.refused is None and steps.replayed == 2 * (12 - 1) - PROOFS - 1
 
 
 def written_whole(model: Any) -> Any:
@@ -444,14 +476,36 @@ def test_weights_that_move(mixtral: Any) -> None:
     assert torch.equal(found, written(other)) and steps.refused is None
 
 
-def test_a_number_that_python_holds_changes() -> None:
+@pytest.mark.parametrize(
+    "name", ["self_attn.scaling", "mlp.top_k", "self_attn.config.name_or_path"]
+)
+def test_a_setting_that_changes_is_captured_anew(name: str) -> None:
+    """However little it changes: the step would be close to the plain one."""
+    model = make_model("mixtral")
+    steps = captured(model)
+    with steps:
+        written(model)
+    for layer in model.model.layers:
+        owner, _, attribute = name.rpartition(".")
+        owner = attrgetter(owner)(layer)
+        changed = {"scaling": 0.98, "top_k": 1, "name_or_path": "x"}[attribute]
+        setattr(owner, attribute, changed)
+    step = steps._step
+    with steps:
+        found = written(model)
+    assert steps._step is not step and torch.equal(found, written(model))
+    assert steps.refused is None and steps.replayed == 2 * (TOKENS - 1 - PROOFS)
+
+
+def test_code_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing tells it: the first steps of the next text do."""
     model = make_model("mixtral")
     steps = captured(model)
     with steps:
         before = written(model)
-    for layer in model.model.layers:
-        layer.self_attn.scaling *= 8
+    norm = type(model.model.norm)
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: plain(self, x) + x)
     with steps:
         found = written(model)
     assert torch.equal(found, written(model)) and not torch.equal(found, before)

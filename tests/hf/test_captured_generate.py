@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,24 @@ def test_hooks_of_others_are_called(packed: Path) -> None:
     assert torch.equal(written(model), expected) and replayed(model) > before
 
 
+def test_forwards_that_others_have_replaced_are_called(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    expected = written(model)
+    before, layer, seen = replayed(model), model.model.layers[0], []
+    plain = layer.forward
+
+    @wraps(plain)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(0)
+        return plain(*args, **kwargs)
+
+    layer.forward = watched
+    assert torch.equal(written(model), expected)
+    assert replayed(model) == before and len(seen) == TOKENS
+    del layer.forward
+    assert torch.equal(written(model), expected) and replayed(model) > before
+
+
 def test_another_precision_is_captured_anew(packed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -149,3 +168,23 @@ def test_a_text_that_would_take_too_much_memory(
     assert not replayed(model)
     monkeypatch.setattr(captured, "free_memory", lambda device: 2 * room * token)
     assert torch.equal(written(model), expected) and replayed(model)
+
+
+def test_tensors_that_were_read_from_a_cache_stay_as_they_are(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    cache = written(model, return_dict_in_generate=True)["past_key_values"]
+    read = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    before, steps = [x.clone() for x in read], replayed(model)
+    del cache
+    model.generate(IDS.flip(1), do_sample=False, eos_token_id=None, max_new_tokens=TOKENS)
+    assert replayed(model) > steps
+    assert all(torch.equal(x, old) for x, old in zip(read, before, strict=True))
+
+
+def test_steps_are_captured_after_a_text_that_was_looked_up(packed: Path) -> None:
+    """Layers with a window then keep more than it, of that text alone."""
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    model.config.sliding_window = 8
+    looked_up = written(model, prompt_lookup_num_tokens=2)
+    assert replayed(model) == 0
+    assert torch.equal(written(model), looked_up) and replayed(model) > 0

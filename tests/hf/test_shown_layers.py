@@ -67,10 +67,25 @@ def make(request: pytest.FixtureRequest) -> Callable[[], DynamicLayer]:
 
 def test_it_shows_what_is_there(make: Callable[[], DynamicLayer]) -> None:
     shown, plain, place = pair(make)
-    assert shows(shown, place) and not shows(plain, place) and same(shown, plain)
-    assert shown.keys.untyped_storage().data_ptr() == place.keys.untyped_storage().data_ptr()
+    assert shows(shown, place) and not shows(plain, place)
     place.length += 1  # a step has written a token
     plain.update(place.keys[..., TOKENS : TOKENS + 1, :], place.values[..., TOKENS : TOKENS + 1, :])
+    assert shown.get_seq_length() == TOKENS + 1
+    assert shows(shown, place)  # what is asked for every token copies nothing
+    assert same(shown, plain)
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_who_reads_it_gets_a_copy(make: Callable[[], DynamicLayer], name: str) -> None:
+    shown, plain, place = pair(make)
+    read = getattr(shown, name)
+    assert torch.equal(read, getattr(plain, name)) and getattr(shown, name) is read
+    assert type(shown) is type(plain) and not shows(shown, place)
+    place.keys.fill_(9)  # another text
+    place.values.fill_(9)
+    assert torch.equal(read, getattr(plain, name)) and same(shown, plain)
+    read.neg_()
+    getattr(plain, name).neg_()
     assert same(shown, plain)
 
 

@@ -250,6 +250,18 @@ def test_fp4_of_compressed_tensors(tmp_path: Path, kind: str) -> None:
     assert torch.equal(found, compressor.decompress(stored, scheme)["weight"])
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9])  # zero points of eight rows share a word
+def test_zero_points_of_few_rows(tmp_path: Path, rows: int) -> None:
+    weight = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, expected = copies.packed_int(4, 32, symmetric=False)("a.weight", weight)
+    save_file(stored, tmp_path / "a.safetensors")
+    groups = [INT4 | {"symmetric": False}]
+    declared = copies.compressed_tensors_config("pack-quantized", groups)
+    checkpoint = Checkpoint.of([tmp_path / "a.safetensors"], parse_quantization(declared, tmp_path))
+    found = checkpoint.read("a.weight", None, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "writers", "changes"),
     [
@@ -279,6 +291,52 @@ def test_families_as_the_hub_has_them(
     state = opened_by_transformers(quantized).state_dict()
     theirs = {n: state[n].to(value.dtype) for n, value in found.items() if n in state}
     same({name: found[name] for name in theirs}, theirs)
+
+
+@pytest.mark.parametrize("inner", [64, 96])  # H is 64: one shape of scales is that of rows too
+def test_fused_experts_of_fbgemm(tmp_path: Path, inner: int) -> None:
+    """As transformers quantizes Llama 4 (FbgemmFp8Quantize); its own class runs on cards only."""
+    model = make_model("llama4_text", intermediate_size=inner).to(torch.bfloat16)
+    folder = save_model(model, tmp_path / "original")
+    writers = {
+        r"experts\.(gate_up|down)_proj$": copies.fp8_columns,
+        r"self_attn\.\w_proj\.weight$": copies.fp8_rows,
+    }
+    declared = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    quantized, plain = copies.quantized_copy(folder, tmp_path, writers, declared)
+    same(tensors(Source(quantized)), tensors(Source(plain)))
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "FP8", "int4"])
+def test_llama_4_with_experts_apart(tmp_path: Path, stored: str) -> None:
+    """As llm-compressor stores it: each matrix of an expert is a linear."""
+    fused = save_model(make_model("llama4_text").to(torch.bfloat16), tmp_path / "fused")
+    state = {k: v for file in fused.glob("*.safetensors") for k, v in load_file(file).items()}
+    apart: dict[str, Tensor] = {}
+    for key, value in state.items():
+        path, _, name = key.rpartition(".")
+        for expert, matrix in enumerate(value.mT if path.endswith(".experts") else ()):
+            names = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
+            for one, part in zip(names, matrix.chunk(len(names)), strict=True):
+                apart[f"{path}.{expert}.{one}.weight"] = part.contiguous()
+        if not path.endswith(".experts"):
+            apart[key] = value
+    folder = tmp_path / "apart"
+    shutil.copytree(fused, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    save_file(apart, folder / "model.safetensors", metadata={"format": "pt"})
+    if stored == "bfloat16":
+        same(tensors(Source(folder)), tensors(Source(fused)))
+        return
+    kind, args = ("float-quantized", FP8_ROWS) if stored == "FP8" else ("pack-quantized", INT4)
+    writer = copies.fp8_rows if stored == "FP8" else copies.packed_int(4, 32)
+    declared = copies.compressed_tensors_config(kind, [args])
+    quantized, plain = copies.quantized_copy(folder, tmp_path, {copies.EXPERT: writer}, declared)
+    found = tensors(Source(quantized))
+    same(found, tensors(Source(plain)))
+    whole = tensors(Source(fused))
+    assert found.keys() == whole.keys()
+    for name, value in found.items():
+        assert (value - whole[name]).norm() < 0.2 * whole[name].norm(), name
 
 
 def test_shards_may_part_codes_and_scales(model_folder: Folder, tmp_path: Path) -> None:

@@ -236,10 +236,10 @@ def test_the_thread_ends_with_its_source(
 # What goes wrong
 
 
-def test_a_slow_file_is_told(
-    needs: list[Need], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_slow_file_is_told(needs: list[Need], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
     monkeypatch.setattr(read_ahead, "TELL_AFTER", 0.02)
+    monkeypatch.setattr(read_ahead, "announce", lambda name, text: told.append(f"{name}: {text()}"))
     gate = threading.Event()
     read = ReadAhead._read_place
 
@@ -252,13 +252,11 @@ def test_a_slow_file_is_told(
     ahead = ReadAhead(needs, "layer 3 of 61")
     waiting = threading.Thread(target=ahead.wait_for, args=(("5", None),))
     waiting.start()
-    told = ""
-    while "waiting" not in told:
-        told += capsys.readouterr().err
+    until(lambda: bool(told))
     gate.set()
     waiting.join()
-    assert told.startswith("waiting: for layer 3 of 61: file comes at ")
-    assert told.count("waiting") == 1
+    (line,) = told
+    assert line.startswith("waiting: for layer 3 of 61: file comes at ")
 
 
 def test_a_file_that_cannot_be_read_any_more_is_an_error_of_the_work(

@@ -17,6 +17,7 @@ from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.original.dtypes import compute_dtype
 from moepress.original.source import Source
 from tests.conftest import FAMILIES, small_recipe
+from tests.families.models import make_model, save_model
 
 Folder = Callable[..., Path]
 
@@ -189,3 +190,12 @@ def test_what_is_stored_is_of_the_models_dtype_whatever_is_computed_with(
     assert {v.dtype for v in stored.values()} == {torch.uint8, torch.bfloat16}
     for name in (n for n in source.all_names if stored[n].dtype != torch.uint8):
         assert torch.equal(stored[name], source.tensor(name)), name
+
+
+def test_linears_without_weights_are_not_packed(tmp_path: Path) -> None:
+    """Granite keeps them, with no rows, where its config has no shared experts."""
+    model = make_model("granitemoehybrid", shared_intermediate_size=0)
+    source = Source(save_model(model, tmp_path))
+    empty = [name for name in source.all_names if not source.shape(name).numel()]
+    packable = {name for linears in source.packable for name in linears}
+    assert len(empty) == 6 and packable and not packable & set(empty)

@@ -111,6 +111,13 @@ def test_a_damaged_index_is_refused(sharded: Path, weight_map: Any) -> None:
         Source(assign(sharded, weight_map))
 
 
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_weights_in_pickles_are_refused(whole: Path, other: str) -> None:
+    (whole / SINGLE).rename(whole / other)
+    with pytest.raises(InputError, match=r"pytorch_model\*\.bin, .* save_pretrained"):
+        Source(whole)
+
+
 def test_weights_under_a_name_of_the_config_are_refused(whole: Path) -> None:
     (whole / SINGLE).rename(whole / "other.safetensors")
     with pytest.raises(InputError, match="transformers_weights"):

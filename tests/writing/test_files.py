@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import save_json, save_tensors
 from moepress.writing import files
 from moepress.writing.files import check_file, check_place, sweep, write_atomically
-from moepress.writing.ours import is_ours
+from moepress.writing.ours import Content, content_of
 
 
 def test_a_new_file_in_folders_to_be_made(tmp_path: Path) -> None:
-    check_file(tmp_path / "a" / "b" / "new.json")
+    check_file(tmp_path / "a" / "b" / "new.json", "a plan")
     assert not list(tmp_path.iterdir())
 
 
@@ -35,12 +36,33 @@ def _our_tensors(path: Path) -> None:
     save_tensors(path, {"a": torch.zeros(2)}, '{"kind": "moepress scores"}')
 
 
-@pytest.mark.parametrize("make", [_our_json, _our_tensors, Path.touch])
+@pytest.mark.parametrize(
+    ("make", "content"),
+    [(_our_json, "a plan"), (_our_tensors, "scores"), (Path.touch, "a report")],
+)
 def test_a_file_of_ours_or_an_empty_one_may_be_replaced(
-    make: Callable[[Path], None], tmp_path: Path
+    make: Callable[[Path], None], content: Content, tmp_path: Path
 ) -> None:
     make(tmp_path / "out")
-    check_file(tmp_path / "out")
+    check_file(tmp_path / "out", content)
+
+
+@pytest.mark.parametrize(
+    ("make", "content", "says"),
+    [
+        (_our_tensors, "a plan", "holds scores, not a plan"),
+        (_our_tensors, "a calibration", "holds scores, not a calibration"),
+        (_our_json, "an evaluation", "holds a plan, not an evaluation"),
+    ],
+)
+def test_a_file_of_ours_is_not_replaced_by_one_of_another_kind(
+    make: Callable[[Path], None], content: Content, says: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "out")
+    before = (tmp_path / "out").read_bytes()
+    with pytest.raises(InputError, match=says):
+        check_file(tmp_path / "out", content)
+    assert (tmp_path / "out").read_bytes() == before
 
 
 def _text(path: Path) -> None:
@@ -88,13 +110,13 @@ def test_anything_else_is_refused_and_stays(
     make(path)
     before = path.lstat()
     with pytest.raises(InputError, match=says):
-        check_file(path)
+        check_file(path, "a plan")
     assert path.lstat() == before
 
 
 def test_a_device_is_refused_and_stays() -> None:
     with pytest.raises(InputError, match="is a device"):
-        check_file(Path(os.devnull))
+        check_file(Path(os.devnull), "a plan")
     with pytest.raises(CheckpointError, match="no regular file"):
         write_atomically(Path(os.devnull), Path.touch)
     assert not Path(os.devnull).is_file()
@@ -111,7 +133,7 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         (Path("/proc/out"), "cannot be written"),  # a file system that cannot be written to
     ):
         with pytest.raises(InputError, match=says):
-            check_file(path)
+            check_file(path, "a plan")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -175,7 +197,24 @@ def test_sweep_deletes_unfinished_files_only(tmp_path: Path) -> None:
 def test_pages_and_pictures_are_known_by_their_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<!doctype html>\n<title>a: moepress report</title>", encoding="utf-8")
-    assert is_ours(page)
+    assert content_of(page) == "a report"
     page.write_text("<!doctype html>\n<title>moepress and others</title>", encoding="utf-8")
-    assert not is_ours(page)
-    assert not is_ours(tmp_path)  # a folder cannot be read as a file
+    assert content_of(page) is None
+    assert content_of(tmp_path) is None  # a folder cannot be read as a file
+
+
+def test_two_that_write_one_file_at_once_each_write_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def second(to: Path) -> None:
+        to.write_bytes(b"second")
+
+    def first(to: Path) -> None:
+        to.write_bytes(b"first")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(write_atomically, path, second).result()
+        assert path.read_bytes() == b"second"
+
+    write_atomically(path, first)
+    assert path.read_bytes() == b"first"
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]

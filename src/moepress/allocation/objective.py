@@ -73,16 +73,18 @@ def with_unseen_experts(costs: Floats, scores: ExpertScores, recipe: Recipe) -> 
 
     Such an expert has a measured error of 0 at every width, but its cost is unknown, not 0. So that
     it is not the first to be left out, leaving it out gets the cost of leaving out the cheapest
-    other expert of its layer.
+    other expert of its layer, over all texts: on a single one other experts may cost nothing.
     """
     unseen = scores.tokens == 0
     if offered(recipe)[0] != LEFT_OUT or not unseen.any():
         return costs
     costs = costs.copy()
-    seen = np.where(unseen[:, :, None], np.inf, costs[..., 0])  # [..., L, E, 3]
-    cheapest = seen.min(axis=-2, keepdims=True)
-    cheapest = np.where(np.isfinite(cheapest), cheapest, 0.0)  # 0: no token reached the layer
-    costs[..., 0] = np.where(unseen[:, :, None], cheapest, costs[..., 0])
+    gone = costs[..., 0]  # [..., L, E, 3]
+    total = gone.reshape(-1, *gone.shape[-3:]).sum(axis=0)  # [L, E, 3]
+    # If no token reached the layer, this is an unseen expert, of cost 0.
+    cheapest = np.where(unseen[:, :, None], np.inf, total).argmin(axis=1)[:, None]  # [L, 1, 3]
+    like = np.take_along_axis(gone, np.broadcast_to(cheapest, (*gone.shape[:-2], 1, 3)), axis=-2)
+    costs[..., 0] = np.where(unseen[:, :, None], like, gone)
     return costs
 
 

@@ -6,6 +6,7 @@ its stored bytes. The allocator's budget and the estimated size of the folder bo
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -270,9 +271,12 @@ def file_bytes(source: Source, recipe: Recipe, tensors: ModelTensors) -> int:
     scores = 1400 + moe_layers * (16 + experts * (16 + 24 * len(recipe.expert_bits) * arrays))
     scores += sum(len(name) + 4 for name in open_names)
     scores += 8 * len(open_names) * len(tensors.widths) * (1 + len(recipe.calib))
+    # The recipe, with the names of the texts, is in the plan and in the scores.
+    texts = sum(2 * len(json.dumps(name)) + 100 for name, _ in recipe.calib)
     drops = 900 + moe_layers * (drop_bytes(experts_per_token(source.text_config)) + 5)
     copied = [*companions(source.folder).values(), source.folder / "config.json"]
-    return headers + index + entries + plan + scores + drops + sum(p.stat().st_size for p in copied)
+    ours = headers + index + entries + plan + scores + texts + drops
+    return ours + sum(path.stat().st_size for path in copied)
 
 
 def experts_per_token(config: Any) -> int:

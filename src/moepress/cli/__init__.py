@@ -79,6 +79,8 @@ def main() -> None:
 def _in_utf8() -> None:
     """Take words and paths as UTF-8 under any locale; escape what a terminal cannot show.
 
+    What is typed and cannot be read is replaced by U+FFFD.
+
     Python itself does so in the C locale, unless PYTHONUTF8=0. Words are then ASCII with what is
     not in it escaped, which libraries cannot open: start again, in UTF-8.
     """
@@ -87,6 +89,8 @@ def _in_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def _debug_first(words: list[str]) -> list[str]:

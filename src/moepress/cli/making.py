@@ -118,7 +118,7 @@ def calibrate(
     chosen = recipe_of(
         recipe, calib=calib, sequences=sequences, sequence_length=sequence_length, seed=seed
     )
-    check_file(out)
+    check_file(out, "a calibration")
     run(Source(model, device_to_compress(device, model), trust_remote_code), chosen).save(out)
     typer.echo(out)
 
@@ -185,7 +185,7 @@ def allocate(
     from moepress.recipe import parse_widths
     from moepress.writing.files import check_file
 
-    check_file(out)
+    check_file(out, "a plan")
     measured = ExpertScores.load(scores)
     widths = {"expert_bits": parse_widths(expert_bits)} if expert_bits is not None else {}
     wanted = recipe_of(recipe, bits=bits, bpw=bpw, size=size, over=over)

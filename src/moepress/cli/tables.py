@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
@@ -17,6 +18,7 @@ from moepress.estimate import duration, size_text
 from moepress.evaluation.tables import evaluation_tables
 
 MOST_ROWS = 40  # of a list inside a description
+LEAST = 0.01  # numbers below it are shown with three digits: costs and KL may be small
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -25,7 +27,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     The first column is left-aligned, the others right-aligned.
     """
     cells = [[_cell(value) for value in row] for row in rows]
-    return _drawn(columns, cells) if sys.stdout.isatty() else _plain(columns, cells)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: `>&-` closes it
+    return _drawn(columns, cells) if on_terminal else _plain(columns, cells)
 
 
 def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -71,7 +74,7 @@ def proposal_table(result: Mapping[str, Any]) -> str:
     least = budgets[-1]["predicted_loss"]
     rows = [
         [
-            f"{row['bits']:.2f}",
+            f"{math.ceil(round(row['bits'] * 100, 6)) / 100:.2f}",  # up: the smallest is possible
             row["bits_per_weight"],
             row["folder_bytes"],
             row["predicted_loss"],
@@ -91,10 +94,15 @@ def proposal_table(result: Mapping[str, Any]) -> str:
             lines.append(f"{name}: not even the smallest fits. Offer smaller --expert-bits.")
         else:
             lines.append(
-                f"{name}: the best that fits is --bits {best['budget']:g}, "
+                f"{name}: the best that fits is --bits {_exact(best['budget'])}, "
                 f"{best['folder_bytes']:,} bytes. Add it to the same command."
             )
     return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _exact(number: float) -> str:
+    """A number with as many digits as it takes: the smallest budget must not be rounded down."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def estimate_table(result: Mapping[str, Any]) -> str:
@@ -179,4 +187,6 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) >= LEAST or not value else f"{value:.3g}"

@@ -53,6 +53,9 @@ def doctor(
     """
     from moepress.doctor import doctor as run
     from moepress.doctor import format_report
+    from moepress.format.quantization import quantization_of
 
+    if folder is not None:
+        quantization_of(folder)  # raises for another folder, which is no fault of this machine
     report = run(folder, memory_size(memory) or "fit", gpu_memory_size(gpu_memory), kernels)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))

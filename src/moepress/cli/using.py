@@ -80,7 +80,7 @@ def evaluate(
     from moepress.writing.files import check_file
 
     if out is not None:
-        check_file(out)
+        check_file(out, "an evaluation")
     result = run(
         model,
         text,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.costs.texts import Texts
+from moepress.original.architectures import reads_experts
 from moepress.original.walk import Walk
 from moepress.recipe import fallback_width
 from moepress.rounding.factor import Factor
@@ -33,24 +34,33 @@ def score_linears(
     rounding: Rounding,
     sensitivity: Mapping[str, Tensor],
     texts: Texts,
+    experts_output: Tensor | None = None,
 ) -> Tensor:
     """Cost [M, D, W] float64 of each open linear of a layer on each text, at each width.
 
     Args:
         modules: the open linears, by parameter name.
         sensitivity: s [T] of each linear's output, by parameter name.
+        experts_output: [T, H] of the layer's routed experts: the linears that read it are scored;
+            None: all others are. The costs of those that are not scored are 0.
     """
+    after = experts_output is not None
+    scored = {name: module for name, module in modules.items() if reads_experts(name) == after}
     if rounding.draws and walk.source.device.type == "cuda":  # while the card gathers Hessians
-        for name, module in modules.items():
+        for name, module in scored.items():
             draw_ahead(module.weight.shape, rounding.tokens.seed, name)
     factors: dict[str, Factor] = {}
     larger: dict[str, Tensor | None] = {}
-    for names, inputs in linear_inputs(walk, layer, modules, rounding.family):
+    for names, inputs in linear_inputs(
+        walk, layer, scored, rounding.family, experts_output=experts_output
+    ):
         factor = inputs.factor(rounding.damping)
         factors |= dict.fromkeys(names, factor)
         larger |= dict.fromkeys(names, held_out(factor, inputs.tokens) if rounding.draws else None)
     costs = torch.zeros(len(modules), texts.count, len(widths), dtype=torch.float64)
     for row, name in enumerate(modules):
+        if name not in scored:
+            continue
         s = sensitivity.get(name, torch.zeros(0)).double()
         if len(s) != len(texts.of_token) or not s.sum() > 0:
             fallback = _fallback_only(name, widths)

@@ -39,7 +39,7 @@ from moepress.costs.kept_states import KeptStates, states_file
 from moepress.draws import drawn_tokens, gumbel_noise
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import Writer
-from moepress.format.journal import STATES_EVERY, check_identity
+from moepress.format.journal import IDENTITY_FILE, STATES_EVERY, check_identity
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.backward import BackwardWalk, Gradient, as_leaves, outputs_as_leaves
 from moepress.original.batches import position_chunks
@@ -124,7 +124,7 @@ def _unfinished(folder: Path, identity: Mapping[str, str], loop: Loop, count: in
 
     What only finished ones needed is deleted.
     """
-    check_identity(folder / "identity.json", identity)
+    check_identity(folder / IDENTITY_FILE, identity)
     todo = loop.whole([n for n in range(count) if not result_file(folder, n).is_file()])
     if todo:
         after = range(todo[-1] + 1, count + 1)

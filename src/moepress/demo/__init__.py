@@ -27,6 +27,9 @@ def demo(out: str | Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
 
     Returns:
         {"models": a row for the original and one for the compressed model, "prompt", "seconds"}.
+
+    Raises:
+        InputError: `out` cannot be written, or holds other files or another model.
     """
     from moepress.allocation.plan import BitAllocation
     from moepress.compress import compress
@@ -34,8 +37,11 @@ def demo(out: str | Path | None = None, *, bits: float = 2.5) -> dict[str, Any]:
     from moepress.format.checkpoint import EVALUATION, PLAN, folder_bytes, temporary_folder
     from moepress.generate import generate
     from moepress.original.source import Source
+    from moepress.work import check_output
 
     started = time.monotonic()
+    if out is not None:
+        check_output(Path(out))
     with temporary_folder(None if out is None else Path(out)) as folder:
         made = compress(
             MODEL,

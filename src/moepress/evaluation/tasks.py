@@ -37,9 +37,12 @@ def find_tasks(asked: Sequence[str], include_path: str | Path | None = None) -> 
         lm-eval's task manager, and the names of the tasks.
 
     Raises:
-        InputError: lm-eval is not installed, the folder is missing, or a task does not exist.
+        InputError: no task is named, lm-eval is not installed, the folder is missing, or a task
+            does not exist.
     """
     names = task_names(asked)
+    if not names:
+        raise InputError(f"No task is named in {list(asked)}. Expected some, such as piqa,gsm8k.")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -54,6 +54,7 @@ EVALUATION = "moepress_evaluation.json"
 REPORT = "moepress_report.html"
 NOT_COUNTED = (CHECKSUMS, EVALUATION, REPORT)
 INDEX = "model.safetensors.index.json"
+WORK = ".moepress"  # the work folder inside an unfinished folder; others begin with this
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = None) -> None:
@@ -210,6 +211,10 @@ def shard_name(layer: int | None) -> str:
     return "model-rest.safetensors" if layer is None else f"model-layer-{layer:04d}.safetensors"
 
 
+# What `shard_name` and `copied_name` give.
+SHARDS = ("model-rest.safetensors", "model-layer-*.safetensors", "model-copied-*.safetensors")
+
+
 def copied_name(number: int) -> str:
     """File name of a shard of a composite's tensors outside its language model."""
     return f"model-copied-{number:04d}.safetensors"
@@ -339,6 +344,20 @@ def is_compressed(folder: Path) -> bool:
         return False
     declared = config_fields(folder).get("quantization_config")
     return isinstance(declared, dict) and declared.get("quant_method") == QUANT_METHOD
+
+
+def not_a_model(folder: Path, expected: str) -> InputError:
+    """The error of a folder that is not what was expected, or not yet: unfinished work.
+
+    Args:
+        expected: what the folder is not, and what was expected.
+    """
+    if not os.path.lexists(folder / CONFIG) and any(folder.glob(f"{WORK}*/")):
+        return InputError(
+            f"{folder} is unfinished: its config.json is written last. Run the command that makes "
+            "it once more, to go on with it."
+        )
+    return InputError(f"{folder} {expected}")
 
 
 def _write_text(path: Path, text: str) -> None:

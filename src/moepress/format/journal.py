@@ -16,13 +16,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.format.checkpoint import Writer, load_json, save_json, save_tensors
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.ranks import here
 from moepress.reading.documents import parse_value
 
 STATES_EVERY = 60.0  # seconds between states that a card leaves on disk
+IDENTITY_FILE = "identity.json"
 IDENTITY: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
@@ -57,7 +58,7 @@ class Journal:
         self._writer = Writer(device, self._write)
         self._every = STATES_EVERY if device is not None and device.type == "cuda" else 0.0
         self._written = time.monotonic()  # when states were last written
-        here().agreed(lambda: check_identity(folder / "identity.json", identity))
+        here().agreed(lambda: check_identity(folder / IDENTITY_FILE, identity))
 
     def done(self, layer: int) -> bool:
         """Whether a layer is finished."""
@@ -137,31 +138,40 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:04d}.safetensors"
 
 
-def check_identity(path: Path, identity: Mapping[str, str]) -> None:
+def check_identity(path: Path, identity: Mapping[str, str], output: Path | None = None) -> None:
     """Write the identity of work to `path`, or compare it with the one that is there.
+
+    Args:
+        output: what to delete to start over; None: the folder of `path`.
 
     Raises:
         InputError: the file has another identity.
+        FileError: it is damaged.
     """
     if not path.is_file():
         save_json(path, dict(identity))
         return
-    compare_identity(path, identity)
+    compare_identity(path, identity, output)
 
 
-def compare_identity(path: Path, identity: Mapping[str, str]) -> None:
+def compare_identity(path: Path, identity: Mapping[str, str], output: Path | None = None) -> None:
     """Compare the identity of work with the one in the file `path`, if there is one.
 
-    Raises:
-        InputError: the file has another identity.
+    Arguments and errors: as of `check_identity`.
     """
     if not path.is_file():
         return
-    found = parse_value(IDENTITY, load_json(path), f"{path}", "Delete its folder to start over.")
+    start_over = f"delete {output or path.parent} to start over."
+    try:
+        found = parse_value(IDENTITY, load_json(path), f"{path}", "")
+    except FileError as error:
+        raise FileError(
+            f"{path} is damaged: it does not say whose unfinished work is beside it. Restore it, "
+            f"or {start_over}"
+        ) from error
     differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
     if differs:
         raise InputError(
             f"{path.parent} holds unfinished work that differs in: {', '.join(differs)}. "
-            "Continue it with what it was started with, choose another output, or delete that "
-            "folder to start over."
+            f"Continue it with what it was started with, choose another output, or {start_over}"
         )

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import check_version, is_compressed
+from moepress.errors import FileError
+from moepress.format.checkpoint import check_version, is_compressed, not_a_model
 from moepress.format.codec import PackedSpec
 from moepress.reading.config import config_fields
 from moepress.reading.documents import Document, parse
@@ -82,7 +82,7 @@ def quantization_of(folder: Path) -> Quantization:
         FileError: config.json is damaged.
     """
     if not is_compressed(folder):
-        raise InputError(f"{folder} is not a folder made by moepress. Expected one with a config.")
+        raise not_a_model(folder, "is not a folder made by moepress. Expected one with a config.")
     return Quantization.of(config_fields(folder)["quantization_config"], str(folder))
 
 

@@ -69,6 +69,8 @@ from moepress.store.memory import (
     wanted,
 )
 
+MOST_THREADS = 1024  # OpenMP fails without a message where it cannot start as many as it is told
+
 
 class MoePressConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
     """The `quantization_config` of a compressed folder's config.json (docs/format.md).
@@ -302,12 +304,12 @@ def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads; None: leave it as it is.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or so many that the process may crash.
     """
     if threads is None:
         return
-    if threads < 1:
-        raise InputError(f"threads is {threads}. Expected at least 1.")
+    if not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads is {threads}. Expected at least 1 and at most {MOST_THREADS}.")
     torch.set_num_threads(threads)
 
 

@@ -14,6 +14,7 @@ from moepress.original.composite import decoder
 from moepress.prune import ACTIVE, Pruned
 
 OURS = ("moepress", "transformers")  # packages whose hooks compute, or act only where asked
+SETTING = (bool, int, float, str)  # types of what `state_of` compares
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of torch
 
 
@@ -44,26 +45,44 @@ def _hooked(model: Any) -> bool:
     """Whether somebody watches or changes what modules inside of a model compute."""
     if any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS):
         return True
+    replaced = (vars(module).get("forward") for module in model.modules())
+    # functools.wraps gives anybody's function the module of what it replaces; a class has its own.
+    if any(
+        forward is not None and not _is_from(forward, OURS[:1]) and not _is_from(type(forward))
+        for forward in replaced
+    ):
+        return True
     hooks = (
         hook
         for module in model.modules()
         if module is not model  # its own hooks are called, as ever
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     )
-    return any(not str(getattr(hook, "__module__", "")).startswith(OURS) for hook in hooks)
+    return any(not _is_from(hook) for hook in hooks)
+
+
+def _is_from(function: Any, packages: tuple[str, ...] = OURS) -> bool:
+    """Whether a function, or a class of them, is defined in one of some packages."""
+    return str(getattr(function, "__module__", "")).startswith(packages)
 
 
 def state_of(model: Any) -> Any:
-    """What a graph has taken from a model: weights, precision, pruning, threads."""
+    """What a graph has taken from a model: weights, precision, pruning, threads, settings."""
     kind = model.device.type
+    modules = list(model.modules())
+    configs = {id(config): config for m in modules if (config := vars(m).get("config")) is not None}
     return (
         _pruned(model),
         torch.get_num_threads(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        model.config._attn_implementation,
         tuple((t.data_ptr(), t.dtype, t.shape) for t in (*model.parameters(), *model.buffers())),
-        tuple(getattr(module, "activation_bits", None) for module in model.modules()),
+        tuple(_settings(owner) for owner in (*modules, *configs.values())),
     )
+
+
+def _settings(owner: Any) -> tuple[tuple[str, Any], ...]:
+    """Attributes of a module or a config that Python code reads, such as a router's `top_k`."""
+    return tuple((name, v) for name, v in vars(owner).items() if isinstance(v, SETTING))
 
 
 def _pruned(model: Any) -> Pruned | None:

@@ -158,8 +158,9 @@ class CapturedSteps:
         return self._plain is not None and threading.get_ident() == self._thread
 
     def _whole(self, call: Call) -> bool:
-        """Whether a call's text is without padding. Asks the card once for each text."""
-        if self._text is not None and self._text.goes_on(call):
+        """Whether a call's text is without padding. Asks a card once for each text."""
+        waits = call.mask is not None and not call.mask.is_cpu
+        if self._text is not None and self._text.goes_on(call) and (waits or call.mask is None):
             return True
         if not begun(call.cache):
             return False

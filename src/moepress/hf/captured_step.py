@@ -15,7 +15,9 @@ from moepress.hf.cuda_graph import Graph, numbers_made_there
 from moepress.hf.fixed_cache import FixedCache
 
 PASSED_ON = {"use_cache", "return_dict", "logits_to_keep"}  # options of a step that may be set
-UNUSED = {"tokenizer"}  # `generate` passes it on to models, which do not use it
+# `generate` passes them on to models, which do not use them: the kind of the token (image or text)
+# only says where it stands, and a call has that already.
+UNUSED = {"tokenizer", "mm_token_type_ids"}
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Graph]
 
@@ -53,7 +55,7 @@ class Call:
         ):
             return None
         cache = given.pop(names[0])
-        if type(cache) is not DynamicCache or cache.offloading:
+        if type(cache) is not DynamicCache or cache.offloading or _keeps_past(cache):
             return None
         if not given.keys() <= PASSED_ON:
             return None
@@ -64,6 +66,11 @@ class Call:
         """What is constant in a graph."""
         positions = self.positions
         return self.name, self.options, positions.shape, positions.dtype, self.ids.dtype
+
+
+def _keeps_past(cache: DynamicCache) -> bool:
+    """Whether layers keep more than they need, to be cropped: for prompt lookup or an assistant."""
+    return any(getattr(layer, "record_past", False) for layer in cache.layers)
 
 
 class Text:

@@ -86,8 +86,8 @@ class FixedAttention(StaticLayer):  # type: ignore[misc]  # transformers is unty
 
     def __init__(self, like: DynamicLayer, room: int, position: Position) -> None:
         super().__init__(max_cache_len=room)
-        if not like.is_initialized or getattr(like, "record_past", False) or like.keys.dim() != 4:
-            raise UnfitError("a layer without keys, or one that keeps more than its window")
+        if not like.is_initialized or like.keys.dim() != 4:
+            raise UnfitError("a layer without keys")
         if like.get_seq_length() != position.tokens:
             raise UnfitError("layers with other numbers of tokens than others")
         self.is_sliding = like.is_sliding
@@ -158,8 +158,8 @@ class FixedState(LinearAttentionLayer):  # type: ignore[misc]
     def __init__(self, like: LinearAttentionLayer, room: int, position: Position) -> None:
         super().__init__(number_of_states=like.number_of_states)
         known = set(like.has_previous_state.values())
-        if like.record_past or len(known) > 1:
-            raise UnfitError("a layer with some of its states, or one that keeps past ones")
+        if len(known) > 1:
+            raise UnfitError("a layer with some of its states")
         if known == {True}:
             self.device, self.dtype = like.device, like.dtype
         for name in ABOUT_STATES:

@@ -2,9 +2,9 @@
 
 After a replayed step the growing cache has to be whole: any other call may go on with it, and
 anyone may read it. To write that into every layer for every token would take longer than all else
-that Python does for the token. So a layer gets another class for the time: one whose keys and
-values are looked up where they lie when somebody reads them. Whoever sets them, as `update` and
-`crop` do, gets a layer of the former class with tensors of its own.
+that Python does for the token. So a layer gets another class for the time: one that knows where its
+tokens lie. Whoever reads or sets its keys and values, as `update` and `crop` do, gets a layer of
+the former class with tensors of its own: what was read stays as it is, whatever comes next.
 """
 
 from __future__ import annotations
@@ -40,25 +40,29 @@ class Shown(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
         """The first token that the layer holds."""
         return 0
 
+    def _copy(self, held: Tensor) -> Tensor:
+        """Of keys or values of the place, those that the layer holds."""
+        return held[..., self._first() : self._place.length, :].clone()
+
     @property
     def keys(self) -> Tensor:
-        return self._place.keys[..., self._first() : self._place.length, :]
+        release(self)
+        return self.keys  # its class is the former one
 
     @keys.setter
     def keys(self, value: Tensor) -> None:
-        held = self._place.keys
         release(self)
-        self.keys = _apart(value, held)  # its class is the former one
+        self.keys = value
 
     @property
     def values(self) -> Tensor:
-        return self._place.values[..., self._first() : self._place.length, :]
+        release(self)
+        return self.values
 
     @values.setter
     def values(self, value: Tensor) -> None:
-        held = self._place.values
         release(self)
-        self.values = _apart(value, held)
+        self.values = value
 
     def get_seq_length(self) -> int:
         return self._place.length
@@ -128,13 +132,6 @@ def release(layer: DynamicLayer) -> None:
         layer.__dict__.update(fields)
 
 
-def _apart(value: Any, held: Tensor) -> Any:
-    """A tensor or None, without a share in a place: `crop` sets a part of what it reads."""
-    if value is None or value.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
-        return value
-    return value.clone()
-
-
 def _layer(kind: type[DynamicLayer], fields: dict[str, Any]) -> DynamicLayer:
     layer: DynamicLayer = object.__new__(kind)
     layer.__dict__.update(fields)
@@ -144,7 +141,8 @@ def _layer(kind: type[DynamicLayer], fields: dict[str, Any]) -> DynamicLayer:
 def _own_fields(layer: Shown) -> dict[str, Any]:
     """The fields of a layer of the former class, with a copy of the tokens."""
     fields = {name: v for name, v in vars(layer).items() if name not in ("_place", "_former")}
-    fields |= {"keys": layer.keys.clone(), "values": layer.values.clone()}
+    place = layer._place
+    fields |= {"keys": layer._copy(place.keys), "values": layer._copy(place.values)}
     if isinstance(layer, ShownWindow):
         fields["cumulative_length"] = layer.cumulative_length
     return fields

@@ -38,6 +38,10 @@ ROLES: tuple[tuple[str, str | None], ...] = (
     (r"", "attention"),  # every other linear mixes tokens: attention, linear attention, Mamba
 )
 
+# Linears whose inputs are the sum of the routed experts' outputs: they lead from a latent space, in
+# which the experts compute, back to the states. They are measured and rounded after the experts.
+READS_EXPERTS = re.compile(r"(^|\.)(fc2_latent_proj|post_expert_proj)(\.weight)?$")
+
 
 class Bias(NamedTuple):
     """The biases of one matrix of every expert, which are stored in the order of its rows."""
@@ -159,6 +163,11 @@ def find_experts(model: Any) -> dict[int, Experts]:
             f"{sorted(shapes)}. Expected the same in every layer; not supported yet."
         )
     return found
+
+
+def reads_experts(name: str) -> bool:
+    """Whether a linear, by its path or its weight's name, reads the routed experts' outputs."""
+    return READS_EXPERTS.search(name) is not None
 
 
 def linear_role(path: str, in_moe_layer: bool) -> str | None:

@@ -15,8 +15,10 @@ gradients of the loss at y, h, w and x are
                                                              g_x = g_y * df_e/dx
                                                              g_h = sum_e w_e g_x
                                                              g_w,e = <g_x, h>
-    3. run the layer again with y as a constant;             g_x = g_out * d(out)/dx
+    3. run the layer again with y as a leaf;                 g_x = g_out * d(out)/dx
        backpropagate from out, h and w                             + g_h * dh/dx + g_w * dw/dx
+
+Step 3 backpropagates to y again, for the gradients at linears between y and out.
 
 Values that layers hand on beside their states (carried.py) are outputs and inputs like `out` and x.
 So are arguments that the model computes from the embedding for each layer (gemma4): the gradient at
@@ -233,9 +235,10 @@ class BackwardWalk:
                         outputs.append(tensor)
                         at_outputs.append(at_tensor[run.tokens].to(tensor).view_as(tensor))
                 leaves = [value for value in run.carried.values() if value.requires_grad]
-                found, *at_carried = _gradients(outputs, [run.x], at_outputs, layer, leaves)
+                also = leaves if run.y is None else [*leaves, run.y]
+                found, *at_others = _gradients(outputs, [run.x], at_outputs, layer, also)
                 self.gradient.states[run.batch] = found
-                before.add_carried(run.batch, run.carried, at_carried)
+                before.add_carried(run.batch, run.carried, at_others[: len(leaves)])
         self.gradient.carried = before.carried
         return {name: on_host(found) for name, found in norms.items() if found}
 
@@ -264,7 +267,7 @@ class BackwardWalk:
                 h: Tensor, _: Tensor, w: Tensor, tokens: slice = tokens, seen: list[Tensor] = seen
             ) -> Tensor:
                 assert output is not None  # replaced only where there are experts
-                y = output[tokens].to(h, copy=True).requires_grad_(to_experts)
+                y = output[tokens].to(h, copy=True).requires_grad_()
                 seen.extend((y, h, w))
                 return y * 1  # the layer may change it in place, which a leaf does not allow
 

@@ -8,6 +8,7 @@ to one parameter at a time, or to one expert of a parameter.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from moepress.errors import FileError
 from moepress.original.architectures import Experts
+
+# A tensor of one expert of Llama 4, in files whose experts are separate linears.
+SEPARATE = re.compile(r"feed_forward\.experts\.\d+\.gate_proj\.weight$")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Conversion:
         mapping = get_model_conversion_mapping(model) or []
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         listed = [m for m in mapping if isinstance(m, WeightConverter)]
+        listed += _of_separate_experts(model, keys)
         state = model.state_dict()
         pieces: dict[str, list[Piece]] = defaultdict(list)
         unused = []
@@ -232,3 +237,32 @@ class Conversion:
                 if name in {first.replace(targets[0], target) for target in targets[1:]}:
                     return first
         raise FileError(f"{self.folder} has no tensor for {name}. Fetch the model again.")
+
+
+def _of_separate_experts(model: Any, keys: Collection[str]) -> list[Any]:
+    """Converters for Llama 4 with an expert's matrices as linears of their own.
+
+    llm-compressor stores quantized models like that (Meta's FP8 Maverick); transformers' class has
+    them fused and transposed, and no conversion.
+    """
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        Transpose,
+        WeightConverter,
+    )
+
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "Llama4TextExperts" not in kinds or not any(SEPARATE.search(key) for key in keys):
+        return []
+    path, merged, transposed = "feed_forward.experts", MergeModulelist(dim=0), Transpose(1, 2)
+    return [
+        WeightConverter(
+            [f"{path}.*.gate_proj.weight", f"{path}.*.up_proj.weight"],
+            f"{path}.gate_up_proj",
+            operations=[merged, Concatenate(dim=1), transposed],
+        ),
+        WeightConverter(
+            f"{path}.*.down_proj.weight", f"{path}.down_proj", operations=[merged, transposed]
+        ),
+    ]

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import QUANTIZATION_FIELDS
+from moepress.format.checkpoint import QUANTIZATION_FIELDS, not_a_model
 from moepress.original.arriving import growing, missing_files, what_to_do
 from moepress.original.companions import FETCHED
 from moepress.original.quantized.config import PARTS, read_quantization
@@ -45,17 +45,24 @@ def resolve(name: str | Path) -> Path:
     Code that the model brings is fetched with it, and not run.
 
     Raises:
-        InputError: there is no such folder, or it may not be read, and the hub has no such model.
+        InputError: there is no such folder, and the hub has no such model; or it may not be read,
+            has no config.json, or is unfinished.
     """
     folder = Path(name)
     try:
-        if folder.is_dir():
-            if os.access(folder, os.R_OK | os.X_OK):
-                return folder
-            raise InputError(f"The model folder {name} may not be read: change its permissions.")
+        if folder.is_dir() and str(name):  # "" is no name of this folder
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise InputError(
+                    f"The model folder {name} may not be read: change its permissions."
+                )
+            if not os.path.lexists(folder / CONFIG):
+                raise not_a_model(folder, "has no config.json. Expected a model folder.")
+            return folder
         exists = folder.exists()
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise InputError(f"No model folder {name}: {error.strerror}. Check the path.") from error
+    if not str(name):
+        raise InputError("The name of the model is empty. Give a folder, or a hub id.")
     if exists or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise InputError(f"No model folder {name}. Give a folder with config.json, or a hub id.")
     from huggingface_hub import snapshot_download
@@ -84,11 +91,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: run code in the folder, if transformers has no class for the model.
 
     Raises:
-        InputError: there is none, transformers cannot read it, it needs code that is not trusted,
-            or the model is quantized in a way that moepress does not read.
+        InputError: transformers cannot read it, it needs code that is not trusted, or the model is
+            quantized in a way that moepress does not read.
     """
-    if not (folder / CONFIG).exists():
-        raise InputError(f"{folder} has no config.json. Expected a transformers model folder.")
     read_quantization(folder)  # before transformers, which knows fewer reasons
     config = config_of(folder, trust_remote_code)
     for part in (config, *(getattr(config, name, None) for name in PARTS)):
@@ -122,7 +127,7 @@ def find_weights(folder: Path) -> WeightFiles:
         if not single.exists():
             raise InputError(
                 f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors. "
-                + what_to_do(folder)
+                + (what_to_do(folder) or _other_weights(folder))
             )
         return WeightFiles((_checked(single),), {})
     assigned = _read_index(index)
@@ -136,6 +141,16 @@ def find_weights(folder: Path) -> WeightFiles:
     if missing:
         raise FileError(missing_files(folder, missing, INDEX))
     return WeightFiles(tuple(_checked(folder / name) for name in names), assigned)
+
+
+def _other_weights(folder: Path) -> str:
+    """What to do with weights in PyTorch's own files, if the folder has them."""
+    if not any(folder.glob("pytorch_model*.bin")):
+        return "Give the folder that has them."
+    return (
+        "It has pytorch_model*.bin, which may run code when they are opened. If you trust them, "
+        "open the folder with transformers and write it again with save_pretrained."
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -191,6 +191,7 @@ class Source:
                 f"{self.layer_paths[index]}.{path}.weight": module
                 for path, module in layer.named_modules()
                 if type(module) is nn.Linear
+                and module.weight.numel()  # none in Granite without shared experts
                 and linear_role(path, index in self.experts) is not None
                 and self.has_models_dtype(f"{self.layer_paths[index]}.{path}.weight")
                 and fitting_group_size(module.in_features, GROUP_SIZES[0]) is not None

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -185,14 +184,18 @@ class Walk(Sequences):
         layer: int,
         before: Callable[[int], None] | None = None,
         after: Callable[[], None] | None = None,
+        experts_output: Tensor | None = None,
     ) -> None:
-        """Run a layer only to trigger hooks: experts return zeros, states stay as they are.
+        """Run a layer only to trigger hooks: states stay as they are.
 
         Args:
             before: called with the number of each batch before that batch runs.
             after: called as often on all ranks, after each batch or in its place.
+            experts_output: [T, H] what the experts return; None: zeros.
         """
-        with self._without_experts(layer):
+        experts = self.experts_module(layer) if layer in self.source.experts else None
+        give = _zeros if experts_output is None else _in_turn(experts_output)
+        with replaced_forward(experts, give):
             numbers = iter(range(len(self.batches)))
             for together in self.division.rounds:
                 if self.ranks.rank < len(together):
@@ -215,16 +218,7 @@ class Walk(Sequences):
             Sum of squares of the new states of all ranks, the energy of the residual stream; of a
             loop's passes the mean.
         """
-        done = 0
-
-        def finished(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            nonlocal done
-            assert experts_output is not None  # replaced only where there are experts
-            rows = experts_output[done : done + len(x)]
-            done += len(x)
-            return rows.to(x)
-
-        return self._advance(layer, None if experts_output is None else finished)
+        return self._advance(layer, None if experts_output is None else _in_turn(experts_output))
 
     def _advance(self, layer: int, give: ExpertsForward | None) -> float:
         """`advance`, with what stands in place of the experts; None: the layer has none."""
@@ -443,8 +437,20 @@ class Walk(Sequences):
         module: nn.Module = self.source.model.get_submodule(self.source.experts[layer].path)
         return module
 
-    @contextmanager
-    def _without_experts(self, layer: int) -> Iterator[None]:
-        experts = self.experts_module(layer) if layer in self.source.experts else None
-        with replaced_forward(experts, lambda x, *_: torch.zeros_like(x)):
-            yield
+
+def _in_turn(output: Tensor) -> ExpertsForward:
+    """Experts whose outputs are known: the rows [T, H], one call after the other."""
+    done = 0
+
+    def give(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        nonlocal done
+        rows = output[done : done + len(x)]
+        done += len(x)
+        return rows.to(x)
+
+    return give
+
+
+def _zeros(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts that return zeros."""
+    return torch.zeros_like(x)

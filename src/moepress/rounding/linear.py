@@ -36,6 +36,7 @@ def linear_inputs(
     modules: Mapping[str, nn.Module],
     family: str,
     original: Walk | None = None,
+    experts_output: Tensor | None = None,
 ) -> list[SharedInputs]:
     """Statistics of the inputs of a loaded layer's linears, before any of them is rounded.
 
@@ -50,6 +51,8 @@ def linear_inputs(
         family: of the codecs that they are rounded to.
         original: a walk of the original model that has come to the same layer; None: no correction
             is gathered.
+        experts_output: [T, H] of the layer's routed experts, for linears that read it
+            (`architectures.reads_experts`); None: for others. Then `original` must be None.
 
     Raises:
         MoepressError: the layer never calls one of the linears.
@@ -88,7 +91,7 @@ def linear_inputs(
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         if modules:
-            walk.run_for_hooks(layer, run_original, gathering.end_batch)
+            walk.run_for_hooks(layer, run_original, gathering.end_batch, experts_output)
             gathering.finish()
     owners = walk.ranks.agreed(lambda: owners)
     if never_called := sorted(modules.keys() - owners.keys()):

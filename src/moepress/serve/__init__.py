@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from moepress.errors import InputError, MoepressError
-from moepress.format.checkpoint import is_compressed, load_json
+from moepress.format.checkpoint import is_compressed, load_json, not_a_model
 from moepress.generation import left_aside
 from moepress.hf import load_model, no_progress_bars, set_threads
 from moepress.kernels.reference import check_activation_bits
@@ -157,7 +157,7 @@ def check_servable(folder: str | Path) -> Path:
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json. Expected a model folder.")
+        raise not_a_model(path, "has no config.json. Expected a model folder.")
     if not load_json(path / "config.json").get("architectures"):
         raise InputError(
             f"config.json of {folder} names no architectures. The server needs the name of the "

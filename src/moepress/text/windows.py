@@ -171,12 +171,18 @@ def divide(total: int, weights: Sequence[float]) -> list[int]:
     """Divide `total` into whole shares by weight (largest remainder), each at least 1.
 
     Raises:
-        InputError: `total` is smaller than the number of shares.
+        InputError: `total` is smaller than the number of shares, or the weights add up to
+            infinity.
     """
     if total < len(weights):
         raise InputError(
             f"{len(weights)} texts share {total} sequences. Expected at least one for each: raise "
             "--sequences or give fewer texts."
+        )
+    if not math.isfinite(total * sum(weights)):
+        raise InputError(
+            f"The weights of the texts, {', '.join(f'{weight:g}' for weight in weights)}, are too "
+            "large to be added. Expected smaller ones: only their ratios matter."
         )
     quotas = [total * weight / sum(weights) for weight in weights]
     shares = [max(1, math.floor(quota)) for quota in quotas]
@@ -192,8 +198,10 @@ def _check_request(texts: Sequence[tuple[str, float]], length: int) -> None:
     if not names:
         raise InputError("No text is given. Expected at least one.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"Text {twice[0]} is given twice. Give it once, with a larger weight.")
+        raise InputError(f"Text {twice[0]} is given twice. Give it once.")
     for name, weight in texts:
+        if not name:
+            raise InputError("The name of a text is empty. Give a file or another text.")
         if not 0 < weight < math.inf:
             raise InputError(f"Text {name} has weight {weight}. Expected a number above 0.")
     if length < 2:

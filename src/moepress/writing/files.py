@@ -12,20 +12,23 @@ from pathlib import Path
 
 from moepress.errors import CheckpointError, InputError
 from moepress.reading.files import kind_of_file
-from moepress.writing.ours import is_ours
+from moepress.writing.ours import Content, content_of
 
 PARTIAL = ".moepress-partial"  # how the names of unfinished files end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the size of a file
 
 
-def check_file(path: Path) -> None:
-    """Check, before any work, that `path` can be written: it is new, empty, or a file of ours.
+def check_file(path: Path, content: Content) -> None:
+    """Check, before any work, that `path` can be written: it is new, empty, or one of the same.
 
     Missing folders are made when it is written.
 
+    Args:
+        content: what will be written. Another file of moepress, which may have taken hours, stays.
+
     Raises:
-        InputError: it is a folder, a link, a device or a file that moepress did not make, or its
-            folder cannot be written.
+        InputError: it is a folder, a link, a device or a file of anything else, or its folder
+            cannot be written.
     """
     found = _mode(path)
     if found is not None:
@@ -36,10 +39,12 @@ def check_file(path: Path) -> None:
                 f"{path} is {kind_of_file(found)}. Expected the name of a file that is new or that "
                 "moepress wrote."
             )
-        if not is_ours(path):
+        held = content_of(path)
+        if held != content and path.stat().st_size:
+            what = "was not made by moepress" if held is None else f"holds {held}, not {content}"
             raise InputError(
-                f"{path} exists and was not made by moepress, so it is not replaced. Choose "
-                "another name, or delete that file."
+                f"{path} exists and {what}, so it is not replaced. Choose another name, or delete "
+                "that file."
             )
     check_place(path)
 
@@ -84,7 +89,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no regular file, so it is not replaced.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a killed run, or not ours
+        temporary.unlink(missing_ok=True)  # of a killed run with this number, or not ours
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -145,7 +150,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}{PARTIAL}")
+    """The unfinished file of this thread: two programs may write one file at the same time."""
+    return path.with_name(f".{path.name}.{threading.get_native_id()}{PARTIAL}")
 
 
 def _forget(path: Path) -> None:

@@ -1,34 +1,42 @@
-"""Which files moepress made: only these are replaced."""
+"""Which files moepress made, and what they hold: a file is replaced by one of its own kind only."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 from moepress.errors import InputError
 from moepress.reading.headers import read_header
-from moepress.reading.json import read_object
+from moepress.reading.json import parse_json, read_object
+
+Content = Literal["scores", "a calibration", "a plan", "an evaluation", "a report", "a picture"]
 
 HEAD = 1 << 16  # bytes at the beginning of a file in which its mark is looked for
-JSON_KINDS = ("plan", "evaluation")  # of JSON files, in their field "kind"
-MARKS = (  # the beginning of a file, and what follows in its head
-    (b"<!doctype html>", b": moepress report</title>"),
-    (b"\x89PNG", b"Software\0moepress"),
-    (b"<?xml", b"<dc:title>moepress</dc:title>"),
+JSON_KINDS: dict[Any, Content] = {"plan": "a plan", "evaluation": "an evaluation"}
+TENSOR_KINDS: dict[Any, Content] = {
+    "moepress scores": "scores",
+    "moepress calibration": "a calibration",
+}
+# The beginning of a file, what follows in its head, and what the file is.
+MARKS: tuple[tuple[bytes, bytes, Content], ...] = (
+    (b"<!doctype html>", b": moepress report</title>", "a report"),
+    (b"\x89PNG", b"Software\0moepress", "a picture"),
+    (b"<?xml", b"<dc:title>moepress</dc:title>", "a picture"),
 )
 
 
-def is_ours(path: Path) -> bool:
-    """Whether moepress made a regular file, by its content. An empty file may be replaced too."""
+def content_of(path: Path) -> Content | None:
+    """What a regular file holds, if a command of moepress made it; None: anything else."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
-        if not head:
-            return True
         if head.startswith(b"{"):
             fields = read_object(path, "The output")
-            return fields.get("kind") in JSON_KINDS and "provenance" in fields
+            return JSON_KINDS.get(fields.get("kind")) if "provenance" in fields else None
         if head[8:9] == b"{":  # after the size of a header
-            return "moepress" in read_header(path).metadata
-    except (OSError, InputError):
-        return False
-    return any(head.startswith(begin) and mark in head for begin, mark in MARKS)
+            about = parse_json(read_header(path).metadata.get("moepress", "{}"))
+            return TENSOR_KINDS.get(about.get("kind")) if isinstance(about, dict) else None
+    except (OSError, InputError, TypeError):  # TypeError: the kind is a list or an object
+        return None
+    found = (what for begin, mark, what in MARKS if head.startswith(begin) and mark in head)
+    return next(found, None)

@@ -58,6 +58,8 @@ class Numbers:
         """Numbers [R, C] float32 of codes [R, bytes of C codes], or of elements [R, C]."""
         if not self.values:
             return codes.to(torch.float32)
+        if codes.stride(-1) != 1:  # a transposed row too, which counts as contiguous
+            codes = codes.clone(memory_format=torch.contiguous_format)
         packed = codes.contiguous().view(torch.uint8)
         table = _byte_table(self.values, codes.device)
         return table[packed.int()].flatten(-2)

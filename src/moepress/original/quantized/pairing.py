@@ -235,6 +235,11 @@ def _count(entry: Entry) -> int:
     return count
 
 
+def _of_columns(leading: tuple[int, ...], width: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the scales of fused experts [E, K, N] of FBGEMM: of gate_up, and of down."""
+    return (*leading, 1, width), (*leading, width, 1)
+
+
 def _fitted(form: Quantized, said: Quantization) -> Quantized:
     """The form with the blocks that the shape of its scales shows.
 
@@ -245,7 +250,9 @@ def _fitted(form: Quantized, said: Quantization) -> Quantized:
     if len(form.codes.shape) >= 2:
         length, width = form.matrix
         grid = None
-        if shape in ((), (1,), leading, (*leading, 1)):  # one for each matrix, or for all
+        if leading and said.method == "fbgemm_fp8" and shape in _of_columns(leading, width):
+            grid = Blocks(length), Blocks(1)
+        elif shape in ((), (1,), leading, (*leading, 1)):  # one for each matrix, or for all
             grid = Blocks(length), Blocks(width)
         elif shape == (*leading, length):  # one for each row
             grid = Blocks(1), Blocks(width)

@@ -1,0 +1,148 @@
+"""What messages about unfinished work advise: it works, and nothing of other work is left."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moepress.allocate import allocate
+from moepress.compress import compress
+from moepress.errors import FileError, InputError
+from moepress.format.checkpoint import SCORES, shard_name
+from moepress.quantize import quantize
+from moepress.score import score
+from moepress.work import WORK
+from tests.conftest import make_model, small_recipe
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, function: str, work: Callable[[], object]) -> None:
+    """Do some work, stopped when a function of moepress.quantize is called the second time."""
+    module = importlib.import_module("moepress.quantize")
+    real, calls = getattr(module, function), 0
+
+    def stops(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, function, stops)
+        work()
+
+
+def delete_what_is_named(error: BaseException) -> None:
+    """Follow a message that says "delete FOLDER to ..."."""
+    (folder,) = re.findall(r"[Dd]elete (\S+) to ", str(error))
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def other_model(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """Another model of the same shapes, such as a fine-tune."""
+    shutil.copytree(model_folder(), tmp_path / "other")
+    make_model("mixtral", seed=1).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_shards_of_another_model_are_not_taken_for_those_of_this_one(
+    model_folder: Callable[..., Path], other_model: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recipe = small_recipe(text_file, bits=2)
+    first, second = (
+        (model, allocate(score(model, recipe), recipe)) for model in (model_folder(), other_model)
+    )
+    right = digests(quantize(*second, tmp_path / "right"))
+    out = tmp_path / "out"
+    stopped(monkeypatch, "quantize_layer", lambda: quantize(*first, out))
+    with pytest.raises(InputError, match="model_fingerprint") as caught:
+        quantize(*second, out)
+    delete_what_is_named(caught.value)
+    assert (out / shard_name(None)).is_file()
+    assert digests(quantize(*second, out)) == right
+
+
+def test_another_budget_goes_on_with_the_scores(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    few, more = (small_recipe(text_file, bits=bits) for bits in (1.5, 2.5))
+    right = digests(compress(model_folder(), tmp_path / "right", more))
+    out = tmp_path / "out"
+    stopped(monkeypatch, "quantize_layer", lambda: compress(model_folder(), out, few))
+    with pytest.raises(InputError, match="differs in: full_recipe") as caught:
+        compress(model_folder(), out, more)
+    delete_what_is_named(caught.value)
+    scored = (out / SCORES).stat().st_ino
+    made = digests(compress(model_folder(), out, more))
+    assert (out / SCORES).stat().st_ino == scored
+    assert {**made, SCORES: ""} == {**right, SCORES: ""}  # it names the budget it was made with
+
+
+def test_a_folder_with_anything_else_is_no_unfinished_output(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / shard_name(0)).touch()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="was not made by moepress"):
+        compress(model_folder(), tmp_path, small_recipe(text_file, bits=2))
+    assert (tmp_path / shard_name(0)).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        (f"{WORK}/quantize/drops-0001.safetensors", "finish_folder"),
+        (f"{WORK}/quantize/states-0001.safetensors", "quantize_layer"),
+        (f"{WORK}/text.safetensors", "quantize_layer"),
+        (f"{WORK}/compress.json", "quantize_layer"),
+        (shard_name(0), "quantize_layer"),
+        (shard_name(None), "quantize_layer"),
+    ],
+)
+def test_what_a_message_of_a_cut_file_advises_works(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path, name: str, function: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recipe = small_recipe(text_file, bits=2)
+    right = digests(compress(model_folder(), tmp_path / "right", recipe))
+    out = tmp_path / "out"
+    if function == "finish_folder":  # called once: stop as soon as all layers are finished
+        module = importlib.import_module("moepress.quantize")
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(module, "finish_folder", lambda *_: 1 // 0)
+            compress(model_folder(), out, recipe)
+    else:
+        stopped(monkeypatch, function, lambda: compress(model_folder(), out, recipe))
+    content = (out / name).read_bytes()
+    (out / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(FileError, match="damaged") as caught:
+        compress(model_folder(), out, recipe)
+    if "Delete the folder it is in" in str(caught.value):
+        shutil.rmtree((out / name).parent)
+    else:
+        delete_what_is_named(caught.value)
+    assert digests(compress(model_folder(), out, recipe)) == right
+
+
+def test_a_finished_folder_that_lost_a_file_is_not_called_done(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(text_file, bits=2)
+    out = compress(model_folder(), tmp_path / "out", recipe)
+    (out / shard_name(1)).unlink()
+    with pytest.raises(FileError, match=shard_name(1)):
+        compress(model_folder(), out, recipe)
