@@ -12,6 +12,7 @@ from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.noise import draw, noisy_weights
+from moepress.rounding.noisy_products import noisy_products
 from moepress.rounding.sweep import runs, sweep
 from moepress.rounding.token_factor import few
 from moepress.workload import operations as op
@@ -112,6 +113,21 @@ def test_drawing() -> None:
     with FlopCount() as counted:
         list(noisy_weights(weight, (1, 2, 3), factor, noise))
     assert op.draw_errors(64, 128, 3)["float32"] == counted.flops
+
+
+def test_drawing_at_the_products() -> None:
+    weight, x = torch.randn(700, 128), torch.randn(90, 128)
+    hessian = Hessian(128, "cpu")
+    hessian.add(torch.randn(300, 128))
+    factor, noise = hessian.factor(0.1), draw((512, 128), 0, "x")
+    list(noisy_products(weight, (1, 2, 3), factor, noise))  # measures the error of codes once
+    with FlopCount() as counted:
+        for products in noisy_products(weight, (1, 2, 3), factor, noise):
+            products.of(x)
+    deviations = 3 * 2 * 90 * 128  # products with a vector, which FlopCount does not see
+    energies = 3 * 2 * 512 * 128  # of the sample's rows: not worth an operation of ours
+    found = op.draw_products(700, 128, 90, 3)["float32"]
+    assert found - deviations == counted.flops - energies
 
 
 @pytest.mark.parametrize("rows", [32, 40, 100])

@@ -43,7 +43,7 @@ def best_scale(
         slices: Iterable[Tensor] = torch.split(rows.T, COLUMNS_PER_SLICE)
     else:
         slices = factor.products(rows.T, dtype)
-    product, energy = fit_sums(slices, residual, factor, per_scale)
+    product, energy = _sums(slices, residual, factor, per_scale)
     return torch.where((scale > 0) & (energy > 0), scale * product / energy, scale)
 
 
@@ -55,11 +55,35 @@ def gain(weighted: Sequence[Tensor], residual: Tensor, factor: Factor) -> Tensor
         residual: [K, N] r = E V.
         factor: of the Hessian.
     """
-    product, energy = fit_sums(weighted, residual, factor)
+    product, energy = _sums(weighted, residual, factor)
     return torch.where(energy > 0, product / energy, 1.0)
 
 
-def fit_sums(
+def mean_gain(
+    weighted: Sequence[Tensor], residual: Tensor, factor: Factor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean g of `gain` over rows, and what of the error with g is left with each row's own.
+
+    Args:
+        size: [N], root mean square of each row.
+
+    Returns:
+        g, and the ratio of root mean squared errors, at most 1: numbers; 1 where all rows are 0.
+    """
+    product, energy = _sums(weighted, residual, factor)
+    own = torch.zeros_like(product)  # <w, w>_H
+    start = 0
+    for some in weighted:
+        own += factor.curvature[start : start + len(some)] @ some.float().square()
+        start += len(some)
+    of_row = torch.where(energy > 0, product / energy, 1.0)
+    mean, share = of_row.mean(), size.square()
+    best = share @ (own - of_row * product)
+    with_mean = share @ (own - 2 * mean * product + mean.square() * energy)
+    return mean, torch.where(with_mean > 0, best / with_mean, 1.0).clamp(0, 1).sqrt()
+
+
+def _sums(
     weighted: Iterable[Tensor],
     residual: Tensor,
     factor: Factor | None,

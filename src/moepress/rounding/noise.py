@@ -24,7 +24,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from moepress.kernels.cuda import drawn
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
 from moepress.rounding.factor import Factor
-from moepress.rounding.fit import fit_sums, gain, inverse
+from moepress.rounding.fit import gain, inverse, mean_gain
 from moepress.rounding.hessian import tensor_cores
 from moepress.rounding.methods.trellis import START, rotated_rows
 from moepress.rounding.methods.viterbi import search
@@ -150,23 +150,8 @@ class DrawnRows:
         return gain(self.weighted, residual, self.factor)
 
     def mean_gain(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of `gain`, and by what share of its error each row's own is better: numbers."""
-        product, energy = fit_sums(self.weighted, residual, self.factor)
-        of_row = torch.where(energy > 0, product / energy, 1.0)
-        mean, own = of_row.mean(), self._energy
-        weight = self.size.square()
-        best = weight @ (own - of_row * product)
-        with_mean = weight @ (own - 2 * mean * product + mean.square() * energy)
-        return mean, torch.where(with_mean > 0, best / with_mean, 1.0).clamp(0, 1).sqrt()
-
-    @cached_property
-    def _energy(self) -> Tensor:
-        """<w, w>_H of each row [N]."""
-        start, total = 0, torch.zeros_like(self.size)
-        for part in self.weighted:
-            total += self.factor.curvature[start : start + len(part)] @ part.float().square()
-            start += len(part)
-        return total
+        """See `fit.mean_gain`."""
+        return mean_gain(self.weighted, residual, self.factor, self.size)
 
 
 def drawn_rows(weight: Tensor, factor: Factor, dtype: torch.dtype) -> DrawnRows:

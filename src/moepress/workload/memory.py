@@ -22,6 +22,7 @@ from moepress.recipe import UNQUANTIZED
 from moepress.rounding.correction import sums_moved
 from moepress.rounding.hessian import TOKENS_PER_CHUNK
 from moepress.rounding.kept_tokens import keeps
+from moepress.rounding.noisy_products import SHARED, rows_of_sample
 from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import RUN
 from moepress.rounding.token_factor import few
@@ -232,7 +233,9 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
     sizes = [shape.gate_up, shape.down]
     hidden = shape.expert_hidden
     outer = rows_in_sketch(hidden) if rounding.draws and shape.neurons is None else hidden
-    drawn = shape.expert_weights - (hidden - outer) * shape.intermediate  # those of a sketch
+    if rounding.draws and shape.neurons is None:  # rows that stand for all, and a sketch
+        sizes = [(rows_of_sample(shape.gate_up[0]), shape.gate_up[1]), (outer, shape.down[1])]
+    drawn = sum(rows * cols for rows, cols in sizes)
     weights = drawn * shape.compute_itemsize  # of one width
     own = shape.expert_tokens(task.tokens)  # inputs of down and outputs of the original expert
     weights += own * (shape.inner * shape.compute_itemsize + outer * FLOAT)
@@ -246,6 +249,10 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
         both = sum(_factors(task, cols) for _, cols in sizes)
         if outer < hidden:  # the sketch
             weights += outer * shape.intermediate * shape.compute_itemsize
+        if shape.neurons is None:  # V and that of a width; noise; products of a chunk
+            rows, cols = shape.gate_up
+            both += FLOAT * (2 * cols**2 + 3 * SHARED * rows)
+            weights += min(own, BATCH_TOKENS) * (3 * FLOAT * cols + rows * shape.compute_itemsize)
         drawing = both + DRAWING * drawn + DRAWN * largest + weights
         return max(drawing, both + FLOAT * largest + chunk)
     codes = count * shape.expert_weights

@@ -39,6 +39,7 @@ from moepress.rounding.correction import solves_first, sums_moved
 from moepress.rounding.factor import column_slices
 from moepress.rounding.kept_tokens import keeps
 from moepress.rounding.methods.viterbi import SEAM
+from moepress.rounding.noisy_products import SHARED, rows_of_sample
 from moepress.rounding.sweep import COLUMNS_IN_16_BITS, RUN, middle_of, runs
 from moepress.rounding.token_factor import few
 
@@ -312,6 +313,30 @@ def draw_errors(
     shared += Work({_dtype(in_16_bits): weighted})
     shared += Work({"draw": rows * cols, "copy": 3 * rows * cols})
     return shared + times(widths, of_one)
+
+
+def draw_products(
+    rows: int,
+    cols: int,
+    products: int,
+    widths: int,
+    in_16_bits: bool = False,
+    tokens: int | None = None,
+) -> Work:
+    """Draw the errors of several widths at the products of a matrix (noisy_products.py).
+
+    Args:
+        products: with how many tokens. The product of their inputs and the matrix is not counted.
+        tokens: of the Hessian.
+    """
+    work = draw_errors(rows_of_sample(rows), cols, widths, in_16_bits, tokens)
+    work += block_feedback(cols) + Work({"draw": SHARED * rows, "copy": 4 * rows * cols})
+    if tokens is not None and few(tokens, cols):
+        work += Work({"float32": tokens * cols**2})  # R in full
+    of_one = times(2, rotation(products, cols)) + product(products, cols, 1, "float32")
+    of_one += Work({"float32": products * cols**2})  # a triangular system for each token
+    of_one += Work({"copy": cols**2 + products * (6 * cols + 3 * rows)})
+    return work + times(widths, of_one)
 
 
 def round_scalar(

@@ -135,9 +135,15 @@ def _score_expert(task: Task, rounding: Rounding) -> Work:
     if rounding.needs_hessian:
         works.append(expert_inputs(task, rounding, corrects=False, runs=1))
         works += (op.factor(cols, task.hessian_tokens) for _, cols in shape.with_hessian)
-    for size in (shape.gate_up, seen):
-        works.append(_offered(task, size, widths, rounding, task.hessian_tokens))
-    tokens = shape.expert_tokens(task.tokens)
+    tokens, in_16_bits = shape.expert_tokens(task.tokens), shape.products_in_16_bits
+    if rounding.draws and shape.neurons is None:
+        drawn = op.draw_products(
+            *shape.gate_up, tokens, len(widths), in_16_bits, task.hessian_tokens
+        )
+        works.append(drawn)
+    else:
+        works.append(_offered(task, shape.gate_up, widths, rounding, task.hessian_tokens))
+    works.append(_offered(task, seen, widths, rounding, task.hessian_tokens))
     gate_up = op.product(tokens, shape.expert_hidden, shape.parts * shape.inner)
     down, error = (op.product(tokens, shape.inner, size) for size in (hidden, outer))
     inner = Work({"copy": 5 * tokens * shape.inner})
