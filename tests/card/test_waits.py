@@ -22,7 +22,8 @@ from tests.conftest import small_recipe
 
 LAYERS = 2
 FOR_CHUNKS = (
-    "costs/expert_costs", "costs/sketch", "original/token_sums", "original/walk", "original/record",
+    "costs/expert_costs", "costs/noisy_expert", "costs/sketch", "original/token_sums",
+    "original/walk", "original/record",
     "rounding/correction", "rounding/expert", "rounding/kept_tokens", "rounding/summed_tokens",
 )  # fmt: skip
 

@@ -33,6 +33,7 @@ from moepress.rounding.noisy_products import (
     rows_of_sample,
 )
 from moepress.rounding.options import Rounding
+from moepress.sending import sent
 
 GATE_UP, DOWN = ROUNDED[:2]
 OUTPUTS = "outputs of gate_up"  # the name of the noise of the products
@@ -87,7 +88,7 @@ def noisy_experts(
     sample = drawn((rows_of_sample(rows), columns), GATE_UP)
     products = noisy_products(weight, widths, factor, sample, larger)
     size = weight.float().square().mean(1).sqrt()
-    noise = drawn((rows, SHARED), OUTPUTS).to(weight.device) * size
+    noise = sent(drawn((rows, SHARED), OUTPUTS), weight.device) * size
 
     inputs = down_inputs(expert, weight, rounding, hidden)
     factor = inputs.factor(rounding.damping)
