@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from moepress.costs.scores import ROUNDED
 from moepress.costs.sketch import sketch_rows
 from moepress.original.experts import ExpertWeights, RoutedExpert
 from moepress.rounding.expert import down_inputs, gate_up_inputs
+from moepress.rounding.factor import Factor
 from moepress.rounding.held_out import held_out
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.noise import draw, draw_ahead, noisy_weights
@@ -79,23 +79,15 @@ def noisy_experts(
         seen: its sketch, or itself.
         hidden: [T_e, I], inputs of the original down.
     """
-    weight, drawn = expert.weights.gate_up, partial(_drawn, expert, rounding.tokens.seed)
-    rows, columns = weight.shape
-    inputs = gate_up_inputs(expert, rounding)
-    factor = inputs.factor(rounding.damping)
-    larger = held_out(factor, inputs.tokens)
-    del inputs
-    sample = drawn((rows_of_sample(rows), columns), GATE_UP)
+    weight, down, seed = expert.weights.gate_up, seen.weights.down, rounding.tokens.seed
+    factor, larger = _factored(gate_up_inputs(expert, rounding), rounding)
+    sample = _drawn(expert, GATE_UP, seed)
     products = noisy_products(weight, widths, factor, sample, larger)
     size = weight.float().square().mean(1).sqrt()
-    noise = sent(drawn((rows, SHARED), OUTPUTS), weight.device) * size
+    noise = sent(_drawn(expert, OUTPUTS, seed), weight.device) * size
 
-    inputs = down_inputs(expert, weight, rounding, hidden)
-    factor = inputs.factor(rounding.damping)
-    larger = held_out(factor, inputs.tokens)
-    del inputs
-    down = seen.weights.down
-    sample, code_rows = drawn(down.shape, DOWN), len(expert.weights.down)
+    factor, larger = _factored(down_inputs(expert, weight, rounding, hidden), rounding)
+    sample, code_rows = _drawn(expert, DOWN, seed), len(expert.weights.down)
     downs = noisy_weights(down, widths, factor, sample, code_rows, larger)
     del factor, sample
     for _ in widths:  # no name holds what is made for a width while that of the next is made
@@ -110,19 +102,23 @@ def noisy_neurons(
     `down` is a table with a row for each neuron. It is rounded without feedback (`round_downs`), so
     its drawn errors have none either: its Hessian is the identity.
     """
-    weights, drawn = expert.weights, partial(_drawn, expert, rounding.tokens.seed)
-    inputs = gate_up_inputs(expert, rounding)
-    factor = inputs.factor(rounding.damping)
-    larger = held_out(factor, inputs.tokens)
-    noise = drawn(weights.gate_up.shape, GATE_UP)
+    weights, seed = expert.weights, rounding.tokens.seed
+    factor, larger = _factored(gate_up_inputs(expert, rounding), rounding)
+    noise = _drawn(expert, GATE_UP, seed)
     gate_ups = noisy_weights(weights.gate_up, widths, factor, noise, larger=larger)
     columns = weights.down.shape[1]
     inputs = Inputs(columns, weights.down.device, rounding.family, False, tokens=columns)
     inputs.add(torch.eye(columns, device=weights.down.device), None)
     factor = inputs.factor(rounding.damping)
-    downs = noisy_weights(weights.down, widths, factor, drawn(weights.down.shape, DOWN))
+    downs = noisy_weights(weights.down, widths, factor, _drawn(expert, DOWN, seed))
     for _ in widths:
         yield weights._replace(gate_up=next(gate_ups), down=next(downs))
+
+
+def _factored(inputs: Inputs, rounding: Rounding) -> tuple[Factor, Tensor]:
+    """The factor of the inputs' Hessian, and how much larger errors are on other tokens."""
+    factor = inputs.factor(rounding.damping)
+    return factor, held_out(factor, inputs.tokens)
 
 
 def draw_experts_ahead(numbers: Sequence[int], like: RoutedExpert, rounding: Rounding) -> None:
@@ -131,26 +127,23 @@ def draw_experts_ahead(numbers: Sequence[int], like: RoutedExpert, rounding: Rou
     Args:
         like: an expert of the layer.
     """
-    seed, layer = rounding.tokens.seed, like.layer
     for number in numbers:
-        for shape, what in _noise(like):
-            draw_ahead(shape, seed, _name(layer, number, what))
+        for what, shape in _shapes(like).items():
+            draw_ahead(shape, rounding.tokens.seed, _name(like.layer, number, what))
 
 
-def _noise(like: RoutedExpert) -> Iterator[tuple[tuple[int, int], str]]:
-    """Shapes and names of the noise that an expert takes."""
-    (rows, columns), inner = like.weights.gate_up.shape, like.weights.down.shape[1]
-    if like.routed.neuron is not None:
-        yield (rows, columns), GATE_UP
-    else:
-        yield (rows_of_sample(rows), columns), GATE_UP
-        yield (rows, SHARED), OUTPUTS
-    yield (sketch_rows(like), inner), DOWN
+def _drawn(expert: RoutedExpert, what: str, seed: int) -> Tensor:
+    """[K, N] noise of an expert, for a shape N, K of `_shapes`."""
+    return draw(_shapes(expert)[what], seed, _name(expert.layer, expert.number, what))
 
 
-def _drawn(expert: RoutedExpert, seed: int, shape: Sequence[int], what: str) -> Tensor:
-    """[K, N] noise for a matrix [N, K] of an expert."""
-    return draw(shape, seed, _name(expert.layer, expert.number, what))
+def _shapes(expert: RoutedExpert) -> dict[str, tuple[int, int]]:
+    """N, K of the noise that an expert takes, by its name."""
+    rows, columns = expert.weights.gate_up.shape
+    down = {DOWN: (sketch_rows(expert), expert.weights.down.shape[1])}
+    if expert.routed.neuron is not None:
+        return {GATE_UP: (rows, columns), **down}
+    return {GATE_UP: (rows_of_sample(rows), columns), OUTPUTS: (rows, SHARED), **down}
 
 
 def _name(layer: int, number: int, what: str) -> str:

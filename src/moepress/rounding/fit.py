@@ -55,7 +55,10 @@ def gain(weighted: Sequence[Tensor], residual: Tensor, factor: Factor) -> Tensor
         residual: [K, N] r = E V.
         factor: of the Hessian.
     """
-    product, energy = _sums(weighted, residual, factor)
+    return _ratio(*_sums(weighted, residual, factor))
+
+
+def _ratio(product: Tensor, energy: Tensor) -> Tensor:
     return torch.where(energy > 0, product / energy, 1.0)
 
 
@@ -76,7 +79,7 @@ def mean_gain(
     for some in weighted:
         own += factor.curvature[start : start + len(some)] @ some.float().square()
         start += len(some)
-    of_row = torch.where(energy > 0, product / energy, 1.0)
+    of_row = _ratio(product, energy)
     mean, share = of_row.mean(), size.square()
     best = share @ (own - of_row * product)
     with_mean = share @ (own - 2 * mean * product + mean.square() * energy)
