@@ -6,7 +6,10 @@ runs a kernel on CPU tensors, as moepress.kernels.cuda.launch does on a card. Ea
 to memory that ends at a page without access, and back after the launch. An access out of bounds, a
 deadlock and a trap raise `EmulationError`.
 
-`main(name)`, kernels of a test's own: `library(path)` compiles any file that includes "device.h".
+With `EMULATED_RACES=1` in the environment so does a race, an access that nothing orders
+(races.cpp). That takes several times as long.
+
+Kernels of a test's own: `library(path)` compiles any file that includes "device.h".
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ OPTIONS = (
     "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-unused-function",
     f"-I{SOURCES}", f"-I{SOURCES.parent / 'cpu'}", f"-I{HERE}",
 )  # fmt: skip
+RACES = os.environ.get("EMULATED_RACES", "0") == "1"
 PAGE = mmap.PAGESIZE
+
+RACES_SOURCE = HERE / "races.cpp"
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -64,11 +70,13 @@ def run(
     block: int,
     shared: int,
     args: Sequence[Argument],
+    races: bool = RACES,
 ) -> None:
-    """Run a kernel of any file on CPU tensors."""
+    """Run a kernel of any file on CPU tensors. `races`: whether a race is an error."""
     if min(grid) == 0:
         raise EmulationError(f"{kernel}: an empty grid {grid}")
-    entry = getattr(library(source), f"emulated_{kernel}")
+    compiled = library(source, races)
+    entry = getattr(compiled, f"emulated_{kernel}")
     guarded = {t.untyped_storage().data_ptr(): Guarded(t) for t in args if isinstance(t, Tensor)}
     words = [
         struct.pack("f", a) + bytes(4)
@@ -78,6 +86,9 @@ def run(
         else struct.pack("Q", 0 if a is None else guarded[a.untyped_storage().data_ptr()].at(a))
         for a in args
     ]
+    if races:
+        for copy in guarded.values():
+            compiled.emulated_watch(ctypes.c_void_p(copy.start), ctypes.c_int64(copy.size))
     error = ctypes.create_string_buffer(512)
     failed = entry(
         (ctypes.c_uint32 * 3)(*grid),
@@ -91,7 +102,7 @@ def run(
     for copy in guarded.values():
         copy.close()
     if failed:
-        raise EmulationError(f"{kernel}: {error.value.decode()}")
+        raise EmulationError(f"{kernel}: {_with_lines(compiled, error.value.decode())}")
 
 
 class Guarded:
@@ -99,7 +110,7 @@ class Guarded:
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = tensor.untyped_storage()
-        size = self.storage.nbytes()
+        self.size = size = self.storage.nbytes()
         room = -(-size // PAGE) * PAGE
         self.length = room + PAGE
         libc = _libc()
@@ -129,24 +140,24 @@ def _libc() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=64)
-def library(source: Path) -> ctypes.CDLL:
+def library(source: Path, races: bool = RACES) -> ctypes.CDLL:
     """A .cu file, compiled for the CPU; kept in the folder for temporary files, by content."""
-    files = [source, *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), HERE / "emulator.h"]
+    files = [source, *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), *HERE.glob("*.h"), RACES_SOURCE]
     files.append(SOURCES.parent / "cpu/trellis_code.h")
     if source.parent != SOURCES:  # it may include one of these
         files += SOURCES.glob("*.cu")
-    key = hashlib.sha256(str((COMPILER, OPTIONS)).encode())
+    key = hashlib.sha256(str((COMPILER, OPTIONS, races)).encode())
     for file in files:
         key.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"moepress-emulated-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     path = folder / f"{source.stem}-{key.hexdigest()[:20]}.so"
     if not path.exists():
-        _compile(source, path)
+        _compile(source, path, races)
     return ctypes.CDLL(str(path))
 
 
-def _compile(source: Path, path: Path) -> None:
+def _compile(source: Path, path: Path, races: bool) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unit = Path(folder) / "unit.cpp"
         text = f'#include "{source}"\n'
@@ -155,7 +166,14 @@ def _compile(source: Path, path: Path) -> None:
         names = re.findall(r"__global__[^;{}]*?\b(moepress_\w+)\s*\(", listed)
         unit.write_text(text + "".join(f"EMULATED_KERNEL({name})\n" for name in names))
         made = Path(folder) / path.name
-        _run(str(unit), "-o", str(made))
+        if races:  # linked without the sanitizer, whose library races.cpp replaces
+            watched, watching = Path(folder) / "unit.o", Path(folder) / "races.o"
+            with_lines = ("-gdwarf-4", "-DEMULATED_RACES", "-c")
+            _run(*with_lines, "-fsanitize=thread", str(unit), "-o", str(watched))
+            _run(*with_lines, str(RACES_SOURCE), "-o", str(watching))
+            _run(str(watched), str(watching), "-ldl", "-o", str(made))
+        else:
+            _run(str(unit), "-o", str(made))
         made.replace(path)
 
 
@@ -169,3 +187,17 @@ def _run(*arguments: str) -> str:
     if done.stderr:
         print(done.stderr)  # warnings, shown when a test fails
     return done.stdout
+
+
+def _with_lines(compiled: ctypes.CDLL, message: str) -> str:
+    """Addresses in the library, "<1a2b>", as lines of kernels where binutils are installed."""
+    tool = shutil.which("addr2line")
+
+    def line(address: re.Match[str]) -> str:
+        asked = (str(tool), "-i", "-e", str(compiled._name), address[1])
+        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+        lines = [Path(text.split(" ")[0]).name for text in found.splitlines()]
+        of_kernels = [text for text in lines if re.search(r"\.cuh?:", text)]
+        return (of_kernels or lines or [address[0]])[0]
+
+    return re.sub(r"<([0-9a-f]+)>", line, message) if tool else message

@@ -8,6 +8,7 @@
 //   - the lanes of a warp run in changing order, each up to the next collective;
 //   - the target of cp.async is filled with the pattern, and written at the matching wait;
 //   - threads that never meet at a barrier or a collective are an error, as is one that lacks a lane.
+// With EMULATED_RACES it also finds accesses that nothing orders (races.cpp).
 #pragma once
 
 #include <csetjmp>
@@ -25,6 +26,8 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include "races.h"
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -71,7 +74,10 @@ constexpr int kLanes = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr uint32_t kPoison = 0xFFC5A53B;  // NaN as float32
 
-inline void poison(void* p, size_t bytes) {
+// The emulator's own accesses to a kernel's memory are none of the kernel's.
+#define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
+
+EMULATOR_UNSEEN inline void poison(void* p, size_t bytes) {
     for (size_t i = 0; i < bytes; ++i)
         static_cast<uint8_t*>(p)[i] = uint8_t(kPoison >> 8 * (i & 3));
 }
@@ -130,7 +136,7 @@ inline State state;
 extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void** from, void* to);
 asm(R"(
 .text
-.globl emulator_switch
+.weak emulator_switch
 .hidden emulator_switch
 .type emulator_switch, @function
 emulator_switch:
@@ -200,8 +206,10 @@ inline void release(int id) {
     for (int i = 0; i < state.threads; ++i)
         if (state.lanes[i].barrier == id) {
             state.lanes[i].barrier = -1;
+            races::leave(id, i);
             make_ready(i);
         }
+    races::completed(id);
     for (int w = 0; w < state.warp_count; ++w)
         state.warps[w].order = state.warps[w].order * 1664525u + 1013904223u >> 1;
 }
@@ -211,12 +219,14 @@ inline void barrier(int id, int threads) {
     if (threads % kLanes) fail("a barrier of a part of a warp");
     if (state.waiting[id] && state.needed[id] != threads) fail("a barrier of two sizes");
     state.needed[id] = threads;
+    races::arrive(id);
     lane.barrier = id;
     if (++state.waiting[id] < threads) {
         pause();
         return;
     }
     lane.barrier = -1;
+    races::leave(id, lane.index);
     release(id);
 }
 
@@ -224,6 +234,7 @@ inline void arrive(int id, int threads) {
     if (threads % kLanes) fail("a barrier of a part of a warp");
     if (state.waiting[id] && state.needed[id] != threads) fail("a barrier of two sizes");
     state.needed[id] = threads;
+    races::arrive(id);
     if (++state.waiting[id] == threads) release(id);
 }
 
@@ -333,17 +344,18 @@ struct Match {
     }
 };
 
-struct Nothing {
-    static void run(Lane*, uint32_t) {}
+struct Synchronise {
+    static void run(Lane* lanes, uint32_t mask) { races::sync_warp(lanes->index, mask); }
 };
 
 struct LoadMatrix {
-    static void run(Lane* lanes, uint32_t) {
+    EMULATOR_UNSEEN static void run(Lane* lanes, uint32_t) {
         for (int m = 0; m < 4; ++m)
             for (int i = 0; i < kLanes; ++i) {
-                const auto* row = static_cast<const uint32_t*>(
-                    given<const void*>(lanes[m * 8 + i / 4]));
+                const Lane& gives = lanes[m * 8 + i / 4];
+                const auto* row = static_cast<const uint32_t*>(given<const void*>(gives));
                 if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix of a misaligned row");
+                if (i % 4 == 0) races::read_by(gives.index, row, 16);
                 wanted<uint32_t[4]>(lanes[i])[m] = row[i % 4];
             }
     }
@@ -434,6 +446,7 @@ inline void copy_later(void* shared, const void* global, int bytes, bool given =
     if (copies.empty()) copies.emplace_back();
     static const uint8_t zeros[16] = {};
     copies.back().push_back({shared, given ? global : zeros, bytes});
+    races::copy_started(shared, copies.back().back().from, size_t(bytes));
 }
 inline void copy_commit() {
     auto& copies = state.lane->copies;
@@ -444,7 +457,10 @@ inline void copy_wait(size_t pending) {
     auto& copies = state.lane->copies;  // the last group is open and not waited for
     size_t finished = 0;
     for (; copies.size() - finished > pending + 1; ++finished)
-        for (const Copy& copy : copies[finished]) std::memcpy(copy.to, copy.from, copy.bytes);
+        for (const Copy& copy : copies[finished]) {
+            races::copy_ended(copy.to, copy.from, size_t(copy.bytes));
+            std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+        }
     copies.erase(copies.begin(), copies.begin() + long(finished));
 }
 
@@ -501,6 +517,8 @@ extern "C" uint8_t __start_emulated_shared[] __attribute__((weak, visibility("hi
 extern "C" uint8_t __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
 
 inline void run_block() {
+    state.lane = &state.main;
+    races::start_block();
     poison(state.shared, state.shared_bytes);
     if (__start_emulated_shared)
         poison(__start_emulated_shared, size_t(__stop_emulated_shared - __start_emulated_shared));
@@ -510,7 +528,6 @@ inline void run_block() {
     for (int i = 0; i < state.threads; ++i) start_lane(i);
     for (int w = 0; w < state.warp_count; ++w)
         state.warps[w] = {~0u, 0, uint32_t(w) * 2654435761u + state.block.x * 40503u >> 3};
-    state.lane = &state.main;
     pause();
     if (state.done < state.threads) {
         state.error = stuck();
@@ -580,6 +597,7 @@ inline bool run_grid(dim3 grid, int threads, size_t shared_bytes) {
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     uint64_t step = blocks * 5 / 8 + 1;
     while (!coprime(step, blocks)) ++step;
+    races::start_grid();
     if (sigsetjmp(state.escape, 1) == 0)
         for (uint64_t i = 0; i < blocks; ++i) {
             const uint64_t b = (i * step + blocks / 3) % blocks;
@@ -587,9 +605,11 @@ inline bool run_grid(dim3 grid, int threads, size_t shared_bytes) {
                            uint32_t(b / grid.x / grid.y)};
             run_block();
         }
+    state.lane = nullptr;
     sigaction(SIGSEGV, &before_segv, nullptr);
     sigaction(SIGBUS, &before_bus, nullptr);
     sigaltstack(&before_stack, nullptr);
+    races::end_grid();
     return state.error.empty();
 }
 
@@ -653,9 +673,9 @@ inline int launch(void (*entry)(const uint64_t*), int parameters, const uint32_t
 inline void __syncthreads() { emulator::barrier(0, emulator::state.threads); }
 inline void __syncwarp(uint32_t mask = ~0u) {
     int none = 0;
-    emulator::collective<emulator::Nothing>(mask, none, none);
+    emulator::collective<emulator::Synchronise>(mask, none, none);
 }
-inline void __threadfence() {}
+inline void __threadfence() { emulator::races::fence(); }
 inline void __threadfence_block() {}
 
 template <class T>
@@ -707,7 +727,8 @@ uint32_t __match_any_sync(uint32_t mask, T value) {
     return out;
 }
 
-inline int atomicAdd(int* p, int value) {
+EMULATOR_UNSEEN inline int atomicAdd(int* p, int value) {
+    emulator::races::atomic(p, sizeof(*p));
     const int before = *p;
     *p = before + value;
     return before;
@@ -824,7 +845,7 @@ T* shared_memory() {
     return reinterpret_cast<T*>(emulator::state.shared);
 }
 inline int lane_id() { return emulator::state.lane->index & 31; }
-inline void begin() {}
+inline void begin() { emulator::races::begin(); }
 inline int warp_id() { return emulator::state.lane->index >> 5; }
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
 [[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
@@ -904,10 +925,12 @@ inline uint64_t warpgroup_columns(const void* shared, int rows) {
     return at + rows;
 }
 inline void warpgroup_begin() {}
-inline void warpgroup_commit() {}
+inline void warpgroup_commit() { emulator::races::products_committed(); }
 template <int pending>
-void warpgroup_wait() {}
-inline void warpgroup_see_shared() {}
+void warpgroup_wait() {
+    emulator::races::products_waited(pending);
+}
+inline void warpgroup_see_shared() { emulator::races::proxy_fence(); }
 inline void warpgroup_u8s8(int (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
     const int lane = lane_id();
     for (int c = 0; c < 16; ++c) {
@@ -916,6 +939,7 @@ inline void warpgroup_u8s8(int (&d)[16][4], const uint32_t (&a)[4], uint64_t b, 
             // The hardware permutes addresses: bits 4 to 6 by bits 7 to 9.
             uint64_t at = b + 1024 * c + 128 * (lane / 4) + 16 * half + 4 * (lane % 4);
             at ^= (at >> 7 & 7) << 4;
+            emulator::races::product_reads(emulator::state.shared + at, 4);
             std::memcpy(&x[half], emulator::state.shared + at, 4);
         }
         if (!add) std::memset(d[c], 0, sizeof(d[c]));

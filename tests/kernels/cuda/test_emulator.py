@@ -7,15 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.cuda.emulate import Argument, EmulationError, needs_compiler, run
+from tests.kernels.cuda.emulate import RACES, Argument, EmulationError, needs_compiler, run
 
 SAMPLES = Path(__file__).parent / "samples.cu"
 
 pytestmark = needs_compiler
 
 
-def sample(name: str, *args: Argument, blocks: int = 1, block: int = 256, shared: int = 0) -> None:
-    run(SAMPLES, f"moepress_samples_{name}", (blocks, 1, 1), block, shared, args)
+def sample(
+    name: str,
+    *args: Argument,
+    blocks: int = 1,
+    block: int = 256,
+    shared: int = 0,
+    races: bool = RACES,
+) -> None:
+    run(SAMPLES, f"moepress_samples_{name}", (blocks, 1, 1), block, shared, args, races)
 
 
 def test_barriers_and_shuffles() -> None:
@@ -31,7 +38,7 @@ def test_matrix_products_and_a_missing_wait() -> None:
     d = torch.empty(16, 8, dtype=torch.int32)
     sample("product", a, b, d, 1, block=32, shared=768)
     assert d.equal(a.int() @ b.int().T)
-    sample("product", a, b, d, 0, block=32, shared=768)
+    sample("product", a, b, d, 0, block=32, shared=768, races=False)
     assert not d.equal(a.int() @ b.int().T)
 
 
@@ -56,3 +63,61 @@ def test_conversions() -> None:
     back = torch.empty(256)
     sample("convert", x, half, bfloat, back)
     assert half.equal(x.half()) and bfloat.equal(x.bfloat16()) and back.equal(x.half().float())
+
+
+def ordered(name: str, *args: Argument, blocks: int = 1, block: int = 64, shared: int = 0) -> bool:
+    """Whether a sample has no race."""
+    try:
+        sample(name, *args, blocks=blocks, block=block, shared=shared, races=True)
+    except EmulationError as error:
+        assert "are not ordered" in str(error) or "before begin" in str(error)
+        return False
+    return True
+
+
+def test_races_in_shared_memory() -> None:
+    out = torch.empty(64, dtype=torch.int32)
+
+    def found(order: int, far: int = 0, block: int = 64) -> bool:
+        return not ordered("neighbour", out[:block], order, far, block=block, shared=256)
+
+    nothing, shuffle, warp, block = range(4)
+    assert found(nothing) and found(shuffle) and found(warp) and not found(block)
+    assert found(warp, far=1) and not found(block, far=1)
+    assert found(shuffle, block=32) and not found(warp, block=32)
+    assert out[:32].equal(torch.arange(1, 33, dtype=torch.int32) % 32)
+
+
+def test_a_race_names_its_lines() -> None:
+    out = torch.empty(64, dtype=torch.int32)
+    said = r"at byte \d+ of 256: a \w+ of thread \d+ at samples.cu:\d+ and a \w+ at samples.cu"
+    with pytest.raises(EmulationError, match=said):
+        sample("neighbour", out, 0, 0, block=64, shared=256, races=True)
+
+
+def test_races_of_copies() -> None:
+    given, out = torch.tensor([1, 2, 3], dtype=torch.int32), torch.empty(32, dtype=torch.int32)
+    assert not ordered("ring", given, out, 0, block=32, shared=16)
+    assert ordered("ring", given, out, 1, block=32, shared=16)
+    assert out.equal(torch.full_like(out, 6))
+    a, b = torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(8, 32, dtype=torch.int8)
+    d = torch.empty(16, 8, dtype=torch.int32)
+    assert not ordered("product", a, b, d, 0, block=32, shared=768)
+    assert ordered("product", a, b, d, 1, block=32, shared=768)
+
+
+def test_races_between_blocks() -> None:
+    for order in range(4):
+        numbers, counter = torch.empty(5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        out = torch.empty(1, dtype=torch.int32)
+        last = ordered("last", numbers, counter, out, order, blocks=5, block=32)
+        assert last == (order == 3)
+    assert out.item() == 10
+    assert not ordered("begin", torch.empty(64, dtype=torch.int32), 0)
+    assert ordered("begin", torch.empty(64, dtype=torch.int32), 1)
+
+
+def test_races_of_warpgroup_products() -> None:
+    out = torch.empty(128, dtype=torch.int32)
+    for order in range(4):
+        assert ordered("warpgroup", out, order, block=128, shared=16384) == (order == 3)

@@ -168,9 +168,9 @@ DEVICE void make_logits(const Products& call, const Choice& choice, float* corre
 DEVICE bool is_last(int64_t counter) {
     __shared__ int last;
     if (warp_id() == 0) {
-        __threadfence();  // what lanes wrote, before the count
         __syncwarp();
         if (lane_id() == 0) {
+            __threadfence();  // what all lanes wrote, before the count
             last = atomicAdd(counters + counter, 1) == int(gridDim.x * gridDim.y) - 1;
             __threadfence();
             if (last) counters[counter] = 0;
