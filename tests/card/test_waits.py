@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from moepress.allocate import allocate
 from moepress.original import batches
 from moepress.original.source import Source
 from moepress.quantize import quantize
+from moepress.rounding.held_out import held_out
+from moepress.rounding.hessian import Hessian
 from moepress.score import score
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
@@ -24,7 +27,9 @@ LAYERS = 2
 FOR_CHUNKS = (
     "costs/expert_costs", "costs/noisy_expert", "costs/sketch", "original/token_sums",
     "original/walk", "original/record",
-    "rounding/correction", "rounding/expert", "rounding/kept_tokens", "rounding/summed_tokens",
+    "rounding/correction", "rounding/expert", "rounding/factor", "rounding/fit",
+    "rounding/held_out", "rounding/kept_tokens", "rounding/noisy_products",
+    "rounding/summed_tokens",
 )  # fmt: skip
 
 
@@ -66,3 +71,12 @@ def test_chunks_of_tokens_are_not_waited_for(
     sent = by_file(card.uploads)
     assert sent["sending"] > 20 * seen
     assert not sent.keys() & {name for name in FOR_CHUNKS if name != "original/walk"}
+
+
+def test_errors_on_other_tokens_are_not_waited_for(card: Card) -> None:
+    hessian = Hessian(32, "cuda")
+    hessian.add(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).to("cuda"))
+    factor = hessian.factor(0.01)
+    by_file(card.waits), by_file(card.uploads)
+    held_out(factor, 50.0)
+    assert not by_file(card.waits) and by_file(card.uploads).keys() == {"sending"}
