@@ -35,6 +35,7 @@ from moepress.kernels import cpu
 from moepress.kernels.cuda import drawn
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
+from moepress.pinned import pinned_empty
 from moepress.rounding.factor import Factor
 from moepress.rounding.fit import gain, inverse, mean_gain
 from moepress.rounding.hessian import tensor_cores
@@ -84,8 +85,10 @@ def forget_draws() -> None:
 def _draw(shape: tuple[int, ...], seed: int, name: str, for_card: bool = False) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    # A card copies pinned memory several times faster.
-    return torch.randn(*reversed(shape), generator=generator, pin_memory=for_card)
+    numbers = None
+    if for_card:  # it copies pinned memory several times faster
+        numbers = pinned_empty(tuple(reversed(shape)), torch.float32)
+    return torch.randn(*reversed(shape), generator=generator, out=numbers)
 
 
 @lru_cache(maxsize=1)
