@@ -219,6 +219,8 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     _check(name, tensors)
     if name in WAITING and not _size_is_known(func, kwargs):
         card.wait(name)
+    if func is aten.isin.Tensor_Tensor and args[1].numel() >= 10 * args[0].numel() ** 0.145:
+        card.wait(name)  # torch looks for so many by sorting, after `unique`
     if name in INDEXED:
         _check("indexing", [args[0], *(a for a in args[2:] if isinstance(a, Tensor))])
         _check_indices(name, args[1])

@@ -9,13 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from moepress import kernels
 from moepress.allocate import allocate
 from moepress.original import batches
 from moepress.original.source import Source
+from moepress.pruning.layer import PrunedLayer
+from moepress.pruning.rule import Pruning
 from moepress.quantize import quantize
 from moepress.rounding.held_out import held_out
 from moepress.rounding.hessian import Hessian
@@ -80,3 +85,19 @@ def test_errors_on_other_tokens_are_not_waited_for(card: Card) -> None:
     by_file(card.waits), by_file(card.uploads)
     held_out(factor, 50.0)
     assert not by_file(card.waits) and by_file(card.uploads).keys() == {"sending"}
+
+
+def test_choices_of_many_experts_that_are_left_out_are_found_without_a_wait(card: Card) -> None:
+    experts: Any = nn.Module()
+    experts.num_experts, experts.left_out = 64, tuple(range(0, 60, 2))
+    index = torch.tensor([[2, 5, 1, 7], [3, 64, -1, 9], [58, 0, 62, 1]])
+    weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 3)
+    ratios = (0.0, 0.3, 0.5, 0.6)
+    pruned = PrunedLayer(0, nn.Module(), experts, Pruning({0: ratios}, False, 0), False)
+    left = index.masked_fill(torch.isin(index, torch.tensor(experts.left_out)), 64)
+    expected, *_ = kernels.drop(left, weights, torch.tensor(ratios), False, None, 64)
+    there = [x.to("cuda") for x in (weights, index, weights)]
+    pruned._before_experts(experts, (there[0], there[1], there[2]))  # the tables go there
+    with card.without_waits():
+        *_, found, _ = pruned._before_experts(experts, (there[0], there[1], there[2]))
+    assert torch.equal(found.cpu(), expected)
