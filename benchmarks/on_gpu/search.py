@@ -93,7 +93,7 @@ def check_drawn(card: Card) -> list[Row]:
         expected = [x.clone() for x in given]
         for start, stop in ((8, 16), (16, 20)):
             drawn.drawing(*given, *more)(start, stop)
-            noise._drawing(*expected, *more)(start, stop)
+            noise.plain_drawing(*expected, *more)(start, stop)
         pairs = zip(given, expected, strict=True)
         worst = max(worst, *(float((a - b).abs().max()) for a, b in pairs))
     if not worst < 1e-5:

@@ -230,17 +230,24 @@ def drawn_for_widths(
     buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
     residual = torch.empty_like(buffer)
     given = target, buffer, residual, sent(torch.tensor(errors), target.device), noise
-    by_kernels = drawn.takes(target) and available(target.device)
-    visit = (drawn.drawing if by_kernels else _drawing)(*given)
     with tensor_cores(target.device):
-        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
+        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, drawing(*given))
     yield from zip(errors, zip(buffer.unbind(1), residual.unbind(1), strict=True), strict=True)
 
 
-def _drawing(
+def drawing(
     target: Tensor, buffer: Tensor, residual: Tensor, errors: Tensor, noise: Tensor
 ) -> Visit:
-    """`kernels.cuda.drawn.drawing` where its kernels do not run."""
+    """What visits columns for all widths at once (kernels/cuda/drawn.py has the arguments)."""
+    by_kernels = drawn.takes(target) and available(target.device)
+    make = drawn.drawing if by_kernels else plain_drawing
+    return make(target, buffer, residual, errors, noise)
+
+
+def plain_drawing(
+    target: Tensor, buffer: Tensor, residual: Tensor, errors: Tensor, noise: Tensor
+) -> Visit:
+    """`drawing` in PyTorch operations."""
     each = errors[:, None]
     spread = (each * (1 - each)).sqrt()
 
