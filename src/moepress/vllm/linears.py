@@ -173,8 +173,12 @@ class LinearMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is not see
 
 
 def default_device() -> torch.device:
-    """Where new tensors are made: while vLLM makes a model, the device that it will run on."""
-    return torch.empty(0).device
+    """Where new tensors are made: while vLLM makes a model, the device that it will run on.
+
+    The CPU where only shapes are made: what stays there can still be moved.
+    """
+    device = torch.empty(0).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_complete(placed: Placed, copied: list[Copied]) -> None:
