@@ -89,7 +89,7 @@ def test_versions_inside(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0rc1", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0rc1", "1.0.0", "dev"])
 def test_versions_outside(version: str) -> None:
     with pytest.raises(InputError, match="Install one of these"):
         check_version(version)

@@ -17,7 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedLinear
-from moepress.kernels.shards import Cut, cut_columns, cut_rows
+from moepress.kernels.shards import cut_columns, cut_rows
 from moepress.vllm.windows import Copied, Placed, Stored, Window
 
 
@@ -205,6 +205,3 @@ def _make_plain(layer: Any, weight: Tensor) -> None:
     linear = isinstance(layer, LinearBase)
     layer.quant_method = UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()
     layer.quant_method.process_weights_after_loading(layer)
-
-
-__all__ = ["Cut", "LinearMethod"]
