@@ -32,7 +32,7 @@ def test_copies_are_noted_with_their_rows_and_columns() -> None:
     first, second = base.copied
     assert first.rows == range(32) and second.rows == range(32, 96)
     assert first.value.rows == range(32, 64) and first.value.cols == range(128)
-    assert second.value.whole() and not first.value.whole()
+    assert second.value.rows == range(64) and second.value.cols == range(128)
 
 
 def test_a_rank_gets_its_columns_or_its_rows() -> None:

@@ -110,10 +110,6 @@ class Window(Tensor):
     def __repr__(self, **_: object) -> str:  # type: ignore[override]  # used in error messages
         return f"Window({self.base.name}, rows {self.rows}, columns {self.cols})"
 
-    def whole(self) -> bool:
-        """Whether this is all of the matrix."""
-        return len(self.rows) == self.base.rows and len(self.cols) == self.base.cols
-
     def plain(self) -> Tensor:
         """The weights [rows, columns] of a stored matrix."""
         if isinstance(self.base, Placed):
