@@ -46,6 +46,20 @@ def test_the_kernels_of_this_cpu_are_right(fewer: None) -> None:
     assert results["experts, trellis codes"].error > 0  # something else than the reference ran
 
 
+def test_errors_that_a_card_tells_late_are_named() -> None:
+    class Lost(Tensor):
+        """What a kernel has not written: a card says so when it is read."""
+
+        def to(self, *args: object, **options: object) -> Tensor:
+            raise RuntimeError("an illegal memory access\nwas encountered")
+
+    lost, right = torch.zeros(2, 3).as_subclass(Lost), torch.ones(2, 3)
+    cases = [module._Case(name, lambda x=x: x, [], [right.clone]) for name, x in
+             (("first", lost), ("second", right))]  # fmt: skip
+    result = module._tested("op", iter(cases), CPU)
+    assert result.compared == 2 and result.wrong == ("first: an illegal memory access",)
+
+
 def test_wrong_results_are_named(fewer: None, backend: backends.Backend) -> None:
     def scaled(call: backends.ExpertsCall) -> Tensor:
         y = reference.experts(call)

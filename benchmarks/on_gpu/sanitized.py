@@ -11,7 +11,6 @@ import torch
 from moepress import kernels
 from moepress.format.codec import CODE_BITS, TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import trellis
-from moepress.kernels.cuda import rotation
 from moepress.kernels.random_codes import random_packed
 from moepress.rounding.methods import viterbi
 from on_gpu import attention, checks, grouped, route, small
@@ -93,14 +92,6 @@ def search(card: Card) -> None:
     viterbi.round_together(target, torch.zeros_like(target), branches, TRELLIS_BITS, 8)
 
 
-def rotations(card: Card) -> None:
-    for columns in (96, 256, 2816):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(30, columns, device=card.device).to(dtype)
-            for back in (False, True):
-                rotation.rotate(x, back)
-
-
 def small_ops(card: Card) -> None:
     for check in (small.check_norms, small.check_rotary, small.check_cache):
         check(card)
@@ -115,10 +106,11 @@ GROUPS: dict[str, Callable[[Card], Any]] = {
     "gates": gates,
     "embedding": embedding,
     "search": search,
-    "rotation": rotations,
+    "rotation": search_checks.check_rotation,
     "attention": attention.check_attention,
     "route": route.check_route,
     "small": small_ops,
     "drawn": search_checks.check_drawn,
     "values": search_checks.check_values,
+    "linears": checks.check_linears,
 }

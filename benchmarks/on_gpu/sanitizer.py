@@ -36,6 +36,7 @@ GROUPS = (  # of sanitized.py, which imports torch; slowest first
     "small",
     "drawn",
     "values",
+    "linears",
 )
 FOUND = 9  # exit code where the tool reports something
 SECONDS = 150  # of one process, at most

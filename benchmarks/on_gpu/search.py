@@ -14,7 +14,8 @@ import torch
 
 import mixtral_shape
 from moepress.format.codec import HALF_WIDTHS, TRELLIS_BITS
-from moepress.kernels.cuda import drawn, values
+from moepress.kernels import trellis
+from moepress.kernels.cuda import drawn, rotation, values
 from moepress.kernels.trellis import TILE_COLUMNS, branch_bits, code_matrix, deviation
 from moepress.rounding import noise
 from moepress.rounding.methods import viterbi
@@ -35,6 +36,7 @@ def cases(card: Card) -> Iterator[Case]:
     yield Case("several matrices", partial(check_together, card), 60)
     yield Case("drawn errors", partial(check_drawn, card), 60)
     yield Case("values of codes", partial(check_values, card), 60)
+    yield Case("rotation", partial(check_rotation, card), 60)
     yield Case("rates", partial(rates, card), 60)
 
 
@@ -91,7 +93,7 @@ def check_drawn(card: Card) -> list[Row]:
         expected = [x.clone() for x in given]
         for start, stop in ((8, 16), (16, 20)):
             drawn.drawing(*given, *more)(start, stop)
-            noise._drawing(*expected, *more)(start, stop)
+            noise.plain_drawing(*expected, *more)(start, stop)
         pairs = zip(given, expected, strict=True)
         worst = max(worst, *(float((a - b).abs().max()) for a, b in pairs))
     if not worst < 1e-5:
@@ -113,6 +115,26 @@ def check_values(card: Card) -> list[Row]:
             if not torch.equal(values.code_matrix(branches, bits), code_matrix(branches, bits)):
                 raise CheckError(f"{bits} bits, {rows} x {columns}: values differ")
     return [{"widths": len(TRELLIS_BITS)}]
+
+
+def check_rotation(card: Card) -> list[Row]:
+    """Rows rotated forth, and in float32 back, by the kernel and by plain operations, bit for bit.
+
+    Plain operations on the CPU: a card may round a product and a sum together.
+    """
+    compared = 0
+    for columns in (96, 256, 2816) if card.tiny else (96, 256, 2816, 4096, 14336):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(30, columns, generator=card.generator(columns), device=card.device)
+            x, plain = x.to(dtype), x.to(dtype).cpu()
+            pairs = [(rotation.rotate(x), trellis.rotate(plain))]
+            if dtype == torch.float32:
+                pairs.append((rotation.rotate(x, back=True), trellis.rotate_back(plain)))
+            for found, exact in pairs:
+                compared += 1
+                if not torch.equal(found.cpu(), exact):
+                    raise CheckError(f"{columns} columns, {dtype}: rotated rows differ")
+    return [{"compared": compared}]
 
 
 def rates(card: Card) -> list[Row]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 from moepress.kernels import ops, status
 from moepress.kernels.cuda.launch import launcher_for
 from moepress.memory import free_memory
+from tests.card.lacking import LACKING
 from tests.card.tensors import Card, CardError, CardTensor
 
 CUDA = torch.device("cuda", 0)
@@ -48,6 +52,33 @@ def test_tensors_of_two_devices_do_not_meet(card: Card) -> None:
         np.asarray(x)
     assert torch.equal((x + torch.tensor(1.0)).cpu(), torch.arange(1.0, 7).view(2, 3))
     assert x[torch.tensor([1])].device == CUDA  # indices may be on the CPU
+
+
+def test_ops_refuse_dtypes_that_cuda_lacks(card: Card) -> None:
+    whole = torch.arange(6, device="cuda").view(2, 3)
+    half = torch.ones(6, dtype=torch.bfloat16, device="cuda")
+    refused: tuple[Callable[[], object], ...] = (
+        lambda: torch.einsum("ij,kj->ik", whole, whole),
+        lambda: torch.zeros(2, 2, dtype=torch.long, device="cuda").addmm_(whole, whole.T),
+        lambda: torch.histc(half, 2),
+        lambda: half.angle(),
+        lambda: F.conv1d(whole[None], torch.ones(2, 2, 2, dtype=torch.long, device="cuda")),
+    )
+    for number, wrong in enumerate(refused):
+        with pytest.raises(CardError, match="no kernel"):
+            wrong()
+            pytest.fail(f"number {number} was not refused")
+    assert torch.histc(half.float(), 2).sum() == 6
+
+
+def test_dtypes_that_cuda_lacks_are_those_of_torchs_tests() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.card.lacking"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    known = {name: sorted(map(str, dtypes)) for name, dtypes in LACKING.items()}
+    found = json.loads(ran.stdout)
+    assert {name: known.get(name) for name in found} == found
 
 
 def test_ops_of_the_card_get_tensors_of_the_card(card: Card) -> None:

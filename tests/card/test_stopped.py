@@ -178,7 +178,7 @@ def test_states_that_cannot_be_pinned_are_not_copied(
     held = torch.arange(512, dtype=torch.float32)
     states.keep(1, {"states": held.cuda()})
     for memory, pinned in ((17 * 1024, False), (1 << 30, True)):
-        monkeypatch.setattr(batches, "free_host_memory", lambda m=memory: m)
+        monkeypatch.setattr("moepress.pinned.free_host_memory", lambda m=memory: m)
         states.expect(1)
         found = states.tensors(1)["states"]
         assert torch.equal(found, held)

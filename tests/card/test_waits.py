@@ -9,13 +9,21 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from moepress import kernels
 from moepress.allocate import allocate
 from moepress.original import batches
 from moepress.original.source import Source
+from moepress.pruning.layer import PrunedLayer
+from moepress.pruning.rule import Pruning
 from moepress.quantize import quantize
+from moepress.rounding.held_out import held_out
+from moepress.rounding.hessian import Hessian
 from moepress.score import score
 from tests.card.tensors import Card
 from tests.conftest import small_recipe
@@ -24,7 +32,9 @@ LAYERS = 2
 FOR_CHUNKS = (
     "costs/expert_costs", "costs/noisy_expert", "costs/sketch", "original/token_sums",
     "original/walk", "original/record",
-    "rounding/correction", "rounding/expert", "rounding/kept_tokens", "rounding/summed_tokens",
+    "rounding/correction", "rounding/expert", "rounding/factor", "rounding/fit",
+    "rounding/held_out", "rounding/kept_tokens", "rounding/noisy_products",
+    "rounding/summed_tokens",
 )  # fmt: skip
 
 
@@ -66,3 +76,28 @@ def test_chunks_of_tokens_are_not_waited_for(
     sent = by_file(card.uploads)
     assert sent["sending"] > 20 * seen
     assert not sent.keys() & {name for name in FOR_CHUNKS if name != "original/walk"}
+
+
+def test_errors_on_other_tokens_are_not_waited_for(card: Card) -> None:
+    hessian = Hessian(32, "cuda")
+    hessian.add(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).to("cuda"))
+    factor = hessian.factor(0.01)
+    by_file(card.waits), by_file(card.uploads)
+    held_out(factor, 50.0)
+    assert not by_file(card.waits) and by_file(card.uploads).keys() == {"sending"}
+
+
+def test_choices_of_many_experts_that_are_left_out_are_found_without_a_wait(card: Card) -> None:
+    experts: Any = nn.Module()
+    experts.num_experts, experts.left_out = 64, tuple(range(0, 60, 2))
+    index = torch.tensor([[2, 5, 1, 7], [3, 64, -1, 9], [58, 0, 62, 1]])
+    weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 3)
+    ratios = (0.0, 0.3, 0.5, 0.6)
+    pruned = PrunedLayer(0, nn.Module(), experts, Pruning({0: ratios}, False, 0), False)
+    left = index.masked_fill(torch.isin(index, torch.tensor(experts.left_out)), 64)
+    expected, *_ = kernels.drop(left, weights, torch.tensor(ratios), False, None, 64)
+    there = [x.to("cuda") for x in (weights, index, weights)]
+    pruned._before_experts(experts, (there[0], there[1], there[2]))  # the tables go there
+    with card.without_waits():
+        *_, found, _ = pruned._before_experts(experts, (there[0], there[1], there[2]))
+    assert torch.equal(found.cpu(), expected)

@@ -41,7 +41,10 @@ REFUSED = (
     *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EMFILE,
     errno.ENFILE, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
-NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",  # of cuBLAS and cuSOLVER
+)  # fmt: skip
 
 
 class Stopped(BaseException):

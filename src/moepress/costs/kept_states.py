@@ -19,7 +19,7 @@ from moepress.format.checkpoint import Writer
 from moepress.format.journal import STATES_EVERY
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.memory import free_host_memory
-from moepress.original.batches import pinned_empty
+from moepress.pinned import pinned_empty
 from moepress.ranks import here
 
 SHARE_HELD = 0.125  # of the machine's free memory, that the states of one layer may take

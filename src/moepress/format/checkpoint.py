@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +27,7 @@ from torch import Tensor
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.memory import free_host_memory
+from moepress.pinned import pinned_bytes
 from moepress.ranks import here
 from moepress.reading.config import CONFIG, config_fields
 from moepress.reading.headers import read_header
@@ -42,6 +43,9 @@ TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
 # memory that is free.
 MOST_COPIED = 1 << 30
 SHARE_COPIED = 0.1
+# The same for copies of a card's tensors: an eighth is kept at a time (costs/kept_states.py), which
+# pinned may take twice as much.
+SHARE_PINNED = 0.25
 QUANT_METHOD = "moepress"
 # Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
@@ -74,8 +78,8 @@ class Writer:
     """Writes files, at once or while the caller goes on. Only rank 0 writes.
 
     Args:
-        device: of the computation. If it is a card, `save` copies the tensors and returns; one
-            thread writes them.
+        device: of the computation. If it is a card, `save` copies the tensors and returns, where
+            memory has room for the copies; one thread writes them.
         write: writes one file.
     """
 
@@ -105,9 +109,8 @@ class Writer:
         self.finish()
         if not here().first:
             return
-        tensors = (tensor for each in files.values() for tensor in each.values())
-        most = max(MOST_COPIED, SHARE_COPIED * free_host_memory())
-        if self._card is None or sum(_host_bytes(tensor) for tensor in tensors) > most:
+        tensors = [tensor for each in files.values() for tensor in each.values()]
+        if self._card is None or not _have_room(tensors):
             self._save(dict(files), then)
             return
         copies: dict[Path, Mapping[str, Tensor]] = {
@@ -138,8 +141,12 @@ class Writer:
             then()
 
 
-def _host_bytes(tensor: Tensor) -> int:
-    return tensor.nbytes if tensor.device.type == "cpu" else 0
+def _have_room(tensors: Sequence[Tensor]) -> bool:
+    """Whether memory has room for copies of tensors, of a card's pinned ones."""
+    free = free_host_memory()
+    on_host = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
+    pinned = sum(pinned_bytes(tensor.nbytes) for tensor in tensors if tensor.device.type != "cpu")
+    return on_host <= max(MOST_COPIED, SHARE_COPIED * free) and pinned <= SHARE_PINNED * free
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

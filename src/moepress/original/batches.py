@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moepress.errors import CheckpointError
-from moepress.memory import free_host_memory, free_memory
+from moepress.memory import free_memory
+from moepress.pinned import pinned_empty
 
 BATCH_TOKENS = 4096  # tokens that go through a layer, or an expert, at a time
 CARD_BATCHES = 2  # of these go through a layer together on a card: Python takes as long for both
@@ -20,7 +21,6 @@ LOGIT_TOKENS = 256  # tokens whose logits are held at a time while gradients go 
 LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB in float32
 SHARE = 0.45  # of a card's free memory, that an array of all tokens may take
 SHARE_IN_ORDER = 0.12  # the same for an array that is read in order, which costs less on the host
-SHARE_PINNED = 0.1  # of the machine's free memory, that an array which a card uses may take
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
 
 
@@ -84,15 +84,6 @@ def empty(
         _reserve(file, size)
         flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     return flat.view(shape)  # the file has no name any more; it lives as long as the mapping
-
-
-def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """An uninitialised tensor in memory that a card reads fast; None: there is too little of it."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    taken = 1 << max(0, size - 1).bit_length()  # torch takes powers of two
-    if taken > SHARE_PINNED * free_host_memory():
-        return None
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def _reserve(file: Any, size: int) -> None:

@@ -71,7 +71,11 @@ class PrunedLayer:
         self._pruning = pruning
         self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
         self._absent = torch.tensor(pruning.absent.get(number, ()), dtype=torch.float32)
-        self._left_out = torch.tensor(getattr(experts, "left_out", ()), dtype=torch.int64)
+        left_out = list(getattr(experts, "left_out", ()))
+        # [E + 2] bool, whether an expert is left out; the last two are no experts. `torch.isin` of
+        # many waits for a card. Empty: none is.
+        self._left_out = torch.zeros(experts.num_experts + 2 if left_out else 0, dtype=torch.bool)
+        self._left_out[left_out] = True
         self._count = count
         self.tokens = 0
         self.dropped = torch.zeros(len(self._thresholds), dtype=torch.int64)  # [k] by rank
@@ -108,8 +112,8 @@ class PrunedLayer:
         # Choices of experts that are left out cost no time: they must not use up the ranks, and
         # the dropped share, of experts that do.
         if len(self._left_out):
-            left_out = torch.isin(index, self._left_out)
-            index = index.masked_fill(left_out, self._experts.num_experts)
+            none = self._experts.num_experts
+            index = index.masked_fill(self._left_out[index.clamp(-1, none)], none)
         protected = None
         if self._pruning.protect > 0:
             protected = protected_tokens(hidden, current_record(), self._pruning.protect)

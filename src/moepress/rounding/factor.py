@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from moepress.kernels.trellis import TILE_COLUMNS
 from moepress.rounding.sweep import Feedback, slices
+from moepress.sending import sent
 
 PROBES = 128  # random vectors that norms of rows are measured by
 COLUMNS_PER_SLICE = 1024  # triangular matrices are used in column slices
@@ -105,12 +107,13 @@ class DenseFactor(Factor):
         r, d = self.feedback, self.curvature
         trace = (r.square() @ d).double().sum()  # of H + added: K * mean * (1 + damping)
         added = trace / len(d) * self.damping / (1 + self.damping)
-        probes = _probes(len(d)).to(r)
+        probes = sent(_probes(len(d)), r.device)
         solved: Tensor = torch.linalg.solve_triangular(r, probes, upper=True, unitriangular=True)
         squares = solved.square().sum(1) / probes[0].square().sum()
         return 1 - added.float() * squares / d
 
 
+@lru_cache(maxsize=8)
 def _probes(columns: int) -> Tensor:
     """[K, P]: the squared norms of rows [K] of a matrix A are about those of A times this, over P.
 

@@ -35,6 +35,7 @@ from moepress.kernels import cpu
 from moepress.kernels.cuda import drawn
 from moepress.kernels.cuda.search import available
 from moepress.kernels.trellis import TILE_COLUMNS, WEIGHTS_AT_ONCE, code_matrix, deviation
+from moepress.pinned import pinned_empty
 from moepress.rounding.factor import Factor
 from moepress.rounding.fit import gain, inverse, mean_gain
 from moepress.rounding.hessian import tensor_cores
@@ -84,8 +85,10 @@ def forget_draws() -> None:
 def _draw(shape: tuple[int, ...], seed: int, name: str, for_card: bool = False) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    # A card copies pinned memory several times faster.
-    return torch.randn(*reversed(shape), generator=generator, pin_memory=for_card)
+    numbers = None
+    if for_card:  # it copies pinned memory several times faster
+        numbers = pinned_empty(tuple(reversed(shape)), torch.float32)
+    return torch.randn(*reversed(shape), generator=generator, out=numbers)
 
 
 @lru_cache(maxsize=1)
@@ -227,17 +230,24 @@ def drawn_for_widths(
     buffer = target.new_zeros(len(target), len(errors), target.shape[1])  # [K, W, N]
     residual = torch.empty_like(buffer)
     given = target, buffer, residual, sent(torch.tensor(errors), target.device), noise
-    by_kernels = drawn.takes(target) and available(target.device)
-    visit = (drawn.drawing if by_kernels else _drawing)(*given)
     with tensor_cores(target.device):
-        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, visit)
+        sweep(buffer.flatten(1), feedback, 0, len(target), TILE_COLUMNS, drawing(*given))
     yield from zip(errors, zip(buffer.unbind(1), residual.unbind(1), strict=True), strict=True)
 
 
-def _drawing(
+def drawing(
     target: Tensor, buffer: Tensor, residual: Tensor, errors: Tensor, noise: Tensor
 ) -> Visit:
-    """`kernels.cuda.drawn.drawing` where its kernels do not run."""
+    """What visits columns for all widths at once (kernels/cuda/drawn.py has the arguments)."""
+    by_kernels = drawn.takes(target) and available(target.device)
+    make = drawn.drawing if by_kernels else plain_drawing
+    return make(target, buffer, residual, errors, noise)
+
+
+def plain_drawing(
+    target: Tensor, buffer: Tensor, residual: Tensor, errors: Tensor, noise: Tensor
+) -> Visit:
+    """`drawing` in PyTorch operations."""
     each = errors[:, None]
     spread = (each * (1 - each)).sqrt()
 

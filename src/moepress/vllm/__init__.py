@@ -11,6 +11,7 @@ windows.py     matrices that vLLM's own weight loaders cut, without a copy and w
 linears.py     linears, embeddings and heads
 experts.py     routed experts, and pruning
 placement.py   which rank computes which experts
+routers.py     what vLLM leaves out of some routers
 
 Importing `moepress` does not import vLLM.
 """

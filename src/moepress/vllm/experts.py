@@ -7,6 +7,7 @@ choices of no expert are -1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedExperts
+from moepress.vllm.linears import default_device
 
 NO_EXPERT = -1
 
@@ -34,22 +36,32 @@ class Thresholds(nn.Module):
     """
 
     thresholds: Tensor
-    left_out: Tensor
+    absent: Tensor
 
     def __init__(
-        self, thresholds: tuple[float, ...], renormalise: bool, left_out: Tensor, experts: int
+        self,
+        thresholds: tuple[float, ...],
+        renormalise: bool,
+        left_out: Sequence[int],
+        experts: int,
     ) -> None:
         super().__init__()
         wanted = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
         self.register_buffer("thresholds", wanted, persistent=False)
-        self.register_buffer("left_out", left_out, persistent=False)
+        # [E + 2] bool; the last two are no experts. `torch.isin` may wait for a card, which the
+        # capture of a CUDA graph does not allow.
+        absent = torch.zeros(experts + 2, dtype=torch.bool, device="cpu")
+        absent[list(left_out)] = True
+        self.register_buffer("absent", absent, persistent=False)
+        self.has_absent = len(left_out) > 0
         self.renormalise = renormalise
         self.experts = experts
 
     def forward(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Choices [T, k] int64 and routing weights [T, k] that are left."""
-        if len(self.left_out):
-            index = index.masked_fill(torch.isin(index, self.left_out), NO_EXPERT)
+        if self.has_absent:
+            absent = self.absent[index.clamp(NO_EXPERT, self.experts)]
+            index = index.masked_fill(absent, NO_EXPERT)
         index, weights, dropped = kernels.drop(
             index, weights, self.thresholds, self.renormalise, None, self.experts
         )
@@ -61,6 +73,7 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not se
 
     def create_weights(self, layer: Any, **_: Any) -> None:
         """Nothing yet: the loader gives the layer its packed experts (`give_experts`)."""
+        layer.device_of_experts = default_device()
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -90,7 +103,7 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not se
 
 
 def give_experts(layer: Any, packed: PackedExperts, pruned: Thresholds | None) -> None:
-    """Give a `RoutedExperts` of vLLM its packed experts.
+    """Give a `RoutedExperts` of vLLM its packed experts, on its device.
 
     Raises:
         InputError: vLLM's layer has other sizes.
@@ -106,5 +119,5 @@ def give_experts(layer: Any, packed: PackedExperts, pruned: Thresholds | None) -
             f"{layer.layer_name} chooses {found[1]} experts for a token, but config.json has "
             f"{len(pruned.thresholds)} thresholds. Prune the folder again."
         )
-    layer.packed = packed
-    layer.pruned = pruned
+    layer.packed = packed.to(layer.device_of_experts)
+    layer.pruned = None if pruned is None else pruned.to(layer.device_of_experts)

@@ -17,7 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedLinear
-from moepress.kernels.shards import Cut, cut_columns, cut_rows
+from moepress.kernels.shards import cut_columns, cut_rows
 from moepress.vllm.windows import Copied, Placed, Stored, Window
 
 
@@ -108,8 +108,8 @@ class LinearMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is not see
         **attributes: Any,
     ) -> None:
         """Give a layer the weight that vLLM's loaders copy to. It takes no memory yet."""
-        rows = sum(output_partition_sizes)
-        placed = Placed(layer.prefix, rows, input_size_per_partition, params_dtype)
+        rows, device = sum(output_partition_sizes), default_device()
+        placed = Placed(layer.prefix, rows, input_size_per_partition, params_dtype, device)
         weight = nn.Parameter(Window(placed), requires_grad=False)
         set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0})
         layer.register_parameter("weight", weight)
@@ -121,7 +121,7 @@ class LinearMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is not see
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Cut the bytes that the layer needs."""
+        """Cut the bytes that the layer needs, and bring them to its device."""
         tied = layer.__dict__.get("tied_to")
         if tied is not None:
             self._follow(layer, tied)
@@ -130,19 +130,19 @@ class LinearMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is not see
             return  # shared with a layer that was processed before
         placed = layer.weight.base
         assert isinstance(placed, Placed)
-        device = layer.weight.device
         copied = sorted(placed.copied, key=lambda one: one.rows.start)
         _check_complete(placed, copied)
         if not any(isinstance(one.value, Window) for one in copied):
-            _make_plain(layer, torch.cat([one.value for one in copied]).to(device))
+            _make_plain(layer, torch.cat([one.value.to(placed.device) for one in copied]))
             return
         pieces = nn.ModuleList(
             Piece(one.value) if isinstance(one.value, Window) else PlainPiece(one.value)
             for one in copied
         )
-        layer.pieces = pieces
+        layer.pieces = pieces.to(placed.device)
         # Some code of vLLM asks whether there is a weight before it calls `apply`.
-        layer.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        nothing = torch.empty(0, dtype=torch.uint8, device=placed.device)
+        layer.weight = nn.Parameter(nothing, requires_grad=False)
 
     def _follow(self, layer: Any, tied: Any) -> None:
         if tied.quant_method is not self and isinstance(tied.quant_method, LinearMethod):
@@ -172,6 +172,15 @@ class LinearMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is not see
         return y
 
 
+def default_device() -> torch.device:
+    """Where new tensors are made: while vLLM makes a model, the device that it will run on.
+
+    The CPU where only shapes are made: what stays there can still be moved.
+    """
+    device = torch.empty(0).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _check_complete(placed: Placed, copied: list[Copied]) -> None:
     """Raise InputError unless each row was copied once."""
     stop = 0
@@ -196,6 +205,3 @@ def _make_plain(layer: Any, weight: Tensor) -> None:
     linear = isinstance(layer, LinearBase)
     layer.quant_method = UnquantizedLinearMethod() if linear else UnquantizedEmbeddingMethod()
     layer.quant_method.process_weights_after_loading(layer)
-
-
-__all__ = ["Cut", "LinearMethod"]

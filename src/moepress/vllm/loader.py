@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
@@ -164,15 +163,16 @@ def _take_embeddings(model: nn.Module) -> None:
         attributes = {"weight_loader": module.weight_loader}
         module.quant_method = LinearMethod()
         module.use_fused_embedding = False
-        module.quant_method.create_weights(
-            module,
-            module.input_size_per_partition,
-            module.output_partition_sizes,
-            module.input_size,
-            module.output_size,
-            module.params_dtype,
-            **attributes,
-        )
+        with weight.device:
+            module.quant_method.create_weights(
+                module,
+                module.input_size_per_partition,
+                module.output_partition_sizes,
+                module.input_size,
+                module.output_size,
+                module.params_dtype,
+                **attributes,
+            )
         if id(weight) in taken:
             module.quant_method.tie_weights(module, taken[id(weight)])
         taken[id(weight)] = module
@@ -224,5 +224,4 @@ def _thresholds(packed: PackedExperts, pruning: Pruning | None, layer: int) -> T
     ratios = () if pruning is None else pruning.thresholds.get(layer, ())
     if pruning is None or not any(ratios):
         return None
-    left_out = torch.tensor(packed.left_out, dtype=torch.int64, device="cpu")
-    return Thresholds(tuple(ratios), pruning.renormalise, left_out, packed.num_experts)
+    return Thresholds(tuple(ratios), pruning.renormalise, packed.left_out, packed.num_experts)

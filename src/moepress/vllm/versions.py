@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from moepress.errors import InputError
 
 TESTED = ("0.32", "0.33")  # vLLM's interface changes: from the first version, below the second
@@ -19,6 +21,6 @@ def check_version(version: str) -> None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """Major and minor number."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    """Major and minor number; 0, 0 where there are none: vLLM may call itself "dev"."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -27,7 +27,7 @@ from moepress.format.codec import Codec
 from moepress.kernels import reference
 
 _ATEN = torch.ops.aten
-_META = torch.device("meta")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 _SAME = (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default)
 
 
@@ -72,12 +72,14 @@ class Placed:
 
     Attributes:
         name: of the layer, for messages.
+        device: where the layer will be. What is copied may be elsewhere.
     """
 
     name: str
     rows: int
     cols: int
     dtype: torch.dtype
+    device: torch.device = _CPU
     copied: list[Copied] = field(default_factory=list)
 
 
@@ -94,8 +96,10 @@ class Window(Tensor):
     ) -> Window:
         rows = range(base.rows) if rows is None else rows
         cols = range(base.cols) if cols is None else cols
+        # vLLM moves parameters that are not on the layer's device.
+        device = base.device if isinstance(base, Placed) else _CPU
         made: Window = Tensor._make_wrapper_subclass(
-            cls, (len(rows), len(cols)), dtype=base.dtype, device=torch.device("cpu")
+            cls, (len(rows), len(cols)), dtype=base.dtype, device=device
         )
         made.base, made.rows, made.cols = base, rows, cols
         return made
@@ -105,10 +109,6 @@ class Window(Tensor):
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]  # used in error messages
         return f"Window({self.base.name}, rows {self.rows}, columns {self.cols})"
-
-    def whole(self) -> bool:
-        """Whether this is all of the matrix."""
-        return len(self.rows) == self.base.rows and len(self.cols) == self.base.cols
 
     def plain(self) -> Tensor:
         """The weights [rows, columns] of a stored matrix."""
@@ -163,7 +163,8 @@ def _place(func: Any, window: Window, placed: Placed, args: tuple[Any, ...]) -> 
     if func is _ATEN.copy_.default and args[1].shape == shape and shape[1] == placed.cols:
         value = args[1] if isinstance(args[1], Window) else args[1].to(placed.dtype)
     elif func in (_ATEN.fill_.Scalar, _ATEN.zero_.default) and shape[1] == placed.cols:
-        value = torch.full(shape, args[1] if len(args) > 1 else 0, dtype=placed.dtype)
+        number = args[1] if len(args) > 1 else 0
+        value = torch.full(shape, number, dtype=placed.dtype, device=_CPU)
     else:
         others = [tuple(arg.shape) for arg in args[1:] if isinstance(arg, Tensor)]
         raise InputError(

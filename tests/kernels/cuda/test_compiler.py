@@ -44,6 +44,53 @@ def test_every_kernel_waits_for_the_one_before_it() -> None:
         assert text.count("__global__") <= len(re.findall(r"\bbegin\(\);", text)), path.name
 
 
+class Compiler:
+    """Compiles, and counts how often."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *_: object) -> tuple[bytes, str]:
+        self.count += 1
+        return b"cubin", ""
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    made = Compiler()
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: (None, (13, 0)))
+    monkeypatch.setattr(compiler, "architecture", lambda capability: "sm_80")
+    monkeypatch.setattr(compiler, "_compile", made)
+    return made
+
+
+def test_a_user_without_a_home_compiles_each_time(
+    compiles: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MOEPRESS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compiler.Path, "home", no_home)
+    assert [compiler.compiled("values", (8, 0)) for _ in range(2)] == [b"cubin"] * 2
+    assert compiles.count == 2
+
+
+def test_a_full_disk_keeps_no_half_of_a_kernel(
+    compiles: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as on_full_disk:
+        on_full_disk.setattr(compiler.Path, "replace", full)
+        assert compiler.compiled("values", (8, 0)) == b"cubin"
+    assert not list(cache.iterdir())
+    assert [compiler.compiled("values", (8, 0)) for _ in range(2)] == [b"cubin"] * 2
+    assert compiles.count == 2 and len(list(cache.glob("values-sm_80-*.cubin"))) == 1
+
+
 @needs_nvrtc
 def test_registers_and_spills_are_read() -> None:
     found = check_compile.compiled("combine", (9, 0))

@@ -26,7 +26,7 @@ def test_a_visit(columns: int, widths: int) -> None:
     """Also of fewer than eight rows, and no other row is touched."""
     given = arrays(columns, widths)
     expected = tuple(x.clone() for x in given)
-    visit, plainly = drawn.drawing(*given), noise._drawing(*expected)
+    visit, plainly = drawn.drawing(*given), noise.plain_drawing(*expected)
     for start, stop in ((8, 16), (16, 20)):
         visit(start, stop)
         plainly(start, stop)

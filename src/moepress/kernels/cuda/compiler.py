@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,13 @@ def compiled(name: str, capability: tuple[int, int], defines: tuple[str, ...] = 
     options = (f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{define}" for define in defines))
     parts = (repr((version, options)), source, *(f"{n}\n{text}" for n, text in headers.items()))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    path = _cache() / f"{name}-{arch}-{key[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
+    folder, file = _cache(), f"{name}-{arch}-{key[:32]}.cubin"
+    if folder is not None:
+        with suppress(OSError):
+            return (folder / file).read_bytes()
     cubin, _ = _compile(nvrtc, name, source, headers, options)
-    _keep(path, cubin)
+    if folder is not None:
+        _keep(folder / file, cubin)
     return cubin
 
 
@@ -148,23 +149,31 @@ def _log(log: bytearray) -> str:
     return bytes(log).rstrip(b"\0").decode(errors="replace").strip()
 
 
-def _cache() -> Path:
+def _cache() -> Path | None:
+    """The folder of compiled kernels; None: this user has no home, as in some containers."""
     own = os.environ.get("MOEPRESS_CACHE")
     if own:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moepress" / "cuda"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "moepress" / "cuda"
+    except RuntimeError:
+        return None
 
 
 def _keep(path: Path, cubin: bytes) -> None:
     """Write a file whole or not at all. A folder that cannot be written costs time, no more."""
+    written: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            written = Path(file.name)
             file.write(cubin)
-        Path(file.name).replace(path)
+        written.replace(path)
     except OSError:
-        return
+        if written is not None:
+            with suppress(OSError):
+                written.unlink()
 
 
 @lru_cache(maxsize=1)

@@ -179,7 +179,7 @@ class _Function:
             (error,) = self.driver.cuLaunchKernelEx(*launch)
         self.pool.append(arguments)
         if error != self.success:
-            raise MoepressError(f"{self.kernel} cannot be launched: {error.name}.")
+            _checked(f"{self.kernel} cannot be launched", (error,))
 
     def _config(self, grid: Grid, threads: int, shared: int, stream: int) -> Any:
         driver = self.driver
@@ -215,7 +215,11 @@ class _Arguments:
 def _module(name: str, defines: tuple[str, ...], index: int) -> Any:
     cubin = compiler.compiled(name, torch.cuda.get_device_capability(index), defines)
     _enter(index)
-    return _checked(name, _driver().cuModuleLoadData(cubin))
+    try:
+        return _checked(name, _driver().cuModuleLoadData(cubin))
+    except torch.OutOfMemoryError:  # torch may keep all memory for reuse
+        torch.cuda.empty_cache()
+        return _checked(name, _driver().cuModuleLoadData(cubin))
 
 
 def _enter(index: int) -> None:
@@ -239,9 +243,17 @@ def _driver() -> Any:
 
 
 def _checked(name: str, result: tuple[Any, ...]) -> Any:
-    """The value of a call of the driver."""
+    """The value of a call of the driver.
+
+    Raises:
+        torch.OutOfMemoryError: the card has too little memory, as where torch finds that.
+        MoepressError: another error.
+    """
     error, *values = result
-    if error != _driver().CUresult.CUDA_SUCCESS:
+    results = _driver().CUresult
+    if error == results.CUDA_ERROR_OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"CUDA out of memory: {name}: the driver answers {error.name}")
+    if error != results.CUDA_SUCCESS:
         raise MoepressError(f"{name}: the driver answers {error.name}.")
     return values[0] if values else None
 
