@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,20 +69,32 @@ def _json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_checksums(folder: Path, files: Iterable[Path], config: Mapping[str, Any]) -> None:
+def write_checksums(
+    folder: Path,
+    files: Iterable[Path],
+    config: Mapping[str, Any],
+    check: Callable[[Path, Mapping[str, str]], None] | None = None,
+) -> None:
     """Write the checksums of a folder. Reads the files once.
 
     Args:
         files: its safetensors files.
         config: the fields that its config.json has, or will have.
+        check: called for each file with the SHA-256 of each of its tensors, before that; raises
+            FileError if they are not what they should be. None: all is well.
 
     Raises:
         FileError: a file is damaged.
         CheckpointError: the checksums cannot be written.
     """
+    files = tuple(files)
+    digests = _digests(files)
+    if check is not None:
+        for path in files:
+            check(path, {name: digests[name][1] for name in read_header(path).tensors})
     found = {
         name: TensorFields(dtype=entry.dtype, shape=entry.shape, sha256=digest)
-        for name, (entry, digest) in _digests(files).items()
+        for name, (entry, digest) in digests.items()
     }
     made = Checksums(
         kind="checksums",

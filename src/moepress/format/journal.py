@@ -17,8 +17,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import Writer, load_json, save_json, save_tensors
+from moepress.format.checkpoint import Writer, load_json, save_json
 from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.format.written import save_finished
 from moepress.ranks import here
 from moepress.reading.documents import parse_value
 
@@ -127,7 +128,10 @@ class Journal:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A result elsewhere than in `folder` is a file of the output, as it will stay."""
-        (save_unfinished if path.parent == self.folder else save_tensors)(path, tensors)
+        if path.parent == self.folder:
+            save_unfinished(path, tensors)
+        else:
+            save_finished(path, tensors, self.folder)
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"
