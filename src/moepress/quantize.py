@@ -39,7 +39,7 @@ from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import IDENTITY_FILE, Journal
 from moepress.format.unfinished import check_finished, load_unfinished, save_unfinished
-from moepress.format.written import compare_written, save_finished
+from moepress.format.written import compare_written
 from moepress.kernels.prepare import prepare_rounding
 from moepress.original.architectures import reads_experts
 from moepress.original.batches import empty
@@ -49,7 +49,7 @@ from moepress.original.resident import ResidentExperts, experts_bytes, have_room
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
-from moepress.outside import copied_shards, outside_layers
+from moepress.outside import copied_shards, write_outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
@@ -124,7 +124,8 @@ def quantize_tensors(
     states = ids.numel() * source.hidden
     ranks.agreed(lambda: check_space(out, plan, len(todo) / layers, states))
     packed = tensors.specs(plan.linear_bits)
-    ranks.agreed(lambda: _write_outside_layers(source, plan, packed, out, folder))
+    ranks.agreed(lambda: plan.save(out / PLAN))
+    ranks.agreed(lambda: write_outside_layers(source, packed, out, folder))
     if todo:
         prepare_rounding(source.device)
         _quantize_layers(source, plan, packed, ids, journal, out)
@@ -146,23 +147,6 @@ def _check_shards(out: Path, folder: Path) -> None:
             check_finished(path, delete=folder)
         else:
             path.unlink()
-
-
-def _write_outside_layers(
-    source: Source, plan: BitAllocation, packed: Mapping[str, PackedSpec], out: Path, folder: Path
-) -> None:
-    """Write the plan, and everything that is outside the layers.
-
-    Args:
-        folder: of the journal.
-    """
-    plan.save(out / PLAN)
-    if not (out / shard_name(None)).is_file():
-        save_finished(out / shard_name(None), outside_layers(source, packed), folder)
-    for path, names in copied_shards(source).items():
-        if not (out / path).is_file():
-            copied = {name: source.tensor(name).to("cpu") for name in names}
-            save_finished(out / path, copied, folder)
 
 
 def _finish(
