@@ -608,6 +608,7 @@ def test_a_budget_above_the_largest_is_told_once(
         plan = allocate(with_linears(), scalar(**budget))
     assert (plan.bits == 3).all() and set(plan.linear_bits.values()) == {8}
     assert caplog.text.count("above the largest possible") == 1
+    assert "size" not in budget or "size 1000000000 is above" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         allocate(with_linears(), scalar(**budget, over="worst"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
 from moepress.chat import Conversation
 from moepress.errors import InputError, MoepressError
@@ -160,3 +160,22 @@ def test_flags_of_training_do_not_matter(
     path.write_text(json.dumps(json.loads(path.read_text()) | flags), encoding="utf-8")
     flagged = evaluate(folder, [str(text_file)], length=32, limit=2, generations=2)
     assert flagged.texts == plain.texts and flagged.repetition is not None
+
+
+def test_no_more_is_written_than_the_model_reads(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def stand_in(_: object, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append(input_ids.shape[1] + options["max_new_tokens"])
+        return input_ids
+
+    monkeypatch.setattr(GenerationMixin, "generate", stand_in)
+    generate(model_folder(), "def f1(x):", tokens=8)
+    assert asked[-1] < 64 and "too many" not in caplog.text
+    generate(model_folder(), "def f1(x):", tokens=99_999_999_999)
+    assert asked[-1] == 256  # max_position_embeddings
+    assert "99,999,999,999 tokens are too many" in caplog.text
+    with pytest.raises(InputError, match=r"prompt has .* the model reads 256 .*shorter"):
+        generate(model_folder(), "def f1(x): " * 100, tokens=1)

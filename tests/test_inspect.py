@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from moepress.allocate import allocate
+from moepress.allocation.plan import BitAllocation
+from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
 from moepress.evaluate import Evaluation
 from moepress.format.checkpoint import CHECKSUMS, save_json
@@ -64,6 +66,16 @@ def test_scores_of_experts_without_output_are_json(tmp_path: Path) -> None:
     found = inspect(tmp_path / "scores.safetensors")
     assert set(found["relative_error_by_bits"].values()) == {None}
     json.dumps(found, allow_nan=False)
+
+
+def test_files_in_each_others_place_are_named(tmp_path: Path) -> None:
+    measured = synthetic.scores(2, 4)
+    measured.save(tmp_path / "scores.safetensors")
+    allocate(measured).save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match=r"holds scores\. Expected a plan of `moepress allocate`"):
+        BitAllocation.load(tmp_path / "scores.safetensors")
+    with pytest.raises(InputError, match=r"holds a plan\. Expected scores of `moepress score`"):
+        ExpertScores.load(tmp_path / "plan.json")
 
 
 def test_our_files_are_known_under_any_name(tmp_path: Path) -> None:

@@ -376,6 +376,13 @@ def test_unknown_strengths_are_refused(folder: Path, text: str) -> None:
         set_pruning(folder, parse_strength(text))
 
 
+def test_what_depends_on_the_machine_is_not_stored(mine: Path) -> None:
+    before = (mine / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"'disk:0\.1' cannot be stored .* or store .* 0\.1\."):
+        set_pruning(mine, parse_strength("disk:0.1"))
+    assert (mine / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("model", "strength", "options", "says"),
     [

@@ -203,7 +203,7 @@ def _speed(folder: Path, memory: Memory) -> Iterable[Check]:
 
     found = forecast(folder, memory)
     do = ""
-    if found.memory is not None:
+    if found.read_bytes_per_token:
         do = "with more memory (--memory), or with --prune disk:0.15, fewer experts are read"
     yield Check("speed", "ok", str(found), do)
 

@@ -28,7 +28,7 @@ from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
 from moepress.format.journal import layer_file
 from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
-from moepress.original.sizes import byte_unit
+from moepress.original.sizes import size_text
 from moepress.progress import announce
 from moepress.ranks import here
 from moepress.recipe import Recipe
@@ -329,9 +329,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size_text(number: int) -> str:
-    """Bytes as text: "15.1 GB"."""
-    unit, name = byte_unit(number)
-    return f"{number / unit:.1f} {name}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import STOPS, following
+from moepress.generation import STOPS, following, reads
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 from moepress.store.memory import Memory
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -34,7 +38,7 @@ def generate(
         folder: a folder made by moepress, or an original model that fits in memory (folder or hub
             id).
         prompt: any text, not empty.
-        tokens: most new tokens.
+        tokens: most new tokens; fewer, with a warning, where the model does not read as many.
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.
         pruning: for a compressed model, see `prune`; None: as stored in the folder.
@@ -48,7 +52,8 @@ def generate(
         The prompt and its continuation.
 
     Raises:
-        InputError: the prompt is empty, `tokens` is below 1, or the folder is no model.
+        InputError: the prompt is empty or longer than what the model reads, `tokens` is below 1, or
+            the folder is no model.
     """
     from moepress.hf import load_model, text_model
     from moepress.hf.captured import CapturedSteps
@@ -62,6 +67,27 @@ def generate(
         load_model(folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory)
     )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    tokens = min(tokens, _room(model, inputs["input_ids"].shape[1], tokens))
     with torch.inference_mode(), following(model, STOPS), CapturedSteps(model):
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _room(model: Any, used: int, tokens: int) -> int:
+    """Tokens that a model reads after a prompt of `used`; a warning if `tokens` are more.
+
+    Raises:
+        InputError: none.
+    """
+    most = reads(model)
+    if most is None:
+        return tokens
+    limit = f"the model reads {most:,} (max_position_embeddings of its config)"
+    if used >= most:
+        raise InputError(f"The prompt has {used:,} tokens, and {limit}. Give a shorter one.")
+    if tokens > most - used:
+        logger.warning(
+            "%s tokens are too many after a prompt of %s: %s. At most %s are written",
+            f"{tokens:,}", f"{used:,}", limit, f"{most - used:,}",
+        )  # fmt: skip
+    return most - used

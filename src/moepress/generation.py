@@ -81,6 +81,12 @@ def following(model: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
         model.generation_config = before
 
 
+def reads(model: Any) -> int | None:
+    """The most tokens, of a text with its continuation, that a model reads; None: any number."""
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def chat_settings(model: Any) -> tuple[str, ...]:
     """The settings that a chat follows.
 

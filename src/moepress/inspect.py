@@ -82,8 +82,9 @@ def inspect(
         content = content_of(path)  # under any name
         if content in ("scores", "a calibration") or path.suffix == ".safetensors":
             return _tensors(path)
-        if content == "a plan" or path.suffix == ".json":
+        if content != "a plan" and path.suffix == ".json":
             _check_kind(path)
+        if content == "a plan" or path.suffix == ".json":
             return _plan(BitAllocation.load(path))
     raise InputError(
         f"Cannot inspect {path}. Expected a model folder, or a .safetensors or .json file made by "

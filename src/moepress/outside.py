@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moepress.format.checkpoint import copied_name
+from moepress.format.checkpoint import copied_name, shard_name
 from moepress.format.codec import PackedSpec
+from moepress.format.written import save_finished
 from moepress.original.source import Source
 from moepress.rounding.methods import quantize_matrix
 
 COPIED_BYTES = 2 << 30  # most bytes of a file of copied tensors
+
+
+def write_outside_layers(
+    source: Source, packed: Mapping[str, PackedSpec], out: Path, folder: Path
+) -> None:
+    """Write the files of everything that is outside the layers, those that are not there yet.
+
+    Args:
+        folder: where their checksums are kept (format/written.py).
+    """
+    if not (out / shard_name(None)).is_file():
+        save_finished(out / shard_name(None), outside_layers(source, packed), folder)
+    for path, names in copied_shards(source).items():
+        if not (out / path).is_file():
+            copied = {name: source.tensor(name).to("cpu") for name in names}
+            save_finished(out / path, copied, folder)
 
 
 @torch.inference_mode()

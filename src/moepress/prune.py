@@ -229,13 +229,20 @@ def set_pruning(
 
     Args:
         folder: its config.json is changed.
-        strength, protect: as of `prune`.
+        strength, protect: as of `prune`, but no "disk:SHARE".
 
     Raises:
         InputError: the folder was not made by moepress, or as of `prune`.
     """
     folder = Path(folder)
     quantization_of(folder)  # raises if it is another folder, or damaged
+    if isinstance(strength, str) and strength.startswith(DISK):
+        raise InputError(
+            f"Pruning {strength!r} cannot be stored in a folder: what it drops depends on the "
+            "memory of the machine that runs the model. Give it where the model runs (--prune "
+            f"{strength} of generate, chat, serve and evaluate, or mp.prune), or store a share "
+            f"such as {strength.removeprefix(DISK)}."
+        )
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
     if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
         _check_fits(pruning, stored_costs(folder))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,13 +33,13 @@ from moepress.format.checkpoint import (
     finish_folder,
     finished_config,
     quantization_config,
-    save_tensors,
     shard_name,
 )
 from moepress.format.checksums import write_checksums
 from moepress.format.codec import LEFT_OUT, PackedSpec, codec_for
 from moepress.format.journal import IDENTITY_FILE, Journal
 from moepress.format.unfinished import check_finished, load_unfinished, save_unfinished
+from moepress.format.written import compare_written
 from moepress.kernels.prepare import prepare_rounding
 from moepress.original.architectures import reads_experts
 from moepress.original.batches import empty
@@ -48,7 +49,7 @@ from moepress.original.resident import ResidentExperts, experts_bytes, have_room
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.original.walk import Walk
-from moepress.outside import copied_shards, outside_layers
+from moepress.outside import copied_shards, write_outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
@@ -123,7 +124,8 @@ def quantize_tensors(
     states = ids.numel() * source.hidden
     ranks.agreed(lambda: check_space(out, plan, len(todo) / layers, states))
     packed = tensors.specs(plan.linear_bits)
-    ranks.agreed(lambda: _write_outside_layers(source, plan, packed, out))
+    ranks.agreed(lambda: plan.save(out / PLAN))
+    ranks.agreed(lambda: write_outside_layers(source, packed, out, folder))
     if todo:
         prepare_rounding(source.device)
         _quantize_layers(source, plan, packed, ids, journal, out)
@@ -147,18 +149,6 @@ def _check_shards(out: Path, folder: Path) -> None:
             path.unlink()
 
 
-def _write_outside_layers(
-    source: Source, plan: BitAllocation, packed: Mapping[str, PackedSpec], out: Path
-) -> None:
-    """Write the plan, and everything that is outside the layers."""
-    plan.save(out / PLAN)
-    if not (out / shard_name(None)).is_file():
-        save_tensors(out / shard_name(None), outside_layers(source, packed))
-    for path, names in copied_shards(source).items():
-        if not (out / path).is_file():
-            save_tensors(out / path, {name: source.tensor(name).to("cpu") for name in names})
-
-
 def _finish(
     source: Source,
     plan: BitAllocation,
@@ -174,7 +164,8 @@ def _finish(
     shards = [out / name for name in names]
     specs = {**packed, **expert_specs(source, plan)}
     quantization = quantization_config(specs, work, source.has_common_experts)
-    write_checksums(out, shards, finished_config(source.config_json(), quantization))
+    written = partial(compare_written, folder=out / WORK / "quantize")
+    write_checksums(out, shards, finished_config(source.config_json(), quantization), written)
     finish_folder(out, source.config_json(), companions(source.folder), quantization, shards)
     discard(out / WORK)
 

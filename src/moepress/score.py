@@ -305,11 +305,12 @@ def _collect(
     scored, text_tokens = len(texts.of_token), whole.tokens().tolist()
     scores = _assembled(source, recipe, tensors, arrays, scored, text_tokens, made_of)
     few = int((scores.reached < recipe.token_floor).sum())
+    none = int((scores.tokens == 0).sum())
     if few:
         logger.warning(
-            "%d of %d experts saw fewer than %d calibration tokens, %d of them none%s: their "
-            "scores say little. More or other text helps (`moepress inspect` shows the spread).",
-            few, scores.tokens.size, recipe.token_floor, int((scores.tokens == 0).sum()),
+            "%d of %d experts saw fewer than %d calibration tokens%s%s: their scores say little. "
+            "More or other text helps (`moepress inspect` shows the spread).",
+            few, scores.tokens.size, recipe.token_floor, f", {none} of them none" if none else "",
             "" if len(whole.of_token) == scored else f" of the {scored:,} that are scored",
         )  # fmt: skip
     return scores

@@ -28,7 +28,7 @@ from moepress.format.checkpoint import (
     WORK,
     is_compressed,
 )
-from moepress.format.journal import compare_identity
+from moepress.format.journal import compare_identity, differences
 from moepress.format.quantization import quantization_of
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.composite import language_model
@@ -258,10 +258,9 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
         check_output(out)
         return False
     made = quantization_of(out).provenance
-    differs = sorted(key for key, value in work.items() if made.get(key) != value)
-    if differs:
+    if differs := differences({key: made.get(key) for key in work}, work):
         raise InputError(
-            f"{out} is a finished model of other work (differs in: {', '.join(differs)}). "
+            f"{out} is a finished model of other work (differs in: {differs}). "
             "Choose another output or delete that folder."
         )
     try:
@@ -300,10 +299,9 @@ def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
     if not path.is_file():
         return None
     scores = ExpertScores.load(path)
-    differs = sorted(k for k, v in made_of.items() if scores.provenance.get(k) != v)
-    if differs:
+    if differs := differences({key: scores.provenance.get(key) for key in made_of}, made_of):
         raise InputError(
-            f"{path} holds scores that differ in: {', '.join(differs)}. Give the model, text and "
+            f"{path} holds scores that differ in: {differs}. Give the model, text and "
             f"options they were made with, choose another output, or delete {out}."
         )
     return scores

@@ -205,7 +205,7 @@ def test_a_closed_stdout_and_small_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stdout", None)
     shown = table(("a",), [[number] for number in numbers]).splitlines()
     assert [line.strip() for line in shown[1:]] == [
-        "0.0000", "1.23e-05", "0.00123", "0.0123", "1234.5000", "-0.00123",
+        "0.0000", "1.23e-05", "0.00123", "0.0123", "1,234.5", "-0.00123",
     ]  # fmt: skip
 
 
@@ -379,3 +379,10 @@ def test_tables_show_what_files_hold_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     assert shown.splitlines() == ["provenance.model  a\\x1b[2Jb", "provenance.x\\x07          1"]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "[/bold] :smile:" in nested_table({"model": "[/bold] :smile:"})
+
+
+def test_large_numbers_have_no_decimals_that_nobody_reads() -> None:
+    shown = nested_table({"a": 30195336687.9615, "b": 2106.8906, "c": 7.27863, "d": 1.6e-5})
+    assert [line.split()[1] for line in shown.splitlines()] == [
+        "30,195,336,688", "2,106.9", "7.2786", "1.6e-05",
+    ]  # fmt: skip

@@ -230,6 +230,21 @@ def test_a_changed_config_is_told(summed: Path, caplog: pytest.LogCaptureFixture
         inspect(summed, verify=True)
 
 
+def test_widths_of_other_experts_are_refused(summed: Path) -> None:
+    """The tensors are as long as before: nothing else would tell."""
+    config = config_fields(summed)
+    packed = config["quantization_config"]["modules"]
+    name, bits = next((n, p["bits"]) for n, p in packed.items() if len(set(p["bits"])) > 1)
+    before = AutoModelForCausalLM.from_pretrained(summed)(IDS).logits
+    packed[name]["bits"] = bits[1:] + bits[0]
+    changed_config(summed, **config)
+    with pytest.raises(FileError, match="packed in another way than they were written"):
+        AutoModelForCausalLM.from_pretrained(summed)
+    (summed / CHECKSUMS).unlink()  # as of older folders
+    after = AutoModelForCausalLM.from_pretrained(summed)(IDS).logits
+    assert not torch.allclose(after, before, rtol=0.1, atol=0.1)  # NaN, as it happens
+
+
 def test_opening_compares_names_dtypes_and_shapes(summed: Path) -> None:
     changed_tensors(summed, lambda s: s.update({NORM: s[NORM].half()}))
     with pytest.raises(FileError, match=rf"{NORM} is \[64\] F16; .* \[64\] F32 was written"):

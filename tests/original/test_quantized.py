@@ -263,6 +263,58 @@ def test_zero_points_of_few_rows(tmp_path: Path, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "columns"),
+    [
+        (4, None, True, 100),
+        (4, 20, True, 100),
+        (4, 12, False, 36),
+        (2, 14, True, 70),
+        (8, None, True, 33),
+        (8, None, False, 33),
+        (1, None, True, 40),
+    ],
+)
+def test_the_last_word_of_a_row_may_be_filled_up(
+    tmp_path: Path, bits: int, group: int | None, symmetric: bool, columns: int
+) -> None:
+    weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, expected = copies.packed_int(bits, group, symmetric)("a.weight", weight)
+    save_file(stored, tmp_path / "a.safetensors")
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
+    weights |= {"strategy": "group" if group else "channel", "group_size": group}
+    declared = copies.compressed_tensors_config("pack-quantized", [weights])
+    checkpoint = Checkpoint.of([tmp_path / "a.safetensors"], parse_quantization(declared, tmp_path))
+    checkpoint.read_shapes(["a.weight"])
+    assert checkpoint.forms["a.weight"].shape == weight.shape
+    found = checkpoint.read("a.weight", None, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(found, expected)
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+    except ImportError:
+        return
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    theirs = {key.removeprefix("a."): value for key, value in stored.items()}
+    assert torch.equal(found, compressor.decompress(theirs, scheme)["weight"])
+
+
+@pytest.mark.parametrize("group", [12, None])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_of_any_inner_size_in_int4(tmp_path: Path, family: str, group: int | None) -> None:
+    inner = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    model: Any = make_model(family, **{inner: 36}).bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path / "original")
+    declared = copies.compressed_tensors_config("pack-quantized", [INT4 | {"group_size": group}])
+    writers = {r"(w2|experts\.\d+\.down_proj)\.weight$": copies.packed_int(4, group)}
+    quantized, plain = copies.quantized_copy(tmp_path / "original", tmp_path, writers, declared)
+    first, second = Source(quantized), Source(plain)
+    assert first.checkpoint.quantized
+    same(tensors(first), tensors(second))
+
+
+@pytest.mark.parametrize(
     ("family", "writers", "changes"),
     [
         (

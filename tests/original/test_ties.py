@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moepress.compress import compress
+from moepress.dequantize import dequantize
 from moepress.errors import CheckpointError
+from moepress.kernels.modules import set_activation_bits
 from moepress.original.source import Source
 from moepress.original.ties import untied_config
 from moepress.original.walk import Walk
 from moepress.progress import Progress
-from tests.conftest import VOCAB, small_recipe
+from tests.conftest import VOCAB, make_model, small_recipe
 
 Folder = Callable[..., Path]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -95,6 +98,27 @@ def test_a_checkpoint_may_hold_the_head_alone(changed: Callable[..., Path]) -> N
     source = Source(folder)
     assert source.embedding_and_head == {EMBEDDING: ("embedding", "head")}
     torch.testing.assert_close(walked(source), logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_may_have_a_bias(
+    tokenizer_folder: Path, text_file: Path, tmp_path: Path, reference_backend: None
+) -> None:
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "model"))
+    small = {"intermediate_size": 64, "num_local_experts": 4}
+    original: Any = make_model("phimoe", tie_word_embeddings=True, lm_head_bias=True, **small)
+    with torch.no_grad():
+        original.lm_head.bias.normal_()
+    original.save_pretrained(folder)
+    recipe = small_recipe(text_file, bits=2.0, head_bits=8, embedding_bits=8)
+    out = compress(folder, tmp_path / "out", recipe)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight.dtype is torch.uint8
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.bias, original.lm_head.bias)
+    set_activation_bits(model, 16)
+    plain = dequantize(out, tmp_path / "plain")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IDS).logits, logits(plain), rtol=1e-3, atol=1e-3)
 
 
 def test_no_head_and_no_tie_is_refused(changed: Callable[..., Path]) -> None:

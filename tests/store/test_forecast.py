@@ -33,6 +33,17 @@ def test_speed_is_bytes_over_measured_speeds() -> None:
     assert "50%" in str(found) and json.loads(json.dumps(found.to_dict()))["tokens_per_s"]
 
 
+def test_what_a_forecast_says() -> None:
+    reading = Forecast(10**10, 10, 5 * 10**9, 0.5, 60, 30, 600, 10)
+    assert "10.0 GB of experts, 5.0 GB in memory: 50% of the chosen" in str(reading)
+    whole = Forecast(
+        256_000, 10, 10**9, 1.0, 6e5, 0.0, memory_bytes_per_s=2e10, drive_bytes_per_s=9
+    )
+    assert str(whole) == (
+        "256.0 kB of experts, all in memory: nothing is read per token; at most 33,300 tokens/s"
+    )
+
+
 def test_a_drive_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "some"
     file.write_bytes(bytes(3_000_000))

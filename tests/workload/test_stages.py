@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from moepress.workload.operations import Work
 from moepress.workload.shapes import Layer, Linear, ModelShape
 from moepress.workload.task import Task
 from tests.conftest import small_recipe
+from tests.families.models import make_model, save_model
 from tests.workload.flops import FlopCount
 
 Folder = Callable[..., Path]
@@ -82,6 +84,25 @@ def test_quantize_by_hand() -> None:
     assert work["nearest 2"] == 4 * 32 * 128 + 7 * 32 * 64
 
 
+@pytest.mark.parametrize("correction", [0.0, 1.0])
+def test_a_linear_behind_the_experts_takes_a_run_of_its_layer(correction: float) -> None:
+    """Two linears with 32 x 32 weights; the walk of the original runs for the first alone."""
+
+    def of(second: str) -> tuple[Work, Work]:
+        linears = tuple(Linear(f"layers.0.mixer.{n}.weight", 32, 32) for n in ("proj", second))
+        one = task(1, quantizer="gptq", correction=correction)
+        shape = replace(one.shape, layers=(Layer(100, linears, True),))
+        named = {linear.name: (2, 3) for linear in linears}
+        one = replace(one, shape=shape, open=named)
+        widths = stages.Widths({}, dict.fromkeys(named, 2))
+        return stages.score(one), stages.quantize(one, widths)
+
+    for behind, beside in zip(of("fc2_latent_proj"), of("proj2"), strict=True):
+        assert behind["attend"] - beside["attend"] == 100 * 20 * 2
+        if not correction:
+            assert behind["product"] - beside["product"] == 2 * 100 * 100
+
+
 def test_linears_that_share_inputs() -> None:
     names = ("a.q", "a.k", "a.v", "a.o", "b.gate", "b.up", "b.down")
     cols = (8, 8, 8, 8, 8, 8, 16)
@@ -92,10 +113,18 @@ def test_linears_that_share_inputs() -> None:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A model with a linear behind its experts."""
+    model = make_model("nemotron_h", moe_latent_size=32)
+    return save_model(model, tmp_path_factory.mktemp("latent"), tokenizer_folder)
+
+
 @pytest.mark.parametrize("name", ["default", "fast"])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "latent"])
 def test_products_of_whole_stages(
     model_folder: Folder,
+    latent: Path,
     text_file: Path,
     tmp_path: Path,
     family: str,
@@ -105,7 +134,8 @@ def test_products_of_whole_stages(
     """The tiny models are float32, so the two kinds of products are counted together."""
     if family == "mixtral":  # costs of sketches of its experts
         monkeypatch.setattr(sketch, "ROWS", 16)
-    request = Request.of(model_folder(family), small_recipe(text_file, name, bits=2.5), "cpu")
+    folder = latent if family == "latent" else model_folder(family)
+    request = Request.of(folder, small_recipe(text_file, name, bits=2.5), "cpu")
     source, recipe = request.source, request.recipe
     ids = calibration_ids(source, recipe)
     score(source, recipe.with_changes(sequences=1), ids=ids[:1])  # the error of codes, once

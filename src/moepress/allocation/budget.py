@@ -91,9 +91,11 @@ class Budget:
         """Log a warning if the budget is above the largest possible, which is then used."""
         if self.asked > self.largest:
             logger.warning(
-                "%s %g is above the largest possible, %s, with the widths that are offered: the "
+                "%s %s is above the largest possible, %s, with the widths that are offered: the "
                 "result has that. Offer larger widths (--expert-bits) to use more.",
-                self.unit, self.asked, _down(self.largest),
+                self.unit,
+                int(self.asked) if self.unit == "size" else f"{self.asked:g}",
+                _down(self.largest),
             )  # fmt: skip
 
 

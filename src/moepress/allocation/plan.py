@@ -26,6 +26,7 @@ from moepress.format.codec import (
 from moepress.reading.documents import Array, Document, parse
 from moepress.reading.json import read_json
 from moepress.recipe import FAST, SCORED_ALL, TABLE_BITS, Recipe
+from moepress.writing.ours import expecting
 
 PROJECTIONS = ("gate_up", "down")
 KIND = "plan"
@@ -147,10 +148,11 @@ class BitAllocation:
         """Read what `save` wrote.
 
         Raises:
-            InputError: the file is JSON, but not a plan.
+            InputError: the file is JSON, but not a plan, or another file of moepress.
             FileError: it is missing or damaged, or its fields contradict each other.
         """
-        fields = read_json(path, "The plan")
+        with expecting(path, "a plan", "moepress allocate"):
+            fields = read_json(path, "The plan")
         if not isinstance(fields, dict) or fields.pop("kind", None) != KIND:
             raise InputError(
                 f"{path} is not a plan. Expected a file made by `moepress allocate`, or "

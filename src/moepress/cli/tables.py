@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moepress.errors import printable
-from moepress.estimate import duration, size_text
+from moepress.estimate import duration
 from moepress.evaluation.tables import evaluation_tables
+from moepress.original.sizes import size_text
 
 MOST_ROWS = 40  # of a list inside a description
 LEAST = 0.01  # numbers below it are shown with three digits: costs and KL may be small
+# Numbers from these on are shown with one decimal, and with none: speeds and bytes may be large.
+LARGE, LARGEST = 1e3, 1e5
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -189,4 +192,7 @@ def _cell(value: Any) -> str:
         return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4f}" if abs(value) >= LEAST or not value else f"{value:.3g}"
+    if abs(value) < LEAST and value:
+        return f"{value:.3g}"
+    decimals = 4 if abs(value) < LARGE else 1 if abs(value) < LARGEST else 0
+    return f"{value:,.{decimals}f}"

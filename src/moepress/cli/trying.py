@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Compress, evaluate and run the small model that comes with moepress.
 
-    It takes two to four minutes on two cores.
+    It takes half a minute on two fast cores, more on slow ones.
 
     Example: moepress demo
     """

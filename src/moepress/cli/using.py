@@ -143,7 +143,8 @@ def prune(
     strength: Annotated[
         str,
         typer.Argument(
-            help="Share of the chosen experts to drop (0.15), paper, a .json file, or 0 for none."
+            help="Share of the chosen experts to drop (0.15), paper, a .json file, or 0 for none. "
+            "disk:0.15 depends on the machine: give it to the commands that run the model."
         ),
     ],
     protect: Annotated[
@@ -180,7 +181,9 @@ def dequantize(
 def generate(
     model: Runnable,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    tokens: Annotated[
+        int, typer.Option(help="Most new tokens; never more than the model reads.")
+    ] = 64,
     device: DeviceToRun = None,
     activation_bits: ActivationBits = 8,
     prune: Prune = None,

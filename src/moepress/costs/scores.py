@@ -17,6 +17,7 @@ from moepress.format.arrays import read_arrays, read_document
 from moepress.format.checkpoint import save_tensors
 from moepress.reading.documents import Array, Document, Pair
 from moepress.recipe import FIELDS_AFTER_SCORING, SCORED_ALL, Recipe
+from moepress.writing.ours import expecting
 
 EXPERT_ARRAYS = (
     "tokens", "routing_weight", "squared_error", "cost", "output_energy", "residual_energy",
@@ -172,8 +173,10 @@ class ExpertScores:
 
         Raises:
             FileError: the file is missing or damaged, or holds no scores.
+            InputError: it is another file of moepress.
         """
-        rest = read_document(path, KIND, "scores", AGAIN)
+        with expecting(path, "scores", "moepress score"):
+            rest = read_document(path, KIND, "scores", AGAIN)
         arrays = read_arrays(path, rest, ScoresFields, DTYPES, AGAIN)
         try:
             rest |= {name: rest.pop(stored) for name, stored in STORED_AS.items()}

@@ -1,7 +1,8 @@
 """A checksum of config.json and of every tensor of a compressed folder, in a file beside them.
 
 Opening a folder compares the names, dtypes and shapes in that file with the headers of the tensor
-files, which costs nothing, and warns of a changed config.json: users may change it. `verify`
+files, which costs nothing. It refuses a config.json that packs tensors in another way, since all
+numbers would be wrong, and warns of one that was changed elsewhere: users may change it. `verify`
 compares the bytes too: one flipped bit of packed experts may turn all outputs into NaN, or change
 them a little.
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +29,10 @@ from moepress.reading.documents import Array, Document, parse
 from moepress.reading.headers import Entry, read_header
 from moepress.reading.json import read_object
 
+logger = logging.getLogger(__name__)
+
 PIECE = 8 << 20  # bytes that are read at once
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 COPY = "The folder was damaged or changed: copy it again."
 
 
@@ -36,14 +41,15 @@ class TensorFields(Document):
 
     dtype: str
     shape: Array[Annotated[int, Field(ge=0)]]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
 class Checksums(Document):
     """The file."""
 
     kind: Literal["checksums"]
-    config: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # SHA-256, see `config_digest`
+    config: Sha256  # see `config_digest`
+    packing: Sha256 | None = None  # see `packing_digest`; older folders have none
     tensors: dict[str, TensorFields]  # by name
 
 
@@ -51,26 +57,51 @@ def config_digest(fields: Mapping[str, Any]) -> str:
     """SHA-256 of the fields of config.json, as JSON with sorted keys. Pruning may be changed."""
     quantization = {**fields.get("quantization_config", {})}
     quantization.pop("pruning", None)
-    text = json.dumps({**fields, "quantization_config": quantization}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _json_digest({**fields, "quantization_config": quantization})
 
 
-def write_checksums(folder: Path, files: Iterable[Path], config: Mapping[str, Any]) -> None:
+def packing_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of what the fields of config.json say of packed tensors: widths, groups, families."""
+    return _json_digest(fields.get("quantization_config", {}).get("modules", {}))
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_checksums(
+    folder: Path,
+    files: Iterable[Path],
+    config: Mapping[str, Any],
+    check: Callable[[Path, Mapping[str, str]], None] | None = None,
+) -> None:
     """Write the checksums of a folder. Reads the files once.
 
     Args:
         files: its safetensors files.
         config: the fields that its config.json has, or will have.
+        check: called for each file with the SHA-256 of each of its tensors, before that; raises
+            FileError if they are not what they should be. None: all is well.
 
     Raises:
         FileError: a file is damaged.
         CheckpointError: the checksums cannot be written.
     """
+    files = tuple(files)
+    digests = _digests(files)
+    if check is not None:
+        for path in files:
+            check(path, {name: digests[name][1] for name in read_header(path).tensors})
     found = {
         name: TensorFields(dtype=entry.dtype, shape=entry.shape, sha256=digest)
-        for name, (entry, digest) in _digests(files).items()
+        for name, (entry, digest) in digests.items()
     }
-    made = Checksums(kind="checksums", config=config_digest(config), tensors=found)
+    made = Checksums(
+        kind="checksums",
+        config=config_digest(config),
+        packing=packing_digest(config),
+        tensors=found,
+    )
     save_json(folder / CHECKSUMS, made.model_dump())
 
 
@@ -103,6 +134,26 @@ def check_listed(checksums: Checksums, stored: Mapping[str, Entry]) -> None:
                 f"Tensor {name} is {list(entry.shape)} {entry.dtype}; {CHECKSUMS} says that "
                 f"{list(one.shape)} {one.dtype} was written. {COPY}"
             )
+
+
+def check_config(folder: Path, checksums: Checksums) -> None:
+    """Compare config.json with what was written. Warns where it was changed, and that may be meant.
+
+    Raises:
+        FileError: it packs tensors in another way than they were written: a width that stands at
+            another expert moves all bytes after it, and the lengths of tensors may not show it.
+    """
+    fields = config_fields(folder)
+    if checksums.packing not in (None, packing_digest(fields)):
+        raise FileError(
+            f"config.json of {folder} says that tensors are packed in another way than they were "
+            "written (modules of its quantization_config): their weights would be read wrongly. "
+            f"{COPY}"
+        )
+    if config_digest(fields) != checksums.config:
+        logger.warning(
+            "config.json of %s is not as it was written: it was changed or damaged", folder
+        )
 
 
 def verify(folder: Path, files: Iterable[Path]) -> int:

@@ -17,8 +17,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import Writer, load_json, save_json, save_tensors
+from moepress.format.checkpoint import Writer, load_json, save_json
 from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.format.written import save_finished
 from moepress.ranks import here
 from moepress.reading.documents import parse_value
 
@@ -127,7 +128,10 @@ class Journal:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A result elsewhere than in `folder` is a file of the output, as it will stay."""
-        (save_unfinished if path.parent == self.folder else save_tensors)(path, tensors)
+        if path.parent == self.folder:
+            save_unfinished(path, tensors)
+        else:
+            save_finished(path, tensors, self.folder)
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:04d}.safetensors"
@@ -154,6 +158,23 @@ def check_identity(path: Path, identity: Mapping[str, str], output: Path | None 
     compare_identity(path, identity, output)
 
 
+MEANING = {  # of parts of an identity whose names do not say it
+    "full_recipe": "the budget, or another option of the plan",
+    "model_fingerprint": "the bytes of the model",
+    "moepress": "the version",
+    "recipe": "an option of scoring",
+    "text": "the calibration text",
+}
+
+
+def differences(first: Mapping[str, object], second: Mapping[str, object]) -> str:
+    """The parts of an identity in which two differ, as a message names them; empty: none."""
+    names = sorted(k for k in {*first, *second} if first.get(k) != second.get(k))
+    # Another option of scoring is another full recipe, too.
+    names = [name for name in names if name != "full_recipe" or "recipe" not in names]
+    return ", ".join(f"{n} ({MEANING[n]})" if n in MEANING else n for n in names)
+
+
 def compare_identity(path: Path, identity: Mapping[str, str], output: Path | None = None) -> None:
     """Compare the identity of work with the one in the file `path`, if there is one.
 
@@ -169,9 +190,8 @@ def compare_identity(path: Path, identity: Mapping[str, str], output: Path | Non
             f"{path} is damaged: it does not say whose unfinished work is beside it. Restore it, "
             f"or {start_over}"
         ) from error
-    differs = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
-    if differs:
+    if differs := differences(found, identity):
         raise InputError(
-            f"{path.parent} holds unfinished work that differs in: {', '.join(differs)}. "
+            f"{path.parent} holds unfinished work that differs in: {differs}. "
             f"Continue it with what it was started with, choose another output, or {start_over}"
         )

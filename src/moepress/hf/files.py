@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from moepress.format.checksums import check_listed, config_digest, read_checksums, verify
-from moepress.reading.config import config_fields
+from moepress.format.checksums import check_config, check_listed, read_checksums, verify
 from moepress.reading.headers import Entry
-
-logger = logging.getLogger(__name__)
 
 VERIFY = "MOEPRESS_VERIFY"  # environment variable; 1: compare all bytes whenever a folder is opened
 
@@ -22,24 +18,22 @@ VERIFY = "MOEPRESS_VERIFY"  # environment variable; 1: compare all bytes wheneve
 def check_written(files: Sequence[str], stored: Mapping[str, Entry]) -> None:
     """Compare the tensors of a folder with what was written, if it has checksums.
 
-    Warns if config.json is not as it was written.
+    Warns if config.json is not as it was written (`check_config`).
 
     Args:
         files: its safetensors files.
         stored: their tensors, by name.
 
     Raises:
-        FileError: names, dtypes or shapes differ, or bytes if MOEPRESS_VERIFY is 1.
+        FileError: names, dtypes or shapes differ, config.json packs tensors in another way, or
+            bytes differ and MOEPRESS_VERIFY is 1.
         InputError: MOEPRESS_VERIFY is 1, and the folder has no checksums.
     """
     folder = Path(files[0]).parent
     checksums = read_checksums(folder)
     if checksums is not None:
         check_listed(checksums, stored)
-        if config_digest(config_fields(folder)) != checksums.config:
-            logger.warning(
-                "config.json of %s is not as it was written: it was changed or damaged", folder
-            )
+        check_config(folder, checksums)
     if os.environ.get(VERIFY) == "1":
         verify(folder, map(Path, files))
 

@@ -1,8 +1,8 @@
 """What programs ask of a model, answered for packed ones: saving, counting, resizing, generating.
 
-transformers computes the first three from the shapes of parameters, which are bytes here, and has
-no hook for any. So methods of `PreTrainedModel` and `generate` are wrapped; other models never
-notice.
+transformers computes the first three, and the length of a tied head's bias, from the shapes of
+parameters, which are bytes here, and has no hook for any. So methods of `PreTrainedModel` and
+`generate` are wrapped; other models never notice.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def answer_for_packed() -> None:
         (PreTrainedModel, "save_pretrained", save_with_ours),
         (PreTrainedModel, "num_parameters", _counted),
         (PreTrainedModel, "resize_token_embeddings", _resized),
+        (PreTrainedModel, "_adjust_bias", _of_its_rows),
         (GenerationMixin, "generate", with_captured_steps),
     )
     for owner, name, answer in answers:
-        method = getattr(owner, name)
-        if not hasattr(method, WRAPPED):
+        method = getattr(owner, name, None)  # one that is private may go
+        if method is not None and not hasattr(method, WRAPPED):
             wrapped = _for_packed(method, answer(method))
             setattr(wrapped, WRAPPED, True)
             setattr(owner, name, wrapped)
@@ -97,3 +98,12 @@ def _resized(resize: Method) -> Method:
         return table
 
     return resize_token_embeddings
+
+
+def _of_its_rows(adjust: Method) -> Method:
+    def _adjust_bias(self: Any, output: Any, embedding: Any) -> None:
+        """Pad the bias of a head that is tied to an embedding with more rows; not by its bytes."""
+        if not isinstance(output, PackedLinear):
+            adjust(self, output, embedding)
+
+    return _adjust_bias

@@ -100,6 +100,17 @@ class Checkpoint:
                     "or give the original's folder."
                 )
 
+    def read_shapes(self, names: Iterable[str]) -> None:
+        """Read how many columns packed tensors have: their last words may be filled up.
+
+        Raises:
+            FileError: a shape that is stored beside codes does not fit them.
+        """
+        for name in names:
+            form = self.forms[name]
+            if isinstance(form, Quantized):
+                self.forms[name] = form.without_padding()
+
     def read(
         self,
         name: str,

@@ -1,4 +1,8 @@
-"""Whether the tensors of a checkpoint fit the model's class. No weight is read, only headers."""
+"""Whether the tensors of a checkpoint fit the model's class. No weight is read, only headers.
+
+Where a packed tensor does not fit, the shape that is stored beside it is read: rows of packed
+integers end at a whole word.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,9 @@ def check_tensors(
         stored = stored_as.get(name, name)
         checkpoint.check(conversion.sources(stored), value.is_floating_point())
         if stored not in shapes:  # one converter may make several
+            shapes |= _shapes(checkpoint, conversion, stored)
+        if shapes[stored] != value.shape and checkpoint.quantized:
+            checkpoint.read_shapes(conversion.sources(stored))
             shapes |= _shapes(checkpoint, conversion, stored)
         if shapes[stored] != value.shape:
             raise FileError(

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import ENDS, checked_settings
+from moepress.generation import ENDS, checked_settings, reads
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -94,15 +94,13 @@ def context_of(model: Any, wanted: int | None) -> int:
     Raises:
         InputError: the model reads fewer than wanted.
     """
-    config = model.config.get_text_config(decoder=True)
-    reads = getattr(config, "max_position_embeddings", None)
-    reads = reads if isinstance(reads, int) and reads > 0 else None
-    if wanted is not None and reads is not None and wanted > reads:
+    most = reads(model)
+    if wanted is not None and most is not None and wanted > most:
         raise InputError(
-            f"context is {wanted}. The model reads {reads} tokens (max_position_embeddings): "
+            f"context is {wanted}. The model reads {most} tokens (max_position_embeddings): "
             "choose a smaller --context."
         )
-    return wanted or reads or UNLIMITED
+    return wanted or most or UNLIMITED
 
 
 def vocabulary_of(model: Any) -> int:

@@ -19,6 +19,7 @@ from moepress.kernels.cpu.expert_store import HUGE_FROM, ExpertStore, Place, pag
 from moepress.kernels.gate import packed_names
 from moepress.memory import free_memory
 from moepress.original.folder import weight_files
+from moepress.original.sizes import size_text
 from moepress.store.hottest import hottest, share_of
 from moepress.store.memory import WITHOUT_EXPERTS, Memory, card_room, plan
 from moepress.store.places import places_of, total_bytes
@@ -109,11 +110,15 @@ class Forecast:
         return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
     def __str__(self) -> str:
-        where = "all in memory" if self.memory is None else f"{self.memory / 1e9:.3g} GB in memory"
+        most = f"at most {float(f'{self.tokens_per_s:.3g}'):,.10g} tokens/s"
+        experts = f"{size_text(self.expert_bytes)} of experts"
+        if not self.read_bytes_per_token:
+            return f"{experts}, all in memory: nothing is read per token; {most}"
+        where = "" if self.memory is None else f", {size_text(self.memory)} in memory"
         return (
-            f"{self.expert_bytes / 1e9:.3g} GB of experts, {where}: {self.hit_rate:.0%} of the "
-            f"chosen ones, {self.read_bytes_per_token / 1e6:,.0f} MB read per token at "
-            f"{self.drive_bytes_per_s / 1e6:,.0f} MB/s; at most {self.tokens_per_s:.3g} tokens/s"
+            f"{experts}{where}: {self.hit_rate:.0%} of the chosen ones, "
+            f"{self.read_bytes_per_token / 1e6:,.0f} MB read per token at "
+            f"{self.drive_bytes_per_s / 1e6:,.0f} MB/s; {most}"
         )
 
 

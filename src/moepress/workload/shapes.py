@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from moepress.allocation.tensors import experts_per_token
+from moepress.original.architectures import reads_experts
 from moepress.original.loops import loop_of
 from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
@@ -56,6 +57,15 @@ class Layer:
                 is_last = last[linear.parent] == linear.name
                 groups[linear.parent, linear.cols, is_last].append(linear)
         return [tuple(group) for group in groups.values()]
+
+    def by_turn(self, of: Collection[str]) -> tuple[list[str], list[str]]:
+        """The linears named in `of`: those before the experts, and those that read their outputs.
+
+        The layer runs once for the inputs of the first, and once more for those of the others.
+        """
+        names = [linear.name for linear in self.linears if linear.name in of]
+        behind = [name for name in names if reads_experts(name)]
+        return [name for name in names if name not in behind], behind
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,10 @@ def score(task: Task) -> Work:
     for layer in shape.layers:
         at = task.at(layer)
         works.append(op.load(layer.weights, shape.other_disk))
-        names = {linear.name for linear in layer.linears if linear.name in task.open}
-        runs = 1 + bool(names)  # advance; linear_inputs
-        works += (_score_linears(at, group, linears) for group in layer.sharing_inputs(names))
+        before, behind = layer.by_turn(task.open)
+        runs = 1 + bool(before) + bool(behind)  # advance; linear_inputs of each
+        for names in (before, behind):
+            works += (_score_linears(at, group, linears) for group in layer.sharing_inputs(names))
         if layer.has_experts:
             runs += 1  # route
             works.append(times(shape.experts, _score_expert(at, experts)))
@@ -237,14 +238,15 @@ def quantize(task: Task, widths: Widths) -> Work:
         at = task.at(layer)
         works.append(op.load(layer.weights, shape.other_disk))
         works.append(Work({"read": walks * task.states}))  # states that are kept to continue from
-        packed = {linear.name for linear in layer.linears if linear.name in widths.tensors}
+        before, behind = layer.by_turn(widths.tensors)
         runs = 1  # advance
-        if linears.needs_hessian and packed:
-            runs += walks  # linear_inputs
-        works += (
-            _quantize_linears(at, group, linears, widths, corrects=walks == 2)
-            for group in layer.sharing_inputs(packed)
-        )
+        if linears.needs_hessian:  # linear_inputs of each; those behind experts get no correction
+            runs += walks * bool(before) + bool(behind)
+        for names, corrects in ((before, walks == 2), (behind, False)):
+            works += (
+                _quantize_linears(at, group, linears, widths, corrects)
+                for group in layer.sharing_inputs(names)
+            )
         if layer.has_experts:
             runs += 1  # route
         if walks == 2:

@@ -37,6 +37,7 @@ FILES = (
     "gradient-*.safetensors",
     "sensitivity-*.safetensors",
     "drops-*.safetensors",
+    "sums-*.json",
 )
 FOLDERS = ("score", "quantize", "sensitivity")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of a file system

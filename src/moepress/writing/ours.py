@@ -1,11 +1,15 @@
-"""Which files moepress made, and what they hold: a file is replaced by one of its own kind only."""
+"""Which files moepress made, and what they hold: a file is replaced by one of its own kind only,
+and one that is given in place of another is named.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from moepress.errors import InputError
+from moepress.errors import FileError, InputError
 from moepress.reading.headers import read_header
 from moepress.reading.json import parse_json, read_object
 
@@ -40,3 +44,22 @@ def content_of(path: Path) -> Content | None:
         return None
     found = (what for begin, mark, what in MARKS if head.startswith(begin) and mark in head)
     return next(found, None)
+
+
+@contextmanager
+def expecting(path: Path, wanted: Content, made_by: str) -> Iterator[None]:
+    """Say what a file holds that cannot be read, if a command of moepress made it for another use.
+
+    Args:
+        made_by: the command that writes what is wanted.
+
+    Raises:
+        InputError: in place of a FileError inside the `with` statement.
+    """
+    try:
+        yield
+    except FileError as error:
+        found = content_of(path)
+        if found in (None, wanted):
+            raise
+        raise InputError(f"{path} holds {found}. Expected {wanted} of `{made_by}`.") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -116,7 +116,8 @@ class Quantized:
     zero_numbers: Numbers = CAST  # packed ones: [bytes of N codes, blocks of columns]
     divisor: Entry | None = None  # one number, by which scales are divided
     factor: tuple[Entry, Entry] | None = None  # numerator and denominator: one number per matrix
-    shape_entry: Entry | None = None  # holds [N, K]
+    shape_entry: Entry | None = None  # holds [N, K], after the leading dimensions or alone
+    padding: int = 0  # codes at the end of a row that only fill its last word
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -132,9 +133,13 @@ class Quantized:
     def matrix(self) -> tuple[int, int]:
         """N and K."""
         shape = self.codes.shape
-        per_element = self.numbers.per_byte * (4 if self.codes.dtype == "I32" else 1)
-        columns = math.prod(shape[len(shape) - self.flattened :]) * per_element
-        return shape[-1 - self.flattened], columns
+        columns = math.prod(shape[len(shape) - self.flattened :]) * self._per_element
+        return shape[-1 - self.flattened], columns - self.padding
+
+    @property
+    def _per_element(self) -> int:
+        """Codes in an element of the tensor of codes."""
+        return self.numbers.per_byte * (4 if self.codes.dtype == "I32" else 1)
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -217,16 +222,35 @@ class Quantized:
         """Whether a companion tensor has something for each row of the codes."""
         return bool(self.leading) and entry.shape[:1] == self.leading[:1]
 
+    def without_padding(self) -> Quantized:
+        """The same with the number of columns that is stored beside the codes.
+
+        Raises:
+            FileError: it is not that of the codes.
+        """
+        if self.shape_entry is None:
+            return self
+        whole = replace(self, padding=0)
+        stored = self._stored_shape(self.shape_entry)
+        padding = whole.matrix[1] - stored[-1] if stored else 0
+        exact = replace(self, padding=padding) if 0 <= padding < self._per_element else whole
+        exact._check_shape()
+        return exact
+
     def _check_shape(self) -> None:
         """Raise FileError if the stored shape is not that of the codes."""
         if self.shape_entry is None:
             return
-        stored = tuple(int(size) for size in self.shape_entry.read().flatten())
-        if stored != self.matrix:
+        stored = self._stored_shape(self.shape_entry)
+        if stored not in (self.matrix, (*self.leading, *self.matrix)):
             raise FileError(
                 f"{self.shape_entry.key} says {list(stored)}, but {self.codes.text} holds "
                 f"{list(self.matrix)} {self.numbers.name}. The file is damaged: fetch it again."
             )
+
+    @staticmethod
+    def _stored_shape(entry: Entry) -> tuple[int, ...]:
+        return tuple(int(size) for size in entry.read().flatten())
 
     def _check_finite(self, value: Tensor) -> None:
         if not all_finite(value):
@@ -249,7 +273,7 @@ def products(
     """(number of the code - zero) * scale * factor, a few rows at a time.
 
     Args:
-        codes: [R, codes of K columns].
+        codes: [R, codes of K columns, and of others that only fill the last element].
         scale, zero: [blocks of rows, blocks of columns] float32.
         block_of: [R] int64, the block of each row.
         size: columns of a block.
@@ -260,7 +284,7 @@ def products(
     step = max(1, (ON_CPU if out.device.type == "cpu" else ON_CARD) // width)
     for start in range(0, len(out), step):
         part = slice(start, start + step)
-        value = numbers.decode(codes[part])
+        value = numbers.decode(codes[part])[:, :width]
         if zero is not None:
             _by_block(value, zero[block_of[part]], size, torch.Tensor.sub_)
         _by_block(value, scale[block_of[part]], size, torch.Tensor.mul_)

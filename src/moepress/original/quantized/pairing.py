@@ -147,25 +147,25 @@ def _packed(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantiza
         return name, replace(_fitted(form, said), divisor=entries.get(f"{name}_global_scale"))
     if entry.dtype != "I32":
         raise FileError(f"{entry.text}: expected packed integers, I32 or U8. {AGAIN}")
-    form = _packed_ints(entry, scale, said)
-    shape = entries.get(f"{name}_shape")
+    form = _packed_ints(entry, scale, entries.get(f"{name}_shape"), said)
     if zero is None:
-        return name, replace(form, shape_entry=shape)
+        return name, form
     packed = form.numbers if zero.dtype == "I32" else CAST
-    return name, replace(form, zero=zero, zero_numbers=packed, shape_entry=shape)
+    return name, replace(form, zero=zero, zero_numbers=packed)
 
 
-def _packed_ints(entry: Entry, scale: Entry, said: Quantization) -> Quantized:
-    """Packed integers, of the one width of the config that fits their scales."""
-    fitting = []
-    for group in said.ints:
-        if group.bits not in PACKED_BITS:
-            continue
-        form = Quantized(entry, packed_int(group.bits), scale, Blocks(1), Blocks(1))
-        size = group.group or form.matrix[1]
-        grid = form.matrix[0], -(-form.matrix[1] // size)
-        if scale.shape == grid or (group.group is None and _count(scale) == 1):
-            fitting.append(replace(form, rows=Blocks(1), columns=Blocks(size)))
+def _packed_ints(entry: Entry, scale: Entry, shape: Entry | None, said: Quantization) -> Quantized:
+    """Packed integers, of the one width of the config that fits their scales.
+
+    The last word of a row may be filled up. How far it is counts only where the scales do not fit
+    full words: `shape` says it, and reading it from thousands of places takes long on some disks.
+
+    Args:
+        shape: the tensor that holds rows and columns; None: there is none.
+    """
+    fitting = _fitting(entry, scale, shape, said, full=True)
+    if not fitting and shape is not None:
+        fitting = _fitting(entry, scale, shape, said, full=False)
     if len(fitting) != 1:
         offered = " or ".join(
             f"int{group.bits} in groups of {group.group or 'a row'}" for group in said.ints
@@ -175,6 +175,32 @@ def _packed_ints(entry: Entry, scale: Entry, said: Quantization) -> Quantized:
             f"(of {', '.join(map(str, PACKED_BITS))} bits), as config.json says. {AGAIN}"
         )
     return fitting[0] if _count(scale) > 1 else replace(fitting[0], rows=Blocks(entry.shape[-2]))
+
+
+def _fitting(
+    entry: Entry, scale: Entry, shape: Entry | None, said: Quantization, full: bool
+) -> list[Quantized]:
+    """A form for each width of the config that fits the scales.
+
+    Args:
+        full: whether all words are full; else `shape` says how many columns there are.
+    """
+    fitting = []
+    for group in said.ints:
+        if group.bits not in PACKED_BITS:
+            continue
+        codes = packed_int(group.bits)
+        form = Quantized(entry, codes, scale, Blocks(1), Blocks(1), shape_entry=shape)
+        if not full:
+            try:
+                form = form.without_padding()
+            except FileError:
+                continue  # it is not of this width
+        size = group.group or form.matrix[1]
+        grid = form.matrix[0], -(-form.matrix[1] // size)
+        if scale.shape == grid or (group.group is None and _count(scale) == 1):
+            fitting.append(replace(form, rows=Blocks(1), columns=Blocks(size)))
+    return fitting
 
 
 def _fp4_of_inkling(
