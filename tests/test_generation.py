@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
 from moepress.chat import Conversation
 from moepress.errors import InputError, MoepressError
@@ -144,6 +144,27 @@ def test_generate_is_greedy_and_stops_at_the_models_strings(
     path.write_text(json.dumps({"stop_strings": [tail[1:3]]}), encoding="utf-8")
     stopped = generate(folder, "def f1(x):", tokens=12)
     assert plain.startswith(stopped) and len(stopped) < len(plain)
+
+
+def test_generate_stays_within_the_context(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    read, most = len(tokenizer("def f1(x):")["input_ids"]), config["max_position_embeddings"]
+    lengths = []
+
+    def no_text(model: Any, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        lengths.append(input_ids.shape[1] + max_new_tokens)
+        return input_ids
+
+    monkeypatch.setattr(GenerationMixin, "generate", no_text)
+    for tokens in (3, most - read, most - read + 1, 9 * most):
+        generate(folder, "def f1(x):", tokens=tokens)
+    assert lengths == [read + 3, most, most, most]
+    with pytest.raises(InputError, match=f"the model reads {most}"):
+        generate(folder, "x = 1\n" * most)
 
 
 def test_flags_of_training_do_not_matter(

@@ -25,7 +25,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from moepress.errors import FileError, InputError
-from moepress.generation import chat_settings, following, left_aside
+from moepress.generation import chat_settings, context_of, following, left_aside
 from moepress.hf import load_model, set_threads, text_model
 from moepress.hf.captured import CapturedSteps
 from moepress.original.folder import resolve
@@ -162,8 +162,7 @@ class Conversation:
 
     def _room(self, used: int) -> int:
         """Tokens left in the model's context after `used` ones."""
-        config = self.model.config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        most = context_of(self.model.config.get_text_config()) or sys.maxsize
         if used >= most:
             raise InputError(
                 f"The conversation has {used:,} tokens, the model reads {most:,}. /reset forgets "

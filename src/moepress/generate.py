@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import STOPS, following
+from moepress.generation import STOPS, context_of, following
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 from moepress.store.memory import Memory
@@ -25,7 +25,10 @@ def generate(
     gpu_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
+    """Continue a prompt greedily.
+
+    The text ends at the model's end of text, at one of its stop strings, or at the end of its
+    context.
 
     No other setting of the model's generation_config.json is followed. Steps are captured and
     replayed where the model allows it (hf/captured.py).
@@ -48,20 +51,32 @@ def generate(
         The prompt and its continuation.
 
     Raises:
-        InputError: the prompt is empty, `tokens` is below 1, or the folder is no model.
+        InputError: the prompt is empty or longer than what the model reads, `tokens` is below 1, or
+            the folder is no model.
     """
     from moepress.hf import load_model, text_model
     from moepress.hf.captured import CapturedSteps
     from moepress.original.folder import resolve
+    from moepress.original.skeleton import text_config
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = resolve(folder)
     tokenizer = tokenizer_of(folder, trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
+    used = inputs["input_ids"].shape[1]
+    most = context_of(text_config(folder, trust_remote_code))
+    if most is not None and used >= most:
+        raise InputError(
+            f"The prompt has {used:,} tokens, the model reads {most:,}, with what it writes: "
+            "shorten the prompt."
+        )
+    room = tokens if most is None else min(tokens, most - used)
     model = text_model(
         load_model(folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory)
     )
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     with torch.inference_mode(), following(model, STOPS), CapturedSteps(model):
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)
+        out = model.generate(
+            **inputs.to(device), max_new_tokens=room, do_sample=False, tokenizer=tokenizer
+        )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

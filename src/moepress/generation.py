@@ -81,6 +81,19 @@ def following(model: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
         model.generation_config = before
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens of the longest text that a model reads, with what it writes.
+
+    Args:
+        config: of the language model.
+
+    Returns:
+        The number; None: the config names none.
+    """
+    reads = getattr(config, "max_position_embeddings", None)
+    return reads if isinstance(reads, int) and reads > 0 else None
+
+
 def chat_settings(model: Any) -> tuple[str, ...]:
     """The settings that a chat follows.
 
