@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import tracemalloc
@@ -385,6 +386,25 @@ def test_what_does_not_fit_is_refused(here: Here) -> None:
     long = [{"role": "user", "content": "a" * (1 << 17)}]
     status, error = here.refused("/v1/chat/completions", messages=long)
     assert (status, error["param"]) == (400, "messages")
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = copy.deepcopy(here.served.prompts.tokenizer)
+    known = here.served.prompts.vocabulary
+    tokenizer.add_tokens([f"<new{number}>" for number in range(known - len(tokenizer) + 1)])
+    (unknown,) = tokenizer(f"<new{known - len(here.served.prompts.tokenizer)}>").input_ids[-1:]
+    assert unknown == known
+    monkeypatch.setattr(here.served.prompts, "tokenizer", tokenizer)
+    text = f"x {tokenizer.decode([unknown])}"
+    for path, fields in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": [1, unknown]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        status, error = here.refused(path, **fields)
+        assert status == 400 and f"below {known}" in error["message"]
 
 
 def test_other_models_are_not_found_and_not_looked_for(here: Here) -> None:
