@@ -347,6 +347,27 @@ def test_what_is_not_honoured_is_refused_by_name(here: Here, path: str) -> None:
         assert len(error["message"]) <= 500 and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("stop", ["a"] * 17, "stop: List should have at most 16 items"),
+        ("stop", ["a", ""], "stop.1: String should have at least 1 character"),
+        ("stop", 3, "stop: Input should be a valid string. Got 3."),
+        ("messages", [{"role": "user", "content": [
+            {"type": "text", "text": "x"}, {"type": "file"}]}],
+         "messages.0.content.1.type: Input should be 'text' or 'image_url'. Got 'file'."),
+        ("messages", [{"role": "user", "content": [{"type": "text"}]}],
+         "messages.0.content.0: a part of type text needs the field text and no other"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_inside_of_a_list_is_named(
+    here: Here, field: str, value: Any, said: str
+) -> None:
+    """Not that a text was expected, as which it could have been given too."""
+    _, error = here.refused("/v1/chat/completions", **{field: value})
+    assert error["message"].startswith(said)
+
+
 def test_every_field_of_the_schema_is_known(here: Here) -> None:
     """A field with a value that changes nothing is taken; none is unknown."""
     from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as Chats
