@@ -131,12 +131,12 @@ def serve(
         note = f"(The server does not follow these settings of the model: {ignored}.)"
         print(note, file=sys.stderr)
     served.engine.start()
-    print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    print(f"serving {folder} at http://{address(host, port)}/v1", file=sys.stderr, flush=True)
     try:
         server.run()
     except SystemExit as stop:  # uvicorn exits when it cannot start
         if stop.code:
-            raise MoepressError(f"The server could not start at {host}:{port}.") from stop
+            raise MoepressError(f"The server could not start at {address(host, port)}.") from stop
     finally:
         if not served.engine.stop(CLOSING_SECONDS):
             # Inside one long step. Python would wait for it at its end.
@@ -177,5 +177,10 @@ def check_port(host: str, port: int) -> None:
             probe.bind((info[4][0], port))  # getaddrinfo truncates large ports to 16 bits
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"Cannot listen at {host}:{port}: {error}. Choose another --host or --port."
+            f"Cannot listen at {address(host, port)}: {error}. Choose another --host or --port."
         ) from error
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as in URLs: an address of IPv6 is in brackets there."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
