@@ -109,6 +109,7 @@ def test_the_page_of_a_folder_says_what_is_in_it(folder: Path, written: Path) ->
     assert "tiny & small" in page.text and f"{plan.average_bits:.2f} bits" in page.text
     assert f"{scores.total_tokens:,} calibration tokens" in page.text
     assert "was not evaluated yet" in page.text
+    assert "the cost of every expert at 2 bits" in page.text  # not 2.0, beside halves
     assert {p["label"] for p in page.panels} >= {"gate_up_proj", "frequency", "routing weight"}
 
 
