@@ -10,6 +10,7 @@
     answers.py    OpenAI's form           names.py     tokens by name, for logprobs
     model.py      a model made ready      limits.py    what clients may ask for
     metrics.py    for Prometheus
+    connections.py   that must bring a request in time
 
 transformers has a server and continuous batching of its own. Why they are not used: docs/log.md.
 """
@@ -86,6 +87,7 @@ def serve(
         import uvicorn
 
         from moepress.serve.app import build
+        from moepress.serve.connections import in_time
         from moepress.serve.guard import allowed_hosts as hosts_of
         from moepress.serve.model import opened
         from moepress.serve.sampling import FOLLOWED
@@ -118,6 +120,7 @@ def serve(
             app,
             host=host,
             port=port,
+            http=in_time(limits.upload),
             log_level="warning",
             limit_concurrency=limits.connections,
             timeout_graceful_shutdown=CLOSING_SECONDS,
