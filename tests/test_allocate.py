@@ -867,6 +867,18 @@ def test_over_the_worst_text(budget: dict[str, Any]) -> None:
     assert worst.max() < mean.max() and worst.mean() >= mean.mean() * (1 - 1e-9)
 
 
+def test_over_the_worst_text_in_bytes_where_only_experts_have_open_widths() -> None:
+    """As with `fast`: without open tensors, bytes of the folder are bytes of the experts."""
+    scores = with_linears(
+        sources=3, linears=(), linear_bits=(), linear_bytes=np.zeros((0, 0), np.int64),
+        linear_cost=np.zeros((3, 0, 0)),
+    )  # fmt: skip
+    plan = allocate(scores, scalar(bits=2.0, over="worst"))
+    again = allocate(scores, scalar(size=plan.folder_bytes, over="worst"))
+    assert again.folder_bytes <= plan.folder_bytes
+    assert again.average_bits == pytest.approx(plan.average_bits, abs=0.05)
+
+
 @pytest.mark.parametrize("budget", [{"bits": 2.0}, {"size": 270_000}])
 def test_the_worst_text_is_that_of_the_largest_loss_per_token(budget: dict[str, Any]) -> None:
     """How many tokens a text has makes no difference. Shares are powers of two, so all is exact."""

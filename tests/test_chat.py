@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationMixin
 
 from moepress.chat import HELP, Conversation, chat
 from moepress.compress import compress
@@ -134,6 +135,37 @@ def test_an_answer_can_be_stopped(loaded: tuple[object, object]) -> None:
     assert reply.stopped and reply.tokens < 100
     assert talk.text == "def f3(x):\n" + reply.text
     assert not talk.say("x", heard.append).stopped
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_ignores_stops_too(loaded: tuple[object, object]) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    heard: list[str] = []
+
+    def write(piece: str) -> None:
+        heard.append(piece)
+        if len(heard) == 2:
+            Interrupted()
+
+    talk = Conversation(*loaded, raw=True, tokens=100, temperature=0)
+    before = signal.getsignal(signal.SIGINT)
+    reply = talk.say("def f3(x):\n", write)
+    assert reply.stopped and len(heard) == 2 and reply.tokens < 100
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_answer_stopped_before_it_began_has_no_tokens(
+    loaded: tuple[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GenerationMixin, "generate", interrupted)
+    reply = Conversation(*loaded, raw=True).say("x", lambda piece: None)
+    assert (reply.text, reply.tokens, reply.stopped) == ("", 0, True)
 
 
 def test_temperature_changes_the_answer(loaded: tuple[object, object]) -> None:

@@ -146,6 +146,31 @@ def test_generate_is_greedy_and_stops_at_the_models_strings(
     assert plain.startswith(stopped) and len(stopped) < len(plain)
 
 
+def test_generate_stays_within_the_context(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    read, most = len(tokenizer("def f1(x):")["input_ids"]), config["max_position_embeddings"]
+    lengths = []
+
+    def no_text(model: Any, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        lengths.append(input_ids.shape[1] + max_new_tokens)
+        return input_ids
+
+    monkeypatch.setattr(GenerationMixin, "generate", no_text)
+    for tokens in (3, most - read):
+        generate(folder, "def f1(x):", tokens=tokens)
+    assert "too many" not in caplog.text
+    for tokens in (most - read + 1, 99_999_999_999):
+        generate(folder, "def f1(x):", tokens=tokens)
+    assert "99,999,999,999 tokens are too many" in caplog.text
+    assert lengths == [read + 3, most, most, most]
+    with pytest.raises(InputError, match=f"the model reads {most}"):
+        generate(folder, "x = 1\n" * most)
+
+
 def test_flags_of_training_do_not_matter(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
@@ -160,22 +185,3 @@ def test_flags_of_training_do_not_matter(
     path.write_text(json.dumps(json.loads(path.read_text()) | flags), encoding="utf-8")
     flagged = evaluate(folder, [str(text_file)], length=32, limit=2, generations=2)
     assert flagged.texts == plain.texts and flagged.repetition is not None
-
-
-def test_no_more_is_written_than_the_model_reads(
-    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked: list[int] = []
-
-    def stand_in(_: object, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        asked.append(input_ids.shape[1] + options["max_new_tokens"])
-        return input_ids
-
-    monkeypatch.setattr(GenerationMixin, "generate", stand_in)
-    generate(model_folder(), "def f1(x):", tokens=8)
-    assert asked[-1] < 64 and "too many" not in caplog.text
-    generate(model_folder(), "def f1(x):", tokens=99_999_999_999)
-    assert asked[-1] == 256  # max_position_embeddings
-    assert "99,999,999,999 tokens are too many" in caplog.text
-    with pytest.raises(InputError, match=r"prompt has .* the model reads 256 .*shorter"):
-        generate(model_folder(), "def f1(x): " * 100, tokens=1)

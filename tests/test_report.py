@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,7 @@ def test_the_page_of_a_folder_says_what_is_in_it(folder: Path, written: Path) ->
     assert "tiny & small" in page.text and f"{plan.average_bits:.2f} bits" in page.text
     assert f"{scores.total_tokens:,} calibration tokens" in page.text
     assert "was not evaluated yet" in page.text
+    assert "the cost of every expert at 2 bits" in page.text  # not 2.0, beside halves
     assert {p["label"] for p in page.panels} >= {"gate_up_proj", "frequency", "routing weight"}
 
 
@@ -229,6 +231,21 @@ def test_experts_that_few_tokens_chose_are_named() -> None:
     assert coverage.warnings and f"{unused} of them by none" in coverage.warnings[0]
 
 
+@pytest.mark.parametrize("unseen", [0, 1])
+def test_experts_that_are_left_out_are_counted(unseen: int) -> None:
+    subject = synthetic.subject(4, 8)
+    bits, tokens = subject.plan.bits.copy(), np.maximum(subject.scores.tokens, 1)
+    bits[1, 2] = bits[3, 0] = 0
+    tokens[1, 2] -= unseen * tokens[1, 2]
+    recipe = subject.plan.recipe.with_changes(expert_bits=(0, 1, 2, 3))
+    plan = dataclasses.replace(subject.plan, bits=bits, recipe=recipe)
+    scores = dataclasses.replace(subject.scores, tokens=tokens)
+    (warning,) = section_of(dataclasses.replace(subject, plan=plan, scores=scores), "bits").warnings
+    assert warning.startswith("2 of 32 experts are left out")
+    assert ("No scored token chose 1 of them" in warning) == (unseen == 1)
+    assert ("unknown" in warning) == (unseen == 1)
+
+
 @pytest.mark.parametrize(
     ("mine", "original", "says"),
     [
@@ -250,11 +267,35 @@ def test_loops_are_warned_of_beyond_chance(
         "kind": "evaluation", "model": "m", "original": None, "length": 32, "texts": [],
         "tasks": None, "performance": None, "parts": {},
         "repetition": loops[0], "original_repetition": loops[1],
+        "provenance": {}, "pruning": None,
     }  # fmt: skip
     plan = synthetic.subject(2, 4).plan
     warnings = section_of(Subject("m", plan, evaluation=found), "evaluation").warnings
     assert len(warnings) == (says is not None)
     assert says is None or (says in warnings[0] and f"{mine} of 16" in warnings[0])
+
+
+def test_an_evaluation_says_what_was_dropped(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """It must not pass for one of the folder as it runs now."""
+    copy, again = tmp_path / "copy", "evaluate it again as it is"
+    shutil.copytree(folder, copy)
+
+    def page(**options: Any) -> str:
+        result = evaluate(copy, [str(text_file)], length=32, limit=4, **options)
+        result.save(copy / EVALUATION)
+        return Page(report(copy).read_text()).text
+
+    whole, pruned = page(), page(pruning=0.4, activation_bits=16)
+    assert again not in whole and "chosen experts were dropped" not in whole
+    share = load_json(copy / EVALUATION)["pruning"]["share"]
+    assert f"{share:.1%} of the chosen experts were dropped" in pruned
+    assert f"with experts dropped, and this folder drops none: {again}" in pruned
+    assert "Activations were rounded to 16 bits" in pruned and "Activations" not in whole
+    page()
+    set_pruning(copy, 0.4)
+    stale, new = Page(report(copy).read_text()).text, page()
+    assert f"without dropping experts, and this folder drops some: {again}" in stale
+    assert again not in new and "of the chosen experts were dropped" in new
 
 
 def test_the_price_of_a_tenth_of_a_bit_is_what_allocate_says() -> None:

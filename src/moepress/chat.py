@@ -13,19 +13,22 @@ to chat: with `raw` it continues what is typed instead.
 from __future__ import annotations
 
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from moepress.errors import FileError, InputError
-from moepress.generation import chat_settings, following, left_aside, reads
+from moepress.generation import chat_settings, context_of, following, left_aside
 from moepress.hf import load_model, set_threads, text_model
 from moepress.hf.captured import CapturedSteps
 from moepress.original.folder import resolve
@@ -105,7 +108,12 @@ class Conversation:
         streamer = _Streamer(Pieces(self.tokenizer, after=after), write)
         stopped = False
         try:
-            with torch.inference_mode(), following(self.model, self.settings), self.steps:
+            with (
+                torch.inference_mode(),
+                following(self.model, self.settings),
+                self.steps,
+                _heeding_interrupts(streamer),
+            ):
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -122,7 +130,7 @@ class Conversation:
             {"role": "user", "content": text},
             {"role": "assistant", "content": streamer.text},
         ]
-        return Reply(streamer.text, streamer.tokens, streamer.tokens_per_second, stopped)
+        return Reply(streamer.text, max(streamer.tokens, 0), streamer.tokens_per_second, stopped)
 
     def _ids(self, text: str) -> torch.Tensor:
         """Token ids [1, T] int64 of the conversation so far and this turn.
@@ -162,7 +170,7 @@ class Conversation:
 
     def _room(self, used: int) -> int:
         """Tokens left in the model's context after `used` ones."""
-        most = reads(self.model) or sys.maxsize
+        most = context_of(self.model.config.get_text_config(decoder=True)) or sys.maxsize
         if used >= most:
             raise InputError(
                 f"The conversation has {used:,} tokens, the model reads {most:,}. /reset forgets "
@@ -204,6 +212,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self.write = write
         self.text = ""
         self.tokens = -1  # the first `put` gets the prompt
+        self.interrupted = False
         self.first = self.last = 0.0
 
     @property
@@ -211,6 +220,8 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         return (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else None
 
     def put(self, value: torch.Tensor) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
         self.tokens += 1
         self.last = time.perf_counter()
         if self.tokens == 0:
@@ -227,6 +238,29 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         if text:
             self.text += text
             self.write(text)
+
+
+@contextmanager
+def _heeding_interrupts(streamer: _Streamer) -> Iterator[None]:
+    """Inside the `with` statement, Ctrl-C ends the text at the next token at the latest.
+
+    Python ignores the exception of a Ctrl-C that comes during a `__del__`, and torch has some.
+    """
+    raises = signal.default_int_handler
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not raises:  # it is somebody else's
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        streamer.interrupted = True
+        raises(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, raises)
 
 
 def chat(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import STOPS, following, reads
+from moepress.generation import STOPS, context_of, following
 from moepress.original.remote_code import tokenizer_of
 from moepress.prune import Pruning, Strength
 from moepress.store.memory import Memory
@@ -29,7 +28,10 @@ def generate(
     gpu_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Continue a prompt greedily, up to the model's end of text or one of its stop strings.
+    """Continue a prompt greedily.
+
+    The text ends at the model's end of text, at one of its stop strings, or at the end of its
+    context.
 
     No other setting of the model's generation_config.json is followed. Steps are captured and
     replayed where the model allows it (hf/captured.py).
@@ -58,30 +60,31 @@ def generate(
     from moepress.hf import load_model, text_model
     from moepress.hf.captured import CapturedSteps
     from moepress.original.folder import resolve
+    from moepress.original.skeleton import text_config
 
     if not prompt or tokens < 1:
         raise InputError("generate needs a prompt that is not empty and at least 1 new token.")
     folder = resolve(folder)
     tokenizer = tokenizer_of(folder, trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
+    most = context_of(text_config(folder, trust_remote_code))
+    room = tokens if most is None else _room(most, inputs["input_ids"].shape[1], tokens)
     model = text_model(
         load_model(folder, device, activation_bits, pruning, trust_remote_code, memory, gpu_memory)
     )
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    tokens = min(tokens, _room(model, inputs["input_ids"].shape[1], tokens))
     with torch.inference_mode(), following(model, STOPS), CapturedSteps(model):
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, tokenizer=tokenizer)
+        out = model.generate(
+            **inputs.to(device), max_new_tokens=room, do_sample=False, tokenizer=tokenizer
+        )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
-def _room(model: Any, used: int, tokens: int) -> int:
-    """Tokens that a model reads after a prompt of `used`; a warning if `tokens` are more.
+def _room(most: int, used: int, tokens: int) -> int:
+    """Tokens to write after a prompt of `used` with a model that reads `most`: at most `tokens`.
 
     Raises:
         InputError: none.
     """
-    most = reads(model)
-    if most is None:
-        return tokens
     limit = f"the model reads {most:,} (max_position_embeddings of its config)"
     if used >= most:
         raise InputError(f"The prompt has {used:,} tokens, and {limit}. Give a shorter one.")
@@ -90,4 +93,4 @@ def _room(model: Any, used: int, tokens: int) -> int:
             "%s tokens are too many after a prompt of %s: %s. At most %s are written",
             f"{tokens:,}", f"{used:,}", limit, f"{most - used:,}",
         )  # fmt: skip
-    return most - used
+    return min(tokens, most - used)

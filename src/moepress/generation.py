@@ -81,10 +81,17 @@ def following(model: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
         model.generation_config = before
 
 
-def reads(model: Any) -> int | None:
-    """The most tokens, of a text with its continuation, that a model reads; None: any number."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
+def context_of(config: Any) -> int | None:
+    """Tokens of the longest text that a model reads, with what it writes.
+
+    Args:
+        config: of the language model.
+
+    Returns:
+        The number; None: the config names none.
+    """
+    reads = getattr(config, "max_position_embeddings", None)
+    return reads if isinstance(reads, int) and reads > 0 else None
 
 
 def chat_settings(model: Any) -> tuple[str, ...]:

@@ -252,3 +252,18 @@ def test_stop_ends_all_answers(chat_folder: Path) -> None:
     assert codes == [503] and engine.trouble() == "stopped"
     assert here.client.get("/health").status_code == 503
     assert here.client.post("/v1/completions", json={"prompt": "x"}).status_code in (500, 503)
+
+
+def test_a_fault_of_the_engine_is_not_called_a_stop(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients ask again after 503: here nobody would answer."""
+    here = serving(chat_folder, Limits())
+
+    def fault() -> None:
+        raise RuntimeError("of the engine")
+
+    monkeypatch.setattr(here.served.engine, "_admit", fault)
+    answer = here.client.post("/v1/completions", json={"prompt": "x"})
+    assert answer.status_code == 500 and "stopping" not in answer.text
+    assert here.client.get("/health").json() == {"status": "unhealthy", "reason": "stopped"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -234,9 +235,17 @@ def test_what_loads_or_reads_is_closed(own: Here) -> None:
             assert answer.status_code == 404 and answer.json()["error"]["message"] == "Not Found."
     with_docs = again(own, docs=True)
     assert with_docs.get("/docs").status_code == 200
-    described = with_docs.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]
+    document = with_docs.get("/openapi.json").json()
+    described = document["paths"]["/v1/completions"]["post"]
     schema = described["requestBody"]["content"]["application/json"]["schema"]
     assert "logit_bias" in schema["properties"]
+    references = re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(document))
+    assert any(reference.endswith("/Message") for reference in references)
+    for reference in references:
+        found = document
+        for name in reference.split("/"):
+            found = found[name.replace("~1", "/")]
+        assert found["title"] == reference.rpartition("/")[2]
 
 
 def test_foreign_hosts_and_pages_are_refused(own: Here) -> None:

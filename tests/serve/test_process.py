@@ -181,6 +181,8 @@ def test_what_cannot_be_served_is_refused_before_loading(
         serve(served.model, port=port)
     with pytest.raises(InputError, match="Cannot listen at"):
         serve(served.model, port=123456)
+    with pytest.raises(InputError, match=r"Cannot listen at \[::1\]:123456"):
+        serve(served.model, host="::1", port=123456)
     nameless = tmp_path / "nameless"
     shutil.copytree(served.model, nameless)
     config = load_json(nameless / "config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
 import tracemalloc
@@ -346,6 +347,27 @@ def test_what_is_not_honoured_is_refused_by_name(here: Here, path: str) -> None:
         assert len(error["message"]) <= 500 and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("stop", ["a"] * 17, "stop: List should have at most 16 items"),
+        ("stop", ["a", ""], "stop.1: String should have at least 1 character"),
+        ("stop", 3, "stop: Input should be a valid string. Got 3."),
+        ("messages", [{"role": "user", "content": [
+            {"type": "text", "text": "x"}, {"type": "file"}]}],
+         "messages.0.content.1.type: Input should be 'text' or 'image_url'. Got 'file'."),
+        ("messages", [{"role": "user", "content": [{"type": "text"}]}],
+         "messages.0.content.0: a part of type text needs the field text and no other"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_inside_of_a_list_is_named(
+    here: Here, field: str, value: Any, said: str
+) -> None:
+    """Not that a text was expected, as which it could have been given too."""
+    _, error = here.refused("/v1/chat/completions", **{field: value})
+    assert error["message"].startswith(said)
+
+
 def test_every_field_of_the_schema_is_known(here: Here) -> None:
     """A field with a value that changes nothing is taken; none is unknown."""
     from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as Chats
@@ -385,6 +407,25 @@ def test_what_does_not_fit_is_refused(here: Here) -> None:
     long = [{"role": "user", "content": "a" * (1 << 17)}]
     status, error = here.refused("/v1/chat/completions", messages=long)
     assert (status, error["param"]) == (400, "messages")
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = copy.deepcopy(here.served.prompts.tokenizer)
+    known = here.served.prompts.vocabulary
+    tokenizer.add_tokens([f"<new{number}>" for number in range(known - len(tokenizer) + 1)])
+    (unknown,) = tokenizer(f"<new{known - len(here.served.prompts.tokenizer)}>").input_ids[-1:]
+    assert unknown == known
+    monkeypatch.setattr(here.served.prompts, "tokenizer", tokenizer)
+    text = f"x {tokenizer.decode([unknown])}"
+    for path, fields in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": [1, unknown]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        status, error = here.refused(path, **fields)
+        assert status == 400 and f"below {known}" in error["message"]
 
 
 def test_other_models_are_not_found_and_not_looked_for(here: Here) -> None:

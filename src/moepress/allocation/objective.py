@@ -103,7 +103,7 @@ def text_weights(scores: ExpertScores, recipe: Recipe, choices: Choices, budget:
     sizes = np.broadcast_to(budget.sizes, costs.shape[1:])
     groups = [ItemsByText(flat(costs, 1), flat(sizes))]
     capacity = budget.capacity
-    if budget.in_bytes:
+    if budget.in_bytes and len(scores.linears):
         linear_cost = scores.linear_cost / shares[:, None, None]
         groups.append(ItemsByText(linear_cost, scores.linear_bytes))
         capacity = budget.shared_capacity

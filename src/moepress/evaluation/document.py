@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from moepress.errors import InputError
-from moepress.reading.documents import Array, Document, parse
+from moepress.reading.documents import Array, Document, OpenDocument, parse
 from moepress.reading.json import read_json
 
 KIND = "evaluation"
@@ -60,6 +60,12 @@ class PerformanceFields(Document):
     threads: Count
 
 
+class PruningFields(OpenDocument):
+    """What online pruning dropped."""
+
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
 class EvaluationFields(Document):
     """The whole file."""
 
@@ -76,7 +82,7 @@ class EvaluationFields(Document):
     original_repetition: RepetitionFields | None = None
     performance: PerformanceFields | None = None
     tasks: dict[str, dict[str, float]] | None = None
-    pruning: dict[str, Any] | None = None
+    pruning: PruningFields | None = None
     kl: Positive | None
     ratio: Positive | None
 

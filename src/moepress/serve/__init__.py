@@ -10,6 +10,7 @@
     answers.py    OpenAI's form           names.py     tokens by name, for logprobs
     model.py      a model made ready      limits.py    what clients may ask for
     metrics.py    for Prometheus
+    connections.py   that must bring a request in time
 
 transformers has a server and continuous batching of its own. Why they are not used: docs/log.md.
 """
@@ -86,6 +87,7 @@ def serve(
         import uvicorn
 
         from moepress.serve.app import build
+        from moepress.serve.connections import in_time
         from moepress.serve.guard import allowed_hosts as hosts_of
         from moepress.serve.model import opened
         from moepress.serve.sampling import FOLLOWED
@@ -118,6 +120,7 @@ def serve(
             app,
             host=host,
             port=port,
+            http=in_time(limits.upload),
             log_level="warning",
             limit_concurrency=limits.connections,
             timeout_graceful_shutdown=CLOSING_SECONDS,
@@ -131,12 +134,12 @@ def serve(
         note = f"(The server does not follow these settings of the model: {ignored}.)"
         print(note, file=sys.stderr)
     served.engine.start()
-    print(f"serving {folder} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    print(f"serving {folder} at http://{address(host, port)}/v1", file=sys.stderr, flush=True)
     try:
         server.run()
     except SystemExit as stop:  # uvicorn exits when it cannot start
         if stop.code:
-            raise MoepressError(f"The server could not start at {host}:{port}.") from stop
+            raise MoepressError(f"The server could not start at {address(host, port)}.") from stop
     finally:
         if not served.engine.stop(CLOSING_SECONDS):
             # Inside one long step. Python would wait for it at its end.
@@ -177,5 +180,10 @@ def check_port(host: str, port: int) -> None:
             probe.bind((info[4][0], port))  # getaddrinfo truncates large ports to 16 bits
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"Cannot listen at {host}:{port}: {error}. Choose another --host or --port."
+            f"Cannot listen at {address(host, port)}: {error}. Choose another --host or --port."
         ) from error
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as in URLs: an address of IPv6 is in brackets there."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -35,6 +35,7 @@ from moepress.serve.work import Event, Job
 
 logger = logging.getLogger(__name__)
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DRAINED = 256 << 20  # bytes of a body that is too large read before the answer, so that it arrives
 GRACE = 5.0  # seconds after the deadline that the engine has to say so itself
 LOOK = 0.5  # seconds between looks whether the engine still works
@@ -205,11 +206,11 @@ def build(
     service = Service(served, metrics)
     created = int(time.time())
 
-    @app.post("/v1/chat/completions", openapi_extra=_described(Chat))
+    @app.post(CHAT, openapi_extra=_described(CHAT, Chat))
     async def chat(http: Http) -> Response:
         return await service.answer(http, Chat)
 
-    @app.post("/v1/completions", openapi_extra=_described(Completion))
+    @app.post(COMPLETIONS, openapi_extra=_described(COMPLETIONS, Completion))
     async def completions(http: Http) -> Response:
         return await service.answer(http, Completion)
 
@@ -305,6 +306,8 @@ async def _respond(http: Http, failure: Exception) -> Response:
     return _refusal(RefusedError(None, FAILED, status=500))
 
 
-def _described(kind: type[Request]) -> dict[str, Any]:
-    schema = {"schema": kind.model_json_schema()}
+def _described(path: str, kind: type[Request]) -> dict[str, Any]:
+    """What /openapi.json says of an endpoint. References in it begin at the whole document."""
+    kept = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema"
+    schema = {"schema": kind.model_json_schema(ref_template=kept + "/$defs/{model}")}
     return {"requestBody": {"required": True, "content": {"application/json": schema}}}

@@ -116,10 +116,11 @@ class Engine:
                 self.stepper.close()
         except Exception:  # a fault of this module: /health reports that the thread has ended
             logger.exception("the engine failed")
+        why = STOPPING if self._stopping else FAILED
         for answer in self._all():
-            self._fail(answer, STOPPING)
+            self._fail(answer, why)
         for job in self._inbox:
-            job.tell(Event(0, Message(), error=STOPPING))
+            job.tell(Event(0, Message(), error=why))
 
     def _turn(self) -> None:
         self._turn_began = None

@@ -35,7 +35,7 @@ class Limits:
     body: int | None = None  # bytes of a request; None: by the context, `fitting_body`
     cache: int | None = None  # bytes of all keys and values; None: half of the free memory
     answers: int = 128  # n times prompts of one request
-    upload: float = 30.0  # seconds that a client may take to send a request
+    upload: float = 30.0  # seconds for the head of a request, and as many for its body
     download: float = 60.0  # seconds that a client may let one piece of its answer wait
     stuck: float = 60.0  # seconds without a step of the model after which /health says 503
     connections: int = 1024

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from moepress.errors import InputError
-from moepress.generation import ENDS, checked_settings, reads
+from moepress.generation import ENDS, checked_settings, context_of
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -51,7 +51,7 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
         InputError: the context asked for is longer than what the model reads.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    context = context_of(model, limits.context)
+    context = served_context(model, limits.context)
     template = answer_template(processor, model)
     room = int(psutil.virtual_memory().available * IMAGE_SHARE)
     prompts = Prompts(processor, vocabulary_of(model), context, _calls(template), room)
@@ -88,19 +88,19 @@ def processor_of(folder: Path, remote: bool) -> Any:
         raise InputError(f"{folder} has a processor that cannot be opened: {reason}") from error
 
 
-def context_of(model: Any, wanted: int | None) -> int:
+def served_context(model: Any, wanted: int | None) -> int:
     """Tokens of the longest prompt with its answer.
 
     Raises:
         InputError: the model reads fewer than wanted.
     """
-    most = reads(model)
-    if wanted is not None and most is not None and wanted > most:
+    reads = context_of(model.config.get_text_config(decoder=True))
+    if wanted is not None and reads is not None and wanted > reads:
         raise InputError(
-            f"context is {wanted}. The model reads {most} tokens (max_position_embeddings): "
+            f"context is {wanted}. The model reads {reads} tokens (max_position_embeddings): "
             "choose a smaller --context."
         )
-    return wanted or most or UNLIMITED
+    return wanted or reads or UNLIMITED
 
 
 def vocabulary_of(model: Any) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -154,20 +155,19 @@ class Prompts:
         return self._checked(Prompt(tuple(ids), None, text), param)
 
     def _of_ids(self, ids: list[int]) -> Prompt:
-        if len(ids) > self.context:
-            return self._checked(Prompt(tuple(ids)), "prompt")
-        strange = next((token for token in ids if token >= self.vocabulary), None)
-        if strange is not None:
-            raise RefusedError(
-                "prompt", f"prompt: expected tokens below {self.vocabulary}", strange
-            )
-        return self._checked(Prompt(tuple(ids), None, self.tokenizer.decode(ids)), "prompt")
+        prompt = self._checked(Prompt(tuple(ids)), "prompt")
+        return replace(prompt, text=self.tokenizer.decode(ids))
 
     def _checked(self, prompt: Prompt, param: str) -> Prompt:
         if not prompt.ids:
             raise RefusedError(param, f"{param}: expected at least one token", "")
         if len(prompt.ids) >= self.context:
             raise _too_long(param, f"{len(prompt.ids)} tokens", self.context)
+        # Also of texts: a tokenizer may have tokens that were added to it alone. On a card, one
+        # that the model does not know ends all further work. Those of images are replaced.
+        if prompt.inputs is None and max(prompt.ids) >= self.vocabulary:
+            message = f"{param}: expected tokens below {self.vocabulary}"
+            raise RefusedError(param, message, max(prompt.ids))
         return prompt
 
     def _check_length(self, param: str, characters: int) -> None:

@@ -18,12 +18,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     FiniteFloat,
     PlainValidator,
     StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -43,6 +45,8 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 Stop = Annotated[list[Annotated[Text, Field(max_length=1000)]], Field(max_length=MOST_STOP)]
+TEXT, LIST = "a text", "a list"  # tags of fields that take either; error messages leave them out
+EITHER = Discriminator(lambda value: LIST if isinstance(value, list) else TEXT)
 Scalar = StrictBool | StrictInt | FiniteFloat | Annotated[StrictStr, Field(max_length=1000)] | None
 
 T = TypeVar("T", bound="Request")
@@ -106,7 +110,7 @@ class Request(Strict):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[StrictInt, Field(ge=1)] | None = None
-    stop: Text | Stop | None = None
+    stop: Annotated[Annotated[Text, Tag(TEXT)] | Annotated[Stop, Tag(LIST)], EITHER] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: (
@@ -216,7 +220,10 @@ class Message(Strict):
     }
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: StrictStr | Items[Piece] | None = None
+    content: (
+        Annotated[Annotated[StrictStr, Tag(TEXT)] | Annotated[Items[Piece], Tag(LIST)], EITHER]
+        | None
+    ) = None
     name: StrictStr | None = None
     tool_calls: Items[Call] | None = None
     tool_call_id: StrictStr | None = None
@@ -338,7 +345,7 @@ def _check_together(asked: Request) -> None:
 def _first(found: ValidationError) -> RefusedError:
     """The first field that pydantic refuses, as OpenAI names it."""
     error = min(found.errors(include_url=False), key=lambda one: len(one["loc"]) == 0)
-    steps = [str(step) for step in error["loc"]]
+    steps = [str(step) for step in error["loc"] if step not in (TEXT, LIST)]
     value = error["input"]
     if error["type"] == OF_A_FIELD:  # pydantic has the object as the input
         context = error["ctx"]
@@ -346,7 +353,8 @@ def _first(found: ValidationError) -> RefusedError:
         value = context["value"]
     steps = [ascii(step[:QUOTED])[1:-1] for step in steps]  # names are the client's
     where = ".".join(steps) or "body"
-    return RefusedError(steps[0] if steps else None, f"{where}: {error['msg']}", value)
+    message = error["msg"].removeprefix("Value error, ")
+    return RefusedError(steps[0] if steps else None, f"{where}: {message}", value)
 
 
 def _of_a_field(name: str, message: str, value: Any = None) -> PydanticCustomError:

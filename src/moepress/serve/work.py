@@ -14,7 +14,7 @@ from moepress.serve.sampling import Choice, Sampler, Settings
 from moepress.serve.stepping import State
 from moepress.serve.writing import Writer
 
-Finish = Literal["stop", "length", "tool_calls"]
+Finish = Literal["stop", "length"]  # answers.py says where calls of tools ended it
 
 
 @dataclass(frozen=True)

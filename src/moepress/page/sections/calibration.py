@@ -103,11 +103,12 @@ def cost(subject: Subject) -> Section:
     names = {f"{name}_proj": rounded for rounded, name in enumerate(PROJECTIONS)}
     if not subject.plan.recipe.per_projection:
         names = {"whole expert": BOTH}
-    same = {f"{n} at {widths[option]} bits": maps[:, :, rounded] for n, rounded in names.items()}
+    bits = width(widths[option])
+    same = {f"{n} at {bits} bits": maps[:, :, rounded] for n, rounded in names.items()}
     paid = {"both projections, as they are": np.where(chosen[..., 0], subject.paid, np.nan)}
     return Section(
         (
-            f"First, the cost of every expert at {widths[option]} bits: the allocation compares "
+            f"First, the cost of every expert at {bits} bits: the allocation compares "
             "experts by such costs. Then, the cost of every expert at the bits it has. Their sum "
             f"is {subject.paid.sum():.4g} of the predicted loss, {subject.plan.predicted_loss:.4g}."
             f" {_unit(subject.plan.recipe)}",
@@ -115,7 +116,7 @@ def cost(subject: Subject) -> Section:
         pictures=(
             heat_map(
                 "cost",
-                f"Cost of every expert at {widths[option]} bits",
+                f"Cost of every expert at {bits} bits",
                 same,
                 scores.layers,
                 "predicted loss",

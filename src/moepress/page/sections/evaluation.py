@@ -13,6 +13,7 @@ from moepress.page.subject import Subject
 
 # Excess of loops that is reported, in standard deviations: 5 % of equal models would have it.
 LOOP_SIGMAS = 1.64
+USUAL_BITS = "8"  # of activations
 
 
 def evaluation(subject: Subject) -> Section:
@@ -37,7 +38,32 @@ def evaluation(subject: Subject) -> Section:
             f"Against {found['original']}: perplexity x {found['ratio']:.4f} (geometric mean over "
             f"texts), KL divergence {found['kl']:.4f} nats per token.",
         )
-    return Section(text, _loop_warnings(found), tables=tables)
+    warnings = (*_pruning_warnings(found, subject), *_loop_warnings(found))
+    return Section((*text, *_conditions(found)), warnings, tables=tables)
+
+
+def _conditions(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the model was run, where not as it usually is."""
+    text: tuple[str, ...] = ()
+    bits = found["provenance"].get("activation_bits", USUAL_BITS)
+    if bits != USUAL_BITS:
+        text = (f"Activations were rounded to {bits} bits, usually to {USUAL_BITS}.",)
+    if found["pruning"] is not None:
+        text = (*text, f"{found['pruning']['share']:.1%} of the chosen experts were dropped.")
+    return text
+
+
+def _pruning_warnings(found: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
+    """A warning if the model was measured with experts dropped and the folder drops none, or the
+    other way round."""
+    measured = found["pruning"] is not None
+    if measured == (subject.pruning is not None and subject.pruning.drops):
+        return ()
+    if measured:
+        state = "with experts dropped, and this folder drops none"
+    else:
+        state = "without dropping experts, and this folder drops some"
+    return (f"This was measured {state}: evaluate it again as it is, without `--prune`.",)
 
 
 def _loop_warnings(found: Mapping[str, Any]) -> tuple[str, ...]:

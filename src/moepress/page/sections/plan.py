@@ -46,7 +46,8 @@ def _left_out(subject: Subject) -> tuple[str, ...]:
     unseen = ""
     if subject.scores is not None:
         count = (left_out & (subject.scores.tokens == 0)).sum()
-        unseen = f" No scored token chose {count:,} of them: what they are for is unknown."
+        if count:
+            unseen = f" No scored token chose {count:,} of them: what they are for is unknown."
     return (
         f"{left_out.sum():,} of {left_out.size:,} experts are left out: a token that chooses one "
         f"gets nothing from it.{unseen}",
