@@ -343,6 +343,31 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     assert cpu.missing() == MISSING
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        'extern "C" int moepress_interface() { return 1; }',
+        f'extern "C" int moepress_interface() {{ return {interface.INTERFACE}; }}',  # and no more
+    ],
+)
+def test_a_library_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
+    library = tmp_path / "libmoepress_cpu.so"
+    command = "c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)
+    subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
+    interface.library.cache_clear()
+    try:
+        assert cpu.missing() == f"{library.name} is of another version. Install moepress again"
+    finally:
+        monkeypatch.undo()
+        interface.library.cache_clear()
+    assert cpu.missing() == MISSING
+
+
 @pytest.mark.skipif(MISSING is not None, reason="needs the library")
 def test_bfloat16_is_converted_as_torch_does() -> None:
     """The library takes bfloat16 and rounds its floats to it: results are the same bits."""
