@@ -396,6 +396,8 @@ def trellis_fit(
         sums: [2, N] float32, contiguous: <w, c>_H and <c, c>_H; changed.
     """
     weighted, residual, blocks = weighted.contiguous(), residual.contiguous(), blocks.contiguous()
+    curvature = curvature.contiguous()
+    per_scale = None if per_scale is None else per_scale.contiguous()
     interface.call(
         "moepress_trellis_fit",
         weighted.data_ptr(),
@@ -419,7 +421,7 @@ def trellis_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtyp
         scale: [N] float32.
         dtype: float32 or bfloat16.
     """
-    target, drawn = target.contiguous(), drawn.contiguous()
+    target, drawn, scale = target.contiguous(), drawn.contiguous(), scale.contiguous()
     rows = torch.empty(target.shape[::-1], dtype=dtype)
     interface.call(
         "moepress_trellis_rows",
