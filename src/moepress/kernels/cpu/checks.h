@@ -68,6 +68,7 @@ Result checked_experts(const Codec& codec, const void* x, int64_t tokens, int64_
                         down.group, experts.down);
     if (result != kOk) return result;
     if (!both_or_neither(experts.gate_up, experts.down)) return kBadCodec;
+    if (tokens == 0) return kOk;  // x and y may be null
     return in_floats(x, tokens * hidden, y, tokens * hidden, bfloat16, threads,
                      [&](const float* from, float* to) {
                          return run_experts(codec, from, tokens, index, weight, k, experts, stored,

@@ -61,7 +61,7 @@ class ScalarCodec {
         const int64_t blocks = w.blocks();
         if (tokens > kMaxWidth) return grain_for(blocks, threads, 4);
         const int64_t bytes = blocks * w.bytes_per_block();
-        const int64_t runs = std::clamp<int64_t>(bytes / (threads * 100'000), 1, 8);
+        const int64_t runs = std::clamp<int64_t>(bytes / (threads * int64_t(100'000)), 1, 8);
         return (blocks + threads * runs - 1) / (threads * runs);
     }
 
