@@ -186,6 +186,19 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) 
     assert torch.equal(cpu.linear(x[3:4], packed, None, 37, codec, bits)[0], y[3])
 
 
+@pytest.mark.parametrize("tokens", [4096, 4097, 9000])
+def test_more_tokens_than_are_taken_at_a_time(isa: str, tokens: int) -> None:
+    case = make_case(tokens=tokens)
+    packed, codec, x = random_packed(37, 64, Codec(3, 64)), Codec(3, 64), case.hidden.bfloat16()
+    whole = cpu.experts(case.call(8)), cpu.linear(x, packed, None, 37, codec, 8)
+    for at in (slice(0, 9), slice(tokens // 2 - 5, tokens // 2 + 5), slice(tokens - 9, tokens)):
+        some = dataclasses.replace(
+            case, hidden=case.hidden[at], index=case.index[at], weights=case.weights[at]
+        )
+        assert torch.equal(cpu.experts(some.call(8)), whole[0][at])
+        assert torch.equal(cpu.linear(x[at], packed, None, 37, codec, 8), whole[1][at])
+
+
 @pytest.mark.parametrize("team", ["openmp", "pool"])
 def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
     library, before = interface.library(), torch.get_num_threads()

@@ -8,7 +8,8 @@ result depends neither on the other tokens of the call nor on the number of thre
 exception: the last bits of trellis weights, where activations have 8 bits. Up to 7 tokens in a
 matrix take them from averages (trellis_product.h). From 8 tokens on CPUs that multiply bytes, as
 all but avx2 and portable do, take them as one byte each (trellis_bytes.h); the others take them as
-they are. In the oracle these are `values`. A call takes up to 256 tokens at a time.
+they are. In the oracle these are `values`. Up to 256 tokens of a call are taken at a time, with
+scalar codes up to 4096.
 
 From the C interface (moepress.h) down:
 

@@ -31,11 +31,8 @@ Result checked_linear(const Codec& codec, const void* x, int64_t tokens,
     if (!w.exists()) return kBadCodec;
     if (w.nbytes() != packed_bytes) return kBadBytes;
     if (tokens < 0 || threads < 1) return kBadShape;
-    return in_floats(x, tokens * w.cols, y, tokens * w.rows, bfloat16, threads,
-                     [&](const float* from, float* to) {
-                         run_linear(codec, from, tokens, w, bias, threads, to);
-                         return kOk;
-                     });
+    run_linear(codec, x, tokens, w, bias, threads, bfloat16, y);
+    return kOk;
 }
 
 // One of the two packed parameters of the experts.
