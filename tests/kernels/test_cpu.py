@@ -190,12 +190,18 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) 
 def test_more_tokens_than_are_taken_at_a_time(isa: str, tokens: int) -> None:
     case = make_case(tokens=tokens)
     packed, codec, x = random_packed(37, 64, Codec(3, 64)), Codec(3, 64), case.hidden.bfloat16()
-    whole = cpu.experts(case.call(8)), cpu.linear(x, packed, None, 37, codec, 8)
+    whole = (
+        cpu.experts(case.call(8)),
+        cpu.linear(x, packed, None, 37, codec, 8),
+        cpu.experts(dataclasses.replace(case.call(8), hidden=x)),
+    )
     for at in (slice(0, 9), slice(tokens // 2 - 5, tokens // 2 + 5), slice(tokens - 9, tokens)):
         some = dataclasses.replace(
             case, hidden=case.hidden[at], index=case.index[at], weights=case.weights[at]
         )
         assert torch.equal(cpu.experts(some.call(8)), whole[0][at])
+        half = dataclasses.replace(some.call(8), hidden=x[at])
+        assert torch.equal(cpu.experts(half), whole[2][at])
         assert torch.equal(cpu.linear(x[at], packed, None, 37, codec, 8), whole[1][at])
 
 

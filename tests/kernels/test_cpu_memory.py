@@ -30,6 +30,14 @@ def product(count):
     some = {name: getattr(case, name)[:count] for name in ("hidden", "index", "weights")}
     return cpu.experts(dataclasses.replace(case, **some).call(8))
 """
+EXPERTS_IN_BFLOAT16 = """
+case = make_case(tokens=400_000, k=1)
+tokens, hidden = 400_000, case.hidden.bfloat16()
+
+def product(count):
+    some = dataclasses.replace(case, index=case.index[:count], weights=case.weights[:count])
+    return cpu.experts(dataclasses.replace(some.call(8), hidden=hidden[:count]))
+"""
 MEASURE = """
 import dataclasses, resource, torch
 from moepress.format.codec import Codec
@@ -47,9 +55,11 @@ print(peak() - before - y.nbytes)
 """
 
 
-@pytest.mark.parametrize("setup", [LINEAR, EXPERTS], ids=["linear", "experts"])
+@pytest.mark.parametrize(
+    "setup", [LINEAR, EXPERTS, EXPERTS_IN_BFLOAT16], ids=["linear", "experts", "bfloat16"]
+)
 def test_memory_does_not_grow_with_the_tokens(setup: str) -> None:
-    """All tokens at once would take 150 MB: floats of the results, or codes of the inputs."""
+    """All tokens at once would take 150 MB: floats in place of bfloat16, or codes of the inputs."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE.format(setup=setup)],
         capture_output=True,

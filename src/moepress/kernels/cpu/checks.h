@@ -9,7 +9,6 @@
 #include "isa.h"
 #include "linear.h"
 #include "moepress.h"
-#include "numbers.h"
 
 namespace moepress {
 
@@ -66,11 +65,7 @@ Result checked_experts(const Codec& codec, const void* x, int64_t tokens, int64_
     if (result != kOk) return result;
     if (!both_or_neither(experts.gate_up, experts.down)) return kBadCodec;
     if (tokens == 0) return kOk;  // x and y may be null
-    return in_floats(x, tokens * hidden, y, tokens * hidden, bfloat16, threads,
-                     [&](const float* from, float* to) {
-                         return run_experts(codec, from, tokens, index, weight, k, experts, stored,
-                                            threads, to);
-                     });
+    return run_experts(codec, x, tokens, index, weight, k, experts, stored, threads, bfloat16, y);
 }
 
 }  // namespace moepress
