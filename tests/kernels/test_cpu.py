@@ -186,7 +186,7 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) 
     assert torch.equal(cpu.linear(x[3:4], packed, None, 37, codec, bits)[0], y[3])
 
 
-@pytest.mark.parametrize("tokens", [4096, 4097, 9000])
+@pytest.mark.parametrize("tokens", [4097, 9000])
 def test_more_tokens_than_are_taken_at_a_time(isa: str, tokens: int) -> None:
     case = make_case(tokens=tokens)
     packed, codec, x = random_packed(37, 64, Codec(3, 64)), Codec(3, 64), case.hidden.bfloat16()
