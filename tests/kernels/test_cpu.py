@@ -186,6 +186,25 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, bits: int) 
     assert torch.equal(cpu.linear(x[3:4], packed, None, 37, codec, bits)[0], y[3])
 
 
+@pytest.mark.parametrize("tokens", [4097, 9000])
+def test_more_tokens_than_are_taken_at_a_time(isa: str, tokens: int) -> None:
+    case = make_case(tokens=tokens)
+    packed, codec, x = random_packed(37, 64, Codec(3, 64)), Codec(3, 64), case.hidden.bfloat16()
+    whole = (
+        cpu.experts(case.call(8)),
+        cpu.linear(x, packed, None, 37, codec, 8),
+        cpu.experts(dataclasses.replace(case.call(8), hidden=x)),
+    )
+    for at in (slice(0, 9), slice(tokens // 2 - 5, tokens // 2 + 5), slice(tokens - 9, tokens)):
+        some = dataclasses.replace(
+            case, hidden=case.hidden[at], index=case.index[at], weights=case.weights[at]
+        )
+        assert torch.equal(cpu.experts(some.call(8)), whole[0][at])
+        half = dataclasses.replace(some.call(8), hidden=x[at])
+        assert torch.equal(cpu.experts(half), whole[2][at])
+        assert torch.equal(cpu.linear(x[at], packed, None, 37, codec, 8), whole[1][at])
+
+
 @pytest.mark.parametrize("team", ["openmp", "pool"])
 def test_the_number_of_threads_changes_nothing(isa: str, team: str) -> None:
     library, before = interface.library(), torch.get_num_threads()
@@ -340,6 +359,31 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
         monkeypatch.undo()
         interface.library.cache_clear()
         backends._choose.cache_clear()
+    assert cpu.missing() == MISSING
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        'extern "C" int moepress_interface() { return 1; }',
+        f'extern "C" int moepress_interface() {{ return {interface.INTERFACE}; }}',  # and no more
+    ],
+)
+def test_a_library_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
+    library = tmp_path / "libmoepress_cpu.so"
+    command = "c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)
+    subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
+    interface.library.cache_clear()
+    try:
+        assert cpu.missing() == f"{library.name} is of another version. Install moepress again"
+    finally:
+        monkeypatch.undo()
+        interface.library.cache_clear()
     assert cpu.missing() == MISSING
 
 

@@ -83,6 +83,12 @@ def test_dtypes_and_a_bias() -> None:
         torch.testing.assert_close(logits, exact.to(product).to(returned))
 
 
+def test_no_tokens() -> None:
+    weight, formula = torch.randn(EXPERTS, COLUMNS), Formula("softmax", groups=4, kept_groups=2)
+    logits, weights, index = route(torch.empty(0, COLUMNS), weight, None, None, 3, formula)
+    assert [x.shape for x in (logits, weights, index)] == [(0, EXPERTS), (0, 3), (0, 3)]
+
+
 def router_of(family: str, **changes: Any) -> Any:
     """A router of transformers with 16 experts and random numbers."""
     from tests.families.models import make_model

@@ -14,6 +14,8 @@ from moepress.errors import InputError
 from moepress.format.codec import TRELLIS_BITS, Codec, PackedSpec
 from moepress.kernels import cpu, reference, trellis
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.rounding.fit import add_in_order
+from moepress.rounding.noise import plain_rows
 from moepress.rounding.rotation import rotate, rotate_back
 from tests.kernels.test_kernels import op_arguments, within_twice_plain
 from tests.rounding.test_trellis import codec_of, random_packed
@@ -195,6 +197,21 @@ def test_every_bit(isa: str, bits: float, activation_bits: int) -> None:
     for tokens in (1, 7, 8, 9, 15, 16, 22, 37):
         y = cpu.linear(x[:tokens], packed, None, rows, codec, activation_bits)
         assert torch.equal(y, oracle[values_of(isa, activation_bits, tokens)][:tokens])
+
+
+def test_numbers_that_do_not_follow_each_other(isa: str) -> None:
+    """What compression hands over may be views, such as a diagonal."""
+    torch.manual_seed(0)
+    rows, cols = 70, 32
+    curvature, per_scale = torch.rand(cols, 2)[:, 0], torch.rand(rows, rows).diagonal()
+    weighted, residual = torch.randn(rows, cols).T, torch.randn(rows, cols).T
+    blocks = torch.randn(cols // 8, 8, 8).triu_()
+    found, oracle = torch.zeros(2, rows), torch.zeros(2, rows)
+    cpu.trellis_fit(weighted, per_scale, residual, blocks, curvature, found)
+    add_in_order(weighted, per_scale, residual.contiguous(), blocks, curvature, oracle)
+    torch.testing.assert_close(found, oracle)
+    made = cpu.trellis_rows(weighted, residual, per_scale, torch.float32)
+    torch.testing.assert_close(made, plain_rows(weighted, residual, per_scale, torch.float32))
 
 
 def test_opcheck() -> None:

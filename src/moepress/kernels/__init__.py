@@ -2,6 +2,7 @@
 
 ops.py           the operations, as torch.library ops
 small_ops.py     small operations of decoding, likewise; small_reference.py defines them
+op.py            an op, and how it runs without torch's dispatcher
 gradients.py     the gradients of the ops
 backends.py      the table of backends, and which one runs on a device
 experts_call.py  the arguments of the experts op as one value
@@ -16,6 +17,11 @@ trellis.py       trellis codes: values, paths, bytes, rotation
 cpu/             the backend in C++ for CPUs
 cuda/            the backend in CUDA C++ for NVIDIA cards
 modules.py       nn.Modules whose weights stay packed (import it by its own name)
+uncommon.py      of them, experts of forms that the op does not know
+divided.py       of them, experts on a card and in the machine's memory
+shards.py        parts of a packed matrix; expert_shards.py: of the experts of a layer
+prepare.py       compiles the CUDA kernels of a loaded model together
+random_codes.py  packed matrices of random codes
 """
 
 from moepress.kernels.backends import (

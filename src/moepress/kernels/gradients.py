@@ -142,7 +142,7 @@ def _linear_backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         x = linear_transposed(y, packed, *ctx.codec)
     if ctx.needs_input_grad[2]:
-        bias = y.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        bias = y.sum_to_size(y.shape[-1]).to(ctx.bias_dtype)
     return x, None, bias, None, None, None, None, None
 
 

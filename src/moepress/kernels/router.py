@@ -157,7 +157,7 @@ def choices(scores: Tensor, correction: Tensor | None, formula: Formula) -> Tens
     choice = scores if correction is None else scores + correction
     if formula.groups == 1:
         return choice
-    grouped = choice.view(len(choice), formula.groups, -1)
+    grouped = torch.unflatten(choice, 1, (formula.groups, -1))  # a view may have no tokens
     best = min(formula.group_best, grouped.shape[-1])
     worth = grouped.topk(best, dim=-1).values.sum(-1)  # [T, groups]
     order = worth.sort(dim=-1, descending=True, stable=True).indices

@@ -43,9 +43,10 @@ MODELS = {  # of QEMU: the instruction sets that the library finds there, best f
     "max": ("neon_i8mm", "neon_dotprod", "portable"),
 }
 native_library = interface.library
-OF_THIS_PROCESS = {  # tests of its threads, and of torch's ops
+OF_THIS_PROCESS = {  # tests of its threads, of torch's ops, and of more than is soon emulated
     "test_a_forked_process_has_a_pool_of_its_own",
     "test_as_torch_ops",
+    "test_more_tokens_than_are_taken_at_a_time",
     "test_several_python_threads_at_once",
     "test_the_number_of_threads_changes_nothing",
 }

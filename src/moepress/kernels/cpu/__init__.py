@@ -8,7 +8,8 @@ result depends neither on the other tokens of the call nor on the number of thre
 exception: the last bits of trellis weights, where activations have 8 bits. Up to 7 tokens in a
 matrix take them from averages (trellis_product.h). From 8 tokens on CPUs that multiply bytes, as
 all but avx2 and portable do, take them as one byte each (trellis_bytes.h); the others take them as
-they are. In the oracle these are `values`. A call takes up to 256 tokens at a time.
+they are. In the oracle these are `values`. Up to 256 tokens of a call are taken at a time, with
+scalar codes up to 4096.
 
 From the C interface (moepress.h) down:
 
@@ -396,6 +397,8 @@ def trellis_fit(
         sums: [2, N] float32, contiguous: <w, c>_H and <c, c>_H; changed.
     """
     weighted, residual, blocks = weighted.contiguous(), residual.contiguous(), blocks.contiguous()
+    curvature = curvature.contiguous()
+    per_scale = None if per_scale is None else per_scale.contiguous()
     interface.call(
         "moepress_trellis_fit",
         weighted.data_ptr(),
@@ -419,7 +422,7 @@ def trellis_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtyp
         scale: [N] float32.
         dtype: float32 or bfloat16.
     """
-    target, drawn = target.contiguous(), drawn.contiguous()
+    target, drawn, scale = target.contiguous(), drawn.contiguous(), scale.contiguous()
     rows = torch.empty(target.shape[::-1], dtype=dtype)
     interface.call(
         "moepress_trellis_rows",

@@ -180,7 +180,11 @@ class ExpertStore:
             _functions().moepress_store_release(held)
 
     def at_hand(self, layer: int) -> Tensor:
-        """[E] bool: which experts of a layer are in memory or being read."""
+        """[E] bool: which experts of a layer are in memory or being read.
+
+        Raises:
+            InputError: this process is a fork of the one that opened the store.
+        """
         found = torch.empty(int(self._first[layer + 1] - self._first[layer]), dtype=torch.bool)
         _check(_functions().moepress_store_at_hand(self.number, layer, found.data_ptr()))
         return found
@@ -228,8 +232,9 @@ class ExpertStore:
 
     def close(self) -> None:
         """End the threads and free the memory. Nothing may use the store after that."""
-        OPEN.pop(self.number, None)
-        self._close()
+        if self._close.alive:  # else the number may be that of another store by now
+            OPEN.pop(self.number, None)
+            self._close()
 
     def _open(self, paths: Iterable[Path], direct: bool) -> dict[Path, int]:
         opened = {}

@@ -21,6 +21,7 @@
 
 #include "codec.h"
 #include "gate_up.h"
+#include "numbers.h"
 #include "routing.h"
 #include "store.h"
 #include "strip.h"
@@ -94,13 +95,11 @@ Result add_experts(const Codec& codec, const float* x, int64_t tokens, const int
     return kOk;
 }
 
+// y [tokens][hidden] = the experts, in the waves of `hold`; x [tokens][hidden].
 template <class Codec>
-Result run_experts(const Codec& codec, const float* x, int64_t tokens, const int64_t* index,
-                   const float* weight, int64_t k, const Experts<Codec>& experts,
-                   const Stored& stored, int threads, float* y) {
-    std::vector<bool> present;
-    for (const auto& matrix : experts.gate_up) present.push_back(matrix.bits > 0);
-    Hold hold(stored.store, stored.layer, tokens_of(index, tokens, k, present), tokens);
+Result run_waves(const Codec& codec, const float* x, int64_t tokens, const int64_t* index,
+                 const float* weight, int64_t k, const Experts<Codec>& experts,
+                 const std::vector<bool>& present, Hold& hold, int threads, float* y) {
     const int64_t most = portion(tokens, Codec::kChunkTokens);
     std::memset(y, 0, size_t(tokens * experts.hidden) * sizeof(float));
     for (size_t wave = 0; wave < hold.waves().size(); ++wave) {
@@ -118,6 +117,30 @@ Result run_experts(const Codec& codec, const float* x, int64_t tokens, const int
         hold.end(wave);
     }
     return hold.failure();
+}
+
+// y [tokens][hidden]; x [tokens][hidden]: floats, or bfloat16.
+template <class Codec>
+Result run_experts(const Codec& codec, const void* x, int64_t tokens, const int64_t* index,
+                   const float* weight, int64_t k, const Experts<Codec>& experts,
+                   const Stored& stored, int threads, bool bfloat16, void* y) {
+    std::vector<bool> present;
+    for (const auto& matrix : experts.gate_up) present.push_back(matrix.bits > 0);
+    Hold hold(stored.store, stored.layer, tokens_of(index, tokens, k, present), tokens);
+    // Tokens that are floats at a time. With a store all: each of its waves adds to all results.
+    const int64_t most = stored.store ? tokens : portion(tokens, Codec::kChunkTokens);
+    for (int64_t first = 0; first < tokens; first += most) {
+        const int64_t count = std::min(tokens - first, most), numbers = count * experts.hidden;
+        const int64_t at = first * experts.hidden * (bfloat16 ? 2 : 4);
+        const Result result = in_floats(
+            static_cast<const char*>(x) + at, numbers, static_cast<char*>(y) + at, numbers, bfloat16,
+            threads, [&](const float* from, float* to) {
+                return run_waves(codec, from, count, index + first * k, weight + first * k, k,
+                                 experts, present, hold, threads, to);
+            });
+        if (result != kOk) return result;
+    }
+    return kOk;
 }
 
 }  // namespace moepress

@@ -173,16 +173,30 @@ def library() -> CDLL:
         library = CDLL(str(path))
     except OSError as error:
         raise MoepressError(f"{path.name} cannot be loaded: {error}") from error
-    if library.moepress_interface() != INTERFACE:
+    try:
+        same = library.moepress_interface() == INTERFACE
+        if same:
+            _declare(library)
+    except AttributeError:  # a function that is not there
+        same = False
+    if not same:
         raise MoepressError(f"{path.name} is of another version. Install moepress again")
+    library.moepress_lend_team(openmp_team())
+    return library
+
+
+def _declare(library: CDLL) -> None:
+    """Tell ctypes the signatures of the library's functions.
+
+    Raises:
+        AttributeError: it lacks one.
+    """
     library.moepress_instruction_sets.restype = c_char_p
     library.moepress_use.argtypes = (c_char_p,)
     library.moepress_lend_team.argtypes = (c_void_p,)
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = c_int32
-    library.moepress_lend_team(openmp_team())
-    return library
 
 
 def openmp_team() -> int | None:

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "codec.h"
+#include "numbers.h"
 #include "routing.h"
 #include "strip.h"
 #include "threads.h"
@@ -42,13 +43,21 @@ void linear_chunk(const Codec& codec, const float* x, int64_t tokens,
     });
 }
 
+// y [tokens][rows]; x [tokens][cols]: floats, or bfloat16.
 template <class Codec>
-void run_linear(const Codec& codec, const float* x, int64_t tokens,
-                const typename Codec::Matrix& w, const float* bias, int threads, float* y) {
+void run_linear(const Codec& codec, const void* x, int64_t tokens,
+                const typename Codec::Matrix& w, const float* bias, int threads, bool bfloat16,
+                void* y) {
+    const int64_t width = bfloat16 ? 2 : 4;
     const int64_t most = portion(tokens, Codec::kChunkTokens);
     for (int64_t first = 0; first < tokens;) {
         const int64_t count = std::min(tokens - first, most);
-        linear_chunk(codec, x + first * w.cols, count, w, bias, threads, y + first * w.rows);
+        in_floats(static_cast<const char*>(x) + first * w.cols * width, count * w.cols,
+                  static_cast<char*>(y) + first * w.rows * width, count * w.rows, bfloat16, threads,
+                  [&](const float* from, float* to) {
+                      linear_chunk(codec, from, count, w, bias, threads, to);
+                      return kOk;
+                  });
         first += count;
     }
 }

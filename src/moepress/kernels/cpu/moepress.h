@@ -13,7 +13,7 @@
 #define MOEPRESS_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum Result : int32_t {  // in words: RESULTS in __init__.py
+enum Result : int32_t {  // in words: RESULTS in interface.py
     kOk = 0,
     kBadCodec,       // code bits, group size or row length that no codec has
     kBadBytes,       // a matrix reaches outside its packed bytes
@@ -31,7 +31,7 @@ enum Result : int32_t {  // in words: RESULTS in __init__.py
 // Kinds of numbers.
 enum MoepressNumbers { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// The version of this interface; __init__.py refuses another.
+// The version of this interface; interface.py refuses another.
 MOEPRESS_API int32_t moepress_interface();
 
 // The instruction sets that were compiled and that this CPU has, best first, separated by blanks.

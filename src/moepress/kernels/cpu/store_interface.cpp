@@ -118,6 +118,7 @@ uint8_t* moepress_store_region(const MoepressStore* store, int64_t* bytes) {
 
 int32_t moepress_store_at_hand(MoepressStore* store, int64_t layer, uint8_t* at_hand) {
     if (layer < 0 || layer + 1 >= int64_t(store->first_of_layer.size())) return kBadShape;
+    if (getpid() != store->owner) return kForked;  // a thread may have had the mutex
     std::lock_guard<std::mutex> lock(store->mutex);
     const int64_t first = store->first_of_layer[size_t(layer)];
     const int64_t last = store->first_of_layer[size_t(layer) + 1];

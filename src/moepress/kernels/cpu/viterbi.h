@@ -3,7 +3,6 @@
 // compiles its own copy.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "trellis_code.h"
@@ -66,7 +65,9 @@ int best_state(const uint16_t* best, int16_t target) {
             costs[s] = uint16_t(saturated_sum(best[q], square(target, values[s])));
     uint16_t least = kLargest;
     for (int s = 0; s < kStates; ++s) least = costs[s] < least ? costs[s] : least;
-    return int(std::find(costs, costs + kStates, least) - costs);
+    int first = 0;
+    while (costs[first] != least) ++first;
+    return first;
 }
 
 // Find the states [depth] of the best path that is in state `end` after `depth` steps with targets
