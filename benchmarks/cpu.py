@@ -5,14 +5,14 @@
     python benchmarks/cpu.py models FOLDER           # decode and prefill beside llama.cpp
     python benchmarks/cpu.py models FOLDER --shape Qwen3-30B-A3B --layers 16
     python benchmarks/cpu.py bfloat16 FOLDER         # decode beside transformers' own bfloat16
-    python benchmarks/cpu.py whole FOLDER            # 32 layers: seconds to the first token
+    python benchmarks/cpu.py whole FOLDER            # 32 layers: first token, then tokens/s
 
 `models` and `bfloat16` write models of Mixtral-8x7B's shape with 4 layers and random weights into
-FOLDER (10 and 14 GB), or use those that are there; `whole` writes 16 GB. 16 layers of
-Qwen3-30B-A3B's shape take 24 GB. `models` needs gguf and
-llama-cpp-python, which pip compiles. Each contender runs in a process of its own, and they take
-turns, so that other load on the machine affects all alike. Figures are medians over the rounds;
-ratios compare figures of the same run.
+FOLDER (10 and 14 GB), or use those that are there; `whole` writes 31 GB, 16 of them with `--only
+fast-2.5`. 16 layers of Qwen3-30B-A3B's shape take 24 GB. `models` needs gguf and llama-cpp-python,
+which pip compiles. Each contender runs in a process of its own, and they take turns, so that other
+load on the machine affects all alike. Figures are medians over the rounds; ratios compare figures
+of the same run.
 """
 
 from __future__ import annotations
@@ -354,11 +354,17 @@ def bfloat16(folder: Path, rounds: int) -> None:
 # All 32 layers
 
 
-def whole(folder: Path) -> None:
+def whole(folder: Path, only: Collection[str]) -> None:
     """Open and generate in a fresh process: first with no file in memory, then with all."""
-    path = folder / "ours-32-layers"
-    if not path.exists():
-        random_models.packed(path, 32, 2.5)
+    for name in only:
+        path = folder / f"{name}-32-layers"
+        if not path.exists():
+            family, bits = OURS[name]
+            random_models.packed(path, 32, bits, family)
+        _whole(name, path)
+
+
+def _whole(name: str, path: Path) -> None:
     for cached in (False, True):
         if not cached:
             for file in path.iterdir():
@@ -369,7 +375,10 @@ def whole(folder: Path) -> None:
         settings = default_threading()
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
         report(
-            files_in_memory=cached, gigabytes=folder_bytes(path) / 1e9, **json.loads(done.stdout)
+            name=name,
+            files_in_memory=cached,
+            gigabytes=folder_bytes(path) / 1e9,
+            **json.loads(done.stdout),
         )
 
 
@@ -423,14 +432,16 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", choices=SHAPES, default="Mixtral-8x7B", help="of `models`")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of `models`")
-    parser.add_argument("--only", nargs="*", help="contenders of `models`; all without it")
+    parser.add_argument("--only", nargs="*", help="contenders of `models` and `whole`")
     given = parser.parse_args()
     if given.what in ("kernels", "search"):
         {"kernels": kernels, "search": search}[given.what](given.rounds)
     elif given.what == "worker":
         worker(given.arguments[0], Path(given.arguments[1]))
-    elif given.what in ("whole", "generate"):
-        {"whole": whole, "generate": generate}[given.what](Path(given.arguments[0]))
+    elif given.what == "whole":
+        whole(Path(given.arguments[0]), given.only or ("fast-2.5", "default-2.5"))
+    elif given.what == "generate":
+        generate(Path(given.arguments[0]))
     elif given.what == "models":
         shape, only = SHAPES[given.shape], given.only or (*OURS, *THEIRS)
         models(Path(given.arguments[0]), given.rounds, shape, given.layers, only)
