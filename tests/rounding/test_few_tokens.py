@@ -167,11 +167,12 @@ def test_bad_tokens_are_refused(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("tokens", [8, 40])
-def test_correction_and_gain_are_those_of_sums(weighted: bool, tokens: int) -> None:
+@pytest.mark.parametrize("rows", [24, 120])
+def test_correction_and_gain_are_those_of_sums(weighted: bool, tokens: int, rows: int) -> None:
     x = some_tokens(tokens, 96)
     original = x + 0.3 * some_tokens(tokens, 96, seed=1)
     count = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) if weighted else None
-    w = torch.randn(24, 96, generator=torch.Generator().manual_seed(5))
+    w = torch.randn(rows, 96, generator=torch.Generator().manual_seed(5))
     kept = KeptTokens(96, tokens, "cpu", corrects=True)
     hessian, correction = Hessian(96, "cpu"), Correction(96, "cpu")
     for part in (slice(0, 5), slice(5, None)):

@@ -5,8 +5,9 @@ original model, the correction (correction.py) with a ridge m is
 
     W M (H + m I)^-1 = (W d^T) (x' x'^T + m I)^-1 x'
 
-because H = x'^T x' and M = d^T x'. That takes 4 T K N + 4 T^2 K operations in place of 2 T K^2
-+ K^3 / 3 + 4 K^2 N, the gain of rounded weights is read off the outputs, and the factor of the
+because H = x'^T x' and M = d^T x'. The system is solved for W d^T [N, T] or for x' [T, K], which
+has less. That takes 4 T K N + T^2 K + 2 T^2 min(K, N) operations in place of 2 T K^2 + K^3 / 3
++ 4 K^2 N, the gain of rounded weights is read off the outputs, and the factor of the
 Hessian may be one of tokens (token_factor.py).
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moepress.rounding.correction import least_squares
-from moepress.rounding.factor import Factor
+from moepress.rounding.factor import Factor, column_slices
 from moepress.rounding.hessian import (
     Hessian,
     TokenWeights,
@@ -26,6 +27,14 @@ from moepress.rounding.hessian import (
 )
 from moepress.rounding.token_factor import factor_of_tokens, few
 from moepress.sending import sent
+
+
+def _lower_products(x: Tensor) -> Tensor:
+    """x x^T [T, T] of tokens [T, K], on the diagonal and below it."""
+    products = x.new_zeros(len(x), len(x))
+    for own in column_slices(len(x)):
+        torch.mm(x[own], x[: own.stop].T, out=products[own, : own.stop])
+    return products
 
 
 def keeps(tokens: int, columns: int) -> bool:
@@ -98,7 +107,7 @@ class KeptTokens:
         x, difference = self._x[: self._added], self._difference[: self._added]
         columns = x.shape[1]
         with tensor_cores(x.device):
-            between = x @ x.T
+            between = _lower_products(x)
             diagonal = between.diagonal()
             check_finite(diagonal)
             mean = diagonal.double().sum().item() / columns
@@ -109,9 +118,12 @@ class KeptTokens:
             lower, info = torch.linalg.cholesky_ex(between)
             if info.item():
                 raise not_definite(columns, used)
-            solved = torch.cholesky_solve(x, lower).to(dtype)
             moved = weight.to(dtype) @ difference.to(dtype).T
-            return weight.add(moved @ solved, alpha=strength)
+            if len(weight) < columns:
+                moved = torch.cholesky_solve(moved.T.float(), lower).T
+            else:
+                x = torch.cholesky_solve(x, lower)
+            return weight.add(moved.to(dtype) @ x.to(dtype), alpha=strength)
 
     def factor(self, damping: float) -> Factor:
         """Factor of the Hessian with this damping."""

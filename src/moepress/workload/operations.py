@@ -155,7 +155,8 @@ def corrected(
     rotations = times(2 * rotates, rotation(rows, cols))
     dtype = _dtype(in_16_bits)
     if tokens is not None and keeps(tokens, cols):
-        between = times(2, product(tokens, cols, tokens, "float32"))  # x x^T and its solutions
+        between = Work({"float32": _lower_products(tokens, cols)})  # x x^T
+        between += product(tokens, tokens, min(rows, cols), "float32")  # what is solved
         between += Work({"float32": tokens**3 / 3, "cholesky": tokens**2})
         moved = times(2, product(rows, cols, tokens, dtype))
         return between + moved + rotations + Work({"copy": 5 * rows * cols})
@@ -164,6 +165,11 @@ def corrected(
     solves = Work({"float32": 2 * solved * inside}) + Work({dtype: 2 * solved * (cols**2 - inside)})
     work = factor(cols) + _moved(rows, cols, alone, dtype) + solves
     return work + rotations + Work({"copy": 4 * rows * cols})
+
+
+def _lower_products(rows: int, cols: int) -> int:
+    """Operations of the products of all rows with each other, on the diagonal and below it."""
+    return sum(2 * (own.stop - own.start) * own.stop * cols for own in column_slices(rows))
 
 
 def _moved(rows: int, cols: int, alone: bool, dtype: str) -> Work:
