@@ -23,10 +23,12 @@ import torch
 from moepress.kernels.cuda import launch
 from moepress.kernels.cuda.search import available
 from tests.kernels.cuda import emulate
-from tests.kernels.cuda.fuzzing import products, rounding, small
+from tests.kernels.cuda.fuzzing import parts, products, rounding, small
 from tests.kernels.cuda.fuzzing.draw import Draw
 
-CASES: dict[str, Callable[[Draw], None]] = products.CASES | small.CASES | rounding.CASES
+CASES: dict[str, Callable[[Draw], None]] = (
+    products.CASES | parts.CASES | small.CASES | rounding.CASES
+)
 RARE = {"search": 20}  # one case in so many rounds: it takes a second
 MULTIPROCESSORS = (1, 2, 8, 132)
 

@@ -122,6 +122,6 @@ def twin(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype).set_(storage, *place)  # type: ignore[call-overload]
 
 
-def stored(x: Tensor) -> Tensor:
+def storage_bytes(x: Tensor) -> Tensor:
     """The bytes of the whole storage of x."""
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())  # type: ignore[call-overload]

@@ -19,7 +19,6 @@ from moepress.kernels.gate import Gate
 from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.random_codes import random_packed
 from moepress.kernels.reference import ACTIVATIONS, dequantize
-from moepress.kernels.shards import cut_columns, cut_rows
 from moepress.self_test import row_errors
 from tests.kernels.cuda.fuzzing.draw import FLOATS, Draw
 
@@ -30,8 +29,8 @@ MOST_WEIGHTS = 1 << 16  # of a matrix
 
 
 def linear(draw: Draw) -> None:
-    codec, (rows, cols), packed = _matrix(draw)
-    x, bits = _inputs(draw, cols), _activation_bits(draw)
+    codec, (rows, cols), packed = matrix(draw)
+    x, bits = inputs(draw, cols), activation_bits(draw)
     bias = draw.normal(rows).to(x.dtype) if draw.chance("bias", 0.4) else None
     given = None if bias is None else draw.placed("bias", bias.expand(1, rows))[0]
     with _ways(draw) as by_bfloat16:
@@ -50,35 +49,12 @@ def linears(draw: Draw) -> None:
     matrices = []
     for n, bits in zip(draw.note("rows", rows), widths, strict=True):
         spec = PackedSpec((bits,), group, family)
-        packed = _stored(draw, random_packed(spec, n, cols, draw.generator))
+        packed = stored(draw, drawn_bytes(draw, spec, n, cols))
         matrices.append(PackedMatrix(packed, n, spec.codecs[0]))
-    x, bits = _inputs(draw, cols), _activation_bits(draw)
+    x, bits = inputs(draw, cols), activation_bits(draw)
     found = cuda.linears(_shaped(draw, x), matrices, bits).view(len(x), sum(rows))
     for part, m in zip(found.split(rows, 1), matrices, strict=True):
         same_products(part, x, m.weight, None, m.codec, bits)
-
-
-def shards(draw: Draw) -> None:
-    """Some rows of a matrix, and some of its columns, beside the same of the whole."""
-    codec, (rows, cols), packed = _matrix(draw, least=1)
-    x, bits = _inputs(draw, cols), _activation_bits(draw)
-    size = rows if draw.chance("cut rows", 0.5) else cols
-    first = draw.integer("first", 0, size - 1)
-    wanted = range(first, draw.integer("stop", first + 1, size))
-    if draw.parameters["cut rows"]:
-        cut = cut_rows(packed, rows, cols, codec, wanted)
-        found = cuda.linear(x, _stored(draw, cut.packed), None, cut.size, codec, bits)
-        found = found[:, cut.before : cut.before + len(wanted)]
-        same_products(found, x, packed, None, codec, bits, rows=(wanted, rows))
-        return
-    cut = cut_columns(packed, rows, cols, codec, wanted)
-    x, some = x.nan_to_num(0, 0, 0), torch.zeros_like(x)
-    columns = slice(wanted.start, wanted.stop)
-    some[:, columns] = x[:, columns]
-    part = x.new_zeros(len(x), cut.size)
-    part[:, cut.before : cut.before + len(wanted)] = x[:, columns]
-    found = cuda.linear(part, _stored(draw, cut.packed), None, rows, codec, bits)
-    same_products(found, some, packed, None, codec, bits)
 
 
 def same_products(
@@ -99,8 +75,8 @@ def same_products(
         wide, packed, wide_bias, count, codec, bits, rounded=not by_bfloat16
     )[:, some]  # fmt: skip
     assert found.shape == exact.shape and found.dtype == x.dtype
-    lengths = dequantize(packed, count, x.shape[1], codec)[some].norm(dim=1)
-    most = wide.norm(dim=1)[:, None] * lengths * (0.01 if by_bfloat16 else SUMS)
+    lengths = dequantize(packed, count, x.shape[1], codec)[some].double().norm(dim=1)
+    most = wide.double().norm(dim=1)[:, None] * lengths * (0.01 if by_bfloat16 else SUMS)
     rounded = exact.abs() + (0 if wide_bias is None else wide_bias.abs())
     most = most + rounded * ((2 if by_bfloat16 else 1.01) * torch.finfo(x.dtype).eps)
     _close(found, exact, most + torch.finfo(x.dtype).smallest_normal * 1e-2)
@@ -120,6 +96,8 @@ def experts(draw: Draw) -> None:
         return
     errors = row_errors(found[whole], exact[whole])
     allowed = BFLOAT16 if by_bfloat16 else CODES[call.activation_bits]
+    if by_bfloat16 and draw.parameters["size"] == 300:  # numbers near a gate's limit change sides
+        allowed *= 10
     step = 2 * torch.finfo(found.dtype).eps
     assert errors.max() <= allowed + step, f"error {errors.max():.2g} of a token"
     if not by_bfloat16 and call.activation_bits == 8:
@@ -131,7 +109,7 @@ def embedding(draw: Draw) -> None:
     group, cols = _columns(draw)
     rows = draw.integer("rows", 1, 300)
     spec = PackedSpec((draw.one("bits", GRID_BITS),), group)
-    packed = _stored(draw, random_packed(spec, rows, cols, draw.generator))
+    packed = stored(draw, drawn_bytes(draw, spec, rows, cols))
     shape = [draw.random.randint(0, 6) for _ in range(draw.integer("dimensions", 0, 3))]
     ids = draw.placed("ids", draw.integers(0, rows - 1, *draw.note("shape", shape)))
     given = ids, packed, rows, cols, spec.codecs[0], draw.dtype()
@@ -145,7 +123,8 @@ def drop(draw: Draw) -> None:
     weights = draw.uniform(tokens, k)
     if draw.chance("ties", 0.5):
         weights = (weights * 4).round() / 4
-    index = draw.placed("index", draw.integers(-2, count + 1, tokens, k))
+    index = _far_ones(draw, draw.integers(-2, count + 1, tokens, k)).long()
+    index = draw.placed("index", index)
     weights = draw.placed("weights", weights.to(dtype))
     thresholds = torch.cat([torch.zeros(1), draw.uniform(k - 1)])
     keep = draw.uniform(tokens) < 0.3 if draw.chance("keep", 0.5) else None
@@ -166,34 +145,48 @@ def _columns(draw: Draw) -> tuple[int, int]:
     return group, draw.note("cols", groups * group)
 
 
-def _matrix(draw: Draw, least: int = 0) -> tuple[Codec, tuple[int, int], Tensor]:
+def matrix(draw: Draw, least: int = 0) -> tuple[Codec, tuple[int, int], Tensor]:
     """A codec, at least so many rows, columns, and packed bytes."""
     family = draw.one("family", FAMILIES)
     group, cols = _columns(draw)
     most = max(1, min(draw.random.choice((17, 130, 700)), MOST_WEIGHTS // cols))
     rows = draw.integer("rows", least, most if draw.random.random() < 0.98 else least)
     spec = PackedSpec((draw.one("bits", CODE_BITS[family]),), group, family)
-    packed = random_packed(spec, rows, cols, draw.generator)
-    return spec.codecs[0], (rows, cols), _stored(draw, packed)
+    packed = drawn_bytes(draw, spec, rows, cols)
+    return spec.codecs[0], (rows, cols), stored(draw, packed)
 
 
-def _stored(draw: Draw, packed: Tensor) -> Tensor:
+def drawn_bytes(draw: Draw, spec: PackedSpec, rows: int, cols: int) -> Tensor:
+    """Random packed bytes of matrices, which may have no rows."""
+    if not rows:
+        return torch.empty(0, dtype=torch.uint8)
+    return random_packed(spec, rows, cols, draw.generator)
+
+
+def stored(draw: Draw, packed: Tensor) -> Tensor:
     """Packed bytes, or a part of a storage, as the files of a model give them."""
     return draw.placed("packed", packed, contiguous=True, unit=draw.random.choice((1, 8, 16, 64)))
 
 
-def _activation_bits(draw: Draw) -> int:
+def activation_bits(draw: Draw) -> int:
     return draw.one("activation_bits", (8, 16))
 
 
-def _inputs(draw: Draw, cols: int) -> Tensor:
-    """[T, K]: rows of several sizes, zeros among them, some not finite."""
+def inputs(draw: Draw, cols: int) -> Tensor:
+    """[T, K]: rows of several sizes, zeros among them, some not finite.
+
+    Some are so small that they are rounded to zeros: see `reference.round_activations`.
+    """
     dtype, tokens = draw.dtype(), draw.tokens()
     x = draw.normal(tokens, cols)
     if draw.chance("sizes", 0.3):
-        most = 3 if dtype == torch.float16 else 15
+        most = 3 if dtype == torch.float16 else draw.one("most", (1, 15, 32))
         x = x * 10 ** (most * (2 * draw.uniform(tokens, 1) - 1))
         x[draw.uniform(tokens) < 0.2] = 0
+    if draw.chance("sizes of groups", 0.2):
+        x = (
+            x.view(tokens, cols // 32, 32) * 10 ** (-6 * draw.uniform(tokens, cols // 32, 1))
+        ).view_as(x)
     x, _ = draw.spoiled(x.to(dtype))
     return x
 
@@ -250,7 +243,7 @@ def _experts_call(draw: Draw) -> tuple[ExpertsCall, Tensor]:
     shapes = (gate.parts * inner, hidden), (hidden, inner)
     specs = [PackedSpec(tuple(w), g, family) for w, g in zip(widths, groups, strict=True)]
     packed = [
-        _stored(draw, random_packed(spec, *shape, draw.generator))
+        stored(draw, drawn_bytes(draw, spec, *shape))
         for spec, shape in zip(specs, shapes, strict=True)
     ]
     order = torch.randperm(count, generator=draw.generator)
@@ -259,17 +252,18 @@ def _experts_call(draw: Draw) -> tuple[ExpertsCall, Tensor]:
     ]  # fmt: skip
     tokens, k = draw.tokens(), draw.integer("k", 1, 8)
     index = draw.integers(-1, draw.note("highest", draw.random.randint(0, count)), tokens, k)
-    if draw.chance("int32", 0.1):
-        index = index.int()
+    index = _far_ones(draw, index)
     biases: list[Tensor | None] = [None, None]
     for i, (rows, _) in enumerate(shapes):
         if draw.chance(f"bias {i}", 0.3):
             bias = draw.normal(count, rows).to(draw.dtype(f"bias dtype {i}"))
+            bias[left_out[order]] = torch.nan
             biases[i] = draw.placed(f"bias {i}", bias)
-    x, whole = draw.spoiled(
-        (draw.normal(tokens, hidden) * draw.one("size", (1, 4))).to(draw.dtype())
-    )
+    dtype = draw.dtype()
+    size = draw.one("size", (1, 4) if dtype == torch.float16 else (1, 4, 1e-3, 300))
+    x, whole = draw.spoiled((draw.normal(tokens, hidden) * size).to(dtype))
     weights = draw.uniform(tokens, k).to(draw.one("weight dtype", (*FLOATS, torch.float64)))
+    weights[(index < 0) | (index >= count)] = torch.nan
     return ExpertsCall(
         draw.placed("x", x),
         draw.placed("index", index),
@@ -278,12 +272,22 @@ def _experts_call(draw: Draw) -> tuple[ExpertsCall, Tensor]:
         *tables,
         inner,
         *groups,
-        activation_bits=_activation_bits(draw),
+        activation_bits=activation_bits(draw),
         family=family,
         gate_up_bias=biases[0],
         down_bias=biases[1],
         **asdict(gate),
     ), whole
+
+
+def _far_ones(draw: Draw, index: Tensor) -> Tensor:
+    """Choices, some of them far from any expert, or in 32 bits."""
+    kind = draw.one("indices", ("near", "near", "far", "int32"))
+    if kind == "far":
+        far = torch.tensor([2**31, 2**32, 2**32 + 1, -(2**32), 2**62, -(2**63)])
+        which = far[draw.integers(0, len(far) - 1, *index.shape)]
+        return torch.where(draw.uniform(*index.shape) < 0.2, which, index)
+    return index.int() if kind == "int32" else index
 
 
 def _gate(draw: Draw) -> Gate:
@@ -332,6 +336,6 @@ def _close(found: Tensor, exact: Tensor, most: Tensor) -> None:
 
 
 CASES: dict[str, Callable[[Draw], None]] = {
-    "linear": linear, "linears": linears, "shards": shards, "experts": experts,
+    "linear": linear, "linears": linears, "experts": experts,
     "embedding": embedding, "drop": drop,
 }  # fmt: skip
