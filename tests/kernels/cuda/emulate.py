@@ -43,6 +43,8 @@ OPTIONS = (
 )  # fmt: skip
 RACES = os.environ.get("EMULATED_RACES", "0") == "1"
 PAGE = mmap.PAGESIZE
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)
+MOST_SHARED = 99 << 10  # bytes of a block, on cards of compute capability 8.6, 8.9 and 12.0
 
 RACES_SOURCE = HERE / "races.cpp"
 
@@ -73,8 +75,7 @@ def run(
     races: bool = RACES,
 ) -> None:
     """Run a kernel of any file on CPU tensors. `races`: whether a race is an error."""
-    if min(grid) == 0:
-        raise EmulationError(f"{kernel}: an empty grid {grid}")
+    check_limits(kernel, grid, block, shared)
     compiled = library(source, races)
     entry = getattr(compiled, f"emulated_{kernel}")
     guarded = {t.untyped_storage().data_ptr(): Guarded(t) for t in args if isinstance(t, Tensor)}
@@ -103,6 +104,16 @@ def run(
         copy.close()
     if failed:
         raise EmulationError(f"{kernel}: {_with_lines(compiled, error.value.decode())}")
+
+
+def check_limits(kernel: str, grid: tuple[int, int, int], block: int, shared: int) -> None:
+    """Raise EmulationError for a launch that the driver refuses on some of the supported cards."""
+    if any(not 0 < n <= most for n, most in zip(grid, MOST_BLOCKS, strict=True)):
+        raise EmulationError(f"{kernel}: a grid {grid}, of 1 to {MOST_BLOCKS} blocks on a card")
+    if not 0 < block <= 1024 or shared > MOST_SHARED:
+        raise EmulationError(
+            f"{kernel}: blocks of {block} threads, {shared} bytes of shared memory"
+        )
 
 
 class Guarded:

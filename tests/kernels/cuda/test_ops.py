@@ -100,7 +100,8 @@ def test_activations_have_the_order_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    "pairs, experts, size", [(1, 4, 8), (31, 3, 8), (32, 200, 4), (40, 3, 8), (3000, 70, 64)]
+    "pairs, experts, size",
+    [(1, 4, 8), (31, 3, 8), (32, 200, 4), (40, 3, 8), (3000, 70, 64), (3000, 600, 64)],
 )
 def test_routing_sorts_pairs_by_expert(pairs: int, experts: int, size: int) -> None:
     torch.manual_seed(pairs)

@@ -127,6 +127,7 @@ def drop(draw: Draw) -> None:
     index = draw.placed("index", index)
     weights = draw.placed("weights", weights.to(dtype))
     thresholds = torch.cat([torch.zeros(1), draw.uniform(k - 1)])
+    weights[(index < 0) | (index >= count)] = torch.nan
     keep = draw.uniform(tokens) < 0.3 if draw.chance("keep", 0.5) else None
     given = index, weights, thresholds, draw.chance("renormalise", 0.5), keep, count
     found, exact = cuda.drop(*given), reference.drop(*given)
