@@ -90,10 +90,10 @@ def route(draw: Draw) -> None:
     if tokens > 1 and draw.chance("spoiled", 0.2):  # one token, which changes no other one
         spoiled = twin(given[0])
         spoiled[0, draw.random.randrange(cols)] = torch.nan
-        for one, other in zip(
-            cuda.route(spoiled, *given[1:], top_k, formula), (logits, weights, index), strict=True
-        ):
-            assert torch.equal(one[1:], other[1:]), "a token changes with another one's numbers"
+        other = cuda.route(spoiled, *given[1:], top_k, formula)
+        for one, another in zip(other, (logits, weights, index), strict=True):
+            assert torch.equal(one[1:], another[1:]), "a token changes with another one's numbers"
+        _are_experts(other[2], experts)
     exact = router.route(hidden.float(), weight, bias, correction, top_k, formula)[0]
     step = torch.finfo(formula.product_dtype).eps + torch.finfo(formula.logits_dtype).eps
     assert logits.dtype == formula.logits_dtype and weights.dtype == formula.weights_dtype
@@ -111,10 +111,9 @@ def _same_choice(
     may be chosen.
     """
     top_k = index.shape[1]
-    assert all(len(set(row)) == top_k for row in index.tolist()), "an expert is chosen twice"
+    _are_experts(index, logits.shape[1])
     if not index.numel():
         return
-    assert index.min().item() >= 0 and index.max().item() < logits.shape[1]
     scores = router.scores_of(logits, formula)
     choice = router.choices(scores, correction, formula)
     best = choice.sort(dim=-1, descending=True).values[:, :top_k].float()
@@ -126,6 +125,11 @@ def _same_choice(
     alike = (index == same).all(1)
     assert alike.float().mean() >= (0.9 if formula.score_dtype == torch.float32 else 0.0)
     torch.testing.assert_close(weights[alike], usual[alike], rtol=close, atol=1e-6)
+
+
+def _are_experts(index: Tensor, experts: int) -> None:
+    for row in index.tolist():
+        assert len(set(row)) == len(row) and 0 <= min(row) <= max(row) < experts, row
 
 
 def rms_norm(draw: Draw) -> None:
