@@ -41,6 +41,8 @@ OPTIONS = (
     "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-unused-function",
     f"-I{SOURCES}", f"-I{SOURCES.parent / 'cpu'}", f"-I{HERE}",
 )  # fmt: skip
+# Linked without the sanitizer's library: emulator.h has what it calls.
+ALIGNMENT = "-fsanitize=alignment"
 RACES = os.environ.get("EMULATED_RACES", "0") == "1"
 PAGE = mmap.PAGESIZE
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
@@ -157,7 +159,7 @@ def library(source: Path, races: bool = RACES) -> ctypes.CDLL:
     files.append(SOURCES.parent / "cpu/trellis_code.h")
     if source.parent != SOURCES:  # it may include one of these
         files += SOURCES.glob("*.cu")
-    key = hashlib.sha256(str((COMPILER, OPTIONS, races)).encode())
+    key = hashlib.sha256(str((COMPILER, OPTIONS, ALIGNMENT, races)).encode())
     for file in files:
         key.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"moepress-emulated-{os.getuid()}"
@@ -180,11 +182,13 @@ def _compile(source: Path, path: Path, races: bool) -> None:
         if races:  # linked without the sanitizer, whose library races.cpp replaces
             watched, watching = Path(folder) / "unit.o", Path(folder) / "races.o"
             with_lines = ("-gdwarf-4", "-DEMULATED_RACES", "-c")
-            _run(*with_lines, "-fsanitize=thread", str(unit), "-o", str(watched))
+            _run(*with_lines, f"{ALIGNMENT},thread", str(unit), "-o", str(watched))
             _run(*with_lines, str(RACES_SOURCE), "-o", str(watching))
             _run(str(watched), str(watching), "-ldl", "-o", str(made))
         else:
-            _run(str(unit), "-o", str(made))
+            checked = Path(folder) / "unit.o"
+            _run("-c", ALIGNMENT, str(unit), "-o", str(checked))
+            _run(str(checked), "-o", str(made))
         made.replace(path)
 
 

@@ -133,7 +133,8 @@ def drop(draw: Draw) -> None:
     found, exact = cuda.drop(*given), reference.drop(*given)
     assert torch.equal(found[0], exact[0]) and torch.equal(found[2], exact[2])
     assert found[1].dtype == dtype
-    torch.testing.assert_close(found[1], exact[1], rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+    close = max(3e-6, 4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(found[1], exact[1], rtol=close, atol=1e-7)
 
 
 # What cases are made of
