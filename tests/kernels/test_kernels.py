@@ -146,12 +146,16 @@ def test_long_matrices_are_unpacked_in_strips(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(reference.linear(x, packed, None, rows, codec), y)
 
 
-def test_a_matrix_may_start_at_any_byte_of_memory() -> None:
-    """Tensors mapped from a file are not aligned."""
-    codec = Codec(3, 32)
-    packed = random_packed(5, 32, codec)
-    moved = torch.cat([torch.zeros(64, dtype=torch.uint8), packed])[64:]
-    assert torch.equal(dequantize(moved, 5, 32, codec), dequantize(packed, 5, 32, codec))
+@pytest.mark.parametrize("first", [1, 2, 64])
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
+def test_a_matrix_may_start_at_any_byte_of_memory(codec: Codec, first: int) -> None:
+    """Tensors mapped from a file are not aligned. One block of one group, and several."""
+    for rows, cols in ((5, codec.group_size), (40, 3 * codec.group_size)):
+        packed = random_packed(rows, cols, codec)
+        moved = torch.cat([torch.zeros(first, dtype=torch.uint8), packed])[first:]
+        assert torch.equal(
+            dequantize(moved, rows, cols, codec), dequantize(packed, rows, cols, codec)
+        )
 
 
 def test_pack_refuses_what_does_not_fit() -> None:

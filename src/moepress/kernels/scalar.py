@@ -165,8 +165,12 @@ def _unpack_plane(chunks: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_side(values: Tensor, groups: int, rows: Tensor | None) -> Tensor:
-    """Bytes of scales or zeros, [B, G * 16 * itemsize], to [n, G, itemsize] contiguous."""
-    return _take(torch.unflatten(values, 1, (groups, ROWS_PER_BLOCK, -1)), rows).contiguous()
+    """Bytes of scales or zeros, [B, G * 16 * itemsize], to [n, G, itemsize] contiguous.
+
+    A copy: packed bytes may begin at an odd address, where nothing can be viewed as bfloat16.
+    """
+    side = _take(torch.unflatten(values, 1, (groups, ROWS_PER_BLOCK, -1)), rows)
+    return side.clone(memory_format=torch.contiguous_format)
 
 
 def _take(fields: Tensor, rows: Tensor | None) -> Tensor:

@@ -41,8 +41,12 @@ OPTIONS = (
     "-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-unused-function",
     f"-I{SOURCES}", f"-I{SOURCES.parent / 'cpu'}", f"-I{HERE}",
 )  # fmt: skip
+# Linked without the sanitizer's library: emulator.h has what it calls.
+ALIGNMENT = "-fsanitize=alignment"
 RACES = os.environ.get("EMULATED_RACES", "0") == "1"
 PAGE = mmap.PAGESIZE
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)
+MOST_SHARED = 99 << 10  # bytes of a block, on cards of compute capability 8.6, 8.9 and 12.0
 
 RACES_SOURCE = HERE / "races.cpp"
 
@@ -73,8 +77,7 @@ def run(
     races: bool = RACES,
 ) -> None:
     """Run a kernel of any file on CPU tensors. `races`: whether a race is an error."""
-    if min(grid) == 0:
-        raise EmulationError(f"{kernel}: an empty grid {grid}")
+    check_limits(kernel, grid, block, shared)
     compiled = library(source, races)
     entry = getattr(compiled, f"emulated_{kernel}")
     guarded = {t.untyped_storage().data_ptr(): Guarded(t) for t in args if isinstance(t, Tensor)}
@@ -103,6 +106,16 @@ def run(
         copy.close()
     if failed:
         raise EmulationError(f"{kernel}: {_with_lines(compiled, error.value.decode())}")
+
+
+def check_limits(kernel: str, grid: tuple[int, int, int], block: int, shared: int) -> None:
+    """Raise EmulationError for a launch that the driver refuses on some of the supported cards."""
+    if any(not 0 < n <= most for n, most in zip(grid, MOST_BLOCKS, strict=True)):
+        raise EmulationError(f"{kernel}: a grid {grid}, of 1 to {MOST_BLOCKS} blocks on a card")
+    if not 0 < block <= 1024 or shared > MOST_SHARED:
+        raise EmulationError(
+            f"{kernel}: blocks of {block} threads, {shared} bytes of shared memory"
+        )
 
 
 class Guarded:
@@ -146,7 +159,7 @@ def library(source: Path, races: bool = RACES) -> ctypes.CDLL:
     files.append(SOURCES.parent / "cpu/trellis_code.h")
     if source.parent != SOURCES:  # it may include one of these
         files += SOURCES.glob("*.cu")
-    key = hashlib.sha256(str((COMPILER, OPTIONS, races)).encode())
+    key = hashlib.sha256(str((COMPILER, OPTIONS, ALIGNMENT, races)).encode())
     for file in files:
         key.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"moepress-emulated-{os.getuid()}"
@@ -169,11 +182,13 @@ def _compile(source: Path, path: Path, races: bool) -> None:
         if races:  # linked without the sanitizer, whose library races.cpp replaces
             watched, watching = Path(folder) / "unit.o", Path(folder) / "races.o"
             with_lines = ("-gdwarf-4", "-DEMULATED_RACES", "-c")
-            _run(*with_lines, "-fsanitize=thread", str(unit), "-o", str(watched))
+            _run(*with_lines, f"{ALIGNMENT},thread", str(unit), "-o", str(watched))
             _run(*with_lines, str(RACES_SOURCE), "-o", str(watching))
             _run(str(watched), str(watching), "-ldl", "-o", str(made))
         else:
-            _run(str(unit), "-o", str(made))
+            checked = Path(folder) / "unit.o"
+            _run("-c", ALIGNMENT, str(unit), "-o", str(checked))
+            _run(str(checked), "-o", str(made))
         made.replace(path)
 
 

@@ -847,6 +847,11 @@ T* shared_memory() {
 inline int lane_id() { return emulator::state.lane->index & 31; }
 inline void begin() { emulator::races::begin(); }
 inline int warp_id() { return emulator::state.lane->index >> 5; }
+// Called by code compiled with -fsanitize=alignment, before a load or store at an address that is no
+// multiple of its type's alignment: an error on a card, which other processors do not mind.
+extern "C" __attribute__((used)) inline void __ubsan_handle_type_mismatch_v1(void*, void*) {
+    emulator::fail("a misaligned access");
+}
 [[noreturn]] inline void trap() { emulator::fail("trap"); }
 [[noreturn]] inline void fail(const char* message) { emulator::fail(message); }
 inline void barrier_sync(int id, int threads) { emulator::barrier(id, threads); }

@@ -56,6 +56,15 @@ def test_what_is_found() -> None:
         sample("shift", x, y, 1)
 
 
+@pytest.mark.parametrize("races", [False, True])
+def test_a_load_of_16_bytes_at_another_address(races: bool) -> None:
+    x, y = torch.rand(32), torch.empty(4)
+    sample("wide", x, y, 4, block=32, races=races)
+    assert y.equal(x[4:8])
+    with pytest.raises(EmulationError, match="a misaligned access, in thread 0"):
+        sample("wide", x, y, 6, block=32, races=races)
+
+
 def test_conversions() -> None:
     x = torch.randn(256) * 2.0 ** torch.arange(-30, 18).repeat(6)[:256]
     x[:4] = torch.tensor([torch.inf, -torch.inf, 65519.9, 0.0])

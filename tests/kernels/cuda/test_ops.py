@@ -15,6 +15,7 @@ from moepress.kernels import backends, cpu, cuda, reference, trellis
 from moepress.kernels.cuda.codes import Codes
 from moepress.kernels.cuda.launch import Launcher, launcher_for
 from moepress.kernels.experts_call import ExpertsCall
+from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.reference import ACTIVATION_RANGE, ACTIVATIONS
 from tests.kernels import test_kernels as scalar_tests
 from tests.kernels.cuda import emulate
@@ -99,7 +100,8 @@ def test_activations_have_the_order_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    "pairs, experts, size", [(1, 4, 8), (31, 3, 8), (32, 200, 4), (40, 3, 8), (3000, 70, 64)]
+    "pairs, experts, size",
+    [(1, 4, 8), (31, 3, 8), (32, 200, 4), (40, 3, 8), (3000, 70, 64), (3000, 600, 64)],
 )
 def test_routing_sorts_pairs_by_expert(pairs: int, experts: int, size: int) -> None:
     torch.manual_seed(pairs)
@@ -169,6 +171,20 @@ def test_linear_of_any_memory(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert cuda.linear(x[:, :cols].double(), packed, *args).dtype == torch.float64
     monkeypatch.setattr(cuda, "MOST_NUMBERS", 3 * rows)
     close(cuda.linear(x[:, cols:], packed, *args), expected)
+
+
+@pytest.mark.parametrize("family", ["int", "trellis"])
+def test_a_matrix_without_rows(family: str) -> None:
+    """A grid without blocks is an error of the driver."""
+    codec, packed = Codec(2, 32, family), torch.empty(0, dtype=torch.uint8)
+    for bias in (None, torch.empty(0)):
+        y = cuda.linear(torch.randn(2, 3, 64).half(), packed, bias, 0, codec, 8)
+        assert y.shape == (2, 3, 0) and y.dtype == torch.float16
+    none = PackedMatrix(packed, 0, codec)
+    assert cuda.linears(torch.randn(3, 64), [none, none], 8).shape == (3, 0)
+    x, some = torch.randn(3, 64), random_packed(70, 64, codec)
+    found = cuda.linears(x, [none, PackedMatrix(some, 70, codec), none], 8)
+    close(found, reference.linear(x, some, None, 70, codec, 8, rounded=True))
 
 
 @pytest.mark.parametrize("family", ["int", "trellis"])

@@ -25,6 +25,14 @@ def test_equal_values(bits: float, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_branches_at_an_odd_address() -> None:
+    """The kernel reads eight at a time."""
+    memory = torch.randint(4, (64 * 16 + 3,), dtype=torch.uint8)
+    branches = memory[3:].view(64, 16)
+    assert torch.equal(values.code_matrix(branches, 2), trellis.code_matrix(branches, 2))
+
+
+@pytest.mark.usefixtures("emulated")
 def test_no_columns() -> None:
     branches = torch.empty(64, 0, dtype=torch.uint8)
     assert values.code_matrix(branches, 2).shape == (64, 0)

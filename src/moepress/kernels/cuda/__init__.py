@@ -85,6 +85,8 @@ def linear(
     """The op `moepress::linear`. Sums are in float32; float64 inputs go to the reference."""
     if x.dtype not in DTYPES:
         return reference.linear(x, packed, bias, out_features, codec)
+    if not out_features:
+        return x.new_empty(*x.shape[:-1], 0)
     rows, packed = aligned(x.reshape(-1, x.shape[-1])), aligned(packed)
     bias = None if bias is None else _number(bias.contiguous())
     y = x.new_empty(len(rows), out_features)
@@ -106,7 +108,8 @@ def linears(x: Tensor, matrices: Sequence[PackedMatrix], activation_bits: int) -
         return torch.cat(each, -1)
     given = [replace(m, weight=aligned(m.weight)) for m in matrices]
     y = x.new_empty(len(rows), sum(m.rows for m in matrices))
-    several.products(rows, given, PLANES[activation_bits], y)
+    if y.numel():
+        several.products(rows, given, PLANES[activation_bits], y)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -10,6 +10,7 @@ from moepress.kernels.cuda.launch import DTYPES, Launcher
 from moepress.kernels.cuda.products import Product
 
 NO_ROUTING = (None, 0, None, None, 0, 0, 0, None, None, None, None)
+MOST_SORTED_BY_32 = 512  # experts: the counts of so many by 32 warps fit into 99 KB, all cards have
 UNIT = 128  # columns that a warp of rounding.cuh takes if they are not rotated
 
 
@@ -48,7 +49,7 @@ class Codes:
         """Codes of x [rows, K]. `routing`: arguments of routing.cuh; one more block sorts pairs."""
         pairs = routing[1]
         assert isinstance(pairs, int)
-        warps = 8 if pairs <= 2048 else 32
+        warps = 8 if pairs <= 2048 or experts > MOST_SORTED_BY_32 else 32
         blocks = self._blocks(warps) + (pairs > 0)
         shared = 4 * experts * (warps + 1)
         args = x, DTYPES[x.dtype], self.rows, self.cols, *self._rounding(), *routing

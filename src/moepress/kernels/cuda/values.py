@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moepress.format.codec import ROWS_PER_BLOCK, ROWS_PER_SLAB
-from moepress.kernels.cuda.launch import Argument, launcher_for
+from moepress.kernels.cuda.launch import Argument, aligned, launcher_for
 from moepress.kernels.trellis import (
     BYTES_SUMMED,
     CENTERS,
@@ -21,7 +21,7 @@ THREADS = 128
 
 def code_matrix(branches: Tensor, bits: float) -> Tensor:
     """`code_matrix` of kernels/trellis.py for branches [64 S, K] uint8 on a card: equal values."""
-    branches = branches.contiguous()
+    branches = aligned(branches)
     rows, columns = branches.shape
     out = torch.empty(rows, columns, dtype=torch.float32, device=branches.device)
     if not out.numel():
