@@ -138,36 +138,41 @@ def test_what_a_message_of_a_cut_file_advises_works(
     assert digests(compress(model_folder(), out, recipe)) == right
 
 
-@pytest.mark.parametrize("layer", [0, None])
-def test_a_flipped_bit_of_a_finished_file_does_not_become_part_of_the_model(
-    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path, layer: int | None,
+@pytest.fixture
+def after_a_stop(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> tuple[Path, Callable[[], dict[str, str]], dict[str, str]]:  # fmt: skip
+    """An output whose compression stopped after a layer; what goes on; the right digests."""
     recipe = small_recipe(text_file, bits=2)
     right = digests(compress(model_folder(), tmp_path / "right", recipe))
     out = tmp_path / "out"
     stopped(monkeypatch, "quantize_layer", lambda: compress(model_folder(), out, recipe))
+    return out, lambda: digests(compress(model_folder(), out, recipe)), right
+
+
+@pytest.mark.parametrize("layer", [0, None])
+def test_a_flipped_bit_of_a_finished_file_does_not_become_part_of_the_model(
+    after_a_stop: tuple[Path, Callable[[], dict[str, str]], dict[str, str]], layer: int | None
+) -> None:
+    out, go_on, right = after_a_stop
     content = bytearray((out / shard_name(layer)).read_bytes())
     content[-1000] ^= 4
     (out / shard_name(layer)).write_bytes(content)
     for _ in range(2):  # it does not become right by being asked again
         with pytest.raises(FileError, match=f"{shard_name(layer)} is not as it was") as caught:
-            compress(model_folder(), out, recipe)
+            go_on()
     delete_what_is_named(caught.value)
-    assert digests(compress(model_folder(), out, recipe)) == right
+    assert go_on() == right
 
 
 def test_finished_files_of_an_older_moepress_have_no_checksums(
-    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    recipe = small_recipe(text_file, bits=2)
-    right = digests(compress(model_folder(), tmp_path / "right", recipe))
-    out = tmp_path / "out"
-    stopped(monkeypatch, "quantize_layer", lambda: compress(model_folder(), out, recipe))
+    after_a_stop: tuple[Path, Callable[[], dict[str, str]], dict[str, str]],
+) -> None:
+    out, go_on, right = after_a_stop
     for path in (out / WORK / "quantize").glob("sums-*.json"):
         path.unlink()
-    assert digests(compress(model_folder(), out, recipe)) == right
+    assert go_on() == right
 
 
 def test_a_finished_folder_that_lost_a_file_is_not_called_done(
