@@ -138,11 +138,14 @@ def test_what_a_message_of_a_cut_file_advises_works(
     assert digests(compress(model_folder(), out, recipe)) == right
 
 
+AfterAStop = tuple[Path, Callable[[], dict[str, str]], dict[str, str]]
+
+
 @pytest.fixture
 def after_a_stop(
     model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> tuple[Path, Callable[[], dict[str, str]], dict[str, str]]:  # fmt: skip
+) -> AfterAStop:  # fmt: skip
     """An output whose compression stopped after a layer; what goes on; the right digests."""
     recipe = small_recipe(text_file, bits=2)
     right = digests(compress(model_folder(), tmp_path / "right", recipe))
@@ -153,7 +156,7 @@ def after_a_stop(
 
 @pytest.mark.parametrize("layer", [0, None])
 def test_a_flipped_bit_of_a_finished_file_does_not_become_part_of_the_model(
-    after_a_stop: tuple[Path, Callable[[], dict[str, str]], dict[str, str]], layer: int | None
+    after_a_stop: AfterAStop, layer: int | None
 ) -> None:
     out, go_on, right = after_a_stop
     content = bytearray((out / shard_name(layer)).read_bytes())
@@ -167,7 +170,7 @@ def test_a_flipped_bit_of_a_finished_file_does_not_become_part_of_the_model(
 
 
 def test_finished_files_of_an_older_moepress_have_no_checksums(
-    after_a_stop: tuple[Path, Callable[[], dict[str, str]], dict[str, str]],
+    after_a_stop: AfterAStop,
 ) -> None:
     out, go_on, right = after_a_stop
     for path in (out / WORK / "quantize").glob("sums-*.json"):

@@ -35,7 +35,7 @@ def test_tensors_that_memory_has_no_room_for_are_written_at_once(
     card: Card, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = torch.arange(3000.0)  # 16 KB if they are pinned
-    free = (1 << 14) / checkpoint.SHARE_PINNED
+    free = (1 << 14) / checkpoint.SHARE_PINNED_COPIES
     monkeypatch.setattr(checkpoint, "free_host_memory", lambda: free if room else free - 1)
     writer, path = Writer(torch.device("cuda", 0)), tmp_path / "one.safetensors"
     writer.save({path: {"x": numbers.to("cuda")}})

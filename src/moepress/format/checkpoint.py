@@ -45,7 +45,7 @@ MOST_COPIED = 1 << 30
 SHARE_COPIED = 0.1
 # The same for copies of a card's tensors: an eighth is kept at a time (costs/kept_states.py), which
 # pinned may take twice as much.
-SHARE_PINNED = 0.25
+SHARE_PINNED_COPIES = 0.25
 QUANT_METHOD = "moepress"
 # Of config.json, for the model or for a part of it; the second: of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
@@ -146,7 +146,7 @@ def _have_room(tensors: Sequence[Tensor]) -> bool:
     free = free_host_memory()
     on_host = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
     pinned = sum(pinned_bytes(tensor.nbytes) for tensor in tensors if tensor.device.type != "cpu")
-    return on_host <= max(MOST_COPIED, SHARE_COPIED * free) and pinned <= SHARE_PINNED * free
+    return on_host <= max(MOST_COPIED, SHARE_COPIED * free) and pinned <= SHARE_PINNED_COPIES * free
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

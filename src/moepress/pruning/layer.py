@@ -17,6 +17,7 @@ from moepress.kernels.divided import packed_experts
 from moepress.original.architectures import decoder_layers, text_experts
 from moepress.pruning.capture import capture_attention, current_record
 from moepress.pruning.importance import protected_tokens
+from moepress.pruning.left_out import left_out_table, without_left_out
 from moepress.pruning.rule import Pruning
 
 # An attribute of transformers' own experts: true makes them ignore choices of "no expert". Older
@@ -71,11 +72,7 @@ class PrunedLayer:
         self._pruning = pruning
         self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
         self._absent = torch.tensor(pruning.absent.get(number, ()), dtype=torch.float32)
-        left_out = list(getattr(experts, "left_out", ()))
-        # [E + 2] bool, whether an expert is left out; the last two are no experts. `torch.isin` of
-        # many waits for a card. Empty: none is.
-        self._left_out = torch.zeros(experts.num_experts + 2 if left_out else 0, dtype=torch.bool)
-        self._left_out[left_out] = True
+        self._left_out = left_out_table(getattr(experts, "left_out", ()), experts.num_experts)
         self._count = count
         self.tokens = 0
         self.dropped = torch.zeros(len(self._thresholds), dtype=torch.int64)  # [k] by rank
@@ -111,9 +108,7 @@ class PrunedLayer:
             self._left_out = self._left_out.to(index.device)  # last: other threads look at it
         # Choices of experts that are left out cost no time: they must not use up the ranks, and
         # the dropped share, of experts that do.
-        if len(self._left_out):
-            none = self._experts.num_experts
-            index = index.masked_fill(self._left_out[index.clamp(-1, none)], none)
+        index = without_left_out(index, self._left_out, self._experts.num_experts)
         protected = None
         if self._pruning.protect > 0:
             protected = protected_tokens(hidden, current_record(), self._pruning.protect)

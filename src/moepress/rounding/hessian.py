@@ -59,6 +59,17 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def add_upper_products(upper: Tensor, x: Tensor, slices: Sequence[slice] | None = None) -> None:
+    """Add x^T x of x [T, K] to a matrix [K, K], on and above the diagonal; some below is changed.
+
+    Args:
+        slices: those of `column_slices` of K that are summed; None: all.
+    """
+    for own in column_slices(x.shape[1]) if slices is None else slices:
+        rest = slice(own.start, None)
+        upper[own, rest].addmm_(x[:, own].T, x[:, rest])
+
+
 @dataclass
 class TokenWeights:
     """Sums of the weights c_t of tokens."""
@@ -106,9 +117,7 @@ class Hessian:
                 root = sent(weight[start : start + TOKENS_PER_CHUNK], chunk.device).float().sqrt()
                 chunk = chunk * root[:, None]
             with tensor_cores(upper.device):
-                for own in column_slices(self.features) if slices is None else slices:
-                    rest = slice(own.start, None)
-                    upper[own, rest].addmm_(chunk[:, own].T, chunk[:, rest])
+                add_upper_products(upper, chunk, slices)
 
     def rows(self, own: slice) -> Tensor:
         """The rows of a slice, not copied. What is below the diagonal is not used."""

@@ -17,24 +17,17 @@ import torch
 from torch import Tensor
 
 from moepress.rounding.correction import least_squares
-from moepress.rounding.factor import Factor, column_slices
+from moepress.rounding.factor import Factor
 from moepress.rounding.hessian import (
     Hessian,
     TokenWeights,
+    add_upper_products,
     check_finite,
     not_definite,
     tensor_cores,
 )
 from moepress.rounding.token_factor import factor_of_tokens, few
 from moepress.sending import sent
-
-
-def _lower_products(x: Tensor) -> Tensor:
-    """x x^T [T, T] of tokens [T, K], on the diagonal and below it."""
-    products = x.new_zeros(len(x), len(x))
-    for own in column_slices(len(x)):
-        torch.mm(x[own], x[: own.stop].T, out=products[own, : own.stop])
-    return products
 
 
 def keeps(tokens: int, columns: int) -> bool:
@@ -107,7 +100,8 @@ class KeptTokens:
         x, difference = self._x[: self._added], self._difference[: self._added]
         columns = x.shape[1]
         with tensor_cores(x.device):
-            between = _lower_products(x)
+            between = x.new_zeros(len(x), len(x))  # x x^T
+            add_upper_products(between, x.T)
             diagonal = between.diagonal()
             check_finite(diagonal)
             mean = diagonal.double().sum().item() / columns
@@ -115,7 +109,7 @@ class KeptTokens:
                 return weight
             used = max(damping, columns / self.tokens)
             diagonal.add_(used * mean)
-            lower, info = torch.linalg.cholesky_ex(between)
+            lower, info = torch.linalg.cholesky_ex(between.T)
             if info.item():
                 raise not_definite(columns, used)
             moved = weight.to(dtype) @ difference.to(dtype).T

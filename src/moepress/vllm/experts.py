@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from moepress import kernels
 from moepress.errors import InputError
 from moepress.kernels.modules import PackedExperts
+from moepress.pruning.left_out import left_out_table, without_left_out
 from moepress.vllm.linears import default_device
 
 NO_EXPERT = -1
@@ -36,7 +37,7 @@ class Thresholds(nn.Module):
     """
 
     thresholds: Tensor
-    absent: Tensor
+    left_out: Tensor
 
     def __init__(
         self,
@@ -48,20 +49,13 @@ class Thresholds(nn.Module):
         super().__init__()
         wanted = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
         self.register_buffer("thresholds", wanted, persistent=False)
-        # [E + 2] bool; the last two are no experts. `torch.isin` may wait for a card, which the
-        # capture of a CUDA graph does not allow.
-        absent = torch.zeros(experts + 2, dtype=torch.bool, device="cpu")
-        absent[list(left_out)] = True
-        self.register_buffer("absent", absent, persistent=False)
-        self.has_absent = len(left_out) > 0
+        self.register_buffer("left_out", left_out_table(left_out, experts), persistent=False)
         self.renormalise = renormalise
         self.experts = experts
 
     def forward(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Choices [T, k] int64 and routing weights [T, k] that are left."""
-        if self.has_absent:
-            absent = self.absent[index.clamp(NO_EXPERT, self.experts)]
-            index = index.masked_fill(absent, NO_EXPERT)
+        index = without_left_out(index, self.left_out, NO_EXPERT)
         index, weights, dropped = kernels.drop(
             index, weights, self.thresholds, self.renormalise, None, self.experts
         )

@@ -77,11 +77,15 @@ def _dtype(in_16_bits: bool) -> str:
 
 
 def hessian(tokens: int, cols: int) -> Work:
-    """Add tokens to a Hessian, which is summed in column slices from the diagonal on."""
-    flops = 0
-    for own in column_slices(cols):
-        flops += 2 * tokens * (own.stop - own.start) * (cols - own.start)
-    return Work({"float32": flops, "copy": 2 * tokens * cols})
+    """Add tokens to a Hessian."""
+    return products_of_columns(tokens, cols) + Work({"copy": 2 * tokens * cols})
+
+
+def products_of_columns(rows: int, cols: int) -> Work:
+    """Products of all columns of a matrix with each other, in slices from the diagonal on."""
+    slices = column_slices(cols)
+    flops = sum(2 * rows * (own.stop - own.start) * (cols - own.start) for own in slices)
+    return Work({"float32": flops})
 
 
 def factor(cols: int, tokens: int | None = None) -> Work:
@@ -155,7 +159,7 @@ def corrected(
     rotations = times(2 * rotates, rotation(rows, cols))
     dtype = _dtype(in_16_bits)
     if tokens is not None and keeps(tokens, cols):
-        between = Work({"float32": _lower_products(tokens, cols)})  # x x^T
+        between = products_of_columns(cols, tokens)  # x x^T
         between += product(tokens, tokens, min(rows, cols), "float32")  # what is solved
         between += Work({"float32": tokens**3 / 3, "cholesky": tokens**2})
         moved = times(2, product(rows, cols, tokens, dtype))
@@ -165,11 +169,6 @@ def corrected(
     solves = Work({"float32": 2 * solved * inside}) + Work({dtype: 2 * solved * (cols**2 - inside)})
     work = factor(cols) + _moved(rows, cols, alone, dtype) + solves
     return work + rotations + Work({"copy": 4 * rows * cols})
-
-
-def _lower_products(rows: int, cols: int) -> int:
-    """Operations of the products of all rows with each other, on the diagonal and below it."""
-    return sum(2 * (own.stop - own.start) * own.stop * cols for own in column_slices(rows))
 
 
 def _moved(rows: int, cols: int, alone: bool, dtype: str) -> Work:

@@ -65,14 +65,22 @@ struct Knowledge {
     }
 };
 
+// Of a thread, or of all that came to a barrier.
+struct View {
+    Knowledge known, proxied;  // proxied: what products of a warpgroup may read
+    void join(const View& more) {
+        known.join_all(more.known);
+        proxied.join_all(more.proxied);
+    }
+};
+
 struct Pending {
     const void* from;
     size_t bytes;
 };
-struct Thread {
-    Knowledge known, proxied;  // proxied: what products of a warpgroup may read
-    Knowledge released;        // what the thread knew at its last fence
-    Knowledge seen;            // of atomic operations, known from the next fence on
+struct Thread : View {
+    Knowledge released;  // what the thread knew at its last fence
+    Knowledge seen;      // of atomic operations, known from the next fence on
     bool begun = false;
     std::vector<std::vector<Pending>> products;  // groups, the last one open
 };
@@ -87,7 +95,7 @@ struct Region {
 };
 
 std::vector<Thread> threads;
-Knowledge barriers[16], barriers_proxied[16];
+View barriers[16];
 std::vector<std::unique_ptr<Region>> regions;  // the first two: shared memory
 Region* last_region = nullptr;
 std::unordered_map<const void*, std::shared_ptr<const Blocks>> atomics;  // what was released there
@@ -228,6 +236,12 @@ void finish(int index, const void* p, size_t n, Kind kind) {
 }
 
 int running() { return state.lane->index; }
+void loaded(const void* p, size_t n, const void* place) {
+    if (state.lane && state.lane != &state.main) touch(running(), p, n, Kind::read, place);
+}
+void stored(const void* p, size_t n, const void* place) {
+    if (state.lane && state.lane != &state.main) touch(running(), p, n, Kind::write, place);
+}
 void tick(int index) { ++threads[size_t(index)].known.own[size_t(index)]; }
 
 }  // namespace
@@ -264,31 +278,19 @@ void end_grid() {
 }
 
 void arrive(int id) {
-    Thread& thread = threads[size_t(running())];
-    barriers[id].join_all(thread.known);
-    barriers_proxied[id].join_all(thread.proxied);
+    barriers[id].join(threads[size_t(running())]);
     tick(running());
 }
-void leave(int id, int index) {
-    threads[size_t(index)].known.join_all(barriers[id]);
-    threads[size_t(index)].proxied.join_all(barriers_proxied[id]);
-}
-void completed(int id) {
-    barriers[id] = {};
-    barriers_proxied[id] = {};
-}
+void leave(int id, int index) { threads[size_t(index)].join(barriers[id]); }
+void completed(int id) { barriers[id] = {}; }
 
 void sync_warp(int first, uint32_t mask) {
-    Knowledge all, proxied;
+    View all;
+    for (int i = 0; i < kLanes; ++i)
+        if (mask >> i & 1) all.join(threads[size_t(first + i)]);
     for (int i = 0; i < kLanes; ++i)
         if (mask >> i & 1) {
-            all.join_all(threads[size_t(first + i)].known);
-            proxied.join_all(threads[size_t(first + i)].proxied);
-        }
-    for (int i = 0; i < kLanes; ++i)
-        if (mask >> i & 1) {
-            threads[size_t(first + i)].known = all;
-            threads[size_t(first + i)].proxied = proxied;
+            static_cast<View&>(threads[size_t(first + i)]) = all;
             tick(first + i);
         }
 }
@@ -387,19 +389,6 @@ extern "C" __attribute__((visibility("default"))) void emulated_watch(const void
     extern "C" void __tsan_unaligned_write##bytes(void* p) {                                    \
         emulator::races::stored(p, bytes, __builtin_return_address(0));                         \
     }
-
-namespace emulator {
-namespace races {
-namespace {
-void loaded(const void* p, size_t n, const void* place) {
-    if (state.lane && state.lane != &state.main) touch(running(), p, n, Kind::read, place);
-}
-void stored(const void* p, size_t n, const void* place) {
-    if (state.lane && state.lane != &state.main) touch(running(), p, n, Kind::write, place);
-}
-}  // namespace
-}  // namespace races
-}  // namespace emulator
 
 EMULATED_ACCESSES(1)
 EMULATED_ACCESSES(2)

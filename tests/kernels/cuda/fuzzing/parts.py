@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -66,7 +67,7 @@ def expert_parts(draw: Draw) -> None:
     total = torch.zeros_like(wanted)
     by_units = draw.chance("cut", 0.7)
     for rank in range(ranks):
-        part = _copy(whole)
+        part = copy.deepcopy(whole)
         if by_units:
             if not cut_experts(part, rank, ranks):
                 draw.note("cut", "impossible")
@@ -111,23 +112,6 @@ def _module(draw: Draw) -> PackedExperts:
         if biased:
             bias = made.get_parameter(f"{name}_bias")
             bias.data = draw.normal(*bias.shape)
-    return made
-
-
-def _copy(module: PackedExperts) -> PackedExperts:
-    made = PackedExperts(
-        module.num_experts,
-        module.hidden_size,
-        module.intermediate_size,
-        module.gate_up,
-        module.down,
-        module.gate,
-        "down_proj_bias" in dict(module.named_parameters()),
-        "down_proj_bias" in dict(module.named_parameters()),
-    )
-    made.activation_bits = module.activation_bits
-    for name, value in module.named_parameters():
-        made.get_parameter(name).data = value.data.clone()
     return made
 
 
