@@ -134,6 +134,9 @@ class Guarded:
         ctypes.memmove(self.start, self.storage.data_ptr(), size)
 
     def at(self, tensor: Tensor) -> int:
+        """Address of a tensor of this storage: null if it has no elements, as `data_ptr`."""
+        if not tensor.numel():
+            return 0
         return int(self.start + tensor.data_ptr() - self.storage.data_ptr())
 
     def close(self) -> None:

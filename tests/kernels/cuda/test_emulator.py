@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.cuda.emulate import RACES, Argument, EmulationError, needs_compiler, run
+from tests.kernels.cuda.emulate import RACES, Argument, EmulationError, Guarded, needs_compiler, run
 
 SAMPLES = Path(__file__).parent / "samples.cu"
 
@@ -54,6 +54,15 @@ def test_what_is_found() -> None:
         sample("stuck", block=64)
     with pytest.raises(EmulationError, match="4 parameters, got 3"):
         sample("shift", x, y, 1)
+
+
+@pytest.mark.parametrize("length", [32, 0])
+def test_a_tensor_without_elements_has_no_address(length: int) -> None:
+    """As on a card, wherever the storage lies that it is a part of."""
+    storage = torch.rand(length)
+    copy = Guarded(storage)
+    assert copy.at(storage[length:]) == 0
+    copy.close()
 
 
 @pytest.mark.parametrize("races", [False, True])
