@@ -100,6 +100,29 @@ def test_signals_in_commands_that_keep_nothing(
     assert err == f"moepress: stopped by {how}. Nothing was written.\n"
 
 
+def test_a_signal_that_comes_when_the_command_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun stops the ranks that are left, which tell meanwhile why they end."""
+
+    def late(error: BaseException) -> tuple[str, int]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return str(error), 1
+
+    def fails(*_: object, **__: object) -> None:
+        raise CheckpointError("the reason")
+
+    came: list[int] = []
+    monkeypatch.setattr(import_module("moepress.inspect"), "inspect", fails)
+    monkeypatch.setattr(ending, "described", late)
+    inherited = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        code, _, err = run(monkeypatch, capsys, "inspect", "some/path")
+    finally:
+        signal.signal(signal.SIGTERM, inherited)
+    assert (code, err, came) == (1, "moepress: the reason\n", [])
+
+
 def test_two_runs_into_one_folder(
     model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

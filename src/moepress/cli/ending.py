@@ -69,28 +69,35 @@ def ended(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
-        try:
-            with _signals_raise(), in_job(command.__name__):
-                _check_words(sys.argv[1:])
-                command(*arguments, **options)
-                if sys.stdout is not None:  # `>&-` closes it
-                    sys.stdout.flush()  # now, while an error can still be told
-        except (typer.Exit, typer.Abort, SystemExit):
-            raise
-        except BrokenPipeError:  # a reader such as `head` has read enough
-            _drop_output()
-            raise typer.Exit(1) from None
-        except BaseException as error:
-            if isinstance(error, OSError) and error.errno in FULL:
+        with _signals_raise() as hold_signals:
+            try:
+                with in_job(command.__name__):
+                    _check_words(sys.argv[1:])
+                    command(*arguments, **options)
+                    if sys.stdout is not None:  # `>&-` closes it
+                        sys.stdout.flush()  # now, while an error can still be told
+            except (typer.Exit, typer.Abort, SystemExit):
+                raise
+            except BrokenPipeError:  # a reader such as `head` has read enough
                 _drop_output()
-            text, code = described(error)
-            if tells_error():
-                if _debug:
-                    traceback.print_exc()
-                typer.echo(f"moepress: {one_line(text)}", err=True)
-            raise typer.Exit(code) from None
+                raise typer.Exit(1) from None
+            except BaseException as error:
+                hold_signals()
+                raise typer.Exit(_told(error)) from None
 
     return run
+
+
+def _told(error: BaseException) -> int:
+    """Say why a command failed. Returns its exit code."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        _drop_output()
+    text, code = described(error)
+    if tells_error():
+        if _debug:
+            traceback.print_exc()
+        typer.echo(f"moepress: {one_line(text)}", err=True)
+    return code
 
 
 def _drop_output() -> None:
@@ -157,17 +164,27 @@ def one_line(text: str) -> str:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Inside the `with` statement, the first SIGTERM or SIGHUP raises `Stopped`; a second kills."""
+def _signals_raise() -> Iterator[Callable[[], None]]:
+    """Inside the `with` statement, the first SIGTERM or SIGHUP raises `Stopped`; a second kills.
+
+    The function that it gives has them ignored from then on: torchrun sends a SIGTERM to a rank
+    that has lost another, and the rank has to say so first.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     before = {}
     for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             before[number] = signal.signal(number, _raise)
+
+    def hold() -> None:
+        with suppress(Stopped):  # one that comes now comes too late
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+
     try:
-        yield
+        yield hold
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
