@@ -76,9 +76,13 @@ class Here:
         return whole[len(read) :]
 
 
-def serving(folder: Path, limits: Limits, **options: Any) -> Here:
+def serving(folder: Path, limits: Limits, *, reuse: bool = True, **options: Any) -> Here:
     """A model of a folder, served in this process. Its engine runs until `engine.stop`."""
-    served = opened(load_model(folder), folder, NAME, limits, remote=False)
+    served = opened(load_model(folder), folder, NAME, limits, remote=False, reuse=reuse)
+    return started(served, **options)
+
+
+def started(served: Served, **options: Any) -> Here:
     served.engine.start()
     app = build(served, hosts=allowed_hosts("127.0.0.1", ()), **options)
     return Here(served, TestClient(app, "http://localhost", raise_server_exceptions=False))

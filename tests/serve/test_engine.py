@@ -191,6 +191,8 @@ class Still:
 
     least_bytes = 0
     token_bytes = 1
+    begins = forgets = False
+    reach = None
 
     def keep_within(self, budget: int) -> None:
         pass

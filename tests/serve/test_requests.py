@@ -29,6 +29,7 @@ def test_a_completion_is_what_generate_writes(here: Here) -> None:
     read = len(here.served.prompts.tokenizer(PROMPT).input_ids)
     assert answer["usage"] == {
         "prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},  # so short a prompt is computed
     }  # fmt: skip
     assert answer["object"] == "text_completion" and answer["model"] == NAME
     usual = here.client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0})
@@ -380,7 +381,8 @@ def test_every_field_of_the_schema_is_known(here: Here) -> None:
         assert len(named) > 15
         assert named <= kind.model_fields.keys() | kind.WITHOUT_EFFECT.keys()
     unset = dict.fromkeys(Chat.WITHOUT_EFFECT)
-    assert here.chat(**{**unset, "n": None, "stop": None, "store": False})
+    given = {"store": False, "prompt_cache_key": "agent-7", "prompt_cache_retention": "in_memory"}
+    assert here.chat(**{**unset, "n": None, "stop": None, **given})
 
 
 def test_bodies_that_are_no_requests(here: Here) -> None:

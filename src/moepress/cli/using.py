@@ -286,7 +286,9 @@ def serve(
     ] = None,
     cache: Annotated[
         float | None,
-        typer.Option(help="Most GB of keys and values; default: half of the free memory."),
+        typer.Option(
+            help="Most GB of keys and values; default: half of what the weights leave free."
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -297,6 +299,10 @@ def serve(
         typer.Option(help="Name by which clients reach this server (Host header). Repeatable."),
     ] = None,
     docs: Annotated[bool, typer.Option("--docs", help="Describe the endpoints at /docs.")] = False,
+    reuse: Annotated[
+        bool,
+        typer.Option(help="Begin prompts with what earlier texts have in common with them."),
+    ] = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to any OpenAI client, many requests at a time (pip extra: serve).
@@ -330,6 +336,7 @@ def serve(
         api_key=api_key,
         allowed_hosts=allowed_host or (),
         docs=docs,
+        reuse=reuse,
     )
 
 

@@ -5,6 +5,7 @@
     template.py   of the folder's chats   images.py    of data URLs, within limits
     asking.py     from a request to work  work.py      work for the engine, and its news
     engine.py     the thread that works   stepping.py  steps of the model; rows.py: their cache
+    kept.py       for later prompts
     sampling.py   choice of tokens        writing.py   text and stop sequences
     parsing.py    reasoning, tool calls   calls.py     calls that cannot be read
     answers.py    OpenAI's form           names.py     tokens by name, for logprobs
@@ -57,6 +58,7 @@ def serve(
     api_key: str | None = None,
     allowed_hosts: Iterable[str] = (),
     docs: bool = False,
+    reuse: bool = True,
 ) -> None:
     """Serve a model until the process is stopped.
 
@@ -77,6 +79,8 @@ def serve(
         api_key: that clients must send; None: none is needed.
         allowed_hosts: names by which clients may reach the server, beside this machine's own.
         docs: whether /docs describes the endpoints.
+        reuse: whether a prompt begins with what an earlier text has in common with it. Clients can
+            learn from the time of an answer how another's prompt begins.
 
     Raises:
         InputError: libraries or the folder are missing, the port is taken, or an option does not
@@ -106,7 +110,7 @@ def serve(
         model = load_model(
             Path(folder), device, activation_bits, pruning, remote, memory, gpu_memory
         )
-    served = opened(model, Path(folder), str(folder), limits, remote)
+    served = opened(model, Path(folder), str(folder), limits, remote, reuse)
     app = build(served, hosts=hosts_of(host, allowed_hosts), key=api_key, docs=docs)
 
     class Server(uvicorn.Server):

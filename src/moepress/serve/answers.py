@@ -186,10 +186,27 @@ def _top(names: Names, choice: Choice) -> Json:
     return made
 
 
-def usage(prompts: Sequence[Prompt], n: int, generated: int) -> Json:
+class Usage:
     """Tokens of a request. A prompt with n answers counts once."""
-    read = sum(len(prompt.ids) for prompt in prompts[::n])
-    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+
+    def __init__(self, prompts: Sequence[Prompt], n: int) -> None:
+        self._n = n
+        self._read = sum(len(prompt.ids) for prompt in prompts[::n])
+        self._generated = [0] * len(prompts)
+        self._reused = [0] * len(prompts)
+
+    def add(self, news: Event) -> None:
+        self._generated[news.index] = news.tokens
+        self._reused[news.index] = news.reused
+
+    def json(self) -> Json:
+        generated = sum(self._generated)
+        return {
+            "prompt_tokens": self._read,
+            "completion_tokens": generated,
+            "total_tokens": self._read + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._reused[:: self._n])},
+        }
 
 
 def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moepress.serve.answers import Json, Whole, error, event, usage
+from moepress.serve.answers import Json, Usage, Whole, error, event
 from moepress.serve.asking import Asked, Served, understood
 from moepress.serve.engine import FAILED, LATE, STOPPING
 from moepress.serve.guard import Guard
@@ -92,12 +92,12 @@ class Service:
     async def _whole(self, http: Http, asked: Asked, job: Job) -> Response:
         """The answer in one piece. If the client leaves before, its work is cancelled."""
         answers = [Whole() for _ in asked.form.prompts]
-        generated = [0] * len(answers)
+        spent = Usage(asked.form.prompts, asked.n)
 
         async def collect() -> None:
             async for news in self._events(job):
                 answers[news.index].add(news)
-                generated[news.index] = news.tokens
+                spent.add(news)
 
         work = asyncio.ensure_future(collect())
         leaving = asyncio.ensure_future(_left(http))
@@ -110,26 +110,25 @@ class Service:
             job.cancelled = True
             for task in (work, leaving):
                 task.cancel()
-        counted = usage(asked.form.prompts, asked.n, sum(generated))
         # In a thread: with logprobs, an answer is many megabytes of JSON.
-        return await asyncio.to_thread(lambda: _json(asked.form.whole(answers, counted)))
+        return await asyncio.to_thread(lambda: _json(asked.form.whole(answers, spent.json())))
 
     async def _stream(self, asked: Asked, job: Job) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         form = asked.form
         calls = [0] * len(asked.form.prompts)
-        generated = [0] * len(asked.form.prompts)
+        spent = Usage(asked.form.prompts, asked.n)
         try:
             if form.chat or form.echo:
                 for index in range(len(asked.form.prompts)):
                     yield event(form.first(index))
             async for news in self._events(job):
-                generated[news.index] = news.tokens
+                spent.add(news)
                 if news.finish or _says(news) or (form.names and news.choices):
                     yield event(form.chunk(news, calls[news.index]))
                 calls[news.index] += len(news.message.calls)
             if form.include_usage:
-                yield event(form.usage_chunk(usage(asked.form.prompts, asked.n, sum(generated))))
+                yield event(form.usage_chunk(spent.json()))
             yield event("[DONE]")
         except RefusedError as refused:
             yield event(error(refused.message, "server_error"))

@@ -6,6 +6,10 @@ So a long prompt delays the others by one chunk at a time, and an answer that is
 costs at most one turn. Prompts take turns. A request's second answer waits as if it had come one
 request later, its third two, and so on: nobody waits for all of a large request, and no answer for
 more than a certain number of later ones.
+
+A prompt that begins like another text goes on from what the model keeps of that one: an answer that
+is being computed, or one that is done (kept.py). So the turns of a conversation, a system message
+and the prompt of several answers are computed once.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from typing import Any
 from torch import Tensor
 
 from moepress.hf.growing_cache import room_beyond
+from moepress.serve.kept import Kept
 from moepress.serve.limits import Limits
 from moepress.serve.parsing import Message
 from moepress.serve.sampling import Sampler, described
-from moepress.serve.stepping import CHUNK, Stepper
+from moepress.serve.stepping import CHUNK, State, Stepper
 from moepress.serve.work import Answer, Event, Finish, Job
 from moepress.serve.writing import Writer
 
@@ -34,6 +39,11 @@ logger = logging.getLogger(__name__)
 FAILED = "The model failed on this request; the server's log says how."
 LATE = "The deadline of the request has passed."
 STOPPING = "The server is stopping."
+GAIN = 16  # tokens that a prompt must gain to go on from another sequence
+# A chat template ends a prompt with a few tokens that the conversation may not have later (that the
+# answer begins, or thinks). A model that forgets gets a mark before these.
+TAIL = 16
+MARKED = 128  # tokens of the shortest prompt that is computed in two parts for a mark
 
 
 class Engine:
@@ -45,10 +55,22 @@ class Engine:
         ends: tokens that end an answer.
         limits: of the server.
         cache: bytes that all caches may take.
+        reuse: whether prompts begin with what other texts have in common with them.
+
+    Attributes:
+        generated, prefilled, reused: tokens since the start: of answers, of prompts, and of prompts
+            that another text had in common.
     """
 
     def __init__(
-        self, stepper: Stepper, tokenizer: Any, ends: Sequence[int], limits: Limits, cache: int
+        self,
+        stepper: Stepper,
+        tokenizer: Any,
+        ends: Sequence[int],
+        limits: Limits,
+        cache: int,
+        *,
+        reuse: bool = True,
     ) -> None:
         self.stepper = stepper
         self.tokenizer = tokenizer
@@ -56,8 +78,9 @@ class Engine:
         self.limits = limits
         self.cache = cache
         stepper.keep_within(cache)
-        self.generated = 0  # tokens, since the start
-        self.prefilled = 0
+        self.reuse = reuse and stepper.begins
+        self.generated = self.prefilled = self.reused = 0
+        self._kept = Kept(stepper.reach, self._bytes_of)
         self._inbox: deque[Job] = deque()
         self._waiting: list[tuple[int, int, Answer]] = []  # a heap
         self._arrivals = itertools.count()  # of requests
@@ -104,8 +127,15 @@ class Engine:
 
     def held(self, answer: Answer) -> int:
         """Bytes that an answer's cache may come to take."""
-        tokens = answer.room + room_beyond(answer.room)
-        return self.stepper.least_bytes + tokens * self.stepper.token_bytes
+        return self._bytes(answer.room)
+
+    def _bytes_of(self, state: State) -> int:
+        return self._bytes(state.length)
+
+    def _bytes(self, tokens: int) -> int:
+        """Bytes of a sequence of so many tokens, with a mark where the model forgets."""
+        least = self.stepper.least_bytes * (2 if self.stepper.forgets else 1)
+        return least + (tokens + room_beyond(tokens)) * self.stepper.token_bytes
 
     def _run(self) -> None:
         try:
@@ -170,8 +200,10 @@ class Engine:
         if not over:
             return
         for answer in self._all():
-            if id(answer.job) in over and not answer.job.cancelled:
-                self._fail(answer, LATE)
+            if id(answer.job) in over:
+                self._keep(answer)
+                if not answer.job.cancelled:
+                    self._fail(answer, LATE)
         self._running = [a for a in self._running if id(a.job) not in over]
         self._prompts = deque(a for a in self._prompts if id(a.job) not in over)
         self._waiting = [entry for entry in self._waiting if id(entry[2].job) not in over]
@@ -186,8 +218,41 @@ class Engine:
             if free < 0 and self.running:
                 return
             heapq.heappop(self._waiting)
-            answer.state = self.stepper.new()
+            answer.state = self._begun(answer, max(0, free))
             self._prompts.append(answer)
+
+    def _begun(self, answer: Answer, free: int) -> State:
+        """A sequence for an answer, with first tokens of its prompt if they are kept.
+
+        Args:
+            free: bytes that kept sequences may take beside it.
+        """
+        found = self._kept.best(answer.first) if self._may_take(answer) else None
+        if found is None or found[1] < GAIN:
+            self._kept.make_room(free)
+            return self.stepper.new()
+        state, first = found
+        self._took(answer, first)
+        if first == state.length:  # the text goes on: who else would go on from it?
+            self._kept.take(state)
+            self._kept.make_room(free)
+            return state
+        self._kept.make_room(free, last=state)
+        return self.stepper.beginning(state, first)
+
+    def _may_take(self, answer: Answer) -> bool:
+        """Whether an answer's prompt may begin with what another text has in common with it."""
+        return self.reuse and answer.prompt.inputs is None and not answer.scores
+
+    def _took(self, answer: Answer, tokens: int) -> None:
+        answer.reused += tokens
+        self.reused += tokens
+
+    def _keep(self, answer: Answer) -> None:
+        """Keep the sequence of an answer that ends here, where no other may come to need memory."""
+        if answer.state is not None and self.reuse:
+            others = (a for a in (*self._running, *self._prompts) if a is not answer)
+            self._kept.add(answer.state, max(0, self.cache - sum(map(self.held, others))))
 
     def _prefill(self) -> None:
         """Compute parts of prompts, in turn, `CHUNK` tokens in all; images make a prompt whole."""
@@ -204,13 +269,17 @@ class Engine:
 
     def _prefill_one(self, answer: Answer, most: int) -> int:
         """Tokens computed of a prompt. Its answer goes where it belongs now."""
+        if self._may_take(answer):
+            self._overtake(answer)
         state, prompt = answer.state, answer.prompt
         assert state is not None
-        whole = prompt.inputs is not None or not self.stepper.chunks
-        ids = prompt.ids[state.length :] if whole else prompt.ids[state.length :][:most]
-        start = state.length
+        start, marks = state.length, self._marks(answer)
+        end = self._end_of_part(answer, start, most)
+        ids = prompt.ids[start:end]
         score = answer.scores
         logits = self.stepper.prefill(state, ids, prompt.inputs, all_logits=score)
+        if end == marks:
+            self.stepper.mark(state)
         self.prefilled += len(ids)
         if score:
             self._score(answer, logits, start)
@@ -219,7 +288,34 @@ class Engine:
             self._prompts.append(answer)
         elif self._next(answer, logits):
             self._running.append(answer)
+        else:
+            self._keep(answer)
         return len(ids)
+
+    def _overtake(self, answer: Answer) -> None:
+        """Go on from another answer's sequence that has more of the prompt."""
+        assert answer.state is not None
+        others = [a.state for a in (*self._running, *self._prompts) if a.state is not None]
+        reached = [self.stepper.reach(state, answer.first) for state in others]
+        first = max(reached, default=0)
+        gain = first - answer.state.length
+        if gain >= GAIN:
+            answer.state = self.stepper.beginning(others[reached.index(first)], first)
+            self._took(answer, gain)
+
+    def _marks(self, answer: Answer) -> int | None:
+        """The place in an answer's prompt that gets a mark."""
+        tokens = len(answer.prompt.ids)
+        marks = self.stepper.forgets and self._may_take(answer) and tokens >= MARKED
+        return tokens - TAIL if marks else None
+
+    def _end_of_part(self, answer: Answer, start: int, most: int) -> int:
+        """Where the part of a prompt ends that begins at a place."""
+        tokens, marks = len(answer.prompt.ids), self._marks(answer)
+        if answer.prompt.inputs is not None or not self.stepper.chunks:
+            return tokens
+        end = min(start + most, tokens)
+        return marks if marks is not None and start < marks < end else end
 
     def _score(self, answer: Answer, logits: Tensor, start: int) -> None:
         """Keep the logprobs of a prompt's tokens start + 1 .. start + len(logits)."""
@@ -247,6 +343,8 @@ class Engine:
             try:
                 if self._next(answer, row):
                     running.append(answer)
+                else:
+                    self._keep(answer)
             except Exception:
                 logger.exception("an answer could not go on")
                 self._fail(answer, FAILED)
@@ -294,6 +392,7 @@ class Engine:
                 finish,
                 scored=scored,
                 tokens=answer.tokens,
+                reused=answer.reused,
             )
         )
 

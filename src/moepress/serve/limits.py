@@ -33,7 +33,7 @@ class Limits:
     queue: int = 128  # requests that wait beside them; one more is answered with 429
     deadline: float = 600.0  # seconds from the arrival of a request to the end of its answer
     body: int | None = None  # bytes of a request; None: by the context, `fitting_body`
-    cache: int | None = None  # bytes of all keys and values; None: half of the free memory
+    cache: int | None = None  # bytes of all keys and values; None: `model.cache_of`
     answers: int = 128  # n times prompts of one request
     upload: float = 30.0  # seconds for the head of a request, and as many for its body
     download: float = 60.0  # seconds that a client may let one piece of its answer wait

@@ -86,6 +86,9 @@ class _OfEngine:
         yield GaugeMetricFamily("moepress_answers_waiting", "Waiting.", engine.waiting)
         yield GaugeMetricFamily("moepress_healthy", "1: as /health says.", not engine.trouble())
         yield CounterMetricFamily("moepress_prompt_tokens", "Computed.", engine.prefilled)
+        yield CounterMetricFamily(
+            "moepress_prompt_tokens_reused", "Had been computed before.", engine.reused
+        )
         yield CounterMetricFamily("moepress_generated_tokens", "Generated.", engine.generated)
 
 

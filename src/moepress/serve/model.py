@@ -11,6 +11,7 @@ import torch
 
 from moepress.errors import InputError
 from moepress.generation import ENDS, checked_settings, context_of
+from moepress.memory import free_host_memory
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
 from moepress.serve.limits import Limits, fitting_body
@@ -18,27 +19,31 @@ from moepress.serve.parsing import Parser, answer_template
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
 from moepress.serve.stepping import Stepper
+from moepress.store.statistics import store_of
 
-CACHE_SHARE = 0.5  # of the memory that is free after loading, for keys and values
+CACHE_SHARE = 0.5  # of the memory that weights leave free, for keys and values
+LEAST_SHARE = 0.125  # of all free memory: weights that do not fit come from the disk in any case
 IMAGE_SHARE = 0.2  # of the machine's memory that is free after loading, for images that wait
 UNLIMITED = 1 << 17  # context of a model whose config says nothing
 
 
-def opened(model: Any, folder: Path, name: str, limits: Limits, remote: bool) -> Served:
+def opened(
+    model: Any, folder: Path, name: str, limits: Limits, remote: bool, reuse: bool = True
+) -> Served:
     """The model of a folder with its engine, which is not started yet.
 
     Args:
         folder: of the model.
         remote: whether the folder's code may run.
-        model, name, limits: of `served_by`.
+        model, name, limits, reuse: of `served_by`.
 
     Raises:
         InputError: the context asked for is longer than what the model reads.
     """
-    return served_by(model, processor_of(folder, remote), name, limits)
+    return served_by(model, processor_of(folder, remote), name, limits, reuse)
 
 
-def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
+def served_by(model: Any, processor: Any, name: str, limits: Limits, reuse: bool = True) -> Served:
     """A model with its engine, which is not started yet.
 
     Args:
@@ -58,7 +63,8 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits) -> Served:
     if limits.body is None:
         limits = replace(limits, body=fitting_body(context, prompts.sees))
     stepper = Stepper(model)
-    engine = Engine(stepper, tokenizer, ends_of(model, tokenizer), limits, cache_of(model, limits))
+    ends, cache = ends_of(model, tokenizer), cache_of(model, limits)
+    engine = Engine(stepper, tokenizer, ends, limits, cache, reuse=reuse)
     return Served(
         name,
         limits,
@@ -132,10 +138,25 @@ def cache_of(model: Any, limits: Limits) -> int:
     if limits.cache is not None:
         return limits.cache
     if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return int(free * CACHE_SHARE)
+        return int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE)
+    free = free_host_memory()
+    return int(max((free - weights_to_come(model)) * CACHE_SHARE, free * LEAST_SHARE))
+
+
+def weights_to_come(model: Any) -> int:
+    """Bytes of weights that the system still calls free memory.
+
+    These are mapped files, whose pages it may drop at a price, and experts that a store will hold.
+    """
+    store = store_of(model)
+    if store is not None:
+        return int(store.budget - store.counts().bytes_held)
+    weights = sum(
+        x.nbytes for x in (*model.parameters(), *model.buffers()) if x.device.type == "cpu"
+    )
+    used = psutil.Process().memory_info()
+    own = used.rss - getattr(used, "shared", 0)  # not backed by files; Linux alone says
+    return int(max(0, weights - own))
 
 
 def _calls(template: Any) -> bool:

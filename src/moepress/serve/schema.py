@@ -258,9 +258,8 @@ class Chat(Request):
         "moderation": (),
         "parallel_tool_calls": (True,),
         "prediction": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
+        "prompt_cache_retention": ("in_memory", "in-memory"),
         "reasoning_effort": (),
         "safety_identifier": (),
         "service_tier": ("auto", "default"),
@@ -271,6 +270,7 @@ class Chat(Request):
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Positive | None = None
+    prompt_cache_key: StrictStr | None = None  # says which prompts begin alike: the server sees it
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     response_format: Format | None = None

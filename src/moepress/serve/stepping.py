@@ -10,7 +10,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
 from moepress.hf.captured import CapturedSteps, distance, room_for
+from moepress.hf.prefix import Mark, common, divisible, forgets, marked, prefix, reach
 from moepress.serve.rows import Rows, can_batch, nbytes
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,19 @@ _OWN_CACHE = {"cache", "past_key_values"} & set(
 CACHE = _OWN_CACHE.pop()  # what this transformers calls a model's cache
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """What the model keeps of one sequence."""
 
     cache: Any
-    length: int = 0  # tokens in the cache
+    ids: list[int] = field(default_factory=list)  # tokens in the cache
     position: Tensor | None = None  # of the last token, [.., 1, 1]; None: nothing computed yet
+    marks: tuple[Mark, ...] = ()
+    images: bool = False  # the ids do not say all
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
 
 class Stepper:
@@ -52,6 +59,8 @@ class Stepper:
             forward is another: `close` puts it back.
         batches: sequences of different lengths can be computed together.
         chunks: a prompt can be computed in parts.
+        begins: a sequence can begin with the first tokens of another.
+        forgets: it can do so at marks only.
         token_bytes: memory of a token in the cache; least_bytes: of any sequence beside that.
     """
 
@@ -59,7 +68,8 @@ class Stepper:
         self.model = model
         self.device = model.device
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.batches = self.chunks = True
+        self.batches = self.chunks = self.begins = True
+        self.forgets = False
         self.steps = CapturedSteps(model)
         self._alone: int | None = None  # the thread in which steps are captured, if they are now
         self._most = inf  # bytes of the cache of captured steps
@@ -90,6 +100,31 @@ class Stepper:
         if not self.model._supports_default_dynamic_cache():
             return State(None)  # the model makes a cache of its own
         return State(DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+
+    def mark(self, state: State) -> None:
+        """Have `reach` find the place that a sequence has come to, in place of an earlier one."""
+        state.marks = (marked(state.cache, state.length),)
+
+    def reach(self, state: State, ids: list[int]) -> int:
+        """How many first tokens of a text `beginning` can take from a sequence; 0: none."""
+        if not self.begins or state.images or not state.length:
+            return 0
+        return reach(state.cache, state.length, state.marks, common(state.ids, ids))
+
+    @torch.inference_mode()
+    def beginning(self, state: State, first: int) -> State:
+        """A sequence of the first tokens of another one, which stays as it is.
+
+        Args:
+            first: tokens; a result of `reach`.
+        """
+        assert state.position is not None
+        return State(
+            prefix(state.cache, state.length, state.marks, first),
+            state.ids[:first],
+            state.position - (state.length - first),
+            tuple(mark for mark in state.marks if mark.tokens <= first),
+        )
 
     @torch.inference_mode()
     def prefill(
@@ -125,7 +160,8 @@ class Stepper:
         logits, state.cache = self._forward(
             tokens, state.cache, mask, positions, keep, first, given
         )
-        state.length += len(ids)
+        state.ids += ids
+        state.images |= bool(given)
         state.position = positions[..., -1:]
         found = logits[0].float().cpu()
         return found if all_logits else found[-1]
@@ -177,8 +213,8 @@ class Stepper:
         logits, _ = self._forward(tokens, cache, mask.to(self.device), positions, 1, False, {})
         if rows is not None:
             rows.give_back()
-        for row, state in enumerate(states):
-            state.length += 1
+        for row, (state, token) in enumerate(zip(states, ids, strict=True)):
+            state.ids.append(token)
             state.position = positions[..., row : row + 1, :]
         return logits[:, -1].float().cpu()
 
@@ -208,13 +244,18 @@ class Stepper:
         return out.logits, out.get(CACHE, cache)
 
     def _try(self) -> None:
-        """Compare two sequences computed together, and in parts, with each computed alone.
+        """Compare two sequences computed in other ways with each computed alone: together, in
+        parts, and from the beginning of another sequence.
 
         Up to `PROBES` pairs of them, until one is close: where an activation is rounded the other
         way, a router may choose another expert, though all is right. What is wrong is far with all.
         """
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        computed = {"chunks": self._in_parts, "batches": self._together}
+        computed = {
+            "chunks": self._in_parts,
+            "batches": self._together,
+            "begins": self._from_another,
+        }
         right = dict.fromkeys(computed, False)
         for number in range(PROBES):
             texts = [[(7 * i + n + 31 * number) % vocabulary for i in range(n)] for n in PROBE]
@@ -236,6 +277,7 @@ class Stepper:
             if not computed:
                 break
         self.chunks, self.batches = right["chunks"], right["batches"]
+        self.begins = right["begins"] and self.chunks
 
     def _prefilled(self, texts: Sequence[Sequence[int]]) -> list[State]:
         states = [self.new() for _ in texts]
@@ -249,6 +291,23 @@ class Stepper:
         for state, ids in zip(states, texts, strict=True):
             self.prefill(state, ids[: len(ids) // 2])
             self.prefill(state, ids[len(ids) // 2 :])
+        return torch.stack([self.decode([state], [3])[0] for state in states])
+
+    def _from_another(self, texts: Sequence[Sequence[int]]) -> Tensor | None:
+        """Logits of a step after texts that begin as another; None: their caches are unknown."""
+        states = []
+        for ids in texts:
+            half, other = len(ids) // 2, self.new()
+            self.prefill(other, ids[:half])
+            config = self.model.config.get_text_config(decoder=True)
+            if not divisible(other.cache, config):
+                return None
+            self.forgets = forgets(other.cache)
+            self.mark(other)
+            self.prefill(other, ids[:half])
+            self.decode([other], [3])
+            states.append(self.beginning(other, half))
+            self.prefill(states[-1], ids[half:])
         return torch.stack([self.decode([state], [3])[0] for state in states])
 
     def _together(self, texts: Sequence[Sequence[int]]) -> Tensor | None:

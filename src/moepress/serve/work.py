@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from moepress.serve.parsing import Message, Parser
@@ -50,6 +51,7 @@ class Event:
     error: str | None = None  # the answer ends here: why
     scored: tuple[Choice, ...] | None = None  # if `Answer.scores`: of the prompt but its first
     tokens: int = 0  # generated so far
+    reused: int = 0  # tokens of the prompt that were taken over from another text
 
 
 class Job:
@@ -96,12 +98,18 @@ class Answer:
     state: State | None = None  # None: waiting
     last: int = 0  # token, of which the next step computes the logits
     tokens: int = 0  # generated so far
+    reused: int = 0  # tokens of its prompt that were taken over from another text
     untold: deque[Choice] = field(default_factory=deque)  # its tokens whose text is not certain
     scored: list[Choice] = field(default_factory=list)
 
     @property
     def prompt(self) -> Prompt:
         return self.job.prompts[self.index]
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The tokens of its prompt that need not be computed: the last one gives the logits."""
+        return list(self.prompt.ids[:-1])
 
     @property
     def scores(self) -> bool:
