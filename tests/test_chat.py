@@ -72,10 +72,12 @@ def test_turns_are_read_through_the_template(loaded: tuple[object, object]) -> N
     assert first.tokens == 6 and not first.stopped
     assert first.tokens_per_second is not None and first.tokens_per_second > 0
     second = talk.say("go on", pieces.append)
+    assert talk.past.reused > len("def f1(x):")  # what the first turn has computed
     text += f"{first.text}\n[user] go on\n[assistant] "
     assert second.text == greedy(loaded, text, 6)
     talk.reset()
     assert talk.say("def f1(x):", pieces.append).text == first.text
+    assert talk.past.reused == 0
 
 
 def test_raw_continues_the_text(loaded: tuple[object, object]) -> None:

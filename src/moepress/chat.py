@@ -31,6 +31,7 @@ from moepress.errors import FileError, InputError
 from moepress.generation import chat_settings, context_of, following, left_aside
 from moepress.hf import load_model, set_threads, text_model
 from moepress.hf.captured import CapturedSteps
+from moepress.hf.past import Past
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
 from moepress.pieces import Pieces
@@ -86,10 +87,12 @@ class Conversation:
         self.temperature = temperature
         self.settings = chat_settings(model)
         self.steps = CapturedSteps(model)  # kept from turn to turn
+        self.past = Past(model)
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation so far."""
+        self.past.forget()
         self.text = ""  # all that was said, for `raw`
         self.messages: list[dict[str, str]] = []
         if self.system is not None:
@@ -102,9 +105,10 @@ class Conversation:
             InputError: the conversation exceeds the model's context; this turn is not kept.
         """
         ids = self._ids(text)
-        room = self._room(len(ids[0]))
+        prompt: list[int] = ids[0].tolist()
+        room = self._room(len(prompt))
         # Through a template an answer begins a text of its own.
-        after = ids[0].tolist() if self.raw else []
+        after = prompt if self.raw else []
         streamer = _Streamer(Pieces(self.tokenizer, after=after), write)
         stopped = False
         try:
@@ -120,11 +124,13 @@ class Conversation:
                     tokenizer=self.tokenizer,
                     streamer=streamer,
                     max_new_tokens=min(self.tokens, room),
+                    **self.past.begin(prompt),
                     **self._sampling(),
                 )
         except KeyboardInterrupt:
             streamer.end()
             stopped = True
+        self.past.end(prompt + streamer.ids, whole=not stopped)
         self.text += text + streamer.text
         self.messages += [
             {"role": "user", "content": text},
@@ -211,6 +217,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self.pieces = pieces
         self.write = write
         self.text = ""
+        self.ids: list[int] = []  # of the answer
         self.tokens = -1  # the first `put` gets the prompt
         self.interrupted = False
         self.first = self.last = 0.0
@@ -229,6 +236,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         if self.tokens == 1:
             self.first = self.last
         for token in value.flatten().tolist():
+            self.ids.append(token)
             self._give(self.pieces.add(token))
 
     def end(self) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moepress.hf.captured import CapturedSteps
+from moepress.hf.past import CACHE
 from moepress.hf.prefix import common, divisible, forgets, marked, prefix, reach
-from moepress.serve.stepping import CACHE
 from tests.conftest import FAMILIES, make_model
 from tests.serve.test_engine import model
 

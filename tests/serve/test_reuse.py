@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moepress.hf import prefix
 from moepress.hf.growing_cache import room_beyond
 from moepress.serve import engine as engines
 from moepress.serve.limits import Limits
@@ -64,7 +65,7 @@ def test_turns_of_a_conversation(kind: str, serve: Serve) -> None:
     assert forgets == (kind in ("sliding", "linear"))
     first = [*SYSTEM, 7, 8, 9]
     turns = [first, [*first[:-3], 60, 61, 62, *SYSTEM[:20]], [*first, *SYSTEM[:20]]]
-    marks = [0, len(first) - engines.TAIL, len(first) - engines.TAIL]
+    marks = [0, len(first) - prefix.TAIL, len(first) - prefix.TAIL]
     shared = [0, len(first) - 3, len(first)]
     for prompt, reused in zip(turns, marks if forgets else shared, strict=True):
         fields: dict[str, Any] = {"max_tokens": 6, "logprobs": 0}
@@ -96,7 +97,7 @@ def test_answers_to_one_prompt_compute_it_once(kind: str, serve: Serve) -> None:
     answer = here.complete(SYSTEM, n=4, max_tokens=5)
     assert len({choice["text"] for choice in answer["choices"]}) == 1
     engine = here.served.engine
-    once = engines.TAIL if engine.stepper.forgets else 1
+    once = prefix.TAIL if engine.stepper.forgets else 1
     assert engine.prefilled == len(SYSTEM) + 3 * once
     assert engine.reused == 3 * (len(SYSTEM) - once)
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}  # of the first answer
@@ -120,7 +121,7 @@ def test_what_is_not_reused(serve: Serve) -> None:
     here.complete(SYSTEM)
     scored = here.complete(SYSTEM, echo=True, logprobs=0, max_tokens=0)
     assert len(scored["choices"][0]["logprobs"]["token_logprobs"]) == len(SYSTEM)
-    short = here.complete(SYSTEM[: engines.GAIN])
+    short = here.complete(SYSTEM[: prefix.GAIN])
     engine = here.served.engine
     assert engine.reused == 0
     for answer in (scored, short):

@@ -27,6 +27,11 @@ from moepress.hf.fixed_cache import ABOUT_STATES, KINDS, STATES
 
 BY_LENGTH = {"dynamic", "longrope"}  # rotary embeddings that depend on the length of the whole text
 FORGETFUL = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+GAIN = 16  # tokens that another text must have in common
+# A chat template ends a prompt with a few tokens that the conversation may not have later (that the
+# answer begins, or thinks). A model that forgets gets a mark before these.
+TAIL = 16
+MARKED = 128  # tokens of the shortest prompt that is computed in two parts for a mark
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ def divisible(cache: Any, config: Any) -> bool:
 def forgets(cache: DynamicCache) -> bool:
     """Whether a layer may be unable to give the first tokens of a longer text."""
     return any(isinstance(layer, FORGETFUL) for layer in cache.layers)
+
+
+def place_of_mark(tokens: int) -> int:
+    """Where a prompt of so many tokens gets a mark; 0: nowhere."""
+    return tokens - TAIL if tokens >= MARKED else 0
 
 
 def marked(cache: DynamicCache, tokens: int) -> Mark:

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from moepress.hf.growing_cache import room_beyond
+from moepress.hf.prefix import GAIN, place_of_mark
 from moepress.serve.kept import Kept
 from moepress.serve.limits import Limits
 from moepress.serve.parsing import Message
@@ -39,11 +40,6 @@ logger = logging.getLogger(__name__)
 FAILED = "The model failed on this request; the server's log says how."
 LATE = "The deadline of the request has passed."
 STOPPING = "The server is stopping."
-GAIN = 16  # tokens that a prompt must gain to go on from another sequence
-# A chat template ends a prompt with a few tokens that the conversation may not have later (that the
-# answer begins, or thinks). A model that forgets gets a mark before these.
-TAIL = 16
-MARKED = 128  # tokens of the shortest prompt that is computed in two parts for a mark
 
 
 class Engine:
@@ -303,11 +299,10 @@ class Engine:
             answer.state = self.stepper.beginning(others[reached.index(first)], first)
             self._took(answer, gain)
 
-    def _marks(self, answer: Answer) -> int | None:
-        """The place in an answer's prompt that gets a mark."""
-        tokens = len(answer.prompt.ids)
-        marks = self.stepper.forgets and self._may_take(answer) and tokens >= MARKED
-        return tokens - TAIL if marks else None
+    def _marks(self, answer: Answer) -> int:
+        """The place in an answer's prompt that gets a mark; 0: none does."""
+        marks = self.stepper.forgets and self._may_take(answer)
+        return place_of_mark(len(answer.prompt.ids)) if marks else 0
 
     def _end_of_part(self, answer: Answer, start: int, most: int) -> int:
         """Where the part of a prompt ends that begins at a place."""
@@ -315,7 +310,7 @@ class Engine:
         if answer.prompt.inputs is not None or not self.stepper.chunks:
             return tokens
         end = min(start + most, tokens)
-        return marks if marks is not None and start < marks < end else end
+        return marks if start < marks < end else end
 
     def _score(self, answer: Answer, logits: Tensor, start: int) -> None:
         """Keep the logprobs of a prompt's tokens start + 1 .. start + len(logits)."""

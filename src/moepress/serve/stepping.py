@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache
 
 from moepress.hf.captured import CapturedSteps, distance, room_for
+from moepress.hf.past import CACHE
 from moepress.hf.prefix import Mark, common, divisible, forgets, marked, prefix, reach
 from moepress.serve.rows import Rows, can_batch, nbytes
 
@@ -30,10 +31,6 @@ PROBE = (33, 17)  # tokens of the two sequences that `Stepper` tries at its star
 PROBES = 3  # pairs of sequences that it tries at most
 CLOSE = 0.03  # of the logits' spread, for other orders of sums: bfloat16 was seen to take 0.008
 BESIDE = 8  # a captured step's own cache takes at most this part of the caches' budget: 1 / 8
-_OWN_CACHE = {"cache", "past_key_values"} & set(
-    inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
-CACHE = _OWN_CACHE.pop()  # what this transformers calls a model's cache
 
 
 @dataclass(eq=False)
