@@ -15,6 +15,7 @@ from moepress.hf.captured import CapturedSteps
 from moepress.hf.past import CACHE
 from moepress.hf.prefix import common, divisible, forgets, marked, prefix, reach
 from tests.conftest import FAMILIES, make_model
+from tests.families.models import make_model as tiny_family
 from tests.serve.test_engine import model
 
 TEXT = list(range(3, 33))
@@ -54,6 +55,23 @@ def test_a_text_goes_on_from_the_first_tokens_of_another(kind: str) -> None:
     got = ran(net, OTHER, cache, 30)
     torch.testing.assert_close(got, ran(net, [*TEXT, *OTHER], cache_of(net)), rtol=1e-3, atol=2e-3)
     assert after.isfinite().all()
+
+
+def test_keys_of_an_indexer() -> None:
+    """All that is kept of a token, and nothing of others."""
+    net = tiny_family("glm_moe_dsa").eval()
+    whole, half = cache_of(net), cache_of(net)
+    ran(net, TEXT, whole)
+    ran(net, TEXT[:20], half)
+    made = prefix(whole, 30, (), reach(whole, 30, (), 20))
+    fields = ("keys", "values", "indexer_keys")
+    for got, right, before in zip(made.layers, half.layers, whole.layers, strict=True):
+        for name in fields:
+            held = getattr(right, name)
+            if held is not None:
+                torch.testing.assert_close(getattr(got, name), held)
+        assert before.get_seq_length() == 30
+    assert any(layer.is_indexer_initialized for layer in made.layers)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "sliding", "linear"])

@@ -70,6 +70,8 @@ class Past:
         if not self._model._supports_default_dynamic_cache():
             return {}
         cache, marks = DynamicCache(config=self._config), tuple[Mark, ...]()
+        if cache.layers and not self._can_go_on(cache):  # some models make layers as they go
+            return {}
         if last is not None:
             first = reach(last.cache, len(last.ids), last.marks, common(last.ids, ids[:-1]))
             if first >= GAIN:
@@ -94,14 +96,18 @@ class Past:
         if self._now is None:
             return
         (cache, marks), self._now = self._now, None
-        attend = not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
         held = [
             layer.get_seq_length()
             for layer in cache.layers
             if isinstance(layer, DynamicLayer) and layer.is_initialized
         ]
-        if held and attend and divisible(cache, self._config):
+        if held and self._can_go_on(cache):
             known = ids[: min(held)]
             # Of an interrupted step some layers have a token that others lack.
             unknown = max(held) + (0 if whole else 1) - len(known)
             self._last = _Text(cache, known + [UNKNOWN] * unknown, marks)
+
+    def _can_go_on(self, cache: DynamicCache) -> bool:
+        """Whether several tokens can be computed behind a part of what a cache holds."""
+        states = any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+        return divisible(cache, self._config) and not states

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import (
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -25,6 +26,7 @@ from transformers.cache_utils import (
 
 from moepress.hf.fixed_cache import ABOUT_STATES, KINDS, STATES
 
+KNOWN = {*KINDS, DynamicIndexedLayer}  # classes derived from these may store more
 BY_LENGTH = {"dynamic", "longrope"}  # rotary embeddings that depend on the length of the whole text
 FORGETFUL = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 GAIN = 16  # tokens that another text must have in common
@@ -53,7 +55,7 @@ def divisible(cache: Any, config: Any) -> bool:
         cache: of transformers.
         config: of the language model.
     """
-    known = type(cache) is DynamicCache and all(type(layer) in KINDS for layer in cache.layers)
+    known = type(cache) is DynamicCache and all(type(layer) in KNOWN for layer in cache.layers)
     return known and bool(cache.layers) and not BY_LENGTH & set(_rope_types(config))
 
 
@@ -117,6 +119,11 @@ def _first(layer: Any, first: int, tokens: int) -> Any:
         made.keys, made.values = (x[..., :first, :] for x in (made.keys, made.values))
         if isinstance(made, DynamicSlidingWindowLayer):
             made.cumulative_length = first
+        if isinstance(made, DynamicIndexedLayer):
+            if made.is_indexer_initialized:
+                made.indexer_keys = made.indexer_keys[:, :first]
+            if getattr(made, "indexer_position_ids", None) is not None:  # transformers 5.24 on
+                made.indexer_position_ids = made.indexer_position_ids[..., :first]
     return made
 
 
