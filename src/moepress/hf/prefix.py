@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
@@ -42,10 +41,6 @@ class Mark:
 
     tokens: int
     layers: Mapping[int, Any]  # by their numbers
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers.values() for x in _tensors(layer))
 
 
 def divisible(cache: Any, config: Any) -> bool:
@@ -133,12 +128,6 @@ def _has_lost(layer: Any) -> bool:
         return True
     window = isinstance(layer, DynamicSlidingWindowLayer)
     return window and layer.get_seq_length() >= layer.sliding_window
-
-
-def _tensors(layer: Any) -> Iterator[Tensor]:
-    for value in vars(layer).values():
-        inner = value.values() if isinstance(value, dict) else (value,)
-        yield from (x for x in inner if isinstance(x, Tensor))
 
 
 def _rope_types(config: Any) -> Iterator[str]:
