@@ -83,6 +83,7 @@ class Quantization:
     block: tuple[int, int] | None = None  # rows and columns that share a scale
     columns: tuple[int, ...] = ()  # sizes of groups of columns
     ints: tuple[IntGroup, ...] = ()  # packed integers
+    asymmetric: tuple[int, ...] = ()  # bits of integers that all have zero points
 
     @property
     def sizes(self) -> Sizes:
@@ -188,11 +189,13 @@ def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantizati
         for w in weights
         if w.get("type", "int") == "int"
     ]
+    symmetric = {int(w["num_bits"]) for w in weights if w.get("symmetric") is not False}
     return Quantization(
         COMPRESSED_TENSORS,
         _block(blocks[0]) if blocks else None,
         tuple(dict.fromkeys(sizes)),
         tuple(dict.fromkeys(ints)),
+        tuple({group.bits for group in ints} - symmetric),
     )
 
 
