@@ -199,3 +199,17 @@ def test_linears_without_weights_are_not_packed(tmp_path: Path) -> None:
     empty = [name for name in source.all_names if not source.shape(name).numel()]
     packable = {name for linears in source.packable for name in linears}
     assert len(empty) == 6 and packable and not packable & set(empty)
+
+
+@pytest.mark.parametrize("wide", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_without_a_dtype_in_the_config_it_is_what_transformers_takes(
+    model_folder: Folder, tmp_path: Path, wide: str
+) -> None:
+    folder = Path(shutil.copytree(model_folder(dtype="bfloat16"), tmp_path / "copy"))
+    state = load_file(folder / "model.safetensors")
+    # float32 comes first in the file, whatever its name
+    save_file({**state, wide: state[wide].float()}, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k != "dtype"}))
+    assert Source(folder).dtype == AutoModelForCausalLM.from_pretrained(folder).dtype
