@@ -17,7 +17,7 @@ from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.original.dtypes import compute_dtype
 from moepress.original.source import Source
 from tests.conftest import FAMILIES, small_recipe
-from tests.families.models import make_model, save_model
+from tests.families.models import make_model, open_model, save_model
 
 Folder = Callable[..., Path]
 
@@ -213,3 +213,15 @@ def test_without_a_dtype_in_the_config_it_is_what_transformers_takes(
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in fields.items() if k != "dtype"}))
     assert Source(folder).dtype == AutoModelForCausalLM.from_pretrained(folder).dtype
+
+
+def test_the_dtype_of_a_composite_is_not_that_of_its_text(tmp_path: Path) -> None:
+    folder = save_model(make_model("qwen3_vl_moe"), tmp_path / "original")
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["dtype"]
+    fields["text_config"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(fields))
+    source = Source(folder)
+    assert source.dtype == open_model("qwen3_vl_moe", folder).dtype == torch.float32
+    assert source.config_json()["dtype"] == "float32"
