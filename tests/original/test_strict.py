@@ -310,7 +310,7 @@ LEFT = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin.i
 COPIED = (
     *("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja", "LICENSE.txt"),
     *("additional_chat_templates/tool.jinja", "preprocessor_config.json", "own.vocabulary"),
-    *("second_tokenizer/tokenizer.json", "generation_config.json"),
+    *("second_tokenizer/tokenizer.json", "generation_config.json", "LICENSES/MIT.txt"),
 )
 
 
