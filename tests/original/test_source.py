@@ -213,6 +213,9 @@ def test_without_a_dtype_in_the_config_it_is_what_transformers_takes(
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in fields.items() if k != "dtype"}))
     assert Source(folder).dtype == AutoModelForCausalLM.from_pretrained(folder).dtype
+    save_file({k: v.double() for k, v in state.items()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds torch\.float64 weights"):
+        Source(folder)
 
 
 def test_the_dtype_of_a_composite_is_not_that_of_its_text(tmp_path: Path) -> None:

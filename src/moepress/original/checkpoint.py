@@ -72,9 +72,9 @@ class Checkpoint:
         The first as transformers finds it: by name in the first file, not by its place there.
         """
         plain = [form.entry for form in self.forms.values() if isinstance(form, Plain)]
-        floats = [entry for entry in plain if entry.dtype in DTYPES]
+        floats = [entry for entry in plain if entry.dtype in WIDE]
         first = min(floats, key=lambda entry: (entry.path, entry.key), default=None)
-        dtype = torch.bfloat16 if first is None else DTYPES[first.dtype]
+        dtype = torch.bfloat16 if first is None else (DTYPES | OTHER_DTYPES)[first.dtype]
         return torch.bfloat16 if self.quantized and dtype == torch.float32 else dtype
 
     def dtype_of(self, name: str) -> torch.dtype | None:
