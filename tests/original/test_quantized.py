@@ -666,7 +666,8 @@ def test_missing_zero_points_are_refused(tmp_path: Path, kind: str) -> None:
     stored, _ = write("a.weight", weight)
     stored.pop(ZERO, None)
     bits = 4 if kind == "packed" else 8
-    groups = [INT4 | {"num_bits": bits, "symmetric": False}]
+    floats = {"type": "float", "strategy": "channel", "symmetric": True}
+    groups = [INT4 | {"num_bits": bits, "symmetric": False}, floats]
     declared = copies.compressed_tensors_config("pack-quantized", groups)
     with pytest.raises(CheckpointError, match="has no zero points beside it"):
         one_matrix(tmp_path, stored, declared)
