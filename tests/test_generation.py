@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GenerationMixin
 
 from moepress.chat import Conversation
 from moepress.errors import InputError, MoepressError
@@ -20,7 +20,10 @@ from moepress.evaluate import evaluate
 from moepress.evaluation.repetition import measure_repetition
 from moepress.generate import generate
 from moepress.generation import CHAT, following, left_aside
+from moepress.original.source import Source
+from moepress.recipe import Recipe
 from moepress.text.samples import own_samples
+from moepress.work import calibration_ids
 from tests.conftest import make_model
 
 Folder = Callable[..., Path]
@@ -185,3 +188,19 @@ def test_flags_of_training_do_not_matter(
     path.write_text(json.dumps(json.loads(path.read_text()) | flags), encoding="utf-8")
     flagged = evaluate(folder, [str(text_file)], length=32, limit=2, generations=2)
     assert flagged.texts == plain.texts and flagged.repetition is not None
+
+
+def test_an_adapter_in_the_folder_of_an_original_is_refused(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    """transformers would open another model than the one that is compressed and measured."""
+    peft = pytest.importorskip("peft")
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "copy"))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    with pytest.raises(InputError, match="has an adapter beside the model"):
+        generate(folder, "def f1(x):", tokens=4)
+    recipe = Recipe(calib=(("self", 1.0),), sequences=1, sequence_length=8)
+    with pytest.raises(InputError, match="has an adapter beside the model"):
+        calibration_ids(Source(folder), recipe)

@@ -22,6 +22,7 @@ from moepress.original.whole import whole_model
 from moepress.workload.shapes import ModelShape
 from tests.conftest import small_recipe
 from tests.original.test_quantized import copy_of
+from tests.quantized_copies import declare, fp8_config
 
 Folder = Callable[..., Path]
 
@@ -61,6 +62,17 @@ def test_the_compressed_bytes_are_those_of_the_dequantized_copy(
     with torch.inference_mode():
         logits = [AutoModelForCausalLM.from_pretrained(out)(ids).logits for out in outs]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
+def test_the_compressed_folder_names_its_dtype(
+    model_folder: Folder, text_file: Path, tmp_path: Path, dtype: str | None
+) -> None:
+    quantized, _ = copy_of("fp8", model_folder, tmp_path)
+    declare(quantized, fp8_config((16, 16)), dtype=dtype)
+    out = compress(quantized, tmp_path / "out", small_recipe(text_file, bits=3.0))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
 def test_an_estimate_reads_the_bytes_on_disk(

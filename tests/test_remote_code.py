@@ -139,6 +139,12 @@ def test_files_of_code_are_found_without_running_them(ours: Path) -> None:
     )
     (ours / "tokens_ours.py").write_text("raise SystemExit\n")
     assert {path.name for path in code_files(ours)} == {*CODE, "tokens_ours.py"}
+    (ours / "preprocessor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoImageProcessor": {"torchvision": "images_ours.Fast"}}})
+    )
+    (ours / "images_ours.py").write_text("raise SystemExit\n")
+    assert {path.name for path in code_files(ours)} >= {*CODE, "images_ours.py"}
+    (ours / "preprocessor_config.json").unlink()
     config = json.loads((ours / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "somebody/else--configuration.Config"}
     (ours / "config.json").write_text(json.dumps(config))

@@ -34,7 +34,7 @@ from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.original.composite import language_model
 from moepress.original.folder import weight_files
 from moepress.original.remote_code import tokenizer_of
-from moepress.original.skeleton import open_folder
+from moepress.original.skeleton import open_original
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
 from moepress.ranks import here
@@ -134,7 +134,7 @@ def _whole_model(source: Source) -> object:
     if source.checkpoint.quantized:
         return whole_model(source)
     with no_progress_bars():
-        model = open_folder(source.folder, source.trust_remote_code, dtype=source.compute_dtype)
+        model = open_original(source.folder, source.trust_remote_code, dtype=source.compute_dtype)
     return language_model(model.to(source.device))
 
 

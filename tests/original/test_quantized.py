@@ -615,3 +615,105 @@ def test_without_a_dtype_in_the_config_it_is_that_of_the_other_tensors(
     quantized, _ = copy_of("fp8", model_folder, tmp_path)
     copies.declare(quantized, FP8, dtype=dtype)
     assert Source(quantized).dtype == torch.bfloat16
+
+
+def one_matrix(folder: Path, stored: dict[str, Tensor], declared: dict[str, Any]) -> Tensor:
+    """The matrix "a.weight" of a file of its own, dequantized."""
+    save_file({k: v.contiguous() for k, v in stored.items()}, folder / "a.safetensors")
+    checkpoint = Checkpoint.of([folder / "a.safetensors"], parse_quantization(declared, folder))
+    return checkpoint.read("a.weight", None, torch.bfloat16, torch.device("cpu"))
+
+
+ASYMMETRIC = copies.compressed_tensors_config("pack-quantized", [INT4 | {"symmetric": False}])
+ZERO = "a.weight_zero_point"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda zero: zero.flatten(),
+        lambda zero: zero.mT,
+        lambda zero: zero[:-1],
+        lambda zero: zero[:, :-1],
+        lambda zero: zero.long(),
+        lambda zero: torch.zeros(40, 3, dtype=torch.bool),
+        lambda zero: torch.zeros(3, 40, dtype=torch.int8),
+        lambda zero: zero[0, :1],
+    ],
+)
+def test_zero_points_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, _ = copies.packed_int(4, 32, symmetric=False)("a.weight", weight)
+    with pytest.raises(CheckpointError, match=rf"{ZERO} .* does not fit .*\[(5|40), 3\]"):
+        one_matrix(tmp_path, {**stored, ZERO: change(stored[ZERO])}, ASYMMETRIC)
+
+
+def test_zero_points_that_were_not_packed(tmp_path: Path) -> None:
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, expected = copies.packed_int(4, 32, symmetric=False)("a.weight", weight)
+    words = stored[ZERO].mT.contiguous().view(torch.uint8)
+    codes = torch.stack([words & 15, words >> 4], -1).flatten(1).mT
+    zeros = (codes.to(torch.int8) - 8)[:24]
+    assert torch.equal(one_matrix(tmp_path, {**stored, ZERO: zeros}, ASYMMETRIC), expected)
+
+
+@pytest.mark.parametrize("kind", ["packed", "bytes"])
+def test_missing_zero_points_are_refused(tmp_path: Path, kind: str) -> None:
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    write = copies.packed_int(4, 32, symmetric=False) if kind == "packed" else copies.int8_rows
+    stored, _ = write("a.weight", weight)
+    stored.pop(ZERO, None)
+    bits = 4 if kind == "packed" else 8
+    floats = {"type": "float", "strategy": "channel", "symmetric": True}
+    groups = [INT4 | {"num_bits": bits, "symmetric": False}, floats]
+    declared = copies.compressed_tensors_config("pack-quantized", groups)
+    with pytest.raises(CheckpointError, match="has no zero points beside it"):
+        one_matrix(tmp_path, stored, declared)
+    symmetric = INT4 | {"num_bits": bits, "group_size": 96}  # other modules may have none
+    declared = copies.compressed_tensors_config("pack-quantized", [*groups, symmetric])
+    one_matrix(tmp_path, stored, declared)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.bool])
+def test_scales_that_are_integers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, _ = copies.fp8(BLOCK)("a.weight", weight)
+    stored["a.weight_scale_inv"] = (100 * stored["a.weight_scale_inv"]).to(dtype)
+    with pytest.raises(CheckpointError, match="Expected scales that are floats"):
+        one_matrix(tmp_path, stored, FP8)
+
+
+@pytest.mark.parametrize("given", [None, torch.ones(2), torch.ones(1, dtype=torch.int32)])
+def test_nvfp4_has_one_number_for_a_matrix(tmp_path: Path, given: Tensor | None) -> None:
+    stored = {
+        "a.weight_packed": torch.zeros(24, 32, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(24, 4).to(torch.float8_e4m3fn),
+    }
+    if given is not None:
+        stored["a.weight_global_scale"] = given
+    declared = copies.compressed_tensors_config("nvfp4-pack-quantized", [])
+    with pytest.raises(CheckpointError, match=r"a\.weight_global_scale"):
+        one_matrix(tmp_path, stored, declared)
+
+
+@pytest.mark.parametrize("rows", [0, 32])
+def test_codes_without_elements_are_refused(tmp_path: Path, rows: int) -> None:
+    stored = {
+        "a.weight": torch.zeros(rows, 32 - rows).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.ones(2, 2),
+    }
+    with pytest.raises(CheckpointError, match=r"no codes that it fits .*a.weight \(F8_E4M3"):
+        one_matrix(tmp_path, stored, FP8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_widths_of_whole_rows_are_told_apart(tmp_path: Path, bits: int) -> None:
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored, expected = copies.packed_int(bits, None)("a.weight", weight)
+    rows = {"type": "int", "strategy": "channel", "group_size": None}
+    groups = [rows | {"num_bits": each, "symmetric": True} for each in (4, 8)]
+    groups.append(groups[0] | {"symmetric": False})
+    declared = copies.compressed_tensors_config("pack-quantized", groups)
+    assert torch.equal(one_matrix(tmp_path, stored, declared), expected)

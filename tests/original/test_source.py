@@ -17,7 +17,7 @@ from moepress.errors import CheckpointError, InputError, NumericalError
 from moepress.original.dtypes import compute_dtype
 from moepress.original.source import Source
 from tests.conftest import FAMILIES, small_recipe
-from tests.families.models import make_model, save_model
+from tests.families.models import make_model, open_model, save_model
 
 Folder = Callable[..., Path]
 
@@ -199,3 +199,32 @@ def test_linears_without_weights_are_not_packed(tmp_path: Path) -> None:
     empty = [name for name in source.all_names if not source.shape(name).numel()]
     packable = {name for linears in source.packable for name in linears}
     assert len(empty) == 6 and packable and not packable & set(empty)
+
+
+@pytest.mark.parametrize("wide", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_without_a_dtype_in_the_config_it_is_what_transformers_takes(
+    model_folder: Folder, tmp_path: Path, wide: str
+) -> None:
+    folder = Path(shutil.copytree(model_folder(dtype="bfloat16"), tmp_path / "copy"))
+    state = load_file(folder / "model.safetensors")
+    # float32 comes first in the file, whatever its name
+    save_file({**state, wide: state[wide].float()}, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k != "dtype"}))
+    assert Source(folder).dtype == AutoModelForCausalLM.from_pretrained(folder).dtype
+    save_file({k: v.double() for k, v in state.items()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds torch\.float64 weights"):
+        Source(folder)
+
+
+def test_the_dtype_of_a_composite_is_not_that_of_its_text(tmp_path: Path) -> None:
+    folder = save_model(make_model("qwen3_vl_moe"), tmp_path / "original")
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["dtype"]
+    fields["text_config"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(fields))
+    source = Source(folder)
+    assert source.dtype == open_model("qwen3_vl_moe", folder).dtype == torch.float32
+    assert source.config_json()["dtype"] == "float32"

@@ -111,6 +111,14 @@ def test_a_damaged_index_is_refused(sharded: Path, weight_map: Any) -> None:
         Source(assign(sharded, weight_map))
 
 
+@pytest.mark.parametrize("name", [SINGLE, INDEX])
+def test_weights_that_are_a_link_to_nothing_are_named(whole: Path, name: str) -> None:
+    (whole / SINGLE).unlink()
+    (whole / name).symlink_to("../../blobs/0")
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to \.\./\.\./blobs/0"):
+        Source(whole)
+
+
 @pytest.mark.parametrize("other", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
 def test_weights_in_pickles_are_refused(whole: Path, other: str) -> None:
     (whole / SINGLE).rename(whole / other)
@@ -144,6 +152,10 @@ UNNEEDED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]
             | {"model.layers.0.self_attn.q_proj.input_scale": torch.ones(1)}
         ),
         "input_scale, a scale of a tensor",
+    ),
+    "GPTQ": (
+        lambda s: {k.replace("w1.weight", "w1.qweight"): v for k, v in s.items()},
+        "w1.qweight: GPTQ or AWQ has rounded",
     ),
     "two names": (
         lambda s: {**s, "norm.weight": s["model.norm.weight"] + 1},
@@ -298,7 +310,7 @@ LEFT = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin.i
 COPIED = (
     *("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja", "LICENSE.txt"),
     *("additional_chat_templates/tool.jinja", "preprocessor_config.json", "own.vocabulary"),
-    *("second_tokenizer/tokenizer.json", "generation_config.json"),
+    *("second_tokenizer/tokenizer.json", "generation_config.json", "LICENSES/MIT.txt"),
 )
 
 

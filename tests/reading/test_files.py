@@ -23,6 +23,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "is a pipe"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
     "circle": (circle, "leads back to it"),
+    "nowhere": (lambda path: path.symlink_to("../gone"), "is a link to ../gone, which does not"),
     "inside a file": (Path.touch, "does not exist"),
 }
 

@@ -50,7 +50,7 @@ from moepress.kernels.prepare import prepare
 from moepress.memory import free_memory
 from moepress.original.composite import language_model
 from moepress.original.remote_code import one_line
-from moepress.original.skeleton import open_folder
+from moepress.original.skeleton import open_folder, open_original
 from moepress.prune import Pruning, Strength, prune
 from moepress.store.attach import (
     ExpertFiles,
@@ -265,7 +265,7 @@ def load_model(
 
     Raises:
         InputError: `memory` or `gpu_memory` is given for an original model, or does not do, or
-            `gpu_memory` is given without a card.
+            `gpu_memory` is given without a card; or an original has an adapter in its folder.
     """
     register()
     where = {} if device == "cpu" else {"device_map": {"": device}}
@@ -275,9 +275,10 @@ def load_model(
     if gpu_memory is not None and device == "cpu":
         raise InputError("gpu_memory is given with device 'cpu'. Expected a card, such as 'cuda'.")
     host = memory or wanted(otherwise="fit")
+    opened = open_folder if is_compressed(folder) else open_original
     try:
         with no_progress_bars(), memory_wanted(host, gpu_memory or "fit"):
-            model = open_folder(folder, trust_remote_code, dtype="auto", **where).eval()
+            model = opened(folder, trust_remote_code, dtype="auto", **where).eval()
     except (MoepressError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged config takes transformers to errors of any type

@@ -67,10 +67,15 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a model whose config names none: that of the first float, bfloat16 if quantized."""
-        plain = (form.entry.dtype for form in self.forms.values() if isinstance(form, Plain))
-        first = next((DTYPES[dtype] for dtype in plain if dtype in DTYPES), torch.bfloat16)
-        return torch.bfloat16 if self.quantized and first == torch.float32 else first
+        """Of a model whose config names none: that of the first float, bfloat16 if quantized.
+
+        The first as transformers finds it: by name in the first file, not by its place there.
+        """
+        plain = [form.entry for form in self.forms.values() if isinstance(form, Plain)]
+        floats = [entry for entry in plain if entry.dtype in WIDE]
+        first = min(floats, key=lambda entry: (entry.path, entry.key), default=None)
+        dtype = torch.bfloat16 if first is None else (DTYPES | OTHER_DTYPES)[first.dtype]
+        return torch.bfloat16 if self.quantized and dtype == torch.float32 else dtype
 
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype of a tensor in its file; None: it is quantized, or of a rare one."""

@@ -66,6 +66,8 @@ def companions(folder: Path) -> dict[str, Path]:
     for inner in folder.iterdir():
         if inner.is_dir() and _matches(inner.name, FOLDERS):
             found |= _known(inner)
+        elif inner.is_dir() and _matches(inner.name, TERMS):  # LICENSES
+            found |= set(_files(inner))
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(found)
@@ -86,7 +88,8 @@ def left_behind(folder: Path, weights: set[Path]) -> list[str]:
 
 def _known(folder: Path) -> set[Path]:
     """The companions in a folder."""
-    found = {path for path in folder.iterdir() if _matches(path.name, COMPANIONS)}
+    named = (path for path in folder.iterdir() if _matches(path.name, COMPANIONS))
+    found = {path for path in named if not (path.is_dir() and _matches(path.name, TERMS))}
     for path in found:
         regular_file(path, "The companion file")
         if _matches(path.name, CONFIGS):

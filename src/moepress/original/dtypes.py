@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def dtype_of_weights(name: str, config: Any, stored: torch.dtype) -> torch.dtype
     Raises:
         InputError: it is none of weights that are not quantized.
     """
-    configs = (config, config.get_text_config())
-    dtype = next((one.dtype for one in configs if getattr(one, "dtype", None)), None)
+    # transformers does not look into the parts of a composite's config
+    dtype: torch.dtype | None = config.dtype
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.itemsize == 1):
         dtype = stored  # some configs name the dtype of the codes
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -29,6 +30,19 @@ def dtype_of_weights(name: str, config: Any, stored: torch.dtype) -> torch.dtype
             "original model, not a quantized one."
         )
     return dtype
+
+
+def with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a config.json that name the dtype of the model.
+
+    Without it transformers takes the dtype of the first float in the files, and a compressed
+    folder has other files than its original.
+    """
+    named = fields.get("dtype") or fields.get("torch_dtype")
+    if isinstance(named, str) and getattr(torch, named, None) == dtype:
+        return dict(fields)
+    rest = {name: value for name, value in fields.items() if name != "torch_dtype"}
+    return {**rest, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

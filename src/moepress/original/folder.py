@@ -20,6 +20,7 @@ from moepress.original.quantized.config import PARTS, read_quantization
 from moepress.original.remote_code import config_of
 from moepress.progress import told_if_slow
 from moepress.reading.config import CONFIG, config_fields
+from moepress.reading.files import regular_file
 from moepress.reading.headers import read_header
 from moepress.reading.json import kind_of, read_object
 
@@ -114,7 +115,7 @@ def find_weights(folder: Path) -> WeightFiles:
     Raises:
         InputError: the folder has none.
         FileError: both a single file and an index of others are there, the index is damaged,
-            or a file is missing, truncated or damaged.
+            or a file is missing, truncated, damaged or a link that leads nowhere.
     """
     chosen = config_fields(folder).get(CHOSEN) if (folder / CONFIG).exists() else None
     if chosen is not None:
@@ -125,6 +126,8 @@ def find_weights(folder: Path) -> WeightFiles:
     single, index = (folder / name for name in (SINGLE, INDEX))
     if not index.exists():
         if not single.exists():
+            for link in (path for path in (single, index) if path.is_symlink()):
+                regular_file(link, "The file of weights")  # leads nowhere
             raise InputError(
                 f"{folder} has neither {SINGLE} nor {INDEX}. Expected weights as safetensors. "
                 + (what_to_do(folder) or _other_weights(folder))

@@ -17,7 +17,10 @@ from moepress.reading.json import read_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files that may name code, in the field "auto_map".
-NAMING = (CONFIG, TOKENIZER_CONFIG, "processor_config.json")
+NAMING = (
+    *(CONFIG, TOKENIZER_CONFIG, "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+)
 AUTO_MAP = "auto_map"
 MOST_SHOWN = 300  # characters of the message of an exception
 MODULES = "transformers_modules"  # package in which transformers imports such code
@@ -187,11 +190,16 @@ def _modules(config: Any) -> Iterator[str]:
         return
     for key, value in config.items():
         if key == AUTO_MAP and isinstance(value, dict):
-            classes = (
-                c for one in value.values() for c in (one if isinstance(one, list) else [one])
-            )
+            classes = (c for one in value.values() for c in _alternatives(one))
             # "module.Class"; "owner/name--module.Class" lies in another repository
             named = (c.rpartition(".")[0] for c in classes if isinstance(c, str) and "--" not in c)
             yield from (module for module in named if module.isidentifier())
         else:
             yield from _modules(value)
+
+
+def _alternatives(named: Any) -> list[Any]:
+    """The classes that an auto class may be: one, or those of slow and fast, or of backends."""
+    if isinstance(named, dict):
+        return list(named.values())
+    return named if isinstance(named, list) else [named]

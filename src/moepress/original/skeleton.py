@@ -21,6 +21,7 @@ from moepress.errors import InputError, MoepressError
 from moepress.original.remote_code import config_of, is_remote, one_line
 from moepress.original.settings import with_plain_outputs
 
+ADAPTER = "adapter_config.json"  # of PEFT
 # Modules are made one by one and moved to the meta device when they are complete. A single tensor
 # of this many bytes may not fit in memory, so it is made there.
 LARGE = 1 << 28
@@ -81,6 +82,26 @@ def open_folder(folder: Path, trust_remote_code: bool = False, **options: Any) -
     return auto_class(config).from_pretrained(
         folder, config=config, trust_remote_code=remote, **options
     )
+
+
+def open_original(folder: Path, trust_remote_code: bool = False, **options: Any) -> Any:
+    """An original opened by `open_folder`, the model that `Source` reads.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        InputError: transformers would put an adapter on it that lies in the folder.
+    """
+    from transformers.utils import is_peft_available
+
+    if is_peft_available() and (folder / ADAPTER).exists():
+        raise InputError(
+            f"{folder} has an adapter beside the model ({ADAPTER}). transformers would put it on "
+            "the model; moepress compresses and measures the model without it. Merge the adapter, "
+            "or move its files out of the folder."
+        )
+    return open_folder(folder, trust_remote_code, **options)
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:

@@ -23,7 +23,13 @@ from moepress.original.card_readers import CardReaders, in_use
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.composite import copied, decoder, is_inside, language_model, other_models
 from moepress.original.conversion import Conversion
-from moepress.original.dtypes import compute_dtype, dtype_of_weights, in_float32, loaded_dtypes
+from moepress.original.dtypes import (
+    compute_dtype,
+    dtype_of_weights,
+    in_float32,
+    loaded_dtypes,
+    with_dtype,
+)
 from moepress.original.expert_reading import as_packed, read_expert
 from moepress.original.experts import ExpertWeights
 from moepress.original.folder import find_weights, fingerprint, read_config, resolve
@@ -255,10 +261,11 @@ class Source:
     def config_json(self) -> dict[str, Any]:
         """The fields of config.json; they say of tied parameters what the checkpoint says.
 
-        Classes whose code is not in the folder are left out.
+        They name the model's dtype. Classes whose code is not in the folder are left out.
         """
         read = without_missing_code(self.folder, known_type(config_fields(self.folder)))
-        return untied_config(read) if self._ties.untied else read
+        named = with_dtype(read, self.dtype)
+        return untied_config(named) if self._ties.untied else named
 
     # Reading tensors, and putting them into the skeleton
 

@@ -3,6 +3,7 @@
 transformers leaves them out, and so does moepress, which says so. Some are no mere surplus: without
 them the model computes something else than the one that was trained. Those are refused:
 
+    qweight         of GPTQ and AWQ, in place of a weight
     scales, zeros   beside a tensor that is taken: the tensor alone means nothing
     biases          beside a tensor that is taken: config.json lacks the field that turns them on
     whole layers    config.json has fewer layers than the files. Layers that only predict further
@@ -55,11 +56,16 @@ def check_unneeded(
         of_layers: those of them that belong to decoder layers.
 
     Raises:
-        FileError: an unused tensor is a scale or bias of one that is taken, or belongs to a
-            decoder layer that the config does not count.
+        FileError: an unused tensor is a scale or bias of one that is taken, packed by GPTQ or AWQ,
+            or belongs to a decoder layer that the config does not count.
     """
     left = sorted(set(unused) - ignored_by_class(model, unused))
     _check_layers(folder, model, left, of_layers)
+    if rounded := next((key for key in left if key.endswith(".qweight")), None):
+        raise FileError(
+            f"{folder} holds {rounded}: GPTQ or AWQ has rounded its weights to few bits, and "
+            "config.json does not say so. Give the original model's folder."
+        )
     modules = {_module(key) for key in taken} | set(taken)
     for key in left:
         leaf = key.rpartition(".")[2]

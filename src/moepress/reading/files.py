@@ -110,6 +110,11 @@ def _unreadable(path: Path, what: str, error: OSError | ValueError) -> FileError
     """The error of a file that cannot be opened or read."""
     code = getattr(error, "errno", None)
     if code in (errno.ENOENT, errno.ENOTDIR):
+        if path.is_symlink():  # as in copies of the hub's cache
+            return FileError(
+                f"{what} {path} is a link to {path.readlink()}, which does not exist. Expected a "
+                "file: copy or fetch the file itself."
+            )
         return FileError(f"{what} {path} does not exist. Expected a file: check the path.")
     if code == errno.ELOOP:
         return FileError(

@@ -5,6 +5,7 @@
     pairing     which tensors of the files are codes, and which are their scales
     grids       which weights share a scale
     numbers     codes and scales as float32
+    fitting     whether what lies beside codes fits them
     forms       read a tensor of the files, dequantized
 
 `original/checkpoint.py` puts them together.

@@ -83,6 +83,7 @@ class Quantization:
     block: tuple[int, int] | None = None  # rows and columns that share a scale
     columns: tuple[int, ...] = ()  # sizes of groups of columns
     ints: tuple[IntGroup, ...] = ()  # packed integers
+    asymmetric: tuple[int, ...] = ()  # bits of integers that all have zero points
 
     @property
     def sizes(self) -> Sizes:
@@ -181,18 +182,20 @@ def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantizati
     weights = [group["weights"] for group in groups if group.get("weights")]
     sizes = [int(w["group_size"]) for w in weights if (w.get("group_size") or -1) > 0]
     blocks = [w["block_structure"] for w in weights if w.get("block_structure")]
+    integers = [w for w in weights if w.get("type", "int") == "int"]
     ints = [
         IntGroup(
             int(w["num_bits"]), next((s for s in [int(w.get("group_size") or -1)] if s > 0), None)
         )
-        for w in weights
-        if w.get("type", "int") == "int"
+        for w in integers
     ]
+    symmetric = {int(w["num_bits"]) for w in integers if w.get("symmetric") is not False}
     return Quantization(
         COMPRESSED_TENSORS,
         _block(blocks[0]) if blocks else None,
         tuple(dict.fromkeys(sizes)),
         tuple(dict.fromkeys(ints)),
+        tuple({group.bits for group in ints} - symmetric),
     )
 
 

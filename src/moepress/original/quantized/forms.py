@@ -201,7 +201,7 @@ class Quantized:
         assert self.zero is not None
         zero = self._of_row(self.zero, row).to(device)
         if self.zero_numbers.values:
-            zero = self.zero_numbers.decode(zero.mT)[:, : self.matrix[0]].mT
+            zero = self.zero_numbers.decode(zero.mT)[..., : self.matrix[0]].mT
         blocks = self.rows.count(self.matrix[0]), self.columns.count(self.matrix[1])
         if zero.numel() == 1:
             zero = zero.reshape(1, 1).expand(count * blocks[0], blocks[1])

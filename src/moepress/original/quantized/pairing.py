@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from moepress.errors import FileError
 from moepress.original.quantized.config import COMPRESSED_TENSORS, Quantization
+from moepress.original.quantized.fitting import check_beside
 from moepress.original.quantized.forms import Form, Plain, Quantized, Unreadable
 from moepress.original.quantized.grids import Blocks
 from moepress.original.quantized.headers import BYTES, FLOAT8, WIDE, Entry
@@ -68,7 +69,8 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
     said = quantization or Quantization()
     forms: dict[str, Form] = {}
     used: set[str] = set()
-    for key, entry in entries.items():
+    filled = {key: entry for key, entry in entries.items() if entry.nbytes}
+    for key, entry in filled.items():
         for find in (_blocks, _packed, _fp4_of_inkling, _beside):
             found = find(key, entry, entries, said)
             if found is not None:
@@ -79,6 +81,7 @@ def find_forms(entries: Mapping[str, Entry], quantization: Quantization | None) 
                         "has no quantization_config that says what they mean. Expected one: fetch "
                         "the config that belongs to these files, or give the original model."
                     )
+                check_beside(form, said.asymmetric, AGAIN)
                 forms[name] = form
                 used |= {part.key for part in form.entries}
                 break
@@ -143,8 +146,8 @@ def _packed(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantiza
         raise FileError(f"{entry.text}: expected packed matrices. {AGAIN}")
     zero = entries.get(f"{name}_zero_point")
     if entry.dtype == "U8":
-        form = Quantized(entry, FP4, scale, Blocks(1), Blocks(1))
-        return name, replace(_fitted(form, said), divisor=entries.get(f"{name}_global_scale"))
+        form = _fitted(Quantized(entry, FP4, scale, Blocks(1), Blocks(1)), said)
+        return name, replace(form, divisor=_divisor(name, form, entries))
     if entry.dtype != "I32":
         raise FileError(f"{entry.text}: expected packed integers, I32 or U8. {AGAIN}")
     form = _packed_ints(entry, scale, entries.get(f"{name}_shape"), said)
@@ -154,17 +157,33 @@ def _packed(key: str, entry: Entry, entries: Mapping[str, Entry], said: Quantiza
     return name, replace(form, zero=zero, zero_numbers=packed)
 
 
+def _divisor(name: str, form: Quantized, entries: Mapping[str, Entry]) -> Entry | None:
+    """The number that scales of NVFP4 are divided by; MXFP4 has none, its scales are exponents.
+
+    Raises:
+        FileError: it is missing.
+    """
+    found = entries.get(f"{name}_global_scale")
+    if found is None and form.scale.dtype in FLOAT8:
+        raise FileError(
+            f"{form.codes.text} has no {name}_global_scale beside it. Expected the number that the "
+            f"scales of NVFP4 are divided by. {AGAIN}"
+        )
+    return found
+
+
 def _packed_ints(entry: Entry, scale: Entry, shape: Entry | None, said: Quantization) -> Quantized:
     """Packed integers, of the one width of the config that fits their scales.
 
     The last word of a row may be filled up. How far it is counts only where the scales do not fit
-    full words: `shape` says it, and reading it from thousands of places takes long on some disks.
+    full words, or where they fit words of several widths, as scales of whole rows do: `shape` says
+    it, and reading it from thousands of places takes long on some disks.
 
     Args:
         shape: the tensor that holds rows and columns; None: there is none.
     """
     fitting = _fitting(entry, scale, shape, said, full=True)
-    if not fitting and shape is not None:
+    if len(fitting) != 1 and shape is not None:
         fitting = _fitting(entry, scale, shape, said, full=False)
     if len(fitting) != 1:
         offered = " or ".join(
@@ -200,7 +219,7 @@ def _fitting(
         grid = form.matrix[0], -(-form.matrix[1] // size)
         if scale.shape == grid or (group.group is None and _count(scale) == 1):
             fitting.append(replace(form, rows=Blocks(1), columns=Blocks(size)))
-    return fitting
+    return list(dict.fromkeys(fitting))
 
 
 def _fp4_of_inkling(
