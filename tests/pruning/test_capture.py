@@ -93,6 +93,23 @@ def test_threads_do_not_share_what_attention_tells() -> None:
     assert twice.protected == tuple(2 * n for n in once.protected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_run_again_for_gradients_protect_the_same_tokens(reentrant: bool) -> None:
+    model = make_model("mixtral").train()
+    states = model.get_input_embeddings()(IDS).detach()
+
+    def gradient() -> Tensor:
+        given = states.clone().requires_grad_()
+        model(inputs_embeds=given, use_cache=False).logits.square().sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    with prune(model, first_only(range(2), 0.3)):
+        expected = gradient()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.testing.assert_close(gradient(), expected)
+
+
 @pytest.mark.parametrize("tokens", [1, 24])
 def test_a_pruned_layer_compiles_to_one_graph(tokens: int) -> None:
     """With the tokens protected that are protected without torch.compile."""
