@@ -383,6 +383,8 @@ def test_what_transformers_asks_of_a_quantizer() -> None:
     assert quantizer.is_serializable()
     assert quantizer.is_trainable
     assert quantizer.is_compileable
+    with pytest.raises(InputError, match="`moepress dequantize FOLDER OUT`"):
+        quantizer.dequantize(nn.Linear(2, 2), torch.float32)
     with pytest.raises(ValueError, match="pre-quantized"):
         MoePressQuantizer(config, pre_quantized=False)
     with pytest.raises(InputError, match="'gptq', expected 'moepress'"):

@@ -29,6 +29,7 @@ from moepress.kernels import cpu, reference
 from moepress.prune import ACTIVE, Pruning, parse_strength, prune, set_pruning
 from moepress.pruning.layer import IGNORES_NO_EXPERT
 from tests.conftest import VOCAB, make_model, small_recipe
+from tests.families.models import make_model as family_model
 from tests.kernels.test_kernels import make_case
 
 Folder = Callable[..., Path]
@@ -189,6 +190,17 @@ def test_dropped_experts_are_not_computed_by_transformers(implementation: str) -
         loop = implementation == "eager" and not hasattr(experts, IGNORES_NO_EXPERT)
         assert others and torch.equal(chosen[0][:, 1], chosen[0][:, 0] if loop else no_expert)
         assert logits(model, IDS[:1, :3]).isfinite().all()
+
+
+def test_dropped_experts_of_a_loop_that_knows_no_such_choice() -> None:
+    """gpt-oss: its loop counts the experts alone."""
+    found = []
+    for implementation in ("grouped_mm", "eager"):
+        model = family_model("gpt_oss")
+        model.set_experts_implementation(implementation)
+        with prune(model, Pruning(dict.fromkeys(range(2), (0.0, 1.0)), True, 0.0)):
+            found.append(logits(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
 # Whole models

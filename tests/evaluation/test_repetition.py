@@ -17,6 +17,7 @@ from moepress.evaluation.repetition import (
     measure_repetition,
     prompts_of,
 )
+from tests.conftest import make_model
 
 
 def oracle(tokens: list[int]) -> bool:
@@ -72,6 +73,16 @@ def test_generations_are_counted_and_an_end_is_no_loop() -> None:
     found = measure_repetition(model, torch.zeros(3, 8, dtype=torch.long))
     assert (found.looping, found.generations) == (1, 3)
     assert found.share == pytest.approx(1 / 3)
+
+
+def test_a_padding_that_is_no_token() -> None:
+    """Old models have -1 for "none". One text ends at once, the others go on."""
+    model, prompts = make_model("mixtral"), torch.arange(24).view(3, 8) + 5
+    with torch.inference_mode():
+        end = int(model(prompts).logits[0, -1].argmax())
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, -1
+    found = measure_repetition(model, prompts)
+    assert found.generations == 3 and found.looping < 3
 
 
 def test_prompts_are_spread_over_the_texts() -> None:

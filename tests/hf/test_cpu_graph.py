@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from moepress import kernels
 from moepress.errors import InputError
@@ -158,6 +159,15 @@ def test_numbers_read_from_tensors_are_refused(work: Callable[[Tensor], Tensor])
     x = torch.randn(8)
     with pytest.raises(UnfitError, match="reads numbers"):
         cpu_graph(lambda: work(x), CPU)
+
+
+def test_functions_that_torch_compiles() -> None:
+    """Where one is first called while a step is recorded, it works afterwards."""
+    attend = torch.compile(flex_attention, backend="eager")
+    x = torch.randn(1, 2, 3, 16)
+    with pytest.raises(UnfitError, match="flex_attention"):
+        cpu_graph(lambda: attend(x, x, x), CPU)
+    torch.testing.assert_close(attend(x, x, x), F.scaled_dot_product_attention(x, x, x))
 
 
 def test_arguments_are_kept_while_the_graph_lives() -> None:

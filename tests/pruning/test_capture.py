@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moepress import kernels
@@ -91,6 +92,44 @@ def test_threads_do_not_share_what_attention_tells() -> None:
         torch.testing.assert_close(one, other)
     assert twice.tokens == tuple(2 * n for n in once.tokens)
     assert twice.protected == tuple(2 * n for n in once.protected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("cache", [DynamicCache, partial(StaticCache, max_cache_len=64)])
+@torch.inference_mode()
+def test_padding_behind_a_text_that_goes_on(implementation: str, cache: Any) -> None:
+    """The same tokens are protected without it."""
+    model = make_model("mixtral")
+    model.set_attn_implementation(implementation)
+
+    def second_part(padding: int) -> Tensor:
+        held = cache(config=model.config)
+        model(IDS[:1, :10], past_key_values=held)
+        ids = torch.cat([IDS[1:], torch.zeros(1, padding, dtype=torch.int64)], 1)
+        mask = torch.ones(1, 10 + ids.shape[1], dtype=torch.int64)
+        mask[:, 10 + IDS.shape[1] :] = 0
+        out: Tensor = model(ids, attention_mask=mask, past_key_values=held).logits
+        return out[:, : IDS.shape[1]]
+
+    with prune(model, first_only(range(2), 0.3)):
+        torch.testing.assert_close(second_part(6), second_part(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_run_again_for_gradients_protect_the_same_tokens(reentrant: bool) -> None:
+    model = make_model("mixtral").train()
+    states = model.get_input_embeddings()(IDS).detach()
+
+    def gradient() -> Tensor:
+        given = states.clone().requires_grad_()
+        model(inputs_embeds=given, use_cache=False).logits.square().sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    with prune(model, first_only(range(2), 0.3)):
+        expected = gradient()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.testing.assert_close(gradient(), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 24])

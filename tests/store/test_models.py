@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from moepress import kernels
 from moepress.costs.drop_costs import DropCosts
 from moepress.errors import CheckpointError, InputError
-from moepress.format.checkpoint import quantization_config
+from moepress.format.checkpoint import CHECKSUMS, PLAN, quantization_config
 from moepress.format.codec import PackedSpec
 from moepress.hf import load_model
 from moepress.hf.captured import PROOFS, CapturedSteps
@@ -278,12 +279,31 @@ def test_nothing_is_saved_or_copied_without_its_experts(
         lambda: model.state_dict(),
         lambda: copy.deepcopy(model),
         lambda: torch.save(model, tmp_path / "model.pt"),
+        lambda: model.save_pretrained(tmp_path / "saved"),
     ):
         with pytest.raises(InputError, match="on disk, so it cannot be"):
             attempt()
-    with pytest.raises((InputError, ValueError), match=r"on disk|serializable"):
-        model.save_pretrained(tmp_path / "saved")
-    assert not list(tmp_path.glob("saved/*.safetensors"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_refused_copy_leaves_the_folder_there_as_it_was(
+    folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its own plan, scores and costs of dropping belong to its weights, and so do checksums."""
+    path = shutil.copytree(folder(), tmp_path / "model")
+    model = load_model(path, memory=10**9)
+    other = shutil.copytree(path, tmp_path / "other")
+    (path / CHECKSUMS).write_text("of this model")
+    (other / PLAN).write_text("of another model")
+    before = contents(path), contents(other)
+    for place in (path, other):
+        with pytest.raises(InputError, match="on disk, so it cannot be saved"):
+            model.save_pretrained(place)
+    assert (contents(path), contents(other)) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_folder_that_breaks(folder: Callable[..., Path], tmp_path: Path) -> None:

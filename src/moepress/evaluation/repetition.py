@@ -45,17 +45,15 @@ def measure_repetition(model: Any, prompts: Tensor) -> Repetition:
         prompts: [N, L] int64, without padding.
     """
     prompts = prompts.to(model.device)
-    own = checked_settings(model.generation_config, ENDS)
-    given = own.get("eos_token_id")
+    given = checked_settings(model.generation_config, ENDS).get("eos_token_id")
     ends = set(given) if isinstance(given, list) else {given}
-    padding = own.get("pad_token_id") or next(iter(ends), None) or 0
     with following(model):
         written = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            pad_token_id=padding,
+            pad_token_id=0,  # of texts that have ended; the model's own may be no token (-1)
         )[:, prompts.shape[1] :]
     looping = sum(ends_in_loop(row) for row in written.tolist() if not ends & set(row))
     return Repetition(len(prompts), looping, prompts.shape[1], NEW_TOKENS)

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -214,6 +214,13 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         """Called before a model is saved: its config gets the pruning in force."""
         remember_pruning(model)
         return None, {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> NoReturn:
+        """Called by `model.dequantize()`."""
+        raise InputError(
+            "A loaded model stays packed. `moepress dequantize FOLDER OUT` writes a plain model of "
+            "its weights: open that."
+        )
 
     def is_serializable(self) -> bool:
         return self._on_disk is None

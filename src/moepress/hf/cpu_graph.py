@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -46,7 +47,7 @@ def cpu_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
         UnfitError: it reads numbers out of tensors, or computes too many.
     """
     recorder = _Recorder()
-    with _recording, recorded(recorder.calls.append), _numbers_stay(), recorder:
+    with _recording, _uncompiled(), recorded(recorder.calls.append), _numbers_stay(), recorder:
         result = work()
     calls, kept = tuple(recorder.calls), recorder.kept
 
@@ -56,6 +57,16 @@ def cpu_graph(work: Callable[[], Tensor], device: torch.device) -> Graph:
                 call()
 
     return Graph(result, replay)
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Inside the `with` statement, functions that torch has compiled run as they were written.
+
+    Under a recorder torch cannot compile, and remembers that: a compiled function that is first
+    called there, such as transformers' flex attention, would fail for the rest of the process.
+    """
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class _numbers_stay(TorchFunctionMode):  # noqa: N801  # a context manager
@@ -78,6 +89,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             packed bytes, which the model keeps and which may be the most of a machine's memory.
     """
 
+    supports_higher_order_operators = True  # they come here, and are refused
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Repeat] = []
@@ -86,8 +99,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         self._bytes = 0
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        self,
+        func: OpOverload | HigherOrderOperator,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Any = None,
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            raise UnfitError(f"it calls {func}, an operation of functions")
         named = kwargs or {}
         if func._schema.name in OPS:
             self._keep_given((args, named))

@@ -21,6 +21,7 @@ from moepress.format.checkpoint import (
     SCORES,
 )
 from moepress.format.checksums import write_checksums
+from moepress.kernels.stores import refuse
 from moepress.original.folder import SINGLE, weight_files
 from moepress.prune import active_pruning
 from moepress.reading.config import config_fields
@@ -48,6 +49,8 @@ def save_with_ours(save: Callable[..., Any]) -> Callable[..., Any]:
         adapter = getattr(self, "_hf_peft_config_loaded", False)  # then it alone is saved
         if adapter or not options.get("is_main_process", True):
             return save(self, save_directory, *args, **options)
+        if not self.hf_quantizer.is_serializable():
+            refuse("saved")
         folder = Path(save_directory)
         if folder.is_file():
             return save(self, save_directory, *args, **options)  # refuses it

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import update_wrapper
+from dataclasses import replace
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from moepress.pruning import importance
 from moepress.pruning.importance import AttentionRecord, means_of_weights
 
+CHECKPOINT = "_gradient_checkpointing_func"  # attribute of a layer, where transformers has set it
 _RUNNING = threading.local()  # .call: of the layer that this thread is inside of
 
 
@@ -58,13 +60,16 @@ class _RecordedForward:
         call = _begun(self.share, args, kwargs)
         if call is None:
             return self.forward(*args, **kwargs)
-        outer = getattr(_RUNNING, "call", None)
-        _RUNNING.call = call
+        checkpoint = vars(self.layer).get(CHECKPOINT)
+        if checkpoint is None or not self.layer.training:
+            return _recorded(call, self.forward, *args, **kwargs)
+        # The backward pass runs what is inside of this forward again, in a record of its own.
+        again = partial(_recorded_anew, checkpoint, call.record)
+        setattr(self.layer, CHECKPOINT, again)
         try:
-            with call:
-                return self.forward(*args, **kwargs)
+            return _recorded(call, self.forward, *args, **kwargs)
         finally:
-            _RUNNING.call = outer
+            setattr(self.layer, CHECKPOINT, checkpoint)
 
     def attach(self) -> None:
         self.layer.forward = self
@@ -76,6 +81,32 @@ class _RecordedForward:
             del self.layer.forward
             if self.before is not None:
                 self.layer.forward = self.before
+
+
+def _recorded(call: _Call, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of a forward, inside of which this thread has the record of a call."""
+    outer = getattr(_RUNNING, "call", None)
+    _RUNNING.call = call
+    try:
+        with call:
+            return forward(*args, **kwargs)
+    finally:
+        _RUNNING.call = outer
+
+
+def _recorded_anew(
+    checkpoint: Callable[..., Any],
+    record: AttentionRecord,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A layer's checkpoint function: each run of `forward` has an empty record like `record`."""
+
+    def run(*args: Any) -> Any:
+        return _recorded(_Call(replace(record, columns=None)), forward, *args)
+
+    return checkpoint(run, *args, **kwargs)
 
 
 def current_record() -> AttentionRecord | None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Attention scores computed at a time, by type of device: on a CPU, 2 MB that stay in the cache.
 CHUNK_SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}
+ASKED_QUERIES = 64  # where their keys are
 SAMPLED_QUERIES = 256  # of a longer prefill; what sampling costs: docs/log.md#pruning-queries
 
 
@@ -206,7 +207,9 @@ def own_columns(query: Tensor, keys: int, mask: Tensor | None) -> tuple[Tensor, 
     """The columns of the call's own tokens among the keys, and which of the tokens are real.
 
     A dynamic cache has the own tokens last. A static cache has them after the earlier tokens and
-    before its free places. The last query's mask tells: the last key it sees is its own.
+    before its free places. The mask tells: the last key that a query sees is its own. Of queries of
+    padding, and of those that look ahead, it is another, at another distance from each; so the most
+    frequent distance of a sequence counts, and the smallest where all differ.
 
     Args:
         query: [B, heads, Q, anything].
@@ -223,8 +226,11 @@ def own_columns(query: Tensor, keys: int, mask: Tensor | None) -> tuple[Tensor, 
     seen = _as_bool(mask).any(1)  # [B or 1, Q, K]
     if keys > length:
         places = torch.arange(keys, device=query.device)
-        last = (seen[:, -1] * places).amax()  # a 0-d tensor: reading it would stall a GPU
-        at = (at + last - (length - 1)).clamp(min=0)
+        some = torch.arange(length - 1, -1, -max(1, length // ASKED_QUERIES), device=query.device)
+        last = (seen[:, some] * places).amax(2)  # [B or 1, some of Q]
+        # A 0-d tensor: reading it would stall a GPU.
+        first = (last - some).mode(1).values.amax()
+        at = (at + first).clamp(0, keys - 1)
     sees_itself = seen.gather(2, at.expand(len(seen), -1)[..., None])[..., 0]
     return at, sees_itself.expand(batch, -1)
 

@@ -24,6 +24,7 @@ from moepress.pruning.rule import Pruning
 # versions have none: there the loop over experts fails on such choices, the others ignore them.
 IGNORES_NO_EXPERT = "_is_expert_parallel"
 LOOP = "eager"  # the implementation that is a loop
+FAILING_LOOPS = ("GptOssExperts",)  # classes whose loop fails although they have the attribute
 
 _COUNTING = threading.Lock()  # several threads may run one model
 
@@ -181,4 +182,5 @@ class PrunedLayer:
 def _fails_without_expert(experts: nn.Module) -> bool:
     config = getattr(experts, "config", None)
     loop = getattr(config, "_experts_implementation", None) == LOOP
-    return loop and not hasattr(experts, IGNORES_NO_EXPERT)
+    ignores = hasattr(experts, IGNORES_NO_EXPERT) and type(experts).__name__ not in FAILING_LOOPS
+    return loop and not ignores
