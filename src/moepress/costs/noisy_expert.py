@@ -103,7 +103,7 @@ def noisy_neurons(
     `down` is a table with a row for each neuron. It is rounded without feedback (`round_downs`), so
     its drawn errors have none either: its Hessian is the identity.
     """
-    weights, seed, own = expert.weights, rounding.tokens.seed, len(expert.tokens.unique())
+    weights, seed, own = expert.weights, rounding.tokens.seed, len(torch.unique(expert.tokens))
     factor, larger = _factored(gate_up_inputs(expert, rounding), rounding, own)
     noise = _drawn(expert, GATE_UP, seed)
     gate_ups = noisy_weights(weights.gate_up, widths, factor, noise, larger=larger)

@@ -63,7 +63,7 @@ def held_out(factor: Factor, weights: Tensor, own: int | None = None) -> Tensor:
 def _sums(weights: Tensor, points: Tensor) -> Tensor:
     """Sums over tokens of c q / (1 + c q) and of c / (1 + c q)^2, [2, P], at each q."""
     # Rounded to 8 bits there are few different ones.
-    values, counts = weights.bfloat16().double().unique(return_counts=True)
+    values, counts = torch.unique(weights.bfloat16().double(), return_counts=True)
     drawn = values[:, None] * points
     terms = torch.stack([drawn / (1 + drawn), values[:, None] / (1 + drawn).square()])
     return torch.einsum("t,stp->sp", counts.double(), terms)
