@@ -577,6 +577,7 @@ def test_the_range_is_what_is_possible(unit: str, at_least_one: tuple[int], cost
     too_small = low - 1 if unit == "size" else low * 0.999
     with pytest.raises(BudgetError, match=f"^{unit} .*smallest is .* largest ") as error:
         allocate(scores, recipe.with_changes(**{unit: too_small}))
+    assert ("at least one of [2, 3] in each layer" in str(error.value)) == bool(at_least_one)
     words = str(error.value).split()
     named = words[words.index("smallest") + 2]
     allocate(scores, recipe.with_changes(**{unit: int(named) if unit == "size" else float(named)}))
