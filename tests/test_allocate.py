@@ -577,6 +577,7 @@ def test_the_range_is_what_is_possible(unit: str, at_least_one: tuple[int], cost
     too_small = low - 1 if unit == "size" else low * 0.999
     with pytest.raises(BudgetError, match=f"^{unit} .*smallest is .* largest ") as error:
         allocate(scores, recipe.with_changes(**{unit: too_small}))
+    assert ("at least one of [2, 3] in each layer" in str(error.value)) == bool(at_least_one)
     words = str(error.value).split()
     named = words[words.index("smallest") + 2]
     allocate(scores, recipe.with_changes(**{unit: int(named) if unit == "size" else float(named)}))
@@ -762,10 +763,20 @@ def with_linears(seed: int = 0, sources: int = 1, **changes: Any) -> ExpertScore
     return make_scores(seed, experts=20, **fields | changes)
 
 
-@pytest.mark.parametrize(("seed", "share"), [(0, 0.2), (1, 0.5), (2, 0.8)])
-def test_linears_and_experts_share_bytes_as_well_as_can_be(seed: int, share: float) -> None:
-    """The oracle: every choice of the linears, and the experts' exact program for each."""
+@pytest.mark.parametrize(
+    ("seed", "share", "larger"),
+    [(0, 0.2, 1), (1, 0.5, 1), (2, 0.8, 1), (1, 0.6, 8), (0, 0.7, 32), (1, 0.6, 32)],
+)
+def test_linears_and_experts_share_bytes_as_well_as_can_be(
+    seed: int, share: float, larger: int
+) -> None:
+    """The oracle: every choice of the linears, and the experts' exact program for each.
+
+    An embedding may have a good part of all bytes, as the last linear has here: where its next
+    width does not fit, all others share the bytes that are left.
+    """
     scores = with_linears(seed)
+    scores.linear_bytes[-1] *= larger
     low, high = budget_range(scores, scalar()).size
     size = round(low + share * (high - low))
     plan = allocate(scores, scalar(size=size))

@@ -31,7 +31,7 @@ from moepress.allocation.choices import Choices
 from moepress.allocation.knapsack import solve
 from moepress.allocation.objective import flat, linear_costs, objective, text_weights
 from moepress.allocation.plan import BitAllocation
-from moepress.allocation.prices import Items, price_at
+from moepress.allocation.prices import Items, best_of_few, price_at
 from moepress.allocation.random_plan import draw
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
@@ -137,8 +137,11 @@ def choose_linears(
         price_of_bit = price_at([experts], budget.capacity)
         return linears.cheapest(8 * price_of_bit)  # price of a code bit -> price of a byte
     capacity = budget.shared_capacity
-    price = price_at([experts, linears], capacity)
     least = choices.extremes(budget.sizes, budget.required)[0]
+    _, chosen = best_of_few(linears, experts, capacity)
+    if capacity - linears.size(chosen) >= least:
+        return chosen
+    price = price_at([experts, linears], capacity)
     while capacity - linears.size(linears.cheapest(price)) < least:
         price *= 2  # `at_least_one` needs more bytes for experts: raise the price until they fit
     return linears.cheapest(price)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from moepress.original.walk import Walk
 from moepress.pruning.rule import Pruning
 from moepress.pruning.thresholds import cheapest, cheapest_reads, dropped_share, medians, quantile
 from moepress.work import calibration_ids
-from tests.conftest import small_recipe
+from tests.conftest import make_model, small_recipe
 
 Folder = Callable[..., Path]
 
@@ -100,6 +101,22 @@ def test_a_sample_of_the_tokens_is_taken(
 
 
 @torch.inference_mode()
+def test_a_token_whose_routing_weights_are_all_0_drops_none(
+    text_file: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Sigmoids of large negative numbers are 0. A run ended with an error, after all its work."""
+    model = make_model("deepseek_v3")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.mul_(1e5)
+    model.save_pretrained(tmp_path)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, tmp_path)
+    source, recipe = Source(tmp_path), small_recipe(text_file)
+    costs = calibrate(source, recipe).drop_costs
+    assert (costs.ratio == 1).any() and (costs.ratio == 0).any()
+    assert costs.ratio.max() == 1
+
+
 def test_what_an_expert_keeps_for_its_tokens_is_not_used_for_the_sample(
     model_folder: Folder, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

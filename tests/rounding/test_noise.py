@@ -176,7 +176,7 @@ def test_costs_are_those_of_the_search(
     """On the tokens of the Hessians; on others they are larger (test_held_out.py)."""
     on_others = noise_scores
     for module in (noisy_expert, linear_costs):
-        monkeypatch.setattr(module, "held_out", lambda factor, tokens: None)
+        monkeypatch.setattr(module, "held_out", lambda *_: None)
     noise_scores = score(model_folder(), noise_recipe(text_file))
     assert (on_others.cost.sum(0)[:, :, 0] > noise_scores.cost.sum(0)[:, :, 0]).all()
     searched = score(model_folder(), noise_recipe(text_file, measure="gptq"))

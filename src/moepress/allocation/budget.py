@@ -70,8 +70,10 @@ class Budget:
         sizes = choices.code_bits if unit == "bits" else choices.nbytes
         required = required_options(recipe, choices.shape[1])
         if capacity < choices.extremes(sizes, required)[0]:
+            least = [choices.widths[option] for option in required]
             raise BudgetError(
-                f"{unit} {asked} is impossible: with expert_bits {list(offered(recipe))} and group "
+                f"{unit} {asked} is impossible: with expert_bits {list(offered(recipe))}"
+                f"{f', at least one of {least} in each layer' if least else ''} and group "
                 f"size {scores.group_size} the smallest is {_up(smallest)} and the largest "
                 f"{_down(largest)}. Raise the budget, or offer smaller widths."
             )

@@ -3,7 +3,8 @@
 Price. If a byte costs p, items are independent: each takes the option of least cost + p * size. The
 price at which all items together just fit the budget is the value of a byte at that budget. The
 open tensors (attention, shared experts, dense MLPs, embedding and head), few and large compared
-with the routed experts, take their widths at this price.
+with the routed experts, take their widths at this price. If one of them would be larger at a barely
+lower price, but does not fit, its bytes can be a good part of the budget: both widths are tried.
 
 Weights. The plan with the least loss on its worst text minimises a weighted loss, up to the
 integrality gap. The texts' weights are at least 0, sum to 1, and maximise that minimum:
@@ -29,6 +30,10 @@ ROUNDS = 40  # of multiplicative weights: the worst loss then varies by about 1 
 STEP = 1.0  # first round: the weight of a text with twice the mean loss is multiplied by e
 
 
+TURNS = 3  # tensors whose two widths are tried, one after the other
+BARELY = 1e-9  # relative
+
+
 class Items(NamedTuple):
     """Items that each take one of C options."""
 
@@ -42,6 +47,21 @@ class Items(NamedTuple):
 
     def size(self, chosen: Ints) -> int:
         return int(at(self.sizes, chosen).sum())
+
+    def cost(self, chosen: Ints) -> float:
+        return float(at(self.costs, chosen).sum())
+
+    def with_fixed(self, item: int, option: int) -> Items:
+        """The same items, of which one can take only one option."""
+        costs = self.costs.copy()
+        costs[item] = np.inf
+        costs[item, option] = self.costs[item, option]
+        return Items(costs, self.sizes)
+
+    @property
+    def smallest(self) -> int:
+        """Size of the smallest options together; those of infinite cost are not offered."""
+        return int(np.where(np.isfinite(self.costs), self.sizes, 2**62).min(axis=1).sum())
 
 
 def price_at(groups: Sequence[Items], capacity: int) -> float:
@@ -65,6 +85,29 @@ def price_at(groups: Sequence[Items], capacity: int) -> float:
             break
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
+
+
+def best_of_few(few: Items, many: Items, capacity: int, turns: int = TURNS) -> tuple[float, Ints]:
+    """The loss of all items together, and the options of a few that are large, [M].
+
+    Args:
+        many: small items, which can use up what the others leave of `capacity`.
+        turns: for how many of the few items two options may be tried.
+    """
+    price = price_at([many, few], capacity)
+    chosen = few.cheapest(price)
+    best = few.cost(chosen) + many.cost(many.cheapest(price)), chosen
+    larger = few.cheapest(price * (1 - BARELY))
+    changed = np.flatnonzero(larger != chosen)
+    if not turns or not len(changed):
+        return best
+    item = int(changed[0])
+    for option in (chosen[item], larger[item]):
+        fixed = few.with_fixed(item, int(option))
+        if fixed.smallest + many.smallest <= capacity:
+            found = best_of_few(fixed, many, capacity, turns - 1)
+            best = min(best, found, key=lambda one: one[0])
+    return best
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,8 @@ class DropMeter:
         self._ranks.sum_up(self._outputs)
         weight, order = self.sample.weight.sort(dim=1, descending=True, stable=True)
         real = self._real.gather(1, order)
-        ratio = (weight / weight[:, :1]).masked_fill(~real, NO_EXPERT)[:, 1:]
+        # A token whose weights are all 0 (sigmoids that underflow) has ratios 0 / 0. It drops none.
+        ratio = (weight / weight[:, :1]).nan_to_num(nan=1).masked_fill(~real, NO_EXPERT)[:, 1:]
         plain, renormalised = (
             torch.cat([c.double() for c in costs]) / energy
             for costs in zip(

@@ -56,7 +56,7 @@ def score_linears(
     ):
         factor = inputs.factor(rounding.damping)
         factors |= dict.fromkeys(names, factor)
-        larger |= dict.fromkeys(names, held_out(factor, inputs.tokens) if rounding.draws else None)
+        larger |= dict.fromkeys(names, held_out(factor, inputs.weights) if rounding.draws else None)
     costs = torch.zeros(len(modules), texts.count, len(widths), dtype=torch.float64)
     for row, name in enumerate(modules):
         if name not in scored:

@@ -80,13 +80,14 @@ def noisy_experts(
         hidden: [T_e, I], inputs of the original down.
     """
     weight, down, seed = expert.weights.gate_up, seen.weights.down, rounding.tokens.seed
-    factor, larger = _factored(gate_up_inputs(expert, rounding), rounding)
+    own = len(expert.tokens)
+    factor, larger = _factored(gate_up_inputs(expert, rounding), rounding, own)
     sample = _drawn(expert, GATE_UP, seed)
     products = noisy_products(weight, widths, factor, sample, larger)
     size = weight.float().square().mean(1).sqrt()
     noise = sent(_drawn(expert, OUTPUTS, seed), weight.device) * size
 
-    factor, larger = _factored(down_inputs(expert, weight, rounding, hidden), rounding)
+    factor, larger = _factored(down_inputs(expert, weight, rounding, hidden), rounding, own)
     sample, code_rows = _drawn(expert, DOWN, seed), len(expert.weights.down)
     downs = noisy_weights(down, widths, factor, sample, code_rows, larger)
     del factor, sample
@@ -102,8 +103,8 @@ def noisy_neurons(
     `down` is a table with a row for each neuron. It is rounded without feedback (`round_downs`), so
     its drawn errors have none either: its Hessian is the identity.
     """
-    weights, seed = expert.weights, rounding.tokens.seed
-    factor, larger = _factored(gate_up_inputs(expert, rounding), rounding)
+    weights, seed, own = expert.weights, rounding.tokens.seed, len(torch.unique(expert.tokens))
+    factor, larger = _factored(gate_up_inputs(expert, rounding), rounding, own)
     noise = _drawn(expert, GATE_UP, seed)
     gate_ups = noisy_weights(weights.gate_up, widths, factor, noise, larger=larger)
     columns = weights.down.shape[1]
@@ -115,10 +116,14 @@ def noisy_neurons(
         yield weights._replace(gate_up=next(gate_ups), down=next(downs))
 
 
-def _factored(inputs: Inputs, rounding: Rounding) -> tuple[Factor, Tensor]:
-    """The factor of the inputs' Hessian, and how much larger errors are on other tokens."""
+def _factored(inputs: Inputs, rounding: Rounding, own: int) -> tuple[Factor, Tensor]:
+    """The factor of the inputs' Hessian, and how much larger errors are on other tokens.
+
+    Args:
+        own: number of the expert's own tokens. They were added first, and costs are theirs alone.
+    """
     factor = inputs.factor(rounding.damping)
-    return factor, held_out(factor, inputs.tokens)
+    return factor, held_out(factor, inputs.weights, own)
 
 
 def draw_experts_ahead(numbers: Sequence[int], like: RoutedExpert, rounding: Rounding) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,21 +72,25 @@ def add_upper_products(upper: Tensor, x: Tensor, slices: Sequence[slice] | None 
 
 @dataclass
 class TokenWeights:
-    """Sums of the weights c_t of tokens."""
+    """The weights c_t of tokens."""
 
-    total: float = 0.0
-    squared: float = 0.0
+    added: list[Tensor] = field(default_factory=list)
 
     def add(self, tokens: int, weight: Tensor | None) -> None:
         """Add the weights [T] of some tokens; None: 1 each."""
-        weights = torch.ones(tokens) if weight is None else weight
-        self.total += weights.double().sum().item()
-        self.squared += weights.double().square().sum().item()
+        self.added.append(torch.ones(tokens) if weight is None else weight)
+
+    @property
+    def all(self) -> Tensor:
+        """[T], in the order in which they were added."""
+        return torch.cat([torch.empty(0), *self.added])
 
     @property
     def tokens(self) -> float:
         """Effective number of tokens, (sum c_t)^2 / (sum c_t^2): T if all weights are equal."""
-        return self.total**2 / self.squared if self.squared else 0.0
+        weights = self.all.double()
+        squared = weights.square().sum().item()
+        return weights.sum().item() ** 2 / squared if squared else 0.0
 
 
 class Hessian:
@@ -127,13 +131,18 @@ class Hessian:
         """A copy, which can be factored while this one is still in use."""
         other = Hessian(0, self._matrix().device)
         other.features, other._upper = self.features, self._matrix().clone()
-        other._weights = replace(self._weights)
+        other._weights = TokenWeights([*self._weights.added])
         return other
 
     @property
     def tokens(self) -> float:
         """Effective number of tokens, see `TokenWeights`."""
         return self._weights.tokens
+
+    @property
+    def weights(self) -> Tensor:
+        """[T] weights of the tokens."""
+        return self._weights.all
 
     def factor(self, damping: float) -> DenseFactor:
         """LDL factorization of the damped Hessian.

@@ -82,6 +82,11 @@ class Inputs:
         """Effective number of tokens (hessian.py `TokenWeights`)."""
         return self._statistics.tokens
 
+    @property
+    def weights(self) -> Tensor:
+        """[T] weights of the tokens, in the order in which they were added."""
+        return self._statistics.weights
+
     def corrected(self, weight: Tensor, damping: float, strength: float) -> Tensor:
         """The weights [N, K] to round in place of `weight`, see `Correction.corrected`.
 

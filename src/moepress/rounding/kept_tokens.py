@@ -83,6 +83,11 @@ class KeptTokens:
         return self._weights.tokens
 
     @property
+    def weights(self) -> Tensor:
+        """[T] weights of the tokens."""
+        return self._weights.all
+
+    @property
     def corrects(self) -> bool:
         return self._difference is not None
 

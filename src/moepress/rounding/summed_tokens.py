@@ -55,6 +55,11 @@ class SummedTokens:
         return self._hessian.tokens
 
     @property
+    def weights(self) -> Tensor:
+        """[T] weights of the tokens."""
+        return self._hessian.weights
+
+    @property
     def corrects(self) -> bool:
         return self._correction is not None
 
