@@ -437,7 +437,7 @@ def test_the_server_shows_what_the_store_did(folder: Callable[..., Path]) -> Non
 
     def shown(model: nn.Module) -> dict[str, float]:
         engine: Any = Is(
-            stepper=Is(model=model), running=0, waiting=0, prefilled=0, generated=0,
+            stepper=Is(model=model), running=0, waiting=0, prefilled=0, reused=0, generated=0,
             trouble=lambda: None,
         )  # fmt: skip
         lines = Metrics(engine).text().decode().splitlines()
