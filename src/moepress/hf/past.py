@@ -12,37 +12,19 @@ cannot always go on with several tokens at once.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
-from moepress.hf.prefix import (
-    GAIN,
-    Mark,
-    common,
-    divisible,
-    forgets,
-    marked,
-    place_of_mark,
-    prefix,
-    reach,
-)
+from moepress.hf.prefix import GAIN, Text, divisible, forgets, marked, place_of_mark
 
 _OWN_CACHE = {"cache", "past_key_values"} & set(
     inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 CACHE = _OWN_CACHE.pop()  # what this transformers calls a model's cache
 UNKNOWN = -1  # no token
-
-
-@dataclass(frozen=True)
-class _Text:
-    cache: DynamicCache
-    ids: list[int]
-    marks: tuple[Mark, ...]
 
 
 class Past:
@@ -58,8 +40,8 @@ class Past:
         self.forget()
 
     def forget(self) -> None:
-        self._last: _Text | None = None
-        self._now: tuple[DynamicCache, tuple[Mark, ...]] | None = None
+        self._last: Text | None = None
+        self._now: Text | None = None
         self.reused = 0  # tokens of the text that begins, which another one had
 
     @torch.inference_mode()
@@ -69,22 +51,19 @@ class Past:
         self.forget()
         if not self._model._supports_default_dynamic_cache():
             return {}
-        cache, marks = DynamicCache(config=self._config), tuple[Mark, ...]()
-        if cache.layers and not self._can_go_on(cache):  # some models make layers as they go
+        now = Text(DynamicCache(config=self._config))
+        if now.cache.layers and not self._can_go_on(now.cache):  # some models make layers later
             return {}
-        if last is not None:
-            first = reach(last.cache, len(last.ids), last.marks, common(last.ids, ids[:-1]))
-            if first >= GAIN:
-                self.reused = first
-                cache = prefix(last.cache, len(last.ids), last.marks, first)
-                marks = tuple(mark for mark in last.marks if mark.tokens <= first)
+        first = 0 if last is None else last.reach(ids[:-1])
+        if last is not None and first >= GAIN:
+            now, self.reused = last.beginning(first), first
         place = place_of_mark(len(ids))
-        if forgets(cache) and place > self.reused:
+        if forgets(now.cache) and place > self.reused:
             part = torch.tensor([ids[self.reused : place]], device=self._model.device)
-            self._model(input_ids=part, use_cache=True, **{CACHE: cache})
-            marks = (marked(cache, place),)
-        self._now = cache, marks
-        return {CACHE: cache}
+            self._model(input_ids=part, use_cache=True, **{CACHE: now.cache})
+            now.marks = (marked(now.cache, place),)
+        self._now = now
+        return {CACHE: now.cache}
 
     def end(self, ids: list[int], whole: bool = True) -> None:
         """Keep what the cache holds of a text.
@@ -95,17 +74,17 @@ class Past:
         """
         if self._now is None:
             return
-        (cache, marks), self._now = self._now, None
+        now, self._now = self._now, None
         held = [
             layer.get_seq_length()
-            for layer in cache.layers
+            for layer in now.cache.layers
             if isinstance(layer, DynamicLayer) and layer.is_initialized
         ]
-        if held and self._can_go_on(cache):
+        if held and self._can_go_on(now.cache):
             known = ids[: min(held)]
             # Of an interrupted step some layers have a token that others lack.
             unknown = max(held) + (0 if whole else 1) - len(known)
-            self._last = _Text(cache, known + [UNKNOWN] * unknown, marks)
+            self._last = Text(now.cache, known + [UNKNOWN] * unknown, now.marks)
 
     def _can_go_on(self, cache: DynamicCache) -> bool:
         """Whether several tokens can be computed behind a part of what a cache holds."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.cache_utils import (
@@ -41,6 +41,27 @@ class Mark:
 
     tokens: int
     layers: Mapping[int, Any]  # by their numbers
+
+
+@dataclass(eq=False)
+class Text:
+    """What a model keeps of a text."""
+
+    cache: Any
+    ids: list[int] = field(default_factory=list)  # tokens in the cache
+    marks: tuple[Mark, ...] = ()
+
+    def reach(self, ids: list[int]) -> int:
+        """How many first tokens of another text `beginning` can give; 0: none."""
+        return reach(self.cache, len(self.ids), self.marks, common(self.ids, ids))
+
+    def beginning(self, first: int) -> Text:
+        """The text of so many first tokens, a result of `reach`. This one stays as it is."""
+        return Text(
+            prefix(self.cache, len(self.ids), self.marks, first),
+            self.ids[:first],
+            tuple(mark for mark in self.marks if mark.tokens <= first),
+        )
 
 
 def divisible(cache: Any, config: Any) -> bool:

@@ -270,7 +270,7 @@ class Engine:
         state, prompt = answer.state, answer.prompt
         assert state is not None
         start, marks = state.length, self._marks(answer)
-        end = self._end_of_part(answer, start, most)
+        end = self._end_of_part(answer, start, marks, most)
         ids = prompt.ids[start:end]
         score = answer.scores
         logits = self.stepper.prefill(state, ids, prompt.inputs, all_logits=score)
@@ -304,9 +304,9 @@ class Engine:
         marks = self.stepper.forgets and self._may_take(answer)
         return place_of_mark(len(answer.prompt.ids)) if marks else 0
 
-    def _end_of_part(self, answer: Answer, start: int, most: int) -> int:
+    def _end_of_part(self, answer: Answer, start: int, marks: int, most: int) -> int:
         """Where the part of a prompt ends that begins at a place."""
-        tokens, marks = len(answer.prompt.ids), self._marks(answer)
+        tokens = len(answer.prompt.ids)
         if answer.prompt.inputs is not None or not self.stepper.chunks:
             return tokens
         end = min(start + most, tokens)

@@ -10,7 +10,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from moepress.hf.captured import CapturedSteps, distance, room_for
 from moepress.hf.past import CACHE
-from moepress.hf.prefix import Mark, common, divisible, forgets, marked, prefix, reach
+from moepress.hf.prefix import Text, divisible, forgets, marked
 from moepress.serve.rows import Rows, can_batch, nbytes
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,10 @@ BESIDE = 8  # a captured step's own cache takes at most this part of the caches'
 
 
 @dataclass(eq=False)
-class State:
+class State(Text):
     """What the model keeps of one sequence."""
 
-    cache: Any
-    ids: list[int] = field(default_factory=list)  # tokens in the cache
     position: Tensor | None = None  # of the last token, [.., 1, 1]; None: nothing computed yet
-    marks: tuple[Mark, ...] = ()
     images: bool = False  # the ids do not say all
 
     @property
@@ -106,7 +103,7 @@ class Stepper:
         """How many first tokens of a text `beginning` can take from a sequence; 0: none."""
         if not self.begins or state.images or not state.length:
             return 0
-        return reach(state.cache, state.length, state.marks, common(state.ids, ids))
+        return state.reach(ids)
 
     @torch.inference_mode()
     def beginning(self, state: State, first: int) -> State:
@@ -116,12 +113,8 @@ class Stepper:
             first: tokens; a result of `reach`.
         """
         assert state.position is not None
-        return State(
-            prefix(state.cache, state.length, state.marks, first),
-            state.ids[:first],
-            state.position - (state.length - first),
-            tuple(mark for mark in state.marks if mark.tokens <= first),
-        )
+        text, position = state.beginning(first), state.position - (state.length - first)
+        return State(text.cache, text.ids, text.marks, position)
 
     @torch.inference_mode()
     def prefill(
