@@ -2,7 +2,7 @@
 
     python benchmarks/sizes.py             # Markdown, RAM
     python benchmarks/sizes.py --cards     # the same for memories of GPU cards
-    python benchmarks/sizes.py --more      # models that the README does not list
+    python benchmarks/sizes.py --more      # models that docs/sizes.md does not list
 
 Nothing is downloaded. `shapes/NAME.json` holds the fields of a model's config.json that decide its
 shape; transformers builds the model from it on the meta device, and the package counts bytes as
@@ -36,6 +36,7 @@ a fine-tune of the same shape was read:
     Kimi-K2             github.com/ParagEkbote/hf-model-inspector, report of Kimi-K2-Instruct-0905
     Llama-4-Scout       transformers 5.24, Llama4Config, with the vision tower of the model's card
     MiniMax-M2          transformers 5.24, MiniMaxM2Config
+    OLMoE-1B-7B         arXiv:2409.02060, table of its architecture; transformers 5.24, OlmoeConfig
     Nemotron-3-Nano     config.json in a test of nemotron3_jax, by the JAX authors
 Published numbers of weights are those of the models' cards. For GLM-4.5-Air and DeepSeek-V3 they do
 not count the layer that predicts a second token, and neither does this script.
@@ -79,7 +80,8 @@ PUBLISHED = {  # billions of weights
     "Qwen3-235B-A22B": 235.0,
     "DeepSeek-V3": 671.0,
 }
-MORE = {  # not in the README's table
+MORE = {  # not in the table of docs/sizes.md
+    "OLMoE-1B-7B": 6.9,
     "Nemotron-3-Nano-30B-A3B": 31.6,
     "Llama-4-Scout": 109.0,
     "MiniMax-M2": 230.0,
@@ -240,7 +242,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cards", action="store_true", help="memories of GPU cards, not RAM")
-    parser.add_argument("--more", action="store_true", help="other models than the README's")
+    parser.add_argument(
+        "--more", action="store_true", help="other models than those of docs/sizes.md"
+    )
     arguments = parser.parse_args()
     cards = arguments.cards
     models = [describe(name) for name in (MORE if arguments.more else PUBLISHED)]

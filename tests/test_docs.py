@@ -1,4 +1,4 @@
-"""Generated documentation is up to date, and the README names commands that exist."""
+"""Generated documentation is up to date; commands and links of the README and the docs exist."""
 
 from __future__ import annotations
 
@@ -82,3 +82,27 @@ def test_readme_commands_exist(generator: ModuleType) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     named = set(re.findall(r"\bmoepress ([a-z]+)", "\n".join(blocks)))
     assert named and named <= commands
+
+
+PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/results.md")
+
+
+def anchors(page: str) -> set[str]:
+    """What a link into a page can name: its own marks, and its headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    named = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return named | set(re.findall(r'<a id="([^"]+)">', page))
+
+
+def test_links_lead_somewhere() -> None:
+    pages = {path: path.read_text() for pattern in PAGES for path in ROOT.glob(pattern)}
+    lost = []
+    for page, text in pages.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", prose):
+            file, _, anchor = link.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            inside = not anchor or anchor in anchors(path.read_text())
+            if not path.exists() or not inside:
+                lost.append(f"{page.name}: {link}")
+    assert len(pages) > 15 and not lost

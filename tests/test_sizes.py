@@ -1,4 +1,4 @@
-"""The README's table of sizes: what the script prints, counted as a real folder is."""
+"""The table of sizes in docs: what the script prints, counted as a real folder is."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_a_shape_counts_like_the_model(
     assert shape.tokens.shape == model.tokens.shape
 
 
-def test_the_readme_shows_what_the_script_computes(sizes: ModuleType) -> None:
+def test_the_page_shows_what_the_script_computes(sizes: ModuleType) -> None:
     models = [sizes.describe(name) for name in sizes.PUBLISHED]
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/sizes.md").read_text()
     again = "run: python benchmarks/sizes.py"
-    assert sizes.table(models, sizes.RAM, "RAM") in readme, again
-    assert sizes.caption(models, sizes.RAM, "RAM", "") in readme, again
+    assert sizes.table(models, sizes.RAM, "RAM") in page, again
+    assert sizes.caption(models, sizes.RAM, "RAM", "") in page, again
 
 
 def test_every_shape_is_in_the_table(sizes: ModuleType) -> None:

@@ -24,7 +24,7 @@ from tests import synthetic
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
-README = Path(__file__).parents[2] / "README.md"
+QUESTIONS = Path(__file__).parents[2] / "docs/questions.md"
 
 DEFINITION = """
 task: adds
@@ -67,8 +67,8 @@ def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lm_eval_command() -> list[str]:
-    """The README's command for running lm-eval itself."""
-    (line,) = re.findall(r'^python -c ("import moepress.*")', README.read_text(), re.MULTILINE)
+    """The command of docs/questions.md for running lm-eval itself."""
+    (line,) = re.findall(r'^python -c ("import moepress.*")', QUESTIONS.read_text(), re.MULTILINE)
     return [sys.executable, "-c", *shlex.split(line)]
 
 
