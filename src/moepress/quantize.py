@@ -52,6 +52,7 @@ from moepress.original.walk import Walk
 from moepress.outside import copied_shards, write_outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
+from moepress.rounding.balance import balanced
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
@@ -288,6 +289,7 @@ def quantize_experts(
     read = walk.experts(layer, sums.own, routed)
     while originals := list(islice(read, room.experts)):
         progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
+        originals = [balanced(one, rounding) for one in originals]
         widths = [widths_of[expert.number] for expert in originals]
         together = round_experts(originals, rounding, widths, room.downs)
         for expert, found in zip(originals, together, strict=True):

@@ -96,6 +96,7 @@ class Recipe:
     sensitivity: SensitivityName = "gradient"  # weight of tokens in costs, costs/sensitivity.py
     token_floor: int = 256  # an expert with fewer tokens borrows some, rounding/tokens.py
     correction: float = 0.5  # share of earlier layers' errors that weights make up for
+    balance: bool = True  # channels of experts are scaled so that `down` rounds better, balance.py
 
     # How costs are measured, and how the allocator uses them.
     # measure: the quantizer whose error is epsilon. Or "noise": the error that gptq would leave in
@@ -350,8 +351,9 @@ FIELDS_AFTER_SCORING = (
     "bits", "bpw", "size", "cost", "scope", "per_projection",
     "alpha", "beta", "gamma", "at_least_one", "quantizer", "correction", "over",
 )  # fmt: skip
-# What the recipes in older plans and scores lack: they were made when all tokens were scored.
-SCORED_ALL = {"score_tokens": 0}
+# What the recipes in older plans and scores lack: they were made when all tokens were scored, and
+# channels left as they were.
+BEFORE = {"score_tokens": 0, "balance": False}
 LINEAR_ROLES = ("attention_bits", "shared_expert_bits", "dense_mlp_bits")
 
 # Without the two slow steps: the backward walk and the trellis search.
@@ -378,6 +380,7 @@ PAPER = dataclasses.replace(
     per_projection=False,
     hessian_weight="none",
     correction=0.0,
+    balance=False,
     at_least_one=(2, 3),
 )
 NAMED = {

@@ -52,6 +52,7 @@ from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.recipe import TABLE_BITS, Recipe
+from moepress.rounding.balance import balanced
 from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
 from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
@@ -235,6 +236,7 @@ def score_layer(
     read = walk.experts(layer, sums.own, routed)
     done = 0
     while together := list(islice(read, step)):
+        together = [balanced(one, rounding) for one in together]
         if rounding.draws and source.device.type == "cuda":
             soon = sums.own[done : done + 1 + EXPERTS_AHEAD]
             draw_experts_ahead(soon, together[0], rounding)

@@ -25,7 +25,7 @@ from moepress.format.codec import (
 )
 from moepress.reading.documents import Array, Document, parse
 from moepress.reading.json import read_json
-from moepress.recipe import FAST, SCORED_ALL, TABLE_BITS, Recipe
+from moepress.recipe import BEFORE, FAST, TABLE_BITS, Recipe
 from moepress.writing.ours import expecting
 
 PROJECTIONS = ("gate_up", "down")
@@ -164,9 +164,9 @@ class BitAllocation:
             bits = [[read_widths(row[n]) for n in PROJECTIONS] for row in rows]
             if "linear_bits" not in fields:  # of a version whose linears were all scalar and fixed
                 fields["linear_bits"] = {}
-                fields["recipe"] = FAST.to_dict() | SCORED_ALL | fields["recipe"]
+                fields["recipe"] = FAST.to_dict() | BEFORE | fields["recipe"]
             return cls(
-                **fields | {"recipe": Recipe.from_dict(SCORED_ALL | fields["recipe"])},
+                **fields | {"recipe": Recipe.from_dict(BEFORE | fields["recipe"])},
                 layers=tuple(int(row["layer"]) for row in rows),
                 bits=np.array(bits, dtype=np.float64).swapaxes(1, 2),
             )

@@ -16,7 +16,7 @@ from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.arrays import read_arrays, read_document
 from moepress.format.checkpoint import save_tensors
 from moepress.reading.documents import Array, Document, Pair
-from moepress.recipe import FIELDS_AFTER_SCORING, SCORED_ALL, Recipe
+from moepress.recipe import BEFORE, FIELDS_AFTER_SCORING, Recipe
 from moepress.writing.ours import expecting
 
 EXPERT_ARRAYS = (
@@ -181,7 +181,7 @@ class ExpertScores:
         try:
             rest |= {name: rest.pop(stored) for name, stored in STORED_AS.items()}
             rest |= {name: tuple(rest[name]) for name in TUPLES}
-            rest["recipe"] = SCORED_ALL | rest.get("recipe", {})
+            rest["recipe"] = BEFORE | rest.get("recipe", {})
             Recipe.from_dict(rest["recipe"])
             return cls(**{**rest, **arrays})
         except (InputError, CheckpointError) as error:

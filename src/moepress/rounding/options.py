@@ -20,6 +20,7 @@ class Rounding:
     damping: float  # of the Hessian, in units of the mean of its diagonal
     correction: float  # share of the errors of earlier layers that the weights make up for
     tokens: TokenPolicy  # which tokens make the Hessian of a routed expert
+    balance: bool = False  # channels of routed experts, balance.py
 
     @classmethod
     def of_experts(cls, recipe: Recipe, quantizer: str) -> Rounding:
@@ -35,7 +36,15 @@ class Rounding:
         if quantizer == NOISE and family != "trellis":
             quantizer = "gptq"  # only errors of trellis codes are drawn
         policy = TokenPolicy(recipe.hessian_weight == "routing", recipe.token_floor, recipe.seed)
-        return cls(quantizer, family, recipe.group_size, recipe.damping, recipe.correction, policy)
+        return cls(
+            quantizer,
+            family,
+            recipe.group_size,
+            recipe.damping,
+            recipe.correction,
+            policy,
+            recipe.balance,
+        )
 
     def codec(self, bits: float, cols: int) -> Codec:
         """The codec of a matrix [N, cols] at a width."""
@@ -54,3 +63,8 @@ class Rounding:
     def corrects(self) -> bool:
         """Whether weights make up for errors of earlier layers; round to nearest cannot."""
         return self.correction > 0 and self.needs_hessian
+
+    @property
+    def balances(self) -> bool:
+        """Whether channels of experts are balanced; needs the inputs of a Hessian."""
+        return self.balance and self.needs_hessian
