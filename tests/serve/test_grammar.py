@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
@@ -18,7 +19,6 @@ from pydantic import BaseModel
 from transformers import AutoTokenizer
 
 from moepress.serve import grammar as grammars
-from moepress.serve.engine import FAILED
 from moepress.serve.grammar import Grammar, GrammarError, Grammars
 from moepress.serve.parsing import Message
 from moepress.serve.sampling import Sampler, Settings
@@ -286,7 +286,7 @@ def test_multiples_that_are_taken(client: TestClient) -> None:
 def test_without_the_library_only_schemas_are_refused(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)  # cannot be imported
     for form in ({"type": "json_object"}, wanted(CODE)):
         status, error = here.refused(CHAT, response_format=form)
         assert (status, error["param"]) == (400, "response_format")
@@ -304,11 +304,12 @@ def test_an_answer_that_becomes_too_complex_ends_alone(
         free = pool.submit(ask, client, {"type": "text"}, max_tokens=200)
         answer = client.post(CHAT, json={**body, "response_format": long})
         assert free.result()["usage"]["completion_tokens"] == 200
-    assert answer.status_code == 500
-    message = answer.json()["error"]["message"]
-    assert "cannot be held to the schema" in message and message != FAILED
+    assert answer.status_code == 400  # after 500, clients ask again
+    error = answer.json()["error"]
+    assert "cannot be held to the schema" in error["message"]
+    assert error["type"] == "invalid_request_error"
     last = stream(client, long, max_tokens=200)[-1]
-    assert last["error"]["message"] == message and ask(client, {"type": "text"}, max_tokens=2)
+    assert last["error"] == error and ask(client, {"type": "text"}, max_tokens=2)
 
 
 THOUGHT = '<think>\nIs it {"a": 1}? <b></think>\n\n'
@@ -353,6 +354,17 @@ def test_a_model_may_leave_thinking_out(thinker: Scripted) -> None:
         response_format=wanted(CODE), chat_template_kwargs={"enable_thinking": False}
     )
     assert fits(json.loads(message["content"]), CODE) and "reasoning_content" not in message
+
+
+def test_a_prompt_may_begin_the_thinking(
+    thinker: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ messages[0].content }}<|im_start|>assistant\n<think>\n"
+    monkeypatch.setitem(vars(thinker.served.prompts), "templates", {"default": template})
+    script(thinker, 'Is it "ab-123"?</think>Sure')
+    message = thinker.message(response_format=wanted(CODE))
+    assert message["reasoning_content"] == 'Is it "ab-123"?'
+    assert fits(json.loads(message["content"]), CODE)
 
 
 def test_thinking_may_be_cut(thinker: Scripted) -> None:
@@ -426,9 +438,16 @@ def test_a_model_whose_answers_have_an_unknown_form_says_so(
     assert status == 400 and "only text is supported with this model" in error["message"]
 
 
-def made(tokenizer: Any, schema: Any = PERSON, *, ends: Any = (1,), prompt: str = "",
-         chat: str = "") -> Grammar:  # fmt: skip
-    return Grammars(tokenizer, ends, None).of(schema, prompt, chat)
+def made(
+    tokenizer: Any,
+    schema: Any = PERSON,
+    *,
+    ends: Any = (1,),
+    template: Any = None,
+    prompt: str = "",
+    chat: str = "",
+) -> Grammar:
+    return Grammars(tokenizer, ends, template).of(schema, prompt, chat)
 
 
 def written(grammar: Grammar, size: int, seed: int, most: int = 400) -> tuple[list[int], Sampler]:
@@ -535,6 +554,28 @@ def test_answers_in_channels(tokenizer_folder: Path) -> None:
     for seed in range(5):
         tokens, _ = written(grammar, len(tokenizer), seed, most=3000)
         assert json.loads(tokenizer.decode(tokens).rpartition(CHANNELS.plain)[2])
+
+
+def test_marks_of_special_tokens_and_text(tokenizer_folder: Path) -> None:
+    """As Gemma 4 begins its thinking."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_tokens(["<|channel>", "<channel|>"], special_tokens=True)
+    field = {"open": "<|channel>thought\n", "close": "<channel|>"}
+    template = {"fields": {"content": {"close": "</s>"}, "reasoning_content": field}}
+    for prompt, text in (
+        ("", '<|channel>thought\nSo<channel|>"ab-123"'),
+        ("<|channel>thought\n", 'So<channel|>"ab-123"'),
+        ("<|channel>thought\n<channel|>", '"ab-123"'),
+    ):
+        grammar = made(tokenizer, CODE, template=template, prompt=prompt)
+        matcher = grammar.matcher()
+        for token in tokenizer(text, add_special_tokens=False).input_ids:
+            assert matcher.allowed(len(tokenizer))[token], (text, tokenizer.decode([token]))
+            matcher.take(token)
+        assert matcher.complete
+    mixed = {**field, "close": "end<channel|>"}  # text before a special token: not known to come
+    with pytest.raises(RefusedError, match="only text is supported"):
+        made(tokenizer, CODE, template={"fields": {"content": {}, "thinking": mixed}})
 
 
 def test_threads_make_one_view_of_the_tokens(tokenizer: Any) -> None:

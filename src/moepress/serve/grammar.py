@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,12 @@ SPACES = r"[ ]|\n{1,2}[ \t]{0,20}"
 OPTIONS = {"whitespace_pattern": SPACES, "lenient": False, "coerce_one_of": False}
 OWN = "x-guidance"  # a key of schemas by which llguidance takes options
 NOTHING = "NoExtension"  # how llguidance says that no text fits
-LIMITS = {
-    "initial_lexer_fuel": 1_000_000,  # 20 ms, while the request is understood
-    "step_lexer_fuel": 200_000,  # 14 ms of a token
-    "step_max_items": 50_000,  # 3 ms of a token
-    "max_lexer_states": 20_000,  # of 1 or 2 kB, for all answers to a request together
-    "max_grammar_size": 200_000,
-    "verbose_errors": False,  # the schema is the client's
+LIMITS: dict[str, Any] = {
+    "step_lexer_fuel": 100_000,  # some ms of a token
+    # Of 1 or 2 kB, of all answers to a request together; also what patterns cost in all, some
+    # seconds. A string with `maxLength` takes four for each of its characters.
+    "max_lexer_states": 50_000,
+    "verbose_errors": False,  # they quote the whole grammar
 }
 
 
@@ -161,22 +160,22 @@ class Grammars:
         Raises:
             RefusedError: answers cannot be held to the schema, or not by this server or model.
         """
-        if find_spec("llguidance") is None:
-            raise RefusedError(PARAM, MISSING)
+        library = _library()
         written = _written(schema)
         try:
             thinking = thinking_of(self._template, chat)
             inside = None if thinking is None else begun(thinking, prompt)
             if inside is False:
                 thinking = None
-            tokens = self._tokens()
+            tokens = self._tokens(library)
             form = _form(tokens, thinking, bool(inside))
         except UnknownFormError:
             raise RefusedError(PARAM, UNKNOWN_FORM) from None
-        _try(_matcher(tokens.view, "start: @json", written), tokens.view)
-        return Grammar(tokens, _matcher(tokens.view, form, written), thinking, bool(inside))
+        matcher = partial(_matcher, library, tokens.view, written)
+        _try(matcher("start: @json"), tokens.view)
+        return Grammar(tokens, matcher(form), thinking, bool(inside))
 
-    def _tokens(self) -> Tokens:
+    def _tokens(self, library: Any) -> Tokens:
         """The model's tokens. Of a large vocabulary that takes a second: they are made once.
 
         Raises:
@@ -184,7 +183,7 @@ class Grammars:
         """
         with self._making:
             if self._made is None:
-                view = self._view()
+                view = self._view(library)
                 never = [
                     token
                     for token in self._tokenizer.all_special_ids
@@ -193,12 +192,10 @@ class Grammars:
                 self._made = Tokens(view, self._ends, never)
             return self._made
 
-    def _view(self) -> Any:
-        from llguidance.hf import from_tokenizer
-
+    def _view(self, library: Any) -> Any:
         ends = sorted(token for token in self._ends if token < len(self._tokenizer))
         try:
-            return from_tokenizer(self._tokenizer, eos_token=ends or None)
+            return library.hf.from_tokenizer(self._tokenizer, eos_token=ends or None)
         except BaseException as error:  # a panic of Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -209,18 +206,29 @@ class Grammars:
             raise RefusedError(PARAM, message) from error
 
 
-def _matcher(view: Any, form: str, written: str) -> Any:
+def _library() -> Any:
+    """llguidance.
+
+    Raises:
+        RefusedError: it is not installed.
+    """
+    try:
+        import llguidance.hf
+    except ImportError:
+        raise RefusedError(PARAM, MISSING) from None
+    return llguidance
+
+
+def _matcher(library: Any, view: Any, written: str, form: str) -> Any:
     """An LLMatcher. It may be in error.
 
     Args:
+        written: the schema of JSON, as `_written` returns it.
         form: of an answer, with its JSON as `@json`.
-        written: that JSON's schema, as `_written` returns it.
     """
-    import llguidance
-
     text = f'{{"grammars": [{{"lark_grammar": {json.dumps(form)}}}, {written}]}}'
-    limits = llguidance.LLParserLimits(**LIMITS)
-    return llguidance.LLMatcher(view, text, log_level=0, limits=limits)
+    limits = library.LLParserLimits(**LIMITS)
+    return library.LLMatcher(view, text, log_level=0, limits=limits)
 
 
 def _try(matcher: Any, view: Any) -> None:
