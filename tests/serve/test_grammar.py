@@ -496,6 +496,13 @@ def test_every_end_token_ends_an_answer(tokenizer: Any, kind: str) -> None:
         assert last == set(ends)
 
 
+def test_an_end_token_that_is_text_does_not_end_half_an_answer(tokenizer: Any) -> None:
+    four = tokenizer("4", add_special_tokens=False).input_ids[0]
+    for ends in ((1,), (1, four)):
+        matcher = made(tokenizer, {"type": "integer", "minimum": 10}, ends=ends).matcher()
+        assert bool(matcher.allowed(len(tokenizer))[four]) == (four not in ends)
+
+
 def test_no_special_token_is_content(tokenizer_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(["<think>", "</think>", "[X]"], special_tokens=True)

@@ -84,9 +84,10 @@ class Matcher:
         found = np.zeros(max(size, len(known), max(self._tokens.ends, default=0) + 1), np.bool_)
         found[: len(known)] = known
         found[self._tokens.never] = False
-        if self._inner.is_accepting():
+        over = bool(self._inner.is_accepting())
+        if over:
             found[self._tokens.view.eos_tokens] = False  # some token, where a model has none
-            found[list(self._tokens.ends)] = True
+        found[list(self._tokens.ends)] = over  # also one that is text by llguidance
         if not found[:size].any():
             raise GrammarError("The model has no token that can follow by the schema.")
         return torch.from_numpy(found[:size])
