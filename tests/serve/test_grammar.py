@@ -251,6 +251,7 @@ REFUSED = [
     ({"properties": {str(n): {} for n in range(2000)}}, "max is 2000"),
     ({"const": "x" * 70_000}, "at most 65536"),
     ({"type": "integer", "multipleOf": 9_999_991}, "multipleOf"),
+    ({"type": "integer", "multipleOf": -3}, "multipleOf"),
     ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "multipleOf"),
     ({"multipleOf": 0.0001, "anyOf": [{"multipleOf": 3}]}, "multipleOf"),
     ({"type": "string", "pattern": "(" * 3000 + ")" * 3000}, "regex parse error"),
@@ -280,7 +281,8 @@ def test_multiples_that_are_taken(client: TestClient) -> None:
     for seed in range(3):
         answer = ask(client, wanted(schema), temperature=2, seed=seed)
         assert int(answer["choices"][0]["message"]["content"]) % 125 == 0
-    ask(client, wanted({"multipleOf": 0.01, "type": "number"}), max_tokens=3)
+    for multiple in (0.01, 125.0, 1000):
+        ask(client, wanted({"multipleOf": multiple, "type": "number"}), max_tokens=3)
 
 
 def test_without_the_library_only_schemas_are_refused(
@@ -349,6 +351,9 @@ def test_a_model_may_leave_thinking_out(thinker: Scripted) -> None:
         script(thinker, text)
         message = thinker.message(response_format=wanted(schema), **more)
         assert message["content"] == text and "reasoning_content" not in message
+    script(thinker, "12")
+    message = thinker.message(response_format=wanted({"type": "integer"}))
+    assert message["content"] == "12"  # without the end token
     script(thinker, THOUGHT)  # no longer, where the prompt has ended it
     message = thinker.message(
         response_format=wanted(CODE), chat_template_kwargs={"enable_thinking": False}

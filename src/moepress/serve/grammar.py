@@ -260,10 +260,10 @@ def _written(schema: Mapping[str, Any]) -> str:
         raise _unfit(str(error)) from error
     if len(text) > MOST_SCHEMA:
         raise _unfit(f"it has {len(text)} characters, expected at most {MOST_SCHEMA}")
-    multiple = _common_multiple(_multiples(own))
-    if multiple > MOST_MULTIPLE:
+    multiples = list(_multiples(own))
+    if any(value <= 0 for value in multiples) or _common_multiple(multiples) > MOST_MULTIPLE:
         raise _unfit(
-            "multipleOf: expected values whose least common multiple is at most "
+            "multipleOf: expected positive values whose least common multiple is at most "
             f"{MOST_MULTIPLE}, in units of their last digit"
         )
     return f'{{"name": "json", "json_schema": {text}}}'
@@ -273,18 +273,17 @@ def _multiples(schema: Any) -> Iterator[Decimal]:
     """All values of multipleOf in a schema."""
     if isinstance(schema, Mapping):
         found = schema.get("multipleOf")
-        if isinstance(found, int | float) and found > 0:
-            yield Decimal(str(found))
+        if isinstance(found, int | float):
+            yield Decimal(str(found)).normalize()
     if isinstance(schema, Mapping | list):
         for part in schema.values() if isinstance(schema, Mapping) else schema:
             yield from _multiples(part)
 
 
-def _common_multiple(values: Iterable[Decimal]) -> int:
+def _common_multiple(values: Sequence[Decimal]) -> int:
     """The least common multiple, in units of the last digit that any has."""
-    found = list(values)
-    digits = max((-int(value.as_tuple().exponent) for value in found), default=0)
-    return math.lcm(*(int(value.scaleb(max(0, digits))) for value in found))
+    digits = max((-int(value.as_tuple().exponent) for value in values), default=0)
+    return math.lcm(*(int(value.scaleb(max(0, digits))) for value in values))
 
 
 def _form(tokens: Tokens, thinking: Thinking | None, inside: bool) -> str:
