@@ -329,7 +329,14 @@ ONLY = {
         ("messages", [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]),
         ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}), ("logprobs", 1), ("top_logprobs", 2),
+        ("response_format", {"type": "json"}), ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}),
+        ("response_format", {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {}, "schema_": {}}}),
+        ("logprobs", 1), ("top_logprobs", 2),
         ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}), ("store", True),
         ("chat_template_kwargs", {"x": [1]}), ("chat_template_kwargs", {"x": 1}),
         ("reasoning_effort", "high"), ("audio", {}),

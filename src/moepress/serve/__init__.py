@@ -8,6 +8,7 @@
     kept.py       for later prompts
     sampling.py   choice of tokens        writing.py   text and stop sequences
     parsing.py    reasoning, tool calls   calls.py     calls that cannot be read
+    grammar.py    answers as JSON         thinking.py  what comes before it
     answers.py    OpenAI's form           names.py     tokens by name, for logprobs
     model.py      a model made ready      limits.py    what clients may ask for
     metrics.py    for Prometheus

@@ -39,7 +39,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DRAINED = 256 << 20  # bytes of a body that is too large read before the answer, so that it arrives
 GRACE = 5.0  # seconds after the deadline that the engine has to say so itself
 LOOK = 0.5  # seconds between looks whether the engine still works
-STATUS = {LATE: 504, STOPPING: 503, FAILED: 500}
+STATUS = {LATE: 504, STOPPING: 503, FAILED: 500}  # others are of what the request asks for
 
 
 class Service:
@@ -131,7 +131,7 @@ class Service:
                 yield event(form.usage_chunk(spent.json()))
             yield event("[DONE]")
         except RefusedError as refused:
-            yield event(error(refused.message, "server_error"))
+            yield event(error(refused.message, _kind(refused)))
         except Exception:
             job.done = True  # a fault of ours: the client has not left
             raise
@@ -165,7 +165,7 @@ class Service:
                 continue
             if news.error:
                 job.done = True
-                raise RefusedError(None, news.error, status=STATUS.get(news.error, 500))
+                raise RefusedError(None, news.error, status=STATUS.get(news.error, 400))
             if first and news.tokens:
                 first = False
                 self.metrics.first.observe(time.monotonic() - job.begun)
@@ -291,11 +291,14 @@ def _says(news: Event) -> bool:
     return bool(message.text or message.reasoning or message.calls)
 
 
+def _kind(refused: RefusedError) -> str:
+    return "invalid_request_error" if refused.status < 500 else "server_error"
+
+
 def _refusal(refused: RefusedError) -> Response:
-    kind = "invalid_request_error" if refused.status < 500 else "server_error"
     headers = {"Retry-After": "1"} if refused.status == 429 else {}
     headers |= {"Connection": "close"} if refused.status in (408, 413) else {}
-    body = error(refused.message, kind, refused.param, refused.code)
+    body = error(refused.message, _kind(refused), refused.param, refused.code)
     return JSONResponse(body, refused.status, headers)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from moepress.serve.answers import Form
 from moepress.serve.engine import Engine
+from moepress.serve.grammar import OBJECT, Grammar, Grammars
 from moepress.serve.limits import Limits
 from moepress.serve.names import Names
-from moepress.serve.parsing import Parser
+from moepress.serve.parsing import Parser, Reader
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
 from moepress.serve.schema import Chat, Completion, RefusedError, Request, parsed
@@ -31,6 +32,7 @@ class Served:
     prompts: Prompts
     defaults: Settings
     parser: Callable[[str, Any], Parser] | None  # from a prompt's text and tools
+    grammars: Grammars
 
     @cached_property
     def names(self) -> Names:
@@ -88,11 +90,13 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
     logprobs = _logprobs(asked)
     echo = isinstance(asked, Completion) and bool(asked.echo)
     options = asked.stream_options
+    grammar = _grammar(asked, served, prompts[0])
     wanted = Wanted(
         replace(settings_of(asked, served.defaults), bias=asked.bias, logprobs=logprobs),
         _most(asked, max(len(prompt.ids) for prompt in prompts), served),
         (*asked.stops, *served.defaults.stop),
-        _parser(asked, served),
+        _parser(asked, served, grammar),
+        grammar,
         score=echo and logprobs is not None,
         continues=isinstance(asked, Completion),
     )
@@ -171,7 +175,27 @@ def _check_logprobs(wanted: Wanted, prompts: Sequence[Prompt], n: int) -> None:
         raise RefusedError("logprobs", message, most)
 
 
-def _parser(asked: Request, served: Served) -> Callable[[str], Parser] | None:
+def _grammar(asked: Request, served: Served, prompt: Prompt) -> Grammar | None:
+    """What the answers to a chat are held to; None: nothing."""
+    form = asked.response_format if isinstance(asked, Chat) else None
+    if form is None or form.type == "text":
+        return None
+    assert isinstance(asked, Chat)
+    if asked.tools and asked.tool_choice != "none":
+        message = (
+            f"response_format: {form.type} together with tools is not supported: leave one of them "
+            "out, or send tool_choice: none"
+        )
+        raise RefusedError("response_format", message)
+    schema = OBJECT if form.json_schema is None else form.json_schema.schema_
+    return served.grammars.of(schema, prompt.text, served.prompts.template(tools=False) or "")
+
+
+def _parser(
+    asked: Request, served: Served, grammar: Grammar | None
+) -> Callable[[str], Reader | None] | None:
+    if grammar is not None:
+        return lambda prefix: grammar.reader()
     make = served.parser
     if make is None or not isinstance(asked, Chat):
         return None

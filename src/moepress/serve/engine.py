@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moepress.hf.growing_cache import room_beyond
 from moepress.hf.prefix import GAIN, place_of_mark
+from moepress.serve.grammar import GrammarError
 from moepress.serve.kept import Kept
 from moepress.serve.limits import Limits
 from moepress.serve.parsing import Message
@@ -180,7 +181,12 @@ class Engine:
                         raw=parser is not None,
                         after=prompt.ids if wanted.continues else (),
                     ),
-                    Sampler(wanted.settings, prompt.ids, index),
+                    Sampler(
+                        wanted.settings,
+                        prompt.ids,
+                        index,
+                        None if wanted.grammar is None else wanted.grammar.matcher(),
+                    ),
                     parser,
                 )
             except Exception:
@@ -257,6 +263,8 @@ class Engine:
             answer = self._prompts.popleft()
             try:
                 left -= self._prefill_one(answer, left)
+            except GrammarError as error:
+                self._fail(answer, str(error))
             except Exception:
                 logger.exception("a prompt could not be computed")
                 self._fail(answer, FAILED)
@@ -340,6 +348,8 @@ class Engine:
                     running.append(answer)
                 else:
                     self._keep(answer)
+            except GrammarError as error:
+                self._fail(answer, str(error))
             except Exception:
                 logger.exception("an answer could not go on")
                 self._fail(answer, FAILED)
@@ -361,10 +371,11 @@ class Engine:
             answer.untold.append(choice)
         # Parsers know the token that ends an answer; a reader need not see it.
         text = "" if ended and answer.parser is None else writer.add(choice.token)
+        over = ended or answer.sampler.complete
         finish: Finish | None = None
-        if ended or writer.stopped or answer.tokens >= wanted.most:
+        if over or writer.stopped or answer.tokens >= wanted.most:
             text += writer.end()
-            finish = "stop" if ended or writer.stopped else "length"
+            finish = "stop" if over or writer.stopped else "length"
         self._tell(answer, text, finish)
         return finish is None
 

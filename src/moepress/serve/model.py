@@ -14,6 +14,7 @@ from moepress.generation import ENDS, checked_settings, context_of
 from moepress.memory import free_host_memory
 from moepress.serve.asking import Served
 from moepress.serve.engine import Engine
+from moepress.serve.grammar import Grammars
 from moepress.serve.limits import Limits, fitting_body
 from moepress.serve.parsing import Parser, answer_template
 from moepress.serve.prompts import Prompts
@@ -72,6 +73,7 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits, reuse: bool
         prompts,
         Settings.of_folder(model.generation_config),
         None if template is None else lambda text, tools: Parser(template, text, tools),
+        Grammars(tokenizer, ends, template),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what templates name the field
 
@@ -30,6 +30,14 @@ class Message:
         """The message without the text of a token that a parser did not know and left."""
         text, reasoning = self.text.removesuffix(end), self.reasoning.removesuffix(end)
         return Message(text, reasoning, self.calls)
+
+
+class Reader(Protocol):
+    """What tells the parts of one answer apart while it is written."""
+
+    def feed(self, text: str) -> Message: ...
+
+    def end(self, cut: bool = True) -> Message: ...
 
 
 class Parser:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from moepress.generation import STOPS, checked_settings
+from moepress.serve.grammar import Matcher
 
 # The settings of a folder that the server follows.
 FOLLOWED = (
@@ -90,10 +91,18 @@ class Sampler:
         settings: how.
         prompt: token ids, which count for `repetition_penalty`.
         number: of the answer in its request. With a seed, each answer draws other numbers.
+        matcher: says which tokens may come next; None: all may.
     """
 
-    def __init__(self, settings: Settings, prompt: Sequence[int], number: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        prompt: Sequence[int],
+        number: int = 0,
+        matcher: Matcher | None = None,
+    ) -> None:
         self.settings = settings
+        self.matcher = matcher
         self.prompt = prompt
         self.seen: Tensor | None = None  # [V] bool, in use; a list of each prompt is gigabytes
         self.counts: Counter[int] = Counter()
@@ -104,9 +113,20 @@ class Sampler:
             self.random.manual_seed((settings.seed + number) % 2**63)
         self.warpers = _warpers(settings)
 
+    @property
+    def complete(self) -> bool:
+        """Whether no token may follow."""
+        return self.matcher is not None and self.matcher.complete
+
     def choose(self, logits: Tensor) -> Choice:
-        """The next token, from logits [V] float32 of the model. They are left as they are."""
+        """The next token, from logits [V] float32 of the model. They are left as they are.
+
+        Raises:
+            GrammarError: none of them can follow.
+        """
         scores = self._adjusted(logits)
+        if self.matcher is not None:
+            scores = scores.masked_fill(~self.matcher.allowed(len(scores)), -torch.inf)
         if self.settings.temperature < SMALLEST_TEMPERATURE:
             token = int(scores.argmax())
         else:
@@ -114,6 +134,8 @@ class Sampler:
             for warper in self.warpers:
                 row = warper(None, row)
             token = int(torch.multinomial(row[0].softmax(-1), 1, generator=self.random))
+        if self.matcher is not None:
+            self.matcher.take(token)
         if self.seen is not None:
             self.seen[token] = True
         self.counts[token] += 1

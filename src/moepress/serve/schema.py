@@ -78,8 +78,9 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         kept = {}
+        named = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in named:
                 kept[name] = value
             elif name not in cls.WITHOUT_EFFECT:
                 raise _of_a_field(name, "there is no such field in this server's requests")
@@ -242,8 +243,22 @@ class Tool(Strict):
     function: Function
 
 
+class JsonSchema(Strict):
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: StrictStr | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None  # answers fit the schema in any case
+
+
 class Format(Strict):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Format:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema is needed with type json_schema, and with no other")
+        return self
 
 
 class Chat(Request):

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from moepress.serve.parsing import Message, Parser
+from moepress.serve.grammar import Grammar
+from moepress.serve.parsing import Message, Reader
 from moepress.serve.sampling import Choice, Sampler, Settings
 from moepress.serve.stepping import State
 from moepress.serve.writing import Writer
@@ -24,7 +25,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     inputs: Mapping[str, Any] | None = None
-    text: str = ""  # the prompt as text, for `Parser` and `echo`
+    text: str = ""  # the prompt as text, for parsers and `echo`
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Wanted:
     settings: Settings
     most: int  # new tokens; 0 with `score`
     stop: tuple[str, ...] = ()  # texts that end an answer
-    parser: Callable[[str], Parser] | None = None  # from the prompt's text
+    parser: Callable[[str], Reader | None] | None = None  # from the prompt's text
+    grammar: Grammar | None = None  # that the answer is held to
     score: bool = False  # also the logprobs of the prompts' tokens
     continues: bool = False  # the answer goes on with the prompt's text: it may begin with a space
 
@@ -94,7 +96,7 @@ class Answer:
     index: int
     writer: Writer
     sampler: Sampler
-    parser: Parser | None
+    parser: Reader | None
     state: State | None = None  # None: waiting
     last: int = 0  # token, of which the next step computes the logits
     tokens: int = 0  # generated so far
