@@ -286,10 +286,9 @@ def quantize_experts(
     if numbers and finish is None and _run_together(walk, layer, routed):
         resident = [None] * len(widths_of)
     room = experts_at_once(walk.source, layer, rounding, kept=resident is not None)
-    read = walk.experts(layer, sums.own, routed)
+    read = (balanced(one, rounding) for one in walk.experts(layer, sums.own, routed))
     while originals := list(islice(read, room.experts)):
         progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
-        originals = [balanced(one, rounding) for one in originals]
         widths = [widths_of[expert.number] for expert in originals]
         together = round_experts(originals, rounding, widths, room.downs)
         for expert, found in zip(originals, together, strict=True):

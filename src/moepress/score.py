@@ -233,10 +233,9 @@ def score_layer(
     step = 1
     if not rounding.draws:
         step = experts_at_once(source, layer, rounding, len(recipe.widths)).downs
-    read = walk.experts(layer, sums.own, routed)
+    read = (balanced(one, rounding) for one in walk.experts(layer, sums.own, routed))
     done = 0
     while together := list(islice(read, step)):
-        together = [balanced(one, rounding) for one in together]
         if rounding.draws and source.device.type == "cuda":
             soon = sums.own[done : done + 1 + EXPERTS_AHEAD]
             draw_experts_ahead(soon, together[0], rounding)
