@@ -32,7 +32,8 @@ def balanced(expert: RoutedExpert, rounding: Rounding) -> RoutedExpert:
     if not rounding.balances or not gated or biased or not _up_multiplies(expert):
         return expert
     gate_up, down = expert.weights.gate_up, expert.weights.down
-    scale = channel_scales(_strengths(expert, rounding), _mean_squares(down)).float()
+    scale = channel_scales(_strengths(expert, rounding), _mean_squares(down))
+    scale = scale.bfloat16().float()  # sums in another order, of a card say, give the same
     up = (gate_up[inner:].float() / scale[:, None]).to(gate_up)
     weights = expert.weights._replace(
         gate_up=torch.cat([gate_up[:inner], up]), down=(down.float() * scale).to(down)
