@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moepress.byte_units import size_text
+
 if TYPE_CHECKING:
     from moepress.store.memory import Memory
 
@@ -156,13 +158,13 @@ def _memory() -> Iterable[Check]:
 
     memory = psutil.virtual_memory()
     yield Check(
-        "memory", "ok", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available"
+        "memory", "ok", f"{size_text(memory.total)}, {size_text(memory.available)} available"
     )
 
 
 def _disk() -> Iterable[Check]:
     yield Check(
-        "disk", "ok", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder"
+        "disk", "ok", f"{size_text(shutil.disk_usage(Path.cwd()).free)} free in this folder"
     )
 
 
@@ -191,7 +193,7 @@ def _cuda() -> Iterable[Check]:
         free, total = torch.cuda.mem_get_info(index)
         found = (
             f"{device.name}, compute capability {device.major}.{device.minor}, CUDA "
-            f"{torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free: models of up to "
+            f"{torch.version.cuda}, {size_text(free)} of {size_text(total)} free: models of up to "
             f"about {SHARE * free * 8 / FITTING_BITS / 1e9:.0f} billion weights at {FITTING_BITS} "
             "bits fit"
         )

@@ -21,6 +21,7 @@ import torch
 
 from moepress.allocate import best_plan
 from moepress.allocation.plan import BitAllocation
+from moepress.byte_units import size_text
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
@@ -28,7 +29,6 @@ from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
 from moepress.format.journal import layer_file
 from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
-from moepress.original.sizes import size_text
 from moepress.progress import announce
 from moepress.ranks import here
 from moepress.recipe import Recipe

@@ -304,7 +304,7 @@ def test_missing_shards_are_told_with_the_state_of_their_download(
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(bytes(20_000_000))
     with pytest.raises(
-        CheckpointError, match=names + r"A download is under way \(1 unfinished files, 0.02 GB"
+        CheckpointError, match=names + r"A download is under way \(1 unfinished files, 20.0 MB"
     ):
         Source(folder)
     hour_ago = time.time() - 3600

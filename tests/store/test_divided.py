@@ -102,7 +102,7 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert card_budget("fit", 70, 20, 100) is None
     assert card_budget("fit", 75, 20, 100) == 60
     assert card_budget(90, 70, 20, 0) is None and card_budget(50, 70, 20, 1000) == 30
-    with pytest.raises(InputError, match=r"memory for weights is 1 GB.* take 2 GB"):
+    with pytest.raises(InputError, match=r"memory for weights is 1.0 GB.* take 2.0 GB"):
         card_budget(GB, 7 * GB, 2 * GB, 0)
     monkeypatch.setattr("moepress.store.memory.free_host_memory", lambda: 100)
     assert host_room("fit", 90) == host_room("mapped", 90) == Room(90, False)

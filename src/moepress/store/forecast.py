@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moepress.byte_units import size_text
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import SCORES
 from moepress.format.quantization import packed_specs
@@ -19,7 +20,6 @@ from moepress.kernels.cpu.expert_store import HUGE_FROM, ExpertStore, Place, pag
 from moepress.kernels.gate import packed_names
 from moepress.memory import free_memory
 from moepress.original.folder import weight_files
-from moepress.original.sizes import size_text
 from moepress.store.hottest import hottest, share_of
 from moepress.store.memory import WITHOUT_EXPERTS, Memory, card_room, plan
 from moepress.store.places import places_of, total_bytes
@@ -117,8 +117,8 @@ class Forecast:
         where = "" if self.memory is None else f", {size_text(self.memory)} in memory"
         return (
             f"{experts}{where}: {self.hit_rate:.0%} of the chosen ones, "
-            f"{self.read_bytes_per_token / 1e6:,.0f} MB read per token at "
-            f"{self.drive_bytes_per_s / 1e6:,.0f} MB/s; {most}"
+            f"{size_text(self.read_bytes_per_token)} read per token at "
+            f"{size_text(self.drive_bytes_per_s)}/s; {most}"
         )
 
 
@@ -182,12 +182,12 @@ class CardFit:
         return {**asdict(self), "runs": self.runs}
 
     def __str__(self) -> str:
-        size = f"{(self.expert_bytes + self.other_bytes) / 1e9:.3g} GB of weights"
-        room = f"{self.gpu_memory / 1e9:.3g} GB of the card"
+        size = f"{size_text(self.expert_bytes + self.other_bytes)} of weights"
+        room = f"{size_text(self.gpu_memory)} of the card"
         if not self.runs:
             return (
                 f"{size} do not fit into {room}: those outside the experts take "
-                f"{self.other_bytes / 1e9:.3g} GB"
+                f"{size_text(self.other_bytes)}"
             )
         if self.experts == 1:
             return f"{size} fit into {room}"

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moepress.byte_units import size_text
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.kernels.cpu.interface import READ_FAILED, RESULTS, library
 from moepress.kernels.stores import OPEN, refuse
@@ -205,7 +206,7 @@ class ExpertStore:
         error = _functions().moepress_store_lock(self.number)
         if error:
             raise InputError(
-                f"Cannot lock {self.nbytes / 1e9:.3g} GB of memory: {os.strerror(error)}. Raise "
+                f"Cannot lock {size_text(self.nbytes)} of memory: {os.strerror(error)}. Raise "
                 "the limit (`ulimit -l`, or LimitMEMLOCK of a service), or give a size in place of "
                 "'all'."
             )
@@ -259,8 +260,8 @@ class ExpertStore:
         largest = max((pages(one) + pages(other) for one, other in pairs), default=0)
         if largest > self.budget:
             raise InputError(
-                f"There are {self.budget / 1e6:,.0f} MB for experts, and the largest takes "
-                f"{largest / 1e6:,.0f} MB. Give more memory."
+                f"There are {size_text(self.budget)} for experts, and the largest takes "
+                f"{size_text(largest)}. Give more memory, at least {largest - self.budget:,} bytes."
             )
 
 
