@@ -20,7 +20,7 @@ from moepress.compress import compress
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.evaluation.document import load_evaluation
 from moepress.format.checkpoint import folder_bytes, save_json
-from tests.conftest import small_recipe
+from tests.conftest import small_recipe, with_context
 
 Folder = Callable[..., Path]
 evaluate_module = importlib.import_module("moepress.evaluate")
@@ -211,3 +211,15 @@ def test_a_damaged_evaluation_is_refused(
     path.write_text('{"kind": "evaluation", "kl": NaN}')
     with pytest.raises(FileError, match="NaN is no JSON"):
         load_evaluation(path)
+
+
+def test_windows_longer_than_the_context_are_refused(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    folder = with_context(model_folder(), 32, tmp_path / "short")
+    told = r"33 tokens, and the model reads 32 .* lower --length"
+    run_evaluate(folder, [str(text_file)], length=32, limit=1)
+    with pytest.raises(InputError, match=told):
+        run_evaluate(folder, [str(text_file)], length=33, limit=1)
+    with pytest.raises(InputError, match=told):
+        run_evaluate(model_folder(), [str(text_file)], against=folder, length=33, limit=1)

@@ -172,6 +172,9 @@ def evaluate(
     other = resolve(against) if against is not None else None
     if other is not None:
         check_comparable(folder, other, trust_remote_code)
+    for one in (folder, other):
+        if one is not None:
+            windows.check_context(length, text_config(one, trust_remote_code), "--length")
     tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
