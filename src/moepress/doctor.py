@@ -59,6 +59,11 @@ class Report:
 
     checks: tuple[Check, ...]
 
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed; what is missing is no failure."""
+        return any(check.state == "failed" for check in self.checks)
+
     def to_dict(self) -> dict[str, Any]:
         return {"checks": [asdict(check) for check in self.checks]}
 

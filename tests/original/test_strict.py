@@ -386,7 +386,7 @@ def test_a_file_and_a_link_to_it_are_one(whole: Path, model_folder: Folder) -> N
         assert [path.name for path in source.files] == [SINGLE]
         assert torch.equal(source.tensor(NORM), expected)
     (whole / SINGLE).unlink()  # the link leads nowhere then
-    with pytest.raises(CheckpointError, match="names 2 files that .* lacks: model-00001"):
+    with pytest.raises(CheckpointError, match=r"names 2 files that .* lacks: model-00001"):
         Source(whole)
     source = Source(assign(whole, dict.fromkeys(names, other[1])))
     assert [path.name for path in source.files] == [other[1]]

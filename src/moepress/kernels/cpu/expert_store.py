@@ -258,11 +258,16 @@ class ExpertStore:
                 )
         pairs = zip(flat[::2], flat[1::2], strict=True)
         largest = max((pages(one) + pages(other) for one, other in pairs), default=0)
-        if largest > self.budget:
-            raise InputError(
-                f"There are {size_text(self.budget)} for experts, and the largest takes "
-                f"{size_text(largest)}. Give more memory, at least {largest - self.budget:,} bytes."
-            )
+        check_largest(self.budget, largest)
+
+
+def check_largest(budget: int, largest: int) -> None:
+    """Raise InputError if a store cannot hold the largest expert. Both in bytes."""
+    if largest > budget:
+        raise InputError(
+            f"There are {size_text(budget)} for experts, and the largest takes "
+            f"{size_text(largest)}. Give more memory, at least {largest - budget:,} bytes."
+        )
 
 
 def _ranges(flat: Sequence[Place], opened: dict[Path, int]) -> Ints:
