@@ -134,6 +134,8 @@ def estimate_table(result: Mapping[str, Any]) -> str:
         lines.append(f"An earlier run has finished part of: {', '.join(done)}.")
     if result["memory_bytes"] > result["free_memory_bytes"]:
         lines.append("This needs more memory than is free.")
+    if result["reading"]:
+        lines.append(result["reading"])
     return "\n".join(lines)
 
 
