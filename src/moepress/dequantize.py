@@ -27,7 +27,7 @@ from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
 from moepress.original.folder import weight_files
-from moepress.original.sizes import unpacked_model
+from moepress.original.sizes import PartBytes, bytes_by_part, unpacked_model
 from moepress.progress import Progress
 from moepress.reading.config import config_fields
 from moepress.writing.files import check_place, sweep
@@ -61,9 +61,9 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     _check_output(out)
     model = unpacked_model(folder, trust_remote_code)
     files = weight_files(folder)
-    _check_space(out, model)
-    plain = _Plain(model, specs)
     written = [out / path.name for path in files]
+    _check_space(out, bytes_by_part(folder, trust_remote_code), written)
+    plain = _Plain(model, specs)
     with held(out / WORK, lambda: _kept(out, written)) as work:
         sweep(out)
         check_identity(work / IDENTITY_FILE, {"config": _digest(folder / "config.json")}, out)
@@ -173,13 +173,19 @@ class _Plain:
         return bias.part.biases(without_padding(value[..., None], bias.parts, rows, 1)[..., 0])
 
 
-def _check_space(out: Path, model: Any) -> None:
-    """Raise CheckpointError, before any work, if the disk cannot hold the model."""
-    need = sum(value.nbytes for value in model.state_dict().values())
+def _check_space(out: Path, parts: Mapping[str, PartBytes], written: Sequence[Path]) -> None:
+    """Raise CheckpointError, before any work, if the disk cannot hold the rest of the model.
+
+    Args:
+        parts: bytes of the model.
+        written: its files; those are there that a stopped run has finished.
+    """
+    need = sum(part.original for part in parts.values())
+    need -= sum(path.stat().st_size for path in written if path.is_file())
     where = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(where).free
     if free < need:
         raise CheckpointError(
-            f"No space left for {out}: the model takes {need:,} bytes, {free:,} are free. Free "
-            "some, or choose another disk."
+            f"No space left for {out}: the model takes {need:,} more bytes, {free:,} are free. "
+            "Free some, or choose another disk."
         )
