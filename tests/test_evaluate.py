@@ -95,7 +95,7 @@ def test_an_original_that_does_not_fit_is_still_compared(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(evaluate_module, "free_memory", lambda device: 1000)
     folder = model_folder()
     result = run_evaluate(
         folder, [str(text_file)], against=folder, length=32, limit=2, generations=2, speed=True

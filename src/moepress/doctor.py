@@ -159,12 +159,10 @@ def _cpu() -> Iterable[Check]:
 
 
 def _memory() -> Iterable[Check]:
-    import psutil
+    from moepress.memory import free_host_memory, host_memory
 
-    memory = psutil.virtual_memory()
-    yield Check(
-        "memory", "ok", f"{size_text(memory.total)}, {size_text(memory.available)} available"
-    )
+    found = f"{size_text(host_memory())}, {size_text(free_host_memory())} available"
+    yield Check("memory", "ok", found)
 
 
 def _disk() -> Iterable[Check]:

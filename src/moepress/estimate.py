@@ -27,6 +27,7 @@ from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
 from moepress.format.journal import layer_file
+from moepress.memory import free_host_memory
 from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
 from moepress.progress import announce
@@ -195,7 +196,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     peaks, disks = _peaks(task, plan, request)
     model_bytes = task.shape.disk_bytes
     unread = model_bytes  # of the model's bytes that the system has not yet in memory
-    fits = model_bytes < psutil.virtual_memory().available
+    fits = model_bytes < free_host_memory()
     rows, reading = [], 0.0
     for name, work in counted.items():
         fast = max(0.0, work["read"] - unread) if fits else 0.0
@@ -213,7 +214,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
         scored_tokens=task.scored.tokens,
         threads=torch.get_num_threads(),
         device=str(request.source.device),
-        free_memory_bytes=int(psutil.virtual_memory().available),
+        free_memory_bytes=free_host_memory(),
         free_disk_bytes=_free(out),
         reading_seconds=reading,
         reading_bytes_per_s=1 / rates["read"] if rates["read"] else 0.0,

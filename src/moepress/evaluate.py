@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from moepress.evaluation.request import check_comparable, check_options
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, save_json
 from moepress.format.quantization import quantization_of
+from moepress.memory import free_memory
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
@@ -259,7 +259,7 @@ def _loaded(
     if not whole:
         return None
     need = sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())
-    free = free_bytes(device)
+    free = free_memory(torch.device(device))
     if need > FITS * free:
         logger.warning(
             "%s takes %s bytes and %s are free: skipping generation, timing and tasks.",
@@ -293,13 +293,6 @@ def _predictions(
                 logits = model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             yield batch, logits
             progress.advance()
-
-
-def free_bytes(device: str) -> int:
-    """Free memory in bytes, of the GPU or of the machine."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _paired(
