@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moepress import evaluate as run_evaluate
@@ -102,6 +103,25 @@ def test_an_original_that_does_not_fit_is_still_compared(
     )
     assert result.kl == 0 and result.repetition is None and result.performance is None
     assert "1,000 are free: skipping generation, timing and tasks" in caplog.text
+
+
+def test_another_original_is_told(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As an instructed model, and its base."""
+    folder, other = model_folder(), tmp_path / "base"
+    made = compress(folder, tmp_path / "made", small_recipe(text_file, bits=2))
+    shutil.copytree(folder, other)
+    file = other / "model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    options = {"length": 32, "limit": 1}
+    run_evaluate(made, [str(text_file)], against=folder, **options)
+    assert "another model" not in caplog.text
+    run_evaluate(made, [str(text_file)], against=other, **options)
+    assert f"made from {folder.name}, whose files are not those of {other}" in caplog.text
 
 
 def test_no_text_is_refused(model_folder: Folder) -> None:
