@@ -74,6 +74,19 @@ def test_what_cannot_be_dequantized_is_refused(
     assert not (tmp_path / "new" / "config.json").exists()
 
 
+def test_a_damaged_folder_is_refused_before_any_work(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    packed = compress(model_folder(), tmp_path / "packed", small_recipe(text_file, bits=2))
+    shard = packed / "model-layer-0001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(FileError, match="is not as it was written"):
+        moepress.dequantize(packed, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_bfloat16_model_becomes_bfloat16(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:

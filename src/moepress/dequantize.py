@@ -19,6 +19,7 @@ from torch import Tensor
 from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import finish_folder, save_tensors
+from moepress.format.checksums import read_checksums, verify_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.format.journal import IDENTITY_FILE, check_identity
 from moepress.format.quantization import packed_specs
@@ -40,7 +41,8 @@ OURS = "moepress_"  # how the names of files begin that describe the compressed 
 def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Write a compressed model with plain weights, for transformers without moepress.
 
-    One file of the folder, usually a decoder layer, is in memory at a time. Experts that are left
+    Every byte is compared with its checksum first: the result has none. One file of the folder,
+    usually a decoder layer, is in memory at a time. Experts that are left
     out become zeros. Weights have the dtype of config.json; tensors have the names of transformers'
     class.
 
@@ -63,6 +65,8 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     files = weight_files(folder)
     written = [out / path.name for path in files]
     _check_space(out, bytes_by_part(folder, trust_remote_code), written)
+    if (checksums := read_checksums(folder)) is not None:  # the plain model has none
+        verify_tensors(folder, checksums, files)
     plain = _Plain(model, specs)
     with held(out / WORK, lambda: _kept(out, written)) as work:
         sweep(out)
