@@ -19,6 +19,8 @@ from moepress import __version__, cli, progress
 from moepress.cli.recipe_options import DEFAULTS, recipe_of
 from moepress.cli.tables import nested_table, table
 from moepress.compress import compress
+from moepress.errors import CheckpointError
+from moepress.evaluate import Evaluation
 from moepress.format.checkpoint import DROP_COSTS
 from moepress.recipe import NAMED, Recipe
 from moepress.store import forecast
@@ -387,6 +389,24 @@ def test_doctor_fails_where_a_folder_cannot_run(
     for memory in ("mapped", "all"):
         _, text, _ = run(monkeypatch, capsys, "doctor", made, "--memory", memory)
         assert "10.0 kB in memory" in text and "all in memory" not in text
+
+
+def test_an_evaluation_that_cannot_be_written_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    def full(result: object, path: Path) -> None:
+        raise CheckpointError("No space left")
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    options = ["--text", text_file, "--length", 32, "--limit", 1, "--out", tmp_path / "e.json"]
+    options += ["--json", "--no-speed", "--generations", 0]
+    code, text, told = run(monkeypatch, capsys, "evaluate", model_folder(), *options)
+    assert code == 1 and "No space left" in told
+    assert json.loads(text)["texts"][0]["perplexity"] > 0
 
 
 def test_evaluate_report_plot(
