@@ -186,7 +186,8 @@ def _block(size: Sequence[Any]) -> tuple[int, int]:
 
 def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantization:
     """A quantization_config of the library compressed-tensors."""
-    groups = [_scheme(*group, folder) for group in (declared.get("config_groups") or {}).items()]
+    given = (declared.get("config_groups") or {}).items()
+    groups = [_scheme(name, scheme, folder) for name, scheme in given]
     formats = [declared.get("format"), *(group.get("format") for group in groups)]
     for name in filter(None, formats):
         if name not in FORMATS:
