@@ -222,7 +222,7 @@ def evaluate(
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),
         seconds=time.monotonic() - started,
-        provenance=_provenance(folder, activation_bits),
+        provenance=_provenance(folder, activation_bits, pruned and pruned.pruning),
         parts=bytes_by_part(folder, trust_remote_code),
         repetition=repetition,
         original_repetition=original_repetition,
@@ -376,7 +376,7 @@ def _perplexity(loss: Tensor) -> float:
     return math.exp(mean)
 
 
-def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
+def _provenance(folder: Path, activation_bits: int, pruning: Pruning | None) -> dict[str, str]:
     import transformers
 
     from moepress import __version__
@@ -386,4 +386,6 @@ def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if made:
         made["activation_bits"] = str(activation_bits)
+    if pruning is not None:
+        made["pruning"] = pruning.digest()
     return {"moepress": __version__, **versions, **made}
