@@ -222,7 +222,7 @@ def evaluate(
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),
         seconds=time.monotonic() - started,
-        provenance=_provenance(folder, activation_bits, pruned and pruned.pruning),
+        provenance=_provenance(folder, activation_bits, None if pruned is None else pruned.pruning),
         parts=bytes_by_part(folder, trust_remote_code),
         repetition=repetition,
         original_repetition=original_repetition,
