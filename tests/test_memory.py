@@ -11,6 +11,8 @@ from moepress import memory
 from moepress.doctor import doctor
 from moepress.estimate import estimate
 from moepress.evaluate import evaluate
+from moepress.hf.files import read_ahead
+from moepress.original.read_ahead import ReadAhead
 from moepress.propose import memory as of_proposals
 from tests.conftest import small_recipe
 
@@ -42,3 +44,9 @@ def test_originals_that_do_not_fit_are_not_loaded(
     options = {"length": 32, "limit": 1, "generations": 2}
     result = evaluate(model_folder(), [str(text_file)], **options)  # type: ignore[arg-type]
     assert result.repetition is None and "300,000 are free: skipping" in caplog.text
+
+
+def test_files_are_read_ahead_into_what_is_left(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(LEFT))
+    assert read_ahead([str(tmp_path / "weights")]) is None
+    assert ReadAhead([], "nothing")._window < LEFT

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,8 +44,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
-    machine = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=memory))
-    monkeypatch.setattr(read_ahead, "psutil", machine)
+    monkeypatch.setattr(read_ahead, "free_host_memory", lambda: memory)
 
 
 class Watched:

@@ -18,10 +18,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
 from moepress.byte_units import size_text
 from moepress.errors import CheckpointError
+from moepress.memory import free_host_memory
 from moepress.progress import TELL_AFTER, TELL_AGAIN, announce
 from moepress.ranks import ranks_here
 
@@ -68,7 +67,7 @@ class ReadAhead:
         self._what = what
         self._numbers = {need.key: number for number, need in enumerate(needs)}
         self._ends = list(accumulate(need.nbytes for need in needs))
-        self._window = SHARE * psutil.virtual_memory().available / ranks_here()
+        self._window = SHARE * free_host_memory() / ranks_here()
         self._changed = threading.Condition()
         self._read = 0  # number of needs that are read
         self._used = 0  # the last need that the work asked for
