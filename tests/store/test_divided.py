@@ -184,7 +184,7 @@ def test_what_a_divided_model_refuses(folder: Callable[..., Path], tmp_path: Pat
     assert model.num_parameters() == in_memory(path).num_parameters()
     with pytest.raises(InputError, match="Expected a card"):
         load_model(path, gpu_memory=GB)
-    with pytest.raises(InputError, match="Give more than that"):
+    with pytest.raises(InputError, match="Give at least"):
         opened(path, 1000)
     assert not model.hf_quantizer.is_compileable
 
