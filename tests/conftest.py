@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 # Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -148,8 +150,6 @@ def model_folder(
     def folder(family: str = "mixtral", dtype: str = "float32", **save: object) -> Path:
         key = f"{family}-{dtype}-{sorted(save.items())}"
         if key not in made:
-            import shutil
-
             path = tmp_path_factory.mktemp(family)
             model = make_model(family).to(getattr(torch, dtype))
             model.config.dtype = getattr(torch, dtype)
@@ -160,6 +160,14 @@ def model_folder(
         return made[key]
 
     return folder
+
+
+def with_context(folder: Path, tokens: int, to: Path) -> Path:
+    """A copy of a model that reads so many tokens at most."""
+    shutil.copytree(folder, to)
+    fields = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": tokens}))
+    return to
 
 
 @pytest.fixture

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 import moepress
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
+from moepress.calibrate import calibrate
 from moepress.compress import compress
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError, CheckpointError, InputError, NumericalError
+from moepress.estimate import estimate
 from moepress.format.checkpoint import PLAN, SCORES, folder_bytes, tensor_bytes
 from moepress.format.quantization import packed_specs
 from moepress.kernels.reference import dequantize
@@ -32,7 +34,7 @@ from moepress.original.source import Source
 from moepress.quantize import quantize
 from moepress.recipe import Recipe
 from moepress.score import score
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, with_context
 from tests.conftest import small_recipe as named_recipe
 
 Folder = Callable[..., Path]
@@ -392,3 +394,17 @@ def test_fast_is_nearer_to_the_original_than_random_and_rtn(
 def test_public_names() -> None:
     assert moepress.compress is compress
     assert moepress.Recipe is Recipe
+
+
+@pytest.mark.parametrize("text", ["stdlib", "self"])
+def test_sequences_longer_than_the_context_are_refused(
+    model_folder: Folder, tmp_path: Path, text: str
+) -> None:
+    folder = with_context(model_folder(), 32, tmp_path / "short")
+    recipe = named_recipe(Path(text), bits=2, sequence_length=33)
+    told = r"33 tokens, and the model reads 32 .* lower --sequence-length"
+    for run in (estimate, compress, calibrate):
+        given = (folder, recipe) if run is calibrate else (folder, tmp_path / "out", recipe)
+        with pytest.raises(InputError, match=told):
+            run(*given)  # type: ignore[operator]
+    assert not (tmp_path / "out").exists()

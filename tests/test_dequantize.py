@@ -6,6 +6,7 @@ import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def test_what_cannot_be_dequantized_is_refused(
     assert not (tmp_path / "new" / "config.json").exists()
 
 
+def test_a_damaged_folder_is_refused_before_any_work(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    packed = compress(model_folder(), tmp_path / "packed", small_recipe(text_file, bits=2))
+    shard = packed / "model-layer-0001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(FileError, match="is not as it was written"):
+        moepress.dequantize(packed, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_bfloat16_model_becomes_bfloat16(
     model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
@@ -100,3 +114,26 @@ def test_a_cut_file_of_a_stopped_run_is_refused_by_name(
     cut.unlink()
     moepress.dequantize(packed, out)
     assert cut.read_bytes() == (right / cut.name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # the second ties its head
+def test_a_stopped_run_needs_room_for_the_rest_only(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    recipe = small_recipe(text_file, bits=2)
+    packed, out = compress(model_folder(family), tmp_path / "packed", recipe), tmp_path / "out"
+    module = importlib.import_module("moepress.dequantize")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(module, "finish_folder", lambda *_: 1 // 0)
+        moepress.dequantize(packed, out)
+    lost = out / "model-layer-0001.safetensors"
+    free = lost.stat().st_size
+    lost.unlink()
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(CheckpointError, match=r"No space left .* more bytes"):
+        moepress.dequantize(packed, tmp_path / "other")
+    assert moepress.dequantize(packed, out) == out

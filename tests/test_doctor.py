@@ -109,8 +109,8 @@ def test_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = module._cuda()
     assert (first.name, second.name) == ("cuda:0", "cuda:1")
     assert first.found == (
-        "Big GPU, compute capability 9.0, CUDA 13.0, 70.0 of 80.0 GB free: models of up to about "
-        "202 billion weights at 2.5 bits fit"
+        "Big GPU, compute capability 9.0, CUDA 13.0, 70.0 GB of 80.0 GB free: models of up to "
+        "about 202 billion weights at 2.5 bits fit"
     )
 
 

@@ -110,6 +110,17 @@ def test_without_a_budget_nothing_is_quantized(
     assert expected.folder_bytes is None
 
 
+def test_a_slow_disk_is_told(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rate, told in ((5e6, True), (5e13, False)):
+        monkeypatch.setattr(rates, "_reading", lambda files, r=rate: (1 / r, 1 / r))
+        found = estimate(model_folder(), tmp_path / "out", small_recipe(text_file, bits=2.5))
+        assert 0 < found.reading_seconds < found.seconds
+        for text in (found.line(), estimate_table(found.to_dict())):
+            assert ("of the time is for reading, at 5.0 MB/s" in text) == told
+
+
 def test_text_of_the_model_itself_is_not_written(
     model_folder: Folder, tmp_path: Path, text_file: Path
 ) -> None:

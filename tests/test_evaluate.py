@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moepress import evaluate as run_evaluate
@@ -20,7 +21,7 @@ from moepress.compress import compress
 from moepress.errors import FileError, InputError, NumericalError
 from moepress.evaluation.document import load_evaluation
 from moepress.format.checkpoint import folder_bytes, save_json
-from tests.conftest import small_recipe
+from tests.conftest import small_recipe, with_context
 
 Folder = Callable[..., Path]
 evaluate_module = importlib.import_module("moepress.evaluate")
@@ -95,13 +96,32 @@ def test_an_original_that_does_not_fit_is_still_compared(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(evaluate_module, "free_memory", lambda device: 1000)
     folder = model_folder()
     result = run_evaluate(
         folder, [str(text_file)], against=folder, length=32, limit=2, generations=2, speed=True
     )
     assert result.kl == 0 and result.repetition is None and result.performance is None
     assert "1,000 are free: skipping generation, timing and tasks" in caplog.text
+
+
+def test_another_original_is_told(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As an instructed model, and its base."""
+    folder, other = model_folder(), tmp_path / "base"
+    made = compress(folder, tmp_path / "made", small_recipe(text_file, bits=2))
+    shutil.copytree(folder, other)
+    file = other / "model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    options = {"length": 32, "limit": 1}
+    run_evaluate(made, [str(text_file)], against=folder, **options)
+    assert "another model" not in caplog.text
+    run_evaluate(made, [str(text_file)], against=other, **options)
+    assert f"made from {folder.name}, whose files are not those of {other}" in caplog.text
 
 
 def test_no_text_is_refused(model_folder: Folder) -> None:
@@ -211,3 +231,15 @@ def test_a_damaged_evaluation_is_refused(
     path.write_text('{"kind": "evaluation", "kl": NaN}')
     with pytest.raises(FileError, match="NaN is no JSON"):
         load_evaluation(path)
+
+
+def test_windows_longer_than_the_context_are_refused(
+    model_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    folder = with_context(model_folder(), 32, tmp_path / "short")
+    told = r"33 tokens, and the model reads 32 .* lower --length"
+    run_evaluate(folder, [str(text_file)], length=32, limit=1)
+    with pytest.raises(InputError, match=told):
+        run_evaluate(folder, [str(text_file)], length=33, limit=1)
+    with pytest.raises(InputError, match=told):
+        run_evaluate(model_folder(), [str(text_file)], against=folder, length=33, limit=1)

@@ -410,9 +410,9 @@ def test_files_are_read_ahead_if_they_fit_in_memory(
         return size
 
     monkeypatch.setattr(Path, "open", lambda *a, **k: nullcontext(watched(*a, **k)))
-    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=39e6))
+    monkeypatch.setattr(files, "free_host_memory", lambda: 39_000_000)
     assert files.read_ahead(map(str, paths)) is None  # 36 MB of 39
-    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=41e6))
+    monkeypatch.setattr(files, "free_host_memory", lambda: 41_000_000)
     thread = files.read_ahead(map(str, paths))
     assert thread is not None
     thread.join()

@@ -296,6 +296,11 @@ def test_an_evaluation_says_what_was_dropped(folder: Path, text_file: Path, tmp_
     stale, new = Page(report(copy).read_text()).text, page()
     assert f"without dropping experts, and this folder drops some: {again}" in stale
     assert again not in new and "of the chosen experts were dropped" in new
+    set_pruning(copy, 0.2)
+    assert f"with another rule of dropping experts than this folder has: {again}" in (
+        Page(report(copy).read_text()).text
+    )
+    assert again not in page()
 
 
 def test_the_price_of_a_tenth_of_a_bit_is_what_allocate_says() -> None:

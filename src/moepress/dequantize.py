@@ -19,6 +19,7 @@ from torch import Tensor
 from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import finish_folder, save_tensors
+from moepress.format.checksums import read_checksums, verify_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec
 from moepress.format.journal import IDENTITY_FILE, check_identity
 from moepress.format.quantization import packed_specs
@@ -27,7 +28,7 @@ from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
 from moepress.original.folder import weight_files
-from moepress.original.sizes import unpacked_model
+from moepress.original.sizes import PartBytes, bytes_by_part, unpacked_model
 from moepress.progress import Progress
 from moepress.reading.config import config_fields
 from moepress.writing.files import check_place, sweep
@@ -40,7 +41,8 @@ OURS = "moepress_"  # how the names of files begin that describe the compressed 
 def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Write a compressed model with plain weights, for transformers without moepress.
 
-    One file of the folder, usually a decoder layer, is in memory at a time. Experts that are left
+    Every byte is compared with its checksum first: the result has none. One file of the folder,
+    usually a decoder layer, is in memory at a time. Experts that are left
     out become zeros. Weights have the dtype of config.json; tensors have the names of transformers'
     class.
 
@@ -61,9 +63,11 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     _check_output(out)
     model = unpacked_model(folder, trust_remote_code)
     files = weight_files(folder)
-    _check_space(out, model)
-    plain = _Plain(model, specs)
     written = [out / path.name for path in files]
+    _check_space(out, bytes_by_part(folder, trust_remote_code), written)
+    if (checksums := read_checksums(folder)) is not None:  # the plain model has none
+        verify_tensors(folder, checksums, files)
+    plain = _Plain(model, specs)
     with held(out / WORK, lambda: _kept(out, written)) as work:
         sweep(out)
         check_identity(work / IDENTITY_FILE, {"config": _digest(folder / "config.json")}, out)
@@ -173,13 +177,19 @@ class _Plain:
         return bias.part.biases(without_padding(value[..., None], bias.parts, rows, 1)[..., 0])
 
 
-def _check_space(out: Path, model: Any) -> None:
-    """Raise CheckpointError, before any work, if the disk cannot hold the model."""
-    need = sum(value.nbytes for value in model.state_dict().values())
+def _check_space(out: Path, parts: Mapping[str, PartBytes], written: Sequence[Path]) -> None:
+    """Raise CheckpointError, before any work, if the disk cannot hold the rest of the model.
+
+    Args:
+        parts: bytes of the model.
+        written: its files; those are there that a stopped run has finished.
+    """
+    need = sum(part.original for part in parts.values())
+    need -= sum(path.stat().st_size for path in written if path.is_file())
     where = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(where).free
     if free < need:
         raise CheckpointError(
-            f"No space left for {out}: the model takes {need:,} bytes, {free:,} are free. Free "
-            "some, or choose another disk."
+            f"No space left for {out}: the model takes {need:,} more bytes, {free:,} are free. "
+            "Free some, or choose another disk."
         )

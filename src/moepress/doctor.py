@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moepress.byte_units import size_text
+
 if TYPE_CHECKING:
     from moepress.store.memory import Memory
 
@@ -56,6 +58,11 @@ class Report:
     """All checks, in the order in which one would look for a fault."""
 
     checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed; what is missing is no failure."""
+        return any(check.state == "failed" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         return {"checks": [asdict(check) for check in self.checks]}
@@ -152,17 +159,15 @@ def _cpu() -> Iterable[Check]:
 
 
 def _memory() -> Iterable[Check]:
-    import psutil
+    from moepress.memory import free_host_memory, host_memory
 
-    memory = psutil.virtual_memory()
-    yield Check(
-        "memory", "ok", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available"
-    )
+    found = f"{size_text(host_memory())}, {size_text(free_host_memory())} available"
+    yield Check("memory", "ok", found)
 
 
 def _disk() -> Iterable[Check]:
     yield Check(
-        "disk", "ok", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free in this folder"
+        "disk", "ok", f"{size_text(shutil.disk_usage(Path.cwd()).free)} free in this folder"
     )
 
 
@@ -191,7 +196,7 @@ def _cuda() -> Iterable[Check]:
         free, total = torch.cuda.mem_get_info(index)
         found = (
             f"{device.name}, compute capability {device.major}.{device.minor}, CUDA "
-            f"{torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free: models of up to "
+            f"{torch.version.cuda}, {size_text(free)} of {size_text(total)} free: models of up to "
             f"about {SHARE * free * 8 / FITTING_BITS / 1e9:.0f} billion weights at {FITTING_BITS} "
             "bits fit"
         )

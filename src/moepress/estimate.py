@@ -21,14 +21,15 @@ import torch
 
 from moepress.allocate import best_plan
 from moepress.allocation.plan import BitAllocation
+from moepress.byte_units import size_text
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
 from moepress.format.journal import layer_file
+from moepress.memory import free_host_memory
 from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
-from moepress.original.sizes import size_text
 from moepress.progress import announce
 from moepress.ranks import here
 from moepress.recipe import Recipe
@@ -45,6 +46,7 @@ from moepress.workload.task import Task, Widths
 # expert that as many tokens use. With these, folders have the size that measured costs give within
 # 13 % on small models, where embedding and head are large (docs/log.md#estimate).
 LINEARS, HEAD = 2, 4
+MOSTLY = 0.5  # share of the time above which the rate of reading is told
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Estimate:
     device: str
     free_memory_bytes: int
     free_disk_bytes: int
+    reading_seconds: float  # of all seconds: files are read
+    reading_bytes_per_s: float  # as measured; 0: no files
 
     @property
     def seconds(self) -> float:
@@ -92,6 +96,7 @@ class Estimate:
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "reading": self.reading,
             **{k: v for k, v in vars(self).items() if k != "stages"},
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
         }
@@ -103,7 +108,19 @@ class Estimate:
         words.append(f"peak memory {size_text(self.memory_bytes)}")
         if self.folder_bytes is not None:
             words.append(f"result {size_text(self.folder_bytes)}")
-        return ", ".join([*words, f"disk {size_text(self.disk_bytes)} at most"])
+        words.append(f"disk {size_text(self.disk_bytes)} at most")
+        return ", ".join(words) + (f". {self.reading}" if self.reading else "")
+
+    @property
+    def reading(self) -> str:
+        """What to know where reading takes most of the time; else empty."""
+        if self.reading_seconds <= MOSTLY * self.seconds:
+            return ""
+        return (
+            f"{self.reading_seconds / self.seconds:.0%} of the time is for reading, at "
+            f"{size_text(self.reading_bytes_per_s)}/s, as the model's files were read just now. A "
+            "busy disk, such as one that still writes them, is slower than later: estimate again."
+        )
 
 
 def estimate(
@@ -179,13 +196,15 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     peaks, disks = _peaks(task, plan, request)
     model_bytes = task.shape.disk_bytes
     unread = model_bytes  # of the model's bytes that the system has not yet in memory
-    fits = model_bytes < psutil.virtual_memory().available
-    rows = []
+    fits = model_bytes < free_host_memory()
+    rows, reading = [], 0.0
     for name, work in counted.items():
         fast = max(0.0, work["read"] - unread) if fits else 0.0
         unread = max(0.0, unread - work["read"]) if fits else unread
-        times = seconds(work, rates) - fast * (rates["read"] - rates[REREAD])
+        saved = fast * (rates["read"] - rates[REREAD])
+        times = seconds(work, rates) - saved
         share = left.get(name, 1.0)
+        reading += share * (work["read"] * rates["read"] - saved)
         peak = base + memory.with_kept(peaks[name])
         rows.append(Stage(name, share * times, share, peak, disks[name], dict(work)))
     return Estimate(
@@ -195,8 +214,10 @@ def estimate_request(request: Request, out: Path) -> Estimate:
         scored_tokens=task.scored.tokens,
         threads=torch.get_num_threads(),
         device=str(request.source.device),
-        free_memory_bytes=int(psutil.virtual_memory().available),
+        free_memory_bytes=free_host_memory(),
         free_disk_bytes=_free(out),
+        reading_seconds=reading,
+        reading_bytes_per_s=1 / rates["read"] if rates["read"] else 0.0,
     )
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from moepress.evaluation.request import check_comparable, check_options
 from moepress.evaluation.tasks import find_tasks, run_tasks
 from moepress.format.checkpoint import folder_bytes, is_compressed, save_json
 from moepress.format.quantization import quantization_of
+from moepress.memory import free_memory
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
@@ -172,6 +172,9 @@ def evaluate(
     other = resolve(against) if against is not None else None
     if other is not None:
         check_comparable(folder, other, trust_remote_code)
+    for one in (folder, other):
+        if one is not None:
+            windows.check_context(length, text_config(one, trust_remote_code), "--length")
     tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
     windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
@@ -219,7 +222,7 @@ def evaluate(
         folder_bytes=folder_bytes(folder),
         texts=tuple(results),
         seconds=time.monotonic() - started,
-        provenance=_provenance(folder, activation_bits),
+        provenance=_provenance(folder, activation_bits, None if pruned is None else pruned.pruning),
         parts=bytes_by_part(folder, trust_remote_code),
         repetition=repetition,
         original_repetition=original_repetition,
@@ -256,7 +259,7 @@ def _loaded(
     if not whole:
         return None
     need = sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())
-    free = free_bytes(device)
+    free = free_memory(torch.device(device))
     if need > FITS * free:
         logger.warning(
             "%s takes %s bytes and %s are free: skipping generation, timing and tasks.",
@@ -290,13 +293,6 @@ def _predictions(
                 logits = model(input_ids=ids[batch].to(model.device), use_cache=False).logits
             yield batch, logits
             progress.advance()
-
-
-def free_bytes(device: str) -> int:
-    """Free memory in bytes, of the GPU or of the machine."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _paired(
@@ -380,7 +376,7 @@ def _perplexity(loss: Tensor) -> float:
     return math.exp(mean)
 
 
-def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
+def _provenance(folder: Path, activation_bits: int, pruning: Pruning | None) -> dict[str, str]:
     import transformers
 
     from moepress import __version__
@@ -390,4 +386,6 @@ def _provenance(folder: Path, activation_bits: int) -> dict[str, str]:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if made:
         made["activation_bits"] = str(activation_bits)
+    if pruning is not None:
+        made["pruning"] = pruning.digest()
     return {"moepress": __version__, **versions, **made}

@@ -1,4 +1,4 @@
-"""Free memory of a device."""
+"""Memory of a device, and what of it is free."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ def free_memory(device: torch.device) -> int:
 
 def free_host_memory() -> int:
     """Bytes of memory that this process can still take, also inside a control group."""
-    return min(int(psutil.virtual_memory().available), *_group_room(), 2**62)
+    return min(int(psutil.virtual_memory().available), *(room for _, room in _groups()), 2**62)
 
 
-def _group_room() -> Iterator[int]:
-    """What the limits of this process's control groups (versions 1 and 2) leave."""
+def host_memory() -> int:
+    """Bytes of memory that the machine has, or that the control group of this process may take."""
+    return min(int(psutil.virtual_memory().total), *(most for most, _ in _groups()), 2**62)
+
+
+def _groups() -> Iterator[tuple[int, int]]:
+    """The limits of this process's control groups (versions 1 and 2), and what they leave."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -54,4 +59,4 @@ def _group_room() -> Iterator[int]:
                 )
             except (OSError, ValueError):  # no such file, or "max"
                 continue
-            yield max(most - used + int(stat.get(cache, 0)), 0)
+            yield most, max(most - used + int(stat.get(cache, 0)), 0)

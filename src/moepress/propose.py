@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from moepress.allocate import allocate, frontier
@@ -24,6 +23,7 @@ from moepress.compress import score_and_store
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
 from moepress.estimate import announce_estimate
+from moepress.memory import host_memory
 from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
@@ -114,7 +114,7 @@ def proposal(scores: ExpertScores, recipe: Recipe, memory: Mapping[str, int]) ->
 
 def memory() -> dict[str, int]:
     """The memories of this machine that a model can run in, in bytes."""
-    found = {"RAM": int(psutil.virtual_memory().total)}
+    found = {"RAM": host_memory()}
     if torch.cuda.is_available():
         found["GPU"] = int(torch.cuda.get_device_properties(0).total_memory)
     return found

@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 
 from moepress.allocation.choices import offered
 from moepress.allocation.plan import PROJECTIONS, BitAllocation
+from moepress.byte_units import byte_unit
 from moepress.costs.drop_costs import DropCosts
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
@@ -36,7 +37,7 @@ from moepress.format.checkpoint import (
 )
 from moepress.format.codec import width
 from moepress.format.quantization import quantization_of
-from moepress.original.sizes import byte_unit, bytes_by_part
+from moepress.original.sizes import bytes_by_part
 from moepress.page.picture import Format, Picture
 from moepress.page.sections import sections
 from moepress.page.subject import Subject

@@ -75,6 +75,7 @@ def text_digest(ids: Tensor) -> str:
 
 def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
     """The calibration sequences [S, L] int64 that a recipe asks for."""
+    _check_context(source, recipe)
     tokens = windows.load_tokens(
         recipe.calib,
         _tokenizer(source),
@@ -85,6 +86,10 @@ def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
     )
     windows.check_vocab(tokens, source.text_config.vocab_size)
     return tokens.ids
+
+
+def _check_context(source: Source, recipe: Recipe) -> None:
+    windows.check_context(recipe.sequence_length, source.text_config, "--sequence-length")
 
 
 def kept_ids(folder: Path, source: Source, recipe: Recipe) -> Tensor:
@@ -108,6 +113,7 @@ def check_text(folder: Path, source: Source, recipe: Recipe) -> Tensor | None:
     names = [text for text, _ in recipe.calib]
     if SELF not in names or (folder / TEXT).is_file():
         return kept_ids(folder, source, recipe)
+    _check_context(source, recipe)
     shares = windows.divide(recipe.sequences, [weight for _, weight in recipe.calib])
     tokenizer = _tokenizer(source)
     for text, share in zip(names, shares, strict=True):

@@ -19,8 +19,11 @@ from moepress import __version__, cli, progress
 from moepress.cli.recipe_options import DEFAULTS, recipe_of
 from moepress.cli.tables import nested_table, table
 from moepress.compress import compress
+from moepress.errors import CheckpointError
+from moepress.evaluate import Evaluation
 from moepress.format.checkpoint import DROP_COSTS
 from moepress.recipe import NAMED, Recipe
+from moepress.store import forecast
 from tests.conftest import small_recipe
 
 Folder = Callable[..., Path]
@@ -124,11 +127,14 @@ def test_calibrate_writes_what_inspect_reads(
     [
         (["compress", "no/such", "out", "--bits", "2"], "folder"),
         (["compress", "no/such", "out"], "folder"),
-        (["compress", "MODEL", "out", "--calib", "missing.txt"], "missing.txt"),
+        (["compress", "MODEL", "out", *SMALL, "--calib", "missing.txt"], "missing.txt"),
         (["compress", "MODEL", "out", "--bits", "2", "--size", "1GB"], "More than one budget"),
         (["compress", "MODEL", "out", "--size", "much"], "'much' is not understood"),
         (["compress", "MODEL", "out", "--bits", "2", "--recipe", "secret"], "No recipe 'secret'"),
-        (["compress", "MODEL", "out", "--bits", "2", "--calib", "missing.txt"], "missing.txt"),
+        (
+            ["compress", "MODEL", "out", *SMALL, "--bits", "2", "--calib", "missing.txt"],
+            "missing.txt",
+        ),
         (["compress", "MODEL", "out", "--bits", "2", "--expert-bits", "2,x"], "not understood"),
         (["compress", "MODEL", "out", "--bits", "2", "--device", "cuda:9"], "not available"),
         (["inspect", "nothing-here"], "Cannot inspect"),
@@ -141,7 +147,10 @@ def test_calibrate_writes_what_inspect_reads(
         (["demo", __file__], "is no folder"),
         (["generate", "", "x"], "name of the model is empty"),
         (["evaluate", "MODEL", "--text", ""], "name of a text is empty"),
-        (["compress", "MODEL", "out", "--calib", "a=9e307", "--calib", "b=9e307"], "to be added"),
+        (
+            ["compress", "MODEL", "out", *SMALL, "--calib", "a=9e307", "--calib", "b=9e307"],
+            "to be added",
+        ),
         (["chat", "MODEL", "--raw", "--temperature", "nan"], "finite temperature"),
         (["chat", "MODEL", "--raw", "--threads", "100000"], "at most 1024"),
         (["serve", "MODEL", "--max-body", "0"], "change --max-body"),
@@ -346,6 +355,58 @@ def test_doctor_speaks_both_ways(
     assert code == 0 and "torch" in text
     code, text, _ = run(monkeypatch, capsys, "doctor", "--json")
     assert code == 0 and json.loads(text)["checks"]
+
+
+def test_doctor_fails_where_a_folder_cannot_run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    made = compress(model_folder(), tmp_path / "made", small_recipe(text_file, bits=2))
+    assert run(monkeypatch, capsys, "doctor", made)[0] == 0
+    code, text, _ = run(monkeypatch, capsys, "doctor", made, "--memory", "1KB")
+    assert code == 1 and "failed   speed" in text
+    (least,) = re.findall(r"Give more than ([\d,]+) bytes", text)
+    enough = int(least.replace(",", "")) + 1
+    code, text, _ = run(monkeypatch, capsys, "doctor", made, "--memory", enough)
+    assert code == 1 and "There are 1 bytes for experts" in text
+    code, _, told = run(
+        monkeypatch,
+        capsys,
+        "evaluate",
+        made,
+        "--text",
+        text_file,
+        "--length",
+        32,
+        "--memory",
+        enough,
+    )
+    assert code == 2 and "There are 1 bytes for experts" in told
+    monkeypatch.setattr(forecast, "free_host_memory", lambda: enough + 9999)
+    for memory in ("mapped", "all"):
+        _, text, _ = run(monkeypatch, capsys, "doctor", made, "--memory", memory)
+        assert "10.0 kB in memory" in text and "all in memory" not in text
+
+
+def test_an_evaluation_that_cannot_be_written_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    def full(result: object, path: Path) -> None:
+        raise CheckpointError("No space left")
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    options = ["--text", text_file, "--length", 32, "--limit", 1, "--out", tmp_path / "e.json"]
+    options += ["--json", "--no-speed", "--generations", 0]
+    code, text, told = run(monkeypatch, capsys, "evaluate", model_folder(), *options)
+    assert code == 1 and "No space left" in told
+    assert json.loads(text)["texts"][0]["perplexity"] > 0
 
 
 def test_evaluate_report_plot(

@@ -20,7 +20,7 @@ from moepress.inspect import inspect
 from moepress.original.checkpoint import Checkpoint
 from moepress.original.folder import read_config
 from moepress.original.on_disk import expert_codes
-from moepress.original.quantized.config import Quantization, parse_quantization
+from moepress.original.quantized.config import PRESETS, Quantization, parse_quantization
 from moepress.original.quantized.grids import Blocks, Sizes
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
@@ -589,6 +589,9 @@ def test_int4_of_other_groups_than_declared_is_named(model_folder: Folder, tmp_p
             "rotated",
         ),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "damaged"),
+        ({"config_groups": {"W3A16": ["Linear"]}}, "compressed-tensors W3A16.*not read"),
+        ({"config_groups": {"group_0": ["Linear"]}}, "compressed-tensors group_0.*not read"),
+        ({"config_groups": {"group_0": 3}}, "damaged"),
     ],
 )
 def test_other_methods_are_refused_with_a_reason(
@@ -596,6 +599,30 @@ def test_other_methods_are_refused_with_a_reason(
 ) -> None:
     with pytest.raises(InputError, match=reason):
         parse_quantization(declared, tmp_path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_schemes_by_name_are_those_of_compressed_tensors(tmp_path: Path, name: str) -> None:
+    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+    if not schemes.is_preset_scheme(name):
+        pytest.skip("a name that this version has not")
+    whole = {"group_0": schemes.preset_name_to_scheme(name, ["Linear"]).model_dump(mode="json")}
+    by_name, written_out = (
+        parse_quantization({"config_groups": groups}, tmp_path)
+        for groups in ({name.lower(): ["Linear"]}, whole)
+    )
+    assert by_name.ints == written_out.ints
+    assert by_name.sizes == written_out.sizes
+    assert by_name.asymmetric == written_out.asymmetric
+
+
+def test_a_scheme_may_be_given_by_name(tmp_path: Path) -> None:
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name, symmetric in (("W4A16", True), ("W4A16_ASYM", False)):
+        stored, expected = copies.packed_int(4, 128, symmetric=symmetric)("a.weight", weight)
+        declared = copies.compressed_tensors_config("pack-quantized", [])
+        declared["config_groups"] = {name: ["Linear"]}
+        assert torch.equal(one_matrix(tmp_path, stored, declared), expected)
 
 
 def test_the_text_part_of_a_composite_may_declare_it(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,8 +44,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
-    machine = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=memory))
-    monkeypatch.setattr(read_ahead, "psutil", machine)
+    monkeypatch.setattr(read_ahead, "free_host_memory", lambda: memory)
 
 
 class Watched:
@@ -304,7 +302,7 @@ def test_missing_shards_are_told_with_the_state_of_their_download(
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(bytes(20_000_000))
     with pytest.raises(
-        CheckpointError, match=names + r"A download is under way \(1 unfinished files, 0.02 GB"
+        CheckpointError, match=names + r"A download is under way \(1 unfinished files, 20.0 MB"
     ):
         Source(folder)
     hour_ago = time.time() - 3600

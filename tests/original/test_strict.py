@@ -369,3 +369,24 @@ def test_what_is_written_opens_with_trust(whole: Path, text_file: Path, tmp_path
     out = compress(whole, tmp_path / "out", small_recipe(text_file, bits=2.0))
     AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     AutoTokenizer.from_pretrained(out)
+
+
+def test_a_file_and_a_link_to_it_are_one(whole: Path, model_folder: Folder) -> None:
+    """As where a tool names its files otherwise, and somebody made links in place of copies."""
+    names = sorted(load_file(whole / SINGLE))
+    (whole / "model-00001-of-00001.safetensors").symlink_to(SINGLE)
+    os.link(whole / SINGLE, whole / "weights.safetensors")
+    other = "model-00001-of-00001.safetensors", "weights.safetensors"
+    expected = Source(model_folder()).tensor(NORM)
+    for index in (
+        dict.fromkeys(names, other[0]),
+        {name: (SINGLE, *other)[i % 3] for i, name in enumerate(names)},
+    ):
+        source = Source(assign(whole, index))
+        assert [path.name for path in source.files] == [SINGLE]
+        assert torch.equal(source.tensor(NORM), expected)
+    (whole / SINGLE).unlink()  # the link leads nowhere then
+    with pytest.raises(CheckpointError, match=r"names 2 files that .* lacks: model-00001"):
+        Source(whole)
+    source = Source(assign(whole, dict.fromkeys(names, other[1])))
+    assert [path.name for path in source.files] == [other[1]]

@@ -178,6 +178,21 @@ def test_other_json_is_refused(tokenizer: Any, tmp_path: Path, content: str, mes
         evaluation_tokens([(str(path), 1.0)], tokenizer, 2, None)
 
 
+def test_files_of_a_folder_that_are_no_text_are_told(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A data set as the hub has it: without a word its README would be the text."""
+    (tmp_path / "README.md").write_text("This is a data set of texts.\n" * 9)
+    evaluation_tokens([(str(tmp_path), 1)], tokenizer, 4, 1)
+    assert not caplog.records
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        (tmp_path / "data" / f"{number}.parquet").write_bytes(b"PAR1\0\xff")
+    evaluation_tokens([(str(tmp_path), 1)], tokenizer, 4, 1)
+    (told,) = caplog.messages
+    assert told.startswith("2 of the 3 files in ") and told.endswith("such as data/0.parquet")
+
+
 def test_what_only_looks_like_json_is_text(tokenizer: Any, tmp_path: Path) -> None:
     texts = {"a.json": '{"name": "app", "version": 3}\n', "b.txt": '[{"a": 1}, more words\n'}
     for name, content in texts.items():

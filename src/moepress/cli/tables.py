@@ -13,10 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from moepress.byte_units import size_text
 from moepress.errors import printable
 from moepress.estimate import duration
 from moepress.evaluation.tables import evaluation_tables
-from moepress.original.sizes import size_text
 
 MOST_ROWS = 40  # of a list inside a description
 LEAST = 0.01  # numbers below it are shown with three digits: costs and KL may be small
@@ -87,7 +87,7 @@ def proposal_table(result: Mapping[str, Any]) -> str:
         for row in budgets
     ]
     head = ["--bits", "bits/weight", "bytes", "predicted loss", "times the least"]
-    head += [f"fits {name} ({size / 1e9:.1f} GB)" for name, size in memory.items()]
+    head += [f"fits {name} ({size_text(size)})" for name, size in memory.items()]
     lines = [
         table(head, rows),
         f"Fits: the model takes at most {share:.0%} of the memory; the rest is for the context.",
@@ -134,6 +134,8 @@ def estimate_table(result: Mapping[str, Any]) -> str:
         lines.append(f"An earlier run has finished part of: {', '.join(done)}.")
     if result["memory_bytes"] > result["free_memory_bytes"]:
         lines.append("This needs more memory than is free.")
+    if result["reading"]:
+        lines.append(result["reading"])
     return "\n".join(lines)
 
 

@@ -47,7 +47,7 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Report what runs on this machine, what does not, and why.
+    """Report what runs on this machine, what does not, and why. Exit code 1: a check failed.
 
     Example: moepress doctor mixtral-2.5bit --memory 8GB
     """
@@ -59,3 +59,5 @@ def doctor(
         quantization_of(folder)  # raises for another folder, which is no fault of this machine
     report = run(folder, memory_size(memory) or "fit", gpu_memory_size(gpu_memory), kernels)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else format_report(report))
+    if report.failed:
+        raise typer.Exit(1)

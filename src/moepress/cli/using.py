@@ -100,9 +100,11 @@ def evaluate(
         gpu_memory=gpu_memory_size(gpu_memory),
         trust_remote_code=trust_remote_code,
     )
-    if out is not None:
-        result.save(out)
-    show(result.to_dict(), as_json, evaluation_table)
+    try:
+        if out is not None:
+            result.save(out)
+    finally:  # it may have taken hours: shown even where the file cannot be written
+        show(result.to_dict(), as_json, evaluation_table)
 
 
 def inspect(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import is_compressed
+from moepress.format.quantization import quantization_of
 from moepress.original.skeleton import text_config
 from moepress.original.source import Source
+
+logger = logging.getLogger(__name__)
 
 
 def check_options(
@@ -52,6 +56,9 @@ def check_comparable(folder: Path, original: Path, trust_remote_code: bool) -> N
 
     Raises:
         InputError: the original cannot be used, or the two predict different vocabularies.
+
+    An original that is not the one that the model was made from is told: an instructed model and
+    its base have the same vocabulary.
     """
     own, other = (
         int(text_config(path, trust_remote_code).vocab_size) for path in (folder, original)
@@ -61,5 +68,13 @@ def check_comparable(folder: Path, original: Path, trust_remote_code: bool) -> N
             f"{folder} predicts {own:,} different tokens, and {original} {other:,}. Expected the "
             "original that the model was made from."
         )
-    if not is_compressed(original):
-        Source(original, trust_remote_code=trust_remote_code)
+    if is_compressed(original):
+        return
+    source = Source(original, trust_remote_code=trust_remote_code)
+    made = quantization_of(folder).provenance if is_compressed(folder) else {}
+    if made.get("model_fingerprint", source.fingerprint) != source.fingerprint:
+        logger.warning(
+            "%s was made from %s, whose files are not those of %s: if these are other weights, the "
+            "comparison is with another model.",
+            folder, made.get("model"), original,
+        )  # fmt: skip

@@ -7,9 +7,8 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import psutil
-
 from moepress.format.checksums import check_config, check_listed, read_checksums, verify
+from moepress.memory import free_host_memory
 from moepress.reading.headers import Entry
 
 VERIFY = "MOEPRESS_VERIFY"  # environment variable; 1: compare all bytes whenever a folder is opened
@@ -49,7 +48,7 @@ def read_ahead(files: Iterable[str]) -> threading.Thread | None:
         evict the first.
     """
     paths = [Path(file) for file in files]
-    if sum(path.stat().st_size for path in paths) > 0.9 * psutil.virtual_memory().available:
+    if sum(path.stat().st_size for path in paths) > 0.9 * free_host_memory():
         return None
 
     def run() -> None:

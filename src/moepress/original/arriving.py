@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moepress.byte_units import size_text
 from moepress.original.unneeded import some_of
 
 LATELY = 120.0  # seconds; a file written to since then is taken to be growing
@@ -34,7 +35,7 @@ def what_to_do(folder: Path) -> str:
         return ""
     there = sum(size for size, _ in unfinished)
     last = max(0.0, time.time() - max(written for _, written in unfinished))
-    so_far = f"{len(unfinished)} unfinished files, {there / 1e9:.2f} GB so far"
+    so_far = f"{len(unfinished)} unfinished files, {size_text(there)} so far"
     if last < LATELY:
         return (
             f"A download is under way ({so_far}, the last bytes {last:.0f} s ago): wait until it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -133,7 +133,7 @@ def find_weights(folder: Path) -> WeightFiles:
                 + (what_to_do(folder) or _other_weights(folder))
             )
         return WeightFiles((_checked(single),), {})
-    assigned = _read_index(index)
+    assigned = _with_one_name(folder, _read_index(index))
     names = sorted(set(assigned.values()))
     if single.exists() and names != [SINGLE]:
         raise FileError(
@@ -171,6 +171,17 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"the name of a {SUFFIX} file in the folder: fetch it again."
             )
     return assigned
+
+
+def _with_one_name(folder: Path, assigned: Mapping[str, str]) -> dict[str, str]:
+    """The file name of each tensor, one name for a file and the links to it."""
+    one: dict[tuple[int, int], str] = {}
+    known = {}
+    for name in (SINGLE, *sorted(set(assigned.values()))):
+        with suppress(OSError):  # missing files are told later
+            found = (folder / name).stat()
+            known[name] = one.setdefault((found.st_dev, found.st_ino), name)
+    return {tensor: known.get(name, name) for tensor, name in assigned.items()}
 
 
 def _is_inside(name: str) -> bool:

@@ -18,9 +18,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
+from moepress.byte_units import size_text
 from moepress.errors import CheckpointError
+from moepress.memory import free_host_memory
 from moepress.progress import TELL_AFTER, TELL_AGAIN, announce
 from moepress.ranks import ranks_here
 
@@ -67,7 +67,7 @@ class ReadAhead:
         self._what = what
         self._numbers = {need.key: number for number, need in enumerate(needs)}
         self._ends = list(accumulate(need.nbytes for need in needs))
-        self._window = SHARE * psutil.virtual_memory().available / ranks_here()
+        self._window = SHARE * free_host_memory() / ranks_here()
         self._changed = threading.Condition()
         self._read = 0  # number of needs that are read
         self._used = 0  # the last need that the work asked for
@@ -121,10 +121,10 @@ class ReadAhead:
         """What is waited for: "for layer 3 of 32: model-00002.safetensors comes at 31 MB/s"..."""
         since, seconds = self._since, self._seconds
         seconds += 0.0 if since is None else time.monotonic() - since
-        rate = self._bytes / 1e6 / max(seconds, 1e-3)
+        rate = self._bytes / max(seconds, 1e-3)
         return (
-            f"for {self._what}: {self._at.name} comes at {rate:.1f} MB/s, "
-            f"{self._bytes / 1e9:.2f} of {self._ends[-1] / 1e9:.2f} GB are read"
+            f"for {self._what}: {self._at.name} comes at {size_text(rate)}/s, "
+            f"{size_text(self._bytes)} of {size_text(self._ends[-1])} are read"
         )
 
     def _run(self) -> None:

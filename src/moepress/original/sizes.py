@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,15 +132,3 @@ def _parts(model: Any) -> dict[str, str]:
     for table in (text.get_input_embeddings(), text.get_output_embeddings()):
         found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD
     return found
-
-
-def byte_unit(most: float) -> tuple[float, str]:
-    """The unit in which `most` bytes is a number of 1 to 999, and its name."""
-    power = min(4, max(0, int(math.log10(max(most, 1)) // 3)))
-    return 1000.0**power, ("bytes", "kB", "MB", "GB", "TB")[power]
-
-
-def size_text(number: float) -> str:
-    """Bytes as text: "15.1 GB"."""
-    unit, name = byte_unit(number)
-    return f"{number / unit:.1f} {name}"

@@ -9,7 +9,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from moepress.allocation.plan import BitAllocation
-from moepress.original.sizes import PartBytes, byte_unit
+from moepress.byte_units import byte_unit
+from moepress.original.sizes import PartBytes
 from moepress.page.picture import STYLE, WIDTH, Picture, panel_of, plain_numbers, transformed
 
 LOSS = "Predicted loss against budget"

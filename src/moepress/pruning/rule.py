@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -118,6 +120,11 @@ class Pruning:
             "renormalise": self.renormalise,
             "protect": self.protect,
         }
+
+    def digest(self) -> str:
+        """A short hash of the rule: of `to_json`."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
     def of_reads(

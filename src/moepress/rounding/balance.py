@@ -76,7 +76,8 @@ def _strengths(expert: RoutedExpert, rounding: Rounding) -> Tensor:
 
 def _mean_squares(x: Tensor) -> Tensor:
     """[K] float64 of the columns of x [N, K]. In float32 they would differ with the threads."""
-    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square() / len(x)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
+    return norm.square() / len(x)
 
 
 def _up_multiplies(expert: RoutedExpert) -> bool:

@@ -59,7 +59,7 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits, reuse: bool
     tokenizer = getattr(processor, "tokenizer", processor)
     context = served_context(model, limits.context)
     template = answer_template(processor, model)
-    room = int(psutil.virtual_memory().available * IMAGE_SHARE)
+    room = int(free_host_memory() * IMAGE_SHARE)
     prompts = Prompts(processor, vocabulary_of(model), context, _calls(template), room)
     if limits.body is None:
         limits = replace(limits, body=fitting_body(context, prompts.sees))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moepress.byte_units import size_text
 from moepress.errors import InputError
 from moepress.kernels import cpu
 from moepress.kernels.cpu.expert_store import ExpertStore, Place, pages
@@ -136,8 +137,8 @@ def leave_on_disk(model: Any, experts: ExpertFiles, devices: Collection[str]) ->
     if room is None:
         return None
     logger.info(
-        "%.3g GB of memory for %.3g GB of experts; %.3g GB of other weights stay in memory",
-        room.experts / 1e9, experts.nbytes / 1e9, experts.rest / 1e9,
+        "%s of memory for %s of experts; %s of other weights stay in memory",
+        size_text(room.experts), size_text(experts.nbytes), size_text(experts.rest),
     )  # fmt: skip
     nowhere = [np.zeros(len(row), dtype=np.bool_) for row in experts.places]
     _without_matrices(model, experts)
@@ -156,7 +157,7 @@ def divide(model: Any, experts: ExpertFiles, card: torch.device, budget: int) ->
     """
     if cpu.missing() is not None:
         raise InputError(
-            f"{experts.nbytes / 1e9:.3g} GB of experts do not fit into {budget / 1e9:.3g} GB of "
+            f"{size_text(experts.nbytes)} of experts do not fit into {size_text(budget)} of "
             f"the card, and the others need the compiled kernels of the CPU: {cpu.missing()}."
         )
     on_card = hottest(experts.frequencies(), experts.sizes, budget)

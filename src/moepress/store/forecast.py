@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from moepress.byte_units import size_text
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import SCORES
 from moepress.format.quantization import packed_specs
 from moepress.kernels import cpu
-from moepress.kernels.cpu.expert_store import HUGE_FROM, ExpertStore, Place, pages
+from moepress.kernels.cpu.expert_store import HUGE_FROM, ExpertStore, Place, check_largest, pages
 from moepress.kernels.gate import packed_names
-from moepress.memory import free_memory
+from moepress.memory import free_host_memory, free_memory
 from moepress.original.folder import weight_files
-from moepress.original.sizes import size_text
 from moepress.store.hottest import hottest, share_of
 from moepress.store.memory import WITHOUT_EXPERTS, Memory, card_room, plan
 from moepress.store.places import places_of, total_bytes
@@ -117,8 +117,8 @@ class Forecast:
         where = "" if self.memory is None else f", {size_text(self.memory)} in memory"
         return (
             f"{experts}{where}: {self.hit_rate:.0%} of the chosen ones, "
-            f"{self.read_bytes_per_token / 1e6:,.0f} MB read per token at "
-            f"{self.drive_bytes_per_s / 1e6:,.0f} MB/s; {most}"
+            f"{size_text(self.read_bytes_per_token)} read per token at "
+            f"{size_text(self.drive_bytes_per_s)}/s; {most}"
         )
 
 
@@ -145,6 +145,10 @@ def forecast(folder: Path, memory: Memory = "fit") -> Forecast:
         raise InputError(f"There is no forecast without the compiled kernels: {reason}")
     room = plan(memory, held.experts, held.rest)
     budget = None if room is None or room.locked else room.experts
+    if budget is not None:
+        check_largest(budget, held.largest)
+    elif held.experts + held.rest > (free := free_host_memory()):  # mapped: the system evicts
+        budget = max(free - held.rest, 0)
     chosen = sum(float(f @ s) for f, s in zip(held.frequency, held.sizes, strict=True))
     misses = 0.0
     if budget is not None:
@@ -182,12 +186,12 @@ class CardFit:
         return {**asdict(self), "runs": self.runs}
 
     def __str__(self) -> str:
-        size = f"{(self.expert_bytes + self.other_bytes) / 1e9:.3g} GB of weights"
-        room = f"{self.gpu_memory / 1e9:.3g} GB of the card"
+        size = f"{size_text(self.expert_bytes + self.other_bytes)} of weights"
+        room = f"{size_text(self.gpu_memory)} of the card"
         if not self.runs:
             return (
                 f"{size} do not fit into {room}: those outside the experts take "
-                f"{self.other_bytes / 1e9:.3g} GB"
+                f"{size_text(self.other_bytes)}"
             )
         if self.experts == 1:
             return f"{size} fit into {room}"
@@ -247,6 +251,11 @@ class _Held:
         """Bytes of a matrix of an expert, of which it has two."""
         count = sum(int((row > 0).sum()) for row in self.sizes)
         return max(self.experts // max(2 * count, 1), 1)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest expert; the pages of a store may take a little more."""
+        return int(max(row.max() for row in self.sizes))
 
     @classmethod
     def of(cls, folder: Path) -> _Held:

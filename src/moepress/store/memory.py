@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from moepress.byte_units import size_text
 from moepress.errors import InputError
 from moepress.memory import free_host_memory
 from moepress.recipe import parse_size
@@ -136,8 +137,8 @@ def plan(memory: Memory, experts: int, rest: int) -> Room | None:
         memory = int(STORE_SHARE * free)
     if memory <= rest:
         raise InputError(
-            f"The memory for weights is {memory / 1e9:.3g} GB, and those outside the experts take "
-            f"{rest / 1e9:.3g} GB. Give more than that."
+            f"The memory for weights is {size_text(memory)}, and those outside the experts take "
+            f"{size_text(rest)}. Give more than {rest:,} bytes."
         )
     return Room(min(memory - rest, experts), locked=False)
 
@@ -182,7 +183,7 @@ def card_budget(gpu_memory: GpuMemory, experts: int, rest: int, free: int) -> in
         return None
     if gpu_memory < rest:
         raise InputError(
-            f"The card's memory for weights is {gpu_memory / 1e9:.3g} GB, and those outside the "
-            f"experts take {rest / 1e9:.3g} GB. Give more than that, or use --device cpu."
+            f"The card's memory for weights is {size_text(gpu_memory)}, and those outside the "
+            f"experts take {size_text(rest)}. Give at least {rest:,} bytes, or use --device cpu."
         )
     return gpu_memory - rest

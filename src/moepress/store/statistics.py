@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from moepress.byte_units import size_text
 from moepress.kernels.cpu.expert_store import ExpertStore, StoreCounts
 from moepress.kernels.modules import PackedExperts
 
@@ -45,7 +46,7 @@ class Statistics:
             return "no expert was needed"
         return (
             f"{self.hit_rate:.0%} of the experts in memory, "
-            f"{self.bytes_per_token / 1e6:,.1f} MB read per token"
+            f"{size_text(self.bytes_per_token)} read per token"
         )
 
 

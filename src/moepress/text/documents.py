@@ -6,6 +6,7 @@ used are read. stream.py makes token sequences of documents.
 
 from __future__ import annotations
 
+import logging
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from moepress.errors import InputError
 from moepress.reading.files import regular_file
 from moepress.text.named import DATA_SETS, SELF, STDLIB, Split, load_data_set
 from moepress.text.records import array_texts, layout, line_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
     with _reported(path):
         exists = path.exists()
     if path.is_dir():
-        files = [file for file in _visible_files(path) if _looks_like_text(file)]
+        files = _texts_of(path)
         documents = [one for file in files for one in _of_file(file, tokenizer, True)]
     elif exists:
         documents = _of_file(regular_file(path, "The text"), tokenizer)
@@ -63,6 +66,20 @@ def documents_of(text: str, tokenizer: Any, split: Split) -> list[Document]:
         what = "no text files" if path.is_dir() else "no text: it is empty"
         raise InputError(f"{text} holds {what}. Expected UTF-8 text or .jsonl.")
     return documents
+
+
+def _texts_of(folder: Path) -> list[Path]:
+    """The text files below a folder. Others are told: a folder of data in Parquet has a README."""
+    every = _visible_files(folder)
+    looks = [_looks_like_text(file) for file in every]
+    texts = [file for file, is_text in zip(every, looks, strict=True) if is_text]
+    if texts and len(texts) < len(every):
+        logger.warning(
+            "%d of the %d files in %s are no UTF-8 text and are left out, such as %s",
+            len(every) - len(texts), len(every), folder,
+            every[looks.index(False)].relative_to(folder),
+        )  # fmt: skip
+    return texts
 
 
 def _visible_files(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError
+from moepress.generation import context_of
 from moepress.text.documents import documents_of
 from moepress.text.named import SELF
 from moepress.text.samples import own_samples
@@ -150,6 +151,26 @@ def evaluation_tokens(
         torch.cat(windows),
         tuple(text for (text, _), own in zip(texts, windows, strict=True) for _ in own),
     )
+
+
+def check_context(length: int, config: Any, option: str) -> None:
+    """Refuse sequences that are longer than what the model reads.
+
+    Beyond that most models predict noise: costs and perplexities of it would look like figures.
+
+    Args:
+        config: of the language model.
+        option: that says the length, for the message.
+
+    Raises:
+        InputError: they are.
+    """
+    reads = context_of(config)
+    if reads is not None and length > reads:
+        raise InputError(
+            f"Sequences have {length:,} tokens, and the model reads {reads:,} "
+            f"(max_position_embeddings). Expected at most that: lower {option}."
+        )
 
 
 def check_vocab(tokens: Tokens, vocab_size: int) -> None:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moepress.byte_units import size_text
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.kernels.cpu.interface import READ_FAILED, RESULTS, library
 from moepress.kernels.stores import OPEN, refuse
@@ -205,7 +206,7 @@ class ExpertStore:
         error = _functions().moepress_store_lock(self.number)
         if error:
             raise InputError(
-                f"Cannot lock {self.nbytes / 1e9:.3g} GB of memory: {os.strerror(error)}. Raise "
+                f"Cannot lock {size_text(self.nbytes)} of memory: {os.strerror(error)}. Raise "
                 "the limit (`ulimit -l`, or LimitMEMLOCK of a service), or give a size in place of "
                 "'all'."
             )
@@ -257,11 +258,16 @@ class ExpertStore:
                 )
         pairs = zip(flat[::2], flat[1::2], strict=True)
         largest = max((pages(one) + pages(other) for one, other in pairs), default=0)
-        if largest > self.budget:
-            raise InputError(
-                f"There are {self.budget / 1e6:,.0f} MB for experts, and the largest takes "
-                f"{largest / 1e6:,.0f} MB. Give more memory."
-            )
+        check_largest(self.budget, largest)
+
+
+def check_largest(budget: int, largest: int) -> None:
+    """Raise InputError if a store cannot hold the largest expert. Both in bytes."""
+    if largest > budget:
+        raise InputError(
+            f"There are {size_text(budget)} for experts, and the largest takes "
+            f"{size_text(largest)}. Give more memory, at least {largest - budget:,} bytes."
+        )
 
 
 def _ranges(flat: Sequence[Place], opened: dict[Path, int]) -> Ints:

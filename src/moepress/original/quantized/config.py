@@ -36,6 +36,22 @@ FORMATS = (  # of compressed-tensors
     "nvfp4-pack-quantized",
     "mixed-precision",
 )
+FLOATS: Mapping[str, Any] = {"type": "float"}
+FLOATS_BY_32, FLOATS_BY_16 = ({**FLOATS, "group_size": columns} for columns in MICRO)
+# Weights of the schemes that compressed-tensors has names for: `config_groups` may give the modules
+# of a name in place of a scheme. Those of other widths are not read.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "UNQUANTIZED": {},
+    **{f"W{b}A{a}": {"num_bits": b, "group_size": 128} for b in (2, 4, 8) for a in (4, 8, 16)},
+    "W8A8": {"num_bits": 8},
+    "INT8": {"num_bits": 8},
+    "W4AFP8": {"num_bits": 4, "group_size": 128},
+    "W4A16_ASYM": {"num_bits": 4, "group_size": 128, "symmetric": False},
+    **dict.fromkeys(("FP8", "FP8_DYNAMIC"), FLOATS),
+    "FP8_BLOCK": {**FLOATS, "block_structure": [128, 128]},
+    **dict.fromkeys(("MXFP8", "MXFP8A16", "MXFP4", "MXFP4A16", "MXFP4XFP8"), FLOATS_BY_32),
+    **dict.fromkeys(("NVFP4", "NVFP4A16"), FLOATS_BY_16),
+}
 ROUNDED_BY_OTHERS = (
     "was rounded to few bits from an original with more, and rounding it again adds to that loss"
 )
@@ -170,7 +186,8 @@ def _block(size: Sequence[Any]) -> tuple[int, int]:
 
 def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantization:
     """A quantization_config of the library compressed-tensors."""
-    groups = list((declared.get("config_groups") or {}).values())
+    given = (declared.get("config_groups") or {}).items()
+    groups = [_scheme(name, scheme, folder) for name, scheme in given]
     formats = [declared.get("format"), *(group.get("format") for group in groups)]
     for name in filter(None, formats):
         if name not in FORMATS:
@@ -197,6 +214,16 @@ def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantizati
         tuple(dict.fromkeys(ints)),
         tuple({group.bits for group in ints} - symmetric),
     )
+
+
+def _scheme(name: str, given: Any, folder: Path) -> Mapping[str, Any]:
+    """The scheme of a group; one that is given by name alone has a list of modules there."""
+    if not isinstance(given, list):
+        return given  # type: ignore[no-any-return]
+    if name.upper() not in PRESETS:
+        reason = "names a scheme of weights that moepress does not read"
+        _refuse(folder, f"compressed-tensors {name[:80]}", reason)
+    return {"weights": PRESETS[name.upper()]}
 
 
 def _refuse(folder: Path, method: str, reason: str) -> None:

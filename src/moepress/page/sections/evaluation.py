@@ -54,12 +54,18 @@ def _conditions(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _pruning_warnings(found: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
-    """A warning if the model was measured with experts dropped and the folder drops none, or the
-    other way round."""
+    """A warning if the model was measured with experts dropped and the folder drops none or
+    others, or the other way round."""
     measured = found["pruning"] is not None
-    if measured == (subject.pruning is not None and subject.pruning.drops):
+    drops = subject.pruning is not None and subject.pruning.drops
+    if measured and subject.pruning is not None and drops:
+        rule = subject.pruning.digest()
+        if found["provenance"].get("pruning", rule) == rule:
+            return ()
+        state = "with another rule of dropping experts than this folder has"
+    elif measured == drops:
         return ()
-    if measured:
+    elif measured:
         state = "with experts dropped, and this folder drops none"
     else:
         state = "without dropping experts, and this folder drops some"

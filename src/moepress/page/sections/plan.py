@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any
 
 from moepress.allocation.plan import PROJECTIONS, BitAllocation
+from moepress.byte_units import byte_unit
 from moepress.format.codec import LEFT_OUT
-from moepress.original.sizes import byte_unit
 from moepress.page.curves import loss_curve, part_bars
 from moepress.page.maps import bit_map
 from moepress.page.sections.section import Section, Table, no_scores
