@@ -52,7 +52,7 @@ DEFAULT = "default"
 BUDGETED: dict[str, Recipe] = dict(NAMED)
 # Our methods that exist at some widths only, all other linears at 4 bits. Their costs decide
 # nothing, so the cheapest measurement will do.
-PLAIN = Recipe.load("fast", cost="uniform", measure="rtn", correction=0.0)
+PLAIN = Recipe.load("fast", cost="uniform", measure="rtn", correction=0.0, balance=False)
 UNIFORM: dict[str, Recipe] = {
     "uniform GPTQ": PLAIN,
     "uniform trellis": PLAIN.with_changes(expert_codec="trellis", linear_codec="trellis"),

@@ -63,8 +63,3 @@ class Rounding:
     def corrects(self) -> bool:
         """Whether weights make up for errors of earlier layers; round to nearest cannot."""
         return self.correction > 0 and self.needs_hessian
-
-    @property
-    def balances(self) -> bool:
-        """Whether channels of experts are balanced; needs the inputs of a Hessian."""
-        return self.balance and self.needs_hessian
