@@ -54,7 +54,7 @@ def test_family(family: str, tokenizer_folder: Path, text_file: Path, tmp_path: 
     original = save_model(model, tmp_path / "original", tokenizer_folder)
     folder = compress(original, tmp_path / "packed", small_recipe(text_file, "fast", bits=2.5))
     dtype = "bfloat16" if family in BFLOAT16 else "float32"
-    far = FAR.get(family, 0.1 if family in BFLOAT16 else 0.02)
+    far = FAR.get(family, 0.1 if family in BFLOAT16 else 0.001)
     with engine(folder, dtype=dtype) as llm:
         texts = written(llm, prompts(), 8)
     if family not in AGAINST_PLAIN:

@@ -22,10 +22,12 @@ from tests.vllm.serving import Written, differences, engine, written
 pytestmark = pytest.mark.vllm
 
 ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-NEAR = 0.02  # of log-probabilities, all of them float32
+NEAR = 0.001  # of log-probabilities, all of them float32, with fine activations
 PARALLEL = """
 import json, sys
-from tests.vllm.serving import engine, written
+from moepress.kernels.modules import PackedExperts, PackedLinear
+from tests.vllm.serving import FINE, engine, written
+PackedLinear.activation_bits = PackedExperts.activation_bits = FINE  # in ranks too
 def main():
     folder, prompts, options = map(json.loads, sys.argv[1:])
     with engine(folder, **options) as llm:
@@ -89,6 +91,14 @@ def test_pruning_of_the_folder_applies(folder: Path, llm: Any) -> None:
         set_pruning(folder, 0)
     assert distance < NEAR and gap < NEAR
     assert [one.logprobs for one in texts] != [one.logprobs for one in before]
+
+
+def test_activations_as_they_are_served(folder: Path) -> None:
+    some = prompts(16)
+    with engine(folder, bits=8) as served:
+        texts = written(served, some, 8)
+    distance, _ = differences(folder, some, texts, bits=8)
+    assert NEAR < distance < 0.02
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["tensor", "expert"])
