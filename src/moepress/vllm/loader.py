@@ -30,6 +30,7 @@ from moepress.vllm.experts import Thresholds, give_experts
 from moepress.vllm.limits import check_layers, check_ranks
 from moepress.vllm.linears import LinearMethod
 from moepress.vllm.placement import Ranks, calibration_tokens, divide
+from moepress.vllm.rotary import mend_rotary
 from moepress.vllm.routers import mend_routers, take_biases
 from moepress.vllm.stored import StoredModel
 from moepress.vllm.windows import Window
@@ -78,6 +79,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
         check_layers(model, stored.own)
         mend_routers(model)
+        mend_rotary(model)
         _take_embeddings(model)
         _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
