@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moepress.compress import compress
-from moepress.prune import set_pruning
+from moepress.prune import Pruning, set_pruning
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
 from tests.vllm.serving import Written, differences, engine, written
@@ -132,6 +132,19 @@ def test_another_version_of_vllm_is_refused(folder: Path, monkeypatch: pytest.Mo
         engine(folder),
     ):
         pass
+
+
+def test_pruning_for_other_layers_is_refused(folder: Path) -> None:
+    config = folder / "config.json"
+    before = config.read_text()
+    fields = json.loads(before)
+    fields["quantization_config"]["pruning"] = Pruning({7: (0.0, 0.5)}, False, 0).to_json()
+    config.write_text(json.dumps(fields))
+    try:
+        with pytest.raises(Exception, match=r"layers \[7\].*another model"), engine(folder):
+            pass
+    finally:
+        config.write_text(before)
 
 
 def test_a_folder_without_a_file_is_refused(folder: Path) -> None:

@@ -210,6 +210,8 @@ def _give_all_experts(
             f"folder in layers {sorted(stored.experts)}. vLLM cannot serve this model from a "
             "compressed folder; `moepress serve` can."
         )
+    if pruning is not None:
+        pruning.check_layers(stored.experts.keys(), type(stored.own).__name__)
     for number, layer in layers.items():
         packed = stored.experts[number]
         unset = [name for name, value in packed.named_parameters() if value.is_meta]
