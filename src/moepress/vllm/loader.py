@@ -27,6 +27,7 @@ from moepress.hf.files import check_written
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
+from moepress.vllm.heads import mend_heads
 from moepress.vllm.limits import check_layers, check_ranks
 from moepress.vllm.linears import LinearMethod
 from moepress.vllm.placement import Ranks, calibration_tokens, divide
@@ -80,6 +81,7 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         check_layers(model, stored.own)
         mend_routers(model)
         mend_rotary(model)
+        mend_heads(model)
         _take_embeddings(model)
         _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
