@@ -376,6 +376,17 @@ def test_ops_refuse_arguments_that_do_not_fit() -> None:
         kernels.linear(torch.randn(2, 65), packed, None, 8, 2, 32)
     with pytest.raises(InputError, match=r"bias must be \[8\], got \[1\]"):
         kernels.linear(torch.randn(2, 64), packed, torch.zeros(1), 8, 2, 32)
+    # The dtype of a packed weight, to which some code casts inputs: the result would be bytes.
+    numbers = torch.ones(2, 64, dtype=torch.uint8)
+    for wrong_call in (
+        lambda: kernels.linear(numbers, packed, None, 8, 2, 32),
+        lambda: kernels.linears(numbers, [packed], [8], [2], 32),
+        lambda: kernels.experts(
+            *op_arguments(dataclasses.replace(case.call(), hidden=case.hidden.byte()))
+        ),
+    ):
+        with pytest.raises(InputError, match=r"got inputs of torch\.uint8"):
+            wrong_call()
     # Not through the op: with a meta tensor it runs its fake, and there is no other device here.
     with pytest.raises(InputError, match="weight is on meta, the input on cpu"):
         check_one_device(case.hidden, bias=None, weight=packed.to("meta"))

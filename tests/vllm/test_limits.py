@@ -35,12 +35,24 @@ def test_ranks_on_cpus() -> None:
 
 
 def test_models_that_vllm_cannot_run() -> None:
-    from moepress.vllm.limits import FAILS, OTHER_TEXT, check_layers
+    from moepress.vllm.limits import FAILS, check_layers
 
     own: Any = nn.Identity()
     own.config = SimpleNamespace(model_type="mixtral")
     check_layers(nn.Identity(), own)
-    for kind, what in {**OTHER_TEXT, **FAILS}.items():
+    for kind, what in FAILS.items():
         own.config = SimpleNamespace(model_type=kind)
         with pytest.raises(InputError, match=f"with {kind}.*{what}.*moepress serve"):
             check_layers(nn.Identity(), own)
+
+
+def test_fields_that_vllm_would_guess() -> None:
+    from moepress.vllm.limits import check_layers
+
+    own: Any = nn.Identity()
+    own.config = SimpleNamespace(model_type="deepseek_v3")
+    with pytest.raises(InputError, match=r"no scoring_func 'sigmoid'.*--hf-overrides"):
+        check_layers(nn.Identity(), own)
+    model: Any = nn.Identity()
+    model.config = SimpleNamespace(model_type="deepseek_v3", scoring_func="sigmoid")
+    check_layers(model, own)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moepress.compress import compress
-from moepress.prune import set_pruning
+from moepress.prune import Pruning, set_pruning
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
 from tests.vllm.serving import Written, differences, engine, written
@@ -22,10 +22,12 @@ from tests.vllm.serving import Written, differences, engine, written
 pytestmark = pytest.mark.vllm
 
 ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-NEAR = 0.02  # of log-probabilities, all of them float32
+NEAR = 0.001  # of log-probabilities, all of them float32, with fine activations
 PARALLEL = """
 import json, sys
-from tests.vllm.serving import engine, written
+from moepress.kernels.modules import PackedExperts, PackedLinear
+from tests.vllm.serving import FINE, engine, written
+PackedLinear.activation_bits = PackedExperts.activation_bits = FINE  # in ranks too
 def main():
     folder, prompts, options = map(json.loads, sys.argv[1:])
     with engine(folder, **options) as llm:
@@ -91,6 +93,14 @@ def test_pruning_of_the_folder_applies(folder: Path, llm: Any) -> None:
     assert [one.logprobs for one in texts] != [one.logprobs for one in before]
 
 
+def test_activations_as_they_are_served(folder: Path) -> None:
+    some = prompts(16)
+    with engine(folder, bits=8) as served:
+        texts = written(served, some, 8)
+    distance, _ = differences(folder, some, texts, bits=8)
+    assert NEAR < distance < 0.02
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["tensor", "expert"])
 def test_two_ranks(whole: bool, folder: Path, tmp_path: Path) -> None:
     some = prompts(4)
@@ -122,6 +132,19 @@ def test_another_version_of_vllm_is_refused(folder: Path, monkeypatch: pytest.Mo
         engine(folder),
     ):
         pass
+
+
+def test_pruning_for_other_layers_is_refused(folder: Path) -> None:
+    config = folder / "config.json"
+    before = config.read_text()
+    fields = json.loads(before)
+    fields["quantization_config"]["pruning"] = Pruning({7: (0.0, 0.5)}, False, 0).to_json()
+    config.write_text(json.dumps(fields))
+    try:
+        with pytest.raises(Exception, match=r"layers \[7\].*another model"), engine(folder):
+            pass
+    finally:
+        config.write_text(before)
 
 
 def test_a_folder_without_a_file_is_refused(folder: Path) -> None:

@@ -17,6 +17,15 @@ def check_bytes(name: str, packed: Tensor, expected: int) -> None:
         )
 
 
+def check_floats(x: Tensor) -> None:
+    """Check that inputs are numbers: some code casts them to the dtype of a packed weight."""
+    if not x.is_floating_point():
+        raise InputError(
+            f"A packed product got inputs of {x.dtype}. Expected floats: the model's code casts "
+            "them to the dtype of the weight, which is packed bytes. It must stay unpacked."
+        )
+
+
 def check_one_device(first: Tensor, **others: Tensor | None) -> None:
     """Check that all tensors are on the device of `first`: backends read them by address."""
     device = first.device

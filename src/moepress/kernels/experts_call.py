@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InputError
-from moepress.kernels.checks import check_bytes, check_one_device
+from moepress.kernels.checks import check_bytes, check_floats, check_one_device
 from moepress.kernels.gate import Gate
 
 
@@ -101,6 +101,7 @@ def check_experts_call(call: ExpertsCall) -> None:
         InputError: a shape, dtype or device does not fit, or the gate is none (`Gate`).
     """
     _ = call.gate
+    check_floats(call.hidden)
     _check_routing(call.hidden, call.top_k_index, call.top_k_weights)
     check_one_device(
         call.hidden,

@@ -59,11 +59,6 @@ class PackedLinear(nn.Linear):
         return type(self) is PackedLinear and self.bias is None and self.codec.family == "trellis"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise InputError(
-                f"A packed linear got inputs of {x.dtype}. Expected floats: the model's code casts "
-                "them to the dtype of the weight, which is packed bytes. It must stay unpacked."
-            )
         codec = self.codec
         y: Tensor = kernels.linear(
             x,

@@ -23,7 +23,7 @@ from torch import Tensor
 from moepress.errors import InputError
 from moepress.format.codec import Codec, width_of
 from moepress.kernels.backends import backend_for
-from moepress.kernels.checks import check_bytes, check_one_device
+from moepress.kernels.checks import check_bytes, check_floats, check_one_device
 from moepress.kernels.experts_call import ExpertsCall, check_experts_call
 from moepress.kernels.matrix import PackedMatrix
 from moepress.kernels.op import op
@@ -58,6 +58,7 @@ def linear(
     Raises:
         InputError: a shape, dtype or device does not fit, or the codec does not exist.
     """
+    check_floats(x)
     codec = _codec(bits, group_size, family)
     check_bytes("weight", packed, codec.nbytes(out_features, x.shape[-1]))
     check_one_device(x, weight=packed, bias=bias)
@@ -103,6 +104,7 @@ def linears(
             "Expected as many weights as rows and widths, at least one; got "
             f"{len(packed)}, {len(out_features)} and {len(bits)}."
         )
+    check_floats(x)
     matrices = [
         PackedMatrix(weight, rows, _codec(number, group_size, family))
         for weight, rows, number in zip(packed, out_features, bits, strict=True)

@@ -40,12 +40,7 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     for number, layer in enumerate(decoder_layers(model)):
         for module in (*packed_experts(layer).values(), *text_experts(layer)):
             found[number] = layer, module
-    strangers = sorted(pruning.thresholds.keys() - found.keys())
-    if strangers:
-        raise InputError(
-            f"The pruning has thresholds for layers {strangers}, but {type(model).__name__} has "
-            f"routed experts in layers {sorted(found)}. It was made for another model."
-        )
+    pruning.check_layers(found.keys(), type(model).__name__)
     return [
         PrunedLayer(number, *found[number], pruning, count)
         for number, ratios in sorted(pruning.thresholds.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +75,15 @@ class Pruning:
     def drops(self) -> bool:
         """Whether any choice can be dropped."""
         return any(map(any, (*self.thresholds.values(), *self.absent.values())))
+
+    def check_layers(self, layers: Collection[int], model: str) -> None:
+        """Raise InputError for thresholds of layers that a model has no routed experts in."""
+        strangers = sorted(self.thresholds.keys() - set(layers))
+        if strangers:
+            raise InputError(
+                f"The pruning has thresholds for layers {strangers}, but {model} has routed "
+                f"experts in layers {sorted(layers)}. It was made for another model."
+            )
 
     @classmethod
     def of(cls, costs: DropCosts, strength: Strength, protect: float = PROTECT) -> Pruning:

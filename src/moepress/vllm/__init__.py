@@ -12,6 +12,8 @@ linears.py     linears, embeddings and heads
 experts.py     routed experts, and pruning
 placement.py   which rank computes which experts
 routers.py     what vLLM leaves out of some routers
+heads.py       what vLLM leaves out of some heads
+rotary.py      what vLLM's kernel for CPUs rotates wrongly
 
 Importing `moepress` does not import vLLM.
 """

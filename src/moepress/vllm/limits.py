@@ -15,15 +15,12 @@ from vllm.platforms import current_platform
 
 from moepress.errors import InputError
 
-# Model types whose text is not that of transformers, measured in docs/vllm.md.
-OTHER_TEXT = {
-    "lfm2_moe": "so it does with the original",
-    "axk1": "so it does with the original",
-}
 # Model types that fail while vLLM starts, the originals too.
 FAILS = {
     "axk2": "vLLM's Transformers backend gives its attention no mask, which the attention reads",
 }
+# Fields of a model type's original for which vLLM takes another value where they are missing.
+WANTED = {"deepseek_v3": {"scoring_func": "sigmoid"}}
 
 
 def check_ranks(config: Any) -> None:
@@ -57,16 +54,19 @@ def check_layers(model: nn.Module, own: nn.Module) -> None:
         own: of transformers' class.
     """
     kind = getattr(own.config, "model_type", "")
-    if kind in OTHER_TEXT:
-        raise InputError(
-            f"vLLM 0.32 writes other text with {kind} than transformers ({OTHER_TEXT[kind]}). "
-            "`moepress serve` can serve the folder."
-        )
     if kind in FAILS:
         raise InputError(
             f"vLLM 0.32 does not start with {kind}: {FAILS[kind]}. `moepress serve` can serve the "
             "folder."
         )
+    config = getattr(model, "config", own.config)  # with the fields of --hf-overrides
+    for field, value in WANTED.get(kind, {}).items():
+        if getattr(config, field, None) != value:
+            raise InputError(
+                f"config.json of this {kind} has no {field} '{value}', as originals on the hub "
+                "have. vLLM would take another one and write other text: add "
+                f'--hf-overrides \'{{"{field}": "{value}"}}\'.'
+            )
     _check_replaced(model, own)
     _check_kernels(model)
 

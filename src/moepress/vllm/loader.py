@@ -27,9 +27,11 @@ from moepress.hf.files import check_written
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning
 from moepress.vllm.experts import Thresholds, give_experts
+from moepress.vllm.heads import mend_heads
 from moepress.vllm.limits import check_layers, check_ranks
 from moepress.vllm.linears import LinearMethod
 from moepress.vllm.placement import Ranks, calibration_tokens, divide
+from moepress.vllm.rotary import mend_rotary
 from moepress.vllm.routers import mend_routers, take_biases
 from moepress.vllm.stored import StoredModel
 from moepress.vllm.windows import Window
@@ -78,6 +80,8 @@ class Loader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not seen by m
         stored = StoredModel(Path(folder), model_config.dtype, model_config.trust_remote_code)
         check_layers(model, stored.own)
         mend_routers(model)
+        mend_rotary(model)
+        mend_heads(model)
         _take_embeddings(model)
         _load(model, stored.tensors(files))
         _give_all_experts(model, stored, _pruning(model_config), calibration_tokens(Path(folder)))
@@ -208,6 +212,8 @@ def _give_all_experts(
             f"folder in layers {sorted(stored.experts)}. vLLM cannot serve this model from a "
             "compressed folder; `moepress serve` can."
         )
+    if pruning is not None:
+        pruning.check_layers(stored.experts.keys(), type(stored.own).__name__)
     for number, layer in layers.items():
         packed = stored.experts[number]
         unset = [name for name, value in packed.named_parameters() if value.is_meta]
