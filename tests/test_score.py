@@ -40,7 +40,7 @@ def test_epsilon_is_what_swapping_the_expert_costs_the_block(
 ) -> None:
     """The oracle: the whole block with one expert replaced, on all tokens, by transformers."""
     folder = model_folder(family)
-    recipe = small_recipe(text_file, measure="rtn", expert_bits=(2, 3))
+    recipe = small_recipe(text_file, measure="rtn", expert_bits=(2, 3), balance=False)
     source = Source(folder)
     scores = score(source, recipe)
     layer = source_layer = max(source.experts)
@@ -91,8 +91,9 @@ def test_costs_are_errors_weighed_by_sensitivity(
     prose.write_text("It was the best of times, it was the worst of times.\n" * 200)
     sources = ((str(text_file), 1.0), (str(prose), 2.0))
     recipe = small_recipe(
-        text_file, "default", measure="rtn", expert_bits=(2,), linear_bits=(3, 8), calib=sources
-    )
+        text_file, "default", measure="rtn", expert_bits=(2,), linear_bits=(3, 8), calib=sources,
+        balance=False,
+    )  # fmt: skip
     scores = score(source, recipe, work=tmp_path / "work")
     ids = calibration_ids(source, recipe)
     origin = torch.tensor([0, 0, 1, 1, 1, 1]).repeat_interleave(32)  # a third, two thirds

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
+import moepress  # noqa: F401  # opens compressed folders
+from moepress.allocate import allocate
 from moepress.costs.expert_costs import rounded_weights
 from moepress.original.experts import ExpertWeights, Routed, RoutedExpert, expert_hidden
+from moepress.quantize import quantize
 from moepress.recipe import NAMED, Recipe
 from moepress.rounding.balance import balanced, channel_scales
 from moepress.rounding.expert import GateUp, round_downs
 from moepress.rounding.options import Rounding
+from moepress.score import score
+from tests.conftest import small_recipe
 
 H, INNER, T = 64, 128, 700
 DEFAULT = Rounding.of_experts(Recipe(), "gptq")
@@ -128,6 +138,42 @@ def test_experts_that_it_would_change_stay() -> None:
     for other in (biased, single, neuron):
         assert balanced(other, DEFAULT) is other
     assert balanced(one, replace(DEFAULT, balance=False)) is one
+
+
+def scaled_unevenly(folder: Path, to: Path) -> Path:
+    """The same Mixtral with channels of up and `down` scaled against each other."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(".w3.weight")]:
+        scale = torch.exp(torch.randn(len(tensors[name]), generator=generator))
+        tensors[name] = tensors[name] / scale[:, None]
+        down = name.replace("w3", "w2")
+        tensors[down] = tensors[down] * scale
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_a_model_is_compressed_alike_however_its_channels_are_scaled(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    even, uneven = model_folder(), scaled_unevenly(model_folder(), tmp_path / "uneven")
+    ids = torch.arange(40, 80)[None]
+    with torch.inference_mode():
+        exact = AutoModelForCausalLM.from_pretrained(even)(ids).logits
+
+        def measured(folder: Path, balance: bool) -> tuple[Any, float]:
+            recipe = small_recipe(text_file, expert_bits=(2,), bits=2, balance=balance)
+            scores = score(folder, recipe)
+            out = tmp_path / f"{folder.name}-{balance}"
+            quantize(folder, allocate(scores, recipe), out)
+            logits = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+            return scores.cost.sum(), float((logits - exact).square().mean())
+
+        wanted, found = measured(even, True), measured(uneven, True)
+        without = measured(uneven, False)
+    assert found == pytest.approx(wanted, rel=0.1)
+    assert without[0] > 1.3 * wanted[0]
 
 
 def test_the_papers_recipes_do_not_balance() -> None:
