@@ -52,7 +52,7 @@ from moepress.original.walk import Walk
 from moepress.outside import copied_shards, write_outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
-from moepress.rounding.balance import balanced
+from moepress.rounding.balance import experts_to_round
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
@@ -286,7 +286,7 @@ def quantize_experts(
     if numbers and finish is None and _run_together(walk, layer, routed):
         resident = [None] * len(widths_of)
     room = experts_at_once(walk.source, layer, rounding, kept=resident is not None)
-    read = (balanced(one, rounding) for one in walk.experts(layer, sums.own, routed))
+    read = experts_to_round(walk, layer, sums.own, routed, rounding)
     while originals := list(islice(read, room.experts)):
         progress.update(layer=layer, expert=originals[0].number, experts=experts.experts)
         widths = [widths_of[expert.number] for expert in originals]

@@ -52,7 +52,7 @@ from moepress.original.walk import Walk
 from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.recipe import TABLE_BITS, Recipe
-from moepress.rounding.balance import balanced
+from moepress.rounding.balance import experts_to_round
 from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
 from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
@@ -233,7 +233,7 @@ def score_layer(
     step = 1
     if not rounding.draws:
         step = experts_at_once(source, layer, rounding, len(recipe.widths)).downs
-    read = (balanced(one, rounding) for one in walk.experts(layer, sums.own, routed))
+    read = experts_to_round(walk, layer, sums.own, routed, rounding)
     done = 0
     while together := list(islice(read, step)):
         if rounding.draws and source.device.type == "cuda":

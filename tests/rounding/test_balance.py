@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,20 @@ from transformers import AutoModelForCausalLM
 
 import moepress  # noqa: F401  # opens compressed folders
 from moepress.allocate import allocate
+from moepress.blocks.form import Form
+from moepress.blocks.layout import Part
 from moepress.costs.expert_costs import rounded_weights
 from moepress.original.experts import ExpertWeights, Routed, RoutedExpert, expert_hidden
+from moepress.original.source import Source
+from moepress.original.walk import Walk
 from moepress.quantize import quantize
 from moepress.recipe import NAMED, Recipe
-from moepress.rounding.balance import balanced, channel_scales
+from moepress.rounding.balance import (
+    balanced,
+    can_balance,
+    channel_scales,
+    experts_to_round,
+)
 from moepress.rounding.expert import GateUp, round_downs
 from moepress.rounding.options import Rounding
 from moepress.score import score
@@ -76,7 +86,7 @@ def outputs(one: RoutedExpert) -> Tensor:
 
 
 def test_the_function_stays() -> None:
-    before, after = expert(1), balanced(expert(1), DEFAULT)
+    before, after = expert(1), balanced(expert(1))
     assert not torch.equal(after.weights.down, before.weights.down)
     assert torch.equal(after.weights.gate_up[:INNER], before.weights.gate_up[:INNER])
     torch.testing.assert_close(outputs(after), outputs(before), rtol=1e-4, atol=1e-4)
@@ -94,7 +104,7 @@ def test_rows_and_columns_have_equal_norms() -> None:
 
 
 def test_it_does_not_matter_how_channels_were_scaled() -> None:
-    found, wanted = (balanced(expert(spread), DEFAULT).weights for spread in (2.0, 0.0))
+    found, wanted = (balanced(expert(spread)).weights for spread in (2.0, 0.0))
     common = found.down.norm() / wanted.down.norm()  # the mean energy of `down` stays
     torch.testing.assert_close(found.down, common * wanted.down, rtol=0.02, atol=1e-6)
     torch.testing.assert_close(
@@ -122,22 +132,43 @@ def drawn_error_of_down(one: RoutedExpert, rounding: Rounding) -> float:
 )
 def test_rounding_loses_as_little_as_of_an_even_expert(measured: Any, rounding: Rounding) -> None:
     even, uneven = measured(expert(), rounding), measured(expert(1), rounding)
-    found = measured(balanced(expert(1), rounding), rounding)
+    found = measured(balanced(expert(1)), rounding)
     assert uneven > 1.5 * even
     assert found == pytest.approx(even, rel=0.05)
 
 
-def test_experts_that_it_would_change_stay() -> None:
-    for gate in (limited, offset):
-        one = expert(gate=gate)
-        assert balanced(one, DEFAULT) is one
-    one = expert()
-    biased = one.with_weights(one.weights._replace(gate_up_bias=torch.zeros(2 * INNER)))
-    single = one.with_weights(one.weights._replace(gate_up=one.weights.gate_up[:INNER]))
-    neuron = expert(neuron=torch.zeros(T, 1, dtype=torch.int64))
-    for other in (biased, single, neuron):
-        assert balanced(other, DEFAULT) is other
-    assert balanced(one, replace(DEFAULT, balance=False)) is one
+FORM = Form(1, H, INNER, Part(("gate_up",)), Part(("down",)))
+
+
+@pytest.mark.parametrize(
+    ("form", "gate", "may"),
+    [
+        (FORM, swiglu, True),
+        (FORM, limited, False),
+        (FORM, offset, False),
+        (replace(FORM, gate_up=Part(("gate_up",), bias="gate_up_bias")), swiglu, False),
+        (replace(FORM, gated=False), swiglu, False),
+        (replace(FORM, by_neuron=True), swiglu, False),
+    ],
+)
+def test_experts_that_it_would_change_cannot_be_balanced(form: Form, gate: Any, may: bool) -> None:
+    assert can_balance(form, SimpleNamespace(_apply_gate=gate), torch.device("cpu")) == may
+
+
+def test_experts_are_balanced_on_their_way_and_not_held(model_folder: Callable[..., Path]) -> None:
+    walk = Walk(Source(model_folder()), torch.arange(64)[None])
+    with walk.source.layer_loaded(0), torch.inference_mode():
+        routed = walk.route(0)
+        plain = walk.experts(0, [0, 1], routed)
+        found = experts_to_round(walk, 0, [0, 1], routed, DEFAULT)
+        off = experts_to_round(walk, 0, [0, 1], routed, replace(DEFAULT, balance=False))
+        first = next(plain)
+        assert torch.equal(next(found).weights.down, balanced(first).weights.down)
+        assert torch.equal(next(off).weights.down, first.weights.down)
+        gone = weakref.ref(first)
+        del first
+        assert gone() is None
+        assert [[one.number for one in rest] for rest in (plain, found, off)] == [[1]] * 3
 
 
 def scaled_unevenly(folder: Path, to: Path) -> Path:

@@ -48,7 +48,7 @@ from moepress.original.carried import (
     Gathered,
     states_between,
 )
-from moepress.original.experts import Routed, RoutedExpert
+from moepress.original.experts import ExpertWeights, Routed, RoutedExpert
 from moepress.original.loops import loop_of
 from moepress.original.passes import enter_loop, leave_loop
 from moepress.original.record import Record
@@ -256,9 +256,12 @@ class Walk(Sequences):
     def experts(self, layer: int, numbers: Sequence[int], routed: Routed) -> Iterator[RoutedExpert]:
         """Read experts of the original model one by one, and pair them with their tokens."""
         module = self.experts_module(layer)
-        read = self.source.experts_in_turn(layer, numbers)
-        for number, weights in zip(numbers, read, strict=True):
-            yield RoutedExpert(layer, number, module, weights, routed)
+
+        def paired(weights: ExpertWeights, number: int) -> RoutedExpert:
+            return RoutedExpert(layer, number, module, weights, routed)
+
+        # A map, unlike a loop, does not hold an expert while it is used.
+        return map(paired, self.source.experts_in_turn(layer, numbers), numbers)
 
     def chosen(self, layer: int, routed: Routed) -> list[int]:
         """Numbers of the experts of a layer that some token chose."""

@@ -9,22 +9,42 @@ up and the columns of `down` equally large. So they are made here, however the m
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moepress.blocks.form import apply_gate
-from moepress.original.experts import RoutedExpert
+from moepress.blocks.form import Form, apply_gate
+from moepress.original.experts import Routed, RoutedExpert
+from moepress.original.walk import Walk
 from moepress.rounding.options import Rounding
 
 
-def balanced(expert: RoutedExpert, rounding: Rounding) -> RoutedExpert:
-    """The expert with balanced channels, or the same where its function does not allow it."""
-    inner = expert.weights.down.shape[1]
-    gated = len(expert.weights.gate_up) == 2 * inner and expert.routed.neuron is None
-    biased = expert.weights.gate_up_bias is not None  # biases are stored as they are
-    if not rounding.balance or not gated or biased or not _up_multiplies(expert):
-        return expert
+def experts_to_round(
+    walk: Walk, layer: int, numbers: Sequence[int], routed: Routed, rounding: Rounding
+) -> Iterator[RoutedExpert]:
+    """`walk.experts`, balanced where `rounding` asks for it and the experts' function allows it."""
+    read = walk.experts(layer, numbers, routed)
+    form, module = walk.source.experts[layer].form, walk.experts_module(layer)
+    if rounding.balance and can_balance(form, module, walk.source.device):
+        return map(balanced, read)
+    return read
+
+
+def can_balance(form: Form, module: Any, device: torch.device) -> bool:
+    """Whether channels of an experts module can be scaled in up and scaled back in `down`.
+
+    Biases are stored as they are, so with some they cannot.
+    """
+    scalable = form.gated and not form.by_neuron and form.gate_up.bias is None
+    return scalable and _up_multiplies(module, device)
+
+
+def balanced(expert: RoutedExpert) -> RoutedExpert:
+    """The expert with balanced channels, if it `can_balance`."""
     gate_up, down = expert.weights.gate_up, expert.weights.down
+    inner = down.shape[1]
     scale = channel_scales(_norms(gate_up[inner:], 1), _norms(down, 0))
     scale = scale.bfloat16().float()  # norms summed in another order, on a card say, give the same
     up = (gate_up[inner:].float() / scale[:, None]).to(gate_up)
@@ -57,14 +77,13 @@ def _norms(x: Tensor, dim: int) -> Tensor:
     return found
 
 
-def _up_multiplies(expert: RoutedExpert) -> bool:
+def _up_multiplies(module: Any, device: torch.device) -> bool:
     """Whether the inputs of `down` are the outputs of up times something: without limits, say.
 
     Products with 2 are exact, so the function is asked, at numbers that limits would show at.
     """
-    near = torch.linspace(-8, 8, 33, device=expert.weights.down.device)
+    near = torch.linspace(-8, 8, 33, device=device)
     values = torch.cat([near, 1000 * near])
     products = torch.cartesian_prod(values, values)
-    twice = products * torch.tensor([1.0, 2.0], device=products.device)
-    module = expert.module
+    twice = products * torch.tensor([1.0, 2.0], device=device)
     return torch.equal(apply_gate(module, twice), 2 * apply_gate(module, products))
