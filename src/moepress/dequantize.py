@@ -28,7 +28,7 @@ from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
 from moepress.original.folder import weight_files
-from moepress.original.sizes import PartBytes, bytes_by_part, unpacked_model
+from moepress.original.sizes import bytes_of_tensors, unpacked_model
 from moepress.progress import Progress
 from moepress.reading.config import config_fields
 from moepress.writing.files import check_place, sweep
@@ -42,9 +42,8 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     """Write a compressed model with plain weights, for transformers without moepress.
 
     Every byte is compared with its checksum first: the result has none. One file of the folder,
-    usually a decoder layer, is in memory at a time. Experts that are left
-    out become zeros. Weights have the dtype of config.json; tensors have the names of transformers'
-    class.
+    usually a decoder layer, is in memory at a time. Experts that are left out become zeros. Weights
+    have the dtype of config.json; tensors have the names of transformers' class.
 
     Args:
         folder: a folder made by moepress.
@@ -64,8 +63,8 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     model = unpacked_model(folder, trust_remote_code)
     files = weight_files(folder)
     written = [out / path.name for path in files]
-    _check_space(out, bytes_by_part(folder, trust_remote_code), written)
-    if (checksums := read_checksums(folder)) is not None:  # the plain model has none
+    _check_space(out, sum(size for _, size, _ in bytes_of_tensors(folder, model)), written)
+    if (checksums := read_checksums(folder)) is not None:
         verify_tensors(folder, checksums, files)
     plain = _Plain(model, specs)
     with held(out / WORK, lambda: _kept(out, written)) as work:
@@ -177,15 +176,14 @@ class _Plain:
         return bias.part.biases(without_padding(value[..., None], bias.parts, rows, 1)[..., 0])
 
 
-def _check_space(out: Path, parts: Mapping[str, PartBytes], written: Sequence[Path]) -> None:
+def _check_space(out: Path, size: int, written: Sequence[Path]) -> None:
     """Raise CheckpointError, before any work, if the disk cannot hold the rest of the model.
 
     Args:
-        parts: bytes of the model.
+        size: bytes of the model.
         written: its files; those are there that a stopped run has finished.
     """
-    need = sum(part.original for part in parts.values())
-    need -= sum(path.stat().st_size for path in written if path.is_file())
+    need = size - sum(path.stat().st_size for path in written if path.is_file())
     where = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(where).free
     if free < need:

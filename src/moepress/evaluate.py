@@ -172,12 +172,13 @@ def evaluate(
     other = resolve(against) if against is not None else None
     if other is not None:
         check_comparable(folder, other, trust_remote_code)
-    for one in (folder, other):
-        if one is not None:
-            windows.check_context(length, text_config(one, trust_remote_code), "--length")
+    config = text_config(folder, trust_remote_code)
+    windows.check_context(length, config, "--length")
+    if other is not None:
+        windows.check_context(length, text_config(other, trust_remote_code), "--length")
     tokenizer = tokenizer_of(folder, trust_remote_code)
     tokens = windows.evaluation_tokens([(t, 1.0) for t in texts], tokenizer, length, limit)
-    windows.check_vocab(tokens, int(text_config(folder, trust_remote_code).vocab_size))
+    windows.check_vocab(tokens, int(config.vocab_size))
     selected = find_tasks(tasks, include_path) if tasks else None
     prompts = prompts_of(tokens.ids, generations) if generations else None
     forget_peak(torch.device(device))

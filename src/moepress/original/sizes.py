@@ -58,7 +58,7 @@ def bytes_by_part(folder: Path, trust_remote_code: bool = False) -> dict[str, Pa
         FileError: a file is damaged, or does not belong to the config.
     """
     if is_compressed(folder):
-        found = _compressed(folder, unpacked_model(folder, trust_remote_code))
+        found = bytes_of_tensors(folder, unpacked_model(folder, trust_remote_code))
     else:
         found = _original(Source(folder, trust_remote_code=trust_remote_code))
     sums = dict.fromkeys(PARTS, PartBytes(0, 0))
@@ -67,8 +67,12 @@ def bytes_by_part(folder: Path, trust_remote_code: bool = False) -> dict[str, Pa
     return {part: bytes_ for part, bytes_ in sums.items() if bytes_.stored}
 
 
-def _compressed(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
-    """(part, original bytes, stored bytes) of every tensor of a compressed folder."""
+def bytes_of_tensors(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
+    """(part, original bytes, stored bytes) of every tensor of a compressed folder.
+
+    Args:
+        model: its `unpacked_model`.
+    """
     specs = packed_specs(folder)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     for experts in find_experts(model).values():

@@ -216,10 +216,10 @@ def _compressed_tensors(declared: Mapping[str, Any], folder: Path) -> Quantizati
     )
 
 
-def _scheme(name: str, given: Any, folder: Path) -> Mapping[str, Any]:
+def _scheme(name: str, given: Mapping[str, Any] | list[str], folder: Path) -> Mapping[str, Any]:
     """The scheme of a group; one that is given by name alone has a list of modules there."""
     if not isinstance(given, list):
-        return given  # type: ignore[no-any-return]
+        return given
     if name.upper() not in PRESETS:
         reason = "names a scheme of weights that moepress does not read"
         _refuse(folder, f"compressed-tensors {name[:80]}", reason)
