@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import quant_scheme as schemes
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -603,7 +604,6 @@ def test_other_methods_are_refused_with_a_reason(
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_schemes_by_name_are_those_of_compressed_tensors(tmp_path: Path, name: str) -> None:
-    schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     if not schemes.is_preset_scheme(name):
         pytest.skip("a name that this version has not")
     whole = {"group_0": schemes.preset_name_to_scheme(name, ["Linear"]).model_dump(mode="json")}
