@@ -112,6 +112,7 @@ def best_plan(scores: ExpertScores, recipe: Recipe) -> BitAllocation:
         bits_per_weight=total_bytes * 8 / (scores.other_weights + choices.total_weights),
         recipe=recipe,
         provenance=dict(scores.provenance),
+        scaled_layers=scores.scaled_layers,
     )
 
 

@@ -20,7 +20,7 @@ from moepress.blocks.layout import without_padding
 from moepress.errors import CheckpointError, FileError, InputError
 from moepress.format.checkpoint import finish_folder, save_tensors
 from moepress.format.checksums import read_checksums, verify_tensors
-from moepress.format.codec import LEFT_OUT, PackedSpec
+from moepress.format.codec import LEFT_OUT, PackedSpec, pre_quant_scale_of
 from moepress.format.journal import IDENTITY_FILE, check_identity
 from moepress.format.quantization import packed_specs
 from moepress.format.unfinished import check_finished
@@ -120,25 +120,34 @@ class _Plain:
         self._state: dict[str, Tensor] = model.state_dict()
         layers = find_experts(model).values()
         self._experts = {name: experts for experts in layers for name in experts.parameters}
+        self._scales = {pre_quant_scale_of(name) for name in self._experts}
         self._biases = {name: (one, bias) for one in layers for name, bias in one.biases.items()}
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file, by the names of transformers' class."""
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
-                found |= self._tensor(name, file.get_tensor(name))
+            names = file.keys()
+            for name in names:
+                if name not in self._scales:
+                    scale = pre_quant_scale_of(name)
+                    beside = file.get_tensor(scale) if scale in names else None
+                    found |= self._tensor(name, file.get_tensor(name), beside)
         return found
 
-    def _tensor(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """What a stored tensor stands for: one parameter of transformers' class, or several."""
+    def _tensor(self, name: str, value: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+        """What a stored tensor stands for: one parameter of transformers' class, or several.
+
+        Args:
+            scale: [K] of the inputs, if it is stored beside.
+        """
         if name in self._biases:
             return {name: self._biases_of_experts(*self._biases[name], name, value)}
         if name not in self._specs:
             return {name: value}
         spec = self._specs[name]
         if name in self._experts:
-            return self._matrices_of_experts(self._experts[name], name, value)
+            return self._matrices_of_experts(self._experts[name], name, value, scale)
         if name not in self._state:
             raise FileError(
                 f"config.json packs {name}, which the model has not. The file is damaged or "
@@ -148,7 +157,9 @@ class _Plain:
         rows, cols = self._state[name].shape
         return {name: reference.dequantize(value, rows, cols, codec, self._dtype)}
 
-    def _matrices_of_experts(self, experts: Experts, name: str, value: Tensor) -> dict[str, Tensor]:
+    def _matrices_of_experts(
+        self, experts: Experts, name: str, value: Tensor, scale: Tensor | None
+    ) -> dict[str, Tensor]:
         first = name == experts.parameters[0]
         rows, cols = experts.gate_up_shape if first else experts.down_shape
         form, spec = experts.form, self._specs[name]
@@ -159,6 +170,8 @@ class _Plain:
             packed = value[starts[expert] : starts[expert + 1]]
             codec = spec.codec(expert)
             whole[expert] = reference.dequantize(packed, rows, cols, codec, self._dtype)
+        if scale is not None:  # (W / s) (s x) = W x
+            whole *= scale.to(whole)
         part, count = (form.gate_up, form.parts) if first else (form.down, 1)
         n, k = form.shapes[0 if first else 1]
         found = part.parameters(without_padding(whole, count, n // count, k))

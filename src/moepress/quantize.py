@@ -56,6 +56,7 @@ from moepress.rounding.balance import experts_to_round
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
+from moepress.rounding.pre_quant_scale import find_scale, stored_scale, with_plain_columns
 from moepress.work import check_output, claim, identity, keep_ids, kept_ids, output_held
 from moepress.writing.held import discard
 
@@ -275,11 +276,15 @@ def quantize_experts(
     """
     experts = walk.source.experts[layer]
     rounding = Rounding.of_experts(plan.recipe, plan.recipe.quantizer)
+    if layer in plan.scaled_layers:
+        routed = routed.with_pre_quant_scale(find_scale(walk, layer, routed)[0])
     widths_of = plan.widths()[plan.layers.index(layer)]
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
     seed = drop_seed(plan.recipe.seed, layer)
     meter = DropMeter(routed, experts.experts, seed, left_out, walk.ranks)
     places, tensors = packed_places(walk.source, plan, layer)
+    if routed.pre_quant_scale is not None:
+        tensors |= stored_scale(walk.source, layer, routed.pre_quant_scale)
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     sums = walk.token_sums(routed, numbers)
     resident: list[ExpertWeights | None] | None = None  # the rounded ones, if they run together
@@ -301,7 +306,7 @@ def quantize_experts(
             if resident is None:
                 sums.add_output(rounded)
             else:
-                resident[expert.number] = rounded.weights
+                resident[expert.number] = with_plain_columns(rounded).weights
         # before the next are read
         del originals, together, expert, found, matrices, matrix, rounded
     for number, owner in sums.owners.items():
@@ -371,7 +376,8 @@ def layer_specs(source: Source, plan: BitAllocation, layer: int) -> dict[str, Pa
         widths = tuple(plan.bits[row, :, projection].tolist())
         family = plan.recipe.expert_codec
         group = codec_for(plan.recipe.widths[0], cols, plan.group_size, family).group_size
-        specs[name] = PackedSpec(widths, group, family)
+        scaled = projection == 0 and layer in plan.scaled_layers
+        specs[name] = PackedSpec(widths, group, family, scaled)
     return specs
 
 

@@ -55,6 +55,7 @@ from moepress.recipe import TABLE_BITS, Recipe
 from moepress.rounding.balance import experts_to_round
 from moepress.rounding.expert import experts_at_once
 from moepress.rounding.options import Rounding
+from moepress.rounding.pre_quant_scale import scale_bytes, scale_if_worth
 from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
 from moepress.workload.shapes import ModelShape
 from moepress.writing.files import check_file, check_place
@@ -67,6 +68,8 @@ Floats = npt.NDArray[np.float64]
 # Key of the costs of embedding and head in the last layer's file of the work folder. The name is
 # older than the words used elsewhere; it is kept because unfinished work on disk has it.
 TABLES_COST = "ends_cost"
+# Key of whether the inputs of a layer's experts are scaled, in the layer's file there.
+SCALED = "scaled"
 EXPERTS_AHEAD = 3  # experts of a layer whose errors are drawn while a card scores another
 
 
@@ -221,8 +224,10 @@ def score_layer(
         walk.advance(layer, None)
         return {"linear_cost": linear_cost}
     experts = source.experts[layer].experts
-    routed = walk.route(layer).with_sensitivity(of_layer.get(EXPERTS))
     rounding = Rounding.of_experts(recipe, recipe.measure)
+    routed = walk.route(layer).with_sensitivity(of_layer.get(EXPERTS))
+    if rounding.balance:
+        routed = scale_if_worth(walk, layer, routed)
     interpolation = _interpolation(source, layer, recipe, rounding)
     options = (len(ROUNDED), len(recipe.expert_bits))
     errors = torch.zeros(experts, *options, dtype=torch.float64)
@@ -255,6 +260,7 @@ def score_layer(
     return {
         "tokens": tokens,
         "routing_weight": routing_weight,
+        SCALED: torch.tensor(routed.pre_quant_scale is not None),
         "squared_error": errors,
         "cost": costs if sensitivity else costs / residual_energy,
         "linear_cost": linear_cost,
@@ -304,7 +310,9 @@ def _collect(
     arrays["cost"] = arrays["cost"] * shares[:, None, None, None, None]
     arrays["linear_cost"] = arrays["linear_cost"] * shares[:, None, None]
     scored, text_tokens = len(texts.of_token), whole.tokens().tolist()
-    scores = _assembled(source, recipe, tensors, arrays, scored, text_tokens, made_of)
+    never = torch.tensor(False)  # of layers that an older version has scored
+    scaled = [layer for layer in source.experts if rows[layer].get(SCALED, never)]
+    scores = _assembled(source, recipe, tensors, arrays, scored, text_tokens, made_of, scaled)
     few = int((scores.reached < recipe.token_floor).sum())
     none = int((scores.tokens == 0).sum())
     if few:
@@ -368,6 +376,7 @@ def _assembled(
     scored: int,
     text_tokens: Sequence[int],
     provenance: dict[str, str],
+    scaled: Sequence[int] = (),
 ) -> ExpertScores:
     """Scores of measured arrays and of the model's sizes, which the allocator needs.
 
@@ -375,6 +384,7 @@ def _assembled(
         arrays: fields of `ExpertScores` that are measured.
         scored: number of tokens that costs are measured on.
         text_tokens: [D] number of tokens of each text.
+        scaled: layers whose experts get scaled inputs.
     """
     one = source.one_layer_of_experts
     linear_bytes = np.zeros((len(tensors.open), len(tensors.widths)), dtype=np.int64)
@@ -383,6 +393,7 @@ def _assembled(
             linear_bytes[row, tensors.widths.index(bits)] = tensors.nbytes(name, bits)
     return ExpertScores(
         layers=tuple(source.experts),
+        scaled_layers=tuple(scaled),
         bits=recipe.expert_bits,
         linears=tuple(tensors.open),
         linear_bits=tensors.widths,
@@ -391,7 +402,7 @@ def _assembled(
         text_tokens=tuple(text_tokens),
         gate_up_shape=one.form.shapes[0],
         down_shape=one.form.shapes[1],
-        fixed_bytes=tensors.fixed_bytes,
+        fixed_bytes=tensors.fixed_bytes + len(scaled) * scale_bytes(source),
         other_weights=sum(source.shape(name).numel() for name in source.all_names),
         file_bytes=file_bytes(source, recipe, tensors),
         group_size=recipe.group_size,

@@ -58,6 +58,7 @@ class PlanFields(Document):
     bits_per_weight: float
     recipe: dict[str, Any]
     provenance: dict[str, str]
+    scaled_layers: Array[Annotated[int, Field(ge=0, lt=1 << 16)]] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class BitAllocation:
     bits_per_weight: float  # stored bits per weight of the whole model
     recipe: Recipe
     provenance: dict[str, str]
+    # Those of `layers` whose experts get scaled inputs, rounding/pre_quant_scale.py.
+    scaled_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bits = np.array(self.bits, dtype=np.float64)  # a copy, so that no caller can change it
@@ -94,6 +97,8 @@ class BitAllocation:
             return f"widths of shape {shape}, expected [L, E, 2] with L = {count} layers"
         if list(self.layers) != sorted(set(self.layers)) or not count:
             return f"layers {self.layers}, expected distinct ones in rising order"
+        if not set(self.scaled_layers) <= set(self.layers):
+            return f"scaled inputs in layers {self.scaled_layers}, expected some of {self.layers}"
         used = [width(bits) for bits in np.unique(self.bits).tolist()]
         if not set(used) <= set(self.recipe.expert_bits):
             return f"widths {used}, expected some of {self.recipe.expert_bits}"
@@ -118,10 +123,11 @@ class BitAllocation:
         return None
 
     def digest(self) -> str:
-        """A short hash of all widths."""
+        """A short hash of all widths, and of the layers whose experts get scaled inputs."""
         numbers = bytes(width_number(bits) for bits in self.bits.flat)
         linears = json.dumps(self.linear_bits, sort_keys=True) if self.linear_bits else ""
-        return hashlib.sha256(numbers + linears.encode()).hexdigest()[:16]
+        scaled = json.dumps(self.scaled_layers) if self.scaled_layers else ""
+        return hashlib.sha256(numbers + linears.encode() + scaled.encode()).hexdigest()[:16]
 
     def widths(self) -> list[list[tuple[float, float]]]:
         """By layer and expert, the code bits of gate_up and of down: int where they are whole."""
@@ -160,13 +166,14 @@ class BitAllocation:
             )
         parse(PlanFields, fields, f"The plan {path}", AGAIN)
         try:
-            rows = fields.pop("layers")
+            rows, scaled = fields.pop("layers"), fields.pop("scaled_layers", ())
             bits = [[read_widths(row[n]) for n in PROJECTIONS] for row in rows]
             if "linear_bits" not in fields:  # of a version whose linears were all scalar and fixed
                 fields["linear_bits"] = {}
                 fields["recipe"] = FAST.to_dict() | BEFORE | fields["recipe"]
             return cls(
                 **fields | {"recipe": Recipe.from_dict(BEFORE | fields["recipe"])},
+                scaled_layers=tuple(scaled),
                 layers=tuple(int(row["layer"]) for row in rows),
                 bits=np.array(bits, dtype=np.float64).swapaxes(1, 2),
             )

@@ -25,6 +25,7 @@ EXPERT_ARRAYS = (
 ARRAYS = (*EXPERT_ARRAYS, "linear_bytes", "linear_cost")
 TUPLES = (
     "layers", "bits", "linears", "text_tokens", "linear_bits", "gate_up_shape", "down_shape",
+    "scaled_layers",
 )  # fmt: skip
 KIND = "moepress scores"
 ROUNDED = ("gate_up", "down", "both")  # the projections that are rounded when an error is measured
@@ -60,6 +61,7 @@ class ScoresFields(Document):
     group_size: int
     provenance: dict[str, str]
     recipe: dict[str, Any] = Field(default_factory=dict)
+    scaled_layers: Array[Annotated[int, Field(ge=0, lt=1 << 16)]] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class ExpertScores:
     group_size: int
     provenance: dict[str, str]  # model, text and recipe that the scores depend on
     recipe: dict[str, Any] = field(default_factory=dict)  # the recipe of the measurement
+    # Those of `layers` whose experts get scaled inputs, rounding/pre_quant_scale.py.
+    scaled_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
@@ -180,7 +184,7 @@ class ExpertScores:
         arrays = read_arrays(path, rest, ScoresFields, DTYPES, AGAIN)
         try:
             rest |= {name: rest.pop(stored) for name, stored in STORED_AS.items()}
-            rest |= {name: tuple(rest[name]) for name in TUPLES}
+            rest |= {name: tuple(rest.get(name, ())) for name in TUPLES}
             rest["recipe"] = BEFORE | rest.get("recipe", {})
             Recipe.from_dict(rest["recipe"])
             return cls(**{**rest, **arrays})

@@ -35,7 +35,8 @@ from moepress.reading.json import read_json
 from moepress.writing.files import write_atomically
 from moepress.writing.tensors import write_tensors
 
-FORMAT_VERSION = 6  # the highest; a folder gets the lowest version that can express its tensors
+FORMAT_VERSION = 7  # the highest; a folder gets the lowest version that can express its tensors
+SCALED_INPUTS_VERSION = 7  # the lowest that has scales for the inputs of experts
 HALF_WIDTHS_VERSION = 6  # the lowest that has half widths
 FORMS_VERSION = 5  # the lowest that has experts of any form, and padded ones
 TRELLIS_VERSION = 4  # the lowest that says how trellis codes are read
@@ -233,6 +234,8 @@ def format_version(packed: Collection[PackedSpec], common: bool = True) -> int:
     Args:
         common: whether the experts have the form that all versions have.
     """
+    if any(spec.pre_quant_scale for spec in packed):
+        return SCALED_INPUTS_VERSION
     if any(spec.has_half_widths for spec in packed):
         return HALF_WIDTHS_VERSION
     if not common:

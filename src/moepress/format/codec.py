@@ -171,6 +171,8 @@ class PackedSpec:
     bits: tuple[float, ...]  # one per matrix; LEFT_OUT: the matrix does not exist
     group_size: int
     family: str = "int"
+    # Whether a vector is stored beside it (`pre_quant_scale_of`) that its inputs are multiplied by.
+    pre_quant_scale: bool = False
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -227,12 +229,23 @@ class PackedSpec:
             "bits": spell_widths(self.bits),
             "group_size": self.group_size,
         }
-        return fields if self.family == "int" else fields | {"family": self.family}
+        if self.family != "int":
+            fields["family"] = self.family
+        return fields | {"pre_quant_scale": True} if self.pre_quant_scale else fields
 
     @classmethod
     def from_json(cls, fields: dict[str, str | int]) -> PackedSpec:
-        bits = read_widths(str(fields["bits"]))
-        return cls(bits, int(fields["group_size"]), str(fields.get("family", "int")))
+        return cls(
+            read_widths(str(fields["bits"])),
+            int(fields["group_size"]),
+            str(fields.get("family", "int")),
+            bool(fields.get("pre_quant_scale", False)),
+        )
+
+
+def pre_quant_scale_of(name: str) -> str:
+    """Name of the vector that inputs of a packed parameter are multiplied by."""
+    return f"{name}_pre_quant_scale"
 
 
 def fitting_group_size(cols: int, group_size: int) -> int | None:

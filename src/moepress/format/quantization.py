@@ -24,6 +24,7 @@ class PackedFields(Document):
     bits: Annotated[str, Field(pattern=r"^[0-9.,]+$")]  # one digit per matrix
     group_size: int
     family: str = "int"
+    pre_quant_scale: bool = False
 
 
 class Quantization(Document):

@@ -85,6 +85,8 @@ def _packed(module: nn.Module, path: str, specs: Mapping[str, PackedSpec]) -> nn
             f"It is a {type(module).__name__} with packed {sorted(specs)}. Expected one packed "
             "weight, of one width."
         )
+    if specs["weight"].pre_quant_scale:
+        raise InputError("Its inputs are scaled by a stored vector. Expected it of experts only.")
     (codec,) = specs["weight"].codecs
     if type(module) is nn.Embedding and codec.family != "int":
         raise InputError(f"An embedding of {codec.name} cannot be read row by row. Expected int.")
@@ -106,6 +108,8 @@ def _packed_experts(module: Any, path: str, specs: Mapping[str, PackedSpec]) -> 
             f"Of these experts, {sorted(specs)} is packed. Expected both of {list(form.names)}."
         )
     gate_up, down = (specs[name] for name in form.names)
+    if down.pre_quant_scale:
+        raise InputError("Inputs of down are scaled by a stored vector. Expected it of the first.")
     if gate_up.family != down.family:
         raise InputError(
             f"Their codecs are of families '{gate_up.family}' and '{down.family}'. Expected one."

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moepress import kernels
 from moepress.errors import InputError
-from moepress.format.codec import LEFT_OUT, Codec, PackedSpec
+from moepress.format.codec import LEFT_OUT, Codec, PackedSpec, pre_quant_scale_of
 from moepress.kernels.gate import Gate, packed_names
 from moepress.kernels.reference import activation_function, check_activation_bits
 from moepress.kernels.stores import StoredLayer, refuse
@@ -130,7 +130,8 @@ class PackedExperts(nn.Module):
         gate: what lies between the two products. Without a gate the parameter of the first is
             called `up_proj`, else `gate_up_proj`.
         gate_up_bias, down_bias: whether there are biases, the parameters `gate_up_proj_bias` (or
-            `up_proj_bias`) [E, R] and `down_proj_bias` [E, H], in torch's default dtype.
+            `up_proj_bias`) [E, R] and `down_proj_bias` [E, H], in torch's default dtype. If
+            `gate_up` says so, there is `gate_up_proj_pre_quant_scale` [H] too: inputs times it.
 
     Raises:
         InputError: the activation function is not supported, the widths are not those of E experts,
@@ -175,6 +176,9 @@ class PackedExperts(nn.Module):
         self.down_proj = _packed(down.nbytes(*down_shape))
         self.register_parameter(f"{first}_bias", _biases(gate_up_bias, num_experts, gate_up_shape))
         self.register_parameter("down_proj_bias", _biases(down_bias, num_experts, down_shape))
+        self._scale_name = pre_quant_scale_of(first)
+        scale = nn.Parameter(torch.ones(hidden_size)) if gate_up.pre_quant_scale else None
+        self.register_parameter(self._scale_name, scale)
 
     def _describe(self, intermediate_size: int, gate_up: PackedSpec, down: PackedSpec) -> None:
         """Set inner size and widths, and the tables that follow from them."""
@@ -223,6 +227,9 @@ class PackedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute where the matrices are: if that is another device, activations go there."""
+        if (scale := self._parameters[self._scale_name]) is not None:
+            # Without the padding of packed matrices.
+            hidden_states = hidden_states * scale[: hidden_states.shape[-1]].to(hidden_states)
         here, there = hidden_states.device, self.packed[0].device
         if here == there:
             return self._compute(hidden_states, top_k_index, top_k_weights)

@@ -48,9 +48,15 @@ class Routed:
     sensitivity: Tensor | None = None  # [T] float32, costs/sensitivity.py; None: all tokens alike
     original: Tensor | None = None  # [T, H] `hidden` in the original model; None: not needed
     neuron: Tensor | None = None  # [T, k] int64 of the expert, which uses it alone; None: all
+    # [H] what the channels of all inputs are multiplied by in front of an expert, in the dtype of
+    # `hidden`: rounding/pre_quant_scale.py; None: they are not scaled.
+    pre_quant_scale: Tensor | None = None
 
     def with_sensitivity(self, sensitivity: Tensor | None) -> Routed:
         return replace(self, sensitivity=sensitivity)
+
+    def with_pre_quant_scale(self, scale: Tensor | None) -> Routed:
+        return replace(self, pre_quant_scale=scale)
 
     def of_tokens(self, some: Tensor) -> Routed:
         """The same of some tokens [t], without what is only needed to score and to correct."""
@@ -60,6 +66,7 @@ class Routed:
             self.weight[some],
             scales_input=self.scales_input,
             neuron=None if self.neuron is None else self.neuron[some],
+            pre_quant_scale=self.pre_quant_scale,
         )
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
@@ -84,8 +91,20 @@ class Routed:
         order = torch.from_numpy(np.argsort(small, kind="stable"))
         return order, flat[order]
 
+    def inputs(self, states: Tensor, expert: int, tokens: Tensor, device: torch.device) -> Tensor:
+        """[t, H] what an expert gets of the states of `tokens` [t].
+
+        Args:
+            states: [T, H], `hidden` or `original`.
+            device: where it is needed.
+        """
+        x = rows_sent(states, tokens, device)
+        scale = self.input_scale(expert, tokens)
+        x = x if scale is None else x * scale.to(x)
+        return x if self.pre_quant_scale is None else x * self.pre_quant_scale.to(x)
+
     def input_scale(self, expert: int, tokens: Tensor) -> Tensor | None:
-        """[t, 1] float32, what the inputs of `tokens` [t] are scaled by in front of an expert.
+        """[t, 1] float32, the routing weights that scale the inputs of `tokens` [t] of an expert.
 
         None: they are not scaled. A token that did not choose the expert has the mean of those that
         did.
@@ -152,10 +171,8 @@ class RoutedExpert:
 
     def inputs(self, chunk: slice) -> Tensor:
         """[t, H] inputs of the expert for a chunk of `tokens`, on the device of the weights."""
-        tokens = self.tokens[chunk]
-        x = rows_sent(self.routed.hidden, tokens, self.weights.down.device)
-        scale = self.routed.input_scale(self.number, tokens)
-        return x if scale is None else x * scale.to(x)
+        routed, device = self.routed, self.weights.down.device
+        return routed.inputs(routed.hidden, self.number, self.tokens[chunk], device)
 
     def neurons(self, chunk: slice) -> Tensor | None:
         """[t] int64 neuron that each of a chunk of `tokens` uses, beside the weights; None: all."""
@@ -184,6 +201,10 @@ class RoutedExpert:
             hidden: inputs of down that they make, if they are kept.
         """
         return replace(self, weights=weights, hidden=hidden)
+
+    def with_routed(self, routed: Routed) -> RoutedExpert:
+        """The same expert with the same choices of the same tokens, whose inputs are given anew."""
+        return replace(self, routed=routed)
 
 
 def expert_hidden(

@@ -11,6 +11,7 @@ from torch import nn
 
 from moepress.errors import FileError
 from moepress.format.checkpoint import is_compressed
+from moepress.format.codec import pre_quant_scale_of
 from moepress.format.quantization import packed_specs
 from moepress.original.architectures import decoder_layers, find_experts, linear_role
 from moepress.original.composite import copied, language_model
@@ -131,7 +132,8 @@ def _parts(model: Any) -> dict[str, str]:
                 for name, _ in module.named_parameters(recurse=False):
                     found[f"{paths[id(module)]}.{name}"] = part
     for one in experts.values():
-        found |= dict.fromkeys((*one.parameters, *one.biases), ROUTED)
+        scale = pre_quant_scale_of(one.parameters[0])
+        found |= dict.fromkeys((*one.parameters, *one.biases, scale), ROUTED)
     text = language_model(model)
     for table in (text.get_input_embeddings(), text.get_output_embeddings()):
         found[f"{paths[id(table)]}.weight"] = EMBEDDING_AND_HEAD

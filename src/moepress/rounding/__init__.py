@@ -3,6 +3,7 @@
 methods/       GPTQ, round to nearest, sign, trellis codes: from a matrix to its codes
 sweep.py       visits columns in order, with feedback of the errors of those before
 balance.py     equal experts, scaled so that `down` rounds better
+pre_quant_scale.py  scales of the inputs of gate and up, for the same reason
 hessian.py     how much each rounding error costs at the outputs of a matrix
 factor.py      the factorization of a Hessian; token_factor.py: of few tokens, without the Hessian
 correction.py  weights that make up for the rounding errors of earlier layers

@@ -19,13 +19,17 @@ from moepress.blocks.form import Form, apply_gate
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.walk import Walk
 from moepress.rounding.options import Rounding
+from moepress.rounding.pre_quant_scale import with_scaled_columns
 
 
 def experts_to_round(
     walk: Walk, layer: int, numbers: Sequence[int], routed: Routed, rounding: Rounding
 ) -> Iterator[RoutedExpert]:
-    """`walk.experts`, balanced where `rounding` asks for it and the experts' function allows it."""
-    read = walk.experts(layer, numbers, routed)
+    """`walk.experts` with weights for their scaled inputs (pre_quant_scale.py).
+
+    They are balanced where `rounding` asks for it and their function allows it.
+    """
+    read = map(with_scaled_columns, walk.experts(layer, numbers, routed))
     form, module = walk.source.experts[layer].form, walk.experts_module(layer)
     if rounding.balance and can_balance(form, module, walk.source.device):
         return map(balanced, read)

@@ -26,7 +26,7 @@ from moepress.rounding.methods import Matrix, Unrounded, quantize_matrices
 from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import products_dtype, slices
 from moepress.rounding.tokens import hessian_tokens
-from moepress.sending import rows_sent, sent
+from moepress.sending import sent
 
 # From the expert's inputs [T, H] to the inputs [T, K] of one of its matrices.
 ToMatrixInputs = Callable[[Tensor], Tensor]
@@ -257,10 +257,8 @@ def _gathered(
     inputs = Inputs(weight.shape[1], device, rounding.family, corrects, weight, len(tokens))
 
     def of_matrix(to_inputs: ToMatrixInputs, states: Tensor, some: Tensor) -> Tensor:
-        x = rows_sent(states, some, device)
-        scale = routed.input_scale(expert.number, some)
-        x = x if scale is None else x * scale.to(x)
-        return widened(to_inputs(x), weight.shape[1])
+        x = to_inputs(routed.inputs(states, expert.number, some, device))
+        return widened(x, weight.shape[1])
 
     for chunk in chunks(tokens):
         some = tokens[chunk]
