@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moepress.allocation.plan import BitAllocation
 from moepress.cli import job
-from moepress.format.checkpoint import SCORES
+from moepress.format.checkpoint import PLAN, SCORES
 from moepress.original import batches
 from moepress.original.division import Division
 from moepress.ranks import ALONE, Ranks
@@ -23,6 +24,7 @@ from moepress.rounding.gathering import divided
 from tests.cli.test_cli import SMALL, run
 from tests.families.models import make_model, save_model
 from tests.original.test_carried import LOOP
+from tests.uneven import with_uneven_norms
 
 Folder = Callable[..., Path]
 BATCH = 64  # tokens: two sequences, so that there are three batches
@@ -120,6 +122,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_finishes_it_with_the_same_by
         ("qwen2_moe", "default", 3),
         ("mixtral", "fast", 3),
         ("qwen2_moe", "paper", 2),
+        ("uneven mixtral", "default", 2),  # inputs of its experts are scaled
     ],
 )
 def test_any_number_of_ranks_writes_the_same_bytes(
@@ -132,13 +135,17 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     alone: Callable[..., None],
 ) -> None:
     rest = ("--bits", 2, "--recipe", recipe, "--calib", text_file, *SMALL)
-    model = model_folder(family, "bfloat16")
+    model = model_folder(family.removeprefix("uneven "), "bfloat16")
+    if family.startswith("uneven"):
+        model = with_uneven_norms(model, tmp_path / "uneven")
     ended = torchrun(count, NOBODY, "compress", model, tmp_path / "several", *rest)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [str(tmp_path / "several")]
     assert sum("WARNING" in line for line in ended.stderr.splitlines()) <= 1
     alone(model, tmp_path / "one", *rest)
     assert files(tmp_path / "one") == files(tmp_path / "several")
+    scaled = BitAllocation.load(tmp_path / "one" / PLAN).scaled_layers
+    assert bool(scaled) == family.startswith("uneven")
 
 
 @pytest.mark.ranks

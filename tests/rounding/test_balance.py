@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -37,6 +35,7 @@ from moepress.rounding.expert import GateUp, round_downs
 from moepress.rounding.options import Rounding
 from moepress.score import score
 from tests.conftest import small_recipe
+from tests.uneven import with_uneven_channels
 
 H, INNER, T = 64, 128, 700
 DEFAULT = Rounding.of_experts(Recipe(), "gptq")
@@ -171,24 +170,10 @@ def test_experts_are_balanced_on_their_way_and_not_held(model_folder: Callable[.
         assert [[one.number for one in rest] for rest in (plain, found, off)] == [[1]] * 3
 
 
-def scaled_unevenly(folder: Path, to: Path) -> Path:
-    """The same Mixtral with channels of up and `down` scaled against each other."""
-    shutil.copytree(folder, to)
-    tensors = load_file(to / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith(".w3.weight")]:
-        scale = torch.exp(torch.randn(len(tensors[name]), generator=generator))
-        tensors[name] = tensors[name] / scale[:, None]
-        down = name.replace("w3", "w2")
-        tensors[down] = tensors[down] * scale
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
-    return to
-
-
 def test_a_model_is_compressed_alike_however_its_channels_are_scaled(
     model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    even, uneven = model_folder(), scaled_unevenly(model_folder(), tmp_path / "uneven")
+    even, uneven = model_folder(), with_uneven_channels(model_folder(), tmp_path / "uneven")
     ids = torch.arange(40, 80)[None]
     with torch.inference_mode():
         exact = AutoModelForCausalLM.from_pretrained(even)(ids).logits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -50,15 +49,11 @@ from moepress.rounding.pre_quant_scale import (
 from moepress.score import score
 from moepress.store import statistics
 from tests.conftest import make_model, small_recipe
+from tests.uneven import uneven, with_uneven_norms
 
 quantizing = importlib.import_module("moepress.quantize")  # the package has a function there
 
 H = 64
-READERS = "gate.weight", "w1.weight", "w3.weight"  # of a norm, in Mixtral's files
-
-
-def uneven(width: int = H, seed: int = 1) -> Tensor:
-    return torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(seed)))
 
 
 def correlated(tokens: int = 4000) -> Tensor:
@@ -84,7 +79,7 @@ def test_own_variance_is_what_a_regression_leaves(monkeypatch: pytest.MonkeyPatc
 
 
 def test_own_variance_follows_the_scale_of_a_channel() -> None:
-    x, scale = correlated(), uneven()
+    x, scale = correlated(), uneven(H)
     for some in (x, x[:10]):  # the second are less than channels
         quotient = own_variance(some * scale) / own_variance(some)
         torch.testing.assert_close(quotient, scale**2, rtol=1e-3, atol=0)
@@ -92,12 +87,12 @@ def test_own_variance_follows_the_scale_of_a_channel() -> None:
 
 
 def test_no_scale_loses_less() -> None:
-    energy, variance = uneven(seed=2), uneven(seed=3)
+    energy, variance = uneven(H, seed=2), uneven(H, seed=3)
     scale, gain = channel_scale(energy, variance)
     least = loss(energy, variance, scale)
     assert gain == pytest.approx(1 - least / loss(energy, variance, torch.ones(H)), rel=1e-3)
     for seed in range(20):
-        other = scale * uneven(seed=seed) ** 0.1
+        other = scale * uneven(H, seed=seed) ** 0.1
         assert loss(energy, variance, other) > least
     kept = float((variance * scale**2).mean() / variance.mean())
     assert kept == pytest.approx(1, rel=0.01)
@@ -105,7 +100,7 @@ def test_no_scale_loses_less() -> None:
 
 
 def test_channels_that_nothing_is_known_of_stay() -> None:
-    energy, variance = uneven(seed=2), uneven(seed=3)
+    energy, variance = uneven(H, seed=2), uneven(H, seed=3)
     energy[3] = variance[5] = 0
     variance[7] = torch.nan
     scale, gain = channel_scale(energy, variance)
@@ -136,7 +131,7 @@ def expert(scale: Tensor | None, columns: int = H) -> RoutedExpert:
 
 @pytest.mark.parametrize("columns", [H, H + 32])
 def test_an_expert_with_scaled_inputs_is_the_same(columns: int) -> None:
-    scale = uneven().bfloat16().float()
+    scale = uneven(H).bfloat16().float()
     plain, given = expert(None, columns), expert(scale, columns)
     scaled = with_scaled_columns(given)
     chunk = slice(2, 9)
@@ -146,21 +141,6 @@ def test_an_expert_with_scaled_inputs_is_the_same(columns: int) -> None:
     assert back.routed.pre_quant_scale is None
     torch.testing.assert_close(back.weights.gate_up, plain.weights.gate_up)
     assert with_scaled_columns(plain) is plain
-
-
-def with_uneven_norms(folder: Path, to: Path) -> Path:
-    """The same Mixtral, with norms in front of its experts that scale channels unevenly."""
-    shutil.copytree(folder, to)
-    tensors = load_file(to / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("post_attention_layernorm.weight")]:
-        scale = uneven(len(tensors[name]))
-        tensors[name] = tensors[name] * scale
-        block = name.replace("post_attention_layernorm.weight", "block_sparse_moe.")
-        for reader in tensors:
-            if reader.startswith(block) and reader.endswith(READERS):
-                tensors[reader] = tensors[reader] / scale
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
-    return to
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +287,7 @@ def packed_experts(scaled: bool, **uncommon: Any) -> PackedExperts:
     for packed in module.packed:
         packed.copy_(torch.randint(0, 60, packed.shape, generator=generator, dtype=torch.uint8))
     if scaled:
-        module.get_parameter("gate_up_proj_pre_quant_scale").data = uneven()
+        module.get_parameter("gate_up_proj_pre_quant_scale").data = uneven(H)
     return module
 
 
@@ -321,7 +301,7 @@ def test_modules_multiply_their_inputs(uncommon: dict[str, Any], dtype: torch.dt
     choices = torch.tensor([[0, 2]] * 5), torch.rand(5, 2)
     found = scaled(x, *choices)
     assert found.dtype == dtype
-    assert torch.equal(found, plain(x * uneven()[: x.shape[1]].to(dtype), *choices))
+    assert torch.equal(found, plain(x * uneven(H)[: x.shape[1]].to(dtype), *choices))
 
 
 def test_scales_of_other_tensors_are_refused() -> None:

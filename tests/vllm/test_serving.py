@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from moepress.compress import compress
+from moepress.format.quantization import packed_specs
 from moepress.prune import Pruning, set_pruning
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
+from tests.uneven import with_uneven_norms
 from tests.vllm.serving import Written, differences, engine, written
 
 pytestmark = pytest.mark.vllm
@@ -41,11 +43,19 @@ if __name__ == "__main__":  # ranks import this file
 def folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, text_file: Path
 ) -> Path:
-    """A compressed Mixtral with trellis codes, all of whose parts are packed."""
+    """A compressed Mixtral with trellis codes, all of whose parts are packed.
+
+    Inputs of its experts are scaled.
+    """
     work = tmp_path_factory.mktemp("served")
     model = make_model("mixtral", head_dim=32, num_local_experts=6, intermediate_size=64)
-    original = save_model(model, work / "original", tokenizer_folder)
-    return compress(original, work / "packed", small_recipe(text_file, "default", bits=2.5))
+    original = with_uneven_norms(
+        save_model(model, work / "even", tokenizer_folder), work / "original"
+    )
+    recipe = small_recipe(text_file, "default", bits=2.5)
+    packed = compress(original, work / "packed", recipe)
+    assert any(spec.pre_quant_scale for spec in packed_specs(packed).values())
+    return packed
 
 
 @pytest.fixture(scope="module")

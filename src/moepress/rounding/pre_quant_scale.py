@@ -29,7 +29,7 @@ from moepress.sending import sent
 LEAST_GAIN = 0.02  # of the loss. Less is not worth a multiplication while the model runs
 CHANCE = 4  # over the number of tokens: what is gained on these by chance, and more
 RIDGE = 0.1  # added to the correlations of the inputs; D of few tokens is less exact, not smaller
-TOKENS = 16384  # that are enough for the correlations
+TOKENS = 8192  # that are enough for the correlations
 ROWS = 16384  # of weights that are enough for the sizes of columns
 OCTAVES = 12  # at most so many, up or down: the scales stay numbers of float16
 
