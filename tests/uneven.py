@@ -20,7 +20,7 @@ def uneven(width: int, seed: int = 1) -> Tensor:
 
 def with_uneven_channels(folder: Path, to: Path) -> Path:
     """The same Mixtral with channels of up and `down` scaled against each other."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = _tensors(folder)
     for name in [name for name in tensors if name.endswith(".w3.weight")]:
         scale = uneven(len(tensors[name]), seed=len(name))
         tensors[name] = tensors[name] / scale[:, None]
@@ -31,7 +31,7 @@ def with_uneven_channels(folder: Path, to: Path) -> Path:
 
 def with_uneven_norms(folder: Path, to: Path) -> Path:
     """The same Mixtral with norms in front of its experts that scale channels unevenly."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = _tensors(folder)
     for name in [name for name in tensors if name.endswith(NORM)]:
         dtype, scale = tensors[name].dtype, uneven(len(tensors[name]))
         tensors[name] = (tensors[name] * scale).to(dtype)
@@ -41,7 +41,11 @@ def with_uneven_norms(folder: Path, to: Path) -> Path:
     return _written(tensors, folder, to)
 
 
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
 def _written(tensors: dict[str, Tensor], folder: Path, to: Path) -> Path:
-    shutil.copytree(folder, to)
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
     return to
