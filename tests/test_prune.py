@@ -133,6 +133,25 @@ def test_what_is_not_dropped_is_untouched(backend: str, dtype: torch.dtype) -> N
     assert torch.equal(ranked, index.gather(1, order))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_few_digits_are_scaled_in_float32(backend: str) -> None:
+    weights = torch.rand(200, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    index, thresholds = torch.arange(8).expand(200, 8), torch.tensor([0.0, *[0.5] * 7])
+    with kernels.only(backend):
+        got = kernels.drop(index, weights, thresholds, True, None, 8)[1]
+        exact = kernels.drop(index, weights.float(), thresholds, True, None, 8)[1]
+    torch.testing.assert_close(got.float(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_whose_routing_weights_are_all_0_has_gradients(backend: str) -> None:
+    weights = torch.tensor([[0.0, 0.0], [0.6, 0.4]], requires_grad=True)
+    index = torch.tensor([[2, 3], [0, 1]])
+    with kernels.only(backend):
+        kernels.drop(index, weights, torch.tensor([0.0, 0.9]), True, None, 4)[1].sum().backward()
+    assert weights.grad is not None and weights.grad.tolist() == [[1, 1], [1, 1]]
+
+
 def test_the_op_passes_torchs_checks() -> None:
     index, weights = torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0.9, 0.1], [0.5, 0.5]])
     for keep in (None, torch.tensor([True, False])):

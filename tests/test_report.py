@@ -42,7 +42,7 @@ from moepress.page.maps import BIT_COLOURS, LABELLED, bit_map, heat_map
 from moepress.page.picture import Panel, Picture
 from moepress.page.sections import SECTIONS, Section, sections
 from moepress.page.subject import NUDGE, Subject
-from moepress.prune import set_pruning
+from moepress.prune import Pruning, set_pruning
 from moepress.pruning.thresholds import cheapest, medians
 from moepress.report import plot, read_subject
 from tests import synthetic
@@ -416,6 +416,9 @@ def test_the_cost_of_dropping_experts_is_shown(folder: Path, tmp_path: Path) -> 
     set_pruning(mine, 0.2, 0.05)
     text = section_of(read_subject(mine), "pruning").text[0]
     assert "drops experts in 2 layers, and protects 5.0%" in text
+    set_pruning(mine, Pruning({0: (0.0, 0.5), 1: (0.0, 0.0)}, False))
+    text = section_of(read_subject(mine), "pruning").text[0]
+    assert "drops experts in 1 layers" in text
     (mine / DROP_COSTS).unlink()
     assert "was not measured" in section_of(read_subject(mine), "pruning").text[0]
 

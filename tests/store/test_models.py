@@ -401,6 +401,20 @@ def test_only_choices_that_need_a_read_are_dropped_and_no_more_than_asked(
     assert unasked.share < counts.share and free.shape == plain.shape
 
 
+def test_reads_are_dropped_alike_whether_they_are_counted_or_not(
+    folder: Callable[..., Path],
+) -> None:
+    """Thresholds for reads alone prune a layer too."""
+    found = []
+    for count in (True, False):
+        model = load_model(folder(), memory=budgets(folder())[1])
+        with prune(model, replace(READS, most=1.0), count=count), torch.inference_mode():
+            found.append(
+                torch.cat([model(input_ids=IDS[:1, at : at + 1]).logits for at in range(30)])
+            )
+    assert torch.equal(*found)
+
+
 def test_a_read_that_another_token_needs_is_no_reason_to_drop(
     folder: Callable[..., Path],
 ) -> None:

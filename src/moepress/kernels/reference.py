@@ -221,8 +221,11 @@ def drop(
         dropped &= ~keep[:, None]
     kept = ranked.masked_fill(dropped, 0)
     if renormalise:
-        left = kept.sum(1, keepdim=True)
-        kept = torch.where(left > 0, kept * (ranked.sum(1, keepdim=True) / left), kept)
+        # float32: the roundings of sums and of quotients in bfloat16 add up to a percent.
+        left, total = (w.float().sum(1, keepdim=True) for w in (kept, ranked))
+        # Quotients are taken of what is not 0: else gradients would be 0 / 0.
+        scale = torch.where(left > 0, total, 1) / torch.where(left > 0, left, 1)
+        kept = (kept * scale).to(weights.dtype)
     return index.gather(1, order).masked_fill(dropped, num_experts), kept, dropped
 
 

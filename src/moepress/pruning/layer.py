@@ -44,7 +44,7 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     return [
         PrunedLayer(number, *found[number], pruning, count)
         for number, ratios in sorted(pruning.thresholds.items())
-        if any(ratios) or count
+        if any(ratios) or any(pruning.absent.get(number, ())) or count
     ]
 
 

@@ -26,7 +26,7 @@ def pruning(subject: Subject) -> Section:
         "This folder drops none: `moepress prune FOLDER 0.15` makes it drop 15 % of all choices."
     )
     if subject.pruning is not None:
-        layers = len(subject.pruning.thresholds)
+        layers = sum(map(any, subject.pruning.thresholds.values()))
         state = (
             f"This folder drops experts in {layers} layers, and protects "
             f"{subject.pruning.protect:.1%} of a prompt's tokens."
