@@ -66,7 +66,9 @@ def _command(name: str, command: Any) -> str:
     text, _, example = inspect.cleandoc(command.callback.__doc__).partition("Example: ")
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     names = [p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments]
-    usage = " ".join(["    moepress", name, *names, "[OPTIONS]"])
+    options = [p for p in command.params if p.param_type_name == "option" and p.required]
+    needed = [f"{p.opts[0]} {p.name.upper()}" for p in options]
+    usage = " ".join(["    moepress", name, *names, *needed, "[OPTIONS]"])
     return _options(
         f"## moepress {name}\n\n{text.strip()}\n\n{usage}\n\nFor example:\n\n    {example.strip()}",
         command,

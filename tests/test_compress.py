@@ -391,6 +391,18 @@ def test_fast_is_nearer_to_the_original_than_random_and_rtn(
         assert ours < np.mean([distance(f"r{s}", cost="random", seed=s) for s in range(3)])
 
 
+def test_a_model_that_does_not_fit_in_memory_does_not_write_its_text(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder()
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    monkeypatch.setattr("moepress.work.free_memory", lambda _: size // 2)
+    recipe = small_recipe(text_file, "fast", bits=2.5)
+    with pytest.raises(InputError, match=r"must fit in memory, and it does not\. Give a text file"):
+        compress(folder, tmp_path / "self", recipe.with_changes(calib=(("self", 1.0),)))
+    compress(folder, tmp_path / "text", recipe)  # walks through it one layer at a time
+
+
 def test_public_names() -> None:
     assert moepress.compress is compress
     assert moepress.Recipe is Recipe

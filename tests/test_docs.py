@@ -41,9 +41,12 @@ def test_the_cli_reference_names_every_command_and_option(generator: ModuleType)
     assert "None" not in page and "functools" not in page and "<" not in page.replace("<!--", "")
 
 
-def test_the_cli_reference_marks_arguments_that_may_be_left_out(generator: ModuleType) -> None:
+def test_the_cli_reference_shows_what_may_be_left_out_and_what_not(generator: ModuleType) -> None:
     page = generator.reference()
-    for usage in ("demo [OUT] [OPTIONS]", "doctor [FOLDER] [OPTIONS]", "report FOLDER [OPTIONS]"):
+    for usage in (
+        "demo [OUT] [OPTIONS]", "doctor [FOLDER] [OPTIONS]", "report FOLDER [OPTIONS]",
+        "evaluate MODEL --text TEXT [OPTIONS]",
+    ):  # fmt: skip
         assert f"\n    moepress {usage}\n" in page
 
 

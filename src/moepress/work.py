@@ -31,9 +31,11 @@ from moepress.format.checkpoint import (
 from moepress.format.journal import compare_identity, differences
 from moepress.format.quantization import quantization_of
 from moepress.format.unfinished import load_unfinished, save_unfinished
+from moepress.memory import free_memory
 from moepress.original.composite import language_model
 from moepress.original.folder import weight_files
 from moepress.original.remote_code import tokenizer_of
+from moepress.original.sizes import bytes_by_part
 from moepress.original.skeleton import open_original
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
@@ -76,13 +78,14 @@ def text_digest(ids: Tensor) -> str:
 def calibration_ids(source: Source, recipe: Recipe) -> Tensor:
     """The calibration sequences [S, L] int64 that a recipe asks for."""
     _check_context(source, recipe)
+    fits = SELF not in dict(recipe.calib) or _fits(source)
     tokens = windows.load_tokens(
         recipe.calib,
         _tokenizer(source),
         recipe.sequences,
         recipe.sequence_length,
         recipe.seed,
-        model=lambda: _whole_model(source),
+        model=(lambda: _whole_model(source)) if fits else None,
     )
     windows.check_vocab(tokens, source.text_config.vocab_size)
     return tokens.ids
@@ -131,6 +134,12 @@ def keep_ids(folder: Path, ids: Tensor) -> None:
 
 def _tokenizer(source: Source) -> object:
     return tokenizer_of(source.folder, source.trust_remote_code)
+
+
+def _fits(source: Source) -> bool:
+    """Whether the original model fits in the memory that is free."""
+    parts = bytes_by_part(source.folder, source.trust_remote_code).values()
+    return sum(part.original for part in parts) <= free_memory(source.device)
 
 
 def _whole_model(source: Source) -> object:

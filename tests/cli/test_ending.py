@@ -55,9 +55,10 @@ def test_every_exception_is_one_line_and_debug_shows_where(
     ending.set_debug(False)
 
 
-def test_debug_is_moved_before_the_command_but_not_from_behind_two_dashes() -> None:
-    assert cli._debug_first(["a", "b", "--debug"]) == ["--debug", "a", "b"]
-    assert cli._debug_first(["a", "--", "--debug"]) == ["a", "--", "--debug"]
+def test_options_for_all_are_moved_before_the_command_but_not_from_behind_two_dashes() -> None:
+    assert cli._for_all_first(["a", "b", "--debug"]) == ["--debug", "a", "b"]
+    assert cli._for_all_first(["a", "--", "--debug"]) == ["a", "--", "--debug"]
+    assert cli._for_all_first(["a", "b", "--debug", "-q"]) == ["--debug", "-q", "a", "b"]
 
 
 def test_a_signal_keeps_the_work(model_folder: Folder, text_file: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moepress.cli import making, trying, using
 from moepress.cli.ending import ended, set_debug
 
 DEBUG = "--debug"
+QUIET = ("--quiet", "-q")
 
 app = typer.Typer(
     name="moepress",
@@ -52,7 +53,9 @@ for command in (
 @app.callback(invoke_without_command=True)
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    quiet: Annotated[
+        bool, typer.Option(*QUIET, help="Show no progress. May stand anywhere.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option(DEBUG, help="Show the traceback of an error. May stand anywhere.")
     ] = False,
@@ -73,7 +76,7 @@ def options(
 def main() -> None:
     """Run the command line."""
     _in_utf8()
-    app(_debug_first(sys.argv[1:]))
+    app(_for_all_first(sys.argv[1:]))
 
 
 def _in_utf8() -> None:
@@ -93,9 +96,7 @@ def _in_utf8() -> None:
         sys.stdin.reconfigure(errors="replace")
 
 
-def _debug_first(words: list[str]) -> list[str]:
-    """The words of a command, with a `--debug` before `--` moved to the front: it is for all."""
+def _for_all_first(words: list[str]) -> list[str]:
+    """The words of a command, with `--debug` and `--quiet` before `--` moved to the front."""
     until = words.index("--") if "--" in words else len(words)
-    if DEBUG not in words[:until]:
-        return words
-    return [DEBUG, *(word for word in words[:until] if word != DEBUG), *words[until:]]
+    return sorted(words[:until], key=lambda word: word not in (DEBUG, *QUIET)) + words[until:]

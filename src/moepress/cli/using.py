@@ -36,7 +36,10 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: one per
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Compressed folder or original model.")],
-    text: Annotated[list[str], typer.Option(help="Text to predict. Repeatable.")],
+    text: Annotated[
+        list[str],
+        typer.Option(help="Text to predict: what --calib of compress takes, but self. Repeatable."),
+    ],
     against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     limit: Annotated[int | None, typer.Option(help="Windows per text; default: all.")] = None,
