@@ -28,6 +28,7 @@ from moepress.hf.captured import PROOFS, CapturedSteps
 from moepress.kernels import cpu
 from moepress.kernels.modules import PackedExperts
 from moepress.prune import Pruning, parse_strength, prune
+from moepress.pruning.layer import pruned_layers
 from moepress.store import statistics
 from moepress.store.memory import VARIABLE, memory_wanted
 from moepress.store.statistics import store_of
@@ -399,6 +400,18 @@ def test_only_choices_that_need_a_read_are_dropped_and_no_more_than_asked(
     whole, _, _ = pruned(in_memory(path), READS)
     assert torch.equal(whole, plain)  # nothing to read: nothing is dropped
     assert unasked.share < counts.share and free.shape == plain.shape
+
+
+def test_a_token_whose_weights_are_all_0_keeps_them_beside_dropped_reads(
+    folder: Callable[..., Path],
+) -> None:
+    model = load_model(folder(), memory=budgets(folder())[0])
+    layer = pruned_layers(model, replace(READS, most=1.0, renormalise=True), count=False)[0]
+    weights = torch.tensor([[0.9, 0.1], [0.0, 0.0]])
+    index, dropped = torch.tensor([[0, 1], [3, 4]]), torch.zeros(2, 2, dtype=torch.bool)
+    _, kept, unread = layer._drop_reads(index, weights, dropped, None)
+    assert unread.tolist() == [[False, True], [False, False]]
+    assert kept.tolist() == [[1, 0], [0, 0]]
 
 
 def test_reads_are_dropped_alike_whether_they_are_counted_or_not(

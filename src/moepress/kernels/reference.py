@@ -221,12 +221,20 @@ def drop(
         dropped &= ~keep[:, None]
     kept = ranked.masked_fill(dropped, 0)
     if renormalise:
-        # float32: the roundings of sums and of quotients in bfloat16 add up to a percent.
-        left, total = (w.float().sum(1, keepdim=True) for w in (kept, ranked))
-        # Quotients are taken of what is not 0: else gradients would be 0 / 0.
-        scale = torch.where(left > 0, total, 1) / torch.where(left > 0, left, 1)
-        kept = (kept * scale).to(weights.dtype)
+        kept = with_sum_of(ranked, kept)
     return index.gather(1, order).masked_fill(dropped, num_experts), kept, dropped
+
+
+def with_sum_of(weights: Tensor, kept: Tensor) -> Tensor:
+    """Kept routing weights [T, k], scaled up to the sum of all `weights` [T, k] of their token.
+
+    Those of a token that are all 0 stay 0.
+    """
+    # float32: the roundings of sums and of quotients in bfloat16 add up to a percent.
+    left, total = (w.float().sum(1, keepdim=True) for w in (kept, weights))
+    # Quotients are taken of what is not 0: else gradients would be 0 / 0.
+    scale = torch.where(left > 0, total, 1) / torch.where(left > 0, left, 1)
+    return (kept * scale).to(weights.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -14,6 +14,7 @@ from moepress import kernels
 from moepress.blocks import adapt
 from moepress.errors import InputError
 from moepress.kernels.divided import packed_experts
+from moepress.kernels.reference import with_sum_of
 from moepress.original.architectures import decoder_layers, text_experts
 from moepress.pruning.capture import capture_attention, current_record
 from moepress.pruning.importance import protected_tokens
@@ -170,7 +171,7 @@ class PrunedLayer:
             return index, weights, unread
         kept = weights.masked_fill(unread, 0)
         if self._pruning.renormalise:
-            kept = kept * (weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+            kept = with_sum_of(weights, kept)
         return index.masked_fill(unread, none), kept, unread
 
 
