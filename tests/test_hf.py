@@ -284,7 +284,7 @@ def trellis_gate_up(quantization: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "config, message",
     [
-        (lambda q: q.update(format_version=7), "version 7; this moepress reads up to 6. Upgrade"),
+        (lambda q: q.update(format_version=8), "version 8; this moepress reads up to 7. Upgrade"),
         (lambda q: q.update(extra=1), "unknown field 'extra'"),
         (entry(QUERY, family="lattice"), f"{QUERY}.*No codec family 'lattice'"),
         (entry(QUERY, family="trellis"), "trellis codes of format version 1.*Compress the orig"),
