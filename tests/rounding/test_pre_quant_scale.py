@@ -245,11 +245,14 @@ def test_experts_that_run_together_are_of_plain_columns(
     folder, _, plan = made
     monkeypatch.setattr(quantizing, "_run_together", lambda *_: True)
     again = quantize(model, plan, tmp_path / "together")
-    for layer in (0, 1):
-        first, second = (load_file(one / shard_name(layer)) for one in (folder, again))
-        assert first.keys() == second.keys()
-        same = [torch.equal(first[name], second[name]) for name in first]
-        assert sum(same) >= len(same) - 3  # codes of later layers may differ where errors tie
+    first, second = (load_file(one / shard_name(0)) for one in (folder, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The next layer gets the outputs of weights whose columns are scaled back: equal but for
+    # roundings, which decide a code here and there.
+    first, second = (load_file(one / shard_name(1)) for one in (folder, again))
+    for name, value in first.items():
+        assert (value == second[name]).float().mean() > 0.95, name
 
 
 def test_few_tokens_gain_nothing_by_chance(model_folder: Callable[..., Path]) -> None:
