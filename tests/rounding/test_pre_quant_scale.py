@@ -48,7 +48,8 @@ from moepress.rounding.pre_quant_scale import (
 )
 from moepress.score import score
 from moepress.store import statistics
-from tests.conftest import make_model, small_recipe
+from tests.conftest import small_recipe
+from tests.families.models import make_model, save_model
 from tests.uneven import uneven, with_uneven_norms
 
 quantizing = importlib.import_module("moepress.quantize")  # the package has a function there
@@ -266,6 +267,22 @@ def test_few_tokens_gain_nothing_by_chance(model_folder: Callable[..., Path]) ->
             assert gain < LEAST_GAIN
             assert gain > -1 - CHANCE / count
             assert scale_if_worth(walk, 0, routed) is routed
+
+
+@pytest.mark.parametrize(("family", "scaled"), [("doge", False), ("mixtral", True)])
+def test_neurons_that_tokens_choose_have_no_scales(
+    family: str,
+    scaled: bool,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moepress.rounding.pre_quant_scale.LEAST_GAIN", -10)
+    source = Source(save_model(make_model(family), tmp_path / family, tokenizer_folder))
+    walk = Walk(source, torch.arange(40)[None])
+    with source.layer_loaded(0), torch.inference_mode():
+        found = scale_if_worth(walk, 0, walk.route(0))
+    assert (found.pre_quant_scale is not None) == scaled
 
 
 def test_a_layer_that_no_token_reaches_has_no_scales(model_folder: Callable[..., Path]) -> None:

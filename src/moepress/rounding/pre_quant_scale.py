@@ -35,7 +35,12 @@ OCTAVES = 12  # at most so many, up or down: the scales stay numbers of float16
 
 
 def scale_if_worth(walk: Walk, layer: int, routed: Routed) -> Routed:
-    """The same tokens with scales of their inputs, if these promise to gain enough."""
+    """The same tokens with scales of their inputs, if these promise to gain enough.
+
+    Neurons that tokens choose one by one have none: their table is a packed embedding.
+    """
+    if walk.source.experts[layer].form.by_neuron:
+        return routed
     scale, gain = find_scale(walk, layer, routed)
     return routed.with_pre_quant_scale(scale) if gain > LEAST_GAIN else routed
 
