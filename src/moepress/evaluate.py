@@ -32,7 +32,7 @@ from moepress.memory import free_memory
 from moepress.original.batches import batches, logit_tokens
 from moepress.original.folder import resolve
 from moepress.original.remote_code import tokenizer_of
-from moepress.original.sizes import PartBytes, bytes_by_part
+from moepress.original.sizes import PartBytes, bytes_by_part, original_bytes
 from moepress.original.skeleton import text_config
 from moepress.original.source import Source
 from moepress.original.walk import Walk
@@ -259,7 +259,7 @@ def _loaded(
         )
     if not whole:
         return None
-    need = sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())
+    need = original_bytes(folder, trust_remote_code)
     free = free_memory(torch.device(device))
     if need > FITS * free:
         logger.warning(

@@ -276,15 +276,15 @@ def quantize_experts(
     """
     experts = walk.source.experts[layer]
     rounding = Rounding.of_experts(plan.recipe, plan.recipe.quantizer)
+    places, tensors = packed_places(walk.source, plan, layer)
     if layer in plan.scaled_layers:
-        routed = routed.with_pre_quant_scale(find_scale(walk, layer, routed)[0])
+        scale, _ = find_scale(walk, layer, routed)
+        routed = routed.with_pre_quant_scale(scale)
+        tensors |= stored_scale(walk.source, layer, scale)
     widths_of = plan.widths()[plan.layers.index(layer)]
     left_out = [number for number, widths in enumerate(widths_of) if LEFT_OUT in widths]
     seed = drop_seed(plan.recipe.seed, layer)
     meter = DropMeter(routed, experts.experts, seed, left_out, walk.ranks)
-    places, tensors = packed_places(walk.source, plan, layer)
-    if routed.pre_quant_scale is not None:
-        tensors |= stored_scale(walk.source, layer, routed.pre_quant_scale)
     numbers = [number for number in range(len(widths_of)) if number not in left_out]
     sums = walk.token_sums(routed, numbers)
     resident: list[ExpertWeights | None] | None = None  # the rounded ones, if they run together

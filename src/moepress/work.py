@@ -35,7 +35,7 @@ from moepress.memory import free_memory
 from moepress.original.composite import language_model
 from moepress.original.folder import weight_files
 from moepress.original.remote_code import tokenizer_of
-from moepress.original.sizes import bytes_by_part
+from moepress.original.sizes import original_bytes
 from moepress.original.skeleton import open_original
 from moepress.original.source import Source
 from moepress.original.whole import whole_model
@@ -138,8 +138,8 @@ def _tokenizer(source: Source) -> object:
 
 def _fits(source: Source) -> bool:
     """Whether the original model fits in the memory that is free."""
-    parts = bytes_by_part(source.folder, source.trust_remote_code).values()
-    return sum(part.original for part in parts) <= free_memory(source.device)
+    need = original_bytes(source.folder, source.trust_remote_code)
+    return need <= free_memory(source.device)
 
 
 def _whole_model(source: Source) -> object:

@@ -68,6 +68,11 @@ def bytes_by_part(folder: Path, trust_remote_code: bool = False) -> dict[str, Pa
     return {part: bytes_ for part, bytes_ in sums.items() if bytes_.stored}
 
 
+def original_bytes(folder: Path, trust_remote_code: bool = False) -> int:
+    """Bytes that the whole model takes in its own dtype. Arguments and errors: `bytes_by_part`."""
+    return sum(part.original for part in bytes_by_part(folder, trust_remote_code).values())
+
+
 def bytes_of_tensors(folder: Path, model: Any) -> Iterator[tuple[str, int, int]]:
     """(part, original bytes, stored bytes) of every tensor of a compressed folder.
 

@@ -13,7 +13,7 @@ it is stored, and the packed experts multiply their inputs by it. Most layers ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def find_scale(walk: Walk, layer: int, routed: Routed) -> tuple[Tensor, float]:
     found[-1] = 0
     if walk.ranks.first and (numbers := _most_chosen(walk, layer, routed)):
         weights = (expert.weights.gate_up for expert in walk.experts(layer, numbers, routed))
-        energy = _energy(weights)[: len(found) - 1]
+        energy = _mean_squares(weights)[: len(found) - 1]
         sample = sent(_sample(routed), walk.source.device)
         found[:-1], gain = channel_scale(energy.cpu(), own_variance(sample).cpu())
         found[-1] = gain - CHANCE / len(sample)
@@ -122,8 +122,9 @@ def own_variance(x: Tensor) -> Tensor:
     """
     width = x.shape[1]
     products = torch.zeros(width, width, device=x.device)
-    size = _mean_square(x).clamp(min=torch.finfo(torch.float32).tiny)
-    for some in torch.split(x, BATCH_TOKENS):
+    parts = torch.split(x, BATCH_TOKENS)
+    size = _mean_squares(parts).float().clamp(min=torch.finfo(torch.float32).tiny)
+    for some in parts:
         part = some.float() / size.sqrt()
         products.addmm_(part.T, part)
     products /= len(x)
@@ -132,19 +133,12 @@ def own_variance(x: Tensor) -> Tensor:
     return size / inverse.diagonal()
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    sums = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for some in torch.split(x, BATCH_TOKENS):
-        sums += some.float().square().sum(0, dtype=torch.float64)
-    return (sums / len(x)).float()
-
-
-def _energy(weights: Iterator[Tensor]) -> Tensor:
-    """Mean squares [H] of the columns of matrices [R, H], in float64."""
+def _mean_squares(parts: Iterable[Tensor]) -> Tensor:
+    """Mean squares [H], in float64, of the columns of matrices [n, H]."""
     sums, rows = torch.zeros(()), 0
-    for weight in weights:
-        sums = sums.to(weight.device) + weight.float().square().sum(0, dtype=torch.float64)
-        rows += len(weight)
+    for part in parts:
+        sums = sums.to(part.device) + part.float().square().sum(0, dtype=torch.float64)
+        rows += len(part)
     return sums / rows
 
 
