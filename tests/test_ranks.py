@@ -24,7 +24,7 @@ from moepress.rounding.gathering import divided
 from tests.cli.test_cli import SMALL, run
 from tests.families.models import make_model, save_model
 from tests.original.test_carried import LOOP
-from tests.uneven import with_uneven_norms
+from tests.uneven import with_uneven_channels, with_uneven_norms
 
 Folder = Callable[..., Path]
 BATCH = 64  # tokens: two sequences, so that there are three batches
@@ -122,7 +122,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_finishes_it_with_the_same_by
         ("qwen2_moe", "default", 3),
         ("mixtral", "fast", 3),
         ("qwen2_moe", "paper", 2),
-        ("uneven mixtral", "default", 2),  # inputs of its experts are scaled
+        ("uneven mixtral", "default", 2),  # norms, values and inputs of its experts are scaled
     ],
 )
 def test_any_number_of_ranks_writes_the_same_bytes(
@@ -137,7 +137,8 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     rest = ("--bits", 2, "--recipe", recipe, "--calib", text_file, *SMALL)
     model = model_folder(family.removeprefix("uneven "), "bfloat16")
     if family.startswith("uneven"):
-        model = with_uneven_norms(model, tmp_path / "uneven")
+        model = with_uneven_norms(model, tmp_path / "norms")
+        model = with_uneven_channels(model, tmp_path / "uneven")
     ended = torchrun(count, NOBODY, "compress", model, tmp_path / "several", *rest)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [str(tmp_path / "several")]

@@ -96,7 +96,7 @@ class Recipe:
     sensitivity: SensitivityName = "gradient"  # weight of tokens in costs, costs/sensitivity.py
     token_floor: int = 256  # an expert with fewer tokens borrows some, rounding/tokens.py
     correction: float = 0.5  # share of earlier layers' errors that weights make up for
-    balance: bool = True  # evenly scaled channels of experts, balance.py, pre_quant_scale.py
+    balance: bool = True  # evenly scaled channels, balance.py, channel_scale.py
 
     # How costs are measured, and how the allocator uses them.
     # measure: the quantizer whose error is epsilon. Or "noise": the error that gptq would leave in

@@ -53,7 +53,9 @@ from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.recipe import TABLE_BITS, Recipe
 from moepress.rounding.balance import experts_to_round
+from moepress.rounding.balanced_linears import balance_linears
 from moepress.rounding.expert import experts_at_once
+from moepress.rounding.folded_scale import fold_scales
 from moepress.rounding.options import Rounding
 from moepress.rounding.pre_quant_scale import scale_bytes, scale_if_worth
 from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
@@ -209,15 +211,22 @@ def score_layer(
     of_layer = sensitivity.layer(layer) if sensitivity else {}
     texts = texts.repeated(len(walk.passes))
     progress.update(layer=layer, note="linears")
+    of_all_linears = Rounding.of_linears(recipe, recipe.measure)
+    more_sensitive: dict[str, float] = {}
+    if of_all_linears.balance:
+        packed = tensors.open.keys() | tensors.fixed_specs.keys()
+        more_sensitive = balance_linears(walk, layer, packed)
+        fold_scales(walk, layer, packed)
     of_linears = partial(
         score_linears,
         walk,
         layer,
         {name: module for name, module in source.packable[layer].items() if name in tensors.open},
         recipe.linear_bits,
-        Rounding.of_linears(recipe, recipe.measure),
+        of_all_linears,
         of_layer,
         texts,
+        more_sensitive,
     )
     linear_cost = of_linears()
     if layer not in source.experts:

@@ -2,8 +2,11 @@
 
 methods/       GPTQ, round to nearest, sign, trellis codes: from a matrix to its codes
 sweep.py       visits columns in order, with feedback of the errors of those before
-balance.py     equal experts, scaled so that `down` rounds better
-pre_quant_scale.py  scales of the inputs of gate and up, for the same reason
+balance.py     equal experts, scaled so that `down` rounds better; balanced_linears.py: linears
+channel_scale.py    scales of inputs with which a matrix loses least when it is rounded:
+               pre_quant_scale.py  stored, for the inputs of routed experts
+               folded_scale.py     put into the norm that gives the inputs of linears
+same_layer.py  whether a layer computes the same with other weights
 hessian.py     how much each rounding error costs at the outputs of a matrix
 factor.py      the factorization of a Hessian; token_factor.py: of few tokens, without the Hessian
 correction.py  weights that make up for the rounding errors of earlier layers

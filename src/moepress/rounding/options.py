@@ -20,7 +20,7 @@ class Rounding:
     damping: float  # of the Hessian, in units of the mean of its diagonal
     correction: float  # share of the errors of earlier layers that the weights make up for
     tokens: TokenPolicy  # which tokens make the Hessian of a routed expert
-    balance: bool = False  # channels of routed experts, balance.py
+    balance: bool = False  # evenly scaled channels, balance.py, channel_scale.py
 
     @classmethod
     def of_experts(cls, recipe: Recipe, quantizer: str) -> Rounding:

@@ -1,0 +1,113 @@
+"""Balanced channels (balance.py) between two linears: values and output, up and down.
+
+Rows of the first divided by s, and columns of the second times s, compute the same where nothing
+but products and sums over tokens lies between them. Whether that is so is asked of the layer
+(same_layer.py): there may be a norm between, or a later layer may use the values again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepress.original.source import Source
+from moepress.original.walk import Walk
+from moepress.rounding.balance import channel_scales
+from moepress.rounding.same_layer import powers_of_two, put, run_batch, that_hold
+
+PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("w3", "w2"))  # last parts of the paths
+LARGE = 1024  # power of two that limits of a function show at
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two linears, the first of N rows, the second of K columns."""
+
+    first: str  # name of its weight [N, .]
+    second: str  # name of its weight [., K]
+    run: int  # rows that stay together: those of a head
+    repeats: int  # K / N: how often in a row each run of rows is read
+
+    def of_columns(self, scale: Tensor) -> Tensor:
+        """[K], from a number for each row [N]."""
+        runs = scale.view(-1, 1, self.run).expand(-1, self.repeats, -1)
+        return runs.reshape(-1)
+
+    def of_rows(self, squares: Tensor) -> Tensor:
+        """[N], sums of a number for each column [K]."""
+        return squares.view(-1, self.repeats, self.run).sum(1).view(-1)
+
+
+@torch.inference_mode()
+def balance_linears(walk: Walk, layer: int, packed: Collection[str]) -> dict[str, float]:
+    """Balance the channels between linears of a loaded layer, which computes the same as before.
+
+    The weights are changed in the skeleton, on all ranks, until the layer is unloaded.
+
+    Args:
+        packed: names of the linears' weights that are rounded; others may be among them.
+
+    Returns:
+        How much larger squared gradients at the outputs of a first linear are now, in the mean, by
+        the name of its weight. They are taken as even over balanced channels.
+    """
+    larger = {}
+    for pair in walk.ranks.agreed(lambda: find_pairs(walk, layer, packed)):
+        first, second = (walk.source.current(name) for name in (pair.first, pair.second))
+        rows = first.double().square().sum(1)
+        columns = pair.of_rows(second.double().square().sum(0))
+        # In 16 bits, so that sums in another order give the same.
+        scale = channel_scales(rows.sqrt(), columns.sqrt()).bfloat16().float()
+        put(walk.source, scaled_pair(walk.source, pair, scale))
+        larger[pair.first] = 1 / float((1 / scale.square()).mean())
+    return larger
+
+
+@torch.inference_mode()
+def find_pairs(walk: Walk, layer: int, packed: Collection[str]) -> list[Pair]:
+    """The pairs of rounded linears of a loaded layer whose channels can be balanced."""
+    pairs = _candidates(walk.source, layer, packed)
+    if not pairs:
+        return []
+    changes = {pair: scaled_pair(walk.source, pair, _powers(walk.source, pair)) for pair in pairs}
+    return that_hold(walk, layer, run_batch(walk, layer, 0), changes)
+
+
+def scaled_pair(source: Source, pair: Pair, scale: Tensor) -> dict[str, Tensor]:
+    """New tensors of a pair, by name: rows of the first over `scale` [N], columns times it."""
+    first, second = source.current(pair.first), source.current(pair.second)
+    scale = scale.to(first.device).float()
+    tensors = {
+        pair.first: (first.float() / scale[:, None]).to(first),
+        pair.second: (second.float() * pair.of_columns(scale)).to(second),
+    }
+    if source.module(pair.first).bias is not None:
+        name = pair.first.removesuffix("weight") + "bias"
+        bias = source.current(name)
+        tensors[name] = (bias.float() / scale).to(bias)
+    return tensors
+
+
+def _candidates(source: Source, layer: int, packed: Collection[str]) -> list[Pair]:
+    """Pairs by their names and sizes."""
+    found = []
+    names = [name for name in source.packable[layer] if name in packed]
+    for first in names:
+        path, _, last = first.removesuffix(".weight").rpartition(".")
+        second = next((f"{path}.{b}.weight" for a, b in PAIRS if a == last), None)
+        if second not in names:
+            continue
+        rows, columns = source.shape(first)[0], source.shape(second)[1]
+        parent = source.model.get_submodule(path)
+        run = rows if rows == columns else getattr(parent, "head_dim", rows)
+        if rows % run == 0 and columns % rows == 0:
+            found.append(Pair(first, second, run, columns // rows))
+    return found
+
+
+def _powers(source: Source, pair: Pair) -> Tensor:
+    """A scale [N] for products that are exact; rows are not made smaller, so limits show."""
+    return 1 / powers_of_two(torch.empty(source.shape(pair.first)[0]), LARGE)

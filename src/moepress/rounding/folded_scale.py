@@ -1,0 +1,272 @@
+"""Scales of the inputs of linears (channel_scale.py), put into the norm that gives these inputs.
+
+A norm multiplies its outputs by weights of its own. These times s, and the columns of what reads
+the norm divided by s, compute the same: nothing is stored beside them, and nothing is multiplied
+while the model runs. But all that reads the norm must be known. Which linears do is seen while the
+layer runs. That nothing else does is proven by running it again with powers of two for s
+(same_layer.py).
+
+Norms in front of routed experts are left alone (pre_quant_scale.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moepress.original.architectures import reads_experts
+from moepress.original.source import Source
+from moepress.original.walk import Walk
+from moepress.rounding.channel_scale import (
+    CHANCE,
+    LEAST_GAIN,
+    TOKENS,
+    channel_scale,
+    mean_squares,
+    own_variance,
+)
+from moepress.rounding.same_layer import powers_of_two, put, run_batch, that_hold
+
+OFFSETS = (0.0, 1.0)  # norms multiply by w + offset; those of Gemma and Qwen3-Next by w + 1
+
+
+class Call(NamedTuple):
+    """What a module was called with, and what it returned: kept, so that no address is reused."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any  # None of a linear
+
+
+@dataclass(frozen=True)
+class Readers:
+    """A norm, and all that reads it."""
+
+    norm: str  # path of the module
+    offset: float  # it multiplies by w + offset
+    linears: tuple[str, ...]  # names of the weights
+
+
+@torch.inference_mode()
+def fold_scales(walk: Walk, layer: int, packed: Collection[str]) -> None:
+    """Scale the norms of a loaded layer, and the weights that read them, where that gains enough.
+
+    The layer computes the same as before. Its weights are changed in the skeleton, on all ranks,
+    until it is unloaded.
+
+    Args:
+        packed: names of the linears' weights that are rounded; others may be among them.
+    """
+    all_readers = walk.ranks.agreed(lambda: find_readers(walk, layer, packed))
+    inputs = _inputs(walk, layer, all_readers)
+    for readers, parts in zip(all_readers, inputs, strict=True):
+        found = torch.ones(walk.source.current(f"{readers.norm}.weight").numel() + 1)
+        if walk.ranks.first:
+            found[:-1], found[-1] = _find_scale(walk.source, readers, packed, torch.cat(parts))
+        walk.ranks.give(found, 0)
+        if found[-1] > LEAST_GAIN:
+            scale_readers(walk.source, readers, found[:-1])
+
+
+@torch.inference_mode()
+def find_readers(walk: Walk, layer: int, packed: Collection[str]) -> list[Readers]:
+    """The norms of a loaded layer whose readers are known, and some of these rounded."""
+    calls, before = _watched(walk, layer)
+    changes = {
+        readers: _times_powers(walk.source, readers)
+        for readers in _readers(walk, layer, calls, before[-1])
+        if any(name in packed for name in readers.linears)
+        and not any(reads_experts(name) for name in readers.linears)
+    }
+    return that_hold(walk, layer, before, changes)
+
+
+@torch.inference_mode()
+def scale_readers(source: Source, readers: Readers, scale: Tensor) -> None:
+    """Multiply the outputs of a norm by a scale, and divide the columns of its readers by it.
+
+    Args:
+        scale: [K] above 0. The weights of the norm are numbers of its stored dtype, so each channel
+            gets the nearest scale that these allow.
+    """
+    name = f"{readers.norm}.weight"
+    weight = source.current(name)
+    scaled = _times(weight.float(), scale.to(weight.device), readers.offset)
+    scaled = scaled.to(source.stored_dtype(name)).to(weight)
+    before, after = (value.float() + readers.offset for value in (weight, scaled))
+    stays = (before == 0) | (after == 0)  # in 16 bits w + 1 may be lost
+    scaled = torch.where(stays, weight, scaled)
+    put(source, _scaled(source, readers, scaled, torch.where(stays, 1.0, after / before)))
+
+
+def _find_scale(
+    source: Source, readers: Readers, packed: Collection[str], x: Tensor
+) -> tuple[Tensor, float]:
+    """s [K] on the CPU, and the share of the loss that it gains. Chance is not counted."""
+    rounded = (source.current(name) for name in readers.linears if name in packed)
+    scale, gain = channel_scale(mean_squares(rounded).cpu(), own_variance(x).cpu())
+    return scale, gain - CHANCE / len(x)
+
+
+def _inputs(walk: Walk, layer: int, all_readers: Sequence[Readers]) -> list[list[Tensor]]:
+    """Inputs [t, K] float32 of the readers of each norm, of some batches; on rank 0.
+
+    The same batches for any number of ranks, at equal distances.
+    """
+    kept: list[list[Tensor]] = [[] for _ in all_readers]
+    if not all_readers:
+        return kept
+    batches, own = walk.division.batches, iter(range(len(walk.batches)))
+    linears = [cast(nn.Linear, walk.source.module(one.linears[0])) for one in all_readers]
+    tokens = [walk.division.tokens(batch) for _, batch in batches]
+    wanted = -(-TOKENS // (tokens[0].stop - tokens[0].start))
+    for number, (owner, _) in enumerate(batches):
+        mine = next(own) if owner == walk.ranks.rank else None
+        if number % max(1, len(batches) // wanted):
+            continue
+        rows = tokens[number].stop - tokens[number].start
+        if mine is None:
+            of_batch = [torch.empty(rows, linear.in_features) for linear in linears]
+        else:
+            of_batch = _inputs_of_batch(walk, layer, mine, linears)
+        for x, parts in zip(of_batch, kept, strict=True):
+            walk.ranks.give_first(x, owner)
+            if walk.ranks.first:
+                parts.append(x)
+    return kept
+
+
+def _inputs_of_batch(
+    walk: Walk, layer: int, number: int, linears: Sequence[nn.Linear]
+) -> list[Tensor]:
+    """Inputs [t, K] float32 of some linears in a batch of this rank."""
+    seen: dict[nn.Linear, Tensor] = {}
+
+    def keep(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        seen[linear] = args[0].flatten(0, -2).float()
+
+    with ExitStack() as stack:
+        for linear in linears:
+            stack.callback(linear.register_forward_pre_hook(keep).remove)
+        run_batch(walk, layer, number)
+    return [seen[linear] for linear in linears]
+
+
+def _watched(walk: Walk, layer: int) -> tuple[dict[str, Call], list[Tensor]]:
+    """Calls of the modules of a loaded layer that are called once for a batch, by path.
+
+    And what the layer gives, of `run_batch`.
+    """
+    path = walk.source.layer_paths[layer]
+    calls: dict[str, list[Call]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = Call(args, kwargs, None if isinstance(module, nn.Linear) else output)
+            calls.setdefault(name, []).append(call)
+
+        return see
+
+    with ExitStack() as stack:
+        for name, module in walk.source.model.get_submodule(path).named_modules(prefix=path):
+            if isinstance(module, nn.Linear) or is_norm(module):
+                stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
+        given = run_batch(walk, layer, 0)
+    return {name: of_one[0] for name, of_one in calls.items() if len(of_one) == 1}, given
+
+
+def _readers(
+    walk: Walk, layer: int, calls: Mapping[str, Call], to_experts: Tensor
+) -> list[Readers]:
+    """The norms among watched modules, with the linears that get their outputs.
+
+    Those in front of routed experts, whose inputs are `to_experts`, are left out.
+    """
+    source = walk.source
+    own = set(source.names(source.layer_paths[layer]))
+    modules = {name: source.model.get_submodule(name) for name in calls}
+    return [
+        Readers(name, offset, reading)
+        for name, module in modules.items()
+        if f"{name}.weight" in own
+        and is_norm(module)
+        and (reading := _linears_with_input(calls, modules, calls[name].output))
+        and not _is_same(to_experts, calls[name].output)
+        and (offset := _offset(module, calls[name])) is not None
+    ]
+
+
+def _linears_with_input(
+    calls: Mapping[str, Call], modules: Mapping[str, nn.Module], x: Any
+) -> tuple[str, ...]:
+    """Names of the weights of the linears that are called with `x`."""
+    return tuple(
+        f"{name}.weight"
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and _is_same((*calls[name].args, None)[0], x)
+        and module.in_features == x.shape[-1]
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module can be a norm: it has one weight a channel, and maybe a bias."""
+    own = dict(module.named_parameters(recurse=False))
+    alike = all(value.dim() == 1 and value.is_floating_point() for value in own.values())
+    return "weight" in own and own.keys() <= {"weight", "bias"} and alike
+
+
+def _is_same(x: Any, other: Any) -> bool:
+    """Whether two tensors in memory are the same numbers, in whatever shape."""
+    tensors = isinstance(x, Tensor) and isinstance(other, Tensor)
+    return tensors and x.data_ptr() == other.data_ptr() and x.numel() == other.numel()
+
+
+def _offset(norm: nn.Module, call: Call) -> float | None:
+    """The `offset` of a norm that multiplies by w + offset; None: it is no such norm."""
+    kept = dict(norm.named_parameters(recurse=False))
+    for offset in OFFSETS:
+        doubled = {name: 2 * value for name, value in kept.items()}
+        doubled["weight"] = _times(kept["weight"], 2, offset)
+        try:
+            found = functional_call(norm, doubled, call.args, call.kwargs)
+        except RuntimeError:  # it wants weights of one dtype
+            continue
+        if isinstance(found, Tensor) and torch.equal(found, 2 * call.output):
+            return offset
+    return None
+
+
+def _times(weight: Tensor, scale: Tensor | float, offset: float) -> Tensor:
+    """The weights of a norm whose outputs are multiplied by a scale, in float32 with an offset."""
+    return (weight.float() + offset) * scale - offset if offset else weight * scale
+
+
+def _times_powers(source: Source, readers: Readers) -> dict[str, Tensor]:
+    """`_scaled` for products that are exact."""
+    weight = source.current(f"{readers.norm}.weight")
+    power = powers_of_two(weight)
+    return _scaled(source, readers, _times(weight, power, readers.offset), power)
+
+
+def _scaled(source: Source, readers: Readers, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """New tensors of a norm and of its readers, by name.
+
+    Args:
+        weight: of the norm.
+        scale: [K], what its outputs are multiplied by then.
+    """
+    tensors = {f"{readers.norm}.weight": weight}
+    if getattr(source.module(f"{readers.norm}.weight"), "bias", None) is not None:
+        bias = source.current(f"{readers.norm}.bias")
+        tensors[f"{readers.norm}.bias"] = (bias.float() * scale.float()).to(bias)
+    for name in readers.linears:
+        value = source.current(name)
+        tensors[name] = (value.float() / scale.float()).to(value)
+    return tensors
