@@ -49,7 +49,7 @@ def balanced(expert: RoutedExpert) -> RoutedExpert:
     """The expert with balanced channels, if it `can_balance`."""
     gate_up, down = expert.weights.gate_up, expert.weights.down
     inner = down.shape[1]
-    scale = channel_scales(_norms(gate_up[inner:], 1), _norms(down, 0))
+    scale = channel_scales(norms(gate_up[inner:], 1), norms(down, 0))
     scale = scale.bfloat16().float()  # norms summed in another order, on a card say, give the same
     up = (gate_up[inner:].float() / scale[:, None]).to(gate_up)
     weights = expert.weights._replace(
@@ -75,7 +75,7 @@ def channel_scales(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.where(used, scale * factor, 1.0)
 
 
-def _norms(x: Tensor, dim: int) -> Tensor:
+def norms(x: Tensor, dim: int) -> Tensor:
     """Float64: in float32 they would differ with the number of threads."""
     found: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
     return found

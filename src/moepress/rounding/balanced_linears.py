@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moepress.original.source import Source
 from moepress.original.walk import Walk
-from moepress.rounding.balance import channel_scales
+from moepress.rounding.balance import channel_scales, norms
 from moepress.rounding.same_layer import powers_of_two, put, run_batch, that_hold
 
 PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("w3", "w2"))  # last parts of the paths
@@ -57,10 +57,9 @@ def balance_linears(walk: Walk, layer: int, packed: Collection[str]) -> dict[str
     larger = {}
     for pair in walk.ranks.agreed(lambda: find_pairs(walk, layer, packed)):
         first, second = (walk.source.current(name) for name in (pair.first, pair.second))
-        rows = first.double().square().sum(1)
-        columns = pair.of_rows(second.double().square().sum(0))
-        # In 16 bits, so that sums in another order give the same.
-        scale = channel_scales(rows.sqrt(), columns.sqrt()).bfloat16().float()
+        columns = pair.of_rows(norms(second, 0).square()).sqrt()
+        # In 16 bits, so that norms summed in another order give the same.
+        scale = channel_scales(norms(first, 1), columns).bfloat16().float()
         put(walk.source, scaled_pair(walk.source, pair, scale))
         larger[pair.first] = 1 / float((1 / scale.square()).mean())
     return larger
