@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepress.byte_units import size_text
+from moepress.errors import install_extra
 
 if TYPE_CHECKING:
     from moepress.store.memory import Memory
@@ -274,7 +275,7 @@ def _cpu_kernels() -> Iterable[Check]:
 
 def _extras() -> Iterable[Check]:
     for name, (extra, purpose) in EXTRAS.items():
-        yield _package(name, (0,), f"{purpose}: pip install 'moepress[{extra}]'")
+        yield _package(name, (0,), f"{purpose}: {install_extra(extra)}")
 
 
 def _allocator() -> Iterable[Check]:

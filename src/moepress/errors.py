@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     )
 
 
+def install_extra(name: str) -> str:
+    """How to install an extra. moepress is on no package index: only its clone has them."""
+    return f"pip install '.[{name}]' in the clone of moepress"
+
+
 MOST = 1400  # characters of a message; its end says what to do
 
 

@@ -125,5 +125,5 @@ def test_what_cannot_be_run_is_refused_before_the_work(
     with pytest.raises(InputError, match="No folder"):
         find_tasks(["adds"], task_folder / "missing")
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(InputError, match=r"pip install 'moepress\[eval\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[eval\]' in the clone"):
         find_tasks(["adds"], task_folder)

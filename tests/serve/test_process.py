@@ -201,7 +201,7 @@ def test_what_cannot_be_served_is_refused_before_loading(
     with pytest.raises(InputError, match="API key"):
         serve(served.model, port=0, api_key="")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(InputError, match=r"pip install 'moepress\[serve\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[serve\]' in the clone"):
         serve(served.model)
 
 

@@ -319,7 +319,7 @@ def test_data_sets_without_library_or_network(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"moepress\[datasets\].*'self'"):
+    with pytest.raises(InputError, match=r"'\.\[datasets\]' in the clone.*'self'"):
         load_tokens([("c4", 1.0)], tokenizer, 1, 8, 0)
 
     def offline(*_: Any, **__: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moepress.errors import InputError, MoepressError
+from moepress.errors import InputError, MoepressError, install_extra
 from moepress.generation import following
 
 SETS = {
@@ -21,7 +21,7 @@ SETS = {
         "piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mathqa", "mmlu",
     ),
 }  # fmt: skip
-MISSING = "Tasks need lm-eval, which is not installed: pip install 'moepress[eval]'."
+MISSING = f"Tasks need lm-eval, which is not installed: {install_extra('eval')}."
 
 
 def task_names(asked: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
-from moepress.errors import InputError, MoepressError
+from moepress.errors import InputError, MoepressError, install_extra
 from moepress.format.checkpoint import is_compressed, load_json, not_a_model
 from moepress.generation import left_aside
 from moepress.hf import load_model, no_progress_bars, set_threads
@@ -38,7 +38,7 @@ from moepress.store.memory import Memory
 
 MISSING = (
     "Serving needs libraries that are not installed (fastapi, uvicorn, prometheus-client): "
-    "pip install 'moepress[serve]'."
+    f"{install_extra('serve')}."
 )
 CLOSING_SECONDS = 3  # that connections and the engine have to end after SIGTERM or Ctrl-C
 

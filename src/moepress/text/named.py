@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import PurePath
 from typing import Any, Literal
 
-from moepress.errors import InputError
+from moepress.errors import InputError, install_extra
 
 Split = Literal["calib", "valid"]
 
@@ -34,7 +34,7 @@ def load_data_set(name: str, split: Split) -> list[str]:
     except ImportError as error:
         raise InputError(
             f"Data set '{name}' needs the datasets library, which is not installed: "
-            f"pip install 'moepress[datasets]'. {otherwise}"
+            f"{install_extra('datasets')}. {otherwise}"
         ) from error
     try:
         return DATA_SETS[name](load_dataset, split)
