@@ -28,6 +28,7 @@ from moepress.generate import generate
 from moepress.kernels import cpu, reference
 from moepress.prune import ACTIVE, Pruning, parse_strength, prune, set_pruning
 from moepress.pruning.layer import IGNORES_NO_EXPERT
+from moepress.report import read_subject
 from tests.conftest import VOCAB, make_model, small_recipe
 from tests.families.models import make_model as family_model
 from tests.kernels.test_kernels import make_case
@@ -414,6 +415,19 @@ def test_what_depends_on_the_machine_is_not_stored(mine: Path) -> None:
     assert (mine / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("share", ["nan", "inf", "-0.1", "1", "some", ""])
+def test_a_share_of_reads_that_is_none_is_refused(folder: Path, share: str) -> None:
+    text, says = f"disk:{share}", rf"'disk:{share}' names no share. Expected one from 0 to below 1"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for refused in (
+        lambda: parse_strength(text),
+        lambda: set_pruning(folder, text),
+        lambda: prune(model, text),
+    ):
+        with pytest.raises(InputError, match=says):
+            refused()
+
+
 @pytest.mark.parametrize(
     ("model", "strength", "options", "says"),
     [
@@ -526,6 +540,42 @@ def test_a_damaged_field_is_refused(mine: Path) -> None:
     (mine / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"The pruning .*renormalise"):
         AutoModelForCausalLM.from_pretrained(mine)
+
+
+@pytest.mark.parametrize("describe", [mp.inspect, read_subject])
+@pytest.mark.parametrize(
+    ("thresholds", "says"),
+    [
+        ({"0": [0.0, -3.0]}, "thresholds.0.1 = -3"),
+        ({"0": [0.5, 0.5]}, "first expert is never dropped"),
+        ({"7": [0.0, 0.5]}, r"for layers \[7\]"),
+        ({"0": [0.0, 0.5, 0.5]}, r"\[3\] of each"),
+    ],
+)
+def test_damaged_thresholds_are_not_described(
+    mine: Path, describe: Callable[[Path], Any], thresholds: dict[str, list[float]], says: str
+) -> None:
+    config = json.loads((mine / "config.json").read_text())
+    pruning = {"thresholds": thresholds, "renormalise": False}
+    config["quantization_config"]["pruning"] = pruning
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=says):
+        describe(mine)
+    set_pruning(mine, 0)
+    describe(mine)
+
+
+def test_layers_without_thresholds_count(mine: Path, text_file: Path) -> None:
+    """A share is one of all choices of the model."""
+    pruning = Pruning({1: (0.0, 1.0)}, renormalise=True, protect=0.0)
+    model = AutoModelForCausalLM.from_pretrained(mine)
+    with prune(model, pruning, count=True) as pruned:
+        logits(model)
+        statistics = pruned.statistics()
+    assert statistics.layers == (0, 1) and statistics.tokens == (48, 48)
+    assert statistics.dropped == ((0, 0), (0, 48)) and statistics.share == 0.25
+    found = evaluate(mine, [str(text_file)], length=32, limit=1, pruning=pruning)
+    assert found.pruning is not None and found.pruning["share"] == 0.25
 
 
 def test_evaluate_and_generate_prune(mine: Path, text_file: Path) -> None:

@@ -34,6 +34,7 @@ from moepress.original.loops import loop_of
 from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
+from moepress.pruning.stored import stored_pruning
 from moepress.pruning.thresholds import cheapest, medians
 from moepress.reading.json import read_json
 from moepress.store.forecast import card_fits, forecast
@@ -127,6 +128,7 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         if len(spec.bits) > 1:
             widths[name.rpartition(".")[2]].update(spec.bits)
     plan = BitAllocation.load(folder / PLAN) if (folder / PLAN).exists() else None
+    pruning = stored_pruning(folder)
     return {
         "kind": "compressed model",
         "folder_bytes": folder_bytes(folder),
@@ -139,7 +141,7 @@ def _folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             for name, counts in widths.items()
         },
         **{name: getattr(plan, name, None) for name in AVERAGES},  # None: a copy without plan
-        "pruning": quantization.pruning,
+        "pruning": None if pruning is None else pruning.to_json(),
         **_speed(folder),
         "provenance": quantization.provenance,
     }

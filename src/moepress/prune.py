@@ -16,23 +16,21 @@ which every compressed folder carries (costs/drop_costs.py, pruning/thresholds.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from moepress.errors import InputError
-from moepress.format.checkpoint import (
-    DROP_COSTS,
-    load_json,
-    save_json,
-)
+from moepress.format.checkpoint import load_json, save_json
 from moepress.format.quantization import quantization_of
 from moepress.original.composite import decoder
 from moepress.pruning.layer import pruned_layers
 from moepress.pruning.rule import PROTECT
 from moepress.pruning.rule import Pruning as Pruning
 from moepress.pruning.rule import Strength as Strength
+from moepress.pruning.stored import check_fits
 from moepress.pruning.stored import stored_costs as stored_costs
 from moepress.reading.config import CONFIG, config_fields
 from moepress.store.statistics import store_of
@@ -50,11 +48,11 @@ ACTIVE = "_moepress_pruned"  # attribute of a model's decoder: the pruning in fo
 
 @dataclass(frozen=True)
 class PruningStatistics:
-    """What was dropped since pruning began. L pruned layers, k experts per token."""
+    """What was dropped since pruning began. L layers with experts, k experts per token."""
 
     layers: tuple[int, ...]  # [L]
     tokens: tuple[int, ...]  # [L] that passed the layer, padding included; each made k choices
-    dropped: tuple[tuple[int, ...], ...]  # [L][k] choices, by rank
+    dropped: tuple[tuple[int, ...], ...]  # [L][k] choices, by rank; 0 where the rule has no layer
     protected: tuple[int, ...]  # [L] tokens that kept all experts whatever their ratios
     absent: tuple[tuple[int, ...], ...] = ()  # [L][k] of the dropped, because of a read
 
@@ -179,6 +177,7 @@ def prune(
 
 def _of_reads(model: Any, strength: str, protect: float, costs: DropCosts) -> Pruning:
     """The pruning of strength "disk:SHARE"."""
+    share = disk_share(strength)
     store = store_of(model)
     if store is None:
         raise InputError(
@@ -189,7 +188,7 @@ def _of_reads(model: Any, strength: str, protect: float, costs: DropCosts) -> Pr
     missing = store.expected_misses
     if counts.uses >= ENOUGH_USES:
         missing = 1 - counts.hits / counts.uses
-    return Pruning.of_reads(costs, disk_share(strength), missing, READ_OVER_COMPUTE, protect)
+    return Pruning.of_reads(costs, share, missing, READ_OVER_COMPUTE, protect)
 
 
 def _resolved(
@@ -237,32 +236,21 @@ def set_pruning(
     folder = Path(folder)
     quantization_of(folder)  # raises if it is another folder, or damaged
     if isinstance(strength, str) and strength.startswith(DISK):
+        share = disk_share(strength)
         raise InputError(
             f"Pruning {strength!r} cannot be stored in a folder: what it drops depends on the "
             "memory of the machine that runs the model. Give it where the model runs (--prune "
             f"{strength} of generate, chat, serve and evaluate, or mp.prune), or store a share "
-            f"such as {strength.removeprefix(DISK)}."
+            f"such as {share:g}."
         )
     pruning = _resolved(strength, protect, lambda: stored_costs(folder))
-    if isinstance(strength, Pruning) and (folder / DROP_COSTS).is_file():
-        _check_fits(pruning, stored_costs(folder))
+    if isinstance(strength, Pruning):
+        check_fits(pruning, folder)
     config = config_fields(folder)
     config["quantization_config"].pop("pruning", None)
     if pruning.drops:
         config["quantization_config"]["pruning"] = pruning.to_json()
     save_json(folder / CONFIG, config)
-
-
-def _check_fits(pruning: Pruning, costs: DropCosts) -> None:
-    """Raise InputError where the thresholds are for other layers or another number of choices."""
-    strangers = sorted(pruning.thresholds.keys() - set(costs.layers))
-    sizes = {len(ratios) for ratios in pruning.thresholds.values()} - {costs.top_k}
-    if strangers or sizes:
-        raise InputError(
-            f"The pruning has thresholds for layers {sorted(pruning.thresholds)}, "
-            f"{sorted(sizes) or costs.top_k} of each. This model has routed experts in layers "
-            f"{list(costs.layers)}, and a token chooses {costs.top_k}."
-        )
 
 
 def disk_share(strength: str) -> float:
@@ -272,11 +260,15 @@ def disk_share(strength: str) -> float:
         InputError: it names none.
     """
     try:
-        return float(strength.removeprefix(DISK))
-    except ValueError as error:
+        share = float(strength.removeprefix(DISK))
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 1:
         raise InputError(
-            f"Pruning {strength!r} is not understood. Expected a share, such as 'disk:0.15'."
-        ) from error
+            f"Pruning {strength!r} names no share. Expected one from 0 to below 1 of the chosen "
+            "experts, such as 'disk:0.15'."
+        )
+    return share
 
 
 def parse_strength(text: str) -> Strength | Pruning:

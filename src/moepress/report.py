@@ -41,7 +41,7 @@ from moepress.original.sizes import bytes_by_part
 from moepress.page.picture import Format, Picture
 from moepress.page.sections import sections
 from moepress.page.subject import Subject
-from moepress.prune import Pruning
+from moepress.pruning.stored import stored_pruning
 from moepress.writing.files import check_file, check_place, write_atomically
 
 
@@ -143,7 +143,7 @@ def read_subject(
         bytes_by_part(folder, trust_remote_code),
         evaluated,
         DropCosts.load(costs) if costs.is_file() else None,
-        None if made.pruning is None else Pruning.from_json(made.pruning),
+        stored_pruning(folder),
     )
 
 

@@ -31,7 +31,7 @@ _COUNTING = threading.Lock()  # several threads may run one model
 
 
 def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[PrunedLayer]:
-    """The layers of a model in which choices are dropped or, with `count`, counted.
+    """The layers of a model in which choices are dropped; with `count` all that have experts.
 
     Raises:
         InputError: the pruning has thresholds for a layer without routed experts.
@@ -44,8 +44,8 @@ def pruned_layers(model: nn.Module, pruning: Pruning, count: bool) -> list[Prune
     pruning.check_layers(found.keys(), type(model).__name__)
     return [
         PrunedLayer(number, *found[number], pruning, count)
-        for number, ratios in sorted(pruning.thresholds.items())
-        if any(ratios) or any(pruning.absent.get(number, ())) or count
+        for number in sorted(found)
+        if count or any((*pruning.thresholds.get(number, ()), *pruning.absent.get(number, ())))
     ]
 
 
@@ -56,7 +56,7 @@ class PrunedLayer:
         number: of the decoder layer, for messages and thresholds.
         layer: the decoder layer.
         experts: the module of its routed experts.
-        pruning: has thresholds for the layer.
+        pruning: where it has no thresholds for the layer, choices are only counted.
         count: whether to count.
     """
 
@@ -67,7 +67,7 @@ class PrunedLayer:
         self._layer = layer
         self._experts = experts
         self._pruning = pruning
-        self._thresholds = torch.tensor(pruning.thresholds[number], dtype=torch.float32)
+        self._thresholds = torch.tensor(pruning.thresholds.get(number, ()), dtype=torch.float32)
         self._absent = torch.tensor(pruning.absent.get(number, ()), dtype=torch.float32)
         self._left_out = left_out_table(getattr(experts, "left_out", ()), experts.num_experts)
         self._count = count
@@ -82,6 +82,8 @@ class PrunedLayer:
         undo: list[Callable[[], None]] = [
             self._experts.register_forward_pre_hook(self._before_experts).remove
         ]
+        if not len(self._thresholds):
+            return undo
         if self._pruning.protect > 0:
             undo += capture_attention(self._layer, self._pruning.protect)
         if hasattr(self._experts, IGNORES_NO_EXPERT):
@@ -94,6 +96,11 @@ class PrunedLayer:
         self, experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         hidden, index, weights = args
+        if not len(self._thresholds):
+            with _COUNTING:
+                self.tokens += len(hidden)
+                self.dropped = self.absent = torch.zeros(index.shape[1], dtype=torch.int64)
+            return args
         if index.shape[1] != len(self._thresholds):
             raise InputError(
                 f"Layer {self.number} chooses {index.shape[1]} experts for a token, but the "

@@ -1,4 +1,4 @@
-"""The drop costs that a compressed folder carries."""
+"""What a compressed folder says of pruning: the rule that is in force, and the drop costs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from moepress.errors import InputError
 from moepress.format.checkpoint import DROP_COSTS
+from moepress.format.quantization import quantization_of
+from moepress.pruning.rule import Pruning
 
 if TYPE_CHECKING:
     from moepress.costs.drop_costs import DropCosts
@@ -41,3 +43,35 @@ def stored_costs(folder: str | Path) -> DropCosts:
             "give costs of `moepress calibrate`."
         )
     return DropCosts.load(path)
+
+
+def stored_pruning(folder: Path) -> Pruning | None:
+    """The pruning that is in force whenever a compressed folder is opened; None: none.
+
+    Raises:
+        InputError: it is damaged, or of another model.
+    """
+    fields = quantization_of(folder).pruning
+    if fields is None:
+        return None
+    pruning = Pruning.from_json(fields)
+    check_fits(pruning, folder)
+    return pruning
+
+
+def check_fits(pruning: Pruning, folder: Path) -> None:
+    """Raise InputError where the thresholds are for other layers or another number of choices.
+
+    The folder's drop costs tell; without them, nothing is checked until the model is opened.
+    """
+    if not (folder / DROP_COSTS).is_file():
+        return
+    costs = stored_costs(folder)
+    strangers = sorted(pruning.thresholds.keys() - set(costs.layers))
+    sizes = {len(ratios) for ratios in pruning.thresholds.values()} - {costs.top_k}
+    if strangers or sizes:
+        raise InputError(
+            f"The pruning has thresholds for layers {sorted(pruning.thresholds)}, "
+            f"{sorted(sizes) or costs.top_k} of each. This model has routed experts in layers "
+            f"{list(costs.layers)}, and a token chooses {costs.top_k}."
+        )
