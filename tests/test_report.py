@@ -22,6 +22,7 @@ from moepress import report
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
+from moepress.costs.drop_costs import NO_EXPERT
 from moepress.costs.scores import ExpertScores
 from moepress.errors import InputError
 from moepress.evaluate import evaluate
@@ -36,11 +37,13 @@ from moepress.format.checkpoint import (
     save_json,
     tensor_bytes,
 )
+from moepress.inspect import inspect
 from moepress.original.sizes import ROUTED, bytes_by_part
 from moepress.page.curves import loss_curve
 from moepress.page.maps import BIT_COLOURS, LABELLED, bit_map, heat_map
 from moepress.page.picture import Panel, Picture
 from moepress.page.sections import SECTIONS, Section, sections
+from moepress.page.sections.section import counted
 from moepress.page.subject import NUDGE, Subject
 from moepress.prune import Pruning, set_pruning
 from moepress.pruning.thresholds import cheapest, medians
@@ -418,9 +421,37 @@ def test_the_cost_of_dropping_experts_is_shown(folder: Path, tmp_path: Path) -> 
     assert "drops experts in 2 layers, and protects 5.0%" in text
     set_pruning(mine, Pruning({0: (0.0, 0.5), 1: (0.0, 0.0)}, False))
     text = section_of(read_subject(mine), "pruning").text[0]
-    assert "drops experts in 1 layers" in text
+    assert "drops experts in 1 layer, and" in text
     (mine / DROP_COSTS).unlink()
     assert "was not measured" in section_of(read_subject(mine), "pruning").text[0]
+
+
+def test_shares_that_cannot_be_dropped_are_not_shown(folder: Path, tmp_path: Path) -> None:
+    """In the second layer all experts but one are left out: no token has a second choice there."""
+    subject = read_subject(folder)
+    costs = subject.drop_costs
+    assert costs is not None
+    ratio, zero = costs.ratio.copy(), np.zeros_like(costs.cost)
+    ratio[1] = NO_EXPERT
+    some = dataclasses.replace(costs, ratio=ratio, cost=zero, renormalised_cost=zero)
+    section = section_of(dataclasses.replace(subject, drop_costs=some), "pruning")
+    (picture,) = section.pictures
+    shown = [lines[0] for panel in picture.panels for *_, lines in panel.points]
+    assert shown[-1] == "25% dropped, weights scaled up"
+    assert "At most 25.0% of all choices can be dropped." in section.text[1]
+    some.save(tmp_path / "costs.safetensors")
+    shares = inspect(tmp_path / "costs.safetensors")["predicted_cost_by_share_dropped"]
+    assert list(shares) == ["0.05", "0.10", "0.15", "0.20", "0.25"]
+    ratio[0] = 1
+    none = section_of(dataclasses.replace(subject, drop_costs=some), "pruning")
+    assert none.text == ("No expert can be dropped: every token keeps its first choice.",)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "1 bit"), (2.5, "2.5 bits"), (1000, "1,000 bits")]
+)
+def test_one_is_no_plural(number: float, text: str) -> None:
+    assert counted(number, "bit") == text
 
 
 def test_widths_of_other_tensors_are_shown(folder: Path) -> None:

@@ -35,7 +35,7 @@ from moepress.original.sizes import bytes_by_part
 from moepress.original.source import Source
 from moepress.original.usable import check_usable
 from moepress.pruning.stored import stored_pruning
-from moepress.pruning.thresholds import cheapest, medians
+from moepress.pruning.thresholds import cheapest, medians, reachable_share
 from moepress.reading.json import read_json
 from moepress.store.forecast import card_fits, forecast
 from moepress.writing.ours import content_of
@@ -253,7 +253,7 @@ def _drop_costs(costs: DropCosts) -> dict[str, Any]:
         "predicted_cost_by_share_dropped": {
             f"{share:.2f}": min(cheapest(costs, share, r)[1] for r in (False, True))
             for share in SHARES
-            if share <= costs.largest_share
+            if share <= reachable_share(costs)
         },
     }
 

@@ -15,14 +15,21 @@ import torch
 from moepress.calibrate import calibrate
 from moepress.compress import compress
 from moepress.costs import drop_costs
-from moepress.costs.drop_costs import DropCosts, DropMeter
+from moepress.costs.drop_costs import NO_EXPERT, DropCosts, DropMeter
 from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import DROP_COSTS, load_tensors, read_about, save_tensors
 from moepress.original.experts import hidden_states
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.pruning.rule import Pruning
-from moepress.pruning.thresholds import cheapest, cheapest_reads, dropped_share, medians, quantile
+from moepress.pruning.thresholds import (
+    cheapest,
+    cheapest_reads,
+    dropped_share,
+    medians,
+    quantile,
+    reachable_share,
+)
 from moepress.work import calibration_ids
 from tests.conftest import make_model, small_recipe
 
@@ -205,6 +212,39 @@ def test_medians_are_the_papers_mu() -> None:
     thresholds = medians(costs)
     assert thresholds.shape == (2, 3) and (thresholds[:, 0] == 0).all()
     assert thresholds[:, 1:] == pytest.approx(costs.ratio[:, :, 2])
+
+
+def costs_with_left_out_experts(ratios: np.ndarray) -> DropCosts:
+    """Costs that rise with the ratio, of the ratios [T, k - 1] of a layer's tokens."""
+    bins, tokens = drop_costs.BINS, len(ratios)
+    edges = np.linspace(0, tokens - 1, bins + 1).round().astype(int)
+    ratio = np.sort(ratios, axis=0)[edges].T[None].astype(np.float32)
+    return DropCosts((0,), ratio, ratio[..., :-1].copy(), ratio[..., :-1].copy(), True, {})
+
+
+@pytest.mark.parametrize("left_out", [0, 0.05, 0.3, 0.5, 0.9, 1])
+def test_choices_of_experts_that_are_left_out_have_no_median(left_out: float) -> None:
+    ratios = np.random.default_rng(0).random((4096, 1))
+    here = ratios[int(left_out * len(ratios)) :]
+    costs = costs_with_left_out_experts(
+        np.concatenate([here, np.full((len(ratios) - len(here), 1), NO_EXPERT)])
+    )
+    expected = np.median(here) if len(here) else 0
+    assert medians(costs)[0, 1] == pytest.approx(expected, abs=0.05)
+    assert reachable_share(costs) == pytest.approx((1 - left_out) / 2, abs=0.02)
+
+
+def test_a_rank_without_choices_lets_earlier_ones_be_dropped() -> None:
+    """Of three experts that a token chooses, one is left out: only its second can be dropped."""
+    ratios = np.random.default_rng(0).random((4096, 2))
+    ratios[:, 1] = NO_EXPERT
+    costs = costs_with_left_out_experts(ratios)
+    thresholds, _ = cheapest(costs, 0.2, False)
+    assert dropped_share(costs, thresholds) == pytest.approx(0.2, abs=0.01)
+    assert thresholds == pytest.approx(np.array([[0, 0.6, 0]]), abs=0.05)
+    here, away, _ = cheapest_reads(costs, 0.2, False, 0.5, 1.0)
+    assert here == pytest.approx(thresholds, abs=0.05)
+    assert away == pytest.approx(thresholds, abs=0.05)
 
 
 @pytest.mark.parametrize("seed", range(4))

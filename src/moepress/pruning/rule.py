@@ -115,8 +115,8 @@ class Pruning:
             if dropped < NEARLY * strength:
                 logger.warning(
                     "%.3g of the chosen experts are to be dropped, but only about %.3g will be: "
-                    "equal ratios of routing weights are dropped together or not at all, and those "
-                    "of their token's largest weight never",
+                    "equal ratios of routing weights are dropped together or not at all, those of "
+                    "their token's largest weight never, nor choices of experts that are left out",
                     strength, dropped,
                 )  # fmt: skip
         rows = np.minimum(ratios, 1).tolist()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
-from moepress.costs.drop_costs import DropCosts
+from moepress.costs.drop_costs import NO_EXPERT, DropCosts
 from moepress.errors import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -19,11 +19,16 @@ Floats = npt.NDArray[np.float64]
 def medians(costs: DropCosts) -> Floats:
     """The paper's mu: the median of w_r / w_1 for every rank r (arXiv:2410.06270, section 3.3).
 
+    Choices of no expert are not counted. How many there are is known to half a bin.
+
     Returns:
-        [L, k], 0 for the first rank.
+        [L, k], 0 for the first rank, and for ranks without a choice.
     """
-    half = np.full(costs.ratio.shape[:2], 0.5)
-    return _with_first(quantile(costs, half))
+    bins = costs.ratio.shape[-1] - 1
+    edges = (costs.ratio < NO_EXPERT).sum(-1)  # of choices of experts
+    real = np.clip((edges - 0.5) / bins, 0, None)
+    real = np.where(edges > bins, 1, real)
+    return _with_first(np.minimum(quantile(costs, real / 2), 1))
 
 
 def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats, float]:
@@ -39,7 +44,8 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     one before them. The dropped share comes out slightly smaller.
 
     Choices that tie with the token's first one (ratio 1) are never dropped, so their bins are not
-    taken. If most choices tie, as those of phimoe do, the share is not reached: `dropped_share`.
+    taken. If most choices tie, as those of phimoe do, or are of experts that are left out, the
+    share is not reached: `reachable_share`.
 
     Args:
         share: of all T * k choices of every layer, 0 .. 1 - 1 / k.
@@ -61,8 +67,7 @@ def cheapest(costs: DropCosts, share: float, renormalise: bool) -> tuple[Floats,
     order = np.flatnonzero(droppable)[np.argsort(rising, kind="stable")]
     taken.flat[order] = np.clip(wanted - np.arange(len(order)), 0, 1)  # a fraction of the last
     ratios = quantile(costs, taken.sum(axis=-1) / bins)
-    thresholds = _falling(_with_first(ratios))
-    return thresholds, float((taken * measured).sum() / bins)
+    return _falling(costs, ratios), float((taken * measured).sum() / bins)
 
 
 def cheapest_reads(
@@ -103,9 +108,9 @@ def cheapest_reads(
             some, amounts[order], out=np.zeros_like(some), where=amounts[order] > 0
         )
     taken = taken.reshape(2, *measured.shape)
-    here, away = (_with_first(quantile(costs, one.sum(axis=-1) / bins)) for one in taken)
+    here, away = (_falling(costs, quantile(costs, one.sum(axis=-1) / bins)) for one in taken)
     each = np.array([1 - missing, missing])[:, None, None, None]
-    return _falling(here), _falling(away), float((taken * each * measured).sum() / bins)
+    return here, away, float((taken * each * measured).sum() / bins)
 
 
 def _rising(costs: DropCosts, measured: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -126,10 +131,13 @@ def _rising(costs: DropCosts, measured: Floats) -> tuple[Floats, npt.NDArray[np.
     return rising, droppable
 
 
-def _falling(thresholds: Floats) -> Floats:
-    """Each threshold [L, k], but the first, lowered to the smallest of the later ranks."""
-    later = np.minimum.accumulate(thresholds[:, :0:-1], axis=1)[:, ::-1]
-    return np.concatenate([thresholds[:, :1], later], axis=1)
+def _falling(costs: DropCosts, thresholds: Floats) -> Floats:
+    """Thresholds [L, k], from those [L, k - 1] of all ranks but the first: each is lowered to the
+    smallest of the later ranks that have choices to drop."""
+    droppable = (costs.ratio[..., 0] < 1)[:, ::-1]
+    later = np.where(droppable, thresholds[:, ::-1], np.inf)
+    later = np.minimum.accumulate(later, axis=1)[:, ::-1]
+    return _with_first(np.minimum(thresholds, later))
 
 
 def quantile(costs: DropCosts, share: Floats) -> Floats:
@@ -169,6 +177,15 @@ def dropped_share(costs: DropCosts, thresholds: Floats) -> float:
         for threshold, edges in zip(row, ratios.astype(np.float64), strict=True)
     ]
     return float(np.sum(below)) / (len(costs.layers) * costs.top_k)
+
+
+def reachable_share(costs: DropCosts) -> float:
+    """The largest share of all choices that thresholds can drop.
+
+    Less than `largest_share` where experts are left out, and where choices tie with the first.
+    """
+    all_below_one = np.ones((len(costs.layers), costs.top_k))
+    return min(costs.largest_share, dropped_share(costs, all_below_one))
 
 
 def check_share(costs: DropCosts, share: float) -> None:

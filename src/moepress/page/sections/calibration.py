@@ -9,7 +9,7 @@ from moepress.allocation.plan import PROJECTIONS
 from moepress.costs.scores import BOTH
 from moepress.format.codec import LEFT_OUT, width
 from moepress.page.maps import heat_map
-from moepress.page.sections.section import Section, Table, no_scores
+from moepress.page.sections.section import Section, Table, counted, no_scores
 from moepress.page.subject import Subject
 from moepress.recipe import Recipe
 
@@ -103,12 +103,12 @@ def cost(subject: Subject) -> Section:
     names = {f"{name}_proj": rounded for rounded, name in enumerate(PROJECTIONS)}
     if not subject.plan.recipe.per_projection:
         names = {"whole expert": BOTH}
-    bits = width(widths[option])
-    same = {f"{n} at {bits} bits": maps[:, :, rounded] for n, rounded in names.items()}
+    bits = counted(width(widths[option]), "bit")
+    same = {f"{n} at {bits}": maps[:, :, rounded] for n, rounded in names.items()}
     paid = {"both projections, as they are": np.where(chosen[..., 0], subject.paid, np.nan)}
     return Section(
         (
-            f"First, the cost of every expert at {bits} bits: the allocation compares "
+            f"First, the cost of every expert at {bits}: the allocation compares "
             "experts by such costs. Then, the cost of every expert at the bits it has. Their sum "
             f"is {subject.paid.sum():.4g} of the predicted loss, {subject.plan.predicted_loss:.4g}."
             f" {_unit(subject.plan.recipe)}",
@@ -116,7 +116,7 @@ def cost(subject: Subject) -> Section:
         pictures=(
             heat_map(
                 "cost",
-                f"Cost of every expert at {bits} bits",
+                f"Cost of every expert at {bits}",
                 same,
                 scores.layers,
                 "predicted loss",

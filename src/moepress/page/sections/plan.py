@@ -48,9 +48,11 @@ def _left_out(subject: Subject) -> tuple[str, ...]:
         count = (left_out & (subject.scores.tokens == 0)).sum()
         if count:
             unseen = f" No scored token chose {count:,} of them: what they are for is unknown."
+    number = left_out.sum()
+    are = "is" if number == 1 else "are"
     return (
-        f"{left_out.sum():,} of {left_out.size:,} experts are left out: a token that chooses one "
-        f"gets nothing from it.{unseen}",
+        f"{number:,} of {left_out.size:,} experts {are} left out: a token that chooses one gets "
+        f"nothing from it.{unseen}",
     )
 
 

@@ -26,6 +26,11 @@ class Section:
     tables: tuple[Table, ...] = ()
 
 
+def counted(number: float, noun: str) -> str:
+    """A number of things, such as "1 layer" and "2 layers"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def no_scores() -> Section:
     """The section in place of one that needs scores."""
     return Section(
