@@ -10,14 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import moepress
 from moepress.compress import compress
 from moepress.errors import CheckpointError, FileError, InputError
-from moepress.format.checkpoint import load_json
+from moepress.format.checkpoint import CHECKSUMS, INDEX, load_json, save_json
+from moepress.format.codec import pre_quant_scale_of
+from moepress.format.quantization import packed_specs
 from tests.conftest import small_recipe
+from tests.uneven import with_uneven_norms
 
 Folder = Callable[..., Path]
 
@@ -85,6 +89,75 @@ def test_a_damaged_folder_is_refused_before_any_work(
     with pytest.raises(FileError, match="is not as it was written"):
         moepress.dequantize(packed, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def scaled(model_folder: Folder, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with scaled inputs of experts."""
+    work = tmp_path_factory.mktemp("scaled")
+    original = with_uneven_norms(model_folder(), work / "original")
+    packed = compress(original, work / "packed", small_recipe(text_file, bits=2.5))
+    assert any(spec.pre_quant_scale for spec in packed_specs(packed).values())
+    return packed
+
+
+@pytest.mark.usefixtures("reference_backend")
+def test_scales_of_inputs_are_found_in_any_file(scaled: Path, tmp_path: Path) -> None:
+    model, ids = AutoModelForCausalLM.from_pretrained(scaled), torch.arange(3, 60)[None]
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    places = load_json(tmp_path / "saved" / INDEX)["weight_map"]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert places[name] != places[pre_quant_scale_of(name)]
+    plain = moepress.dequantize(tmp_path / "saved", tmp_path / "plain")
+    with torch.inference_mode():
+        found = AutoModelForCausalLM.from_pretrained(plain)(ids).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def without(text: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {name: value for name, value in tensors.items() if text not in name}
+
+
+def cut(text: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {
+        name: value[: len(value) // 2].clone() if text in name else value
+        for name, value in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without("pre_quant_scale"), "gate_up_proj_pre_quant_scale is in none of the"),
+        (without("input_layernorm"), "input_layernorm.weight is in none of the model's files"),
+        (cut("pre_quant_scale"), r"gate_up_proj_pre_quant_scale is \[32\]"),
+        (cut("down_proj"), "down_proj is "),
+    ],
+)
+def test_tensors_that_config_json_does_not_describe_are_refused_before_any_work(
+    scaled: Path,
+    tmp_path: Path,
+    damage: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    says: str,
+) -> None:
+    broken = Path(shutil.copytree(scaled, tmp_path / "broken"))
+    (broken / CHECKSUMS).unlink()  # as of folders of older versions
+    shard = broken / "model-layer-0001.safetensors"
+    save_file(damage(load_file(shard)), shard, {"format": "pt"})
+    with pytest.raises(FileError, match=says):
+        moepress.dequantize(broken, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_widths_that_were_not_written_are_refused(scaled: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(scaled, tmp_path / "broken"))
+    config = load_json(broken / "config.json")
+    for name, fields in config["quantization_config"]["modules"].items():
+        if "experts" in name:
+            fields["bits"] = fields["bits"][::-1]  # tensors keep their sizes
+    save_json(broken / "config.json", config)
+    with pytest.raises(FileError, match="packed in another way than they were written"):
+        moepress.dequantize(broken, tmp_path / "new")
 
 
 def test_a_bfloat16_model_becomes_bfloat16(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moepress.blocks.layout import without_padding
-from moepress.errors import CheckpointError, FileError, InputError
+from moepress.errors import CheckpointError, InputError
 from moepress.format.checkpoint import finish_folder, save_tensors
-from moepress.format.checksums import read_checksums, verify_tensors
+from moepress.format.checksums import check_config, read_checksums, verify_tensors
 from moepress.format.codec import LEFT_OUT, PackedSpec, pre_quant_scale_of
 from moepress.format.journal import IDENTITY_FILE, check_identity
 from moepress.format.quantization import packed_specs
 from moepress.format.unfinished import check_finished
+from moepress.hf.agreement import check_agreement, stored_tensors
+from moepress.hf.packing import pack_modules, with_tied
 from moepress.kernels import reference
 from moepress.original.architectures import Bias, Experts, find_experts
 from moepress.original.companions import companions
@@ -41,9 +43,10 @@ OURS = "moepress_"  # how the names of files begin that describe the compressed 
 def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Write a compressed model with plain weights, for transformers without moepress.
 
-    Every byte is compared with its checksum first: the result has none. One file of the folder,
-    usually a decoder layer, is in memory at a time. Experts that are left out become zeros. Weights
-    have the dtype of config.json; tensors have the names of transformers' class.
+    First the tensors are compared with those that config.json describes, and every byte with its
+    checksum: the result has none. One file of the folder, usually a decoder layer, is in memory at
+    a time. Experts that are left out become zeros. Weights have the dtype of config.json; tensors
+    have the names of transformers' class.
 
     Args:
         folder: a folder made by moepress.
@@ -65,8 +68,14 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
     written = [out / path.name for path in files]
     _check_space(out, sum(size for _, size, _ in bytes_of_tensors(folder, model)), written)
     if (checksums := read_checksums(folder)) is not None:
+        check_config(folder, checksums)
         verify_tensors(folder, checksums, files)
     plain = _Plain(model, specs)
+    stored = stored_tensors(map(str, files))
+    with torch.device("meta"):
+        pack_modules(model, with_tied(model, specs))
+    check_agreement(model, stored, {name: name for name in stored}, same_class=True)
+    plain.take_scales(files)
     with held(out / WORK, lambda: _kept(out, written)) as work:
         sweep(out)
         check_identity(work / IDENTITY_FILE, {"config": _digest(folder / "config.json")}, out)
@@ -120,46 +129,40 @@ class _Plain:
         self._state: dict[str, Tensor] = model.state_dict()
         layers = find_experts(model).values()
         self._experts = {name: experts for experts in layers for name in experts.parameters}
-        self._scales = {pre_quant_scale_of(name) for name in self._experts}
+        scaled = [name for name, spec in specs.items() if spec.pre_quant_scale]
+        self._scaled = {pre_quant_scale_of(name): name for name in scaled}
+        self._scales: dict[str, Tensor] = {}
         self._biases = {name: (one, bias) for one in layers for name, bias in one.biases.items()}
+
+    def take_scales(self, files: Iterable[Path]) -> None:
+        """Read the vectors that inputs of experts are multiplied by, wherever they are."""
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                for vector in self._scaled.keys() & set(file.keys()):
+                    self._scales[self._scaled[vector]] = file.get_tensor(vector)
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a file, by the names of transformers' class."""
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            for name in names:
-                if name not in self._scales:
-                    scale = pre_quant_scale_of(name)
-                    beside = file.get_tensor(scale) if scale in names else None
-                    found |= self._tensor(name, file.get_tensor(name), beside)
+            for name in set(file.keys()) - self._scaled.keys():
+                found |= self._tensor(name, file.get_tensor(name))
         return found
 
-    def _tensor(self, name: str, value: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
-        """What a stored tensor stands for: one parameter of transformers' class, or several.
-
-        Args:
-            scale: [K] of the inputs, if it is stored beside.
-        """
+    def _tensor(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """What a stored tensor stands for: one parameter of transformers' class, or several."""
         if name in self._biases:
             return {name: self._biases_of_experts(*self._biases[name], name, value)}
         if name not in self._specs:
             return {name: value}
         spec = self._specs[name]
         if name in self._experts:
-            return self._matrices_of_experts(self._experts[name], name, value, scale)
-        if name not in self._state:
-            raise FileError(
-                f"config.json packs {name}, which the model has not. The file is damaged or "
-                "belongs to another model: copy the folder again."
-            )
+            return self._matrices_of_experts(self._experts[name], name, value)
         (codec,) = spec.codecs
         rows, cols = self._state[name].shape
         return {name: reference.dequantize(value, rows, cols, codec, self._dtype)}
 
-    def _matrices_of_experts(
-        self, experts: Experts, name: str, value: Tensor, scale: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _matrices_of_experts(self, experts: Experts, name: str, value: Tensor) -> dict[str, Tensor]:
         first = name == experts.parameters[0]
         rows, cols = experts.gate_up_shape if first else experts.down_shape
         form, spec = experts.form, self._specs[name]
@@ -168,10 +171,10 @@ class _Plain:
         kept = [expert for expert, bits in enumerate(spec.bits) if bits != LEFT_OUT]
         for expert in kept:
             packed = value[starts[expert] : starts[expert + 1]]
-            codec = spec.codec(expert)
-            whole[expert] = reference.dequantize(packed, rows, cols, codec, self._dtype)
-        if scale is not None:  # (W / s) (s x) = W x
-            whole *= scale.to(whole)
+            weights = reference.dequantize(packed, rows, cols, spec.codec(expert), torch.float32)
+            if spec.pre_quant_scale:  # (W / s) (s x) = W x
+                weights *= self._scales[name].float()
+            whole[expert] = weights
         part, count = (form.gate_up, form.parts) if first else (form.down, 1)
         n, k = form.shapes[0 if first else 1]
         found = part.parameters(without_padding(whole, count, n // count, k))
