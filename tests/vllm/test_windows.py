@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from moepress.compress import compress
 from moepress.errors import InputError
 from moepress.format.codec import Codec
+from moepress.original.folder import weight_files
 from moepress.vllm.placement import balanced
+from moepress.vllm.stored import StoredModel
 from moepress.vllm.versions import check_version
 from moepress.vllm.windows import Placed, Stored, Window
+from tests.conftest import small_recipe
+from tests.families.models import make_model, save_model
 from tests.kernels.test_shards import some_packed
 
 
@@ -93,3 +101,19 @@ def test_versions_inside(version: str) -> None:
 def test_versions_outside(version: str) -> None:
     with pytest.raises(InputError, match="Install one of these"):
         check_version(version)
+
+
+def test_tensors_are_joined_across_files(
+    tokenizer_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """`save_pretrained` may divide a layer: one tensor of the original was given in parts."""
+    original = save_model(make_model("lara_mini"), tmp_path / "original", tokenizer_folder)
+    packed = compress(original, tmp_path / "packed", small_recipe(text_file, bits=2.5))
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="1KB")
+    whole, saved = (
+        list(StoredModel(folder, torch.float32, False).tensors([*map(str, weight_files(folder))]))
+        for folder in (packed, tmp_path / "saved")
+    )
+    assert len(saved) == len(whole) and dict(saved).keys() == dict(whole).keys()
+    assert all(torch.equal(value + 0, dict(saved)[name] + 0) for name, value in whole)

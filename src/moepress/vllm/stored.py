@@ -64,14 +64,15 @@ class StoredModel:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
+        state: dict[str, Tensor] = {}
         for path in files:
-            state: dict[str, Tensor] = {}
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
                     value = file.get_tensor(name)
                     if not self._keep_of_experts(name, value):
                         state[name] = self._window(name, value)
-            yield from revert_weight_conversion(self.own, state).items()
+        # Of all files at once: one of the original's tensors may be made of several of these.
+        yield from revert_weight_conversion(self.own, state).items()
 
     def _keep_of_experts(self, name: str, value: Tensor) -> bool:
         """Put a tensor of the routed experts into their module; False: it is none."""
