@@ -103,6 +103,15 @@ def test_versions_outside(version: str) -> None:
         check_version(version)
 
 
+def test_a_stored_matrix_cannot_be_changed_in_place() -> None:
+    """It was changed in a copy that nobody read."""
+    matrix = Window(stored())
+    for change in (lambda: matrix.data.mul_(2), lambda: matrix[:4].zero_()):
+        with pytest.raises(InputError, match=r"q_proj: vLLM does aten\..*_.* would be lost"):
+            change()
+    torch.testing.assert_close(matrix * 2, stored().plain() * 2)
+
+
 def test_tensors_are_joined_across_files(
     tokenizer_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -9,12 +9,12 @@ So both sides are tensors here that carry no numbers. `loaded` is a window of a 
 narrows are smaller windows. The parameter is a window of a `Placed` one, which notes what is copied
 where. Afterwards the layer knows the rows and columns of each stored matrix that it needs, and cuts
 the packed bytes itself (linears.py). Any other operation on a stored matrix sees its plain weights:
-correct, and larger in memory.
+correct, and larger in memory. One that changes it in place is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,7 @@ class Window(Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own stub is of another signature
         cls,
-        func: Callable[..., Any],
+        func: Any,  # an op of torch
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -142,6 +142,11 @@ class Window(Tensor):
                     first.shape, dtype=first.dtype, device=_META
                 )  # vLLM notes how layers began
             return _place(func, first, first.base, args)
+        if isinstance(first, Window) and func._schema.is_mutable:
+            raise InputError(
+                f"{first.base.name}: vLLM does {func} with this packed weight while loading, which "
+                "would be lost: this model cannot be served by vLLM from a compressed folder."
+            )
         plain_args, plain_kwargs = tree_map(_plain, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
 
