@@ -145,8 +145,9 @@ class _Plain:
         """The tensors of a file, by the names of transformers' class."""
         found: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
-            for name in set(file.keys()) - self._scaled.keys():
-                found |= self._tensor(name, file.get_tensor(name))
+            for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                if name not in self._scaled:
+                    found |= self._tensor(name, file.get_tensor(name))
         return found
 
     def _tensor(self, name: str, value: Tensor) -> dict[str, Tensor]:
