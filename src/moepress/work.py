@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -142,15 +143,20 @@ def _fits(source: Source) -> bool:
     return need <= free_memory(source.device)
 
 
-def _whole_model(source: Source) -> object:
+def _whole_model(source: Source) -> Any:
     """The original model in memory, to sample text from it."""
     from moepress.hf import no_progress_bars
+    from moepress.hf.growing_cache import grow_in_place
 
     if source.checkpoint.quantized:
-        return whole_model(source)
-    with no_progress_bars():
-        model = open_original(source.folder, source.trust_remote_code, dtype=source.compute_dtype)
-    return language_model(model.to(source.device))
+        model = whole_model(source)
+    else:
+        dtype = source.compute_dtype
+        with no_progress_bars():
+            whole = open_original(source.folder, source.trust_remote_code, dtype=dtype)
+        model = language_model(whole.to(source.device))
+    grow_in_place(model)
+    return model
 
 
 # The output folder
