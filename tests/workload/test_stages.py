@@ -53,6 +53,20 @@ def test_experts_by_hand() -> None:
     assert stages.experts_forward(task(), 100)["product"] == 4 * 2 * 50 * 3 * 32 * 64
 
 
+def test_sampling_by_hand() -> None:
+    """5 texts of 20 tokens: in each of 20 steps 5 tokens, 3 of them at an expert."""
+    work = stages.sampling(task())
+    assert work["multiply 5"] == 20 * (2 * 100 + 32 * 50)  # the layers and the head
+    assert work["multiply 3"] == 20 * 2 * 4 * 6144
+    assert work["recall"] == 2 * 2 * 5 * 20**2 / 2  # 2 layers, 2 heads: half of all pairs
+    assert work["logits"] == 20 * 5 * 50
+    assert work["load"] == 800 + 2 * (100 + 4 * 6144)
+    # One text, whose tokens choose 2 of the 4 experts; and two batches.
+    assert stages.sampling(replace(task(), sequences=1))["multiply 1"] == 20 * (1800 + 2 * 2 * 6144)
+    many = stages.sampling(replace(task(), sequences=65))
+    assert many["multiply 64"] == 2 * work["multiply 5"]
+
+
 def test_sensitivity_by_hand() -> None:
     work = stages.sensitivity(task())
     layer, experts = 2 * 100 * 100, 4 * 2 * 50 * 6144

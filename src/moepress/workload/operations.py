@@ -5,7 +5,9 @@ one of each is:
 
     product     floating-point operation of a matrix product in the dtype of the walk
     attend      pair of a token and one that attention may see, in one head
-    float32     the same in float32: Hessians, feedback, refits, triangular solves
+    multiply n  weight multiplied by n tokens at a time, where text is written
+    recall      pair of a token that is written and one before it, in one head
+    float32     like `product`, in float32: Hessians, feedback, refits, triangular solves
     cholesky    element of a matrix that is factored, beyond the products of the factorization
     copy        element that a step on whole matrices reads and writes
     rotate      element in one of the steps of a Hadamard transform

@@ -29,6 +29,7 @@ from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.methods.trellis import path_values
 from moepress.rounding.methods.viterbi import search
 from moepress.rounding.rotation import rotate
+from moepress.text.samples import BATCH
 from moepress.workload import operations as op
 from moepress.workload.operations import Work
 from moepress.workload.shapes import ModelShape
@@ -39,6 +40,7 @@ RUNS = 3  # the fastest counts
 TOKENS, ROWS, COLUMNS = 512, 2048, 1024  # at most, of the matrices that are timed
 FACTORED = 2048  # columns at most
 HEADS = 8  # at most
+MULTIPLIED = 1 << 25  # weights at most that few tokens are multiplied by: more than caches hold
 ELEMENTS = 1 << 20  # at most, of arrays that are passed over
 LOGITS = 1 << 21  # at most, whose gradient is timed
 PLACES, PLACE_BYTES = 32, 1 << 20  # of the model's files that are read
@@ -114,6 +116,26 @@ def _attend(machine: Machine, _: float) -> float:
     q, k, v = machine.random(3, 1, heads, length, machine.shape.head, dtype=machine.dtype)
     run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     return run / (heads * length**2)
+
+
+def _multiply(machine: Machine, tokens: float) -> float:
+    rows, cols = machine.shape.gate_up
+    rows = max(1, min(rows, MULTIPLIED // cols))
+    experts = machine.shape.moe_layers * machine.shape.experts
+    count = max(1, min(experts, MULTIPLIED // (rows * cols)))
+    weights = torch.ones(count, rows, cols, dtype=machine.dtype, device=machine.device)
+    x = machine.random(int(tokens), cols, dtype=machine.dtype)
+    run = machine.seconds(lambda: [F.linear(x, weight) for weight in weights])
+    return run / weights.numel()
+
+
+def _recall(machine: Machine, _: float) -> float:
+    heads, length = min(machine.shape.heads, HEADS), min(machine.length, TOKENS)
+    q = machine.random(BATCH, heads, 1, machine.shape.head, dtype=machine.dtype)
+    k, v = machine.random(2, 1, heads, length, q.shape[-1], dtype=machine.dtype)
+    k, v = k.repeat(BATCH, 1, 1, 1), v.repeat(BATCH, 1, 1, 1)
+    run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v))
+    return run / (BATCH * heads * length)
 
 
 def _float32(machine: Machine, _: float) -> float:
@@ -248,6 +270,8 @@ def _call(machine: Machine, _: float) -> float:
 PROBES: Mapping[str, Callable[[Machine, float], float]] = {
     "product": _product,
     "attend": _attend,
+    "multiply": _multiply,
+    "recall": _recall,
     "float32": _float32,
     "cholesky": _cholesky,
     "copy": _copy,

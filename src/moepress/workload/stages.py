@@ -29,29 +29,29 @@ from moepress.workload.task import Task, Widths
 PASSES_OF_LAYER = 16
 CALLS_OF_LAYER = 100  # of a batch
 CALLS_OF_EXPERT = 15  # of a chunk of its tokens
+CALLS_OF_CACHED_LAYER = 400  # of a step of text that is written: transformers' own code, the cache
 BACKWARD = 2  # operations of a step forward and back, over those forward: weights get no gradient
 
 
 def sampling(task: Task) -> Work:
-    """The model writes its text itself: one token of up to 64 sequences at a time."""
-    shape = task.shape
-    of_layer = shape.experts * shape.expert_weights
-    chosen = round(of_layer * shape.used)
-    active = shape.weights - shape.moe_layers * (of_layer - chosen)
-    active += sum((at.runs - 1) * (at.weights + at.has_experts * chosen) for at in shape.layers)
+    """The model writes its text itself: one more token of up to BATCH sequences in each step."""
+    shape, rows = task.shape, min(BATCH, task.sequences)
+    chosen = min(shape.experts, rows * shape.experts_per_token)
+    own = min(rows, shape.expert_tokens(rows))
+    works = [Work({f"multiply {rows}": shape.hidden * shape.vocabulary})]  # the head
+    works.append(Work({"logits": rows * shape.vocabulary, "call": CALLS_OF_LAYER}))
+    for layer in shape.layers:
+        step = Work({f"multiply {rows}": layer.weights, "call": CALLS_OF_CACHED_LAYER})
+        step["copy"] = PASSES_OF_LAYER * rows * (shape.hidden + shape.attention)
+        if layer.has_experts:
+            step[f"multiply {own}"] += chosen * shape.expert_weights
+            step["call"] += chosen * CALLS_OF_EXPERT
+        works.append(times(layer.runs, step))
     steps = -(-task.sequences // BATCH) * task.length
-    # Each step reads every weight once, and takes as long as a pass over as many bytes of float32.
-    step = Work(
-        {
-            "copy": shape.weights * shape.compute_itemsize / 8,
-            "call": sum(
-                layer.runs * (CALLS_OF_LAYER + layer.has_experts * CALLS_OF_EXPERT * shape.experts)
-                for layer in shape.layers
-            ),
-        }
-    )
-    written = op.product(task.tokens, active, 1)
-    return op.load(shape.weights, shape.disk_bytes / shape.weights) + times(steps, step) + written
+    pairs = task.sequences * task.length**2 // 2 * shape.heads
+    seen = Work({"recall": pairs * sum(layer.runs for layer in shape.layers)})
+    loaded = op.load(shape.weights, shape.disk_bytes / shape.weights)
+    return loaded + seen + times(steps, total(works))
 
 
 def sensitivity(task: Task) -> Work:
