@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -159,7 +160,7 @@ def test_a_continued_run_has_less_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, out = small_recipe(text_file, "fast", bits=2.5), tmp_path / "out"
-    assert set(shares_left(out, 2).values()) == {1.0}
+    assert set(shares_left(out, 2, recipe).values()) == {1.0}
     compress(model_folder(), out, recipe)
     assert "estimate: about" in capsys.readouterr().err
     (out / "model-layer-0001.safetensors").unlink()
@@ -177,6 +178,45 @@ def test_a_continued_run_has_less_left(
         estimate(model_folder(), out, recipe)
     with pytest.raises(InputError, match="differ"):
         estimate(model_folder(), out, recipe, seed=7)
+
+
+@pytest.mark.parametrize("calib", ["self", "text", "both"])
+def test_nothing_is_left_of_a_finished_folder(
+    model_folder: Folder,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calib: str,
+) -> None:
+    """Text that the model wrote in part is written again, to compare it."""
+    texts = {"self": ("self",), "text": (text_file,), "both": ("self", text_file)}[calib]
+    pairs = tuple((str(text), 1.0) for text in texts)
+    recipe, out = small_recipe(text_file, "fast", bits=2.5, calib=pairs), tmp_path / "out"
+    compress(model_folder(), out, recipe)
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    for wanted in (recipe, recipe.with_changes(bits=None)):  # without a budget: scores do
+        expected = estimate(model_folder(), out, wanted)
+        left = {stage.name: stage.left for stage in expected.stages}
+        assert left.pop("sample", 0) == (calib == "both") and not any(left.values())
+        told = "Nothing is left to do" in estimate_table(expected.to_dict())
+        assert told == (calib != "both") == (not expected.seconds) == (not expected.memory_bytes)
+    with pytest.raises(InputError, match="finished model of other work"):
+        estimate(model_folder(), out, recipe, bits=2)
+
+
+def test_without_a_budget_another_one_in_the_folder_is_no_hindrance(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = small_recipe(text_file, "fast", bits=2.5), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        module = importlib.import_module("moepress.quantize")
+        patch.setattr(module, "quantize_layer", lambda *_: 1 / 0)
+        compress(model_folder(), out, recipe)
+    found = estimate(model_folder(), out, recipe.with_changes(bits=None))
+    assert [(stage.name, stage.left) for stage in found.stages] == [("score", 0)]
+    with pytest.raises(InputError, match="differs in: full_recipe"):
+        estimate(model_folder(), out, recipe, bits=2)
 
 
 def test_dry_run(

@@ -7,14 +7,18 @@ import importlib
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from moepress.allocate import allocate
+from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
 from moepress.errors import FileError, InputError
-from moepress.format.checkpoint import SCORES, shard_name
+from moepress.estimate import estimate
+from moepress.format.checkpoint import PLAN, SCORES, load_json, save_json, shard_name
+from moepress.propose import propose
 from moepress.quantize import quantize
 from moepress.score import score
 from moepress.work import WORK
@@ -26,15 +30,21 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def stopped(monkeypatch: pytest.MonkeyPatch, function: str, work: Callable[[], object]) -> None:
-    """Do some work, stopped when a function of moepress.quantize is called the second time."""
-    module = importlib.import_module("moepress.quantize")
+def stopped(
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    work: Callable[[], object],
+    module_name: str = "moepress.quantize",
+    call: int = 2,
+) -> None:
+    """Do some work, stopped when a function of a module is called the second time."""
+    module = importlib.import_module(module_name)
     real, calls = getattr(module, function), 0
 
     def stops(*arguments: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == call:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -90,6 +100,101 @@ def test_another_budget_goes_on_with_the_scores(
     made = digests(compress(model_folder(), out, more))
     assert (out / SCORES).stat().st_ino == scored
     assert {**made, SCORES: ""} == {**right, SCORES: ""}  # it names the budget it was made with
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call"),
+    [
+        ("moepress.compress", "score_and_store", 1),
+        ("moepress.score", "measure_sensitivity", 1),
+        ("moepress.score", "score_layer", 2),
+        ("moepress.compress", "best_plan", 1),
+    ],
+)
+def test_before_a_plan_is_applied_another_budget_goes_on(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, module: str, function: str, call: int,
+) -> None:  # fmt: skip
+    few, more = (small_recipe(text_file, "default", bits=bits) for bits in (1.5, 2.5))
+    right = digests(compress(model_folder(), tmp_path / "right", more))
+    out = tmp_path / "out"
+    stopped(monkeypatch, function, lambda: compress(model_folder(), out, few), module, call)
+    scored = {path: path.stat().st_ino for path in (out / WORK / "score").glob("layer-*")}
+    assert len(scored) == {"score_layer": 1, "best_plan": 2}.get(function, 0)
+    with pytest.raises(InputError, match="an option of scoring"):
+        compress(model_folder(), out, more.with_changes(seed=7))
+    estimate(model_folder(), out, more)
+    stopped(monkeypatch, "quantize_layer", lambda: compress(model_folder(), out, more))
+    assert all(path.stat().st_ino == inode for path, inode in scored.items())
+    made = digests(compress(model_folder(), out, more))
+    if function == "best_plan":  # the scores name the budget they were made with
+        made[SCORES] = right[SCORES]
+    assert made == right
+
+
+def test_an_older_moepress_kept_the_budget_with_what_was_scored(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recipe, out = small_recipe(text_file, bits=2), tmp_path / "out"
+
+    def run() -> Path:
+        return compress(model_folder(), out, recipe)
+
+    stopped(monkeypatch, "score_layer", run, "moepress.score")
+    begun = load_json(out / WORK / "compress.json")
+    save_json(out / WORK / "compress.json", begun | {"full_recipe": recipe.digest()})
+    assert (run() / "config.json").is_file()
+
+
+def test_text_that_nothing_says_the_origin_of_is_not_kept(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run that is killed before it has written whose text it is."""
+    recipe = small_recipe(text_file, bits=2)
+    right = digests(compress(model_folder(), tmp_path / "right", recipe))
+    out = tmp_path / "out"
+    run = partial(compress, model_folder(), out, recipe.with_changes(seed=7))
+    stopped(monkeypatch, "save_json", run, "moepress.format.journal", call=1)
+    assert digests(compress(model_folder(), out, recipe)) == right
+
+
+def test_a_plan_does_not_get_the_text_of_other_work(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recipe, out = small_recipe(text_file, bits=2), tmp_path / "out"
+    plan = allocate(score(model_folder(), recipe), recipe)
+    other = recipe.with_changes(seed=7)
+    run = partial(compress, model_folder(), out, other)
+    stopped(monkeypatch, "score_layer", run, "moepress.score")
+    with pytest.raises(InputError, match="differs in: recipe") as caught:
+        quantize(model_folder(), plan, out)
+    delete_what_is_named(caught.value)
+    assert digests(quantize(model_folder(), plan, out)) == digests(
+        quantize(model_folder(), plan, tmp_path / "right")
+    )
+
+
+def test_finished_work_needs_no_text_of_the_model_again(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It takes long, and with another number of threads it may be another one."""
+    recipe = small_recipe(text_file, bits=2, calib=(("self", 1.0),))
+    out, rounded = tmp_path / "out", tmp_path / "rounded"
+    before = digests(compress(model_folder(), out, recipe))
+    plan = BitAllocation.load(out / PLAN)
+    alone = digests(quantize(model_folder(), plan, rounded))
+    monkeypatch.setattr("moepress.work._whole_model", lambda _: 1 / 0)
+    assert digests(compress(model_folder(), out, recipe)) == before
+    assert digests(quantize(model_folder(), plan, rounded)) == alone
+    assert propose(model_folder(), out, recipe).plans
+    with pytest.raises(InputError, match="finished model of other work"):
+        compress(model_folder(), out, recipe.with_changes(bits=3))
+    with pytest.raises(InputError, match="differ in: recipe"):
+        propose(model_folder(), out, recipe.with_changes(seed=7))
 
 
 def test_a_folder_with_anything_else_is_no_unfinished_output(

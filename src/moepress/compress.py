@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from moepress.allocation.tensors import ModelTensors
 from moepress.costs.scores import ExpertScores
 from moepress.estimate import announce_estimate
 from moepress.format.checkpoint import SCORES, WORK
-from moepress.format.journal import check_identity
 from moepress.original.source import Source
 from moepress.quantize import quantize_tensors
 from moepress.ranks import here
@@ -21,13 +19,16 @@ from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.score import score_tensors
 from moepress.work import (
+    begin,
     check_output,
     claim,
     identity,
-    keep_ids,
     kept_ids,
+    of_scores,
     output_held,
+    own_text,
     stored_scores,
+    whole_identity,
 )
 
 
@@ -70,24 +71,19 @@ def _compress(request: Request, out: Path, folder: Path) -> Path:
     """`compress` in an output that is held, with its work folder."""
     ranks = here()
     source, recipe, tensors = request.source, request.recipe, request.tensors
+    if own_text(recipe) and ranks.agreed(lambda: claim(out, whole_identity(source, recipe, None))):
+        return out
     ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
-    made_of = identity(source, recipe, ids)
-    work = made_of | {"full_recipe": recipe.digest()}
+    work = whole_identity(source, recipe, ids)
     if ranks.agreed(lambda: claim(out, work)):
         return out
     # Raises for scores of other work, before any writing.
-    stored = ranks.agreed(lambda: stored_scores(out, made_of))
-    ranks.agreed(lambda: _begin(folder, ids, work))
+    stored = ranks.agreed(lambda: stored_scores(out, of_scores(work)))
+    ranks.agreed(lambda: begin(out, ids, work))
     scores = stored or score_and_store(source, recipe, tensors, ids, out)
     plan = ranks.agreed(lambda: best_plan(scores, recipe))
     warn_of_left_out(scores, plan)
     return quantize_tensors(source, plan, tensors, ids, out)
-
-
-def _begin(folder: Path, ids: Tensor, work: Mapping[str, str]) -> None:
-    """Store in the work folder what the work depends on."""
-    keep_ids(folder, ids)
-    check_identity(folder / "compress.json", work)
 
 
 def score_and_store(
@@ -98,7 +94,7 @@ def score_and_store(
     Args:
         ids: [S, L] calibration sequences.
     """
-    here().agreed(lambda: keep_ids(out / WORK, ids))
+    here().agreed(lambda: begin(out, ids, identity(source, recipe, ids)))
     scores = score_tensors(source, recipe, tensors, ids, out / WORK / "score")
     here().agreed(lambda: scores.save(out / SCORES))
     return scores

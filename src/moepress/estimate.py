@@ -35,7 +35,7 @@ from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.text.named import SELF
-from moepress.work import TEXT, check_output, check_text, check_unfinished
+from moepress.work import TEXT, check_output, check_text, check_unfinished, own_text
 from moepress.workload import disk, memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import REREAD, Machine, measured, seconds
@@ -56,8 +56,8 @@ class Stage:
     name: str  # as its progress bar calls it: sample, sensitivity, score or quantize
     seconds: float  # of what is left of it
     left: float  # share of its layers that no earlier run has finished
-    memory_bytes: int  # peak resident memory of the process
-    disk_bytes: int  # peak of the output folder and of temporary files
+    memory_bytes: int  # peak resident memory of the process; 0: nothing is left
+    disk_bytes: int  # peak of the output folder and of temporary files; 0: nothing is left
     work: dict[str, float]  # operations of the whole stage (workload/operations.py)
 
 
@@ -153,8 +153,7 @@ def estimate(
     check_output(out)
     request = Request.of(model, recipe, device, trust_remote_code, **changes)
     ids = check_text(out / WORK, request.source, request.recipe)
-    if ids is not None:
-        check_unfinished(out, request.source, request.recipe, ids)
+    check_unfinished(out, request.source, request.recipe, ids)
     found = estimate_request(request, out)
     here_already = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if found.disk_bytes > found.free_disk_bytes + here_already:
@@ -191,7 +190,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
     plan = assumed_plan(request) if request.recipe.has_budget else None
     counted = work_of(task, plan, request)
     rates = measured({name for work in counted.values() for name in work}, machine)
-    left = shares_left(out, len(task.shape.layers))
+    left = shares_left(out, len(task.shape.layers), request.recipe)
     base = psutil.Process().memory_info().rss
     peaks, disks = _peaks(task, plan, request)
     model_bytes = task.shape.disk_bytes
@@ -205,8 +204,8 @@ def estimate_request(request: Request, out: Path) -> Estimate:
         times = seconds(work, rates) - saved
         share = left.get(name, 1.0)
         reading += share * (work["read"] * rates["read"] - saved)
-        peak = base + memory.with_kept(peaks[name])
-        rows.append(Stage(name, share * times, share, peak, disks[name], dict(work)))
+        most = (base + memory.with_kept(peaks[name]), disks[name]) if share else (0, 0)
+        rows.append(Stage(name, share * times, share, *most, dict(work)))
     return Estimate(
         stages=tuple(rows),
         folder_bytes=None if plan is None else plan.folder_bytes,
@@ -320,10 +319,14 @@ def assumed_scores(sizes: ExpertScores, request: Request) -> ExpertScores:
     )
 
 
-def shares_left(out: Path, layers: int) -> dict[str, float]:
+def shares_left(out: Path, layers: int, recipe: Recipe) -> dict[str, float]:
     """The share of the layers that each stage has still to do, by the files of an earlier run."""
     work = out / WORK / "score"
     scored = (out / SCORES).is_file()
+    if is_compressed(out) if recipe.has_budget else scored:
+        # Text that the model wrote in part is written again, to compare it.
+        text = float(not (own_text(recipe) or (out / WORK / TEXT).is_file()))
+        return dict.fromkeys(("sensitivity", "score", "quantize"), 0.0) | {"sample": text}
     files = {
         "sample": [out / WORK / TEXT],
         "sensitivity": [result_file(work / SENSITIVITY, layer) for layer in range(layers)],

@@ -27,7 +27,7 @@ from moepress.memory import host_memory
 from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
-from moepress.work import check_output, identity, kept_ids, output_held, stored_scores
+from moepress.work import check_output, identity, kept_ids, output_held, own_text, stored_scores
 
 STEP = 0.25  # bits between the budgets of the table
 SHARE = 0.8  # of a memory, for the model; the KV cache and everything else need the rest
@@ -88,9 +88,12 @@ def propose(
     source, recipe = request.source, request.recipe
     announce_estimate(request, out)
     with output_held(out) as folder:
-        ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
+        own = own_text(recipe)
+        ids = None if own else ranks.agreed(lambda: kept_ids(folder, source, recipe))
         scores = ranks.agreed(lambda: stored_scores(out, identity(source, recipe, ids)))
         if scores is None:
+            if ids is None:
+                ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
             scores = score_and_store(source, recipe, request.tensors, ids, out)
     return ranks.agreed(lambda: proposal(scores, recipe, memory()))
 

@@ -59,7 +59,19 @@ from moepress.rounding.folded_scale import fold_scales
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
 from moepress.rounding.pre_quant_scale import find_scale, stored_scale, with_plain_columns
-from moepress.work import check_output, claim, identity, keep_ids, kept_ids, output_held
+from moepress.work import (
+    FULL_RECIPE,
+    PLAN_DIGEST,
+    ROUNDED,
+    check_output,
+    claim,
+    compare_begun,
+    identity,
+    keep_ids,
+    kept_ids,
+    output_held,
+    own_text,
+)
 from moepress.writing.held import discard
 
 # Key of the states of the original model's walk in the work folder. "twin" is an older word for it,
@@ -101,7 +113,11 @@ def quantize(
     check_usable(source)
     check_alike(source, {"the plan": plan.recipe.digest("calib") + plan.digest()})
     with output_held(out) as folder:
-        ids = here().agreed(lambda: kept_ids(folder, source, plan.recipe)) if ids is None else ids
+        if ids is None:
+            known = _work(source, plan, None)
+            if own_text(plan.recipe) and here().agreed(lambda: claim(out, known)):
+                return out
+            ids = here().agreed(lambda: kept_ids(folder, source, plan.recipe))
         return quantize_tensors(source, plan, ModelTensors.of(source, plan.recipe), ids, out)
 
 
@@ -112,18 +128,16 @@ def quantize_tensors(
 
     The output must be held (`output_held`).
     """
-    work = identity(source, plan.recipe, ids) | {
-        "full_recipe": plan.recipe.digest(),
-        "plan": plan.digest(),
-    }
+    work = _work(source, plan, ids)
     ranks = here()
     if ranks.agreed(lambda: claim(out, work)):
         return out
-    ranks.agreed(lambda: keep_ids(out / WORK, ids))
+    ranks.agreed(lambda: compare_begun(out, work))
     layers = len(source.layers)
-    folder = out / WORK / "quantize"
+    folder = out / WORK / ROUNDED
     ranks.agreed(lambda: _check_shards(out, folder))
     journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
+    ranks.agreed(lambda: keep_ids(out / WORK, ids))
     todo = journal.todo
     states = ids.numel() * source.hidden
     ranks.agreed(lambda: check_space(out, plan, len(todo) / layers, states))
@@ -135,6 +149,12 @@ def quantize_tensors(
         _quantize_layers(source, plan, packed, ids, journal, out)
     ranks.agreed(lambda: _finish(source, plan, packed, ids, work, out))
     return out
+
+
+def _work(source: Source, plan: BitAllocation, ids: Tensor | None) -> dict[str, str]:
+    """The identity of a plan's application."""
+    made_of = identity(source, plan.recipe, ids)
+    return made_of | {FULL_RECIPE: plan.recipe.digest(), PLAN_DIGEST: plan.digest()}
 
 
 def _check_shards(out: Path, folder: Path) -> None:
@@ -168,7 +188,7 @@ def _finish(
     shards = [out / name for name in names]
     specs = {**packed, **expert_specs(source, plan)}
     quantization = quantization_config(specs, work, source.has_common_experts)
-    written = partial(compare_written, folder=out / WORK / "quantize")
+    written = partial(compare_written, folder=out / WORK / ROUNDED)
     write_checksums(out, shards, finished_config(source.config_json(), quantization), written)
     finish_folder(out, source.config_json(), companions(source.folder), quantization, shards)
     discard(out / WORK)
@@ -340,7 +360,7 @@ def _run_together(walk: Walk, layer: int, routed: Routed) -> bool:
 
 def _drops_file(out: Path, layer: int) -> Path:
     """File with the drop costs of a finished layer, until those of all layers are combined."""
-    return out / WORK / "quantize" / f"drops-{layer:04d}.safetensors"
+    return out / WORK / ROUNDED / f"drops-{layer:04d}.safetensors"
 
 
 def packed_places(

@@ -146,9 +146,9 @@ def score_tensors(
     Args:
         ids: [S, L] calibration sequences.
     """
-    here().agreed(lambda: keep_ids(folder, ids))
     made_of = identity(source, recipe, ids)
     journal = Journal(folder, made_of, len(source.layers), device=source.device)
+    here().agreed(lambda: keep_ids(folder, ids))
     whole = Texts.of(ids, [weight for _, weight in recipe.calib])
     ids, texts = _scored(source, recipe, ids, whole)
     if journal.todo:

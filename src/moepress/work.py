@@ -29,7 +29,12 @@ from moepress.format.checkpoint import (
     WORK,
     is_compressed,
 )
-from moepress.format.journal import compare_identity, differences
+from moepress.format.journal import (
+    IDENTITY_FILE,
+    check_identity,
+    compare_identity,
+    differences,
+)
 from moepress.format.quantization import quantization_of
 from moepress.format.unfinished import load_unfinished, save_unfinished
 from moepress.memory import free_memory
@@ -48,6 +53,10 @@ from moepress.writing.files import check_place, is_partial, sweep
 from moepress.writing.held import LOCK, check_work, discard, held
 
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
+BEGUN = "compress.json"  # the identity of scores, in the work folder
+ROUNDED = "quantize"  # the folder in the work folder while a plan is applied
+# Parts of an identity that scores do not depend on: the recipe with the budget, the plan.
+FULL_RECIPE, PLAN_DIGEST = "full_recipe", "plan"
 # What an unfinished output holds beside its work folder.
 UNFINISHED = (SCORES, PLAN, DROP_COSTS, CHECKSUMS, *SHARDS)
 
@@ -55,17 +64,36 @@ UNFINISHED = (SCORES, PLAN, DROP_COSTS, CHECKSUMS, *SHARDS)
 # What the work depends on
 
 
-def identity(source: Source, recipe: Recipe, ids: Tensor) -> dict[str, str]:
-    """The identity of scores: model, text, and the recipe without its allocation fields."""
+def identity(source: Source, recipe: Recipe, ids: Tensor | None) -> dict[str, str]:
+    """The identity of scores: model, text, and the recipe without its allocation fields.
+
+    Args:
+        ids: the calibration sequences; None: the text is left out.
+    """
     from moepress import __version__
 
     return {
         "model": Path(source.name).name,
         "model_fingerprint": source.fingerprint,
-        "text": text_digest(ids),
         "recipe": recipe.digest(*FIELDS_AFTER_SCORING),
         "moepress": __version__,
+        **({} if ids is None else {"text": text_digest(ids)}),
     }
+
+
+def whole_identity(source: Source, recipe: Recipe, ids: Tensor | None) -> dict[str, str]:
+    """The identity of scores and, if the recipe has a budget, of the plan that follows."""
+    plan = {FULL_RECIPE: recipe.digest()} if recipe.has_budget else {}
+    return identity(source, recipe, ids) | plan
+
+
+def own_text(recipe: Recipe) -> bool:
+    """Whether the model writes all of its calibration text itself.
+
+    Then model and recipe tell whose finished work is. To compare the text, it would have to be
+    written again, which takes long, and may give another one with another number of threads.
+    """
+    return all(text == SELF for text, _ in recipe.calib)
 
 
 def text_digest(ids: Tensor) -> str:
@@ -128,7 +156,10 @@ def check_text(folder: Path, source: Source, recipe: Recipe) -> Tensor | None:
 
 
 def keep_ids(folder: Path, ids: Tensor) -> None:
-    """Store the sequences in a work folder, unless it has sequences already."""
+    """Store the sequences in a work folder, unless it has sequences already.
+
+    The identity of the work must be there: else nothing says whose text it is.
+    """
     if not (folder / TEXT).is_file():
         save_unfinished(folder / TEXT, {"ids": ids})
 
@@ -247,6 +278,32 @@ def kept(out: Path) -> str:
     return f"Kept in {out}: {', '.join(done)}." if done else ""
 
 
+def begin(out: Path, ids: Tensor, work: Mapping[str, str]) -> None:
+    """Store in the work folder of `out`, which is held, what scores depend on.
+
+    Args:
+        work: identity of the scores, and of the plan if there is a budget. A run that was stopped
+            before it applied its plan may go on with another one.
+
+    Raises:
+        InputError: there is unfinished work of another identity.
+    """
+    compare_begun(out, work)
+    check_identity(out / WORK / BEGUN, of_scores(work))
+    keep_ids(out / WORK, ids)
+
+
+def compare_begun(out: Path, work: Mapping[str, str]) -> None:
+    """Compare the unfinished work in `out`, if there is some. Arguments, errors: as of `begin`."""
+    compare_identity(out / WORK / BEGUN, of_scores(work))
+    compare_identity(out / WORK / ROUNDED / IDENTITY_FILE, work)
+
+
+def of_scores(work: Mapping[str, str]) -> dict[str, str]:
+    """The identity of the scores that are part of a work."""
+    return {k: value for k, value in work.items() if k not in (FULL_RECIPE, PLAN_DIGEST)}
+
+
 def claim(out: Path, work: Mapping[str, str]) -> bool:
     """Check that the folder `out`, which is held, can be used for this work.
 
@@ -294,17 +351,20 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
     return True
 
 
-def check_unfinished(out: Path, source: Source, recipe: Recipe, ids: Tensor) -> None:
+def check_unfinished(out: Path, source: Source, recipe: Recipe, ids: Tensor | None) -> None:
     """Check that `compress` could begin or continue in `out`. Nothing is written.
+
+    Args:
+        ids: None: the model has yet to write some of the text itself, which is not compared.
 
     Raises:
         InputError: `out` holds work of another identity, or files that are not of moepress.
     """
-    made_of = identity(source, recipe, ids)
-    work = made_of | {"full_recipe": recipe.digest()}
-    if not holds_finished(out, work):
-        stored_scores(out, made_of)
-        compare_identity(out / WORK / "compress.json", work)
+    work = whole_identity(source, recipe, ids)
+    if recipe.has_budget and holds_finished(out, work):
+        return
+    stored_scores(out, of_scores(work))
+    compare_begun(out, work)
 
 
 def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:

@@ -130,7 +130,9 @@ def estimate_table(result: Mapping[str, Any]) -> str:
     ]
     if result["folder_bytes"] is not None:
         lines.append(f"The compressed model takes about {size_text(result['folder_bytes'])}.")
-    if done := [row["name"] for row in result["stages"] if row["left"] < 1]:
+    if not any(row["left"] for row in result["stages"]):
+        lines.append("Nothing is left to do: an earlier run has finished all of it.")
+    elif done := [row["name"] for row in result["stages"] if row["left"] < 1]:
         lines.append(f"An earlier run has finished part of: {', '.join(done)}.")
     if result["memory_bytes"] > result["free_memory_bytes"]:
         lines.append("This needs more memory than is free.")

@@ -178,7 +178,7 @@ def differences(first: Mapping[str, object], second: Mapping[str, object]) -> st
 def compare_identity(path: Path, identity: Mapping[str, str], output: Path | None = None) -> None:
     """Compare the identity of work with the one in the file `path`, if there is one.
 
-    Arguments and errors: as of `check_identity`.
+    What else the file says is not compared. Arguments and errors: as of `check_identity`.
     """
     if not path.is_file():
         return
@@ -190,7 +190,7 @@ def compare_identity(path: Path, identity: Mapping[str, str], output: Path | Non
             f"{path} is damaged: it does not say whose unfinished work is beside it. Restore it, "
             f"or {start_over}"
         ) from error
-    if differs := differences(found, identity):
+    if differs := differences({key: found.get(key) for key in identity}, identity):
         raise InputError(
             f"{path.parent} holds unfinished work that differs in: {differs}. "
             f"Continue it with what it was started with, choose another output, or {start_over}"
