@@ -13,6 +13,7 @@ from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.noise import draw, noisy_weights
 from moepress.rounding.noisy_products import noisy_products
+from moepress.rounding.pre_quant_scale import own_variance
 from moepress.rounding.sweep import runs, sweep
 from moepress.rounding.token_factor import few
 from moepress.workload import operations as op
@@ -66,6 +67,13 @@ def test_hessian(cols: int) -> None:
     with FlopCount() as counted:
         Hessian(cols, "cpu").add(torch.randn(50, cols))
     assert op.hessian(50, cols)["float32"] == counted.flops
+
+
+def test_own_variance() -> None:
+    with FlopCount() as counted:
+        own_variance(torch.randn(50, 64))
+    inverse = 64**3  # a factorization, and the inverse of it, which FlopCount does not see
+    assert op.own_variance(50, 64)["float32"] == counted.flops + inverse
 
 
 @pytest.mark.parametrize("cols", [64, 72, 200])

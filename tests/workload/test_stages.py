@@ -81,13 +81,22 @@ def test_sensitivity_by_hand() -> None:
 
 def test_score_by_hand() -> None:
     """Round to nearest: no Hessian, nothing but the experts at each width."""
-    work = stages.score(task(measure="rtn", expert_bits=(1, 2)))
+    work = stages.score(task(measure="rtn", expert_bits=(1, 2), balance=False))
     layer, gate_up, down = 2 * 100 * 100, 2 * 50 * 32 * 128, 2 * 50 * 32 * 64
     expert = gate_up + down + 2 * (gate_up + 3 * down)
     assert work["product"] == 2 * (2 * layer + 4 * expert)
     assert work["nearest 1"] == work["nearest 2"] == 2 * 4 * 6144
     assert work["load"] == 800 + 2 * (100 + 4 * 6144)
     assert "float32" not in work and "cholesky" not in work
+
+
+def test_scales_of_inputs_take_two_experts_once_more_and_correlations() -> None:
+    one = task(measure="rtn", expert_bits=(1, 2))
+    plain = stages.score(replace(one, recipe=one.recipe.with_changes(balance=False)))
+    found = stages.score(one) - plain
+    assert found["load"] == 2 * 4 * 6144  # the experts are small: all are read for columns' sizes
+    assert found["float32"] == 2 * (2 * 100 * 32**2 + 32**3)
+    assert stages._find_scale(replace(one, sequences=1000))["float32"] == 2 * 6667 * 32**2 + 32**3
 
 
 def test_quantize_by_hand() -> None:

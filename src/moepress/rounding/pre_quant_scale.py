@@ -87,14 +87,24 @@ def _most_chosen(walk: Walk, layer: int, routed: Routed) -> list[int]:
     """Numbers of the experts that have most tokens: two or more, of ROWS rows together."""
     experts = walk.source.experts[layer]
     tokens, _ = routed.statistics(experts.experts)
-    count = max(2, -(-ROWS // experts.gate_up_shape[0]))
+    count = enough_experts(experts.gate_up_shape[0])
     most = tokens.argsort(descending=True, stable=True)[:count]
     return sorted(int(number) for number in most if tokens[number])
 
 
 def _sample(routed: Routed) -> Tensor:
     """Inputs [t, H] of tokens at equal distances, at most TOKENS."""
-    return routed.hidden[:: -(-len(routed.hidden) // TOKENS)]
+    return routed.hidden[:: step_of_sample(len(routed.hidden))]
+
+
+def enough_experts(rows: int) -> int:
+    """Number of experts whose gate and up have ROWS rows together: two or more."""
+    return max(2, -(-ROWS // rows))
+
+
+def step_of_sample(tokens: int) -> int:
+    """Every so-manieth of some tokens makes TOKENS of them at most."""
+    return -(-tokens // TOKENS)
 
 
 def _with_columns_times(expert: RoutedExpert, power: int) -> RoutedExpert:

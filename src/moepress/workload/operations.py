@@ -109,6 +109,12 @@ def _factor_of_tokens(tokens: int, cols: int) -> Work:
     return work
 
 
+def own_variance(tokens: int, cols: int) -> Work:
+    """What inputs do not tell of each other: their correlations, and the inverse of these."""
+    work = product(cols, tokens, cols, "float32") + Work({"float32": cols**3, "cholesky": cols**2})
+    return work + Work({"copy": 5 * tokens * cols + 3 * cols**2})
+
+
 def rotation(rows: int, cols: int) -> Work:
     """The rotation of `rows` rows: a product with signs, then the steps of the transform."""
     return Work({"rotate": rows * cols * (1 + int(math.log2(run_length(cols))))})

@@ -6,6 +6,7 @@ assumed to be chosen equally often. Operations of a few tokens or rows are left 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from moepress.format.codec import LEFT_OUT, stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
 from moepress.rounding.options import Rounding
+from moepress.rounding.pre_quant_scale import enough_experts, step_of_sample
 from moepress.text.samples import BATCH
 from moepress.workload import operations as op
 from moepress.workload.operations import Work, times, total
@@ -103,8 +105,20 @@ def score(task: Task) -> Work:
         if layer.has_experts:
             runs += 1  # route
             works.append(times(shape.experts, _score_expert(at, experts)))
+            if experts.balance and shape.neurons is None:
+                works.append(_find_scale(at))
         works.append(times(runs, layer_forward(at, layer)))
     works.append(_score_tables(task))
+    return total(works)
+
+
+def _find_scale(task: Task) -> Work:
+    """Find scales of the inputs of a layer's experts, or that they gain nothing."""
+    shape = task.shape
+    numbers = min(shape.experts, enough_experts(shape.gate_up[0]))
+    works = [op.load(numbers * shape.expert_weights, shape.expert_disk)]
+    works.append(Work({"copy": 3 * numbers * math.prod(shape.gate_up)}))
+    works.append(op.own_variance(-(-task.tokens // step_of_sample(task.tokens)), shape.hidden))
     return total(works)
 
 
