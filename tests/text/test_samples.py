@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ def test_own_samples_begin_as_the_tokenizer_begins_texts(tokenizer: Any) -> None
         tokens = load_tokens([("self", 1.0)], beginning, 2, length, 0, model=lambda: model)
         assert tokens.ids.shape == (2, length)
         assert tokens.ids[:, 0].tolist() == [0, 0]
+
+
+def test_own_samples_begin_with_tokens_that_the_model_knows(tokenizer: Any) -> None:
+    model, more = make_model("mixtral"), copy.deepcopy(tokenizer)
+    more.add_tokens([f"extra {number}" for number in range(2000)])
+    ids = load_tokens([("self", 1.0)], more, 16, 3, 0, model=lambda: model).ids
+    assert int(ids.max()) < model.config.vocab_size < max(more.get_vocab().values())
 
 
 def test_own_samples_need_the_model(tokenizer: Any) -> None:

@@ -40,16 +40,17 @@ def own_samples(
             f"memory, and it does not. Give a text file or '{STDLIB}'."
         )
     special = set(tokenizer.all_special_ids)
-    plain = sorted(set(tokenizer.get_vocab().values()) - special)
+    writer = model()
+    vocabulary = len(writer.get_output_embeddings().weight)  # a tokenizer may have more tokens
+    known = (token for token in tokenizer.get_vocab().values() if token < vocabulary)
+    plain = sorted(set(known) - special)
     bos = tokenizer.bos_token_id
     begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     starts = torch.tensor([[*begin, token] for token in rng.choices(plain, k=count)])
     seed = rng.getrandbits(63)
-    writer = model()
     device = torch.device(writer.device)
     batches = torch.split(starts[:, :length], BATCH)
     written = []
-    vocabulary = len(writer.get_output_embeddings().weight)
     noise = gumbel_noise((count, length), vocabulary, seed, device)
     with (
         Progress("sample", total=len(batches)) as progress,
