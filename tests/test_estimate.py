@@ -161,11 +161,16 @@ def test_a_continued_run_has_less_left(
 ) -> None:
     recipe, out = small_recipe(text_file, "fast", bits=2.5), tmp_path / "out"
     assert set(shares_left(out, 2, recipe).values()) == {1.0}
-    compress(model_folder(), out, recipe)
+    quantize = importlib.import_module("moepress.quantize")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        round_layer = quantize.quantize_layer
+        patch.setattr(
+            quantize,
+            "quantize_layer",
+            lambda walk, layer, *rest: round_layer(walk, layer, *rest) if layer == 0 else 1 / 0,
+        )
+        compress(model_folder(), out, recipe)
     assert "estimate: about" in capsys.readouterr().err
-    (out / "model-layer-0001.safetensors").unlink()
-    (out / "config.json").unlink()
-    (out / ".moepress").mkdir()
     left = {stage.name: stage.left for stage in estimate(model_folder(), out, recipe).stages}
     assert left == {"score": 0, "quantize": 0.5}
     expected = estimate(model_folder(), out, recipe)  # what is written already needs no more room
@@ -178,6 +183,10 @@ def test_a_continued_run_has_less_left(
         estimate(model_folder(), out, recipe)
     with pytest.raises(InputError, match="differ"):
         estimate(model_folder(), out, recipe, seed=7)
+    monkeypatch.undo()
+    shutil.rmtree(out / ".moepress" / "quantize")  # to start over: then all layers are rounded
+    found = estimate(model_folder(), out, recipe, bits=2).stages
+    assert {stage.name: stage.left for stage in found} == {"score": 0, "quantize": 1}
 
 
 @pytest.mark.parametrize("calib", ["self", "text", "both"])

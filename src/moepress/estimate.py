@@ -26,7 +26,7 @@ from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
 from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
-from moepress.format.journal import layer_file
+from moepress.format.journal import IDENTITY_FILE, layer_file
 from moepress.memory import free_host_memory
 from moepress.original.between import bytes_between_layers
 from moepress.original.on_disk import expert_codes
@@ -35,7 +35,7 @@ from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.text.named import SELF
-from moepress.work import TEXT, check_output, check_text, check_unfinished, own_text
+from moepress.work import ROUNDING, TEXT, check_output, check_text, check_unfinished, own_text
 from moepress.workload import disk, memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import REREAD, Machine, measured, seconds
@@ -334,6 +334,8 @@ def shares_left(out: Path, layers: int, recipe: Recipe) -> dict[str, float]:
         "quantize": [out / shard_name(layer) for layer in range(layers)],
     }
     left = {name: sum(not p.is_file() for p in paths) / len(paths) for name, paths in files.items()}
+    if not (out / WORK / ROUNDING / IDENTITY_FILE).is_file():
+        left["quantize"] = 1.0  # shards that are there may be of other work: they are not kept
     return left | dict.fromkeys(("sensitivity", "score") if scored else (), 0.0)
 
 

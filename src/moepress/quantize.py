@@ -62,7 +62,7 @@ from moepress.rounding.pre_quant_scale import find_scale, stored_scale, with_pla
 from moepress.work import (
     FULL_RECIPE,
     PLAN_DIGEST,
-    ROUNDED,
+    ROUNDING,
     check_output,
     claim,
     compare_begun,
@@ -134,7 +134,7 @@ def quantize_tensors(
         return out
     ranks.agreed(lambda: compare_begun(out, work))
     layers = len(source.layers)
-    folder = out / WORK / ROUNDED
+    folder = out / WORK / ROUNDING
     ranks.agreed(lambda: _check_shards(out, folder))
     journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
     ranks.agreed(lambda: keep_ids(out / WORK, ids))
@@ -188,7 +188,7 @@ def _finish(
     shards = [out / name for name in names]
     specs = {**packed, **expert_specs(source, plan)}
     quantization = quantization_config(specs, work, source.has_common_experts)
-    written = partial(compare_written, folder=out / WORK / ROUNDED)
+    written = partial(compare_written, folder=out / WORK / ROUNDING)
     write_checksums(out, shards, finished_config(source.config_json(), quantization), written)
     finish_folder(out, source.config_json(), companions(source.folder), quantization, shards)
     discard(out / WORK)
@@ -360,7 +360,7 @@ def _run_together(walk: Walk, layer: int, routed: Routed) -> bool:
 
 def _drops_file(out: Path, layer: int) -> Path:
     """File with the drop costs of a finished layer, until those of all layers are combined."""
-    return out / WORK / ROUNDED / f"drops-{layer:04d}.safetensors"
+    return out / WORK / ROUNDING / f"drops-{layer:04d}.safetensors"
 
 
 def packed_places(

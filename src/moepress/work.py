@@ -54,7 +54,7 @@ from moepress.writing.held import LOCK, check_work, discard, held
 
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
 BEGUN = "compress.json"  # the identity of scores, in the work folder
-ROUNDED = "quantize"  # the folder in the work folder while a plan is applied
+ROUNDING = "quantize"  # the folder in the work folder while a plan is applied
 # Parts of an identity that scores do not depend on: the recipe with the budget, the plan.
 FULL_RECIPE, PLAN_DIGEST = "full_recipe", "plan"
 # What an unfinished output holds beside its work folder.
@@ -296,7 +296,7 @@ def begin(out: Path, ids: Tensor, work: Mapping[str, str]) -> None:
 def compare_begun(out: Path, work: Mapping[str, str]) -> None:
     """Compare the unfinished work in `out`, if there is some. Arguments, errors: as of `begin`."""
     compare_identity(out / WORK / BEGUN, of_scores(work))
-    compare_identity(out / WORK / ROUNDED / IDENTITY_FILE, work)
+    compare_identity(out / WORK / ROUNDING / IDENTITY_FILE, work)
 
 
 def of_scores(work: Mapping[str, str]) -> dict[str, str]:
