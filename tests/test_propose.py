@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,12 @@ from moepress.allocation.budget import budget_range
 from moepress.cli.tables import proposal_table
 from moepress.compress import compress
 from moepress.errors import InputError
-from moepress.format.checkpoint import SCORES
+from moepress.format.checkpoint import SCORES, WORK
 from moepress.propose import SHARE, memory, proposal, propose
+from moepress.quantize import quantize
 from moepress.recipe import Recipe
+from moepress.score import score
+from moepress.writing.held import LOCK
 from tests import synthetic
 from tests.conftest import small_recipe
 
@@ -103,3 +107,23 @@ def test_scores_are_kept_for_compress_and_only_for_the_same_work(
     (full / "letter.txt").write_text("Dear reader")
     with pytest.raises(InputError, match="not made by moepress"):
         propose(model_folder(), full, recipe)
+
+
+def test_a_model_that_was_made_from_a_plan_gets_scores(
+    model_folder: Folder, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is held meanwhile, and no unfinished work stays there."""
+    recipe = small_recipe(text_file)
+    plan = allocate(score(model_folder(), recipe), recipe.with_changes(bits=2))
+    out = quantize(model_folder(), plan, tmp_path / "out")
+    before = {path.name for path in out.iterdir()}
+    module = importlib.import_module("moepress.compress")
+    score_tensors = module.score_tensors
+
+    def scored(*arguments: object) -> object:
+        assert (out / WORK / LOCK).is_file()
+        return score_tensors(*arguments)
+
+    monkeypatch.setattr(module, "score_tensors", scored)
+    assert propose(model_folder(), out, recipe).plans
+    assert {path.name for path in out.iterdir()} == before | {SCORES}

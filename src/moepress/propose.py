@@ -23,11 +23,21 @@ from moepress.compress import score_and_store
 from moepress.costs.scores import ExpertScores
 from moepress.errors import BudgetError
 from moepress.estimate import announce_estimate
+from moepress.format.checkpoint import SCORES, WORK, is_compressed
 from moepress.memory import host_memory
 from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
-from moepress.work import check_output, identity, kept_ids, output_held, own_text, stored_scores
+from moepress.work import (
+    check_output,
+    identity,
+    kept_ids,
+    output_held,
+    own_text,
+    stored_scores,
+    work_held,
+)
+from moepress.writing.held import discard
 
 STEP = 0.25  # bits between the budgets of the table
 SHARE = 0.8  # of a memory, for the model; the KV cache and everything else need the rest
@@ -87,7 +97,9 @@ def propose(
     request = Request.of(model, recipe, device, trust_remote_code)
     source, recipe = request.source, request.recipe
     announce_estimate(request, out)
-    with output_held(out) as folder:
+    # A finished model of `quantize` has no scores yet: then its folder is written, too.
+    scored = ranks.agreed(lambda: (out / SCORES).is_file())
+    with output_held(out) if scored else work_held(out / WORK, out) as folder:
         own = own_text(recipe)
         ids = None if own else ranks.agreed(lambda: kept_ids(folder, source, recipe))
         scores = ranks.agreed(lambda: stored_scores(out, identity(source, recipe, ids)))
@@ -95,6 +107,8 @@ def propose(
             if ids is None:
                 ids = ranks.agreed(lambda: kept_ids(folder, source, recipe))
             scores = score_and_store(source, recipe, request.tensors, ids, out)
+            if ranks.agreed(lambda: is_compressed(out)):
+                ranks.agreed(lambda: discard(folder))
     return ranks.agreed(lambda: proposal(scores, recipe, memory()))
 
 
