@@ -103,7 +103,7 @@ def enough_experts(rows: int) -> int:
 
 
 def step_of_sample(tokens: int) -> int:
-    """Every so-manieth of some tokens makes TOKENS of them at most."""
+    """n: every n-th of some tokens makes TOKENS of them at most."""
     return -(-tokens // TOKENS)
 
 

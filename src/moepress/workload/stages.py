@@ -18,6 +18,7 @@ from moepress.costs.sketch import rows_in_sketch
 from moepress.format.codec import LEFT_OUT, stored_family
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
+from moepress.rounding.channel_scale import TOKENS
 from moepress.rounding.options import Rounding
 from moepress.rounding.pre_quant_scale import enough_experts, step_of_sample
 from moepress.text.samples import BATCH
@@ -31,6 +32,7 @@ from moepress.workload.task import Task, Widths
 PASSES_OF_LAYER = 16
 CALLS_OF_LAYER = 100  # of a batch
 CALLS_OF_EXPERT = 15  # of a chunk of its tokens
+RUNS_OF_PROOFS = 4  # of a batch through a layer: pairs of linears and norms, as they are and scaled
 CALLS_OF_CACHED_LAYER = 400  # of a step of text that is written: transformers' own code, the cache
 BACKWARD = 2  # operations of a step forward and back, over those forward: weights get no gradient
 
@@ -108,8 +110,19 @@ def score(task: Task) -> Work:
             if experts.balance and shape.neurons is None:
                 works.append(_find_scale(at))
         works.append(times(runs, layer_forward(at, layer)))
+        if linears.balance:
+            works.append(_even_linears(at, layer))
     works.append(_score_tables(task))
     return total(works)
+
+
+def _even_linears(task: Task, layer: Layer) -> Work:
+    """Find which linears can be scaled evenly, and their scales."""
+    batch, sampled = min(task.tokens, BATCH_TOKENS), min(task.tokens, TOKENS)
+    runs = (RUNS_OF_PROOFS * batch + sampled) / task.tokens
+    groups = layer.sharing_inputs([linear.name for linear in layer.linears])
+    scales = (op.own_variance(sampled, group[0].cols) for group in groups if len(group) > 1)
+    return total([times(runs, layer_forward(task, layer)), *scales])
 
 
 def _find_scale(task: Task) -> Work:
@@ -266,6 +279,8 @@ def quantize(task: Task, widths: Widths) -> Work:
         if walks == 2:
             runs += 1 + layer.has_experts  # pass_layer of the original: route, advance
         works.append(times(runs, layer_forward(at, layer)))
+        if linears.balance:
+            works.append(_even_linears(at, layer))
         if layer.has_experts and walks == 2:
             works.append(experts_forward(at, at.tokens))
             works.append(op.load(shape.experts * shape.expert_weights, shape.expert_disk))
