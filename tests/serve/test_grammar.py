@@ -438,7 +438,7 @@ def test_where_models_think() -> None:
 def test_a_model_whose_answers_have_an_unknown_form_says_so(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(here.served.grammars, "_template", {"fields": {}})
+    monkeypatch.setattr(here.served.grammars, "template", {"fields": {}})
     status, error = here.refused(CHAT, response_format=wanted(CODE))
     assert status == 400 and "only text is supported with this model" in error["message"]
 

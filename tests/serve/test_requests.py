@@ -337,12 +337,13 @@ ONLY = {
         ("response_format", {"type": "json_schema", "json_schema": {
             "name": "x", "schema": {}, "schema_": {}}}),
         ("logprobs", 1), ("top_logprobs", 2),
-        ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}), ("store", True),
+        ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}), ("store", 1),
         ("chat_template_kwargs", {"x": [1]}), ("chat_template_kwargs", {"x": 1}),
         ("reasoning_effort", "high"), ("audio", {}),
         ("functions", []), ("modalities", ["audio"]), ("web_search_options", {}),
-        ("prediction", {"type": "content", "content": "x"}), ("parallel_tool_calls", False),
-        ("service_tier", "priority"), ("metadata", {"a": "b"}), ("verbosity", "low"),
+        ("prediction", {"type": "content", "content": "x"}), ("parallel_tool_calls", 0),
+        ("service_tier", "priority"), ("metadata", {"a": 1}), ("verbosity", "low"),
+        ("metadata", {str(n): "" for n in range(17)}),
     ],
 }  # fmt: skip
 

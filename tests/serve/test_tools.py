@@ -19,7 +19,10 @@ from tests.serve.conftest import Here, serving  # skips without the server's lib
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}"
-    "\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "\n{{ m.content }}{% for call in m.tool_calls or () %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
 )
 WRITTEN = (
@@ -76,7 +79,7 @@ def qwen_server(
         "moe_intermediate_size": 32,
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
     }
     model: Any = make_model("qwen3_moe", **few)
     model.save_pretrained(folder)

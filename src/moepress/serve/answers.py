@@ -46,6 +46,8 @@ class Form:
         names: of tokens, for logprobs; None: they are not wanted.
         echo: whether the prompt begins the text of a completion.
         include_usage: whether the last chunk of a stream has the usage, and the others none.
+        named: whether the request names the function to call: then OpenAI's answers end with
+            "stop", as if they were no calls.
     """
 
     chat: bool
@@ -54,6 +56,7 @@ class Form:
     names: Names | None = None
     echo: bool = False
     include_usage: bool = False
+    named: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -92,7 +95,7 @@ class Form:
             made = [_call(call) for call in message.calls]
             delta["tool_calls"] = [{"index": calls + at, **call} for at, call in enumerate(made)]
         return self._chunk(
-            event.index, delta, logprobs, _finish(event.finish, calls + len(message.calls))
+            event.index, delta, logprobs, self._finish(event.finish, calls + len(message.calls))
         )
 
     def usage_chunk(self, usage: Json) -> Json:
@@ -139,11 +142,14 @@ class Form:
                 made["reasoning_content"] = message.reasoning
             if message.calls:
                 made["tool_calls"] = [_call(call) for call in message.calls]
-            finish = _finish(answer.finish, len(message.calls))
+            finish = self._finish(answer.finish, len(message.calls))
             return {"index": index, "message": made, "logprobs": logprobs, "finish_reason": finish}
         if logprobs is not None and read is not None:
             logprobs = {name: [*read[name], *values] for name, values in logprobs.items()}
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
+
+    def _finish(self, finish: str | None, calls: int) -> str | None:
+        return "tool_calls" if finish == "stop" and calls and not self.named else finish
 
     def _logprobs(self, choices: Sequence[Choice], starts: Sequence[int]) -> Json | None:
         """Of tokens and where they begin in the text; None: they are not wanted."""
@@ -222,10 +228,6 @@ def event(data: Json | str) -> str:
 
 def _call(call: dict[str, str]) -> Json:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call}
-
-
-def _finish(finish: str | None, calls: int) -> str | None:
-    return "tool_calls" if finish == "stop" and calls else finish
 
 
 def _finite(value: float | None) -> float | None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from moepress.serve.answers import Form
+from moepress.serve.calling import Calling
 from moepress.serve.engine import Engine
 from moepress.serve.grammar import OBJECT, Grammar, Grammars
 from moepress.serve.limits import Limits
@@ -15,7 +16,7 @@ from moepress.serve.names import Names
 from moepress.serve.parsing import Parser, Reader
 from moepress.serve.prompts import Prompts
 from moepress.serve.sampling import Settings
-from moepress.serve.schema import Chat, Completion, RefusedError, Request, parsed
+from moepress.serve.schema import Chat, Choice, Completion, RefusedError, Request, parsed
 from moepress.serve.work import Prompt, Wanted
 
 COMPLETION_TOKENS = 16  # of a completion without max_tokens, as OpenAI has it
@@ -33,6 +34,7 @@ class Served:
     defaults: Settings
     parser: Callable[[str, Any], Parser] | None  # from a prompt's text and tools
     grammars: Grammars
+    calling: Calling
 
     @cached_property
     def names(self) -> Names:
@@ -108,6 +110,7 @@ def understood(served: Served, kind: type[Request], body: bytes) -> Asked:
         names=None if logprobs is None else served.names,
         echo=echo,
         include_usage=bool(options and options.include_usage),
+        named=isinstance(asked, Chat) and isinstance(asked.tool_choice, Choice),
     )
     return Asked(form, n, wanted, bool(asked.stream))
 
@@ -177,11 +180,13 @@ def _check_logprobs(wanted: Wanted, prompts: Sequence[Prompt], n: int) -> None:
 
 def _grammar(asked: Request, served: Served, prompt: Prompt) -> Grammar | None:
     """What the answers to a chat are held to; None: nothing."""
-    form = asked.response_format if isinstance(asked, Chat) else None
-    if form is None or form.type == "text":
+    if not isinstance(asked, Chat):
         return None
-    assert isinstance(asked, Chat)
-    if asked.tools and asked.tool_choice != "none":
+    form = asked.response_format
+    if form is None or form.type == "text":
+        chat = served.prompts.template(tools=True) or ""
+        return served.calling.of(asked, prompt.text, chat)
+    if asked.callable:
         message = (
             f"response_format: {form.type} together with tools is not supported: leave one of them "
             "out, or send tool_choice: none"
@@ -200,6 +205,6 @@ def _parser(
     if make is None or not isinstance(asked, Chat):
         return None
     tools = None
-    if asked.tools and asked.tool_choice != "none":
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+    if asked.callable:
+        tools = [tool.shown for tool in asked.tools or ()]
     return lambda prefix: make(prefix, tools)

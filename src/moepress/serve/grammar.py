@@ -11,10 +11,9 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,16 @@ from torch import Tensor
 
 from moepress.serve.parsing import Reader
 from moepress.serve.schema import RefusedError
-from moepress.serve.thinking import Split, Thinking, UnknownFormError, begun, thinking_of
+from moepress.serve.thinking import Split, Thinking, UnknownFormError, beginning
 
 PARAM = "response_format"
 MISSING = (
-    f"{PARAM}: this server cannot hold answers to a schema: a library is not installed. Install it "
-    "with pip install llguidance"
+    "this server cannot hold answers to a schema: a library is not installed. Install it with pip "
+    "install llguidance"
 )
 UNKNOWN_FORM = (
-    f"{PARAM}: only text is supported with this model: it is not known where the content of its "
-    "answers begins"
+    "only text is supported with this model: it is not known where the content of its answers "
+    "begins"
 )
 OBJECT: Mapping[str, Any] = {"type": "object"}  # for {"type": "json_object"}
 MOST_SCHEMA = 1 << 16  # characters of a schema as JSON
@@ -54,6 +53,10 @@ LIMITS: dict[str, Any] = {
 
 class GrammarError(Exception):
     """An answer cannot go on as its grammar says. The message is for the client."""
+
+
+class UnfitError(Exception):
+    """Answers cannot be held to a grammar. The message is for the client, behind a field's name."""
 
 
 class Matcher:
@@ -115,6 +118,7 @@ class Tokens:
     view: Any  # an LLTokenizer
     ends: frozenset[int]  # that end an answer
     never: Sequence[int]  # special ones that llguidance takes for text
+    special: Sequence[int]  # the others
 
 
 @dataclass(frozen=True)
@@ -123,16 +127,11 @@ class Grammar:
 
     tokens: Tokens
     start: Any  # an LLMatcher
-    thinking: Thinking | None = None  # before the JSON
-    inside: bool = False  # the answers begin inside of it
+    reader: Callable[[], Reader | None]  # for one answer; None: all of it is content
 
     def matcher(self) -> Matcher:
         """For one answer."""
         return Matcher(self)
-
-    def reader(self) -> Reader | None:
-        """For one answer; None: all of it is content."""
-        return None if self.thinking is None else Split(self.thinking, self.inside)
 
 
 class Grammars:
@@ -147,7 +146,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, ends: Iterable[int], template: Any) -> None:
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
-        self._template = template
+        self.template = template
         self._making = threading.Lock()
         self._made: Tokens | None = None
 
@@ -161,37 +160,39 @@ class Grammars:
         Raises:
             RefusedError: answers cannot be held to the schema, or not by this server or model.
         """
-        library = _library()
-        written = _written(schema)
         try:
-            thinking = thinking_of(self._template, chat)
-            inside = None if thinking is None else begun(thinking, prompt)
-            if inside is False:
-                thinking = None
-            tokens = self._tokens(library)
-            form = _form(tokens, thinking, bool(inside))
+            thinking, inside = beginning(self.template, chat, prompt)
+            tokens = self.tokens()
+            form = around(tokens, thinking, inside, "@json")
+            start = started(tokens, form, [checked(tokens, "json", schema)])
         except UnknownFormError:
-            raise RefusedError(PARAM, UNKNOWN_FORM) from None
-        matcher = partial(_matcher, library, tokens.view, written)
-        _try(matcher("start: @json"), tokens.view)
-        return Grammar(tokens, matcher(form), thinking, bool(inside))
+            raise RefusedError(PARAM, f"{PARAM}: {UNKNOWN_FORM}") from None
+        except UnfitError as error:
+            raise RefusedError(PARAM, f"{PARAM}: {error}") from error
+        return Grammar(tokens, start, lambda: None if thinking is None else Split(thinking, inside))
 
-    def _tokens(self, library: Any) -> Tokens:
+    def tokens(self) -> Tokens:
         """The model's tokens. Of a large vocabulary that takes a second: they are made once.
 
         Raises:
-            RefusedError: llguidance cannot read them.
+            UnfitError: llguidance is not installed, or cannot read them.
         """
+        library = _library()
         with self._making:
             if self._made is None:
                 view = self._view(library)
+                special = [*filter(view.is_special_token, range(view.vocab_size))]
                 never = [
                     token
                     for token in self._tokenizer.all_special_ids
                     if token < view.vocab_size and not view.is_special_token(token)
                 ]
-                self._made = Tokens(view, self._ends, never)
+                self._made = Tokens(view, self._ends, never, special)
             return self._made
+
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens that a text has, as text."""
+        return [token for token in self._tokenizer.get_added_vocab() if token in text]
 
     def _view(self, library: Any) -> Any:
         ends = sorted(token for token in self._ends if token < len(self._tokenizer))
@@ -200,43 +201,70 @@ class Grammars:
         except BaseException as error:  # a panic of Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            message = (
-                f"{PARAM}: only text is supported with this model: llguidance cannot read its "
-                f"tokenizer: {_reason(str(error))}"
-            )
-            raise RefusedError(PARAM, message) from error
+            raise UnfitError(
+                "only text is supported with this model: llguidance cannot read its tokenizer: "
+                f"{_reason(str(error))}"
+            ) from error
+
+
+def started(tokens: Tokens, form: str, schemas: Sequence[str]) -> Any:
+    """An LLMatcher at the beginning of an answer.
+
+    Args:
+        form: of the answer in llguidance's language, where `@NAME` is JSON that fits a schema.
+        schemas: as `checked` returns them.
+
+    Raises:
+        UnfitError: together they are too complex.
+    """
+    matcher = _matcher(tokens, form, schemas)
+    if matcher.is_error():
+        raise _unfit(_reason(matcher.get_error()))
+    return matcher
+
+
+def checked(tokens: Tokens, name: str, schema: Mapping[str, Any]) -> str:
+    """A schema as llguidance takes it, under a name.
+
+    Raises:
+        UnfitError: it cannot be followed, or not all of it.
+    """
+    written = _written(name, schema)
+    _try(_matcher(tokens, f"start: @{name}", [written]), tokens.view)
+    return written
 
 
 def _library() -> Any:
     """llguidance.
 
     Raises:
-        RefusedError: it is not installed.
+        UnfitError: it is not installed.
     """
     try:
         import llguidance.hf
     except ImportError:
-        raise RefusedError(PARAM, MISSING) from None
+        raise UnfitError(MISSING) from None
     return llguidance
 
 
-def _matcher(library: Any, view: Any, written: str, form: str) -> Any:
+def _matcher(tokens: Tokens, form: str, written: Sequence[str]) -> Any:
     """An LLMatcher. It may be in error.
 
     Args:
-        written: the schema of JSON, as `_written` returns it.
-        form: of an answer, with its JSON as `@json`.
+        form: of an answer, with JSON as `@NAME`.
+        written: the schemas of JSON, as `_written` returns them.
     """
-    text = f'{{"grammars": [{{"lark_grammar": {json.dumps(form)}}}, {written}]}}'
+    library = _library()
+    text = f'{{"grammars": [{", ".join([json.dumps({"lark_grammar": form}), *written])}]}}'
     limits = library.LLParserLimits(**LIMITS)
-    return library.LLMatcher(view, text, log_level=0, limits=limits)
+    return library.LLMatcher(tokens.view, text, log_level=0, limits=limits)
 
 
 def _try(matcher: Any, view: Any) -> None:
     """Take the first steps of JSON, which find most of what is too complex.
 
     Raises:
-        RefusedError: the schema cannot be followed, or not all of it.
+        UnfitError: the schema cannot be followed, or not all of it.
     """
     matcher.compute_bitmask()
     if matcher.try_consume_tokens(view.tokenize_str("{")):
@@ -247,13 +275,13 @@ def _try(matcher: Any, view: Any) -> None:
         raise _unfit("nothing fits it" if reason.startswith(NOTHING) else reason)
 
 
-def _written(schema: Mapping[str, Any]) -> str:
-    """A schema as llguidance takes it, under the name that `_matcher` calls.
+def _written(name: str, schema: Mapping[str, Any]) -> str:
+    """A schema as llguidance takes it, under the name that a form calls.
 
     Raises:
-        RefusedError: it is too large, or has numbers that JSON cannot write.
+        UnfitError: it is too large, or has numbers that JSON cannot write.
     """
-    own = {name: value for name, value in schema.items() if name != OWN}
+    own = {key: value for key, value in schema.items() if key != OWN}
     try:
         text = json.dumps({**own, OWN: OPTIONS}, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
@@ -266,7 +294,7 @@ def _written(schema: Mapping[str, Any]) -> str:
             "multipleOf: expected positive values whose least common multiple is at most "
             f"{MOST_MULTIPLE}, in units of their last digit"
         )
-    return f'{{"name": "json", "json_schema": {text}}}'
+    return f'{{"name": "{name}", "json_schema": {text}}}'
 
 
 def _multiples(schema: Any) -> Iterator[Decimal]:
@@ -286,24 +314,27 @@ def _common_multiple(values: Sequence[Decimal]) -> int:
     return math.lcm(*(int(value.scaleb(max(0, digits))) for value in values))
 
 
-def _form(tokens: Tokens, thinking: Thinking | None, inside: bool) -> str:
-    """The grammar around the JSON, in llguidance's language.
+def around(tokens: Tokens, thinking: Thinking | None, inside: bool, body: str) -> str:
+    """The grammar of an answer that ends in `body`, in llguidance's language.
 
     Models begin with a space, or with newlines behind their thinking.
+
+    Raises:
+        UnknownFormError: the end of the thinking cannot be told.
     """
     space = "\nspace: /[ \\n]{1,2}/\n"
     if thinking is None:
-        return f"start: space? @json{space}"
-    thought = f"{_free(tokens, thinking.close)}{space}"
+        return f"start: space? {body}{space}"
+    rules = f"{thought(tokens, thinking.close)}{space}"
     if inside:
-        return f"start: thought space? @json\n{thought}"
-    opened = f"{_spelled(tokens, thinking.open)} thought"
+        return f"start: thought space? {body}\n{rules}"
+    opened = f"{spelled(tokens, thinking.open)} thought"
     if thinking.plain:
-        return f"start: ({opened} | {_spelled(tokens, thinking.plain)}) space? @json\n{thought}"
-    return f"start: space? ({opened} space?)? @json\n{thought}"
+        return f"start: ({opened} | {spelled(tokens, thinking.plain)}) space? {body}\n{rules}"
+    return f"start: space? ({opened} space?)? {body}\n{rules}"
 
 
-def _free(tokens: Tokens, close: str) -> str:
+def thought(tokens: Tokens, close: str) -> str:
     """The rule `thought`: anything but the end of the answer, and then a mark.
 
     Raises:
@@ -314,13 +345,13 @@ def _free(tokens: Tokens, close: str) -> str:
     if special[0]:
         others = {token for token in tokens.ends if token < tokens.view.vocab_size}
         stops = ",".join(map(str, sorted({*others, ids[0]})))
-        return f"thought: <[^{stops}]>* {_spelled(tokens, close)}"
+        return f"thought: <[^{stops}]>* {spelled(tokens, close)}"
     if any(special):
         raise UnknownFormError
     return f"thought[suffix={json.dumps(close)}]: /(?s:.*)/"
 
 
-def _spelled(tokens: Tokens, mark: str) -> str:
+def spelled(tokens: Tokens, mark: str) -> str:
     """A mark as llguidance takes it: special tokens by number, and the text between them."""
     parts = []
     ids = tokens.view.tokenize_str(mark, parse_special=True)
@@ -334,8 +365,8 @@ def _spelled(tokens: Tokens, mark: str) -> str:
     return " ".join(parts)
 
 
-def _unfit(reason: str) -> RefusedError:
-    return RefusedError(PARAM, f"{PARAM}: answers cannot be held to the schema: {reason}")
+def _unfit(reason: str) -> UnfitError:
+    return UnfitError(f"answers cannot be held to the schema: {reason}")
 
 
 def _reason(text: str) -> str:

@@ -13,6 +13,7 @@ from moepress.errors import InputError
 from moepress.generation import ENDS, checked_settings, context_of
 from moepress.memory import free_host_memory
 from moepress.serve.asking import Served
+from moepress.serve.calling import Calling
 from moepress.serve.engine import Engine
 from moepress.serve.grammar import Grammars
 from moepress.serve.limits import Limits, fitting_body
@@ -66,6 +67,8 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits, reuse: bool
     stepper = Stepper(model)
     ends, cache = ends_of(model, tokenizer), cache_of(model, limits)
     engine = Engine(stepper, tokenizer, ends, limits, cache, reuse=reuse)
+    grammars = Grammars(tokenizer, ends, template)
+    texts = [tokenizer.decode([end]) for end in ends if end < len(tokenizer)]
     return Served(
         name,
         limits,
@@ -73,7 +76,8 @@ def served_by(model: Any, processor: Any, name: str, limits: Limits, reuse: bool
         prompts,
         Settings.of_folder(model.generation_config),
         None if template is None else lambda text, tools: Parser(template, text, tools),
-        Grammars(tokenizer, ends, template),
+        grammars,
+        Calling(grammars, prompts.past, texts),
     )
 
 

@@ -24,6 +24,7 @@ NO_TEMPLATE = (
 NO_TOOLS = (
     "tools are not supported: the model's chat template or its answers have no place for them"
 )
+EFFORT = "reasoning_effort"  # a field of requests; gpt-oss' template reads a variable of its name
 DEVELOPER = "developer"  # OpenAI's newer name for the system's role; most templates leave it out
 
 
@@ -100,29 +101,20 @@ class Prompts:
         Raises:
             RefusedError: the template, or the model, cannot take it.
         """
-        uses_tools = bool(asked.tools) and asked.tool_choice != "none"
+        uses_tools = bool(asked.callable)
         template = self.template(uses_tools)
         if template is None:
             raise RefusedError(None, NO_TEMPLATE)
         if uses_tools and not (self.calls and "tools" in template):
             raise RefusedError("tools", NO_TOOLS)
         self._check_length("messages", json_length(asked))
-        chosen = asked.chat_template_kwargs or {}
-        self._check_variables(chosen, template)
+        chosen = self._variables(asked, template)
         images = self._images(asked)
         following = iter(images)
         messages = [self._message(message, template, following) for message in asked.messages]
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
-        owner = self.processor if self.sees else self.tokenizer
+        tools = [tool.shown for tool in asked.tools or ()] if uses_tools else None
         try:
-            text = owner.apply_chat_template(
-                messages,
-                chat_template=template,
-                tools=tools if uses_tools else None,
-                add_generation_prompt=True,
-                tokenize=False,
-                **chosen,
-            )
+            text = self._rendered(messages, template, tools, add_generation_prompt=True, **chosen)
         except Exception as error:  # of the template's own: raise_exception, a missing field
             raise RefusedError(
                 "messages", f"the model's chat template refuses them: {error}"
@@ -130,6 +122,21 @@ class Prompts:
         if not images:
             return self._of_text(text, "messages", special=False)
         return self._of_text_and_images(text, images)
+
+    def past(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+        """A conversation that ends in a message of the assistant's, as the template writes it."""
+        template = self.template(tools=True) or ""
+        if self.sees:
+            parts = ({"content": [{"type": "text", "text": m["content"]}]} for m in messages)
+            messages = [{**one, **part} for one, part in zip(messages, parts, strict=True)]
+        return self._rendered(messages, template, tools, add_generation_prompt=False)
+
+    def _rendered(self, messages: Any, template: str, tools: Any, **options: Any) -> str:
+        owner = self.processor if self.sees else self.tokenizer
+        text: str = owner.apply_chat_template(
+            messages, chat_template=template, tools=tools, tokenize=False, **options
+        )
+        return text
 
     def _of_text_and_images(self, text: str, images: Sequence[Any]) -> Prompt:
         """What the processor makes of them. It gets nothing else of a request."""
@@ -174,18 +181,33 @@ class Prompts:
         if characters > self.most_characters:
             raise _too_long(param, f"{characters} characters", self.context)
 
-    def _check_variables(self, chosen: Mapping[str, Any], template: str) -> None:
-        """Refuse names that the template does not read.
+    def _variables(self, asked: Chat, template: str) -> dict[str, Any]:
+        """What a request sets in the template. Names that it does not read are refused.
 
         transformers takes any other as an option of its own: an image by its address or path, the
         size of a buffer, another template.
         """
-        read = variables(template, self.reserved) if chosen else frozenset()
+        chosen = dict(asked.chat_template_kwargs or {})
+        effort = asked.reasoning_effort
+        if not chosen and effort is None:
+            return chosen
+        read = variables(template, self.reserved)
+        names = ", ".join(sorted(read)) or "no variables"
         for name in chosen:
             if name not in read:
-                names = ", ".join(sorted(read)) or "no variables"
                 message = f"chat_template_kwargs: the model's chat template takes {names}"
                 raise RefusedError("chat_template_kwargs", message, name)
+        if effort is not None:
+            if EFFORT not in read:
+                message = (
+                    f"{EFFORT}: the model's chat template has no variable of this name, it takes "
+                    f"{names}: leave the field out"
+                )
+                raise RefusedError(EFFORT, message, effort)
+            if chosen.setdefault(EFFORT, effort) != effort:
+                message = f"{EFFORT}: chat_template_kwargs has another one"
+                raise RefusedError(EFFORT, message, effort)
+        return chosen
 
     def _images(self, asked: Chat) -> list[Any]:
         """The images of all messages, in turn."""

@@ -38,16 +38,24 @@ OF_A_FIELD = "of a field"  # errors of `Strict`
 MOST_STOP = 16  # stop sequences; OpenAI allows 4
 MOST_BIAS = 1024  # entries of logit_bias
 MOST_VARIABLES = 64  # of a chat template
+MOST_METADATA = 16
 MOST_MESSAGES = 2048  # gpt-oss' template goes over all later messages at each: 2 s for so many
+# Of arguments to a function without `parameters`.
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Number = Annotated[FiniteFloat, Field(strict=True)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 Stop = Annotated[list[Annotated[Text, Field(max_length=1000)]], Field(max_length=MOST_STOP)]
-TEXT, LIST = "a text", "a list"  # tags of fields that take either; error messages leave them out
+# Tags of fields that take either; error messages leave them out.
+TEXT, LIST, NAMED = "a text", "a list", "an object"
 EITHER = Discriminator(lambda value: LIST if isinstance(value, list) else TEXT)
+TEXT_OR_OBJECT = Discriminator(lambda value: TEXT if isinstance(value, str) else NAMED)
 Scalar = StrictBool | StrictInt | FiniteFloat | Annotated[StrictStr, Field(max_length=1000)] | None
+
+# What OpenAI's library adds to an answer, from what is in its other fields.
+Unread = Annotated[Any, Field(exclude=True)]
 
 T = TypeVar("T", bound="Request")
 Item = TypeVar("Item")
@@ -197,16 +205,16 @@ class Piece(Strict):
 
 
 class Called(Strict):
-    WITHOUT_EFFECT = {"parsed_arguments": ()}
-
     name: StrictStr
     arguments: StrictStr
+    parsed_arguments: Unread = None
 
 
 class Call(Strict):
     id: StrictStr
     type: Literal["function"]
     function: Called
+    index: Unread = None  # in what OpenAI's library makes of a stream; calls stand in their order
 
 
 class Message(Strict):
@@ -216,7 +224,6 @@ class Message(Strict):
         "annotations": ([],),
         "audio": (),
         "function_call": (),
-        "parsed": (),
         "refusal": (),
     }
 
@@ -229,18 +236,42 @@ class Message(Strict):
     tool_calls: Items[Call] | None = None
     tool_call_id: StrictStr | None = None
     reasoning_content: StrictStr | None = None  # as this server's answers have it
+    parsed: Unread = None
 
 
 class Function(Strict):
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: StrictBool | None = None
+
+    @property
+    def takes(self) -> dict[str, Any]:
+        """What the arguments of a call fit."""
+        if self.parameters is None:
+            return dict(NO_PARAMETERS)
+        return {"type": "object", **self.parameters}
 
 
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the model gets to see."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+
+
+class FunctionName(Strict):
+    name: StrictStr
+
+
+class Choice(Strict):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class JsonSchema(Strict):
@@ -268,17 +299,12 @@ class Chat(Request):
         "audio": (),
         "function_call": (),
         "functions": (),
-        "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True,),
         "prediction": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": ("in_memory", "in-memory"),
-        "reasoning_effort": (),
-        "safety_identifier": (),
         "service_tier": ("auto", "default"),
-        "store": (False,),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -290,9 +316,37 @@ class Chat(Request):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     response_format: Format | None = None
     tools: Items[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["auto", "none", "required"], Tag(TEXT)]
+            | Annotated[Choice, Tag(NAMED)],
+            TEXT_OR_OBJECT,
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: StrictBool | None = None
+    reasoning_effort: Annotated[StrictStr, Field(max_length=64)] | None = None
+    # Of no effect, as `user`: for the client's own records at OpenAI.
+    metadata: Annotated[dict[str, StrictStr], _at_most(MOST_METADATA)] | None = None
+    safety_identifier: StrictStr | None = None
+    store: StrictBool | None = None
     # Variables of the folder's template.
     chat_template_kwargs: Annotated[dict[str, Scalar], _at_most(MOST_VARIABLES)] | None = None
+
+    @property
+    def callable(self) -> list[Function]:
+        """The functions that the answers may call."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        functions = [tool.function for tool in self.tools]
+        if not isinstance(self.tool_choice, Choice):
+            return functions
+        return [one for one in functions if one.name == self.tool_choice.function.name]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answers have to be calls."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, Choice)
 
 
 class RefusedError(Exception):
@@ -348,6 +402,7 @@ def _check_together(asked: Request) -> None:
         both = asked.max_tokens, asked.max_completion_tokens
         if None not in both and both[0] != both[1]:
             raise RefusedError("max_tokens", "max_tokens and max_completion_tokens differ", both)
+        _check_choice(asked)
     if isinstance(asked, Completion):
         if asked.best_of is not None and asked.best_of != (asked.n or 1):
             raise RefusedError(
@@ -357,10 +412,22 @@ def _check_together(asked: Request) -> None:
             raise RefusedError("max_tokens", "max_tokens: expected at least 1, or echo: true", 0)
 
 
+def _check_choice(asked: Chat) -> None:
+    """Refuse a choice of a function that is not there."""
+    if not asked.must_call:
+        return
+    if not asked.tools:
+        raise RefusedError("tool_choice", "tool_choice: a call without tools: expected tools")
+    if not asked.callable:
+        assert isinstance(asked.tool_choice, Choice)
+        message = "tool_choice: tools have no function of this name"
+        raise RefusedError("tool_choice", message, asked.tool_choice.function.name)
+
+
 def _first(found: ValidationError) -> RefusedError:
     """The first field that pydantic refuses, as OpenAI names it."""
     error = min(found.errors(include_url=False), key=lambda one: len(one["loc"]) == 0)
-    steps = [str(step) for step in error["loc"] if step not in (TEXT, LIST)]
+    steps = [str(step) for step in error["loc"] if step not in (TEXT, LIST, NAMED)]
     value = error["input"]
     if error["type"] == OF_A_FIELD:  # pydantic has the object as the input
         context = error["ctx"]

@@ -33,20 +33,24 @@ CHANNELS = Thinking(  # of gpt-oss
 )
 
 
-def thinking_of(template: Any, chat: str) -> Thinking | None:
+def thinking_of(template: Any, chat: str, calls: bool = False) -> Thinking | None:
     """How a model thinks in its answers; None: it does not.
 
     Args:
         template: of answers, as `answer_template` returns it.
         chat: the chat template, whose text tells where there is no other.
+        calls: what follows it may be calls, whose marks are known; those of content do not matter.
 
     Raises:
-        UnknownFormError: the content of its answers has marks that are not known.
+        UnknownFormError: what follows the thinking has marks that are not known.
     """
     if "<|channel|>" in chat and "<|message|>" in chat:
+        if calls:  # their mark may be in a channel or before it
+            raise UnknownFormError
         return CHANNELS
     fields: Mapping[str, Any] = template["fields"] if template else {"content": {}}
-    if "content" not in fields or {"open", "open_pattern"} & fields["content"].keys():
+    marked = "content" not in fields or {"open", "open_pattern"} & fields["content"].keys()
+    if marked and not calls:
         raise UnknownFormError
     named = next((name for name in REASONING if name in fields), None)
     if named is None:
@@ -63,6 +67,23 @@ def begun(thinking: Thinking, prompt: str) -> bool | None:
     if end.endswith(thinking.open.rstrip()):
         return True
     return False if end.endswith(thinking.close.rstrip()) else None
+
+
+def beginning(
+    template: Any, chat: str, prompt: str, calls: bool = False
+) -> tuple[Thinking | None, bool]:
+    """How the answer to a prompt thinks, and whether it begins inside of that.
+
+    Args:
+        template, chat, calls: of `thinking_of`.
+        prompt: of `begun`.
+
+    Raises:
+        UnknownFormError: as `thinking_of` raises it.
+    """
+    thinking = thinking_of(template, chat, calls)
+    inside = None if thinking is None else begun(thinking, prompt)
+    return (None, False) if inside is False else (thinking, bool(inside))
 
 
 class Split:
