@@ -9,6 +9,7 @@
     sampling.py   choice of tokens        writing.py   text and stop sequences
     parsing.py    reasoning, tool calls   calls.py     calls that cannot be read
     grammar.py    answers as JSON         thinking.py  what comes before it
+    calling.py    calls that fit          forms.py     what stands around a call
     answers.py    OpenAI's form           names.py     tokens by name, for logprobs
     model.py      a model made ready      limits.py    what clients may ask for
     metrics.py    for Prometheus
