@@ -74,6 +74,24 @@ def test_a_norm_that_something_else_reads_is_left_alone(
         assert find_readers(walk, 0, QKV) == []
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_norm_that_an_unused_linear_may_read_is_left_alone(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    """It may be for images. One whose weight the code reads, as of some routers, is no such one."""
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self.o_proj(self.q_proj(hidden_states))
+        weights = (self.k_proj.weight, self.v_proj.weight) if used else ()
+        return out + sum(weight.mean() for weight in weights), None
+
+    monkeypatch.setattr(MixtralAttention, "forward", forward)
+    walk = walk_of(model_folder())
+    with walk.source.layer_loaded(0):
+        found = find_readers(walk, 0, QKV)
+    assert [(one.norm, one.linears) for one in found] == ([(NORM, QKV[:1])] if used else [])
+
+
 def test_weights_of_a_norm_that_are_zero_stay(model_folder: Callable[..., Path]) -> None:
     walk = walk_of(model_folder())
     source = walk.source

@@ -4,9 +4,8 @@ A norm multiplies its outputs by weights of its own. These times s, and the colu
 the norm divided by s, compute the same: nothing is stored beside them, and nothing is multiplied
 while the model runs. But all that reads the norm must be known. Which linears do is seen while the
 layer runs. That nothing else does is proven by running it again with powers of two for s
-(same_layer.py).
-
-Norms in front of routed experts are left alone (pre_quant_scale.py).
+(same_layer.py). A linear that makes no difference to text may be for images: norms that it could
+read are left alone. So are those in front of routed experts (pre_quant_scale.py).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from moepress.rounding.channel_scale import (
 )
 from moepress.rounding.same_layer import powers_of_two, put, run_batch, that_hold
 
-OFFSETS = (0.0, 1.0)  # norms multiply by w + offset; those of Gemma and Qwen3-Next by w + 1
+OFFSETS = (0.0, 1.0)  # norms multiply by w + offset; those of Qwen3-Next and MiniMax-M3 by w + 1
 
 
 class Call(NamedTuple):
@@ -78,10 +77,12 @@ def fold_scales(walk: Walk, layer: int, packed: Collection[str]) -> None:
 def find_readers(walk: Walk, layer: int, packed: Collection[str]) -> list[Readers]:
     """The norms of a loaded layer whose readers are known, and some of these rounded."""
     calls, before = _watched(walk, layer)
+    unused = _unused_sizes(walk, layer, calls, before)
     changes = {
         readers: _times_powers(walk.source, readers)
         for readers in _readers(walk, layer, calls, before[-1])
-        if any(name in packed for name in readers.linears)
+        if walk.source.shape(readers.linears[0])[1] not in unused
+        and any(name in packed for name in readers.linears)
         and not any(reads_experts(name) for name in readers.linears)
     }
     return that_hold(walk, layer, before, changes)
@@ -158,8 +159,8 @@ def _inputs_of_batch(
     return [seen[linear] for linear in linears]
 
 
-def _watched(walk: Walk, layer: int) -> tuple[dict[str, Call], list[Tensor]]:
-    """Calls of the modules of a loaded layer that are called once for a batch, by path.
+def _watched(walk: Walk, layer: int) -> tuple[dict[str, list[Call]], list[Tensor]]:
+    """Calls of the linears and norms of a loaded layer for a batch, by path.
 
     And what the layer gives, of `run_batch`.
     """
@@ -169,32 +170,54 @@ def _watched(walk: Walk, layer: int) -> tuple[dict[str, Call], list[Tensor]]:
     def keep(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = Call(args, kwargs, None if isinstance(module, nn.Linear) else output)
-            calls.setdefault(name, []).append(call)
+            calls[name].append(call)
 
         return see
 
     with ExitStack() as stack:
         for name, module in walk.source.model.get_submodule(path).named_modules(prefix=path):
             if isinstance(module, nn.Linear) or is_norm(module):
+                calls[name] = []
                 stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
         given = run_batch(walk, layer, 0)
-    return {name: of_one[0] for name, of_one in calls.items() if len(of_one) == 1}, given
+    return calls, given
+
+
+def _unused_sizes(
+    walk: Walk, layer: int, calls: Mapping[str, Sequence[Call]], before: Sequence[Tensor]
+) -> set[int]:
+    """Numbers of inputs of the linears that make no difference: not even weights of NaN do.
+
+    Some that are not called do: a router's code may read the weight itself.
+    """
+    source = walk.source
+    own = set(source.names(source.layer_paths[layer]))
+    uncalled = [f"{name}.weight" for name, of_one in calls.items() if not of_one]
+    found = set()
+    for name in uncalled:
+        if name in own and isinstance(source.module(name), nn.Linear):
+            change = {name: {name: torch.full_like(source.current(name), torch.nan)}}
+            if that_hold(walk, layer, before, change):
+                found.add(source.shape(name)[1])
+    return found
 
 
 def _readers(
-    walk: Walk, layer: int, calls: Mapping[str, Call], to_experts: Tensor
+    walk: Walk, layer: int, all_calls: Mapping[str, Sequence[Call]], to_experts: Tensor
 ) -> list[Readers]:
-    """The norms among watched modules, with the linears that get their outputs.
+    """The watched norms that are called once, with the linears that get their outputs.
 
     Those in front of routed experts, whose inputs are `to_experts`, are left out.
     """
     source = walk.source
     own = set(source.names(source.layer_paths[layer]))
-    modules = {name: source.model.get_submodule(name) for name in calls}
+    modules = {name: source.model.get_submodule(name) for name in all_calls}
+    calls = {name: of_one[0] for name, of_one in all_calls.items() if len(of_one) == 1}
     return [
         Readers(name, offset, reading)
         for name, module in modules.items()
-        if f"{name}.weight" in own
+        if name in calls
+        and f"{name}.weight" in own
         and is_norm(module)
         and (reading := _linears_with_input(calls, modules, calls[name].output))
         and not _is_same(to_experts, calls[name].output)
@@ -210,6 +233,7 @@ def _linears_with_input(
         f"{name}.weight"
         for name, module in modules.items()
         if isinstance(module, nn.Linear)
+        and name in calls
         and _is_same((*calls[name].args, None)[0], x)
         and module.in_features == x.shape[-1]
     )
