@@ -13,7 +13,7 @@ from moepress.compress import compress
 from moepress.format.codec import pre_quant_scale_of
 from moepress.original.skeleton import open_folder
 from moepress.original.source import Source
-from moepress.rounding.folded_scale import is_norm
+from moepress.rounding.same_layer import is_norm
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
 from tests.families.state import COMPRESS, EXPECTED, FAMILIES

@@ -17,6 +17,7 @@ from moepress.format.checkpoint import shard_name
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding.folded_scale import find_readers, fold_scales, scale_readers
+from moepress.rounding.same_layer import watch
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
 from tests.uneven import uneven, with_uneven_norms
@@ -89,6 +90,7 @@ def test_a_norm_that_an_unused_linear_may_read_is_left_alone(
     walk = walk_of(model_folder())
     with walk.source.layer_loaded(0):
         found = find_readers(walk, 0, QKV)
+        assert watch(walk, 0).unused == (() if used else QKV[1:])
     assert [(one.norm, one.linears) for one in found] == ([(NORM, QKV[:1])] if used else [])
 
 

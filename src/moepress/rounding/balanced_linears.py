@@ -16,7 +16,7 @@ from torch import Tensor
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding.balance import channel_scales, norms
-from moepress.rounding.same_layer import powers_of_two, put, run_batch, that_hold
+from moepress.rounding.same_layer import powers_of_two, put, that_hold, watch
 
 PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("w3", "w2"))  # last parts of the paths
 LARGE = 1024  # power of two that limits of a function show at
@@ -71,8 +71,11 @@ def find_pairs(walk: Walk, layer: int, packed: Collection[str]) -> list[Pair]:
     pairs = _candidates(walk.source, layer, packed)
     if not pairs:
         return []
+    watched = watch(walk, layer)
+    if watched.unused:  # values of images may come from other linears
+        return []
     changes = {pair: scaled_pair(walk.source, pair, _powers(walk.source, pair)) for pair in pairs}
-    return that_hold(walk, layer, run_batch(walk, layer, 0), changes)
+    return that_hold(walk, layer, watched.given, changes)
 
 
 def scaled_pair(source: Source, pair: Pair, scale: Tensor) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ read are left alone. So are those in front of routed experts (pre_quant_scale.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,18 @@ from moepress.rounding.channel_scale import (
     mean_squares,
     own_variance,
 )
-from moepress.rounding.same_layer import powers_of_two, put, run_batch, that_hold
+from moepress.rounding.same_layer import (
+    Call,
+    Watched,
+    is_norm,
+    powers_of_two,
+    put,
+    run_batch,
+    that_hold,
+    watch,
+)
 
 OFFSETS = (0.0, 1.0)  # norms multiply by w + offset; those of Qwen3-Next and MiniMax-M3 by w + 1
-
-
-class Call(NamedTuple):
-    """What a module was called with, and what it returned: kept, so that no address is reused."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any  # None of a linear
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,16 @@ def fold_scales(walk: Walk, layer: int, packed: Collection[str]) -> None:
 @torch.inference_mode()
 def find_readers(walk: Walk, layer: int, packed: Collection[str]) -> list[Readers]:
     """The norms of a loaded layer whose readers are known, and some of these rounded."""
-    calls, before = _watched(walk, layer)
-    unused = _unused_sizes(walk, layer, calls, before)
+    watched = watch(walk, layer)
+    unused = {walk.source.shape(name)[1] for name in watched.unused}
     changes = {
         readers: _times_powers(walk.source, readers)
-        for readers in _readers(walk, layer, calls, before[-1])
+        for readers in _readers(walk, layer, watched)
         if walk.source.shape(readers.linears[0])[1] not in unused
         and any(name in packed for name in readers.linears)
         and not any(reads_experts(name) for name in readers.linears)
     }
-    return that_hold(walk, layer, before, changes)
+    return that_hold(walk, layer, watched.given, changes)
 
 
 @torch.inference_mode()
@@ -159,65 +160,19 @@ def _inputs_of_batch(
     return [seen[linear] for linear in linears]
 
 
-def _watched(walk: Walk, layer: int) -> tuple[dict[str, list[Call]], list[Tensor]]:
-    """Calls of the linears and norms of a loaded layer for a batch, by path.
+def _readers(walk: Walk, layer: int, watched: Watched) -> list[Readers]:
+    """The norms that are called once, with the linears that get their outputs.
 
-    And what the layer gives, of `run_batch`.
+    Those in front of routed experts are left out.
     """
-    path = walk.source.layer_paths[layer]
-    calls: dict[str, list[Call]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = Call(args, kwargs, None if isinstance(module, nn.Linear) else output)
-            calls[name].append(call)
-
-        return see
-
-    with ExitStack() as stack:
-        for name, module in walk.source.model.get_submodule(path).named_modules(prefix=path):
-            if isinstance(module, nn.Linear) or is_norm(module):
-                calls[name] = []
-                stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
-        given = run_batch(walk, layer, 0)
-    return calls, given
-
-
-def _unused_sizes(
-    walk: Walk, layer: int, calls: Mapping[str, Sequence[Call]], before: Sequence[Tensor]
-) -> set[int]:
-    """Numbers of inputs of the linears that make no difference: not even weights of NaN do.
-
-    Some that are not called do: a router's code may read the weight itself.
-    """
-    source = walk.source
+    source, to_experts = walk.source, watched.given[-1]
     own = set(source.names(source.layer_paths[layer]))
-    uncalled = [f"{name}.weight" for name, of_one in calls.items() if not of_one]
-    found = set()
-    for name in uncalled:
-        if name in own and isinstance(source.module(name), nn.Linear):
-            change = {name: {name: torch.full_like(source.current(name), torch.nan)}}
-            if that_hold(walk, layer, before, change):
-                found.add(source.shape(name)[1])
-    return found
-
-
-def _readers(
-    walk: Walk, layer: int, all_calls: Mapping[str, Sequence[Call]], to_experts: Tensor
-) -> list[Readers]:
-    """The watched norms that are called once, with the linears that get their outputs.
-
-    Those in front of routed experts, whose inputs are `to_experts`, are left out.
-    """
-    source = walk.source
-    own = set(source.names(source.layer_paths[layer]))
-    modules = {name: source.model.get_submodule(name) for name in all_calls}
-    calls = {name: of_one[0] for name, of_one in all_calls.items() if len(of_one) == 1}
+    calls = {name: of_one[0] for name, of_one in watched.calls.items() if len(of_one) == 1}
+    modules = {name: source.model.get_submodule(name) for name in calls}
     return [
         Readers(name, offset, reading)
         for name, module in modules.items()
-        if name in calls
-        and f"{name}.weight" in own
+        if f"{name}.weight" in own
         and is_norm(module)
         and (reading := _linears_with_input(calls, modules, calls[name].output))
         and not _is_same(to_experts, calls[name].output)
@@ -233,17 +188,9 @@ def _linears_with_input(
         f"{name}.weight"
         for name, module in modules.items()
         if isinstance(module, nn.Linear)
-        and name in calls
         and _is_same((*calls[name].args, None)[0], x)
         and module.in_features == x.shape[-1]
     )
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module can be a norm: it has one weight a channel, and maybe a bias."""
-    own = dict(module.named_parameters(recurse=False))
-    alike = all(value.dim() == 1 and value.is_floating_point() for value in own.values())
-    return "weight" in own and own.keys() <= {"weight", "bias"} and alike
 
 
 def _is_same(x: Any, other: Any) -> bool:

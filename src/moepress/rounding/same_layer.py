@@ -6,17 +6,36 @@ a layer that computes the same gives the same numbers, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepress.original.calls import replaced_forward
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 
 T = TypeVar("T", bound=Hashable)
+
+
+class Call(NamedTuple):
+    """What a module was called with, and what it returned: kept, so that no address is reused."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any  # None of a linear
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a loaded layer does with a batch."""
+
+    calls: Mapping[str, Sequence[Call]]  # of its linears and norms, by path
+    given: Sequence[Tensor]  # of `run_batch`
+    unused: tuple[str, ...]  # weights of linears that make no difference: they may be for images
 
 
 def powers_of_two(like: Tensor, power: int = 2) -> Tensor:
@@ -53,6 +72,40 @@ def that_hold(
     if not every or hold(every):
         return every
     return [one for one in every if len(every) > 1 and hold([one])]
+
+
+def watch(walk: Walk, layer: int) -> Watched:
+    """Run a batch through a loaded layer, and see what its linears and norms are called with."""
+    source, path = walk.source, walk.source.layer_paths[layer]
+    calls: dict[str, list[Call]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = Call(args, kwargs, None if isinstance(module, nn.Linear) else output)
+            calls[name].append(call)
+
+        return see
+
+    with ExitStack() as stack:
+        for name, module in source.model.get_submodule(path).named_modules(prefix=path):
+            if isinstance(module, nn.Linear) or is_norm(module):
+                calls[name] = []
+                stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
+        given = run_batch(walk, layer, 0)
+    own = set(source.names(path))
+    uncalled = [f"{name}.weight" for name, of_one in calls.items() if not of_one]
+    linears = [name for name in uncalled if name in own and source.current(name).dim() == 2]
+    # The code of some routers reads the weight of a linear that it does not call.
+    others = ({name: {name: 1 - 3 * source.current(name)}} for name in linears)
+    unused = [name for other in others for name in that_hold(walk, layer, given, other)]
+    return Watched(calls, given, tuple(unused))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module can be a norm: it has one weight a channel, and maybe a bias."""
+    own = dict(module.named_parameters(recurse=False))
+    alike = all(value.dim() == 1 and value.is_floating_point() for value in own.values())
+    return "weight" in own and own.keys() <= {"weight", "bias"} and alike
 
 
 def put(source: Source, tensors: Mapping[str, Tensor]) -> None:
