@@ -26,6 +26,18 @@ TOKENS = 8192  # that are enough for the correlations
 OCTAVES = 12  # at most so many, up or down: the scales stay numbers of float16
 
 
+def best_scale(weights: Iterable[Tensor], x: Tensor) -> tuple[Tensor, float]:
+    """`channel_scale` [H] on the CPU, and its gain without what may be gained by chance.
+
+    Args:
+        weights: matrices [n, H]; they may have more columns, which are padding.
+        x: [t, H] inputs.
+    """
+    energy = mean_squares(weights)[: x.shape[1]]
+    scale, gain = channel_scale(energy.cpu(), own_variance(x).cpu())
+    return scale, gain - CHANCE / len(x)
+
+
 def channel_scale(energy: Tensor, variance: Tensor) -> tuple[Tensor, float]:
     """s [H] float32 of bfloat16 numbers, and the share of the loss that it gains.
 

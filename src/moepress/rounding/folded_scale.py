@@ -22,14 +22,7 @@ from torch.func import functional_call
 from moepress.original.architectures import reads_experts
 from moepress.original.source import Source
 from moepress.original.walk import Walk
-from moepress.rounding.channel_scale import (
-    CHANCE,
-    LEAST_GAIN,
-    TOKENS,
-    channel_scale,
-    mean_squares,
-    own_variance,
-)
+from moepress.rounding.channel_scale import LEAST_GAIN, TOKENS, best_scale
 from moepress.rounding.same_layer import (
     Call,
     Watched,
@@ -68,7 +61,8 @@ def fold_scales(walk: Walk, layer: int, packed: Collection[str]) -> None:
     for readers, parts in zip(all_readers, inputs, strict=True):
         found = torch.ones(walk.source.current(f"{readers.norm}.weight").numel() + 1)
         if walk.ranks.first:
-            found[:-1], found[-1] = _find_scale(walk.source, readers, packed, torch.cat(parts))
+            rounded = (walk.source.current(name) for name in readers.linears if name in packed)
+            found[:-1], found[-1] = best_scale(rounded, torch.cat(parts))
         walk.ranks.give(found, 0)
         if found[-1] > LEAST_GAIN:
             scale_readers(walk.source, readers, found[:-1])
@@ -105,15 +99,6 @@ def scale_readers(source: Source, readers: Readers, scale: Tensor) -> None:
     stays = (before == 0) | (after == 0)  # in 16 bits w + 1 may be lost
     scaled = torch.where(stays, weight, scaled)
     put(source, _scaled(source, readers, scaled, torch.where(stays, 1.0, after / before)))
-
-
-def _find_scale(
-    source: Source, readers: Readers, packed: Collection[str], x: Tensor
-) -> tuple[Tensor, float]:
-    """s [K] on the CPU, and the share of the loss that it gains. Chance is not counted."""
-    rounded = (source.current(name) for name in readers.linears if name in packed)
-    scale, gain = channel_scale(mean_squares(rounded).cpu(), own_variance(x).cpu())
-    return scale, gain - CHANCE / len(x)
 
 
 def _inputs(walk: Walk, layer: int, all_readers: Sequence[Readers]) -> list[list[Tensor]]:

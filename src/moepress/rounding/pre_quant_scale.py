@@ -14,14 +14,7 @@ from moepress.format.codec import pre_quant_scale_of
 from moepress.original.experts import Routed, RoutedExpert
 from moepress.original.source import Source
 from moepress.original.walk import Walk
-from moepress.rounding.channel_scale import (
-    CHANCE,
-    LEAST_GAIN,
-    TOKENS,
-    channel_scale,
-    mean_squares,
-    own_variance,
-)
+from moepress.rounding.channel_scale import LEAST_GAIN, TOKENS, best_scale
 from moepress.sending import sent
 
 ROWS = 16384  # of weights that are enough for the sizes of columns
@@ -48,10 +41,8 @@ def find_scale(walk: Walk, layer: int, routed: Routed) -> tuple[Tensor, float]:
     found[-1] = 0
     if walk.ranks.first and (numbers := _most_chosen(walk, layer, routed)):
         weights = (expert.weights.gate_up for expert in walk.experts(layer, numbers, routed))
-        energy = mean_squares(weights)[: len(found) - 1]
         sample = sent(_sample(routed), walk.source.device)
-        found[:-1], gain = channel_scale(energy.cpu(), own_variance(sample).cpu())
-        found[-1] = gain - CHANCE / len(sample)
+        found[:-1], found[-1] = best_scale(weights, sample)
     walk.ranks.give(found, 0)
     return found[:-1].to(routed.hidden), float(found[-1])
 
