@@ -7,13 +7,13 @@ import torch
 
 from moepress.format.codec import Codec, codec_for
 from moepress.rounding import sweep as sweep_module
+from moepress.rounding.channel_scale import own_variance
 from moepress.rounding.correction import Correction, sums_moved
 from moepress.rounding.hessian import Hessian
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.methods import quantize_matrix
 from moepress.rounding.noise import draw, noisy_weights
 from moepress.rounding.noisy_products import noisy_products
-from moepress.rounding.pre_quant_scale import own_variance
 from moepress.rounding.sweep import runs, sweep
 from moepress.rounding.token_factor import few
 from moepress.workload import operations as op
