@@ -53,9 +53,8 @@ from moepress.outside import copied_shards, write_outside_layers
 from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.rounding.balance import experts_to_round
-from moepress.rounding.balanced_linears import balance_linears
+from moepress.rounding.even_linears import even_linears
 from moepress.rounding.expert import experts_at_once, round_experts, rounded_expert
-from moepress.rounding.folded_scale import fold_scales
 from moepress.rounding.linear import linear_inputs, packed_bytes, quantize_linears
 from moepress.rounding.options import Rounding
 from moepress.rounding.pre_quant_scale import find_scale, stored_scale, with_plain_columns
@@ -256,8 +255,7 @@ def quantize_layer(
     last = {name: linears.pop(name) for name in names if name in packed and reads_experts(name)}
     rounding = Rounding.of_linears(recipe, recipe.quantizer)
     if rounding.balance:
-        balance_linears(walk, layer, packed)
-        fold_scales(walk, layer, packed)
+        even_linears(walk, layer, packed)
     inputs = []
     if rounding.needs_hessian:
         inputs = linear_inputs(walk, layer, linears, rounding.family, original)

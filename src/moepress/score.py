@@ -53,9 +53,8 @@ from moepress.progress import Progress
 from moepress.ranks import here
 from moepress.recipe import TABLE_BITS, Recipe
 from moepress.rounding.balance import experts_to_round
-from moepress.rounding.balanced_linears import balance_linears
+from moepress.rounding.even_linears import even_linears
 from moepress.rounding.expert import experts_at_once
-from moepress.rounding.folded_scale import fold_scales
 from moepress.rounding.options import Rounding
 from moepress.rounding.pre_quant_scale import scale_bytes, scale_if_worth
 from moepress.work import identity, keep_ids, kept_ids, text_digest, work_held
@@ -215,8 +214,7 @@ def score_layer(
     more_sensitive: dict[str, float] = {}
     if of_all_linears.balance:
         packed = tensors.open.keys() | tensors.fixed_specs.keys()
-        more_sensitive = balance_linears(walk, layer, packed)
-        fold_scales(walk, layer, packed)
+        more_sensitive = even_linears(walk, layer, packed)
     of_linears = partial(
         score_linears,
         walk,

@@ -12,7 +12,7 @@ from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding.balanced_linears import find_pairs, scaled_pair
 from moepress.rounding.folded_scale import find_readers, scale_readers
-from moepress.rounding.same_layer import put
+from moepress.rounding.same_layer import put, watch
 from tests.families.models import make_model, open_model, save_model
 from tests.families.state import FAMILIES
 from tests.families.steps import same, scores
@@ -48,10 +48,10 @@ def test_scaled_channels(family: str, tmp_path: Path) -> None:
             before = {
                 name: source.current(name) for name in source.names(source.layer_paths[layer])
             }
-            for pair in find_pairs(walk, layer, packed):
+            for pair in find_pairs(walk, layer, packed, watch(walk, layer)):
                 put(source, scaled_pair(source, pair, uneven(source.shape(pair.first)[0])))
                 pairs += 1
-            for readers in find_readers(walk, layer, packed):
+            for readers in find_readers(walk, layer, packed, watch(walk, layer)):
                 scale_readers(
                     source, readers, uneven(source.current(f"{readers.norm}.weight").numel())
                 )

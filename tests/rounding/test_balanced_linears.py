@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding.balanced_linears import Pair, balance_linears, find_pairs
+from moepress.rounding.same_layer import watch
 from tests.families.models import make_model, save_model
 from tests.uneven import with_uneven_channels
 
@@ -25,7 +26,7 @@ IDS = torch.arange(40, 120).view(2, 40)
 def names(walk: Walk, layer: int, packed: list[str] | None = None) -> set[tuple[str, str]]:
     linears = walk.source.packable[layer].keys() if packed is None else packed
     with walk.source.layer_loaded(layer):
-        found = find_pairs(walk, layer, linears)
+        found = find_pairs(walk, layer, linears, watch(walk, layer))
     return {(pair.first.split(".")[-2], pair.second.split(".")[-2]) for pair in found}
 
 
@@ -43,10 +44,10 @@ def test_values_and_output_of_shared_heads_are_balanced(
         folder = plain if name == "even" else with_uneven_channels(plain, tmp_path / name)
         walk = Walk(Source(folder), IDS)
         with walk.source.layer_loaded(0):
-            (pair,) = find_pairs(walk, 0, [VALUES, OUTPUT])
+            (pair,) = find_pairs(walk, 0, [VALUES, OUTPUT], watch(walk, 0))
             assert (pair.first, pair.second, pair.repeats) == (VALUES, OUTPUT, 2)
             before = walk.source.current(VALUES)
-            larger = balance_linears(walk, 0, [VALUES, OUTPUT])
+            larger = balance_linears(walk.source, [pair])
             rows, columns = norms(walk, pair)
             found[name] = walk.source.current(VALUES), walk.source.current(OUTPUT)
         quotients = rows / columns

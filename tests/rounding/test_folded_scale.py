@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moepress.compress import compress
 from moepress.format.checkpoint import shard_name
 from moepress.original.source import Source
 from moepress.original.walk import Walk
-from moepress.rounding.folded_scale import find_readers, fold_scales, scale_readers
+from moepress.rounding.folded_scale import Readers, find_readers, fold_scales, scale_readers
 from moepress.rounding.same_layer import watch
 from tests.conftest import small_recipe
 from tests.families.models import make_model, save_model
@@ -29,6 +29,11 @@ IDS = torch.arange(40, 120).view(2, 40)
 
 def walk_of(folder: Path, ids: Tensor = IDS) -> Walk:
     return Walk(Source(folder), ids)
+
+
+def seen_readers(walk: Walk, packed: Collection[str]) -> list[Readers]:
+    """`find_readers` in the first layer."""
+    return find_readers(walk, 0, packed, watch(walk, 0))
 
 
 def family_folder(family: str, to: Path, dtype: torch.dtype) -> Path:
@@ -49,9 +54,12 @@ def test_the_readers_of_a_norm_are_seen(
 ) -> None:
     walk = walk_of(family_folder(family, tmp_path, dtype))
     with walk.source.layer_loaded(0):
-        kept = {name: walk.source.current(name).clone() for name in walk.source.names("model")}
-        (found,) = find_readers(walk, 0, walk.source.packable[0].keys())
-        after = {name: walk.source.current(name) for name in kept if name.startswith(NORM[:14])}
+        kept = {
+            name: walk.source.current(name).clone()
+            for name in walk.source.names(walk.source.layer_paths[0])
+        }
+        (found,) = seen_readers(walk, walk.source.packable[0].keys())
+        after = {name: walk.source.current(name) for name in kept}
         assert all(torch.equal(value, kept[name]) for name, value in after.items())
     assert found.norm.endswith(norm)
     assert found.offset == offset
@@ -69,10 +77,10 @@ def test_a_norm_that_something_else_reads_is_left_alone(
 
     walk = walk_of(model_folder())
     with walk.source.layer_loaded(0):
-        assert [one.norm for one in find_readers(walk, 0, QKV)] == [NORM]
-        assert find_readers(walk, 0, ["model.layers.0.self_attn.o_proj.weight"]) == []
+        assert [one.norm for one in seen_readers(walk, QKV)] == [NORM]
+        assert seen_readers(walk, ["model.layers.0.self_attn.o_proj.weight"]) == []
         monkeypatch.setattr(MixtralAttention, "forward", forward)
-        assert find_readers(walk, 0, QKV) == []
+        assert seen_readers(walk, QKV) == []
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -89,7 +97,7 @@ def test_a_norm_that_an_unused_linear_may_read_is_left_alone(
     monkeypatch.setattr(MixtralAttention, "forward", forward)
     walk = walk_of(model_folder())
     with walk.source.layer_loaded(0):
-        found = find_readers(walk, 0, QKV)
+        found = seen_readers(walk, QKV)
         assert watch(walk, 0).unused == (() if used else QKV[1:])
     assert [(one.norm, one.linears) for one in found] == ([(NORM, QKV[:1])] if used else [])
 
@@ -101,7 +109,7 @@ def test_weights_of_a_norm_that_are_zero_stay(model_folder: Callable[..., Path])
         weight = source.current(f"{NORM}.weight").clone()
         weight[5] = 0
         source.put(f"{NORM}.weight", weight)
-        (readers,) = find_readers(walk, 0, QKV)
+        (readers,) = seen_readers(walk, QKV)
         before = source.current(QKV[0])
         scale_readers(source, readers, uneven(len(weight)))
         changed = before / source.current(QKV[0])
@@ -116,7 +124,7 @@ def test_weights_of_a_norm_are_numbers_of_its_dtype(tmp_path: Path) -> None:
     walk = walk_of(family_folder("qwen3_next", tmp_path, torch.bfloat16))
     source = walk.source
     with source.layer_loaded(0):
-        (readers,) = find_readers(walk, 0, source.packable[0].keys())
+        (readers,) = seen_readers(walk, source.packable[0].keys())
         name, reader = f"{readers.norm}.weight", readers.linears[0]
         before, columns = source.current(name).float() + 1, source.current(reader).double()
         scale = 1 + 0.001 * torch.randn(len(before))
@@ -139,7 +147,7 @@ def test_uneven_norms_are_folded_and_few_tokens_are_not(
         walk = walk_of(folder, ids)
         with walk.source.layer_loaded(0):
             before = walk.source.current(f"{NORM}.weight")
-            fold_scales(walk, 0, QKV)
+            fold_scales(walk, 0, seen_readers(walk, QKV), QKV)
             return walk.source.current(f"{NORM}.weight") / before
 
     generator = torch.Generator().manual_seed(0)

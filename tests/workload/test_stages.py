@@ -96,7 +96,7 @@ def test_scales_take_two_experts_once_more_runs_of_layers_and_correlations() -> 
     found = stages.score(one) - plain
     assert found["load"] == 2 * 4 * 6144  # the experts are small: all are read for columns' sizes
     assert found["float32"] == 2 * (2 * 100 * 32**2 + 32**3)
-    assert found["product"] == 2 * 5 * 2 * 100 * 100  # five runs of each layer
+    assert found["product"] == 2 * 4 * 2 * 100 * 100  # four runs of each layer
     three = tuple(Linear(f"layers.0.mixer.{n}.weight", 8, 8) for n in "qko")
     several = replace(one, shape=replace(one.shape, layers=(Layer(100, three, False),)))
     assert stages._even_linears(several, several.shape.layers[0])["float32"] == 2 * 6400 + 8**3

@@ -2,7 +2,8 @@
 
 methods/       GPTQ, round to nearest, sign, trellis codes: from a matrix to its codes
 sweep.py       visits columns in order, with feedback of the errors of those before
-balance.py     equal experts, scaled so that `down` rounds better; balanced_linears.py: linears
+balance.py     equal experts, scaled so that `down` rounds better; even_linears.py: linears, by
+               balanced_linears.py and folded_scale.py
 channel_scale.py    scales of inputs with which a matrix loses least when it is rounded:
                pre_quant_scale.py  stored, for the inputs of routed experts
                folded_scale.py     put into the norm that gives the inputs of linears

@@ -7,7 +7,7 @@ but products and sums over tokens lies between them. Whether that is so is asked
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from moepress.original.source import Source
 from moepress.original.walk import Walk
 from moepress.rounding.balance import channel_scales, norms
-from moepress.rounding.same_layer import powers_of_two, put, that_hold, watch
+from moepress.rounding.same_layer import Watched, powers_of_two, put, that_hold
 
 PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"), ("w3", "w2"))  # last parts of the paths
 LARGE = 1024  # power of two that limits of a function show at
@@ -42,38 +42,33 @@ class Pair:
 
 
 @torch.inference_mode()
-def balance_linears(walk: Walk, layer: int, packed: Collection[str]) -> dict[str, float]:
-    """Balance the channels between linears of a loaded layer, which computes the same as before.
-
-    The weights are changed in the skeleton, on all ranks, until the layer is unloaded.
+def balance_linears(source: Source, pairs: Iterable[Pair]) -> dict[str, float]:
+    """Balance the channels between linears of a loaded layer.
 
     Args:
-        packed: names of the linears' weights that are rounded; others may be among them.
+        pairs: of `find_pairs`.
 
     Returns:
         How much larger squared gradients at the outputs of a first linear are now, in the mean, by
         the name of its weight. They are taken as even over balanced channels.
     """
     larger = {}
-    for pair in walk.ranks.agreed(lambda: find_pairs(walk, layer, packed)):
-        first, second = (walk.source.current(name) for name in (pair.first, pair.second))
+    for pair in pairs:
+        first, second = source.current(pair.first), source.current(pair.second)
         columns = pair.of_rows(norms(second, 0).square()).sqrt()
         # In 16 bits, so that norms summed in another order give the same.
         scale = channel_scales(norms(first, 1), columns).bfloat16().float()
-        put(walk.source, scaled_pair(walk.source, pair, scale))
+        put(source, scaled_pair(source, pair, scale))
         larger[pair.first] = 1 / float((1 / scale.square()).mean())
     return larger
 
 
 @torch.inference_mode()
-def find_pairs(walk: Walk, layer: int, packed: Collection[str]) -> list[Pair]:
+def find_pairs(walk: Walk, layer: int, packed: Collection[str], watched: Watched) -> list[Pair]:
     """The pairs of rounded linears of a loaded layer whose channels can be balanced."""
-    pairs = _candidates(walk.source, layer, packed)
-    if not pairs:
-        return []
-    watched = watch(walk, layer)
     if watched.unused:  # values of images may come from other linears
         return []
+    pairs = _candidates(walk.source, layer, packed)
     changes = {pair: scaled_pair(walk.source, pair, _powers(walk.source, pair)) for pair in pairs}
     return that_hold(walk, layer, watched.given, changes)
 

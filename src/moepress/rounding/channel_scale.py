@@ -12,7 +12,7 @@ less than without s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ TOKENS = 8192  # that are enough for the correlations
 OCTAVES = 12  # at most so many, up or down: the scales stay numbers of float16
 
 
-def best_scale(weights: Iterable[Tensor], x: Tensor) -> tuple[Tensor, float]:
+def best_scale(weights: Iterable[Tensor], parts: Sequence[Tensor]) -> tuple[Tensor, float]:
     """`channel_scale` [H] on the CPU, and its gain without what may be gained by chance.
 
     Args:
         weights: matrices [n, H]; they may have more columns, which are padding.
-        x: [t, H] inputs.
+        parts: inputs [t, H].
     """
+    x = torch.cat(list(parts))
     energy = mean_squares(weights)[: x.shape[1]]
     scale, gain = channel_scale(energy.cpu(), own_variance(x).cpu())
     return scale, gain - CHANCE / len(x)

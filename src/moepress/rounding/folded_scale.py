@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,6 @@ from moepress.rounding.same_layer import (
     put,
     run_batch,
     that_hold,
-    watch,
 )
 
 OFFSETS = (0.0, 1.0)  # norms multiply by w + offset; those of Qwen3-Next and MiniMax-M3 by w + 1
@@ -47,31 +47,28 @@ class Readers:
 
 
 @torch.inference_mode()
-def fold_scales(walk: Walk, layer: int, packed: Collection[str]) -> None:
-    """Scale the norms of a loaded layer, and the weights that read them, where that gains enough.
-
-    The layer computes the same as before. Its weights are changed in the skeleton, on all ranks,
-    until it is unloaded.
+def fold_scales(
+    walk: Walk, layer: int, all_readers: Sequence[Readers], packed: Collection[str]
+) -> None:
+    """Scale norms of a loaded layer, and the weights that read them, where that gains enough.
 
     Args:
+        all_readers: of `find_readers`, the same on all ranks.
         packed: names of the linears' weights that are rounded; others may be among them.
     """
-    all_readers = walk.ranks.agreed(lambda: find_readers(walk, layer, packed))
     inputs = _inputs(walk, layer, all_readers)
     for readers, parts in zip(all_readers, inputs, strict=True):
-        found = torch.ones(walk.source.current(f"{readers.norm}.weight").numel() + 1)
-        if walk.ranks.first:
-            rounded = (walk.source.current(name) for name in readers.linears if name in packed)
-            found[:-1], found[-1] = best_scale(rounded, torch.cat(parts))
-        walk.ranks.give(found, 0)
-        if found[-1] > LEAST_GAIN:
-            scale_readers(walk.source, readers, found[:-1])
+        rounded = [walk.source.current(name) for name in readers.linears if name in packed]
+        scale, gain = walk.ranks.agreed(partial(best_scale, rounded, parts))
+        if gain > LEAST_GAIN:
+            scale_readers(walk.source, readers, scale)
 
 
 @torch.inference_mode()
-def find_readers(walk: Walk, layer: int, packed: Collection[str]) -> list[Readers]:
+def find_readers(
+    walk: Walk, layer: int, packed: Collection[str], watched: Watched
+) -> list[Readers]:
     """The norms of a loaded layer whose readers are known, and some of these rounded."""
-    watched = watch(walk, layer)
     unused = {walk.source.shape(name)[1] for name in watched.unused}
     changes = {
         readers: _times_powers(walk.source, readers)

@@ -37,14 +37,15 @@ def find_scale(walk: Walk, layer: int, routed: Routed) -> tuple[Tensor, float]:
     They are the same on all ranks, and bfloat16 numbers in the dtype of the inputs. What may be
     gained by chance is not counted.
     """
-    found = torch.ones(routed.hidden.shape[1] + 1)
-    found[-1] = 0
-    if walk.ranks.first and (numbers := _most_chosen(walk, layer, routed)):
+
+    def find() -> tuple[Tensor, float]:
+        if not (numbers := _most_chosen(walk, layer, routed)):
+            return torch.ones(routed.hidden.shape[1]), 0.0
         weights = (expert.weights.gate_up for expert in walk.experts(layer, numbers, routed))
-        sample = sent(_sample(routed), walk.source.device)
-        found[:-1], found[-1] = best_scale(weights, sample)
-    walk.ranks.give(found, 0)
-    return found[:-1].to(routed.hidden), float(found[-1])
+        return best_scale(weights, [sent(_sample(routed), walk.source.device)])
+
+    scale, gain = walk.ranks.agreed(find)
+    return scale.to(routed.hidden), gain
 
 
 def with_scaled_columns(expert: RoutedExpert) -> RoutedExpert:

@@ -74,6 +74,7 @@ def that_hold(
     return [one for one in every if len(every) > 1 and hold([one])]
 
 
+@torch.inference_mode()
 def watch(walk: Walk, layer: int) -> Watched:
     """Run a batch through a loaded layer, and see what its linears and norms are called with."""
     source, path = walk.source, walk.source.layer_paths[layer]

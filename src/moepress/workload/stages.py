@@ -32,7 +32,7 @@ from moepress.workload.task import Task, Widths
 PASSES_OF_LAYER = 16
 CALLS_OF_LAYER = 100  # of a batch
 CALLS_OF_EXPERT = 15  # of a chunk of its tokens
-RUNS_OF_PROOFS = 4  # of a batch through a layer: pairs of linears and norms, as they are and scaled
+RUNS_OF_PROOFS = 3  # of a batch through a layer: as it is, with scaled pairs, with scaled norms
 CALLS_OF_CACHED_LAYER = 400  # of a step of text that is written: transformers' own code, the cache
 BACKWARD = 2  # operations of a step forward and back, over those forward: weights get no gradient
 
