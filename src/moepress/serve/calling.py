@@ -193,16 +193,14 @@ def _free(
     rest = " ".join([
         spelled(tokens, form.lead), _call(tokens, form, names), spelled(tokens, form.close)
     ])  # fmt: skip
-    apart = "".join(f" & ~(ANY {json.dumps(mark)} ANY)" for mark in marks)
-    rules = [f"TEXT: /(?s:.+)/{apart}", "ANY: /(?s:.*)/"]
+    rules = [f"TEXT: /(?s:.+)/{_without(marks)}", "ANY: /(?s:.*)/"]
     if first[0] is not None:
         rules.append(f"call: {spelled(tokens, form.open)} {rest}")
     else:
-        before = "".join(f" & ~(ANY {json.dumps(mark)} ANY)" for mark in marks[1:])
         rules += [
             f"call: opening {rest}",
             f"opening[suffix={json.dumps(form.open)}]: BEFORE",
-            f"BEFORE: ANY{before}",
+            f"BEFORE: ANY{_without(marks[1:])}",
         ]
     other = f"<[{','.join(map(str, others))}]>" if others else None
     piece = f"(call | {other})" if other else "call"
@@ -220,6 +218,11 @@ def _free(
             rules.append(f"{kind}: /[ \\n]{{0,2}}/ {opened}")
             start = f"({kind} thought)? body"
     return "\n".join([f"start: {start}", *rules])
+
+
+def _without(marks: Sequence[str]) -> str:
+    """What a lexeme is limited by that has none of some marks."""
+    return "".join(f" & ~(ANY {json.dumps(mark)} ANY)" for mark in marks)
 
 
 def _first_special(tokens: Tokens, mark: str) -> int | None:
