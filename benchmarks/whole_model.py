@@ -2,6 +2,8 @@
 
     python benchmarks/whole_model.py make FOLDER --shape OLMoE-1B-7B    # 14 GB of bfloat16
     python benchmarks/whole_model.py run FOLDER OUT --calib TEXT        # one JSON line per command
+    python benchmarks/whole_model.py make FOLDER --shape DeepSeek-V3 --layers 2 \
+        --set first_k_dense_replace=1 --set n_routed_experts=16         # a part of a model
 
 Weights are random, so results say nothing about quality; time, memory and bytes do not depend on
 them. The tokenizer is that of the model which the package carries. Shapes: `shapes/NAME.json`.
@@ -29,16 +31,18 @@ TOKENIZER = HERE.parent / "src/moepress/demo/model"
 SPREAD = 0.02  # of weights, as models are initialized
 
 
-def make(folder: Path, shape: str, layers: int | None) -> None:
+def make(folder: Path, shape: str, layers: int | None, changes: dict[str, object]) -> None:
     """Write the folder, one shard per layer, with the names of transformers' own checkpoints."""
     from transformers import AutoConfig
 
-    fields = json.loads((HERE / f"shapes/{shape}.json").read_text())
+    fields = json.loads((HERE / f"shapes/{shape}.json").read_text()) | changes
+    fields.pop("quantization_config", None)  # what is written is bfloat16
     layers = layers or fields["num_hidden_layers"]
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(**fields | {"num_hidden_layers": layers})
+    kinds = fields.get("first_k_dense_replace", 0) + 1  # the layers behind these are like the last
     with tempfile.TemporaryDirectory(dir=folder.parent) as one:
-        shapes = dict(shapes_of_one_layer(fields, Path(one)))
+        shapes = dict(shapes_of(fields | {"num_hidden_layers": min(kinds, layers)}, Path(one)))
         architectures = json.loads((Path(one) / "config.json").read_text())["architectures"]
     config.architectures = architectures
     config.save_pretrained(folder)
@@ -52,23 +56,21 @@ def make(folder: Path, shape: str, layers: int | None) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(names, file))
 
-    first = ".layers.0."
-    write("model-rest.safetensors", {name: s for name, s in shapes.items() if first not in name})
-    within = {name: size for name, size in shapes.items() if first in name}
+    write("model-rest.safetensors", {n: size for n, size in shapes.items() if ".layers." not in n})
     for layer in range(layers):
-        names = {name.replace(first, f".layers.{layer}."): size for name, size in within.items()}
+        like = f".layers.{min(layer, kinds - 1)}."
+        within = {name: size for name, size in shapes.items() if like in name}
+        names = {name.replace(like, f".layers.{layer}."): size for name, size in within.items()}
         write(f"model-layer-{layer}.safetensors", names)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def shapes_of_one_layer(
-    fields: dict[str, object], folder: Path
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and sizes of a model of one layer, as `save_pretrained` writes it into the folder."""
+def shapes_of(fields: dict[str, object], folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and sizes of a model as `save_pretrained` writes it into the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**fields | {"num_hidden_layers": 1})
+    config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu").save_pretrained(folder)
@@ -121,9 +123,11 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--shape", default="OLMoE-1B-7B")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--set", action="append", default=[], help="FIELD=NUMBER of config.json")
     parser.add_argument("--calib", action="append", default=[])
     given, extra = parser.parse_known_args()
     if given.what == "make":
-        make(given.folder, given.shape, given.layers)
+        changes = {field: int(number) for field, number in (one.split("=") for one in given.set)}
+        make(given.folder, given.shape, given.layers, changes)
     else:
         run(given.folder, given.out, given.calib, extra)

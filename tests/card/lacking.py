@@ -56,7 +56,7 @@ def of_torch() -> dict[str, list[str]]:
     """
     names: Any = torch.cuda
     names.is_available = lambda: True
-    names.device_count = lambda: 1
+    names.current_device, names.device_count = lambda: 0, lambda: 1
     names.get_device_capability = lambda device=None: (9, 0)
     names.get_device_name = lambda device=None: "NVIDIA H200"
     names.get_device_properties = lambda device=None: _Properties

@@ -89,6 +89,17 @@ def test_costs_of_embedding_and_head_are_those_of_rounding_them(
         assert found[name][2] == 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_errors_are_computed_some_rows_at_a_time(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_and_head, "ROWS_AT_ONCE", 7)
+    weight = torch.randn(30, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounded = quantize_matrix("rtn", weight, Codec(bits, 32)).dequantize()
+    found = embedding_and_head.rounding_error(weight, Codec(bits, 32))
+    assert torch.equal(found, rounded - weight)
+
+
 @pytest.mark.parametrize(
     ("head_tokens", "sampled"),
     [(120, [[0, 1], [2, 3], [4]]), (60, [[0], [2], [4]]), (24, [[0], [0], [0]])],

@@ -146,6 +146,14 @@ def test_long_matrices_are_unpacked_in_strips(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(reference.linear(x, packed, None, rows, codec), y)
 
 
+@pytest.mark.parametrize("codec", [Codec(3, 64), Codec(8, 64)], ids=lambda c: c.name)
+def test_long_matrices_are_packed_in_strips(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = random_fields(100, 128, codec)
+    whole = pack(*fields, codec)
+    monkeypatch.setattr(scalar, "STRIP_WEIGHTS", 2 * 16 * 128)
+    assert torch.equal(pack(*fields, codec), whole)
+
+
 @pytest.mark.parametrize("first", [1, 2, 64])
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
 def test_a_matrix_may_start_at_any_byte_of_memory(codec: Codec, first: int) -> None:

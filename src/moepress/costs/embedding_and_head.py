@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moepress.costs.sensitivity import EMBEDDING
 from moepress.costs.texts import Texts
-from moepress.format.codec import codec_for
+from moepress.format.codec import Codec, codec_for
 from moepress.original.backward import outputs_as_leaves
 from moepress.original.batches import position_chunks
 from moepress.original.walk import Walk
@@ -57,7 +57,7 @@ def score_embedding_and_head(
             if not own and "head" not in roles_of_one:
                 continue
             codec = codec_for(bits, weight.shape[1], group_size)
-            error = quantize_matrix("rtn", weight, codec).dequantize().sub_(weight)  # [V, H]
+            error = rounding_error(weight, codec)
             cost = torch.zeros(texts.count, dtype=torch.float64)
             if "embedding" in roles_of_one:
                 s = sensitivity[EMBEDDING].double()
@@ -67,6 +67,16 @@ def score_embedding_and_head(
             costs[row, :, option] = cost if own else 0
     walk.ranks.sum_up(costs)
     return costs
+
+
+def rounding_error(weight: Tensor, codec: Codec) -> Tensor:
+    """What rounding a table [V, H] to nearest adds to it, [V, H] float32."""
+    error = torch.empty_like(weight, dtype=torch.float32)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        rounded = quantize_matrix("rtn", weight[rows], codec).dequantize()
+        torch.sub(rounded, weight[rows], out=error[rows])
+    return error
 
 
 def embedding_costs(error: Tensor, s: Tensor, ids: Tensor, texts: Texts) -> Tensor:

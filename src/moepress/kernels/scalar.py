@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from moepress.errors import InputError
 from moepress.format.codec import ROWS_PER_BLOCK, Codec
 
-STRIP_WEIGHTS = 1 << 22  # weights unpacked at a time: 16 MB in float32
+STRIP_WEIGHTS = 1 << 22  # weights packed or unpacked at a time: 16 MB in float32
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) -> Tensor:
@@ -49,16 +49,14 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) -> T
     """
     _check_fields(codes, scales, zeros, codec)
     rows, cols = codes.shape
-    groups = codec.groups(cols)
-    padding = (0, 0, 0, -rows % ROWS_PER_BLOCK)
-    tiles = F.pad(codes, padding).view(-1, ROWS_PER_BLOCK, groups, codec.group_size)  # [B,16,G,g]
-    fields = [
-        torch.cat([_pack_plane(tiles >> shift, bits) for bits, shift in _planes(codec)], dim=2),
-        _pack_side(F.pad(scales, padding)),
-        *([] if zeros is None else [_pack_side(F.pad(zeros, padding))]),
-    ]
-    blocks = torch.cat([field.flatten(1) for field in fields], dim=1)  # [B, block bytes]
-    return F.pad(blocks.flatten(), (0, codec.nbytes(rows, cols) - blocks.numel()))
+    packed = torch.zeros(codec.nbytes(rows, cols), dtype=torch.uint8, device=codes.device)
+    blocks = _blocks(packed, rows, cols, codec)
+    step = _blocks_at_once(cols)
+    for first in range(0, len(blocks), step):
+        some = slice(first * ROWS_PER_BLOCK, (first + step) * ROWS_PER_BLOCK)
+        of_zeros = None if zeros is None else zeros[some]
+        blocks[first : first + step] = _pack_rows(codes[some], scales[some], of_zeros, codec)
+    return packed
 
 
 def unpack(
@@ -83,7 +81,7 @@ def strips(packed: Tensor, rows: int, cols: int, codec: Codec) -> Iterator[tuple
     Memory beside the result stays near `STRIP_WEIGHTS` floats.
     """
     blocks = _blocks(packed, rows, cols, codec)
-    step = max(1, STRIP_WEIGHTS // (ROWS_PER_BLOCK * cols))
+    step = _blocks_at_once(cols)
     for first in range(0, len(blocks), step):
         start = first * ROWS_PER_BLOCK
         fields = _unpack_rows(blocks[first : first + step], cols, codec)
@@ -96,9 +94,27 @@ def some_rows(packed: Tensor, rows: int, cols: int, codec: Codec, wanted: Tensor
     return _weights(*fields, codec)
 
 
+def _blocks_at_once(cols: int) -> int:
+    """How many blocks of K columns are packed or unpacked at a time."""
+    return max(1, STRIP_WEIGHTS // (ROWS_PER_BLOCK * cols))
+
+
 def _planes(codec: Codec) -> tuple[tuple[int, int], ...]:
     """(bits, shift within the code) of the bit planes of a tile, in order."""
     return ((2, 0), (1, 2)) if codec.bits == 3 else ((codec.number, 0),)
+
+
+def _pack_rows(codes: Tensor, scales: Tensor, zeros: Tensor | None, codec: Codec) -> Tensor:
+    """The blocks [B, block bytes] of some rows of a matrix; the arguments are those of `pack`."""
+    padding = (0, 0, 0, -len(codes) % ROWS_PER_BLOCK)
+    shape = -1, ROWS_PER_BLOCK, codec.groups(codes.shape[1]), codec.group_size
+    tiles = F.pad(codes, padding).view(shape)  # [B, 16, G, g]
+    fields = [
+        torch.cat([_pack_plane(tiles >> shift, bits) for bits, shift in _planes(codec)], dim=2),
+        _pack_side(F.pad(scales, padding)),
+        *([] if zeros is None else [_pack_side(F.pad(zeros, padding))]),
+    ]
+    return torch.cat([field.flatten(1) for field in fields], dim=1)
 
 
 def _pack_plane(tiles: Tensor, bits: int) -> Tensor:

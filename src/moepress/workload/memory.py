@@ -30,19 +30,21 @@ from moepress.workload.shapes import Layer
 from moepress.workload.task import Task, Widths
 
 FLOAT = 4  # bytes of a float32
-# Bytes of a weight while a matrix is rounded to trellis codes: rows, target, errors in float32;
-# branches twice; then the values of the paths with their states (three int32, one int64).
-ROUNDING_TRELLIS = 3 * FLOAT + 2 + FLOAT + 3 * 4 + 8
+# Bytes of a weight while a matrix is rounded to trellis codes: the weights to round, and they
+# rotated, in units of their scales, and with feedback, in float32; branches twice; 16-bit numbers.
+ROUNDING_TRELLIS = 4 * FLOAT + 2 + 2
 # The same for scalar codes: codes, a float32 copy. Only some thousand rows are held in float32.
 ROUNDING_SCALAR = 1 + FLOAT
-# A rounded matrix as weights: values with their states, then rotated.
-DECODING = 2 * FLOAT + 3 * 4 + 8
+# A rounded matrix as weights: values of its paths, times the scales, rotated.
+DECODING = 3 * FLOAT
+# Its gain: it and the original weights, both rotated, and what the second one is made of.
+GAIN = 6 * FLOAT
 # Target, its product with the factor, and noise in float32; then errors, what is left after
 # feedback, slices in the fit of the scale and in the rotation back.
 DRAWING, DRAWN = 3 * FLOAT, 3 * FLOAT
-# Correction: the target, the weights rotated, the solutions of two triangular systems (or, with
-# kept tokens, W d^T of fewer columns and the change).
-CORRECTING = 5 * FLOAT
+# Correction: the weights rotated, the solutions of two triangular systems (or, with kept tokens,
+# W d^T of fewer columns and the change) with products in 16 bits.
+CORRECTING = 4 * FLOAT
 # Activations of a layer for a token: of states and attention, in the dtype of the walk and float32.
 ACTIVATIONS = 5
 # Inputs of a matrix on a chunk: rotated and weighted in float32, with the steps of the transform.
@@ -117,17 +119,22 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
     linears = Rounding.of_linears(recipe, recipe.quantizer)
     experts = Rounding.of_experts(recipe, recipe.quantizer)
     walks = 2 if experts.corrects else 1
-    walk = _states(task, copies=walks + 1) + _routed(task, copies=1)
-    walk += walks * task.tokens * shape.hidden * shape.compute_itemsize  # inputs of the experts
-    walk += folder // shape.moe_layers  # packed bytes of a layer
+    states = _states(task, copies=walks + 1)
+    inputs = task.tokens * shape.hidden * shape.compute_itemsize  # of the experts, of one walk
+    packed = folder // shape.moe_layers  # of a layer
+    routed = states + _routed(task, copies=1)
     most = [_states(task, copies=1) + _outside(task) + _tables(task)]
     for layer in shape.layers:
-        held = walk + layer.weights * shape.compute_itemsize
+        held = layer.weights * shape.compute_itemsize
         names = {linear.name for linear in layer.linears if linear.name in widths.tensors}
         of_linears = [widths.tensors[name] for name in names]
+        statistics = _linears_statistics(layer, names, linears, corrects=walks == 2)
         rounded = _linears(layer, names, of_linears, linears, corrects=walks == 2)
-        most.append(held + _batch(task) + rounded)
+        most.append(states + held + walks * _batch(task) + statistics)
+        most.append(states + held + (walks - 1) * inputs + rounded)
         if layer.has_experts:
+            # The original layer runs before its linears are rounded.
+            most.append(routed + held + statistics + _expert(task) + _expert_run(task))
             sample = min(SAMPLE, task.tokens)
             meter = sample * shape.hidden * (2 * FLOAT + shape.experts_per_token * FLOAT)
             rounded = max(
@@ -136,7 +143,8 @@ def quantize(task: Task, widths: Widths, folder: int) -> int:
             )
             run = max(_expert_run(task), rounded)
             hidden = shape.expert_tokens(task.tokens) * shape.inner * shape.compute_itemsize
-            most.append(held + meter + run + hidden + 2 * _expert(task))
+            both = routed + walks * inputs + packed + 2 * _expert(task)
+            most.append(both + held + meter + run + hidden)
     return max(most)
 
 
@@ -208,23 +216,36 @@ def _linears(
     rounding: Rounding,
     corrects: bool,
 ) -> int:
-    """Factors of all linears of a layer, with `corrects` corrections, and the largest rounded."""
+    """Rounding the linears of a layer, whose statistics were gathered together."""
     groups = layer.sharing_inputs(names)
-    if not groups:
-        return 0
-    squares = [group[0].cols ** 2 for group in groups]
-    held = (1 + corrects) * FLOAT * sum(squares) if rounding.needs_hessian else 0
-    largest = max(linear.weights for group in groups for linear in group)
-    return held + 3 * FLOAT * max(squares) + largest * _rounding_bytes(widths, rounding, corrects)
+    rounded = _rounding_bytes(widths, rounding)
+    most = 0
+    for group in groups:
+        square = FLOAT * group[0].cols ** 2
+        largest = max(linear.weights for linear in group)
+        targets = corrects * FLOAT * sum(linear.weights for linear in group)
+        # A copy of the Hessian while that is factored; then block feedback.
+        correcting = corrects * (2 * square + CORRECTING * largest)
+        rounding_one = rounding.needs_hessian * square + rounded * largest
+        most = max(most, targets + max(correcting, rounding_one))
+    return _linears_statistics(layer, names, rounding, corrects) + most
 
 
-def _rounding_bytes(widths: Sequence[float], rounding: Rounding, corrects: bool) -> int:
+def _linears_statistics(
+    layer: Layer, names: Collection[str], rounding: Rounding, corrects: bool
+) -> int:
+    """Hessians of all linears of a layer and, with `corrects`, the sums of corrections."""
+    squares = sum(group[0].cols ** 2 for group in layer.sharing_inputs(names))
+    return (1 + corrects) * FLOAT * squares if rounding.needs_hessian else 0
+
+
+def _rounding_bytes(widths: Sequence[float], rounding: Rounding) -> int:
     """Bytes of a weight while its matrix is rounded to one of the widths."""
     trellis = any(stored_family(bits, rounding.family) == "trellis" for bits in widths)
     rounded = ROUNDING_TRELLIS if trellis else ROUNDING_SCALAR
     if rounding.draws:
         rounded = max(rounded, DRAWING + DRAWN)
-    return max(rounded, DECODING) + corrects * CORRECTING
+    return max(rounded, DECODING)
 
 
 def _rounded_expert(task: Task, rounding: Rounding) -> int:
@@ -256,7 +277,7 @@ def _rounded_expert(task: Task, rounding: Rounding) -> int:
         drawing = both + DRAWING * drawn + DRAWN * largest + weights
         return max(drawing, both + FLOAT * largest + chunk)
     codes = count * shape.expert_weights
-    one = largest * _rounding_bytes(task.recipe.widths, rounding, corrects=False)
+    one = largest * _rounding_bytes(task.recipe.widths, rounding)
     return codes + max(factors + one, kept + chunk, weights + DECODING * largest)
 
 
@@ -279,30 +300,33 @@ def _rounded_matrix(
 ) -> int:
     """A matrix of an expert while it is rounded to one width."""
     offered = [bits for both in widths for bits in both if bits]
-    one = rows * cols * _rounding_bytes(offered, rounding, rounding.corrects)
+    weights = rows * cols
+    one = weights * _rounding_bytes(offered, rounding)
     if not rounding.needs_hessian:
         return one
     tokens, chunk = task.hessian_tokens, _chunk(task, cols)
     kept, factors = _statistics(task, cols), _factors(task, cols)
     if not rounding.corrects:
         return max(kept + chunk, factors + one)
+    gain = weights * GAIN
     if keeps(tokens, cols):  # with differences, and the solutions of a correction
-        return max(2 * (kept + chunk), kept + factors + one, 3 * kept + one)
+        correcting = 3 * kept + weights * CORRECTING
+        return max(2 * (kept + chunk), correcting, 2 * kept + factors + max(one, gain))
     # Hessian, correction and a copy of the Hessian while that is factored; then correction, factor
     # and block feedback.
     square = FLOAT * cols**2
-    correction = 2 * rows * cols * FLOAT if sums_moved(rows, cols) else square
-    return max(2 * (kept + chunk), 3 * square + correction, 2 * square + correction + one)
+    correction = 2 * weights * FLOAT if sums_moved(rows, cols) else square
+    correcting = 3 * square + correction + weights * CORRECTING
+    return max(2 * (kept + chunk), correcting, 2 * square + correction + max(one, gain))
 
 
 def _tables(task: Task) -> int:
-    """The largest of embedding and head, rounded and compared: its codes, three in float32."""
+    """The largest of embedding and head: its error in float32, or codes and packed bytes."""
     shape = task.shape
     sizes = [
         rows * cols
         for name, (rows, cols) in task.tables.items()
         if any(bits != UNQUANTIZED for bits in task.open.get(name, (0,)))
     ]
-    largest = max(sizes, default=0)
-    rows = min(ROWS_AT_ONCE, shape.vocabulary) * shape.hidden * FLOAT
-    return largest * (shape.compute_itemsize + 1 + 3 * FLOAT) + rows + _logits(task)
+    rows = min(ROWS_AT_ONCE, shape.vocabulary) * shape.hidden * (1 + DECODING)
+    return max(sizes, default=0) * FLOAT + rows + _logits(task)
