@@ -311,13 +311,14 @@ def _rounded_matrix(
     gain = weights * GAIN
     if keeps(tokens, cols):  # with differences, and the solutions of a correction
         correcting = 3 * kept + weights * CORRECTING
-        return max(2 * (kept + chunk), correcting, 2 * kept + factors + max(one, gain))
+        return max(2 * kept + chunk, correcting, 2 * kept + factors + max(one, gain))
     # Hessian, correction and a copy of the Hessian while that is factored; then correction, factor
     # and block feedback.
     square = FLOAT * cols**2
     correction = 2 * weights * FLOAT if sums_moved(rows, cols) else square
     correcting = 3 * square + correction + weights * CORRECTING
-    return max(2 * (kept + chunk), correcting, 2 * square + correction + max(one, gain))
+    gathered = square + correction + chunk
+    return max(gathered, correcting, 2 * square + correction + max(one, gain))
 
 
 def _tables(task: Task) -> int:
