@@ -20,7 +20,7 @@ from tests.uneven import uneven
 
 USUAL = ("deepseek_v3", "qwen3_next")
 # Their norms follow attention and experts, or are read by more than linears.
-NO_NORM = ("cohere2_moe", "flex_olmo", "jetmoe", "minimax", "qwen4_exp", "qwen4_exp_text", "zaya")
+NO_NORM = ("cohere2_moe", "flex_olmo", "jetmoe", "minimax", "qwen4_exp", "qwen4_exp_text")
 # Fused linears, norms or limits between two linears.
 NO_PAIR = (
     *("dbrx", "deepseek_v4", "glm5_next", "inkling2", "inkling2_loop", "inkling2_loop_text"),

@@ -83,6 +83,39 @@ def test_a_norm_that_something_else_reads_is_left_alone(
         assert seen_readers(walk, QKV) == []
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype", "reader"),
+    [
+        ("glm5_next", torch.float32, "index_kpool_compress_gate"),  # of no linear
+        ("hy_v4", torch.bfloat16, "weights_proj.weight"),  # gets a copy in float32
+    ],
+)
+def test_readers_that_matter_to_longer_text_only_are_seen(
+    family: str, dtype: torch.dtype, reader: str, tmp_path: Path
+) -> None:
+    """An indexer chooses among 16 tokens or more: the proof cannot see what it reads."""
+    walk = walk_of(family_folder(family, tmp_path, dtype), IDS[:, :8])
+    found = []
+    for layer in range(len(walk.source.layers)):
+        with walk.source.layer_loaded(layer):
+            packed = walk.source.packable[layer].keys()
+            found += find_readers(walk, layer, packed, watch(walk, layer))
+            walk.pass_layer(layer)
+    linears = [one.linears for one in found if any("indexer.wk." in name for name in one.linears)]
+    assert linears
+    assert all(any(name.endswith(reader) for name in names) for names in linears)
+
+
+def test_a_norm_that_another_norm_reads_is_left_alone(tmp_path: Path) -> None:
+    """That norm is of an indexer, to which one token makes no difference."""
+    walk = walk_of(family_folder("mistral_large4", tmp_path, torch.float32), IDS[:, :1])
+    with walk.source.layer_loaded(0):
+        found = seen_readers(walk, walk.source.packable[0].keys())
+    norms = {one.norm.split("layers.0.")[-1] for one in found}
+    assert "self_attn.kv_a_layernorm" in norms
+    assert "input_layernorm" not in norms
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_a_norm_that_an_unused_linear_may_read_is_left_alone(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, used: bool

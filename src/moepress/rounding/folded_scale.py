@@ -2,19 +2,21 @@
 
 A norm multiplies its outputs by weights of its own. These times s, and the columns of what reads
 the norm divided by s, compute the same: nothing is stored beside them, and nothing is multiplied
-while the model runs. But all that reads the norm must be known. Which linears do is seen while the
-layer runs. That nothing else does is proven by running it again with powers of two for s
+while the model runs. But all that reads the norm must be known. Which matrices do is seen while the
+layer runs: those of an indexer too, which makes no difference to text that is shorter than what it
+chooses. That nothing else does is proven by running it again with powers of two for s
 (same_layer.py). A linear that makes no difference to text may be for images: norms that it could
-read are left alone. So are those in front of routed experts (pre_quant_scale.py).
+read are left alone. So are those in front of routed experts (pre_quant_scale.py), and those that
+another norm reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,8 @@ from moepress.original.walk import Walk
 from moepress.rounding.channel_scale import LEAST_GAIN, TOKENS, best_scale
 from moepress.rounding.same_layer import (
     Call,
+    Product,
     Watched,
-    is_norm,
     powers_of_two,
     put,
     run_batch,
@@ -99,7 +101,7 @@ def scale_readers(source: Source, readers: Readers, scale: Tensor) -> None:
 
 
 def _inputs(walk: Walk, layer: int, all_readers: Sequence[Readers]) -> list[list[Tensor]]:
-    """Inputs [t, K] float32 of the readers of each norm, of some batches; on rank 0.
+    """Outputs [t, K] float32 of each norm, of some batches; on rank 0.
 
     The same batches for any number of ranks, at equal distances.
     """
@@ -107,7 +109,8 @@ def _inputs(walk: Walk, layer: int, all_readers: Sequence[Readers]) -> list[list
     if not all_readers:
         return kept
     batches, own = walk.division.batches, iter(range(len(walk.batches)))
-    linears = [cast(nn.Linear, walk.source.module(one.linears[0])) for one in all_readers]
+    norms = [walk.source.model.get_submodule(one.norm) for one in all_readers]
+    widths = [walk.source.shape(f"{one.norm}.weight")[-1] for one in all_readers]
     tokens = [walk.division.tokens(batch) for _, batch in batches]
     wanted = -(-TOKENS // (tokens[0].stop - tokens[0].start))
     for number, (owner, _) in enumerate(batches):
@@ -116,9 +119,9 @@ def _inputs(walk: Walk, layer: int, all_readers: Sequence[Readers]) -> list[list
             continue
         rows = tokens[number].stop - tokens[number].start
         if mine is None:
-            of_batch = [torch.empty(rows, linear.in_features) for linear in linears]
+            of_batch = [torch.empty(rows, width) for width in widths]
         else:
-            of_batch = _inputs_of_batch(walk, layer, mine, linears)
+            of_batch = _inputs_of_batch(walk, layer, mine, norms)
         for x, parts in zip(of_batch, kept, strict=True):
             walk.ranks.give_first(x, owner)
             if walk.ranks.first:
@@ -127,58 +130,54 @@ def _inputs(walk: Walk, layer: int, all_readers: Sequence[Readers]) -> list[list
 
 
 def _inputs_of_batch(
-    walk: Walk, layer: int, number: int, linears: Sequence[nn.Linear]
+    walk: Walk, layer: int, number: int, norms: Sequence[nn.Module]
 ) -> list[Tensor]:
-    """Inputs [t, K] float32 of some linears in a batch of this rank."""
-    seen: dict[nn.Linear, Tensor] = {}
+    """Outputs [t, K] float32 of some norms in a batch of this rank."""
+    seen: dict[nn.Module, Tensor] = {}
 
-    def keep(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        seen[linear] = args[0].flatten(0, -2).float()
+    def keep(norm: nn.Module, args: Any, output: Tensor) -> None:
+        seen[norm] = output.flatten(0, -2).float()
 
     with ExitStack() as stack:
-        for linear in linears:
-            stack.callback(linear.register_forward_pre_hook(keep).remove)
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(keep).remove)
         run_batch(walk, layer, number)
-    return [seen[linear] for linear in linears]
+    return [seen[norm] for norm in norms]
 
 
 def _readers(walk: Walk, layer: int, watched: Watched) -> list[Readers]:
-    """The norms that are called once, with the linears that get their outputs.
+    """The norms that are called once, with the matrices that get their outputs.
 
-    Those in front of routed experts are left out.
+    Those in front of routed experts and of other norms are left out.
     """
     source, to_experts = walk.source, watched.given[-1]
     own = set(source.names(source.layer_paths[layer]))
-    calls = {name: of_one[0] for name, of_one in watched.calls.items() if len(of_one) == 1}
-    modules = {name: source.model.get_submodule(name) for name in calls}
+    of_norms = (one for calls in watched.norms.values() for one in calls)
+    others = [to_experts, *(x for one in of_norms for x in (*one.args, *one.kwargs.values()))]
+    calls = {name: of_one[0] for name, of_one in watched.norms.items() if len(of_one) == 1}
     return [
-        Readers(name, offset, reading)
-        for name, module in modules.items()
+        Readers(name, offset, tuple(weights))
+        for name, call in calls.items()
         if f"{name}.weight" in own
-        and is_norm(module)
-        and (reading := _linears_with_input(calls, modules, calls[name].output))
-        and not _is_same(to_experts, calls[name].output)
-        and (offset := _offset(module, calls[name])) is not None
+        and not any(_is_same(x, call.output) for x in others)
+        and (weights := _matrices_with_input(watched.products, call.output))
+        and all(one in own and source.shape(one)[-1] == call.output.shape[-1] for one in weights)
+        and (offset := _offset(source.model.get_submodule(name), call)) is not None
     ]
 
 
-def _linears_with_input(
-    calls: Mapping[str, Call], modules: Mapping[str, nn.Module], x: Any
-) -> tuple[str, ...]:
-    """Names of the weights of the linears that are called with `x`."""
-    return tuple(
-        f"{name}.weight"
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-        and _is_same((*calls[name].args, None)[0], x)
-        and module.in_features == x.shape[-1]
-    )
+def _matrices_with_input(products: Sequence[Product], x: Tensor) -> dict[str | None, None]:
+    """Names of the matrices that are multiplied with `x`, in their order."""
+    return dict.fromkeys(one.weight for one in products if _is_same(one.x, x))
 
 
 def _is_same(x: Any, other: Any) -> bool:
-    """Whether two tensors in memory are the same numbers, in whatever shape."""
-    tensors = isinstance(x, Tensor) and isinstance(other, Tensor)
-    return tensors and x.data_ptr() == other.data_ptr() and x.numel() == other.numel()
+    """Whether two tensors are the same memory in whatever shape, or a copy in another dtype."""
+    if not (isinstance(x, Tensor) and isinstance(other, Tensor)) or x.numel() != other.numel():
+        return False
+    if x.dtype == other.dtype:
+        return x.data_ptr() == other.data_ptr()
+    return torch.equal(x.flatten(), other.flatten().to(x.dtype))
 
 
 def _offset(norm: nn.Module, call: Call) -> float | None:

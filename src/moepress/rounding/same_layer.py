@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from moepress.original.calls import replaced_forward
 from moepress.original.source import Source
@@ -22,20 +24,47 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Call(NamedTuple):
-    """What a module was called with, and what it returned: kept, so that no address is reused."""
+    """What a norm was called with, and what it returned: kept, so that no address is reused."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any  # None of a linear
+    output: Any
+
+
+class Product(NamedTuple):
+    """A matrix that a tensor was multiplied with, by a linear or by other code."""
+
+    x: Tensor
+    weight: str | None  # name of the matrix; None: it is no parameter of the layer
 
 
 @dataclass(frozen=True)
 class Watched:
     """What a loaded layer does with a batch."""
 
-    calls: Mapping[str, Sequence[Call]]  # of its linears and norms, by path
+    norms: Mapping[str, Sequence[Call]]  # by path
+    products: Sequence[Product]
     given: Sequence[Tensor]  # of `run_batch`
     unused: tuple[str, ...]  # weights of linears that make no difference: they may be for images
+
+
+class _Products(TorchFunctionMode):
+    """Keeps the products with matrices while it is on.
+
+    Args:
+        names: of parameters, by their ids.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.kept: list[Product] = []
+        self._names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight = (*args, *(kwargs or {}).values())[:2]
+            self.kept.append(Product(x, self._names.get(id(weight))))
+        return func(*args, **(kwargs or {}))
 
 
 def powers_of_two(like: Tensor, power: int = 2) -> Tensor:
@@ -76,30 +105,35 @@ def that_hold(
 
 @torch.inference_mode()
 def watch(walk: Walk, layer: int) -> Watched:
-    """Run a batch through a loaded layer, and see what its linears and norms are called with."""
+    """Run a batch through a loaded layer, and see what its norms and matrices are called with."""
     source, path = walk.source, walk.source.layer_paths[layer]
-    calls: dict[str, list[Call]] = {}
+    part = source.model.get_submodule(path)
+    modules = dict(part.named_modules(prefix=path))
+    norms: dict[str, list[Call]] = {name: [] for name, one in modules.items() if is_norm(one)}
 
     def keep(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = Call(args, kwargs, None if isinstance(module, nn.Linear) else output)
-            calls[name].append(call)
+            norms[name].append(Call(args, kwargs, output))
 
         return see
 
     with ExitStack() as stack:
-        for name, module in source.model.get_submodule(path).named_modules(prefix=path):
-            if isinstance(module, nn.Linear) or is_norm(module):
-                calls[name] = []
-                stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
+        for name in norms:
+            hook = modules[name].register_forward_hook(keep(name), with_kwargs=True)
+            stack.callback(hook.remove)
+        names = {id(value): name for name, value in part.named_parameters(prefix=path)}
+        products = stack.enter_context(_Products(names)).kept
         given = run_batch(walk, layer, 0)
-    own = set(source.names(path))
-    uncalled = [f"{name}.weight" for name, of_one in calls.items() if not of_one]
-    linears = [name for name in uncalled if name in own and source.current(name).dim() == 2]
+    own, used = set(source.names(path)), {one.weight for one in products}
+    linears = [f"{name}.weight" for name, one in modules.items() if isinstance(one, nn.Linear)]
     # The code of some routers reads the weight of a linear that it does not call.
-    others = ({name: {name: 1 - 3 * source.current(name)}} for name in linears)
+    others = (
+        {name: {name: 1 - 3 * source.current(name)}}
+        for name in linears
+        if name in own - used and source.current(name).dim() == 2
+    )
     unused = [name for other in others for name in that_hold(walk, layer, given, other)]
-    return Watched(calls, given, tuple(unused))
+    return Watched(norms, products, given, tuple(unused))
 
 
 def is_norm(module: nn.Module) -> bool:
