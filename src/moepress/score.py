@@ -211,10 +211,9 @@ def score_layer(
     texts = texts.repeated(len(walk.passes))
     progress.update(layer=layer, note="linears")
     of_all_linears = Rounding.of_linears(recipe, recipe.measure)
-    more_sensitive: dict[str, float] = {}
     if of_all_linears.balance:
         packed = tensors.open.keys() | tensors.fixed_specs.keys()
-        more_sensitive = even_linears(walk, layer, packed)
+        even_linears(walk, layer, packed)
     of_linears = partial(
         score_linears,
         walk,
@@ -224,7 +223,6 @@ def score_layer(
         of_all_linears,
         of_layer,
         texts,
-        more_sensitive,
     )
     linear_cost = of_linears()
     if layer not in source.experts:

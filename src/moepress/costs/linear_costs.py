@@ -34,7 +34,6 @@ def score_linears(
     rounding: Rounding,
     sensitivity: Mapping[str, Tensor],
     texts: Texts,
-    more_sensitive: Mapping[str, float],
     experts_output: Tensor | None = None,
 ) -> Tensor:
     """Cost [M, D, W] float64 of each open linear of a layer on each text, at each width.
@@ -42,8 +41,6 @@ def score_linears(
     Args:
         modules: the open linears, by parameter name.
         sensitivity: s [T] of each linear's output, by parameter name.
-        more_sensitive: what s is to be multiplied by, by parameter name, for weights that were
-            scaled since (`balance_linears`).
         experts_output: [T, H] of the layer's routed experts: the linears that read it are scored;
             None: all others are. The costs of those that are not scored are 0.
     """
@@ -72,7 +69,7 @@ def score_linears(
         if name not in factors:  # another rank has it
             continue
         weight = walk.source.current(name)
-        by_text = texts.sums(s) / len(texts.of_token) * more_sensitive.get(name, 1.0)
+        by_text = texts.sums(s) / len(texts.of_token)
         offered = rounded_weights(name, weight, widths, factors[name], rounding, larger[name])
         for option, rounded in enumerate(offered):
             cost = output_cost(weight, rounded, factors[name], rounding.family)

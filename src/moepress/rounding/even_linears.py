@@ -10,21 +10,17 @@ from moepress.rounding.folded_scale import Readers, find_readers, fold_scales
 from moepress.rounding.same_layer import watch
 
 
-def even_linears(walk: Walk, layer: int, packed: Collection[str]) -> dict[str, float]:
+def even_linears(walk: Walk, layer: int, packed: Collection[str]) -> None:
     """Scale channels of a loaded layer's linears evenly. It computes the same as before.
 
     The weights are changed in the skeleton, on all ranks, until the layer is unloaded.
 
     Args:
         packed: names of the linears' weights that are rounded; others may be among them.
-
-    Returns:
-        What sensitivities of outputs are to be multiplied by, as `balance_linears` returns it.
     """
     pairs, all_readers = walk.ranks.agreed(lambda: _found(walk, layer, packed))
-    larger = balance_linears(walk.source, pairs)
+    balance_linears(walk.source, pairs)
     fold_scales(walk, layer, all_readers, packed)
-    return larger
 
 
 def _found(walk: Walk, layer: int, packed: Collection[str]) -> tuple[list[Pair], list[Readers]]:
