@@ -156,7 +156,7 @@ def _readers(walk: Walk, layer: int, watched: Watched) -> list[Readers]:
     others = [to_experts, *(x for one in of_norms for x in (*one.args, *one.kwargs.values()))]
     calls = {name: of_one[0] for name, of_one in watched.norms.items() if len(of_one) == 1}
     return [
-        Readers(name, offset, tuple(weights))
+        Readers(name, offset, weights)
         for name, call in calls.items()
         if f"{name}.weight" in own
         and not any(_is_same(x, call.output) for x in others)
@@ -166,9 +166,9 @@ def _readers(walk: Walk, layer: int, watched: Watched) -> list[Readers]:
     ]
 
 
-def _matrices_with_input(products: Sequence[Product], x: Tensor) -> dict[str | None, None]:
+def _matrices_with_input(products: Sequence[Product], x: Tensor) -> tuple[str, ...]:
     """Names of the matrices that are multiplied with `x`, in their order."""
-    return dict.fromkeys(one.weight for one in products if _is_same(one.x, x))
+    return tuple(dict.fromkeys(one.weight for one in products if _is_same(one.x, x)))
 
 
 def _is_same(x: Any, other: Any) -> bool:

@@ -35,7 +35,7 @@ class Product(NamedTuple):
     """A matrix that a tensor was multiplied with, by a linear or by other code."""
 
     x: Tensor
-    weight: str | None  # name of the matrix; None: it is no parameter of the layer
+    weight: str  # name of the matrix; empty: it is no parameter of the layer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             x, weight = (*args, *(kwargs or {}).values())[:2]
-            self.kept.append(Product(x, self._names.get(id(weight))))
+            self.kept.append(Product(x, self._names.get(id(weight), "")))
         return func(*args, **(kwargs or {}))
 
 
