@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepress.rounding.channel_scale import channel_scale, own_variance
+from moepress.rounding.channel_scale import best_scale, channel_scale, own_variance
 from tests.uneven import uneven
 
 H = 64
@@ -53,6 +53,21 @@ def test_no_scale_loses_less() -> None:
     kept = float((variance * scale**2).mean() / variance.mean())
     assert kept == pytest.approx(1, rel=0.01)
     assert torch.equal(scale.bfloat16().float(), scale)
+
+
+def test_rows_may_have_any_scales() -> None:
+    """A large query of a small key must not choose the scales for all others, and for values."""
+    weight = torch.randn(48, H, generator=torch.Generator().manual_seed(1)) * uneven(H, seed=2)
+    x = correlated()
+    scale, gain = best_scale([weight], [x])
+    rows = torch.ones(48, 1)
+    rows[3], rows[4] = 2.0**10, 2.0**-40
+    for dtype in (torch.float32, torch.bfloat16):
+        even = best_scale([weight.to(dtype)], [x])
+        found = best_scale([torch.cat([weight * rows, torch.zeros(2, H)]).to(dtype)], [x])
+        torch.testing.assert_close(found, even)
+    assert gain > 0.1
+    assert float(scale.log().std()) > 0.1
 
 
 def test_channels_that_nothing_is_known_of_stay() -> None:

@@ -7,7 +7,8 @@ leaves about the same error in all columns, so the loss grows by
 
 with e the mean square of a column's weights and D the variance of its inputs that the other inputs
 do not tell. It is least at s = (e / D)^(1/4). Where a norm scales channels unevenly, that is much
-less than without s.
+less than without s. Each row is rounded with a scale of its own, and what reads it may scale it
+back (keys a large query, `down` a large up): e is that of rows divided by their norms.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def best_scale(weights: Iterable[Tensor], parts: Sequence[Tensor]) -> tuple[Tens
         parts: inputs [t, H].
     """
     x = torch.cat(list(parts))
-    energy = mean_squares(weights)[: x.shape[1]]
+    energy = mean_squares(map(_with_rows_of_one, weights))[: x.shape[1]]
     scale, gain = channel_scale(energy.cpu(), own_variance(x).cpu())
     return scale, gain - CHANCE / len(x)
 
@@ -80,6 +81,12 @@ def own_variance(x: Tensor) -> Tensor:
     products.diagonal().add_(RIDGE)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(products).L)
     return size / inverse.diagonal()
+
+
+def _with_rows_of_one(weight: Tensor) -> Tensor:
+    """A matrix, its rows divided by their norms; rows of zeros stay."""
+    size = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)
+    return weight / torch.where(size > 0, size, 1.0).float()
 
 
 def mean_squares(parts: Iterable[Tensor]) -> Tensor:
