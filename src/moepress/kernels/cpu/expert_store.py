@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from moepress.kernels.stores import OPEN, refuse
 
 Ints = npt.NDArray[np.int64]
 
-PAGE = 4096  # this and the next two as in store_state.h
+PAGE = max(4096, mmap.PAGESIZE)  # this and the next two as in store_state.h
 HUGE_PAGE = 1 << 21
 HUGE_FROM = 8 * HUGE_PAGE  # bytes of a matrix
 READERS = 4  # threads that read

@@ -243,8 +243,9 @@ MOEPRESS_API int32_t moepress_attention(
 // ---- Experts on disk (store.h) ------------------------------------------------------------------
 
 // The bytes of a matrix in a file, and their place in the region of a store: both have the same
-// remainder modulo 4096. Pages of the region belong to one matrix each. Matrices of 16 MB and more
-// have huge pages, of 2 MB, and begin in the first 4096 bytes of one.
+// remainder modulo a page of the system, of 4096 bytes or more. Pages of the region belong to one
+// matrix each. Matrices of 16 MB and more have huge pages, of 2 MB, and begin in the first small
+// page of one.
 struct MoepressRange {
     int64_t fd, offset, bytes, place;
 };

@@ -17,7 +17,7 @@ using namespace moepress;
 namespace {
 
 // Address space for all experts, of which only some will get memory. False: the system refuses.
-bool reserve(MoepressStore& store, const MoepressRange* matrices, size_t count) {
+bool reserve(MoepressStore& store) {
     store.memory_bytes = page_ceil(store.region_bytes, kHugePage) + kHugePage;
     int flags = MAP_PRIVATE | MAP_ANON;
 #if defined(MAP_NORESERVE)
@@ -32,11 +32,12 @@ bool reserve(MoepressStore& store, const MoepressRange* matrices, size_t count) 
 #if defined(MADV_HUGEPAGE)
     // A huge page under small matrices would outlive them.
     madvise(memory, size_t(store.memory_bytes), MADV_NOHUGEPAGE);
-    for (size_t i = 0; i < count; ++i) {
-        const Pages pages = pages_of(matrices[i]);
-        if (pages.huge)
-            madvise(store.region + pages.first, size_t(pages.bytes()), MADV_HUGEPAGE);
-    }
+    for (const Expert& expert : store.experts)
+        for (const MoepressRange& range : expert.matrices) {
+            const Pages pages = pages_of(range);
+            if (pages.huge)
+                madvise(store.region + pages.first, size_t(pages.bytes()), MADV_HUGEPAGE);
+        }
 #endif
     return true;
 }
@@ -80,7 +81,7 @@ int32_t moepress_store_open(const MoepressRange* matrices, const int64_t* first_
         for (size_t layer = 0; layer < size_t(layers); ++layer)
             for (int64_t i = first_of_layer[layer]; i < first_of_layer[layer + 1]; ++i)
                 store->experts[size_t(i)].layer = int64_t(layer);
-        if (!reserve(*store, matrices, 2 * store->experts.size())) return kNoMemory;
+        if (!reserve(*store)) return kNoMemory;
         MoepressStore* const made = store.get();
         try {
             for (int32_t i = 0; i < threads; ++i)
