@@ -22,6 +22,7 @@ LOGITS = 1 << 28  # logits of an evaluation batch: half a GB in bfloat16, one GB
 SHARE = 0.45  # of a card's free memory, that an array of all tokens may take
 SHARE_IN_ORDER = 0.12  # the same for an array that is read in order, which costs less on the host
 IN_MEMORY = 1 << 30  # bytes; larger arrays of states are memory-mapped temporary files
+PIECE = 4 << 20  # bytes of zeros that are written at a time
 
 
 def batches(ids: Tensor, tokens: int | None = None) -> list[slice]:
@@ -93,10 +94,19 @@ def _reserve(file: Any, size: int) -> None:
         CheckpointError: the disk has too little space.
     """
     try:
-        os.posix_fallocate(file.fileno(), 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            _write_zeros(file.fileno(), size)
     except OSError as error:
         folder = Path(file.name).parent
         raise CheckpointError(
             f"{folder} has no room for a temporary file of {size:,} bytes ({error.strerror}). Free "
             "some space, or set TMPDIR to a folder on another disk; everything finished is kept."
         ) from error
+
+
+def _write_zeros(fd: int, size: int) -> None:
+    zeros = memoryview(bytes(min(size, PIECE)))
+    while size:
+        size -= os.write(fd, zeros[:size])
