@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from moepress.compress import compress
 from moepress.evaluate import evaluate
-from moepress.format.checkpoint import CHECKSUMS, DROP_COSTS, INDEX, PLAN
+from moepress.format.checkpoint import CHECKSUMS, DROP_COSTS, INDEX, PLAN, SCORES
 from moepress.inspect import inspect
 from moepress.prune import prune, set_pruning
 from moepress.report import report
@@ -92,6 +93,17 @@ def test_saved_over_other_files_there_is_one_model(made: Path, tmp_path: Path) -
     assert (tmp_path / PLAN).is_file() and (tmp_path / DROP_COSTS).is_file()
     assert torch.equal(logits(opened(tmp_path)), plain)
     inspect(tmp_path, verify=True)
+
+
+def test_into_its_own_folder_by_another_name(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on file systems where `Model` and `model` are one folder: no path says so."""
+    shutil.copytree(made, tmp_path / "Model")
+    (tmp_path / "model").symlink_to(tmp_path / "Model")
+    monkeypatch.setattr(Path, "resolve", Path.absolute)
+    opened(tmp_path / "Model").save_pretrained(tmp_path / "model")
+    assert all((tmp_path / "Model" / name).is_file() for name in (PLAN, SCORES, DROP_COSTS))
 
 
 def test_a_decoder_alone(made: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def save_with_ours(save: Callable[..., Any]) -> Callable[..., Any]:
 
 def _copy_ours(origin: Path, folder: Path) -> None:
     """Replace the files of moepress in `folder` by those of the folder the model came from."""
-    if origin.is_dir() and origin.resolve() == folder.resolve():
+    if origin.is_dir() and origin.samefile(folder):
         (folder / CHECKSUMS).unlink(missing_ok=True)
         return
     for name in (*COPIED, CHECKSUMS):
