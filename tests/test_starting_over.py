@@ -15,6 +15,7 @@ import pytest
 from moepress.allocate import allocate
 from moepress.allocation.plan import BitAllocation
 from moepress.compress import compress
+from moepress.dequantize import dequantize
 from moepress.errors import FileError, InputError
 from moepress.estimate import estimate
 from moepress.format.checkpoint import PLAN, SCORES, load_json, save_json, shard_name
@@ -205,6 +206,16 @@ def test_a_folder_with_anything_else_is_no_unfinished_output(
     with pytest.raises(InputError, match="was not made by moepress"):
         compress(model_folder(), tmp_path, small_recipe(text_file, bits=2))
     assert (tmp_path / shard_name(0)).is_file()
+
+
+def test_a_folder_that_macos_has_shown_is_empty(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    for out in (tmp_path / "packed", tmp_path / "plain"):
+        out.mkdir()
+        (out / ".DS_Store").write_bytes(bytes(8))
+    packed = compress(model_folder(), tmp_path / "packed", small_recipe(text_file, bits=2))
+    dequantize(packed, tmp_path / "plain")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from moepress.original.folder import weight_files
 from moepress.original.sizes import bytes_of_tensors, unpacked_model
 from moepress.progress import Progress
 from moepress.reading.config import config_fields
-from moepress.writing.files import check_place, sweep
+from moepress.writing.files import check_place, is_of_finder, sweep
 from moepress.writing.held import check_work, discard, held
 
 WORK = ".moepress-dequantize"  # the work folder inside the output
@@ -100,7 +100,8 @@ def dequantize(folder: str | Path, out: str | Path, *, trust_remote_code: bool =
 def _check_output(out: Path) -> None:
     """Raise InputError if `out` is neither new, nor empty, nor left by a stopped `dequantize`."""
     if out.is_symlink() or out.exists():
-        if not out.is_dir() or (any(out.iterdir()) and not (out / WORK).is_dir()):
+        empty = out.is_dir() and all(is_of_finder(path.name) for path in out.iterdir())
+        if not (empty or (out / WORK).is_dir()):
             raise InputError(f"{out} is not an empty folder. Give the name of a new one.")
         check_work(out / WORK)
     check_place(out / WORK)

@@ -49,7 +49,7 @@ from moepress.ranks import here
 from moepress.recipe import FIELDS_AFTER_SCORING, Recipe
 from moepress.text import windows
 from moepress.text.named import SELF
-from moepress.writing.files import check_place, is_partial, sweep
+from moepress.writing.files import check_place, is_of_finder, is_partial, sweep
 from moepress.writing.held import LOCK, check_work, discard, held
 
 TEXT = "text.safetensors"  # the calibration sequences, in the work folder
@@ -254,7 +254,7 @@ def _is_left(out: Path) -> bool:
 
     Messages tell users to delete the work folder, and what it took hours to score stays.
     """
-    names = [path.name for path in out.iterdir()]
+    names = [path.name for path in out.iterdir() if not is_of_finder(path.name)]
     return all(is_partial(name) or any(fnmatch(name, one) for one in UNFINISHED) for name in names)
 
 

@@ -322,6 +322,7 @@ def test_companions_are_known_and_the_rest_is_told(
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
             path.write_text("{}")
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")  # macOS, on a drive of exFAT
     (whole / "README.md").write_text("# About")
     tokenizer = json.loads((whole / "tokenizer_config.json").read_text())
     (whole / "tokenizer_config.json").write_text(
@@ -331,6 +332,7 @@ def test_companions_are_known_and_the_rest_is_told(
         out = compress(whole, tmp_path / "out", small_recipe(text_file, bits=2.0))
     assert not [name for name in (*LEFT, "README.md") if (out / name).exists()]
     assert not [name for name in COPIED if not (out / name).is_file()]
+    assert not list(out.rglob("._*"))
     (told,) = [r.getMessage() for r in caplog.records if "no part of the model" in r.getMessage()]
     assert "adapter_config.json" in told and "3 more" in told and "README" not in told
 

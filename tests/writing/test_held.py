@@ -80,6 +80,17 @@ def test_files_that_are_not_of_moepress_are_refused_and_kept(tmp_path: Path) -> 
         assert not (work / "text.safetensors").exists()
 
 
+def test_files_of_macos_go_with_the_work(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    (work / "score").mkdir(parents=True)
+    for name in (".DS_Store", "._score", "score/._layer-0000.safetensors", "score/.DS_Store"):
+        (work / name).write_bytes(bytes(8))
+    with held(work):
+        pass
+    discard(work)
+    assert not work.exists()
+
+
 def test_links_and_files_in_its_place_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")

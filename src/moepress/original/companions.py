@@ -51,7 +51,7 @@ FETCHED = (
 
 # What a copy has anew (the config, the index), and what describes a model to people.
 MADE_ANEW = ("config.json", "model.safetensors", "*.safetensors.index.json")
-NOT_TOLD = (*MADE_ANEW, ".*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf")
+NOT_TOLD = (*MADE_ANEW, "*.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf")
 
 
 def companions(folder: Path) -> dict[str, Path]:
@@ -63,7 +63,7 @@ def companions(folder: Path) -> dict[str, Path]:
         FileError: one is no regular file, cannot be read, or is a damaged config.
     """
     found = {*code_files(folder), *_named_by_tokenizer(folder), *_known(folder)}
-    for inner in folder.iterdir():
+    for inner in _visible(folder):
         if inner.is_dir() and _matches(inner.name, FOLDERS):
             found |= _known(inner)
         elif inner.is_dir() and _matches(inner.name, TERMS):  # LICENSES
@@ -88,7 +88,7 @@ def left_behind(folder: Path, weights: set[Path]) -> list[str]:
 
 def _known(folder: Path) -> set[Path]:
     """The companions in a folder."""
-    named = (path for path in folder.iterdir() if _matches(path.name, COMPANIONS))
+    named = (path for path in _visible(folder) if _matches(path.name, COMPANIONS))
     found = {path for path in named if not (path.is_dir() and _matches(path.name, TERMS))}
     for path in found:
         regular_file(path, "The companion file")
@@ -108,14 +108,19 @@ def _named_by_tokenizer(folder: Path) -> set[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The regular files of a folder, links to such files among them."""
-    for path in folder.iterdir():
+    """The regular files of a folder that are not hidden, links to such files among them."""
+    for path in _visible(folder):
         try:
             regular = S_ISREG(path.stat().st_mode)
         except OSError:  # a link that leads nowhere
             continue
         if regular:
             yield path
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """What is in a folder without hidden names; macOS makes "._NAME" beside NAME on some drives."""
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -122,6 +122,12 @@ def is_partial(name: str) -> bool:
     return name.startswith(".") and name.endswith(PARTIAL)
 
 
+def is_of_finder(name: str) -> bool:
+    """Whether macOS makes a file with this name unasked: in folders that were looked at, and beside
+    files on drives of other systems (exFAT)."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
 def sweep(folder: Path) -> None:
     """Delete the unfinished files in a folder. No other process may be writing there."""
     for path in folder.iterdir():

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from moepress.errors import CheckpointError, InputError
-from moepress.writing.files import is_partial, sweep
+from moepress.writing.files import is_of_finder, is_partial, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ def _is_work(path: Path, folder: Path) -> bool:
         return False
     if path.is_dir():
         return name in FOLDERS
-    return path.is_file() and (is_partial(name) or any(fnmatch(name, one) for one in FILES))
+    expected = is_partial(name) or is_of_finder(name) or any(fnmatch(name, one) for one in FILES)
+    return expected and path.is_file()
 
 
 def _locked(folder: Path) -> IO[str]:
