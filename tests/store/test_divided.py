@@ -119,6 +119,18 @@ def test_device_maps_are_read() -> None:
     assert device_types({"a": 0, "b": "cpu", "c": "disk"}) == {"cuda", "cpu", "disk"}
 
 
+def test_auto_is_the_accelerator_of_this_machine_whichever(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Mac accelerate puts the model on its GPU, which a store's experts cannot follow."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert device_types("auto") == {"cpu"}
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    assert (device_types("auto"), device_types(None)) == ({"mps"}, {"cpu"})
+    with memory_wanted(GB), pytest.raises(InputError, match=r"on \['mps'\]. Experts on disk need"):
+        AutoModelForCausalLM.from_pretrained(folder("mixtral", "int"), device_map="auto")
+
+
 # Models
 
 

@@ -21,8 +21,8 @@ PLACED_LATER = ("auto", "balanced", "balanced_low_0", "sequential")  # device ma
 def device_types(device_map: Any) -> set[str]:
     """Types of the devices that a device map of transformers names, or "disk"."""
     if device_map is None or (isinstance(device_map, str) and device_map in PLACED_LATER):
-        placed = device_map is not None and torch.cuda.is_available()
-        return {"cuda" if placed else "cpu"}
+        card = torch.accelerator.current_accelerator(check_available=True)
+        return {card.type if card is not None and device_map is not None else "cpu"}
     return {str(device).split(":")[0] for device in _named(device_map)}
 
 
