@@ -115,6 +115,16 @@ def test_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("system", "do"), [("Linux", "install a torch build with CUDA"), ("Darwin", "on the CPU")]
+)
+def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch, system: str, do: str) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr("platform.system", lambda: system)
+    (check,) = module._cuda()
+    assert check.state == "missing" and do in check.do
+
+
 def test_refused_kernels_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from moepress import kernels
 

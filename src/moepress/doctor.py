@@ -186,6 +186,8 @@ def _cuda() -> Iterable[Check]:
 
     if torch.version.cuda is None:
         do = "for a GPU, install a torch build with CUDA"
+        if platform.system() == "Darwin":
+            do = "run models on the CPU: there is no CUDA for macOS"
         yield Check("cuda", "missing", f"torch {torch.__version__} is built without CUDA", do)
         return
     if not torch.cuda.is_available():
