@@ -7,6 +7,7 @@ import importlib
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -176,6 +177,46 @@ def test_a_plan_does_not_get_the_text_of_other_work(
     assert digests(quantize(model_folder(), plan, out)) == digests(
         quantize(model_folder(), plan, tmp_path / "right")
     )
+
+
+@pytest.mark.parametrize("verb", ["compress", "quantize"])
+def test_after_a_stopped_plan_other_work_gets_its_own_text(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, verb: str,
+) -> None:  # fmt: skip
+    recipe = small_recipe(text_file, bits=2)
+    other = recipe.with_changes(seed=7)
+    mine, plan = (allocate(score(model_folder(), one), one) for one in (recipe, other))
+
+    def run(out: Path) -> Path:
+        compresses = verb == "compress"
+        model = model_folder()
+        return compress(model, out, recipe) if compresses else quantize(model, mine, out)
+
+    out = tmp_path / "out"
+    stopped(monkeypatch, "quantize_layer", lambda: quantize(model_folder(), plan, out))
+    with pytest.raises(InputError, match="differs in: recipe") as caught:
+        run(out)
+    delete_what_is_named(caught.value)
+    assert digests(run(out)) == digests(run(tmp_path / "right"))
+
+
+def test_a_stopped_plan_is_not_found_to_be_another_one_after_scoring(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recipe, out = small_recipe(text_file, bits=2), tmp_path / "out"
+    right = digests(compress(model_folder(), tmp_path / "right", recipe))
+    plan = BitAllocation.load(tmp_path / "right" / PLAN)
+    plan = replace(plan, bits=plan.bits[:, ::-1])
+    stopped(monkeypatch, "quantize_layer", lambda: quantize(model_folder(), plan, out))
+    before = digests(out)
+    for run in (estimate, compress):
+        with pytest.raises(InputError, match="work of `moepress quantize`") as caught:
+            run(model_folder(), out, recipe)
+        assert digests(out) == before
+    delete_what_is_named(caught.value)
+    assert digests(compress(model_folder(), out, recipe)) == right
 
 
 def test_finished_work_needs_no_text_of_the_model_again(

@@ -62,11 +62,10 @@ from moepress.work import (
     FULL_RECIPE,
     PLAN_DIGEST,
     ROUNDING,
+    begin,
     check_output,
     claim,
-    compare_begun,
     identity,
-    keep_ids,
     kept_ids,
     output_held,
     own_text,
@@ -131,12 +130,11 @@ def quantize_tensors(
     ranks = here()
     if ranks.agreed(lambda: claim(out, work)):
         return out
-    ranks.agreed(lambda: compare_begun(out, work))
+    ranks.agreed(lambda: begin(out, ids, work))
     layers = len(source.layers)
     folder = out / WORK / ROUNDING
     ranks.agreed(lambda: _check_shards(out, folder))
     journal = Journal(folder, work, layers, lambda i: out / shard_name(i), source.device)
-    ranks.agreed(lambda: keep_ids(out / WORK, ids))
     todo = journal.todo
     states = ids.numel() * source.hidden
     ranks.agreed(lambda: check_space(out, plan, len(todo) / layers, states))

@@ -279,7 +279,7 @@ def kept(out: Path) -> str:
 
 
 def begin(out: Path, ids: Tensor, work: Mapping[str, str]) -> None:
-    """Store in the work folder of `out`, which is held, what scores depend on.
+    """Store in the work folder of `out`, which is held, the text and whose it is.
 
     Args:
         work: identity of the scores, and of the plan if there is a budget. A run that was stopped
@@ -296,7 +296,16 @@ def begin(out: Path, ids: Tensor, work: Mapping[str, str]) -> None:
 def compare_begun(out: Path, work: Mapping[str, str]) -> None:
     """Compare the unfinished work in `out`, if there is some. Arguments, errors: as of `begin`."""
     compare_identity(out / WORK / BEGUN, of_scores(work))
-    compare_identity(out / WORK / ROUNDING / IDENTITY_FILE, work)
+    rounding = out / WORK / ROUNDING
+    compare_identity(rounding / IDENTITY_FILE, work)
+    plan_comes_later = FULL_RECIPE in work and PLAN_DIGEST not in work
+    given = (rounding / IDENTITY_FILE).is_file() and not (out / SCORES).is_file()
+    if plan_comes_later and given:
+        raise InputError(
+            f"{rounding} holds unfinished work of `moepress quantize`: whether its plan is the one "
+            "that would be chosen here is known only after scoring. Continue it with `moepress "
+            f"quantize` and its plan, choose another output, or delete {rounding} to start over."
+        )
 
 
 def of_scores(work: Mapping[str, str]) -> dict[str, str]:
