@@ -542,7 +542,9 @@ def test_a_damaged_field_is_refused(mine: Path) -> None:
         AutoModelForCausalLM.from_pretrained(mine)
 
 
-@pytest.mark.parametrize("describe", [mp.inspect, read_subject])
+@pytest.mark.parametrize(
+    "describe", [mp.inspect, read_subject, AutoModelForCausalLM.from_pretrained]
+)
 @pytest.mark.parametrize(
     ("thresholds", "says"),
     [
@@ -550,9 +552,10 @@ def test_a_damaged_field_is_refused(mine: Path) -> None:
         ({"0": [0.5, 0.5]}, "first expert is never dropped"),
         ({"7": [0.0, 0.5]}, r"for layers \[7\]"),
         ({"0": [0.0, 0.5, 0.5]}, r"\[3\] of each"),
+        ({"0": [0.0]}, r"\[1\] of each"),
     ],
 )
-def test_damaged_thresholds_are_not_described(
+def test_damaged_thresholds_are_neither_described_nor_used(
     mine: Path, describe: Callable[[Path], Any], thresholds: dict[str, list[float]], says: str
 ) -> None:
     config = json.loads((mine / "config.json").read_text())

@@ -52,6 +52,7 @@ from moepress.original.composite import language_model
 from moepress.original.remote_code import one_line
 from moepress.original.skeleton import open_folder, open_original
 from moepress.prune import Pruning, Strength, prune
+from moepress.pruning.stored import check_fits
 from moepress.store.attach import (
     ExpertFiles,
     OnDisk,
@@ -195,9 +196,11 @@ class MoePressQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         group_queries(model)
         attend_on_card(model)
         grow_in_place(model)
-        pruning = getattr(self.quantization_config, "pruning", None)
-        if pruning is not None:
-            prune(model, Pruning.from_json(pruning))
+        fields = getattr(self.quantization_config, "pruning", None)
+        if fields is not None:
+            pruning = Pruning.from_json(fields)
+            check_fits(pruning, Path(model.name_or_path))
+            prune(model, pruning)
         return model
 
     def update_attn_implementation(self, config: Any) -> Any:
