@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 
 import moepress
+from moepress.allocation.plan import BitAllocation
+from moepress.byte_units import size_text
 from moepress.cli.tables import estimate_table
 from moepress.compress import compress
 from moepress.errors import BudgetError, CheckpointError, InputError
 from moepress.estimate import Estimate, duration, estimate, shares_left
 from moepress.format import checkpoint
-from moepress.format.checkpoint import folder_bytes, write_atomically
+from moepress.format.checkpoint import PLAN, folder_bytes, write_atomically
+from moepress.propose import propose
 from moepress.workload import rates
 from tests.conftest import small_recipe
 
@@ -212,6 +215,24 @@ def test_nothing_is_left_of_a_finished_folder(
         assert told == (calib != "both") == (not expected.seconds) == (not expected.memory_bytes)
     with pytest.raises(InputError, match="finished model of other work"):
         estimate(model_folder(), out, recipe, bits=2)
+
+
+def test_scores_in_the_folder_tell_its_size(
+    model_folder: Folder, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Costs that are assumed give a folder of 15 % less here."""
+    recipe, out = small_recipe(text_file, "default", bits=2), tmp_path / "out"
+    model = model_folder("qwen2_moe")
+    fresh = estimate(model, out, recipe)
+    propose(model, out, recipe)
+    scored = estimate(model, out, recipe)
+    capsys.readouterr()
+    compress(model, out, recipe)
+    assert f"result {size_text(scored.folder_bytes)}" in capsys.readouterr().err
+    finished = estimate(model, out, recipe)
+    assert scored.folder_bytes == BitAllocation.load(out / PLAN).folder_bytes
+    assert finished.folder_bytes == folder_bytes(out)
+    assert fresh.folder_bytes < 0.95 * folder_bytes(out)
 
 
 def test_without_a_budget_another_one_in_the_folder_is_no_hindrance(

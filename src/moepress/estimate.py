@@ -2,8 +2,8 @@
 
 The operations of every stage are counted from the model's shapes (workload/) and multiplied by
 rates that are measured on this machine in about a second, as busy as it is then. No weight is
-loaded and nothing is written. The plan does not exist yet: its widths are estimated by assumed
-costs. With a GPU, peak memory is that of both memories together.
+loaded and nothing is written. Without scores there is no plan yet: its widths are estimated by
+assumed costs. With a GPU, peak memory is that of both memories together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moepress.byte_units import size_text
 from moepress.costs.scores import ROUNDED, ExpertScores
 from moepress.costs.sensitivity import SENSITIVITY, result_file
 from moepress.errors import CheckpointError
-from moepress.format.checkpoint import SCORES, WORK, is_compressed, shard_name
+from moepress.format.checkpoint import SCORES, WORK, folder_bytes, is_compressed, shard_name
 from moepress.format.journal import IDENTITY_FILE, layer_file
 from moepress.memory import free_host_memory
 from moepress.original.between import bytes_between_layers
@@ -35,7 +35,16 @@ from moepress.ranks import here
 from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.text.named import SELF
-from moepress.work import ROUNDING, TEXT, check_output, check_text, check_unfinished, own_text
+from moepress.work import (
+    ROUNDING,
+    TEXT,
+    check_output,
+    check_text,
+    check_unfinished,
+    identity,
+    own_text,
+    stored_scores,
+)
 from moepress.workload import disk, memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.rates import REREAD, Machine, measured, seconds
@@ -153,8 +162,8 @@ def estimate(
     check_output(out)
     request = Request.of(model, recipe, device, trust_remote_code, **changes)
     ids = check_text(out / WORK, request.source, request.recipe)
-    check_unfinished(out, request.source, request.recipe, ids)
-    found = estimate_request(request, out)
+    scores = check_unfinished(out, request.source, request.recipe, ids)
+    found = estimate_request(request, out, scores)
     here_already = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if found.disk_bytes > found.free_disk_bytes + here_already:
         raise CheckpointError(
@@ -169,13 +178,19 @@ def announce_estimate(request: Request, out: Path) -> None:
     """Show the estimate as the first line of progress, unless `out` is finished."""
     if is_compressed(out):
         return
+    source, recipe = request.source, request.recipe
+    scores = here().agreed(lambda: stored_scores(out, identity(source, recipe, None)))
     count = here().count
     shared = f"; that is of one process, {count} ranks share the work" if count > 1 else ""
-    announce("estimate", lambda: estimate_request(request, out).line() + shared)
+    announce("estimate", lambda: estimate_request(request, out, scores).line() + shared)
 
 
-def estimate_request(request: Request, out: Path) -> Estimate:
-    """The estimate of a checked request."""
+def estimate_request(request: Request, out: Path, scores: ExpertScores | None) -> Estimate:
+    """The estimate of a checked request.
+
+    Args:
+        scores: those in `out`; None: costs are assumed.
+    """
     task = task_of(request)
     machine = Machine(
         request.source.device,
@@ -187,7 +202,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
         request.recipe.group_size,
         tuple(request.source.files),
     )
-    plan = assumed_plan(request) if request.recipe.has_budget else None
+    plan = _plan(request, scores) if request.recipe.has_budget else None
     counted = work_of(task, plan, request)
     rates = measured({name for work in counted.values() for name in work}, machine)
     left = shares_left(out, len(task.shape.layers), request.recipe)
@@ -208,7 +223,7 @@ def estimate_request(request: Request, out: Path) -> Estimate:
         rows.append(Stage(name, share * times, share, *most, dict(work)))
     return Estimate(
         stages=tuple(rows),
-        folder_bytes=None if plan is None else plan.folder_bytes,
+        folder_bytes=None if plan is None else _result_bytes(plan, out),
         tokens=task.tokens,
         scored_tokens=task.scored.tokens,
         threads=torch.get_num_threads(),
@@ -276,6 +291,15 @@ def widths_of(plan: BitAllocation, request: Request) -> Widths:
         experts=Counter(pair for row in plan.widths() for pair in row),
         tensors={name: spec.bits[0] for name, spec in specs.items()},
     )
+
+
+def _plan(request: Request, scores: ExpertScores | None) -> BitAllocation:
+    return assumed_plan(request) if scores is None else best_plan(scores, request.recipe)
+
+
+def _result_bytes(plan: BitAllocation, out: Path) -> int:
+    """Bytes of the compressed folder, which may be finished."""
+    return folder_bytes(out) if is_compressed(out) else plan.folder_bytes
 
 
 def assumed_plan(request: Request) -> BitAllocation:

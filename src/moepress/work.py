@@ -360,20 +360,26 @@ def holds_finished(out: Path, work: Mapping[str, str]) -> bool:
     return True
 
 
-def check_unfinished(out: Path, source: Source, recipe: Recipe, ids: Tensor | None) -> None:
+def check_unfinished(
+    out: Path, source: Source, recipe: Recipe, ids: Tensor | None
+) -> ExpertScores | None:
     """Check that `compress` could begin or continue in `out`. Nothing is written.
 
     Args:
         ids: None: the model has yet to write some of the text itself, which is not compared.
+
+    Returns:
+        The scores in `out`; None: it has none, or is finished.
 
     Raises:
         InputError: `out` holds work of another identity, or files that are not of moepress.
     """
     work = whole_identity(source, recipe, ids)
     if recipe.has_budget and holds_finished(out, work):
-        return
-    stored_scores(out, of_scores(work))
+        return None
+    scores = stored_scores(out, of_scores(work))
     compare_begun(out, work)
+    return scores
 
 
 def stored_scores(out: Path, made_of: Mapping[str, str]) -> ExpertScores | None:
