@@ -16,7 +16,7 @@ from moepress.recipe import Recipe
 from moepress.request import Request
 from moepress.score import score, score_tensors
 from moepress.work import calibration_ids
-from moepress.workload import stages
+from moepress.workload import memory, stages
 from moepress.workload.operations import Work
 from moepress.workload.shapes import Layer, Linear, ModelShape
 from moepress.workload.task import Task
@@ -65,6 +65,26 @@ def test_sampling_by_hand() -> None:
     assert stages.sampling(replace(task(), sequences=1))["multiply 1"] == 20 * (1800 + 2 * 2 * 6144)
     many = stages.sampling(replace(task(), sequences=65))
     assert many["multiply 64"] == 2 * work["multiply 5"]
+
+
+def test_a_state_is_passed_over_in_place_of_keys_and_values() -> None:
+    one = task()
+    with_state = replace(one.shape.layers[0], state=1000)
+    mixed = replace(one, shape=replace(one.shape, layers=(with_state, one.shape.layers[1])))
+    work, plain = stages.sampling(mixed), stages.sampling(one)
+    assert work["state"] == 20 * 5 * 1000  # 20 steps of 5 texts
+    assert work["recall"] == plain["recall"] / 2 and "state" not in plain
+    freed = 5 * (20 + 64) * one.shape.cached * 4  # a layer's keys and values, with their room
+    assert memory.sampling(mixed) - memory.sampling(one) == 4 * 5 * 11 * 1000 - freed
+
+
+def test_memory_of_written_text_by_hand() -> None:
+    """Keys and values of heads that queries share, one layer of all; predictions and noise."""
+    shared = replace(task().shape, key_heads=1, value_head=2)
+    assert shared.cached == 4 + 2 and task().shape.cached == 2 * (4 + 4)
+    expected = 4 * shared.weights + 2 * 800 + 4 * 5 * (20 + 64) * (2 * 6 + 2 * 8)
+    expected += 4 * (8 * 5 * 50 + 2 * ((1 << 22) + 50))
+    assert memory.sampling(replace(task(), shape=shared)) == expected
 
 
 def test_sensitivity_by_hand() -> None:

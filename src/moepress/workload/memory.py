@@ -17,6 +17,7 @@ from moepress.costs.embedding_and_head import ROWS_AT_ONCE
 from moepress.costs.sketch import rows_in_sketch
 from moepress.draws import STARTS
 from moepress.format.codec import stored_family
+from moepress.hf.growing_cache import room_beyond
 from moepress.original.batches import BATCH_TOKENS, LOGIT_TOKENS
 from moepress.recipe import UNQUANTIZED
 from moepress.rounding.correction import sums_moved
@@ -26,6 +27,7 @@ from moepress.rounding.noisy_products import SHARED, rows_of_sample
 from moepress.rounding.options import Rounding
 from moepress.rounding.sweep import RUN
 from moepress.rounding.token_factor import few
+from moepress.text.samples import BATCH
 from moepress.workload.shapes import Layer
 from moepress.workload.task import Task, Widths
 
@@ -49,6 +51,9 @@ CORRECTING = 4 * FLOAT
 ACTIVATIONS = 5
 # Inputs of a matrix on a chunk: rotated and weighted in float32, with the steps of the transform.
 GATHERING = 6 * FLOAT
+# Predictions of a step: logits in float32, copies, noise, what is left of them.
+PREDICTIONS = 8
+STEPS_OF_STATE = 10  # results of a step with the state of a layer
 KEPT, LIBRARIES = 500_000_000, 500_000_000
 
 
@@ -58,10 +63,16 @@ def with_kept(arrays: int) -> int:
 
 
 def sampling(task: Task) -> int:
-    """The whole model, and its KV cache."""
-    shape = task.shape
-    cache = 2 * 64 * task.length * shape.attention * len(shape.layers)
-    return (shape.weights + cache) * shape.compute_itemsize + shape.outside * shape.itemsize
+    """The whole model, its KV cache or states, and the predictions of a step with their noise."""
+    shape, rows = task.shape, min(BATCH, task.sequences)
+    room = rows * (task.length + room_beyond(task.length))
+    states = [layer.state for layer in shape.layers]
+    cache = room * shape.cached * states.count(0)
+    cache += room * 2 * shape.attention  # keys and values for all queries of one layer
+    kept = FLOAT * rows * (sum(states) + STEPS_OF_STATE * max(states))
+    predicted = FLOAT * (PREDICTIONS * rows * shape.vocabulary + 2 * (STARTS + shape.vocabulary))
+    weights = shape.weights * shape.compute_itemsize + shape.outside * shape.itemsize
+    return weights + cache * shape.compute_itemsize + kept + predicted
 
 
 def sensitivity(task: Task) -> int:

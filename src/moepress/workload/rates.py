@@ -41,6 +41,7 @@ TOKENS, ROWS, COLUMNS = 512, 2048, 1024  # at most, of the matrices that are tim
 FACTORED = 2048  # columns at most
 HEADS = 8  # at most
 MULTIPLIED = 1 << 25  # weights at most that few tokens are multiplied by: more than caches hold
+STATES = 1 << 13  # rows of COLUMNS elements: more than caches hold
 ELEMENTS = 1 << 20  # at most, of arrays that are passed over
 LOGITS = 1 << 21  # at most, whose gradient is timed
 PLACES, PLACE_BYTES = 32, 1 << 20  # of the model's files that are read
@@ -113,7 +114,8 @@ def _product(machine: Machine, _: float) -> float:
 
 def _attend(machine: Machine, _: float) -> float:
     heads, length = min(machine.shape.heads, HEADS), min(machine.length, TOKENS)
-    q, k, v = machine.random(3, 1, heads, length, machine.shape.head, dtype=machine.dtype)
+    q, k = machine.random(2, 1, heads, length, machine.shape.head, dtype=machine.dtype)
+    v = k[..., : machine.shape.value_head].contiguous()
     run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     return run / (heads * length**2)
 
@@ -130,12 +132,24 @@ def _multiply(machine: Machine, tokens: float) -> float:
 
 
 def _recall(machine: Machine, _: float) -> float:
-    heads, length = min(machine.shape.heads, HEADS), min(machine.length, TOKENS)
-    q = machine.random(BATCH, heads, 1, machine.shape.head, dtype=machine.dtype)
-    k, v = machine.random(2, 1, heads, length, q.shape[-1], dtype=machine.dtype)
-    k, v = k.repeat(BATCH, 1, 1, 1), v.repeat(BATCH, 1, 1, 1)
-    run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v))
+    shape = machine.shape
+    heads, length = min(shape.heads, HEADS), min(machine.length, TOKENS)
+    sharing = min(heads, shape.heads // (shape.key_heads or shape.heads))
+    heads = heads // sharing * sharing
+    q = machine.random(BATCH, heads, 1, shape.head, dtype=machine.dtype)
+    k = machine.random(1, heads // sharing, length, shape.head, dtype=machine.dtype)
+    k = k.repeat(BATCH, 1, 1, 1)
+    v = k[..., : shape.value_head].contiguous()
+    run = machine.seconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=sharing > 1))
     return run / (BATCH * heads * length)
+
+
+def _state(machine: Machine, _: float) -> float:
+    """A state that decays, is added to and read: memory of arrays this large is new each time."""
+    state, rows = machine.random(2, STATES, COLUMNS)
+    return machine.seconds(lambda: ((state * state.exp() + state * rows) * rows).sum(-1)) / (
+        state.numel()
+    )
 
 
 def _float32(machine: Machine, _: float) -> float:
@@ -272,6 +286,7 @@ PROBES: Mapping[str, Callable[[Machine, float], float]] = {
     "attend": _attend,
     "multiply": _multiply,
     "recall": _recall,
+    "state": _state,
     "float32": _float32,
     "cholesky": _cholesky,
     "copy": _copy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,6 +15,16 @@ from moepress.original.loops import loop_of
 from moepress.original.on_disk import disk_itemsizes
 from moepress.original.source import Source
 from moepress.rounding.sweep import in_16_bits
+
+STATE = "A_log"  # in the name of a tensor that layers with a state have: how fast it decays
+# Fields of a config whose product is the size of that state, by the names of families.
+STATE_SIZES = (
+    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    ("linear_num_heads", "linear_head_dim", "linear_head_dim"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+    ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
+    ("mamba_expand", "hidden_size", "mamba_d_state"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Layer:
     linears: tuple[Linear, ...]
     has_experts: bool
     runs: int = 1  # how often a token goes through it: more than once in a loop
+    state: int = 0  # elements of what it keeps of a text in place of keys and values
 
     def sharing_inputs(self, of: Collection[str]) -> list[tuple[Linear, ...]]:
         """The linears named in `of`, grouped by the inputs that they share.
@@ -79,7 +91,7 @@ class ModelShape:
     experts_per_token: int  # k
     vocabulary: int  # V
     heads: int
-    head: int  # size of a head
+    head: int  # size of a head's queries and keys
     outside: int  # weights outside the layers: embedding, head, norms
     itemsize: int  # bytes of a weight in the model's dtype
     expert_disk: float  # bytes of a routed expert's weight on disk, with scales if it has them
@@ -89,6 +101,8 @@ class ModelShape:
     parts: int = 2  # matrices of I rows in an expert's first product: gate and up, or up alone
     products_in_16_bits: bool = False  # some of them (rounding/sweep.py)
     neurons: int | None = None  # of an expert, that a token chooses one by one; None: it uses all
+    key_heads: int | None = None  # heads of keys and values; None: as many as of queries
+    value_head: int | None = None  # size of a head's values; None: that of its keys
 
     @classmethod
     def of(cls, source: Source) -> ModelShape:
@@ -96,7 +110,9 @@ class ModelShape:
         loop = loop_of(config, len(source.layers))
         one, chosen = source.one_layer_of_experts, experts_per_token(config)
         heads = _largest(config, "num_attention_heads") or 1
-        head = _largest(config, "head_dim") or source.hidden // heads
+        sizes = (_largest(config, name) for name in ("qk_head_dim", "head_dim"))
+        head = next(filter(None, sizes), source.hidden // heads)
+        state = _state(config)
         expert_disk, other_disk = disk_itemsizes(source)
         return cls(
             layers=tuple(
@@ -105,6 +121,7 @@ class ModelShape:
                     tuple(Linear(name, *source.shape(name)) for name in source.packable[index]),
                     index in source.experts,
                     loop.runs(index),
+                    state * any(STATE in name for name in source.names(path)),
                 )
                 for index, path in enumerate(source.layer_paths)
             ),
@@ -124,12 +141,19 @@ class ModelShape:
             parts=one.form.parts,
             products_in_16_bits=in_16_bits(source.compute_dtype, source.device),
             neurons=chosen if one.form.by_neuron else None,
+            key_heads=_largest(config, "num_key_value_heads"),
+            value_head=_largest(config, "v_head_dim"),
         )
 
     @property
     def attention(self) -> int:
         """Elements of the queries of a token."""
         return self.heads * self.head
+
+    @property
+    def cached(self) -> int:
+        """Elements of the keys and values of a token in a layer that has them."""
+        return (self.key_heads or self.heads) * (self.head + (self.value_head or self.head))
 
     @property
     def expert_hidden(self) -> int:
@@ -199,6 +223,15 @@ class ModelShape:
         if self.neurons is not None:
             return -(-tokens * self.neurons // self.experts)
         return -(-tokens * self.experts_per_token // self.experts)
+
+
+def _state(config: Any) -> int:
+    """Elements of the state of a linear attention or Mamba layer; 0: none is known."""
+    for names in STATE_SIZES:
+        sizes = [getattr(config, name, None) for name in names]
+        if all(isinstance(size, int) and size for size in sizes):
+            return math.prod(sizes)
+    return 0
 
 
 def _largest(config: Any, name: str) -> int | None:

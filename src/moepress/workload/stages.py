@@ -50,10 +50,13 @@ def sampling(task: Task) -> Work:
         if layer.has_experts:
             step[f"multiply {own}"] += chosen * shape.expert_weights
             step["call"] += chosen * CALLS_OF_EXPERT
+        if layer.state:
+            step["state"] = rows * layer.state
         works.append(times(layer.runs, step))
     steps = -(-task.sequences // BATCH) * task.length
     pairs = task.sequences * task.length**2 // 2 * shape.heads
-    seen = Work({"recall": pairs * sum(layer.runs for layer in shape.layers)})
+    attending = sum(layer.runs for layer in shape.layers if not layer.state)
+    seen = Work({"recall": pairs * attending})
     loaded = op.load(shape.weights, shape.disk_bytes / shape.weights)
     return loaded + seen + times(steps, total(works))
 
