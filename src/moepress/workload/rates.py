@@ -134,7 +134,7 @@ def _multiply(machine: Machine, tokens: float) -> float:
 def _recall(machine: Machine, _: float) -> float:
     shape = machine.shape
     heads, length = min(shape.heads, HEADS), min(machine.length, TOKENS)
-    sharing = min(heads, shape.heads // (shape.key_heads or shape.heads))
+    sharing = min(heads, max(1, shape.heads // (shape.key_heads or shape.heads)))
     heads = heads // sharing * sharing
     q = machine.random(BATCH, heads, 1, shape.head, dtype=machine.dtype)
     k = machine.random(1, heads // sharing, length, shape.head, dtype=machine.dtype)
@@ -147,9 +147,8 @@ def _recall(machine: Machine, _: float) -> float:
 def _state(machine: Machine, _: float) -> float:
     """A state that decays, is added to and read: memory of arrays this large is new each time."""
     state, rows = machine.random(2, STATES, COLUMNS)
-    return machine.seconds(lambda: ((state * state.exp() + state * rows) * rows).sum(-1)) / (
-        state.numel()
-    )
+    run = machine.seconds(lambda: ((state * state.exp() + state * rows) * rows).sum(-1))
+    return run / state.numel()
 
 
 def _float32(machine: Machine, _: float) -> float:

@@ -228,8 +228,8 @@ class ModelShape:
 def _state(config: Any) -> int:
     """Elements of the state of a linear attention or Mamba layer; 0: none is known."""
     for names in STATE_SIZES:
-        sizes = [getattr(config, name, None) for name in names]
-        if all(isinstance(size, int) and size for size in sizes):
+        sizes = [size for name in names if isinstance(size := getattr(config, name, None), int)]
+        if len(sizes) == len(names) and all(sizes):
             return math.prod(sizes)
     return 0
 
