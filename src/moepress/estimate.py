@@ -185,7 +185,7 @@ def announce_estimate(request: Request, out: Path) -> None:
     announce("estimate", lambda: estimate_request(request, out, scores).line() + shared)
 
 
-def estimate_request(request: Request, out: Path, scores: ExpertScores | None) -> Estimate:
+def estimate_request(request: Request, out: Path, scores: ExpertScores | None = None) -> Estimate:
     """The estimate of a checked request.
 
     Args:
