@@ -68,6 +68,13 @@ def test_groups(isa: str, group: int, dtype: torch.dtype, called: list[str]) -> 
     assert set(called) == {"moepress_attention"} and len(called) == 20
 
 
+def test_results_are_where_queries_are(called: list[str]) -> None:
+    q, k, v = qkv(1, 2, 2, 1, 40, 64)
+    with torch.device("meta"):  # the default of programs that set_default_device
+        found = kernels.attention(q, k, v, None, 0.2)
+    assert called and torch.equal(found, check(q, k, v))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_of_heads(isa: str, dtype: torch.dtype, called: list[str]) -> None:
     sizes = (1, 7, 8, 16, 20, 24, 64, 72, 80, 96, 100, 112, 128, 192, 256, 320, 511, 512)

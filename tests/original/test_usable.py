@@ -69,6 +69,13 @@ def test_all_refuse_alike_before_any_work(
     assert not out.exists()
 
 
+def test_another_default_device_is_refused(tmp_path: Path) -> None:
+    source = Source(save_model(make_model("mixtral"), tmp_path / "model"))
+    with torch.device("meta"), pytest.raises(MoepressError, match="default device is meta"):
+        check_usable(source)
+    check_usable(source)
+
+
 def test_code_that_fails_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(save_model(make_model("mixtral"), tmp_path / "model"))
     check_usable(source)

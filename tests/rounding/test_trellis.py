@@ -152,6 +152,26 @@ def test_compiled_packing_gives_the_same_bytes(bits: float, rows: int, cols: int
     assert torch.equal(cpu.trellis_pack(of_columns, bits), expected)
 
 
+@pytest.mark.skipif(cpu.missing() is not None, reason="needs the library")
+def test_codes_are_on_the_cpu_whatever_device_is_the_default() -> None:
+    branches, _ = random_branches(64, 32, 2)
+    rows = torch.randn(2, 256)
+    found = []
+    for default in ("meta", "cpu"):
+        trellis.signs.cache_clear()
+        with torch.device(default):
+            found.append(
+                (
+                    cpu.trellis_values(branches, 2),
+                    cpu.trellis_pack(branches, 2),
+                    cpu.trellis_search(rows.T[:, :64], 2),
+                    trellis.rotate(rows),
+                    trellis.code_values(2),
+                )
+            )
+    assert all(map(torch.equal, *found))
+
+
 def test_bytes_that_do_not_fit_are_refused() -> None:
     branches, scales = random_branches(64, 32, 2)
     with pytest.raises(InputError, match="got 3"):

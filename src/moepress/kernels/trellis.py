@@ -105,7 +105,7 @@ def code_values(bits: int) -> Tensor:
 
 def _product_bytes(bits: int) -> list[Tensor]:
     """The bytes of state * multiplier that a value sums, from the lowest: [4096] int64 each."""
-    product = torch.arange(STATES, dtype=torch.int64) * MULTIPLIERS[bits]
+    product = torch.arange(STATES, dtype=torch.int64, device="cpu") * MULTIPLIERS[bits]
     return [product >> 8 * i & 255 for i in range(BYTES_SUMMED[bits])]
 
 
@@ -365,7 +365,7 @@ def run_length(cols: int) -> int:
 @lru_cache(maxsize=32)
 def signs(cols: int) -> Tensor:
     """+1 or -1 for each column, [K] float32: the lowest bit of a hash of its place in its run."""
-    h = torch.arange(cols, dtype=torch.int64) % run_length(cols)
+    h = torch.arange(cols, dtype=torch.int64, device="cpu") % run_length(cols)
     h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
     h = h ^ h >> 16

@@ -31,9 +31,11 @@ def check_usable(source: Source) -> None:
     """Check what would otherwise fail only in the middle of a compression, and tell what is odd.
 
     Raises:
-        InputError: the model cannot be walked layer by layer, or chooses no expert.
+        InputError: the model cannot be walked layer by layer, or chooses no expert; or tensors are
+            made on another device than the CPU unless one is named.
         NumericalError: a weight outside the layers, or a small one inside, is not finite.
     """
+    _check_default_device()
     for layer in source.layers:
         returned_values(layer)
     _check_choices(source)
@@ -44,6 +46,17 @@ def check_usable(source: Source) -> None:
     for name in small:
         source.tensor(name)
     _tell_left_out(source)
+
+
+def _check_default_device() -> None:
+    """Raise InputError if tensors are made elsewhere than on the CPU unless a device is named."""
+    default = torch.get_default_device()
+    if default.type != "cpu":
+        raise InputError(
+            f"torch's default device is {default}. moepress keeps what is small on the CPU, so it "
+            f"expects cpu there: call torch.set_default_device('cpu'), and name the device in the "
+            f"call (device='{default.type}')."
+        )
 
 
 def _check_choices(source: Source) -> None:

@@ -319,7 +319,7 @@ def drop(
 def trellis_search(target: Tensor, bits: float) -> Tensor:
     """The search of `rounding.methods.viterbi.search`, for a target on the CPU."""
     columns = target.float().contiguous()
-    branches = torch.empty(columns.shape, dtype=torch.uint8)
+    branches = torch.empty_like(columns, dtype=torch.uint8)
     _search(columns, None, bits, branches)
     return branches
 
@@ -349,7 +349,7 @@ def _search(target: Tensor, feedback: Tensor | None, bits: float, branches: Tens
 def trellis_values(branches: Tensor, bits: float) -> Tensor:
     """The values that branches [64 S, K] choose, `trellis.code_matrix`: [64 S, K] float32."""
     given = branches.contiguous()
-    values = torch.empty(given.shape)
+    values = torch.empty_like(given, dtype=torch.float32)
     threads = torch.get_num_threads()
     interface.call(
         "moepress_trellis_values",
@@ -365,7 +365,7 @@ def trellis_values(branches: Tensor, bits: float) -> Tensor:
 def trellis_pack(branches: Tensor, bits: float) -> Tensor:
     """The stored bytes of branches [64 S, K], `trellis.pack_codes`: [rows * K * bits / 8] uint8."""
     given = branches.contiguous()
-    codes = torch.empty(int(given.numel() * bits) // 8, dtype=torch.uint8)
+    codes = given.new_empty(int(given.numel() * bits) // 8)
     threads = torch.get_num_threads()
     interface.call(
         "moepress_trellis_pack",
@@ -423,7 +423,7 @@ def trellis_rows(target: Tensor, drawn: Tensor, scale: Tensor, dtype: torch.dtyp
         dtype: float32 or bfloat16.
     """
     target, drawn, scale = target.contiguous(), drawn.contiguous(), scale.contiguous()
-    rows = torch.empty(target.shape[::-1], dtype=dtype)
+    rows = target.new_empty(target.shape[::-1], dtype=dtype)
     interface.call(
         "moepress_trellis_rows",
         target.data_ptr(),

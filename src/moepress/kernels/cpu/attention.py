@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         return reference.attention(q, k, v, mask, scale)
     q, k, v = _readable(q), _readable(k), _readable(v)
     batches, query_heads, tokens, size = q.shape
-    y = torch.empty((batches, tokens, query_heads, size), dtype=q.dtype)
+    y = torch.empty((batches, tokens, query_heads, size), dtype=q.dtype, device=q.device)
     interface.call(
         "moepress_attention",
         q.data_ptr(),

@@ -187,7 +187,8 @@ class ExpertStore:
         Raises:
             InputError: this process is a fork of the one that opened the store.
         """
-        found = torch.empty(int(self._first[layer + 1] - self._first[layer]), dtype=torch.bool)
+        experts = int(self._first[layer + 1] - self._first[layer])
+        found = torch.empty(experts, dtype=torch.bool, device="cpu")
         _check(_functions().moepress_store_at_hand(self.number, layer, found.data_ptr()))
         return found
 
