@@ -49,9 +49,12 @@ def test_dtypes(family: str, text_file: Path, tokenizer_folder: Path, tmp_path: 
     scaled = {  # what may be scaled against packed linears
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_norm(module))
-        and not path.endswith(("gate", "router"))
-        for name, _ in module.named_parameters(recurse=False)
+        if not path.endswith(("gate", "router"))
+        for name, value in module.named_parameters(recurse=False)
+        # An indexer may multiply states with matrices of no linear.
+        if isinstance(module, nn.Linear)
+        or is_norm(module)
+        or (path.endswith("indexer") and value.dim() == 2)
     }
     for name, value in open_folder(out, dtype="auto").state_dict().items():
         if value.dtype != torch.uint8 and name not in scales:
