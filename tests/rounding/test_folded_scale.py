@@ -63,7 +63,7 @@ def test_the_readers_of_a_norm_are_seen(
         assert all(torch.equal(value, kept[name]) for name, value in after.items())
     assert found.norm.endswith(norm)
     assert found.offset == offset
-    assert {name.split(".")[-2] for name in found.linears} == linears
+    assert {name.split(".")[-2] for name in found.matrices} == linears
 
 
 def test_a_norm_that_something_else_reads_is_left_alone(
@@ -101,7 +101,7 @@ def test_readers_that_matter_to_longer_text_only_are_seen(
             packed = walk.source.packable[layer].keys()
             found += find_readers(walk, layer, packed, watch(walk, layer))
             walk.pass_layer(layer)
-    linears = [one.linears for one in found if any("indexer.wk." in name for name in one.linears)]
+    linears = [one.matrices for one in found if any("indexer.wk." in name for name in one.matrices)]
     assert linears
     assert all(any(name.endswith(reader) for name in names) for names in linears)
 
@@ -132,7 +132,7 @@ def test_a_norm_that_an_unused_linear_may_read_is_left_alone(
     with walk.source.layer_loaded(0):
         found = seen_readers(walk, QKV)
         assert watch(walk, 0).unused == (() if used else QKV[1:])
-    assert [(one.norm, one.linears) for one in found] == ([(NORM, QKV[:1])] if used else [])
+    assert [(one.norm, one.matrices) for one in found] == ([(NORM, QKV[:1])] if used else [])
 
 
 def test_weights_of_a_norm_that_are_zero_stay(model_folder: Callable[..., Path]) -> None:
@@ -158,7 +158,7 @@ def test_weights_of_a_norm_are_numbers_of_its_dtype(tmp_path: Path) -> None:
     source = walk.source
     with source.layer_loaded(0):
         (readers,) = seen_readers(walk, source.packable[0].keys())
-        name, reader = f"{readers.norm}.weight", readers.linears[0]
+        name, reader = f"{readers.norm}.weight", readers.matrices[0]
         before, columns = source.current(name).float() + 1, source.current(reader).double()
         scale = 1 + 0.001 * torch.randn(len(before))
         scale[3] = 2.0**-11  # w + 1 would be 0

@@ -54,7 +54,7 @@ def _check_default_device() -> None:
     if default.type != "cpu":
         raise InputError(
             f"torch's default device is {default}. moepress keeps what is small on the CPU, so it "
-            f"expects cpu there: call torch.set_default_device('cpu'), and name the device in the "
+            "expects cpu there: call torch.set_default_device('cpu'), and name the device in the "
             f"call (device='{default.type}')."
         )
 

@@ -45,7 +45,7 @@ class Readers:
 
     norm: str  # path of the module
     offset: float  # it multiplies by w + offset
-    linears: tuple[str, ...]  # names of the weights
+    matrices: tuple[str, ...]  # their names: weights of linears, or of other code
 
 
 @torch.inference_mode()
@@ -60,7 +60,7 @@ def fold_scales(
     """
     inputs = _inputs(walk, layer, all_readers)
     for readers, parts in zip(all_readers, inputs, strict=True):
-        rounded = [walk.source.current(name) for name in readers.linears if name in packed]
+        rounded = [walk.source.current(name) for name in readers.matrices if name in packed]
         scale, gain = walk.ranks.agreed(partial(best_scale, rounded, parts))
         if gain > LEAST_GAIN:
             scale_readers(walk.source, readers, scale)
@@ -75,9 +75,9 @@ def find_readers(
     changes = {
         readers: _times_powers(walk.source, readers)
         for readers in _readers(walk, layer, watched)
-        if walk.source.shape(readers.linears[0])[1] not in unused
-        and any(name in packed for name in readers.linears)
-        and not any(reads_experts(name) for name in readers.linears)
+        if walk.source.shape(readers.matrices[0])[1] not in unused
+        and any(name in packed for name in readers.matrices)
+        and not any(reads_experts(name) for name in readers.matrices)
     }
     return that_hold(walk, layer, watched.given, changes)
 
@@ -218,7 +218,7 @@ def _scaled(source: Source, readers: Readers, weight: Tensor, scale: Tensor) -> 
     if getattr(source.module(f"{readers.norm}.weight"), "bias", None) is not None:
         bias = source.current(f"{readers.norm}.bias")
         tensors[f"{readers.norm}.bias"] = (bias.float() * scale.float()).to(bias)
-    for name in readers.linears:
+    for name in readers.matrices:
         value = source.current(name)
         tensors[name] = (value.float() / scale.float()).to(value)
     return tensors
