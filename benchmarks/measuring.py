@@ -132,7 +132,7 @@ class Evaluator:
             compare(self.tokens.ids[batch], logits, self._reference[batch])
             for batch, logits in self._predictions(model)
         ]
-        columns = {name: torch.cat([m[name] for m in measured]) for name in measured[0]}
+        columns = {k: self.tokens.scored(torch.cat([m[k] for m in measured])) for k in measured[0]}
         results = []
         for name in dict.fromkeys(self.tokens.texts):
             rows = torch.tensor([text == name for text in self.tokens.texts])

@@ -211,7 +211,7 @@ def evaluate(
             original_repetition = measure_repetition(original, prompts)
         reference = _predictions(other, original, tokens.ids, device, trust_remote_code)
     measured = [compare(tokens.ids[b], p, r) for b, p, r in _paired(predictions, reference)]
-    by_name = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # each [S, L - 1]
+    by_name = {k: tokens.scored(torch.cat([m[k] for m in measured])) for k in measured[0]}
     results = []
     for name in dict.fromkeys(tokens.texts):
         rows = torch.tensor([text == name for text in tokens.texts])

@@ -11,9 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from moepress.errors import InputError
 from moepress.text import stream, windows
+from moepress.text.beginning import beginning
 from moepress.text.windows import (
     Tokens,
     check_vocab,
@@ -219,3 +223,62 @@ def test_evaluation_refuses(tokenizer: Any, text: Path) -> None:
         evaluation_tokens([("self", 1.0)], tokenizer, 10, None)
     with pytest.raises(InputError, match="limit is 0"):
         evaluation_tokens([(str(text), 1.0)], tokenizer, 10, 0)
+
+
+# Special tokens that a text begins with.
+
+
+def begins(tokenizer: Any, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts the tokens of a template around a text, `$A`."""
+    bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    bpe.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens"),
+    [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("<s> </s> $A", [0, 1]), ("$A </s>", [])],
+)
+def test_beginning(tokenizer: Any, template: str, tokens: list[int]) -> None:
+    assert beginning(begins(tokenizer, template)).tolist() == tokens
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> </s> $A"])
+def test_sequences_begin_as_texts_do(tokenizer: Any, tmp_path: Path, template: str) -> None:
+    path = tmp_path / "small.txt"
+    path.write_text(LINES[:1500])
+    stream = encode(tokenizer, LINES[:1500])
+    beginner = begins(tokenizer, template)
+    begin = beginning(beginner)
+    calib = load_tokens([(str(path), 1.0)], beginner, 4, 100, seed=3).ids
+    valid = evaluation_tokens([(str(path), 1.0)], beginner, 100, None).ids
+    step = 100 - len(begin)
+    for ids in (calib, valid):
+        assert ids.shape[1] == 100
+        assert (ids[:, : len(begin)] == begin).all()
+        assert all(b - a >= step for a, b in pairwise(places(ids[:, len(begin) :], stream)))
+    assert places(valid[:, len(begin) :], stream) == [i * step for i in range(len(valid))]
+    assert len(valid) == (len(stream) - len(begin)) // step
+    scored = evaluation_tokens([(str(path), 1.0)], beginner, 100, None).scored(valid[:, 1:])
+    assert torch.equal(scored, valid[:, len(begin) + 1 :])  # text after text
+    with pytest.raises(InputError, match=r"3 tokens, 2 of which are special.*Use at least 4"):
+        load_tokens([(str(path), 1.0)], begins(tokenizer, "<s> </s> $A"), 4, 3, seed=3)
+
+
+def test_a_text_that_spells_its_beginning_has_it_once(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chat.txt"
+    path.write_text("<s>" + LINES[:500])
+    beginner = begins(tokenizer, "<s> $A")
+    ids = evaluation_tokens([(str(path), 1.0)], beginner, 50, 2).ids
+    stream = encode(tokenizer, "<s>" + LINES[:500])
+    assert ids[0].tolist() == stream[:50]
+    assert ids[1].tolist() == [0, *stream[49:98]]
+
+
+def test_a_tokenizer_that_fails_is_named(tokenizer: Any, text: Path) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise KeyError("merges")
+
+    with pytest.raises(InputError, match="tokenizer fails on the text with KeyError"):
+        load_tokens([(str(text), 1.0)], failing, 4, 20, seed=3)

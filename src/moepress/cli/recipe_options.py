@@ -46,7 +46,7 @@ Length = Annotated[
     int | None,
     typer.Option(
         "--sequence-length",
-        help="Tokens per sequence.",
+        help="Tokens per sequence, special ones that texts begin with included.",
         show_default=DEFAULTS["sequence_length"],
     ),
 ]

@@ -41,7 +41,9 @@ def evaluate(
         typer.Option(help="Text to predict: what --calib of compress takes, but self. Repeatable."),
     ],
     against: Annotated[str | None, typer.Option(help="Original model to compare with.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    length: Annotated[
+        int, typer.Option(help="Tokens per window, special ones that texts begin with included.")
+    ] = 256,
     limit: Annotated[int | None, typer.Option(help="Windows per text; default: all.")] = None,
     device: DeviceToRun = None,
     activation_bits: ActivationBits = 8,

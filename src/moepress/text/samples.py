@@ -14,6 +14,7 @@ from moepress.draws import Noise, drawn_tokens, gumbel_noise
 from moepress.errors import InputError, MoepressError
 from moepress.generation import following
 from moepress.progress import Progress
+from moepress.text.beginning import beginning
 from moepress.text.named import SELF, STDLIB
 
 BATCH = 64  # sequences that the model writes side by side
@@ -44,8 +45,7 @@ def own_samples(
     vocabulary = len(writer.get_output_embeddings().weight)  # a tokenizer may have more tokens
     known = (token for token in tokenizer.get_vocab().values() if token < vocabulary)
     plain = sorted(set(known) - special)
-    bos = tokenizer.bos_token_id
-    begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    begin = beginning(tokenizer).tolist()
     starts = torch.tensor([[*begin, token] for token in rng.choices(plain, k=count)])
     seed = rng.getrandbits(63)
     device = torch.device(writer.device)

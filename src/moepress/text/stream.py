@@ -53,7 +53,7 @@ def token_stream(
             which = bisect_right(ends, index)
             first = ends[which - 1] if which else 0
             texts.append(_chunk(documents[which], index - first, ends[which] - first, chunk_bytes))
-        for index, ids in zip(batch, _encode(tokenizer, texts), strict=True):
+        for index, ids in zip(batch, encode(tokenizer, texts), strict=True):
             taken[index] = ids
             count += len(ids)
     begins = {0, *ends}
@@ -78,10 +78,18 @@ def _chunk_counts(documents: Sequence[Document], chunk_bytes: int) -> list[int]:
     return [max(1, math.ceil(document.size / chunk_bytes)) for document in documents]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Any, texts: list[str], special: bool = False) -> list[list[int]]:
+    """Tokens of each text.
+
+    Args:
+        special: with the special tokens that the tokenizer puts around a text.
+
+    Raises:
+        InputError: the tokenizer fails.
+    """
     # verbose=False: no warning about texts longer than the model's context; they are cut later.
     try:
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)[
             "input_ids"
         ]
     except Exception as error:  # the tokenizer's library, or code of the model

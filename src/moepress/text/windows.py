@@ -19,9 +19,10 @@ random places of that stream:
 
     stream      aaaa aaaa EOS bb EOS cccc     windows   [--]  [--] [--]
 
-Every text has a random generator of its own, seeded with the seed and the text's file name, so that
-adding another text changes nothing in it. No special token is added but those EOS. A special token
-spelt out in the text is read as one, which chat templates need.
+A sequence is a window behind the special tokens that the model's tokenizer begins a text with
+(beginning.py). Every text has a random generator of its own, seeded with the seed and the text's
+file name, so that adding another text changes nothing in it. A special token spelt out in the text
+is read as one, which chat templates need.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from moepress.errors import InputError
 from moepress.generation import context_of
+from moepress.text.beginning import beginning, begun
 from moepress.text.documents import documents_of
 from moepress.text.named import SELF
 from moepress.text.samples import own_samples
@@ -58,6 +60,14 @@ class Tokens:
 
     ids: Tensor  # [S, length] int64
     texts: tuple[str, ...]  # [S] the text that each sequence comes from
+    special: int = 0  # special tokens that each sequence begins with
+
+    def scored(self, values: Tensor) -> Tensor:
+        """Of [S, length - 1] values of predicted tokens, those of text after text.
+
+        A special token is nothing to predict, and the first token after it stands in mid-text.
+        """
+        return values[:, self.special :]
 
 
 def parse_text(given: str) -> tuple[str, float]:
@@ -98,7 +108,7 @@ def load_tokens(
     Raises:
         InputError: a text cannot be read or is too short, or there are more texts than sequences.
     """
-    _check_request(texts, length)
+    _check_request(texts)
     shares = divide(sequences, [weight for _, weight in texts])
     drawn = []
     for (text, _), share in zip(texts, shares, strict=True):
@@ -118,7 +128,7 @@ def load_tokens(
 def evaluation_tokens(
     texts: Sequence[tuple[str, float]], tokenizer: Any, length: int, limit: int | None
 ) -> Tokens:
-    """Consecutive, non-overlapping windows from the start of each text; weights are ignored.
+    """Consecutive windows from the start of each text, which do not overlap; weights are ignored.
 
     Data sets and `stdlib` give their held-out split. The last tokens of a text that fill no window
     are left out.
@@ -129,27 +139,31 @@ def evaluation_tokens(
     Raises:
         InputError: a text cannot be read or is shorter than a window.
     """
-    _check_request(texts, length)
+    _check_request(texts)
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}. Expected at least 1 window, or none for no limit.")
+    begin = beginning(tokenizer)
+    step = _step(length, begin)
     windows = []
     for text, _ in texts:
         if text == SELF:
             raise InputError("'self' is for calibration only. Evaluate on a file or another text.")
         documents = documents_of(text, tokenizer, "valid")
-        enough = math.inf if limit is None else limit * length
+        enough = math.inf if limit is None else limit * step + len(begin)
         order = range(chunk_count(documents, EVALUATION_CHUNK))
         stream = token_stream(documents, order, EVALUATION_CHUNK, tokenizer, enough)
-        count = min(len(stream) // length, math.inf if limit is None else limit)
-        if not count:
+        fit = (len(stream) - len(begin)) // step
+        count = fit if limit is None else min(fit, limit)
+        if count < 1:
             raise InputError(
                 f"Evaluation text {text} has {len(stream):,} tokens; one window needs "
                 f"{length:,}. Add text or lower --length."
             )
-        windows.append(stream[: int(count) * length].view(-1, length))
+        windows += [torch.stack([begun(stream, i * step, length, begin) for i in range(count)])]
     return Tokens(
         torch.cat(windows),
         tuple(text for (text, _), own in zip(texts, windows, strict=True) for _ in own),
+        len(begin),
     )
 
 
@@ -214,7 +228,7 @@ def divide(total: int, weights: Sequence[float]) -> list[int]:
     return shares
 
 
-def _check_request(texts: Sequence[tuple[str, float]], length: int) -> None:
+def _check_request(texts: Sequence[tuple[str, float]]) -> None:
     names = [text for text, _ in texts]
     if not names:
         raise InputError("No text is given. Expected at least one.")
@@ -225,8 +239,6 @@ def _check_request(texts: Sequence[tuple[str, float]], length: int) -> None:
             raise InputError("The name of a text is empty. Give a file or another text.")
         if not 0 < weight < math.inf:
             raise InputError(f"Text {name} has weight {weight}. Expected a number above 0.")
-    if length < 2:
-        raise InputError(f"Sequences of {length} tokens leave nothing to predict. Use at least 2.")
 
 
 def _random_windows(
@@ -234,10 +246,12 @@ def _random_windows(
 ) -> Tensor:
     """Windows [count, length] int64 that do not overlap, in the order of the text."""
     documents = documents_of(text, tokenizer, "calib")
+    begin = beginning(tokenizer)
+    step = _step(length, begin)
     chunk_bytes = CHUNK_BYTES_PER_TOKEN * length
     order = list(range(chunk_count(documents, chunk_bytes)))
     rng.shuffle(order)
-    needed = count * length
+    needed = count * step + len(begin)
     stream = token_stream(documents, order, chunk_bytes, tokenizer, SURPLUS * needed)
     slack = len(stream) - needed
     if slack < 0:
@@ -247,5 +261,21 @@ def _random_windows(
         )
     # Sorted offsets into the slack keep the windows in order and apart.
     gaps = sorted(rng.randint(0, slack) for _ in range(count))
-    starts = [gap + i * length for i, gap in enumerate(gaps)]
-    return torch.stack([stream[start : start + length] for start in starts])
+    starts = [gap + i * step for i, gap in enumerate(gaps)]
+    return torch.stack([begun(stream, start, length, begin) for start in starts])
+
+
+def _step(length: int, begin: Tensor) -> int:
+    """Tokens of a sequence that are of the text.
+
+    Raises:
+        InputError: they leave nothing to predict.
+    """
+    step = length - len(begin)
+    if step < 2:
+        special = f", {len(begin)} of which are special tokens," if len(begin) else ""
+        raise InputError(
+            f"Sequences of {length} tokens{special} leave nothing to predict. Use at least "
+            f"{len(begin) + 2}."
+        )
+    return step
