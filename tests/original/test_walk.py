@@ -16,7 +16,7 @@ from moepress.original import batches as batch_sizes
 from moepress.original.batches import chunks, empty
 from moepress.original.experts import Routed
 from moepress.original.source import Source
-from moepress.original.walk import Walk
+from moepress.original.walk import Walk, batch_energy
 from moepress.progress import Progress
 from tests.conftest import FAMILIES, VOCAB, make_model
 
@@ -182,3 +182,11 @@ def test_chunks_cover_all(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.arange(10)
     assert torch.equal(torch.cat([rows[part] for part in chunks(rows)]), rows)
     assert list(chunks(rows[:0])) == []
+
+
+def test_massive_activations_do_not_decide_the_energy() -> None:
+    states = torch.randn(4, 50, 2, 8, generator=torch.Generator().manual_seed(0))
+    plain = batch_energy(states)
+    assert plain == pytest.approx(200 * states.square().sum((2, 3)).median().item())
+    states[:, 0] *= 1000
+    assert plain <= batch_energy(states) < 1.05 * plain

@@ -10,7 +10,8 @@ has the distribution of that ratio by rank, and what dropping a rank adds to the
     D_m = || y - y_m ||^2                                     the m largest w): renormalised
     cost of rank r = D_(r-1) - D_r                            all later ranks already dropped
 
-Costs are divided by the mean energy of the residual stream, so that layers can be compared.
+Costs are divided by the energy of the residual stream, so that layers can be compared: the median
+over tokens, because a few tokens may have states a hundred times as large as all others.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class DropMeter:
         """The layer's rows of the arrays of `DropCosts`, and its `normalised`.
 
         Args:
-            energy: mean over tokens of the sum of squares of the layer's output states.
+            energy: median over tokens of the sum of squares of the layer's output states.
         """
         self._ranks.sum_up(self._outputs)
         weight, order = self.sample.weight.sort(dim=1, descending=True, stable=True)

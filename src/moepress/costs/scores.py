@@ -84,7 +84,7 @@ class ExpertScores:
     linear_bytes: npt.NDArray[np.int64]  # [M, W] stored; 0 where a width is not offered
     linear_cost: npt.NDArray[np.float64]  # [D, M, W]; infinite where a width is not offered
     output_energy: npt.NDArray[np.float64]  # [L] sum of squares of the MoE block's routed output
-    residual_energy: npt.NDArray[np.float64]  # [L] sum of squares of the layer's output states
+    residual_energy: npt.NDArray[np.float64]  # [L] of the layer's output states (walk.py)
     total_tokens: int  # N, scored tokens: those that costs are measured on (scored.py)
     text_tokens: tuple[int, ...]  # [D] number of tokens of each text, scored or not
     # Rows, columns of one expert's fused gate and up projection, and of down, without padding.

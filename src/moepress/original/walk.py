@@ -215,8 +215,8 @@ class Walk(Sequences):
             experts_output: [T, H] sum of the experts' weighted outputs; None: it has no experts.
 
         Returns:
-            Sum of squares of the new states of all ranks, the energy of the residual stream; of a
-            loop's passes the mean.
+            Energy of the residual stream, of all ranks (`batch_energy`); of a loop's passes the
+            mean.
         """
         return self._advance(layer, None if experts_output is None else _in_turn(experts_output))
 
@@ -232,7 +232,7 @@ class Walk(Sequences):
                 out, handed_on = self.run(layer, number, self.states_of(batch), given)
                 after.add(batch, given, handed_on)
                 finite.append(torch.isfinite(out).all())
-                energies.append(out.float().square().sum())
+                energies.append(batch_energy(out))
                 self.states[batch].copy_(out, non_blocking=aside)
         self.carried = after.values
         if not all(finite):  # a card is waited for here, once
@@ -439,6 +439,18 @@ class Walk(Sequences):
         """The skeleton's experts module of a layer."""
         module: nn.Module = self.source.model.get_submodule(self.source.experts[layer].path)
         return module
+
+
+def batch_energy(states: Tensor) -> Tensor:
+    """Energy of the states [b, L, ...] of a batch: b L times the median of a token's squared norm.
+
+    Most models give a few tokens, the first above all, states a hundred times as large as the
+    others (massive activations, arXiv:2402.17762), in the layers between the expert that makes them
+    and the one that takes them back. A sum of squares would be theirs alone, and errors between
+    these layers would look small beside errors in others.
+    """
+    squares = states.float().square().flatten(2).sum(-1)
+    return squares.median() * squares.numel()
 
 
 def _in_turn(output: Tensor) -> ExpertsForward:
