@@ -77,13 +77,13 @@ class TokenWeights:
     added: list[Tensor] = field(default_factory=list)
 
     def add(self, tokens: int, weight: Tensor | None) -> None:
-        """Add the weights [T] of some tokens; None: 1 each."""
+        """Add the weights [T] of some tokens, on any device; None: 1 each."""
         self.added.append(torch.ones(tokens) if weight is None else weight)
 
     @property
     def all(self) -> Tensor:
-        """[T], in the order in which they were added."""
-        return torch.cat([torch.empty(0), *self.added])
+        """[T] on the CPU, in the order in which they were added."""
+        return torch.cat(self.added).cpu() if self.added else torch.empty(0)
 
     @property
     def tokens(self) -> float:
