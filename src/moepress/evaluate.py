@@ -136,8 +136,8 @@ def evaluate(
         model: a folder made by moepress, or an original model (folder or hub id).
         texts: names of texts, such as files (text/documents.py lists what is accepted).
         against: the original model to compare with.
-        length: tokens per window. Windows do not overlap; all tokens of a window but the first are
-            predicted.
+        length: tokens per window, the special tokens that a text begins with included. Windows do
+            not overlap; all text tokens of a window but the first are predicted.
         limit: windows per text; None: the whole text.
         device: "cpu", or a card such as "cuda" or "cuda:1".
         activation_bits: for a compressed model, see `set_activation_bits`.

@@ -256,7 +256,7 @@ def quantize_layer(
         even_linears(walk, layer, packed)
     inputs = []
     if rounding.needs_hessian:
-        inputs = linear_inputs(walk, layer, linears, rounding.family, original)
+        inputs = linear_inputs(walk, layer, linears, rounding, original)
     passed = original.pass_layer(layer) if original is not None else None
     tensors = quantize_linears(walk, linears, packed, rounding, inputs)
     for name in names:
@@ -271,7 +271,7 @@ def quantize_layer(
     def round_last(output: Tensor) -> None:
         inputs = []
         if rounding.needs_hessian:
-            inputs = linear_inputs(walk, layer, last, rounding.family, experts_output=output)
+            inputs = linear_inputs(walk, layer, last, rounding, experts_output=output)
         tensors.update(quantize_linears(walk, last, packed, rounding, inputs))
 
     finish = round_last if last else None

@@ -14,6 +14,7 @@ from moepress.original import batches as batch_sizes
 from moepress.original.experts import Routed, RoutedExpert, expert_hidden
 from moepress.original.source import Source
 from moepress.original.walk import Walk
+from moepress.recipe import Recipe
 from moepress.rounding import factor as factor_module
 from moepress.rounding.correction import Correction
 from moepress.rounding.hessian import Hessian
@@ -227,7 +228,8 @@ def test_linears_are_corrected_for_their_own_inputs(
                 return forward(states, *args, **kwargs)
 
             monkeypatch.setattr(source.layers[0], "forward", again)
-        groups = linear_inputs(walk, 0, modules, codec, twin)
+        rounding = Rounding.of_linears(Recipe(linear_codec=codec), "gptq")
+        groups = linear_inputs(walk, 0, modules, rounding, twin)
         assert sorted(n for names, _ in groups for n in names) == sorted(modules)
         assert len(groups) < len(modules)  # some have the same inputs
         wanted = {

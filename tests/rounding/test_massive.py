@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from moepress.compress import compress
+from moepress.format.checkpoint import shard_name
+from moepress.recipe import Recipe
+from moepress.rounding import massive
 from moepress.rounding.inputs import Inputs
 from moepress.rounding.massive import LARGEST, bounded
+from moepress.rounding.options import Rounding
+from tests.conftest import small_recipe
 
 T, K = 300, 32
 
@@ -51,7 +61,7 @@ def test_a_massive_token_does_not_hide_the_others(tokens: int | None, corrects: 
 
     def gathered(x: Tensor) -> tuple[Tensor, Tensor, float]:
         found = Inputs(K, "cpu", "trellis", corrects, weight, tokens)
-        found.add(x, x + 0.1 * inputs(4) if corrects else None, torch.ones(T))
+        found.add(x, x + 0.1 * inputs(4) if corrects else None, bounded(x, torch.ones(T)))
         target = found.corrected(weight, 0.01, 1.0)
         return target, found.factor(0.01).curvature, found.tokens
 
@@ -65,3 +75,32 @@ def test_a_massive_token_does_not_hide_the_others(tokens: int | None, corrects: 
             torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.9
         )
     assert T - 2 < gathered(massive)[2] <= T
+
+
+def test_the_hessian_of_the_paper_counts_all_in_full() -> None:
+    x, weight = inputs(), torch.rand(T)
+    x[7] *= 1000
+    for linears in (Rounding.of_experts, Rounding.of_linears):
+        assert torch.equal(linears(Recipe(), "gptq").token_weights(x, weight), bounded(x, weight))
+        plain = linears(Recipe(hessian_weight="none"), "gptq")
+        assert plain.token_weights(x, weight) is weight
+        assert plain.token_weights(x) is None
+
+
+def test_experts_and_linears_bound_their_tokens(
+    model_folder: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny limit tokens weigh by the inverse of their size, and codes change.
+
+    But for inputs right behind a norm: all have the same size here.
+    """
+    folder, recipe = model_folder("mixtral"), small_recipe(text_file)
+    packed = []
+    for limit in (LARGEST, 1e-3):
+        monkeypatch.setattr(massive, "LARGEST", limit)
+        out = compress(folder, folder.parent / f"out-{limit}", recipe, bits=2.5)
+        packed.append(load_file(out / shard_name(0)))
+    uneven = [name for name in packed[0] if "o_proj" in name or "down" in name]
+    assert len(uneven) >= 2
+    for name in uneven:
+        assert not torch.equal(packed[0][name], packed[1][name]), name

@@ -17,7 +17,9 @@ from moepress.compress import compress
 from moepress.original.architectures import reads_experts
 from moepress.original.source import Source
 from moepress.original.walk import Walk
+from moepress.recipe import Recipe
 from moepress.rounding.linear import linear_inputs
+from moepress.rounding.options import Rounding
 from tests.conftest import small_recipe
 from tests.families.models import make_model, open_model, save_model
 from tests.families.state import FAMILIES
@@ -74,7 +76,8 @@ def test_the_hessian_is_of_the_experts_outputs(folder: Path) -> None:
     with source.layer_loaded(1), torch.inference_mode():
         output = walk.experts_output(1, walk.route(1))
         modules = {NAME: source.module(NAME)}
-        ((names, inputs),) = linear_inputs(walk, 1, modules, "int", experts_output=output)
+        rounding = Rounding.of_linears(Recipe(linear_codec="int"), "gptq")
+        ((names, inputs),) = linear_inputs(walk, 1, modules, rounding, experts_output=output)
         factor = inputs.factor(0.01)
     model = open_model("nemotron_h", folder)
     with inputs_of(model, NAME) as seen, torch.no_grad():

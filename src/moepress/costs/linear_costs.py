@@ -52,7 +52,7 @@ def score_linears(
     factors: dict[str, Factor] = {}
     larger: dict[str, Tensor | None] = {}
     for names, inputs in linear_inputs(
-        walk, layer, scored, rounding.family, experts_output=experts_output
+        walk, layer, scored, rounding, experts_output=experts_output
     ):
         factor = inputs.factor(rounding.damping)
         factors |= dict.fromkeys(names, factor)

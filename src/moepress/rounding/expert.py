@@ -264,7 +264,7 @@ def _gathered(
         some = tokens[chunk]
         x = of_matrix(now, routed.hidden, some) if known is None else sent(known[chunk], device)
         before = None if routed.original is None else of_matrix(original, routed.original, some)
-        inputs.add(x, before, weights[chunk])
+        inputs.add(x, before, rounding.token_weights(x, weights[chunk]))
     return inputs
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from moepress.ranks import Ranks
 from moepress.rounding.factor import column_slices
 from moepress.rounding.inputs import Inputs
+from moepress.rounding.options import Rounding
 
 
 class _Rows(NamedTuple):
@@ -55,13 +56,13 @@ class Gathering:
 
     Args:
         ranks: that own the statistics.
-        family: of the codec that the linears are rounded to.
+        rounding: of the linears.
         corrects: whether the original model's inputs will be given.
     """
 
-    def __init__(self, ranks: Ranks, family: str, corrects: bool) -> None:
+    def __init__(self, ranks: Ranks, rounding: Rounding, corrects: bool) -> None:
         self._ranks = ranks
-        self._family = family
+        self._rounding = rounding
         self._corrects = corrects
         self._pending: list[_Rows] = []
         self._shares: dict[str, _Share] = {}
@@ -121,8 +122,9 @@ class Gathering:
             features, device = rows.x.shape[-1], rows.x.device
             share = self._shares.get(name)  # None: there is one rank
             own = share.slices[self._ranks.rank] if share else None
-            self.inputs[name] = Inputs(features, device, self._family, self._corrects, slices=own)
-        self.inputs[name].add(rows.x, rows.original)
+            family = self._rounding.family
+            self.inputs[name] = Inputs(features, device, family, self._corrects, slices=own)
+        self.inputs[name].add(rows.x, rows.original, self._rounding.token_weights(rows.x))
 
     def _divided(self) -> dict[str, _Share]:
         """Who sums the inputs of each name, and who owns the sums."""

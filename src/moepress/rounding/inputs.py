@@ -15,7 +15,6 @@ from torch import Tensor
 from moepress.rounding.correction import sums_moved
 from moepress.rounding.factor import Factor
 from moepress.rounding.kept_tokens import KeptTokens, keeps
-from moepress.rounding.massive import bounded
 from moepress.rounding.methods import Matrix
 from moepress.rounding.rotation import rotate, rotate_back
 from moepress.rounding.summed_tokens import SummedTokens
@@ -59,14 +58,13 @@ class Inputs:
         self._statistics = SummedTokens(features, device, corrects, moved, slices)
 
     def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
-        """Add T tokens. What is far larger than all others counts less (massive.py).
+        """Add T tokens.
 
         Args:
             x: [T, K], any float dtype: the inputs once earlier layers are rounded.
             original: [T, K], the inputs in the original model, token by token; None: not needed.
             weight: [T], at least 0: weight of each token; None: 1.
         """
-        weight = bounded(x, weight)
         if original is not None and self._statistics.corrects:
             original = self._rotated(original)
         self._statistics.add(self._rotated(x), original, weight, _products_dtype(x))

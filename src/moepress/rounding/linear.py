@@ -34,7 +34,7 @@ def linear_inputs(
     walk: Walk,
     layer: int,
     modules: Mapping[str, nn.Module],
-    family: str,
+    rounding: Rounding,
     original: Walk | None = None,
     experts_output: Tensor | None = None,
 ) -> list[SharedInputs]:
@@ -48,7 +48,7 @@ def linear_inputs(
 
     Args:
         modules: linears of the layer, by the name of their weight.
-        family: of the codecs that they are rounded to.
+        rounding: of the linears.
         original: a walk of the original model that has come to the same layer; None: no correction
             is gathered.
         experts_output: [T, H] of the layer's routed experts, for linears that read it
@@ -57,7 +57,7 @@ def linear_inputs(
     Raises:
         MoepressError: the layer never calls one of the linears.
     """
-    gathering = Gathering(walk.ranks, family, original is not None)
+    gathering = Gathering(walk.ranks, rounding, original is not None)
     owners: dict[str, str] = {}  # by linear, the one that adds the inputs that they share
     seen: list[tuple[Tensor, str]] = []
     originals: dict[str, list[Tensor]] = {name: [] for name in modules}  # of a batch, by call

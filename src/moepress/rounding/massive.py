@@ -26,9 +26,9 @@ def bounded(x: Tensor, weight: Tensor | None) -> Tensor:
         x: [T, K] some inputs.
         weight: [T], c_t; None: 1.
     """
-    size = torch.linalg.vector_norm(x.detach(), dim=1).float()
+    size: Tensor = torch.linalg.vector_norm(x.detach(), dim=1).float()
     if not len(size):
         return size
     # An input of zeros gives infinity, and counts in full.
-    share = (LARGEST * size.median() / size).nan_to_num(nan=1.0).clamp(max=1).square()
+    share: Tensor = (LARGEST * size.median() / size).nan_to_num(nan=1.0).clamp(max=1).square()
     return share if weight is None else share * sent(weight, x.device).float()

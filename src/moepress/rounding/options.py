@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from moepress.format.codec import Codec, codec_for, stored_family
 from moepress.recipe import NOISE, Recipe
+from moepress.rounding.massive import bounded
 from moepress.rounding.methods import needs_hessian
 from moepress.rounding.tokens import TokenPolicy
 
@@ -49,6 +52,18 @@ class Rounding:
     def codec(self, bits: float, cols: int) -> Codec:
         """The codec of a matrix [N, cols] at a width."""
         return codec_for(bits, cols, self.group_size, stored_family(bits, self.family))
+
+    def token_weights(self, x: Tensor, weight: Tensor | None = None) -> Tensor | None:
+        """Weights [T] of some tokens in a Hessian; None: 1 each.
+
+        Where the recipe asks for the H of the paper (`hessian_weight="none"`), massive inputs count
+        in full.
+
+        Args:
+            x: [T, K], inputs of a matrix.
+            weight: [T], what `hessian_tokens` gives; None: 1.
+        """
+        return bounded(x, weight) if self.tokens.by_routing_weight else weight
 
     @property
     def draws(self) -> bool:
