@@ -2,9 +2,9 @@
 
 In most models one expert, or one dense MLP, gives the first token of a text a state a hundred or a
 thousand times as large as others have (super experts, arXiv:2507.23279). The inputs of its `down`
-are as large at that token. Their squares would make up nearly all of a Hessian: damping, which
-follows the mean, would hide all other tokens, and rounding would fit that one alone. But its error
-costs no more than that of any token: a norm comes next, so what counts is error over size. It
+are far larger at that token, too. Their squares would make up nearly all of a Hessian: damping,
+which follows the mean, would hide all other tokens, and rounding would fit that one alone. But its
+error costs no more than that of any token: a norm comes next, so what counts is error over size. It
 therefore counts as a token of LARGEST times the usual size (docs/log.md#massive).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moepress.sending import sent
 
-# Times the median norm. Inputs of other matrices are behind a norm, and none is as large.
+# Times the median norm. Inputs right behind a norm have about one size: none is as large.
 LARGEST = 8.0
 
 

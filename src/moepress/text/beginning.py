@@ -1,7 +1,7 @@
 """The special tokens that a text begins with: `<s>` of Mixtral, `<bos>` of Gemma, none of Qwen3.
 
-Models that were trained with them read a text without them as something they have never seen:
-Gemma's predictions are noise then. Their first token also gets attention from all others.
+Models that were trained with them have never seen a text without them, and some predict noise
+there, as is known of Gemma. They are also what later tokens turn most of their attention to.
 """
 
 from __future__ import annotations
