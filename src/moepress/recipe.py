@@ -92,7 +92,7 @@ class Recipe:
     # How weights are rounded.
     quantizer: QuantizerName = "gptq"
     damping: float = 0.01  # of the mean of the Hessian's diagonal
-    hessian_weight: HessianWeight = "routing"
+    hessian_weight: HessianWeight = "routing"  # "none": each token counts 1, as in the paper
     sensitivity: SensitivityName = "gradient"  # weight of tokens in costs, costs/sensitivity.py
     token_floor: int = 256  # an expert with fewer tokens borrows some, rounding/tokens.py
     correction: float = 0.5  # share of earlier layers' errors that weights make up for

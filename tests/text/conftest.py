@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import byte_level_bpe
@@ -19,6 +21,14 @@ EOS = 1
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on a few lines, with <s> = 0 and </s> = 1."""
     bpe = byte_level_bpe(LINES, 320)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def begins(tokenizer: Any, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts the tokens of a template around a text, `$A`."""
+    bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    bpe.post_processor = TemplateProcessing(single=template, special_tokens=special)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 

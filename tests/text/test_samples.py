@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from moepress.errors import InputError
 from moepress.hf.growing_cache import GrowingLayer
@@ -19,6 +18,7 @@ from moepress.text import samples
 from moepress.text.windows import load_tokens
 from moepress.work import calibration_ids
 from tests.conftest import make_model
+from tests.text.conftest import begins
 
 
 def test_own_samples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,17 +89,10 @@ def test_own_samples_may_be_short(tokenizer: Any, length: int) -> None:
 
 
 def test_own_samples_begin_as_the_tokenizer_begins_texts(tokenizer: Any) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    beginning = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
-    beginning.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    beginner = begins(tokenizer, "<s> $A")
     model = make_model("mixtral")
     for length in (2, 9):
-        tokens = load_tokens([("self", 1.0)], beginning, 2, length, 0, model=lambda: model)
+        tokens = load_tokens([("self", 1.0)], beginner, 2, length, 0, model=lambda: model)
         assert tokens.ids.shape == (2, length)
         assert tokens.ids[:, 0].tolist() == [0, 0]
 

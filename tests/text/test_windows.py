@@ -11,9 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from moepress.errors import InputError
 from moepress.text import stream, windows
@@ -26,7 +23,7 @@ from moepress.text.windows import (
     load_tokens,
     parse_text,
 )
-from tests.text.conftest import LINES, Characters, Counting, encode
+from tests.text.conftest import LINES, Characters, Counting, begins, encode
 
 
 def places(drawn: torch.Tensor, whole: list[int]) -> list[int]:
@@ -226,14 +223,6 @@ def test_evaluation_refuses(tokenizer: Any, text: Path) -> None:
 
 
 # Special tokens that a text begins with.
-
-
-def begins(tokenizer: Any, template: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts the tokens of a template around a text, `$A`."""
-    bpe = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    bpe.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ def evaluation_tokens(
                 f"Evaluation text {text} has {len(stream):,} tokens; one window needs "
                 f"{length:,}. Add text or lower --length."
             )
-        windows += [torch.stack([begun(stream, i * step, length, begin) for i in range(count)])]
+        starts = range(0, count * step, step)
+        windows.append(torch.stack([begun(stream, start, length, begin) for start in starts]))
     return Tokens(
         torch.cat(windows),
         tuple(text for (text, _), own in zip(texts, windows, strict=True) for _ in own),
